@@ -1,0 +1,119 @@
+"""The three objectives of Δ-STN (paper, Alg. 1), each a scalar to call .backward() on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxstn.network import SelfTuningNetwork, batch_size, held
+
+LossFunction = Callable[..., Tensor]
+
+
+def _as_tuple(inputs: Any) -> tuple:
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def takes_hparams(loss_fn: LossFunction) -> bool:
+    """Whether a loss function has a parameter named `hparams`."""
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except ValueError:  # some builtins have none
+        return False
+    return "hparams" in signature.parameters
+
+
+def evaluate_loss(
+    loss_fn: LossFunction, output: Any, target: Any, examples: int, hparams: dict[str, Tensor] | None
+) -> Tensor:
+    """loss_fn(output, target), with `hparams` where it takes them.
+
+    Raises ValueError when the target has another number of examples than the inputs, or the loss is not a scalar.
+    """
+    if isinstance(target, Tensor) and target.dim() and target.shape[0] != examples:
+        raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}")
+    loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
+    if not isinstance(loss, Tensor) or loss.dim():
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
+    return loss
+
+
+def _perturbation(stn: SelfTuningNetwork, examples: int, perturb: str) -> Tensor:
+    if perturb not in ("example", "batch"):
+        raise ValueError(f"perturb={perturb!r} is neither 'example' nor 'batch'")
+    return stn.hparams.sample(examples) if perturb == "example" else stn.hparams.sample(1)[0]
+
+
+def general_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> Tensor:
+    """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
+
+    inputs: a tensor or a tuple of them, (batch, ...). target: what loss_fn takes. For method "stn" this is the one
+    objective of all parameters, L_T at λ + ε (MacKay et al. 2019); `response_loss` is the same there.
+    """
+    if stn.method == "stn":
+        return response_loss(stn, loss_fn, inputs, target)
+    inputs = _as_tuple(inputs)
+    examples = batch_size(inputs)
+    output = stn.graph("train")(*inputs)
+    hparams = None
+    if takes_hparams(loss_fn):
+        hparams = stn.hparams.named(stn.hparams().expand(examples, -1))
+    return evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty()
+
+
+def response_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str = "example"
+) -> Tensor:
+    """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
+
+    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all.
+    """
+    inputs = _as_tuple(inputs)
+    examples = batch_size(inputs)
+    epsilon = _perturbation(stn, examples, perturb).detach()
+    output = stn.perturbed_output(*inputs, delta=epsilon, condition=epsilon, training=True)
+    hparams = None
+    if takes_hparams(loss_fn):
+        hparams = stn.hparams.named(stn.hparams(epsilon).expand(examples, -1))
+    return evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
+
+
+def hyper_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: Any,
+    target: Any,
+    *,
+    entropy_weight: float = 1e-3,
+    perturb: str = "example",
+) -> Tensor:
+    """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
+
+    Arguments as in `response_loss`, on validation data; the network is in eval mode. entropy_weight: τ ≥ 0. A loss_fn
+    that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly.
+    """
+    inputs = _as_tuple(inputs)
+    examples = batch_size(inputs)
+    unconstrained = stn.hparams.unconstrained
+    delta = (unconstrained - unconstrained.detach()) + _perturbation(stn, examples, perturb)
+    with held((*stn.response_parameters(), *stn.general_parameters())):
+        output = stn.perturbed_output(*inputs, delta=delta, training=False)
+    return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()
+
+
+def validation_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> tuple[Tensor, Any]:
+    """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
+    inputs = _as_tuple(inputs)
+    was_training = stn.training
+    stn.eval()
+    try:
+        with torch.no_grad():
+            output = stn(*inputs)
+            return evaluate_loss(loss_fn, output, target, batch_size(inputs), None), output
+    finally:
+        stn.train(was_training)

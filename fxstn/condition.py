@@ -1,0 +1,261 @@
+"""Pass 3, condition: dropout reads its strength from λ, and new dropout is inserted where the specs ask for it.
+
+`bind` decides, once, which λ belongs to which site of the training graph; `condition` rewrites a graph accordingly.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from fxstn.canonicalize import DROPOUTS
+from fxstn.errors import module_path
+from fxstn.graphs import add_placeholder, copied, placeholders
+from fxstn.hp import Dropout, Quantity, Scalar, Spec, WeightDecay, start_inside
+from fxstn.hyperize import layer_weights
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
+
+_CHANNELWISE = {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
+_ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the training graph reads λ[index].
+
+    node: the dropout that is taken over; or, with insert=True, the value that gets a dropout of its own, for those of
+    its readers that lie outside module call number `outside` (None: for all of them).
+    """
+
+    index: int
+    path: str
+    node: str
+    insert: bool = False
+    outside: int | None = None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """quantities: what is tuned, in the order of λ. penalties: (parameter name, index of its weight decay)."""
+
+    quantities: tuple[Quantity, ...]
+    sites: tuple[Site, ...]
+    penalties: tuple[tuple[str, int], ...]
+
+
+def dropout_path(node: fx.Node) -> str:
+    """What patterns are matched against: the module's path, or 'path.node' for a functional call inside a module."""
+    scope = node.meta.get("scope", ())
+    if scope and issubclass(scope[-1][2], _DropoutNd):
+        return scope[-1][1]
+    return f"{module_path(node)}.{node.name}".lstrip(".")
+
+
+def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
+    """Match specs (None: every dropout found, or inserted by stages) with the sites of a canonical training graph.
+
+    Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
+    """
+    model = module.model
+    assert isinstance(model, nn.Module)
+    quantities: list[Quantity] = []
+    sites: list[Site] = []
+    penalties: list[tuple[str, int]] = []
+
+    def add(spec: Spec, path: str, init: float | None = None) -> int:
+        if not (spec.shared and quantities and quantities[-1] is shared.get(id(spec))):
+            quantities.append(spec.quantity(path, init))
+            shared[id(spec)] = quantities[-1]
+        return len(quantities) - 1
+
+    shared: dict[int, Quantity] = {}
+    for spec in [Dropout()] if specs is None else specs:
+        if isinstance(spec, Dropout):
+            for path, found, init in _dropout_sites(module, spec):
+                index = add(spec, path, init)
+                sites += [Site(index, path, *place) for place in found]
+        elif isinstance(spec, WeightDecay):
+            weights = layer_weights(module)
+            owners = {name.rpartition(".")[0]: name for name in weights}
+            penalties += [(owners[path], add(spec, path)) for path in spec.match(owners)]
+        elif isinstance(spec, Scalar):
+            add(spec, "")
+        else:
+            raise TypeError(f"{spec!r} is not a spec of fxstn.hp")
+    for kind, taken in (("dropout", [site.node for site in sites]), ("weight decay", [name for name, _ in penalties])):
+        if repeated := sorted({name for name in taken if taken.count(name) > 1}):
+            raise ValueError(f"{kind} is asked for twice at {', '.join(map(repr, repeated))}; match each site once")
+    return Binding(tuple(quantities), tuple(sites), tuple(penalties))
+
+
+def _dropout_sites(module: fx.GraphModule, spec: Dropout) -> Iterator[tuple[str, list[tuple], float | None]]:
+    """(path, its places as Site fields, start or None for the spec's own) for each hyperparameter of one spec."""
+    existing: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in DROPOUTS:
+            existing.setdefault(dropout_path(node), []).append(node)
+    if not spec.where:
+        if existing:
+            for path, nodes in existing.items():
+                yield path, [(node.name,) for node in nodes], start_inside(float(nodes[0].args[1]), spec)
+        else:
+            yield "input", _input_places(module), None
+            for path, node in _stages(module):
+                yield path, [(node.name, True)], None
+        return
+    names = ["input", *(name for name, _ in module.model.named_modules())]
+    matched = spec.match([*names, *(path for path in existing if path not in names)])
+    to_insert = [path for path in matched if path not in existing and path != "input"]
+    outermost = [p for p in to_insert if not any(_contains(q, p) for q in to_insert)]
+    for path in matched:
+        if path == "input":
+            yield path, _input_places(module), None
+        elif path in existing:
+            yield path, [(node.name,) for node in existing[path]], None
+        elif path in outermost:
+            yield path, _exits(module, path), None
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return outer != inner and (outer == "" or inner.startswith(outer + "."))
+
+
+def _input_places(module: fx.GraphModule) -> list[tuple]:
+    return [(node.name, True) for node in placeholders(module.graph) if not node.args]
+
+
+def _exits(module: fx.GraphModule, path: str) -> list[tuple]:
+    """Places after every call of the module at `path`; for the root, its outputs."""
+    if path == "":
+        output = next(node for node in module.graph.nodes if node.op == "output")
+        return [(node.name, True) for node in output.all_input_nodes]
+    places = [
+        (node.name, True, call)
+        for node in module.graph.nodes
+        for call, called, _ in node.meta.get("exits", ())
+        if called == path
+    ]
+    if not places:
+        raise ValueError(f"hp.Dropout: the module '{path}' is not called when the model trains; name another")
+    return places
+
+
+def _stages(module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """(path, value) at the end of each top-level stage in execution order, the last excepted.
+
+    A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten.
+    """
+    root, prefix = module.model, ""
+    while len(children := dict(root.named_children())) == 1 and not list(root.parameters(recurse=False)):
+        ((name, root),) = children.items()
+        prefix += f"{name}."
+    weighted = {
+        prefix + name: child
+        for name, child in root.named_children()
+        if any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, _NormBase)
+    }
+
+    def stage_of(node: fx.Node) -> str | None:
+        return next((path for _, path, _ in node.meta.get("scope", ()) if path in weighted), None)
+
+    ends: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        for _, path, _ in node.meta.get("exits", ()):
+            if path in weighted:
+                ends.pop(path, None)
+                ends[path] = node
+    for path, node in list(ends.items())[:-1]:
+        last = path
+        while (follower := _only_follower(node)) is not None and stage_of(follower) is None:
+            node = follower
+            last = next((p for _, p, _ in node.meta.get("exits", ()) if p), last)
+        yield last, node
+
+
+def _only_follower(node: fx.Node) -> fx.Node | None:
+    """The single reader of a value, when it computes with that value and parameters alone."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    others = [source for source in user.all_input_nodes if source is not node]
+    alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
+    return user if user.op == "call_function" and user.args[0] is node and alone else None
+
+
+def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
+    """Dropout as an explicit draw of noise and a product, with strengths from `hparams(condition)` where tuned.
+
+    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units.
+    """
+    module = copied(module)
+    graph = module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    placeholder = add_placeholder(graph, "condition")
+    strengths: fx.Node | None = None
+    last_input = placeholders(graph)[-1]
+
+    def strength(site: Site, before: fx.Node) -> fx.Node:
+        nonlocal strengths
+        if strengths is None:
+            with graph.inserting_after(last_input):
+                strengths = graph.create_node("call_module", "hparams", (placeholder,), name="strengths")
+        with graph.inserting_before(before):
+            name = f"{site.path or 'output'}_p".replace(".", "_")
+            return graph.create_node("call_function", operator.getitem, (strengths, (..., site.index)), name=name)
+
+    taken = {site.node: site for site in sites if not site.insert}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in DROPOUTS:
+            site = taken.get(node.name)
+            _draw(graph, node, strength(site, node) if site else node.args[1])
+    for site in sites:
+        if site.insert:
+            _insert(graph, by_name[site.node], site, strength, last_input)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float) -> None:
+    """Replace a dropout node by its noise and the product with it, in place, name kept."""
+    x, channelwise = node.args[0], node.target in _CHANNELWISE
+    with graph.inserting_before(node):
+        draw = alpha_dropout_coefficients if node.target in _ALPHA else dropout_mask
+        arguments = (x, p, True) if channelwise else (x, p)
+        noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
+        noise.meta = {"scope": node.meta.get("scope", ())}
+        if node.target in _ALPHA:
+            multiplier = graph.call_function(operator.getitem, (noise, 0))
+            shift = graph.call_function(operator.getitem, (noise, 1))
+            product = graph.call_function(operator.mul, (x, multiplier))
+            node.target, node.args, node.kwargs = operator.add, (product, shift), {}
+        else:
+            node.target, node.args, node.kwargs = operator.mul, (x, noise), {}
+    node.meta["conditioned"] = isinstance(p, fx.Node)
+
+
+def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_input: fx.Node) -> None:
+    """Give a value a dropout of its own for its readers outside of one module call."""
+    after = last_input if value.op == "placeholder" else value
+    readers = [
+        user
+        for user in value.users
+        if site.outside is None or all(call != site.outside for call, _, _ in user.meta.get("scope", ()))
+    ]
+    scope = tuple(entry for entry in value.meta.get("scope", ()) if entry[0] != site.outside)
+    anchor = after.next
+    while anchor.op == "placeholder" or anchor.target == "hparams":
+        anchor = anchor.next
+    with graph.inserting_before(anchor):
+        name = f"{site.path or 'output'}_dropout".replace(".", "_")
+        result = graph.create_node("call_function", F.dropout, (value, 0.0, True), name=name)
+    result.meta = {"scope": scope, "inserted": True, "stack_trace": value.meta.get("stack_trace")}
+    _draw(graph, result, strength(site, result))  # type: ignore[operator]
+    for reader in readers:
+        reader.replace_input_with(value, result)

@@ -1,0 +1,44 @@
+"""Small graph operations that the passes share."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+
+def assemble(root: nn.Module, graph: fx.Graph, name: str = "Graph") -> fx.GraphModule:
+    """GraphModule over `graph` whose children are the very children of `root`: moving or loading one moves both."""
+    module = fx.GraphModule(root, graph, class_name=name)
+    for child_name, child in root.named_children():
+        module.add_module(child_name, child)
+    return module
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph a pass may edit; names and meta are kept, parameters shared."""
+    graph = fx.Graph()
+    result = graph.graph_copy(module.graph, {})
+    outputs = [node for node in module.graph.nodes if node.op == "output"]
+    graph.output(result)
+    output = next(iter(reversed(graph.nodes)))
+    output.meta = dict(outputs[0].meta)
+    return assemble(module, graph, module.__class__.__name__)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new last input with default None (before **kwargs, where the model takes any)."""
+    existing = placeholders(graph)
+    if any(node.target.lstrip("*") == name for node in existing):
+        raise ValueError(f"the model's forward has an input named {name!r}, which fxstn needs; rename that input")
+    keyword = [node for node in existing if str(node.target).startswith("**")]
+    anchor = keyword[0] if keyword else next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(anchor):
+        return graph.create_node("placeholder", name, (None,), name=name)
+
+
+def rename(node: fx.Node, name: str) -> None:
+    if node.name != name:
+        node._rename(name)

@@ -1,0 +1,65 @@
+"""The hyperparameters as the network carries them: λ, σ, their names, and perturbations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxstn.hp.bijection import Bijection, Quantity
+
+
+class HyperparameterSpace(nn.Module):
+    """λ ∈ ℝʰ (unconstrained) and σ = softplus(raw_scale) ∈ ℝʰ₊, with the map to constrained values.
+
+    Raises ValueError when there is nothing to tune or two hyperparameters have one name.
+    """
+
+    def __init__(self, quantities: Sequence[Quantity]) -> None:
+        super().__init__()
+        names = [quantity.name for quantity in quantities]
+        if not names:
+            raise ValueError("there is nothing to tune: no hyperparameter was asked for and none was found")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two hyperparameters are called {', '.join(map(repr, repeated))}; match each site once")
+        self.names: tuple[str, ...] = tuple(names)
+        self.quantities = tuple(quantities)
+        self.unconstrained = nn.Parameter(torch.tensor([q.unconstrained for q in quantities]))
+        self.raw_scale = nn.Parameter(torch.tensor([math.log(math.expm1(q.scale)) for q in quantities]))
+        self.bijection = Bijection(quantities)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def scale(self) -> Tensor:
+        """σ, (h,), positive, differentiable in raw_scale."""
+        return F.softplus(self.raw_scale)
+
+    def forward(self, condition: Tensor | None = None) -> Tensor:
+        """Constrained strengths at λ₀ + condition: (h,) for condition None or (h,), (batch, h) for (batch, h).
+
+        Cut off from λ: in the training objectives λ is a constant (paper, Alg. 1).
+        """
+        unconstrained = self.unconstrained.detach()
+        return self.bijection(unconstrained if condition is None else unconstrained + condition)
+
+    def values(self) -> dict[str, float]:
+        """name → constrained value at λ₀."""
+        return dict(zip(self.names, self().tolist(), strict=True))
+
+    def named(self, strengths: Tensor) -> dict[str, Tensor]:
+        """name → column of a matrix of strengths (..., h): what a loss function receives as `hparams`."""
+        return dict(zip(self.names, strengths.unbind(-1), strict=True))
+
+    def sample(self, n: int) -> Tensor:
+        """n perturbations ε ~ N(0, diag σ²), (n, h), differentiable in σ (paper, Sec. 2.2)."""
+        noise = torch.randn(n, len(self), device=self.raw_scale.device, dtype=self.raw_scale.dtype)
+        return self.scale * noise
+
+    def entropy(self) -> Tensor:
+        """H[ε] of the perturbation, Σ ½ log(2πe σ²), a scalar (paper, Eq. 2.7)."""
+        return (0.5 * math.log(2 * math.pi * math.e) + self.scale.log()).sum()

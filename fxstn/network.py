@@ -1,0 +1,223 @@
+"""SelfTuningNetwork: what `transform` returns. Runs the emitted graphs; knows no pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxstn.hp.space import HyperparameterSpace
+from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
+from fxstn.layers.response import Response, parameter_changes
+
+METHODS = ("delta", "centered", "stn")
+
+
+@contextmanager
+def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters as constants: nothing computed inside records a gradient for them."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class SelfTuningNetwork(nn.Module):
+    """A network with its hyperparameters λ and the response Θ of its weights to them.
+
+    Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
+    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
+    first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
+    """
+
+    model: nn.Module
+    response: nn.Module
+    hparams: HyperparameterSpace
+
+    def __init__(
+        self,
+        model: nn.Module,
+        response: nn.Module,
+        hparams: HyperparameterSpace,
+        penalties: Sequence[tuple[str, int]],
+        method: str,
+        emit: Callable[..., fx.GraphModule],
+        recipe: tuple[Any, ...],
+    ) -> None:
+        super().__init__()
+        self.model, self.response, self.hparams = model, response, hparams
+        self.penalties, self.method = tuple(penalties), method
+        self._emit, self._recipe = emit, recipe
+        self._graphs: dict[str, fx.GraphModule] = {}
+        self.train(model.training)
+
+    # Graphs
+
+    def graph(self, name: str) -> fx.GraphModule:
+        """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval" (also "linearized", "perturbed").
+
+        Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
+        """
+        bases = ("pushforward", "linearized", "perturbed")
+        known = ("train", "eval", *bases, *(f"{base}_eval" for base in bases))
+        if name not in known:
+            raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
+        if name not in self._graphs:
+            self._graphs[name] = self._emit(self, *self._recipe, name)
+        return self._graphs[name]
+
+    def keep(self, name: str, graph: fx.GraphModule) -> None:
+        """Remember a graph that was already built."""
+        self._graphs[name] = graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelfTuningNetwork:
+        result = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        result.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()}
+        return result
+
+    # Parameters
+
+    def general_parameters(self) -> Iterator[nn.Parameter]:
+        """w₀: the original network's parameters."""
+        return self.model.parameters()
+
+    def response_parameters(self) -> Iterator[nn.Parameter]:
+        """Θ: U and R of every parameter that responds."""
+        return self.response.parameters()
+
+    def best_response(self, delta: Tensor) -> dict[str, Tensor]:
+        """Weights that the response predicts at λ₀ + delta: w₀ + Θ·delta (paper, Eq. 3.1; Φλ + φ₀ for "stn").
+
+        delta: (h,), unconstrained units. Returns one tensor per original parameter, in its shape.
+        Raises ValueError when delta does not have h entries.
+        """
+        delta = self._checked(delta, "delta")
+        if delta.dim() != 1:
+            raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
+        if self.method == "stn":
+            delta = delta + self.hparams.unconstrained
+        changes = parameter_changes(self.response, delta)
+        return {
+            name: parameter + changes[name] if name in changes else parameter
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def export(self) -> nn.Module:
+        """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
+        plain = copy.deepcopy(self.model)
+        if self.method == "stn":
+            with torch.no_grad():
+                folded = self.best_response(torch.zeros_like(self.hparams.unconstrained))
+                for name, parameter in plain.named_parameters():
+                    parameter.copy_(folded[name])
+        return plain
+
+    # Forward passes
+
+    def forward(self, *inputs: Any) -> Any:
+        """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
+        if self.method == "stn":
+            delta = self.hparams.unconstrained.detach()
+            return self.graph("perturbed" if self.training else "perturbed_eval")(*inputs, delta=delta)
+        return self.graph("train")(*inputs) if self.training else self.model(*inputs)
+
+    def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
+        """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
+
+        delta: (h,) for the whole batch or (batch, h), unconstrained units; moves the weights only. condition: the same
+        shapes or None; moves the strengths of dropout to λ₀ + condition in train mode. y and dy have the model's output
+        structure; dy is None for leaves that are not float. w₀ is held fixed: gradients reach Θ and delta only.
+        Raises ValueError for another shape, or for more rows than examples.
+        """
+        name = "pushforward" if self.training else "pushforward_eval"
+        return self._run(name, inputs, delta, condition)
+
+    def perturbed_output(
+        self, *inputs: Any, delta: Tensor, condition: Tensor | None = None, training: bool | None = None
+    ) -> Any:
+        """The output that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
+
+        "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
+        "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too. training: None for the
+        module's own mode.
+        """
+        kind = "linearized" if self.method == "delta" else "perturbed"
+        evaluating = not (self.training if training is None else training)
+        if self.method == "stn":
+            delta = delta + self.hparams.unconstrained.detach()
+        return self._run(f"{kind}_eval" if evaluating else kind, inputs, delta, condition)
+
+    def _run(self, name: str, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
+        moved = {"delta": self._checked(delta, "delta", inputs)}
+        if condition is not None:
+            moved["condition"] = self._checked(condition, "condition", inputs)
+        with held(() if self.method == "stn" else self.general_parameters()):
+            return self.graph(name)(*inputs, **moved)
+
+    def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
+        h = len(self.hparams)
+        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
+        if value.dim() == 2 and inputs and value.shape[0] != batch_size(inputs):
+            raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch_size(inputs)} examples")
+        return value
+
+    def penalty(self, condition: Tensor | None = None) -> Tensor | float:
+        """Σ ½ λ ‖w‖² over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the mean
+        over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
+        if not self.penalties:
+            return 0.0
+        strengths = self.hparams(condition)
+        parameters = dict(self.model.named_parameters())
+        total: Tensor | float = 0.0
+        for name, index in self.penalties:
+            response = self._response(name)
+            if condition is None or response is None:
+                total = total + l2_penalty(parameters[name], strengths[..., index].mean())
+                continue
+            delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
+            scale = response(delta)
+            weight = parameters[name] if self.method == "stn" else parameters[name].detach()
+            total = total + l2_penalty_perturbed(weight, strengths[..., index], scale, response.R)
+        return total
+
+    def _response(self, name: str) -> Response | None:
+        try:
+            found = self.response.get_submodule(name)
+        except AttributeError:
+            return None
+        return found if isinstance(found, Response) else None
+
+    def check(self, *inputs: Any) -> None:
+        """Run every graph once on example inputs; running statistics and random generators are left as they were."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        delta = torch.zeros_like(self.hparams.unconstrained)
+        with torch.random.fork_rng(), torch.no_grad():
+            for name in ("train", "eval"):
+                self.graph(name)(*inputs)
+            for name in ("pushforward", "pushforward_eval"):
+                self.graph(name)(*inputs, delta=delta)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def batch_size(inputs: Any) -> int:
+    """Examples in a batch: dimension 0 of its first tensor. Raises ValueError when it holds no tensor."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    raise ValueError("the inputs hold no tensor with a batch dimension")

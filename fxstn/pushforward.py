@@ -1,0 +1,178 @@
+"""Pass 5, pushforward: one graph that computes the primal and its tangent together, by the rule table."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.node import map_aggregate, map_arg
+
+from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
+from fxstn.graphs import assemble, copied
+from fxstn.layers.kernels import zeros_tangent
+from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.tangents import ZERO, Scaled, all_zero
+
+_LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
+
+
+class _Emitter(fx.proxy.GraphAppendingTracer):
+    """Names what a rule emits for node `conv1`: its tangent d_conv1 (by the walk below), the steps to it t_conv1, …"""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.source: fx.Node | None = None
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+        assert self.source is not None
+        node = self.graph.create_node(kind, target, args, kwargs, f"t_{self.source.name}", type_expr)
+        node.meta["scope"] = self.source.meta.get("scope", ())
+        return node
+
+
+class _Pushforward:
+    """Walks a canonical graph once; `values` and `tangents` map its nodes to those of the new graph."""
+
+    def __init__(self, module: fx.GraphModule, fold: bool) -> None:
+        self.module, self.fold = module, fold
+        self.graph = fx.Graph()
+        self.emitter = _Emitter(self.graph)
+        self.values: dict[fx.Node, fx.Proxy] = {}
+        self.tangents: dict[fx.Node, Any] = {}
+        self.problems: list[Problem] = []
+
+    def value(self, structure: Any) -> Any:
+        return map_arg(structure, lambda node: self.values[node])
+
+    def tangent(self, structure: Any) -> Any:
+        """The structure with each node replaced by its tangent and everything else by ZERO."""
+        if isinstance(structure, slice):
+            return ZERO
+        return map_aggregate(structure, lambda leaf: self.tangents[leaf] if isinstance(leaf, fx.Node) else ZERO)
+
+    def copy(self, node: fx.Node) -> fx.Proxy:
+        new = self.graph.node_copy(node, lambda old: self.values[old].node)
+        return fx.Proxy(new, self.emitter)
+
+    def visit(self, node: fx.Node) -> None:
+        self.emitter.source = node
+        tangents = tuple(self.tangent(argument) for argument in node.args) if node.op == "call_function" else ()
+        if all_zero(tangents) and all_zero(self.tangent(node.kwargs) if node.op == "call_function" else ()):
+            self.values[node], self.tangents[node] = self.copy(node), ZERO
+            if "tangent" in node.meta:
+                self.tangents[node] = self._structured(node)
+            return
+        try:
+            y, dy = self._apply(node, tangents)
+        except NoRule as reason:
+            self.problems.append(_no_rule(node, str(reason)))
+            y, dy = self.copy(node), ZERO
+        y.node.meta = dict(node.meta) | {"rule": RULES[node.target].kind if node.target in RULES else "fallback"}
+        y.node._rename(node.name)
+        if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
+            dy.node._rename(f"d_{node.name}")
+        if self.fold and isinstance(dy, fx.Proxy):
+            y, dy = y + dy, ZERO
+        self.values[node], self.tangents[node] = y, dy
+
+    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
+        if not all_zero(self.tangent(node.kwargs)):
+            raise NoRule("a value that varies is passed by keyword")
+        if node.target is operator.getitem and isinstance(tangents[0], tuple):
+            return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
+        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)))  # type: ignore[arg-type]
+
+    def _structured(self, node: fx.Node) -> Scaled:
+        """The structured tangent of a parameter: row scales and response stand just before it in the graph."""
+        by_name = {old.name: value for old, value in self.values.items() if old.op in ("call_module", "get_attr")}
+        scale, response = node.meta["tangent"]
+        return Scaled(by_name[scale], by_name[response])
+
+    def run(self, finish: Callable[[_Pushforward, fx.Node], Any]) -> fx.GraphModule:
+        for node in self.module.graph.nodes:
+            if node.op != "output":
+                self.visit(node)
+                continue
+            self.emitter.source = node
+            result = finish(self, node)
+            if self.problems:
+                raise TransformError(self.problems)
+            output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
+            output.meta = dict(node.meta)
+        return assemble(self.module, self.graph, "Pushforward")
+
+
+def _no_rule(node: fx.Node, reason: str) -> Problem:
+    return Problem(
+        module_path(node),
+        f"{operation_name(node.target)} has no tangent rule ({reason})",
+        source_of(node),
+        "register one (CONTRIBUTING.md, 'add a rule'), or freeze the parameters it depends on",
+    )
+
+
+def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
+    """Training-mode batch norms stop updating their running statistics: only the general step does that (law 3)."""
+    module = copied(module)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is F.batch_norm and node.args[5]:
+            x, _, _, weight, bias, training, _, eps = node.args
+            node.args = (x, None, None, weight, bias, training, 0.0, eps)
+    module.recompile()
+    return module
+
+
+def pushforward(module: fx.GraphModule) -> fx.GraphModule:
+    """hyperized graph f(x, delta) → graph (y, dy) with dy = J_yw Θ delta, in the model's own output structure.
+
+    dy is real zeros where nothing depends on the weights, None for leaves that are not float. Raises TransformError
+    listing every operation that a tangent reaches and that has neither a rule nor a derivative in torch.
+    """
+
+    def pair(walk: _Pushforward, output: fx.Node) -> Any:
+        def real(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return None
+            dy = walk.tangents[leaf]
+            return zeros_tangent(walk.values[leaf]) if dy is ZERO else dy
+
+        return walk.value(output.args[0]), map_aggregate(output.args[0], real)
+
+    return _Pushforward(hold_statistics(module), fold=False).run(pair)
+
+
+def linearized(module: fx.GraphModule) -> fx.GraphModule:
+    """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
+
+    An output that ends in softmax, log-softmax or sigmoid is linearised before it: link(z + dz). Otherwise the loss of
+    y + dy has no lower bound.
+    """
+
+    def add(walk: _Pushforward, output: fx.Node) -> Any:
+        def leaf_sum(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            dy = walk.tangents[leaf]
+            if dy is ZERO:
+                return walk.values[leaf]
+            if leaf.op == "call_function" and leaf.target in _LINKS:
+                z = leaf.args[0]
+                moved = walk.values[z] + walk.tangents[z]
+                return leaf.target(moved, *walk.value(leaf.args[1:]), **walk.value(dict(leaf.kwargs)))
+            return walk.values[leaf] + dy
+
+        return map_aggregate(output.args[0], leaf_sum)
+
+    return _Pushforward(hold_statistics(module), fold=False).run(add)
+
+
+def perturbed(module: fx.GraphModule) -> fx.GraphModule:
+    """hyperized graph → graph of f(x; w₀ + Θ delta), not linearised: each hyperlayer's tangent is added on the spot.
+
+    The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
+    """
+    return _Pushforward(hold_statistics(module), fold=True).run(lambda walk, output: walk.value(output.args[0]))

@@ -1,0 +1,179 @@
+"""The rule table: one tangent rule per canonical operation, and the kinds that make most rules one line.
+
+A rule is called with the tangents, the positional arguments and the keywords of one operation, of which at least one
+tangent is not ZERO, and returns (y, dy). It is written with ordinary operations and staged helpers, so the same rule runs
+on tensors (tests, debugging) and on fx proxies (the pushforward pass).
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fxstn.layers.kernels import expand_like, node_jvp
+from fxstn.staging import call
+from fxstn.tangents import ZERO, Scaled, all_zero
+
+Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). examples: see `fxstn.layout`."""
+
+    kind: str
+    apply: Apply
+
+
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+class NoRule(Exception):
+    """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
+
+
+def register(function: Callable[..., Any], kind: str, apply: Apply) -> None:
+    """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
+    if function in RULES:
+        raise ValueError(f"{function} already has a {RULES[function].kind} rule")
+    RULES[function] = Rule(kind, apply)
+
+
+def linear(*functions: Callable[..., Any]) -> None:
+    """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent."""
+    for function in functions:
+
+        def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+            if not all_zero(tangents[1:]):
+                return fallback(function, tangents, args, kwargs)
+            dx = tangents[0]
+            if isinstance(dx, (list, tuple)):
+                dx = [torch.zeros_like(x) if d is ZERO else d for d, x in zip(dx, args[0], strict=True)]
+            return call(function, *args, **kwargs), call(function, dx, *args[1:], **kwargs)
+
+        register(function, "linear", apply)
+
+
+def pointwise(function: Callable[..., Any], tangent: Callable[..., Any]) -> None:
+    """Depends on its first argument only: dy = tangent(dx, y, x, *further arguments). Symmetric Jacobians included."""
+
+    def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        if not all_zero(tangents[1:]):
+            return fallback(function, tangents, args, kwargs)
+        y = call(function, *args, **kwargs)
+        return y, tangent(tangents[0], y, *args, **kwargs)
+
+    register(function, "pointwise", apply)
+
+
+def additive(function: Callable[..., Any]) -> None:
+    """function(a, b) linear in (a, b) jointly: the operation on the tangents, either of which may be ZERO."""
+
+    def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        y = call(function, *args, **kwargs)
+        da, db = tangents
+        if da is not ZERO and db is not ZERO:
+            return y, call(function, da, db)
+        if db is ZERO:
+            return y, da if isinstance(args[1], (int, float)) else expand_like(da, y)
+        db = call(function, 0, db)
+        return y, db if isinstance(args[0], (int, float)) else expand_like(db, y)
+
+    register(function, "additive", apply)
+
+
+def bilinear(*functions: Callable[..., Any]) -> None:
+    """Linear in each of two arguments: dy = f(da, b) + f(a, db)."""
+    for function in functions:
+
+        def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+            (a, b, *rest), (da, db, *_) = args, tangents
+            terms = [] if da is ZERO else [call(function, da, b, *rest, **kwargs)]
+            terms += [] if db is ZERO else [call(function, a, db, *rest, **kwargs)]
+            return call(function, *args, **kwargs), terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+        register(function, "bilinear", apply)
+
+
+def zero(*functions: Callable[..., Any]) -> None:
+    """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO."""
+    for function in functions:
+        register(function, "zero", lambda _, args, kwargs, function=function: (call(function, *args, **kwargs), ZERO))
+
+
+def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator for a rule written out: body(d, *arguments) → (y, dy).
+
+    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names.
+    """
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(body)
+        names = list(signature.parameters)[1:]
+
+        def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+            bound = signature.bind(None, *args, **kwargs)
+            d = SimpleNamespace(**dict.fromkeys(names, ZERO), **{})
+            d.__dict__.update(zip(names, tangents, strict=False))
+            d.__dict__.update({key: ZERO for key in kwargs})
+            bound.arguments[next(iter(signature.parameters))] = d
+            return body(*bound.args, **bound.kwargs)
+
+        for function in functions:
+            register(function, kind, apply)
+        return body
+
+    return decorate
+
+
+# Operations whose forward mode torch does not have (checked with 2.9 to 2.14), so that a fallback would fail at run time.
+NO_FORWARD_MODE = {
+    torch.nn.functional.grid_sample: "torch has no forward-mode derivative of grid_sampler",
+    torch.nn.functional.scaled_dot_product_attention: "torch has no forward-mode derivative of fused attention",
+    torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
+    torch.bincount: "counting has no derivative",
+    torch.histc: "counting has no derivative",
+}
+
+
+def no_derivative(function: Callable[..., Any]) -> str | None:
+    """Why torch.func.jvp cannot differentiate `function`, or None when nothing is known against it."""
+    if function in NO_FORWARD_MODE:
+        return NO_FORWARD_MODE[function]
+    packet = getattr(function, "_qualified_op_name", None) or getattr(function, "_name", None)
+    if packet and not packet.startswith("aten::"):
+        return f"custom operator {packet} registers no forward-mode derivative"
+    if getattr(function, "__module__", "").startswith(("torch.ops.", "torch._ops.")):
+        return f"custom operator {function} registers no forward-mode derivative"
+    return None
+
+
+def fallback(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
+    if reason := no_derivative(function):
+        raise NoRule(reason)
+    if any(isinstance(tangent, (list, tuple, Scaled, dict)) and not all_zero(tangent) for tangent in tangents):
+        raise NoRule("its varying arguments are inside a list or are structured, which the fallback cannot pass on")
+    both = node_jvp(function)(args, kwargs, tuple(None if not _is_tangent(t) else t for t in tangents))
+    return operator.getitem(both, 0), operator.getitem(both, 1)
+
+
+def _is_tangent(tangent: Any) -> bool:
+    return tangent is not ZERO and not isinstance(tangent, (list, tuple, dict))
+
+
+def apply_rule(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """(y, dy) of one operation; tangents: one entry per positional argument, ZERO where it does not vary.
+
+    Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
+    """
+    if all_zero(tangents):
+        return call(function, *args, **kwargs), ZERO
+    found = RULES.get(function)
+    return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)

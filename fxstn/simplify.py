@@ -1,0 +1,65 @@
+"""Pass 6, simplify: drop what nobody reads and what is computed twice, but never merge two random draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstn.canonicalize import drop_handed_through
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
+
+_EFFECTS = {dropout_mask, alpha_dropout_coefficients, track_batch}
+
+
+def _may_merge(node: fx.Node) -> bool:
+    """Reading an attribute, and calls whose result depends on their arguments alone."""
+    if node.op in ("get_attr", "call_module"):
+        return True
+    if node.op != "call_function" or node.target in _EFFECTS or _updates_statistics(node):
+        return False
+    name = getattr(node.target, "__name__", "")
+    return not any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty"))
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    if node.target is not torch.nn.functional.batch_norm:
+        return False
+    settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
+    return settings.get("mean") is not None and bool(settings.get("training"))
+
+
+def _key(node: fx.Node) -> Any:
+    def hashable(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return (type(value).__name__, *map(hashable, value))
+        if isinstance(value, dict):
+            return tuple(sorted((key, hashable(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            return ("slice", hashable(value.start), hashable(value.stop), hashable(value.step))
+        return (type(value), value)
+
+    key = (node.op, node.target, hashable(node.args), hashable(node.kwargs))
+    hash(key)
+    return key
+
+
+def simplify(module: fx.GraphModule) -> fx.GraphModule:
+    """Common subexpressions and dead values removed; an update of running statistics is never dead."""
+    module = drop_handed_through(module)
+    seen: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if not _may_merge(node):
+            continue
+        try:
+            first = seen.setdefault(_key(node), node)
+        except TypeError:  # an argument that cannot be hashed: leave the node alone
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _updates_statistics(node))
+    module.graph.lint()
+    module.recompile()
+    return module

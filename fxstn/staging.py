@@ -1,0 +1,43 @@
+"""Runtime helpers that can also be staged: called with fx proxies they become one node of the graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import fx
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _proxy_in(value: Any) -> fx.Proxy | None:
+    if isinstance(value, fx.Proxy):
+        return value
+    if isinstance(value, (tuple, list)):
+        return next(filter(None.__ne__, map(_proxy_in, value)), None)
+    return None
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs), or one node that calls it when an argument is an fx.Proxy (methods included)."""
+    proxy = _proxy_in((*args, *kwargs.values()))
+    if proxy is None:
+        return function(*args, **kwargs)
+    return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+
+def staged(function: F) -> F:
+    """Make `function` stage itself as a single call_function node whenever an argument is an fx.Proxy.
+
+    `torch.fx.wrap` only works while `symbolic_trace` patches the module; rules also run outside of it.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        proxy = _proxy_in((*args, *kwargs.values()))
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
+
+    return wrapper  # type: ignore[return-value]

@@ -1,0 +1,92 @@
+"""fxstn.transform: the list of passes, on one screen. Read this first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fxstn.canonicalize import canonicalize
+from fxstn.condition import Binding, bind, condition
+from fxstn.hp import HyperparameterSpace, Spec
+from fxstn.hyperize import hyperize, response_modules, responses
+from fxstn.network import METHODS, SelfTuningNetwork
+from fxstn.pushforward import linearized, perturbed, pushforward
+from fxstn.simplify import simplify
+from fxstn.trace import frozen_modules, trace
+
+# Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
+LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+    "pushforward": pushforward,
+    "linearized": linearized,
+    "perturbed": perturbed,
+}
+
+
+def followed(model: nn.Module, training: bool, frozen: Sequence[str]) -> fx.GraphModule:
+    """trace → canonicalize."""
+    return canonicalize(trace(model, training, frozen))
+
+
+def emit(root: nn.Module, binding: Binding, frozen: Sequence[str], name: str, traced: Any = None) -> fx.GraphModule:
+    """Build one graph by name: "train", "eval", or "pushforward", "linearized", "perturbed", each also with "_eval".
+
+    root holds the children model, response and hparams; traced is the result of `followed` where it is at hand. The
+    passes, in order: trace → canonicalize → condition → hyperize → pushforward (or one of its siblings) → simplify.
+    """
+    evaluating = name.endswith("eval")
+    graph = traced or followed(root.model, not evaluating, frozen)  # type: ignore[arg-type]
+    for child in ("hparams", "response"):
+        graph.add_module(child, root.get_submodule(child))
+    graph = condition(graph, () if evaluating else binding.sites)
+    kind = name.removesuffix("_eval")
+    if kind in LAST_PASS:
+        names = [name.removesuffix(".R") for name, _ in graph.response.named_parameters() if name.endswith(".R")]  # type: ignore[union-attr, operator]
+        graph = LAST_PASS[kind](hyperize(graph, names))
+    return simplify(graph)
+
+
+def transform(
+    model: nn.Module,
+    hparams: Sequence[Spec] | None = None,
+    *,
+    example_inputs: Any = None,
+    method: str = "delta",
+) -> SelfTuningNetwork:
+    """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
+
+    model: any module that symbolic tracing can follow; it is copied, not modified, and keeps its weights. hparams: a
+    list of specs from `fxstn.hp`; None tunes every dropout found, starting at its own strength moved just inside the
+    range, or, where the model has none, inserts dropout at the input and after each top-level stage but the last.
+    example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
+    so here. method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or
+    "stn" (MacKay et al. 2019: uncentred, one objective).
+
+    Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
+    matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    model = copy.deepcopy(model)
+    frozen = tuple(sorted(frozen_modules(model)))
+    graphs = [followed(model, True, frozen), followed(model, False, frozen)]
+    binding = bind(graphs[0], hparams)
+    space = HyperparameterSpace(binding.quantities)
+    fan_ins, _ = responses(graphs)
+    if not fan_ins:
+        raise ValueError(
+            "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
+            "whose parameters it uses directly; fxstn.explain(model) lists why"
+        )
+    reference = next(model.parameters())
+    space.to(device=reference.device, dtype=reference.dtype)
+    network = SelfTuningNetwork(
+        model, response_modules(model, fan_ins, len(space)), space, binding.penalties, method, emit, (binding, frozen)
+    )
+    for name in ("train", "eval", "pushforward", "pushforward_eval"):
+        network.keep(name, emit(network, binding, frozen, name, graphs[name.endswith("eval")]))
+    if example_inputs is not None:
+        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    return network
