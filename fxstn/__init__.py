@@ -3,20 +3,26 @@
 from fxstn import hp
 from fxstn.bilevel import BilevelRunner, DivergedError, History, accuracy, general_loss, hyper_loss, response_loss
 from fxstn.errors import Problem, TransformError
+from fxstn.explain import Explanation, explain
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
+from fxstn.verify import Report, verify
 
 __all__ = [
     "BilevelRunner",
     "DivergedError",
+    "Explanation",
     "History",
     "Problem",
+    "Report",
     "SelfTuningNetwork",
     "TransformError",
     "accuracy",
+    "explain",
     "general_loss",
     "hp",
     "hyper_loss",
     "response_loss",
     "transform",
+    "verify",
 ]

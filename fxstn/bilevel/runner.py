@@ -29,6 +29,7 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
+DEFAULT_RESPONSE_FRACTION = 1.0  # the paper's
 _sgd = partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 
@@ -97,7 +98,7 @@ class BilevelRunner:
         valid_steps: int = 1,
         warmup_epochs: int = 0,
         entropy_weight: float = 1e-3,
-        response_fraction: float = 1.0,
+        response_fraction: float = DEFAULT_RESPONSE_FRACTION,
         perturb: str = "example",
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
         patience: int | None = None,
@@ -219,11 +220,10 @@ class BilevelRunner:
         self._step(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
 
     def _step(self, loss: Tensor, *names: str) -> Tensor:
-        for name in names:
-            self.optimizers[name].zero_grad()
         loss.backward()
-        for name in names:
+        for name in names:  # gradients are freed at once: w₀'s and Θ's never take memory together
             self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
         return loss.detach()
 
     def _part(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:

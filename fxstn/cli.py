@@ -1,0 +1,183 @@
+"""The command line: fxstn tune | bench | explain | verify."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fxstn
+from fxstn import data, hp
+
+
+def build_model(name: str, classes: int) -> nn.Module:
+    """A torchvision model by name, or 'package.module:function' called with num_classes. Raises ValueError if unknown."""
+    if ":" in name:
+        module, _, function = name.partition(":")
+        return getattr(importlib.import_module(module), function)(num_classes=classes)
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(f"--model {name!r} is neither a torchvision classification model nor package.module:function")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception announce other initial weights
+        return models.get_model(name, weights=None, num_classes=classes)
+
+
+def _hparams(args: argparse.Namespace) -> list[hp.Spec]:
+    return [hp.Dropout(), *([hp.WeightDecay("*", shared=args.weight_decay == "shared")] if args.weight_decay != "none" else [])]
+
+
+def loader(dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
+    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def tune(args: argparse.Namespace) -> int:
+    torch.manual_seed(args.seed)
+    split = data.load(args.data, args.image_size, args.train_size, args.valid_size, args.seed, args.data_root)
+    model = build_model(args.model, split.classes)
+    stn = fxstn.transform(model, _hparams(args), method=args.method)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    runner = fxstn.BilevelRunner(
+        stn,
+        F.cross_entropy,
+        loader(split.train, args.batch_size, args.seed),
+        loader(split.valid, args.batch_size, args.seed + 1),
+        optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
+        response_optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
+        hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=args.hyper_lr),
+        metrics={"accuracy": fxstn.accuracy},
+        warmup_epochs=args.warmup_epochs,
+        patience=args.patience,
+        device=args.device,
+        out_dir=out,
+    )
+    history = runner.fit(args.epochs)
+    torch.save(runner.best_model().state_dict(), out / "weights.pt")
+    written = ["history.csv", "weights.pt", "last.pt", "best.pt"]
+    try:
+        history.plot(out / "schedules.png")
+        written.append("schedules.png")
+    except ImportError as error:
+        print(f"no plot: {error}")
+    best, last = history.best(), history.rows[-1]
+    tests = runner.evaluate(DataLoader(split.test, 256))
+    print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
+    print(f"last epoch {last['epoch']}: test loss {tests['valid_loss']:.4f}, accuracy {tests['accuracy']:.3f}")
+    starts = {quantity.name: quantity.init for quantity in stn.hparams.quantities}
+    values = stn.hparams.values()
+    print(tabulate([(n, f"{starts[n]:.3g}", f"{values[n]:.3g}") for n in values], ["hyperparameter", "start", "now"]))
+    print(f"in {out}: {', '.join(written)}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from fxstn import bench as benchmark
+
+    torch.manual_seed(0)
+    model = build_model(args.model, args.num_classes)
+    rows = benchmark.bench(
+        model, args.model, batch_size=args.batch_size, image_size=args.image_size, classes=args.num_classes,
+        names=args.variants, rounds=args.rounds, memory=not args.no_memory, device=args.device,
+    )  # fmt: skip
+    settings = benchmark.environment(args.device) | {"batch_size": args.batch_size, "image_size": args.image_size}
+    print(f"{args.model}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    print(tabulate([list(row.values()) for row in rows], ["variant", "step ms", "ratio", "peak MB", "failed"]))
+    if args.json:
+        benchmark.write_json(args.json, [row | {"model": args.model} | settings for row in rows])
+        print(f"written to {args.json}")
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    explanation = fxstn.explain(build_model(args.model, args.num_classes))
+    print(explanation)
+    return 0 if explanation.ok else 1
+
+
+def verify(args: argparse.Namespace) -> int:
+    torch.manual_seed(args.seed)
+    x = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
+    report = fxstn.verify(build_model(args.model, args.num_classes), x)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fxstn", description="Tune regularisation hyperparameters in one training run (Δ-STN)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    model_help = "a torchvision model, or package.module:function(num_classes)"
+
+    command = commands.add_parser("tune", help="train a model and tune its dropout and weight decay", formatter_class=show_defaults)
+    command.set_defaults(run=tune)
+    command.add_argument("--model", default="resnet18", help=model_help)
+    command.add_argument("--data", default="digits", choices=data.NAMES, help="digits needs no download")
+    command.add_argument("--data-root", help="where torchvision's data lies or is downloaded to (or FXSTN_DATA)")
+    command.add_argument("--train-size", type=int, help="training images (default: 500 digits, all of the others)")
+    command.add_argument("--valid-size", type=int, help="validation images (default: 500 digits, 15%% of the others)")
+    command.add_argument("--image-size", type=int, default=32, help="pixels, images are scaled to it")
+    command.add_argument("--epochs", type=int, default=20, help="epochs in all, those of an earlier call included")
+    command.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    command.add_argument("--method", default="delta", choices=("delta", "centered", "stn"), help="see the README")
+    command.add_argument("--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none")
+    command.add_argument("--lr", type=float, default=1e-2, help="of SGD with momentum 0.9, for weights and response")
+    command.add_argument("--hyper-lr", type=float, default=1e-2, help="of RMSprop for λ")
+    command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
+    command.add_argument("--patience", type=int, help="stop after that many epochs without improvement")
+    command.add_argument("--seed", type=int, default=0, help="of the split, the weights and all noise")
+    command.add_argument("--device", help="default: the CPU")
+    command.add_argument("--out", default="out", help="folder for results; the run resumes from it")
+
+    command = commands.add_parser("bench", help="measure the overhead against plain training", formatter_class=show_defaults)
+    command.set_defaults(run=bench)
+    command.add_argument("model", help=model_help)
+    command.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    command.add_argument("--image-size", type=int, default=32, help="pixels")
+    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+    names = ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")
+    command.add_argument("--variants", nargs="+", default=names, choices=names, help="plain always runs")
+    command.add_argument("--rounds", type=int, default=15, help="alternating rounds, of which the median is taken")
+    command.add_argument("--no-memory", action="store_true", help="skip peak memory (a fresh process per variant)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument("--json", help="also write the rows to this file")
+
+    command = commands.add_parser("explain", help="show what transform makes of a model", formatter_class=show_defaults)
+    command.set_defaults(run=explain)
+    command.add_argument("model", help=model_help)
+    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+
+    command = commands.add_parser("verify", help="check the emitted tangent in float64", formatter_class=show_defaults)
+    command.set_defaults(run=verify)
+    command.add_argument("model", help=model_help)
+    command.add_argument("--batch-size", type=int, default=4, help="examples, at least 2")
+    command.add_argument("--image-size", type=int, default=32, help="pixels")
+    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+    command.add_argument("--seed", type=int, default=0, help="of weights and input")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors a user can mend are printed without a traceback."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, ImportError, fxstn.DivergedError) as error:
+        print(f"fxstn {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Image data sets for the command line: scikit-learn's digits, which need no download, and torchvision's own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three disjoint sets of (image (3, size, size) float, class index) and the number of classes."""
+
+    train: TensorDataset
+    valid: TensorDataset
+    test: TensorDataset
+    classes: int
+
+
+def load(
+    name: str, image_size: int = 32, train: int | None = None, valid: int | None = None, seed: int = 0,
+    root: str | None = None,
+) -> Split:  # fmt: skip
+    """Images of a data set, shuffled by seed and split; three channels, normalised to mean 0 and variance 1.
+
+    digits: 1,797 images; train and valid (default 500 each) are taken, the rest is the test set. The others come from
+    torchvision under `root` (default: the variable FXSTN_DATA), downloaded there when missing; valid (default 15 %) is
+    split off their training set. Raises ValueError for another name or sizes that do not fit.
+    """
+    if name == "digits":
+        images, labels = _digits()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        train, valid = train or 500, valid or 500
+        if train + valid >= len(labels):
+            raise ValueError(f"digits has {len(labels)} images, too few for train={train} and valid={valid} and a test set")
+        parts = order[:train], order[train : train + valid], order[train + valid :]
+        sets = [(images[part], labels[part]) for part in parts]
+    elif name in NAMES:
+        sets = _torchvision(name, train, valid, seed, root or os.environ.get("FXSTN_DATA"))
+    else:
+        raise ValueError(f"data set {name!r} is not one of {', '.join(NAMES)}")
+    mean, std = sets[0][0].mean(), sets[0][0].std()
+    prepared = [TensorDataset(_prepare(x, image_size, mean, std), y) for x, y in sets]
+    return Split(*prepared, classes=10)
+
+
+def _prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
+    images = (images - mean) / std
+    if images.shape[-1] != size:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    return images.expand(-1, 3, -1, -1).contiguous()
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'fxstn[data]'") from error
+    digits = load_digits()
+    return torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1), torch.tensor(digits.target)
+
+
+def _torchvision(
+    name: str, train: int | None, valid: int | None, seed: int, root: str | None
+) -> list[tuple[Tensor, Tensor]]:
+    from torchvision import datasets
+
+    if root is None:
+        raise ValueError(f"--data {name} needs --data-root DIR (or the variable FXSTN_DATA): where to find or download it")
+    dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+
+    def tensors(training: bool) -> tuple[Tensor, Tensor]:
+        part = dataset(root, train=training, download=True)
+        images = torch.as_tensor(part.data).float() / 255
+        return (images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)), torch.as_tensor(part.targets)
+
+    images, labels = tensors(True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    valid = valid or int(0.15 * len(labels))
+    train = train or len(labels) - valid
+    if train + valid > len(labels):
+        raise ValueError(f"{name} has {len(labels)} training images, too few for train={train} and valid={valid}")
+    chosen = order[:train], order[train : train + valid]
+    return [*((images[part], labels[part]) for part in chosen), tensors(False)]

@@ -1,0 +1,111 @@
+"""fxstn.explain: what transform would make of a model, node by node, problems first."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from fxstn.condition import bind
+from fxstn.errors import Problem, TransformError, module_path, operation_name
+from fxstn.hp import Spec
+from fxstn.hyperize import responses
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.trace import frozen_modules
+from fxstn.transform import followed, transform
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node: module path, operation, what became of it, and by which kind of rule."""
+
+    module: str
+    operation: str
+    became: str
+    rule: str
+
+
+@dataclass
+class Explanation:
+    """Printable. problems: what stands in the way of transform; rows: the nodes; notes: parameters without response."""
+
+    problems: list[Problem] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        parts = []
+        if self.problems:
+            parts.append(f"PROBLEMS ({len(self.problems)})\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+        if self.rows:
+            cells = [(row.module, row.operation, row.became, row.rule) for row in self.rows]
+            parts.append(tabulate(cells, headers=["module", "operation", "became", "rule"]))
+            kinds = Counter(row.rule for row in self.rows)
+            parts.append("nodes by rule: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+        return "\n\n".join(parts + (["\n".join(self.notes)] if self.notes else []))
+
+
+def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inputs: Any = None) -> Explanation:
+    """What `fxstn.transform(model, hparams)` does with every node that matters, or why it cannot.
+
+    Arguments as for `transform`. Never raises for an unsupported model: its problems come first in the table, each with
+    module path, source line and remedy.
+    """
+    explanation = Explanation()
+    try:
+        _parameters(explanation, model)
+        stn = transform(model, hparams, example_inputs=example_inputs)
+        _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
+    except TransformError as error:
+        explanation.problems += error.problems
+    except Exception as error:
+        explanation.problems.append(Problem("", f"{type(error).__name__}: {error}", "", "see above for what was found"))
+    return explanation
+
+
+def _parameters(explanation: Explanation, model: nn.Module) -> None:
+    frozen = frozen_modules(model)
+    graphs = [followed(model, training, frozen) for training in (True, False)]
+    chosen, left_out = responses(graphs)
+    explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
+    reasons = Counter(reason.partition(" in '")[0] for reason in left_out.values())
+    for reason, count in reasons.most_common():
+        example = next(name for name, why in left_out.items() if why.startswith(reason))
+        explanation.notes.append(f"{count} parameters get no response, such as '{example}': {reason}")
+    unread = [name for name, _ in model.named_parameters() if name not in chosen and name not in left_out]
+    if unread:
+        explanation.notes.append(f"{len(unread)} parameters are read by no operation, such as '{unread[0]}'")
+    try:
+        bind(graphs[0], None)
+    except ValueError as error:
+        explanation.notes.append(str(error))
+
+
+def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ...]) -> None:
+    rows: list[Row] = []
+    for node in graph.graph.nodes:
+        if node.target in (dropout_mask, alpha_dropout_coefficients):
+            p = node.args[1]
+            tuned = isinstance(p, fx.Node) and p.target is operator.getitem
+            became = f"strength from λ: {names[p.args[1][1]]}" if tuned else f"kept, p = {p}"
+            rows.append(Row(module_path(node), "dropout", became, "conditioned" if tuned else "fixed noise"))
+        elif "rule" in node.meta:
+            became = "responds to λ" if node.meta["rule"] == "hyperlayer" else "carries a tangent"
+            rows.append(Row(module_path(node), _original_name(node), became, node.meta["rule"]))
+    explanation.rows = sorted(rows, key=lambda row: row.rule != "fallback")
+
+
+def _original_name(node: fx.Node) -> str:
+    """The name of the operation a primal node had before a rule that computes it along with its tangent."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].name.startswith("t_"):
+        return operation_name(node.args[0].target).rpartition(".")[2].replace("_with_statistics", "").replace("_with_indices", "")
+    return operation_name(node.target)

@@ -1,0 +1,228 @@
+"""fxstn.verify: the emitted tangent against a central difference of the original model, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxstn.canonicalize import DROPOUTS
+from fxstn.condition import Binding, bind
+from fxstn.hp import Spec
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.response import Response
+from fxstn.network import SelfTuningNetwork
+from fxstn.trace import frozen_modules
+from fxstn.transform import followed, transform
+
+STEPS = (1e-6, 3e-7, 1e-7)
+_CHANNELWISE = {torch.nn.functional.dropout1d, torch.nn.functional.dropout2d, torch.nn.functional.dropout3d}
+
+
+class ReplayedDropout(TorchFunctionMode):
+    """Runs an original model with the draws that an emitted graph makes from the same seed, at the given rates.
+
+    rates: one per dropout call, in execution order; the model's own where None.
+    """
+
+    def __init__(self, rates: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.rates = iter(rates)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        settings = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+        if function not in DROPOUTS or not settings.get("training", True):
+            return function(*args, **kwargs)
+        rate = next(self.rates)
+        x, p = settings["input"], settings.get("p", 0.5) if rate is None else rate
+        if "alpha" in function.__name__:
+            multiplier, shift = alpha_dropout_coefficients(x, p, "feature" in function.__name__)
+            return x * multiplier + shift
+        return x * dropout_mask(x, p, function in _CHANNELWISE)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. error: relative, ‖dy − difference‖ / ‖difference‖. against: what the difference was taken of."""
+
+    mode: str
+    against: str
+    seed: int
+    error: float
+
+
+@dataclass
+class Report:
+    """What `verify` found. ok: every mode has a point with relative error ≤ tolerance. print() shows a table."""
+
+    tolerance: float
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def max_error(self) -> float:
+        """The largest over modes of the smallest error over seeds: kinks are met by choosing the point (DESIGN, law 1)."""
+        kinds = {(check.mode, check.against) for check in self.checks}
+        return max(min(c.error for c in self.checks if (c.mode, c.against) == kind) for kind in kinds)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.checks) and self.max_error <= self.tolerance
+
+    def __str__(self) -> str:
+        rows = [(check.mode, check.against, check.seed, f"{check.error:.1e}") for check in self.checks]
+        table = tabulate(rows, headers=["mode", "central difference of", "seed", "relative error"])
+        return f"{table}\n{'ok' if self.ok else 'NOT ok'}: largest error {self.max_error:.1e}, tolerance {self.tolerance:.0e}"
+
+
+def _flat(output: Any) -> Tensor:
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.flatten() for leaf in leaves])
+
+
+def central_difference(function: Callable[[float], Any]) -> list[Tensor]:
+    """(f(s) − f(−s)) / 2s for the steps s in STEPS, flattened."""
+    with torch.no_grad():
+        return [(_flat(function(step)) - _flat(function(-step))) / (2 * step) for step in STEPS]
+
+
+def relative_error(tangent: Any, differences: Sequence[Tensor]) -> float:
+    """Smallest relative error over the steps: too long a step crosses kinks, too short a one loses digits."""
+    flat = _flat(tangent)
+    return min(((flat - d).norm() / d.norm().clamp_min(1e-12)).item() for d in differences)
+
+
+def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
+    """A float64 copy at a generic point: norm affines shifted a little, running statistics those of one forward."""
+    model = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    momenta = [module.momentum for module in norms]
+    was_training = model.training
+    with torch.no_grad():
+        for module in norms:
+            for parameter in (module.weight, module.bias):
+                if parameter is not None:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            module.momentum = 1.0
+        model.train()(*inputs)
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.momentum = momentum
+    return model.train(was_training)
+
+
+def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
+    """Random response parameters and a random delta of unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in stn.response.modules():
+            if isinstance(module, Response):
+                module.U.copy_(0.05 * torch.randn(module.U.shape, generator=generator))
+    delta = torch.randn(len(stn.hparams), generator=generator).to(stn.hparams.unconstrained)
+    return delta / delta.norm()
+
+
+def _rates(stn: SelfTuningNetwork, binding: Binding, model: nn.Module) -> list[Tensor | None]:
+    """Rates of the dropout calls of the original model, in execution order: tuned ones at λ₀."""
+    strengths = stn.hparams()
+    taken = {site.node: strengths[site.index] for site in binding.sites if not site.insert}
+    graph = followed(model, True, frozen_modules(model)).graph
+    return [taken.get(node.name) for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
+
+
+def verify(
+    model: nn.Module, *inputs: Any, hparams: Sequence[Spec] | None = None, tolerance: float = 1e-6, seeds: int = 3
+) -> Report:
+    """Check the tangent that `transform` emits for this model, in train and in eval mode.
+
+    inputs: as for the model, batch ≥ 2; converted to float64. The witness is a central difference of the *original*
+    model along `best_response`; where hparams insert dropout, which the original does not have, the emitted training
+    graph is compared with its own difference besides, and the original with a transform without the insertions. Points
+    are drawn from `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
+    """
+    report = Report(tolerance)
+    inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    passed: set[tuple[str, str]] = set()
+    with torch.random.fork_rng():
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            original = _prepare(model, inputs, seed)
+            stn = transform(original, hparams)
+            binding = bind(followed(original, True, frozen_modules(original)), hparams)
+            delta = _randomize(stn, seed)
+            for mode, against, error in _comparisons(stn, original, binding, inputs, delta, seed, passed):
+                report.checks.append(Check(mode, against, seed, error))
+                if error <= tolerance:
+                    passed.add((mode, against))
+            if report.ok:
+                break
+    return report
+
+
+def _comparisons(
+    stn: SelfTuningNetwork,
+    original: nn.Module,
+    binding: Binding,
+    inputs: tuple,
+    delta: Tensor,
+    seed: int,
+    passed: set[tuple[str, str]],
+) -> Any:
+    """(mode, against, error) of every comparison that has not passed yet."""
+    rates = _rates(stn, binding, original)
+    inserts = any(site.insert for site in binding.sites)
+
+    def of_original(step: float, training: bool) -> Any:
+        torch.manual_seed(seed)
+        module = copy.deepcopy(original).train(training)
+        _freeze(module, original, training)
+        with ReplayedDropout(rates):
+            return functional_call(module, stn.best_response(step * delta), inputs)
+
+    def of_graph(step: float) -> Any:
+        torch.manual_seed(seed)
+        graph = stn.graph("train")
+        weights = {f"model.{name}": value for name, value in stn.best_response(step * delta).items()}
+        return functional_call(graph, weights, inputs)
+
+    def tangent(network: SelfTuningNetwork, training: bool) -> Any:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return network.train(training).pushforward(*inputs, delta=delta)[1]
+
+    def without_insertions() -> SelfTuningNetwork:
+        plain = copy.deepcopy(stn)
+        sites = tuple(site for site in binding.sites if not site.insert)
+        plain._recipe = (Binding(binding.quantities, sites, binding.penalties), *plain._recipe[1:])
+        return plain
+
+    if ("eval", "original model") not in passed:
+        differences = central_difference(lambda step: of_original(step, False))
+        yield "eval", "original model", relative_error(tangent(stn, False), differences)
+    if ("train", "original model") not in passed:
+        network = without_insertions() if inserts else stn
+        differences = central_difference(lambda step: of_original(step, True))
+        yield "train", "original model", relative_error(tangent(network, True), differences)
+    if inserts and ("train", "training graph") not in passed:
+        buffers = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
+        differences = central_difference(of_graph)
+        for name, buffer in stn.model.named_buffers():
+            buffer.copy_(buffers[name])
+        yield "train", "training graph", relative_error(tangent(stn, True), differences)
+
+
+def _freeze(module: nn.Module, original: nn.Module, training: bool) -> None:
+    if training:
+        frozen = frozen_modules(original)
+        for name, child in module.named_modules():
+            if name in frozen:
+                child.training = False
