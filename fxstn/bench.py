@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 def variants(model: nn.Module, x: Tensor, target: Tensor, names: Sequence[str]) -> dict[str, Callable[[], None]]:
     """name → one inner step, optimizer included. A schedule's step is a whole cycle of TRAIN_STEPS inner steps."""
-    sgd = {"lr": 1e-3, "momentum": 0.9}
+    sgd = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
     stn = transform(model).train()
-    general = _stepper(torch.optim.SGD(stn.general_parameters(), **sgd))
-    response = _stepper(torch.optim.SGD(stn.response_parameters(), **sgd))
+    general = _stepper(sgd(stn.general_parameters()))
+    response = _stepper(sgd(stn.response_parameters()))
     hyper = _stepper(torch.optim.RMSprop(stn.hparams.parameters(), lr=1e-3))
     made: dict[str, Callable[[], None]] = {}
 
@@ -90,7 +91,7 @@ def variants(model: nn.Module, x: Tensor, target: Tensor, names: Sequence[str]) 
 
     if "plain" in names:
         plain = plain_baseline(model).train()
-        plain_step = _stepper(torch.optim.SGD(plain.parameters(), **sgd))
+        plain_step = _stepper(sgd(plain.parameters()))
         made["plain"] = lambda: plain_step(F.cross_entropy(plain(x), target))
     made["general"] = lambda: general(general_loss(stn, F.cross_entropy, x, target))
     made["response"] = lambda: response(response_loss(stn, F.cross_entropy, x, target))
@@ -109,7 +110,7 @@ def _func_jvp_per_example(stn: SelfTuningNetwork, x: Tensor, target: Tensor) -> 
     epsilon = stn.hparams.sample(len(x)).detach()
     graph = stn.graph("perturbed")  # batch statistics recomputed, none updated: torch.func.jvp refuses the update
     with held(stn.general_parameters()):
-        y, dy = torch.func.jvp(
+        y, dy = torch.func.jvp(  # type: ignore[misc]
             lambda delta: graph(x, condition=epsilon, delta=delta), (torch.zeros_like(epsilon),), (epsilon,)
         )
     return F.cross_entropy(y + dy, target)
@@ -129,7 +130,7 @@ def _func_jvp_per_batch(stn: SelfTuningNetwork, functional: nn.Module, x: Tensor
     weights = {name: parameter.detach() for name, parameter in functional.named_parameters()}
     changes = parameter_changes(stn.response, stn.hparams.sample(1)[0].detach())
     tangents = {name: changes.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
-    y, dy = torch.func.jvp(lambda w: functional_call(functional, w, (x,)), (weights,), (tangents,))
+    y, dy = torch.func.jvp(lambda w: functional_call(functional, w, (x,)), (weights,), (tangents,))  # type: ignore[misc]
     return F.cross_entropy(y + dy, target)
 
 
@@ -144,7 +145,9 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step_times(steps: dict[str, Callable[[], None]], rounds: int, warmup: int, device: str, quiet: bool) -> dict[str, float]:
+def step_times(
+    steps: dict[str, Callable[[], None]], rounds: int, warmup: int, device: str, quiet: bool
+) -> dict[str, float]:
     """Median seconds per inner step; the variants alternate within each round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(warmup + rounds), desc="rounds", disable=True if quiet else None):

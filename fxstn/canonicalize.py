@@ -83,7 +83,8 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
-    norm, graph, path = module.get_submodule(node.target), module.graph, node.target
+    graph, path = module.graph, str(node.target)
+    norm: Any = module.get_submodule(path)
     tracked = norm.running_mean is not None
     training = node.meta["training"] or not tracked
 
@@ -122,7 +123,9 @@ def _lookup(target: Any) -> tuple[Any, bool]:
                 return SPELLINGS.get(found, found), True
         return None, True
     if isinstance(target, str):
-        found = getattr(torch, name, None) if name not in _SIZES and hasattr(torch, name) else getattr(torch.Tensor, name)
+        found = (
+            getattr(torch, name, None) if name not in _SIZES and hasattr(torch, name) else getattr(torch.Tensor, name)
+        )
         return SPELLINGS.get(found, found), False
     return target, False
 
@@ -154,7 +157,9 @@ def _respell(node: fx.Node) -> str | None:
     if function in (torch.softmax, torch.log_softmax):
         kwargs.pop("_stacklevel", None)
     if function in _LAYERS:
-        args += [kwargs.pop(name) for name in _LAYER_ARGUMENTS[len(args) :] if name in kwargs and not _gap(kwargs, name)]
+        args += [
+            kwargs.pop(name) for name in _LAYER_ARGUMENTS[len(args) :] if name in kwargs and not _gap(kwargs, name)
+        ]
     node.op, node.target, node.args, node.kwargs = "call_function", function, tuple(args), kwargs
     node.meta["inplace"] = in_place
     return None
@@ -208,7 +213,9 @@ def _by_value(node: fx.Node) -> Iterator[Problem]:
     for alias in _aliases(mutated):
         later = [user for user in _later_users(alias, node) if user.target not in (getattr, torch.Tensor.size)]
         if later and not (alias.op == "call_function" and _reads_after(alias, node)):
-            what = f"{operation_name(node.target)} in place on a tensor whose memory '{alias.name}' shares and reads later"
+            what = (
+                f"{operation_name(node.target)} in place on a tensor whose memory '{alias.name}' shares and reads later"
+            )
             yield Problem(module_path(node), what, source_of(node), "write it without changing a tensor in place")
     for user in _later_users(mutated, node):
         user.replace_input_with(mutated, node)
@@ -230,7 +237,8 @@ def _simplify_structure(node: fx.Node) -> None:
         else:
             node.args, node.kwargs = (node.args[0], p, True), {}
     elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
-        structure = node.target(*node.args, **node.kwargs)
+        arguments: Any = node.args
+        structure: Any = node.target(*arguments, **node.kwargs)
         for user in list(node.users):
             if user.op == "output":
                 user.args = (fx.node.map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
@@ -248,7 +256,7 @@ def _bypass(node: fx.Node) -> None:
 
 
 def _dropout_settings(node: fx.Node) -> tuple[float, bool]:
-    settings = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
+    settings: dict[str, Any] = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
     return settings.get("p", 0.5), bool(settings.get("training", True))
 
 
@@ -261,4 +269,3 @@ def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
             module.graph.erase_node(node)
     module.recompile()
     return module
-

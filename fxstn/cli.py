@@ -34,7 +34,10 @@ def build_model(name: str, classes: int) -> nn.Module:
 
 
 def _hparams(args: argparse.Namespace) -> list[hp.Spec]:
-    return [hp.Dropout(), *([hp.WeightDecay("*", shared=args.weight_decay == "shared")] if args.weight_decay != "none" else [])]
+    return [
+        hp.Dropout(),
+        *([hp.WeightDecay("*", shared=args.weight_decay == "shared")] if args.weight_decay != "none" else []),
+    ]
 
 
 def loader(dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
@@ -121,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     model_help = "a torchvision model, or package.module:function(num_classes)"
 
-    command = commands.add_parser("tune", help="train a model and tune its dropout and weight decay", formatter_class=show_defaults)
+    command = commands.add_parser(
+        "tune", help="train a model and tune its dropout and weight decay", formatter_class=show_defaults
+    )
     command.set_defaults(run=tune)
     command.add_argument("--model", default="resnet18", help=model_help)
     command.add_argument("--data", default="digits", choices=data.NAMES, help="digits needs no download")
@@ -132,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, default=20, help="epochs in all, those of an earlier call included")
     command.add_argument("--batch-size", type=int, default=64, help="examples per step")
     command.add_argument("--method", default="delta", choices=("delta", "centered", "stn"), help="see the README")
-    command.add_argument("--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none")
+    command.add_argument(
+        "--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none"
+    )
     command.add_argument("--lr", type=float, default=1e-2, help="of SGD with momentum 0.9, for weights and response")
     command.add_argument("--hyper-lr", type=float, default=1e-2, help="of RMSprop for λ")
     command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
@@ -141,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="default: the CPU")
     command.add_argument("--out", default="out", help="folder for results; the run resumes from it")
 
-    command = commands.add_parser("bench", help="measure the overhead against plain training", formatter_class=show_defaults)
+    command = commands.add_parser(
+        "bench", help="measure the overhead against plain training", formatter_class=show_defaults
+    )
     command.set_defaults(run=bench)
     command.add_argument("model", help=model_help)
     command.add_argument("--batch-size", type=int, default=64, help="examples per step")

@@ -8,18 +8,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn.canonicalize import DROPOUTS
 from fxstn.errors import module_path
-from fxstn.graphs import add_placeholder, copied, placeholders
+from fxstn.graphs import add_placeholder, copied, model_of, placeholders
 from fxstn.hp import Dropout, Quantity, Scalar, Spec, WeightDecay, start_inside
 from fxstn.hyperize import layer_weights
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
+from fxstn.layers.response import for_all_examples
+from fxstn.layout import layouts
 
 _CHANNELWISE = {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 _ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
@@ -62,8 +65,6 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
 
     Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
     """
-    model = module.model
-    assert isinstance(model, nn.Module)
     quantities: list[Quantity] = []
     sites: list[Site] = []
     penalties: list[tuple[str, int]] = []
@@ -103,13 +104,13 @@ def _dropout_sites(module: fx.GraphModule, spec: Dropout) -> Iterator[tuple[str,
     if not spec.where:
         if existing:
             for path, nodes in existing.items():
-                yield path, [(node.name,) for node in nodes], start_inside(float(nodes[0].args[1]), spec)
+                yield path, [(node.name,) for node in nodes], start_inside(float(nodes[0].args[1]), spec)  # type: ignore[arg-type]
         else:
             yield "input", _input_places(module), None
             for path, node in _stages(module):
                 yield path, [(node.name, True)], None
         return
-    names = ["input", *(name for name, _ in module.model.named_modules())]
+    names = ["input", *(name for name, _ in model_of(module).named_modules())]
     matched = spec.match([*names, *(path for path in existing if path not in names)])
     to_insert = [path for path in matched if path not in existing and path != "input"]
     outermost = [p for p in to_insert if not any(_contains(q, p) for q in to_insert)]
@@ -151,7 +152,7 @@ def _stages(module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
 
     A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten.
     """
-    root, prefix = module.model, ""
+    root, prefix = model_of(module), ""
     while len(children := dict(root.named_children())) == 1 and not list(root.parameters(recurse=False)):
         ((name, root),) = children.items()
         prefix += f"{name}."
@@ -198,6 +199,7 @@ def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
     by_name = {node.name: node for node in graph.nodes}
     placeholder = add_placeholder(graph, "condition")
     strengths: fx.Node | None = None
+    found = layouts(graph)
     last_input = placeholders(graph)[-1]
 
     def strength(site: Site, before: fx.Node) -> fx.Node:
@@ -207,7 +209,11 @@ def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
                 strengths = graph.create_node("call_module", "hparams", (placeholder,), name="strengths")
         with graph.inserting_before(before):
             name = f"{site.path or 'output'}_p".replace(".", "_")
-            return graph.create_node("call_function", operator.getitem, (strengths, (..., site.index)), name=name)
+            index: Any = (..., site.index)
+            p = graph.create_node("call_function", operator.getitem, (strengths, index), name=name)
+            if found[by_name[site.node]] == 0:
+                return p
+            return graph.call_function(for_all_examples, (p, 0, f"dropout at '{site.path}'"))
 
     taken = {site.node: site for site in sites if not site.insert}
     for node in list(graph.nodes):

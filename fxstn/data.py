@@ -38,7 +38,9 @@ def load(
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         train, valid = train or 500, valid or 500
         if train + valid >= len(labels):
-            raise ValueError(f"digits has {len(labels)} images, too few for train={train} and valid={valid} and a test set")
+            raise ValueError(
+                f"digits has {len(labels)} images, too few for train={train} and valid={valid} and a test set"
+            )
         parts = order[:train], order[train : train + valid], order[train + valid :]
         sets = [(images[part], labels[part]) for part in parts]
     elif name in NAMES:
@@ -47,7 +49,7 @@ def load(
         raise ValueError(f"data set {name!r} is not one of {', '.join(NAMES)}")
     mean, std = sets[0][0].mean(), sets[0][0].std()
     prepared = [TensorDataset(_prepare(x, image_size, mean, std), y) for x, y in sets]
-    return Split(*prepared, classes=10)
+    return Split(prepared[0], prepared[1], prepared[2], classes=10)
 
 
 def _prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -72,7 +74,9 @@ def _torchvision(
     from torchvision import datasets
 
     if root is None:
-        raise ValueError(f"--data {name} needs --data-root DIR (or the variable FXSTN_DATA): where to find or download it")
+        raise ValueError(
+            f"--data {name} needs --data-root DIR (or the variable FXSTN_DATA): where to find or download it"
+        )
     dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
 
     def tensors(training: bool) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,9 @@ class Explanation:
     def __str__(self) -> str:
         parts = []
         if self.problems:
-            parts.append(f"PROBLEMS ({len(self.problems)})\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+            parts.append(
+                f"PROBLEMS ({len(self.problems)})\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+            )
         if self.rows:
             cells = [(row.module, row.operation, row.became, row.rule) for row in self.rows]
             parts.append(tabulate(cells, headers=["module", "operation", "became", "rule"]))
@@ -107,5 +109,10 @@ def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ..
 def _original_name(node: fx.Node) -> str:
     """The name of the operation a primal node had before a rule that computes it along with its tangent."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].name.startswith("t_"):
-        return operation_name(node.args[0].target).rpartition(".")[2].replace("_with_statistics", "").replace("_with_indices", "")
+        return (
+            operation_name(node.args[0].target)
+            .rpartition(".")[2]
+            .replace("_with_statistics", "")
+            .replace("_with_indices", "")
+        )
     return operation_name(node.target)

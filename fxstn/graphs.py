@@ -13,6 +13,11 @@ def assemble(root: nn.Module, graph: fx.Graph, name: str = "Graph") -> fx.GraphM
     return module
 
 
+def model_of(module: fx.GraphModule) -> nn.Module:
+    """The original network that a graph reads its parameters from."""
+    return module.get_submodule("model")
+
+
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph a pass may edit; names and meta are kept, parameters shared."""
     graph = fx.Graph()
@@ -31,7 +36,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 def add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
     """A new last input with default None (before **kwargs, where the model takes any)."""
     existing = placeholders(graph)
-    if any(node.target.lstrip("*") == name for node in existing):
+    if any(str(node.target).lstrip("*") == name for node in existing):
         raise ValueError(f"the model's forward has an input named {name!r}, which fxstn needs; rename that input")
     keyword = [node for node in existing if str(node.target).startswith("**")]
     anchor = keyword[0] if keyword else next(n for n in graph.nodes if n.op != "placeholder")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxstn.errors import module_path, operation_name
-from fxstn.graphs import add_placeholder, copied
+from fxstn.graphs import add_placeholder, copied, model_of
 from fxstn.layers.response import Response
 from fxstn.rules import RULES
 
@@ -26,7 +26,7 @@ class Reading:
 
 def readings(module: fx.GraphModule) -> list[Reading]:
     """Every reading of every parameter of the model in a canonical graph."""
-    names = {f"model.{name}": name for name, _ in module.model.named_parameters()}  # type: ignore[union-attr]
+    names = {f"model.{name}": name for name, _ in model_of(module).named_parameters()}
     found = []
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in names:
@@ -49,7 +49,7 @@ def responses(graphs: Sequence[fx.GraphModule]) -> tuple[dict[str, int], dict[st
 
     A parameter needs every operation that reads it, in every graph, to be a hyperlayer: all of them must see one Δw.
     """
-    parameters = dict(graphs[0].model.named_parameters())  # type: ignore[union-attr]
+    parameters = dict(model_of(graphs[0]).named_parameters())
     all_readings = [reading for graph in graphs for reading in readings(graph)]
     chosen: dict[str, int] = {}
     left_out: dict[str, str] = {}
@@ -61,7 +61,11 @@ def responses(graphs: Sequence[fx.GraphModule]) -> tuple[dict[str, int], dict[st
             left_out[name] = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
         elif name not in chosen:
             weight = reading.node.args[1]
-            owner = weight.target.removeprefix("model.") if isinstance(weight, fx.Node) and weight.op == "get_attr" else name
+            owner = (
+                str(weight.target).removeprefix("model.")
+                if isinstance(weight, fx.Node) and weight.op == "get_attr"
+                else name
+            )
             chosen[name] = max(1, parameters.get(owner, parameters[name])[0].numel())
     return {name: fan_in for name, fan_in in chosen.items() if name not in left_out}, left_out
 

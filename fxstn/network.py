@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
-from fxstn.layers.response import Response, parameter_changes
+from fxstn.layers.response import Response, for_all_examples, parameter_changes
 
 METHODS = ("delta", "centered", "stn")
 
@@ -58,6 +58,7 @@ class SelfTuningNetwork(nn.Module):
         self.penalties, self.method = tuple(penalties), method
         self._emit, self._recipe = emit, recipe
         self._graphs: dict[str, fx.GraphModule] = {}
+        self._per_example: bool | None = None
         self.train(model.training)
 
     # Graphs
@@ -74,6 +75,15 @@ class SelfTuningNetwork(nn.Module):
         if name not in self._graphs:
             self._graphs[name] = self._emit(self, *self._recipe, name)
         return self._graphs[name]
+
+    @property
+    def per_example(self) -> bool:
+        """Whether every layer can be perturbed per example: the graphs know where the examples are everywhere."""
+        if self._per_example is None:
+            graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
+            lost = [node for graph in graphs for node in graph.graph.nodes if node.target is for_all_examples]
+            self._per_example = not lost
+        return self._per_example
 
     def keep(self, name: str, graph: fx.GraphModule) -> None:
         """Remember a graph that was already built."""

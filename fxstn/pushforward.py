@@ -14,6 +14,8 @@ from torch.fx.node import map_aggregate, map_arg
 from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import assemble, copied
 from fxstn.layers.kernels import zeros_tangent
+from fxstn.layers.response import for_all_examples
+from fxstn.layout import layouts
 from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.tangents import ZERO, Scaled, all_zero
 
@@ -27,7 +29,9 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         super().__init__(graph)
         self.source: fx.Node | None = None
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> Any:
         assert self.source is not None
         node = self.graph.create_node(kind, target, args, kwargs, f"t_{self.source.name}", type_expr)
         node.meta["scope"] = self.source.meta.get("scope", ())
@@ -39,6 +43,7 @@ class _Pushforward:
 
     def __init__(self, module: fx.GraphModule, fold: bool) -> None:
         self.module, self.fold = module, fold
+        self.layouts = layouts(module.graph)
         self.graph = fx.Graph()
         self.emitter = _Emitter(self.graph)
         self.values: dict[fx.Node, fx.Proxy] = {}
@@ -46,13 +51,15 @@ class _Pushforward:
         self.problems: list[Problem] = []
 
     def value(self, structure: Any) -> Any:
-        return map_arg(structure, lambda node: self.values[node])
+        lookup: Any = self.values.__getitem__
+        return map_arg(structure, lookup)
 
     def tangent(self, structure: Any) -> Any:
         """The structure with each node replaced by its tangent and everything else by ZERO."""
         if isinstance(structure, slice):
             return ZERO
-        return map_aggregate(structure, lambda leaf: self.tangents[leaf] if isinstance(leaf, fx.Node) else ZERO)
+        lookup: Any = lambda leaf: self.tangents[leaf] if isinstance(leaf, fx.Node) else ZERO  # noqa: E731
+        return map_aggregate(structure, lookup)
 
     def copy(self, node: fx.Node) -> fx.Proxy:
         new = self.graph.node_copy(node, lambda old: self.values[old].node)
@@ -61,6 +68,8 @@ class _Pushforward:
     def visit(self, node: fx.Node) -> None:
         self.emitter.source = node
         tangents = tuple(self.tangent(argument) for argument in node.args) if node.op == "call_function" else ()
+        if any(isinstance(tangent, Scaled) for tangent in tangents) and self.layouts[node] != 0:
+            tangents = tuple(self._for_all_examples(tangent, node) for tangent in tangents)
         if all_zero(tangents) and all_zero(self.tangent(node.kwargs) if node.op == "call_function" else ()):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
             if "tangent" in node.meta:
@@ -86,13 +95,18 @@ class _Pushforward:
             return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
         return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)))  # type: ignore[arg-type]
 
+    def _for_all_examples(self, tangent: Any, node: fx.Node) -> Any:
+        if not isinstance(tangent, Scaled):
+            return tangent
+        return Scaled(for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"), tangent.response)
+
     def _structured(self, node: fx.Node) -> Scaled:
         """The structured tangent of a parameter: row scales and response stand just before it in the graph."""
         by_name = {old.name: value for old, value in self.values.items() if old.op in ("call_module", "get_attr")}
         scale, response = node.meta["tangent"]
         return Scaled(by_name[scale], by_name[response])
 
-    def run(self, finish: Callable[[_Pushforward, fx.Node], Any]) -> fx.GraphModule:
+    def run(self, finish: Callable[[_Pushforward, Any], Any]) -> fx.GraphModule:
         for node in self.module.graph.nodes:
             if node.op != "output":
                 self.visit(node)
@@ -160,7 +174,7 @@ def linearized(module: fx.GraphModule) -> fx.GraphModule:
             if dy is ZERO:
                 return walk.values[leaf]
             if leaf.op == "call_function" and leaf.target in _LINKS:
-                z = leaf.args[0]
+                z: Any = leaf.args[0]
                 moved = walk.values[z] + walk.tangents[z]
                 return leaf.target(moved, *walk.value(leaf.args[1:]), **walk.value(dict(leaf.kwargs)))
             return walk.values[leaf] + dy

@@ -15,7 +15,7 @@ def _proxy_in(value: Any) -> fx.Proxy | None:
     if isinstance(value, fx.Proxy):
         return value
     if isinstance(value, (tuple, list)):
-        return next(filter(None.__ne__, map(_proxy_in, value)), None)
+        return next((proxy for proxy in map(_proxy_in, value) if proxy is not None), None)
     return None
 
 

@@ -133,7 +133,7 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = ()) -> fx.
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
         raise _Refused(tracer.path_of_current(), what, "write it with torch operations")
 
-    patch = mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function))
+    patch: Any = mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function))
     with _mode_of(model, training, frozen):
         try:
             if any(getattr(model, hooks) for hooks in _HOOKS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -25,12 +25,12 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
 }
 
 
-def followed(model: nn.Module, training: bool, frozen: Sequence[str]) -> fx.GraphModule:
+def followed(model: nn.Module, training: bool, frozen: Collection[str]) -> fx.GraphModule:
     """trace → canonicalize."""
     return canonicalize(trace(model, training, frozen))
 
 
-def emit(root: nn.Module, binding: Binding, frozen: Sequence[str], name: str, traced: Any = None) -> fx.GraphModule:
+def emit(root: nn.Module, binding: Binding, frozen: Collection[str], name: str, traced: Any = None) -> fx.GraphModule:
     """Build one graph by name: "train", "eval", or "pushforward", "linearized", "perturbed", each also with "_eval".
 
     root holds the children model, response and hparams; traced is the result of `followed` where it is at hand. The

@@ -43,10 +43,13 @@ def evaluate_loss(
     return loss
 
 
-def _perturbation(stn: SelfTuningNetwork, examples: int, perturb: str) -> Tensor:
-    if perturb not in ("example", "batch"):
-        raise ValueError(f"perturb={perturb!r} is neither 'example' nor 'batch'")
-    return stn.hparams.sample(examples) if perturb == "example" else stn.hparams.sample(1)[0]
+def _perturbation(stn: SelfTuningNetwork, examples: int, perturb: str | None) -> Tensor:
+    if perturb not in (None, "example", "batch"):
+        raise ValueError(
+            f"perturb={perturb!r} is neither 'example' nor 'batch' (nor None, for what the network allows)"
+        )
+    per_example = stn.per_example if perturb is None else perturb == "example"
+    return stn.hparams.sample(examples) if per_example else stn.hparams.sample(1)[0]
 
 
 def general_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> Tensor:
@@ -67,11 +70,12 @@ def general_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, tar
 
 
 def response_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str = "example"
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None
 ) -> Tensor:
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
-    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all.
+    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all;
+    None: per example, unless the network moves the batch dimension where it cannot be followed.
     """
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
@@ -90,7 +94,7 @@ def hyper_loss(
     target: Any,
     *,
     entropy_weight: float = 1e-3,
-    perturb: str = "example",
+    perturb: str | None = None,
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 

@@ -50,7 +50,9 @@ def _optimizer(given: OptimizerLike, default: Any, parameters: Sequence[nn.Param
     elif given is None or callable(given):
         made = (given or default)(parameters)
     else:
-        raise TypeError(f"{name} must be an optimizer or a factory such as lambda params: torch.optim.SGD(params, lr=0.1)")
+        raise TypeError(
+            f"{name} must be an optimizer or a factory such as lambda params: torch.optim.SGD(params, lr=0.1)"
+        )
     held = {id(parameter) for group in made.param_groups for parameter in group["params"]}
     wanted = {id(parameter) for parameter in parameters}
     if held != wanted:
@@ -72,8 +74,8 @@ class BilevelRunner:
     lr 1e-2): a factory, or an optimizer that holds exactly those parameters. tune_scale: False keeps σ fixed.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
     response_fraction: part of each batch that the response step sees, in (0, 1]; unbiased but for batch statistics.
-    perturb: "example" (one ε per example, the paper) or "batch". metrics: {name: f(output, target) → number}, averaged
-    over the validation set. patience: stop after that many epochs without a better validation loss. out_dir: where
+    perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
+    metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs without a better validation loss. out_dir: where
     history.csv, last.pt and best.pt go; a run that finds its last.pt there resumes. progress: None shows a bar on a
     terminal only.
 
@@ -99,7 +101,7 @@ class BilevelRunner:
         warmup_epochs: int = 0,
         entropy_weight: float = 1e-3,
         response_fraction: float = DEFAULT_RESPONSE_FRACTION,
-        perturb: str = "example",
+        perturb: str | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
         patience: int | None = None,
         device: torch.device | str | None = None,
@@ -108,8 +110,16 @@ class BilevelRunner:
     ) -> None:
         for name, loader in (("train_loader", train_loader), ("valid_loader", valid_loader)):
             if hasattr(loader, "__len__") and len(loader) == 0:
-                raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
-        if train_steps < 1 or valid_steps < 1 or warmup_epochs < 0 or entropy_weight < 0 or not 0 < response_fraction <= 1:
+                raise ValueError(
+                    f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)"
+                )
+        if (
+            train_steps < 1
+            or valid_steps < 1
+            or warmup_epochs < 0
+            or entropy_weight < 0
+            or not 0 < response_fraction <= 1
+        ):
             raise ValueError(
                 f"need train_steps >= 1, valid_steps >= 1, warmup_epochs >= 0, entropy_weight >= 0 and 0 < "
                 f"response_fraction <= 1; got {train_steps}, {valid_steps}, {warmup_epochs}, {entropy_weight}, "
@@ -248,8 +258,10 @@ class BilevelRunner:
         for name, loss in losses.items():
             if not torch.isfinite(loss):
                 values = ", ".join(f"{key}={value:.4g}" for key, value in self.stn.hparams.values().items())
-                kept = "nothing was saved yet" if self.best is None else f"the best model, of epoch {self.best['epoch']}, " + (
-                    f"is in {self.out_dir / 'best.pt'}" if self.out_dir else "is in runner.best")  # fmt: skip
+                where = f"in {self.out_dir / 'best.pt'}" if self.out_dir else "in runner.best"
+                kept = (
+                    f"the best model, of epoch {self.best['epoch']}, is {where}" if self.best else "no epoch was done"
+                )
                 raise DivergedError(
                     f"{name} became {loss.item()} in epoch {epoch}, step {step} (λ: {values}); {kept}; lower the learning "
                     "rate of the weights or of the response"
@@ -304,11 +316,15 @@ class BilevelRunner:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} is not a readable run ({type(error).__name__}); remove it to start anew") from error
+            raise ValueError(
+                f"{path} is not a readable run ({type(error).__name__}); remove it to start anew"
+            ) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"{path} is not a run of this version of fxstn; remove it, or choose another out_dir")
         if state["names"] != list(self.stn.hparams.names):
-            raise ValueError(f"{path} tunes {state['names']}, this run {list(self.stn.hparams.names)}; choose another out_dir")
+            raise ValueError(
+                f"{path} tunes {state['names']}, this run {list(self.stn.hparams.names)}; choose another out_dir"
+            )
         self.stn.load_state_dict(state["stn"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])

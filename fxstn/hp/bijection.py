@@ -57,6 +57,12 @@ class Quantity:
 class Bijection(torch.nn.Module):
     """All maps at once: unconstrained (..., h) → constrained (..., h); stretched sigmoid, its log version, or exp."""
 
+    low: Tensor
+    width: Tensor
+    exponential: Tensor
+    unbounded: Tensor
+    integer: Tensor
+
     def __init__(self, quantities: Sequence[Quantity]) -> None:
         super().__init__()
         unbounded = [math.isinf(q.high) for q in quantities]

@@ -109,7 +109,8 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*full, **kwargs)
 
         primals = tuple(args[i] for i in varying)
-        return torch.func.jvp(of_varying, primals, tuple(tangents[i] for i in varying))
+        y, dy = torch.func.jvp(of_varying, primals, tuple(tangents[i] for i in varying))  # type: ignore[misc]
+        return y, dy
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"
     return staged(jvp)

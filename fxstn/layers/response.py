@@ -19,8 +19,8 @@ class Response(nn.Module):
 
     def __init__(self, parameter: Tensor, fan_in: int, hyperparameters: int) -> None:
         super().__init__()
-        options = {"dtype": parameter.dtype, "device": parameter.device}
-        self.U = nn.Parameter(torch.zeros(parameter.shape[0], hyperparameters, **options))  # type: ignore[arg-type]
+        zeros = torch.zeros(parameter.shape[0], hyperparameters, dtype=parameter.dtype, device=parameter.device)
+        self.U = nn.Parameter(zeros)
         bound = 1 / math.sqrt(fan_in)
         self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound))
 
@@ -54,6 +54,20 @@ def align(scale: Tensor, output: Tensor, dim: int) -> Tensor:
             )
         shape[0] = scale.shape[0]
     return scale.view(shape)
+
+
+@staged
+def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
+    """`value`, unless it has a row per example: put where the graph cannot tell which axis holds the examples.
+
+    dimensions: of a value for the whole batch; 1 for row scales, 0 for a rate. Raises ValueError when there is one more.
+    """
+    if isinstance(value, Tensor) and value.dim() > dimensions:
+        raise ValueError(
+            f"{where}: the examples are not along dimension 0 there, so one perturbation per example is refused; pass "
+            "delta and condition of shape (h,), or perturb='batch' to the losses and the runner"
+        )
+    return value
 
 
 @staged

@@ -14,9 +14,13 @@ from fxstn.rules.registry import additive, bilinear, linear, pointwise, rule, ze
 from fxstn.tangents import ZERO
 
 aten = torch.ops.aten
+SELU = (1.6732632423543772, 1.0507009873554805, 1.0)  # Klambauer et al. 2017: alpha, scale, input scale
 sigmoid_jacobian, tanh_jacobian = self_adjoint(aten.sigmoid_backward), self_adjoint(aten.tanh_backward)
 silu_jacobian, mish_jacobian = self_adjoint(aten.silu_backward), self_adjoint(aten.mish_backward)
-hardswish_jacobian, hardsigmoid_jacobian = self_adjoint(aten.hardswish_backward), self_adjoint(aten.hardsigmoid_backward)
+hardswish_jacobian, hardsigmoid_jacobian = (
+    self_adjoint(aten.hardswish_backward),
+    self_adjoint(aten.hardsigmoid_backward),
+)
 softplus_jacobian, leaky_relu_jacobian = self_adjoint(aten.softplus_backward), self_adjoint(aten.leaky_relu_backward)
 
 
@@ -28,7 +32,6 @@ def elu_jacobian(dx, x, alpha, scale, input_scale):
 @self_adjoint
 def gelu_jacobian(dx, x, approximate):
     return aten.gelu_backward(dx, x, approximate=approximate)
-
 
 
 linear(operator.neg, torch.clone, torch.Tensor.contiguous, torch.Tensor.float, torch.Tensor.double, torch.Tensor.to)
@@ -86,16 +89,19 @@ pointwise(F.hardswish, lambda dx, y, x, inplace=False: hardswish_jacobian(dx, x)
 pointwise(F.hardsigmoid, lambda dx, y, x, inplace=False: hardsigmoid_jacobian(dx, x))
 pointwise(F.gelu, lambda dx, y, x, approximate="none": gelu_jacobian(dx, x, approximate))
 pointwise(F.softplus, lambda dx, y, x, beta=1, threshold=20: softplus_jacobian(dx, x, beta, threshold))
-pointwise(F.leaky_relu, lambda dx, y, x, slope=0.01, inplace=False, negative_slope=None: leaky_relu_jacobian(dx, x, slope if negative_slope is None else negative_slope, False))  # fmt: skip
-pointwise(F.hardtanh, lambda dx, y, x, min_val=-1.0, max_val=1.0, inplace=False: aten.hardtanh_backward(
-    dx, x, min_val, max_val))  # fmt: skip
+pointwise(
+    F.leaky_relu, lambda dx, y, x, negative_slope=0.01, inplace=False: leaky_relu_jacobian(dx, x, negative_slope, False)
+)
+pointwise(
+    F.hardtanh,
+    lambda dx, y, x, min_val=-1.0, max_val=1.0, inplace=False: aten.hardtanh_backward(dx, x, min_val, max_val),
+)
 pointwise(F.threshold, lambda dx, y, x, threshold, value, inplace=False: aten.threshold_backward(dx, x, threshold))
 pointwise(F.softshrink, lambda dx, y, x, lambd=0.5: dx * (torch.abs(x) > lambd))
 pointwise(F.hardshrink, lambda dx, y, x, lambd=0.5: dx * (torch.abs(x) > lambd))
-pointwise(F.elu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, alpha, 1.0, 1.0))  # fmt: skip
-pointwise(F.celu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, alpha, 1.0, 1.0 / alpha))  # fmt: skip
-pointwise(F.selu, lambda dx, y, x, inplace=False: elu_jacobian(dx, x, 1.6732632423543772, 1.0507009873554805, 1.0))  # fmt: skip
+pointwise(F.elu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, alpha, 1.0, 1.0))
+pointwise(F.celu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, alpha, 1.0, 1.0 / alpha))
+pointwise(F.selu, lambda dx, y, x, inplace=False: elu_jacobian(dx, x, *SELU))
 pointwise(torch.clamp, lambda dx, y, x, min=None, max=None: dx * (y == x))
 pointwise(torch.softmax, lambda dx, y, x, dim, dtype=None: y * (dx - (y * dx).sum(dim, keepdim=True)))
 pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))
-

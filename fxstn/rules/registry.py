@@ -104,7 +104,11 @@ def bilinear(*functions: Callable[..., Any]) -> None:
 def zero(*functions: Callable[..., Any]) -> None:
     """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO."""
     for function in functions:
-        register(function, "zero", lambda _, args, kwargs, function=function: (call(function, *args, **kwargs), ZERO))
+
+        def apply(_: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+            return call(function, *args, **kwargs), ZERO
+
+        register(function, "zero", apply)
 
 
 def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -121,7 +125,7 @@ def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callabl
             bound = signature.bind(None, *args, **kwargs)
             d = SimpleNamespace(**dict.fromkeys(names, ZERO), **{})
             d.__dict__.update(zip(names, tangents, strict=False))
-            d.__dict__.update({key: ZERO for key in kwargs})
+            d.__dict__.update(dict.fromkeys(kwargs, ZERO))
             bound.arguments[next(iter(signature.parameters))] = d
             return body(*bound.args, **bound.kwargs)
 

@@ -13,8 +13,20 @@ from fxstn.tangents import ZERO
 Tensor = torch.Tensor
 
 linear(torch.flatten, torch.reshape, Tensor.view, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze)
-linear(Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.view_as, Tensor.reshape_as, Tensor.unfold, Tensor.unflatten)
-linear(torch.unflatten, torch.movedim, torch.swapaxes, torch.t, torch.flip, torch.roll, torch.narrow, torch.select, torch.tile)
+linear(
+    Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.view_as, Tensor.reshape_as, Tensor.unfold, Tensor.unflatten
+)
+linear(
+    torch.unflatten,
+    torch.movedim,
+    torch.swapaxes,
+    torch.t,
+    torch.flip,
+    torch.roll,
+    torch.narrow,
+    torch.select,
+    torch.tile,
+)
 linear(torch.cat, torch.stack, torch.chunk, torch.split, torch.tensor_split, torch.unbind, operator.getitem)
 linear(torch.mean, torch.sum, torch.cumsum, torch.broadcast_to, F.pixel_shuffle, F.pixel_unshuffle)
 linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)

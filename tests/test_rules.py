@@ -1,0 +1,192 @@
+"""Laws 2 and 7: every rule against torch.func.jvp and a central difference; the table is complete."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from cases import CASES, ZERO_CASES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxstn.errors import operation_name
+from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.rules.registry import register
+from fxstn.tangents import ZERO, all_zero
+
+DISTANCE = 1e-2  # of random points from a kink
+
+
+def draw(shape, case: Case, generator: torch.Generator) -> torch.Tensor:
+    low, high = case.domain
+    x = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    for kink in case.away:
+        x = torch.where((x - kink).abs() < DISTANCE, torch.full_like(x, kink + 2 * DISTANCE), x)
+    return x
+
+
+class Prepared:
+    """A case with random primals and tangents."""
+
+    def __init__(self, case: Case, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.case = case
+        self.tensors = [draw(shape, case, generator) for shape in case.shapes]
+        varying = range(len(self.tensors)) if case.varying is None else case.varying
+        self.varying = [i for i in varying]
+        self.directions = [torch.randn(self.tensors[i].shape, generator=generator).double() for i in self.varying]
+
+    def arguments(self, tensors):
+        return ([*tensors], *self.case.args) if self.case.packed else (*tensors, *self.case.args)
+
+    def tangents(self, directions):
+        by_position = dict(zip(self.varying, directions, strict=True))
+        tangents = [by_position.get(i, ZERO) for i in range(len(self.tensors))]
+        rest = [ZERO] * len(self.case.args)
+        return (tangents, *rest) if self.case.packed else (*tangents, *rest)
+
+    def function(self, *varying):
+        tensors = list(self.tensors)
+        for i, value in zip(self.varying, varying, strict=True):
+            tensors[i] = value
+        return self.case.function(*self.arguments(tensors), **self.case.kwargs)
+
+    def rule(self, directions):
+        arguments = self.arguments(self.tensors)
+        return apply_rule(self.case.function, self.tangents(directions), arguments, dict(self.case.kwargs))
+
+    def primals(self):
+        return tuple(self.tensors[i] for i in self.varying)
+
+
+def close(a, b, tolerance):
+    leaves = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
+    assert leaves
+    for x, y in leaves:
+        assert x.shape == y.shape
+        assert (x - y).norm() <= tolerance * (1 + y.norm())
+
+
+def check_rule(case: Case, seed: int = 0):
+    prepared = Prepared(case, seed)
+    y, dy = prepared.rule(prepared.directions)
+    close(y, prepared.function(*prepared.primals()), 1e-12)
+    step = 1e-6
+    moved = [
+        prepared.function(*(x + s * step * d for x, d in zip(prepared.primals(), prepared.directions, strict=True)))
+        for s in (1, -1)
+    ]
+    close(dy, tree_map(lambda a, b: (a - b) / (2 * step), *moved), 1e-7)
+    if case.function is not torch.nn.functional.batch_norm:  # torch cannot push forward through given running statistics
+        _, expected = torch.func.jvp(prepared.function, prepared.primals(), tuple(prepared.directions))
+        close(dy, expected, 1e-10)
+
+
+VARYING = [case for case in CASES if case.varying != ()]
+NAMES = [f"{i}-{operation_name(case.function)}" for i, case in enumerate(VARYING)]
+
+
+@pytest.mark.parametrize("case", VARYING, ids=NAMES)
+def test_a_rule_equals_forward_mode_and_a_central_difference(case):
+    check_rule(case)
+
+
+@pytest.mark.parametrize("case", VARYING, ids=NAMES)
+def test_a_tangent_is_linear_in_the_direction(case):
+    prepared = Prepared(case)
+    other = [torch.randn_like(d) for d in prepared.directions]
+    mixed = [2 * a - 3 * b for a, b in zip(prepared.directions, other, strict=True)]
+    parts = prepared.rule(prepared.directions)[1], prepared.rule(other)[1]
+    close(prepared.rule(mixed)[1], tree_map(lambda a, b: 2 * a - 3 * b, *parts), 1e-10)
+
+
+@pytest.mark.parametrize("case", VARYING, ids=NAMES)
+def test_the_gradient_with_respect_to_a_tangent_is_the_transpose(case):
+    """⟨g, J d⟩ must have gradient Jᵀ g in d: compare with reverse mode through the function itself."""
+    prepared = Prepared(case)
+    directions = [d.clone().requires_grad_() for d in prepared.directions]
+    dy = [leaf for leaf in tree_leaves(prepared.rule(directions)[1])]
+    cotangents = [torch.randn_like(leaf) for leaf in dy]
+    found = torch.autograd.grad(dy, directions, cotangents)
+    primals = tuple(x.clone().requires_grad_() for x in prepared.primals())
+    y = tree_leaves(prepared.function(*primals))
+    expected = torch.autograd.grad(y, primals, [c.reshape(v.shape) for c, v in zip(cotangents, y, strict=True)])
+    close(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("case", [*CASES, *ZERO_CASES], ids=lambda case: operation_name(case.function))
+def test_zero_in_gives_zero_out(case):
+    prepared = Prepared(case)
+    arguments = prepared.arguments(prepared.tensors)
+    tangents = ([ZERO] * len(arguments[0]), *[ZERO] * len(case.args)) if case.packed else (ZERO,) * len(arguments)
+    _, dy = apply_rule(case.function, tangents, arguments, dict(case.kwargs))
+    assert all_zero(dy)
+
+
+@pytest.mark.parametrize("case", ZERO_CASES, ids=lambda case: operation_name(case.function))
+def test_a_zero_rule_cuts_the_tangent(case):
+    prepared = Prepared(case)
+    assert prepared.rule(prepared.directions)[1] is ZERO
+
+
+def test_the_table_of_rules_and_the_table_of_cases_have_the_same_keys():
+    assert {case.function for case in [*CASES, *ZERO_CASES]} == set(RULES)
+
+
+def test_a_second_rule_for_one_operation_is_refused():
+    with pytest.raises(ValueError, match="already has a"):
+        register(torch.exp, "linear", lambda *_: None)
+
+
+def test_an_attribute_that_is_not_followed_is_refused():
+    with pytest.raises(NoRule, match=r"\.grad_fn"):
+        apply_rule(getattr, (torch.ones(2), ZERO), (torch.ones(2), "grad_fn"), {})
+
+
+def test_batch_norm_in_training_mode_equals_its_own_formula_differentiated():
+    x, weight, bias = torch.randn(6, 3, 4).double(), torch.randn(3).double(), torch.randn(3).double()
+    dx = torch.randn_like(x).requires_grad_()
+    arguments = (x, None, None, weight, bias, True, 0.0, 1e-5)
+    y, dy = apply_rule(torch.nn.functional.batch_norm, (dx, *[ZERO] * 7), arguments, {})
+    function = lambda v: torch.nn.functional.batch_norm(v, *arguments[1:])  # noqa: E731
+    _, expected = torch.func.jvp(function, (x,), (dx.detach(),))
+    close((y, dy), (function(x), expected), 1e-10)
+    cotangent = torch.randn_like(x)
+    _, pullback = torch.func.vjp(function, x)
+    close(torch.autograd.grad(dy, dx, cotangent), pullback(cotangent), 1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    features=st.integers(1, 5),
+    masks=st.tuples(st.booleans(), st.booleans()).filter(any),
+)
+def test_binary_rules_hold_for_drawn_shapes_and_zero_masks(seed, batch, features, masks):
+    varying = tuple(i for i, on in enumerate(masks) if on)
+    for function in (operator.add, operator.sub, operator.mul, operator.truediv):
+        check_rule(Case(function, shapes=((batch, features), (features,)), domain=(0.3, 2.0), varying=varying), seed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    channels=st.integers(1, 3),
+    size=st.integers(4, 8),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+)
+def test_convolution_and_pooling_rules_hold_for_drawn_settings(seed, channels, size, kernel, stride, dilation):
+    if dilation * (kernel - 1) + 1 > size:
+        return
+    window = {"stride": stride, "padding": kernel // 2, "dilation": dilation}
+    image = (2, channels, size, size)
+    weight = (2 * channels, 1, kernel, kernel)
+    check_rule(Case(torch.conv2d, (image, weight), kwargs={**window, "groups": channels}, varying=(0,)), seed)
+    check_rule(Case(torch.nn.functional.max_pool2d, (image,), args=(kernel,), kwargs=window), seed)
+    del window["dilation"]
+    check_rule(Case(torch.nn.functional.avg_pool2d, (image,), args=(kernel,), kwargs=window), seed)

@@ -1,0 +1,258 @@
+"""Laws 1 and 5: the emitted tangent against the original model, in every mode; rows of a per-example delta."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import Classifier, SmallConv, mlp, randomize_response
+from torch import nn
+from torch.func import functional_call
+from torchvision import models
+
+import fxstn
+from fxstn import hp
+from fxstn.layers.response import Response
+from fxstn.rules import RULES
+from fxstn.rules.registry import Rule
+
+ZOO = {
+    "resnet18": 32,
+    "vgg11_bn": 32,
+    "alexnet": 64,
+    "squeezenet1_0": 48,
+    "densenet121": 32,
+    "googlenet": 32,
+    "mobilenet_v2": 32,
+    "shufflenet_v2_x0_5": 32,
+    "mobilenet_v3_small": 32,
+}
+
+
+def zoo(name: str) -> nn.Module:
+    return models.get_model(name, weights=None, num_classes=10, **({"init_weights": False} if name == "googlenet" else {}))
+
+
+def bottleneck_net() -> nn.Module:
+    """resnet50's bottleneck blocks, one per stage."""
+    return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_tangent_of_a_torchvision_model_is_the_derivative_of_the_original(name):
+    report = fxstn.verify(zoo(name), torch.randn(4, 3, ZOO[name], ZOO[name]))
+    assert {check.mode for check in report.checks} == {"train", "eval"}
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("make", [bottleneck_net, SmallConv], ids=["bottleneck", "small"])
+def test_the_tangent_of_a_network_of_blocks_is_the_derivative_of_the_original(make):
+    report = fxstn.verify(make(), torch.randn(4, 3, 32, 32))
+    assert report.ok, str(report)
+
+
+def test_the_tangent_is_exact_where_dropout_is_taken_over_inserted_and_shared():
+    x = torch.randn(4, 6)
+    for specs in (None, [hp.Dropout("2", "5", shared=True)], [hp.Dropout("input", "0", "2")], [hp.WeightDecay()]):
+        report = fxstn.verify(mlp(0.3), x, hparams=specs)
+        assert report.ok, f"{specs}\n{report}"
+
+
+def test_verify_finds_a_wrong_rule(monkeypatch):
+    right = RULES[torch.tanh]
+
+    def wrong(tangents, args, kwargs):
+        y, dy = right.apply(tangents, args, kwargs)
+        return y, dy * 1.001
+
+    monkeypatch.setitem(RULES, torch.tanh, Rule("pointwise", wrong))
+    assert not fxstn.verify(mlp(), torch.randn(4, 6)).ok
+
+
+class PerExampleConv(nn.Module):
+    """SmallConv's like with weights given per example, (batch, ...), and batch statistics over the whole batch."""
+
+    @staticmethod
+    def run(weights, x, norm):
+        def conv(x, w, b):
+            return torch.stack([F.conv2d(x[i : i + 1], w[i], b[i], padding=1)[0] for i in range(len(x))])
+
+        h = conv(x, weights["conv.weight"], weights["conv.bias"])
+        if norm:
+            h = F.batch_norm(h, None, None, None, None, True)
+        h = torch.tanh(h).mean((2, 3))
+        return torch.einsum("boi,bi->bo", weights["fc.weight"], h) + weights["fc.bias"]
+
+
+class ConvNormLinear(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4, affine=False) if norm else nn.Identity()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.bn(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch-norm"])
+def test_unequal_rows_equal_per_example_weights_materialised(norm):
+    stn = fxstn.transform(ConvNormLinear(norm).double(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]).train()
+    randomize_response(stn)
+    x, delta = torch.randn(5, 3, 4, 4).double(), torch.randn(5, 2).double()
+    _, dy = stn.pushforward(x, delta=delta)
+    weights = {
+        name: torch.stack([stn.best_response(row)[name] for row in torch.eye(2).double()])
+        for name in ("conv.weight", "conv.bias", "fc.weight", "fc.bias")
+    }
+    base = dict(stn.model.named_parameters())
+
+    def output(step):
+        moved = {}
+        for name, w in base.items():
+            columns = weights[name] - w  # Θ applied to each unit vector
+            moved[name] = w + step * torch.einsum("bh,h...->b...", delta, columns)
+        return PerExampleConv.run(moved, x, norm)
+
+    with torch.no_grad():
+        difference = (output(1e-6) - output(-1e-6)) / 2e-6
+    assert (dy - difference).norm() <= 1e-8 * difference.norm()
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**16), batch=st.integers(2, 4), training=st.booleans())
+def test_row_i_of_a_per_example_delta_is_the_shared_result_for_delta_i(seed, batch, training):
+    torch.manual_seed(seed)
+    stn = fxstn.transform(SmallConv(norm=False).double(), [hp.Scalar("a", 0.5, 0, 1)] * 1 + [hp.WeightDecay("head")])
+    stn.train(training)
+    randomize_response(stn)
+    x, delta = torch.randn(batch, 3, 8, 8).double(), torch.randn(batch, 2).double()
+    _, rows = stn.pushforward(x, delta=delta)
+    for i in range(batch):
+        _, shared = stn.pushforward(x, delta=delta[i])
+        torch.testing.assert_close(rows[i], shared[i], rtol=1e-10, atol=1e-12)
+
+
+def test_examples_do_not_leak_into_each_other_without_batch_norm():
+    stn = fxstn.transform(SmallConv(norm=False).double()).train()
+    randomize_response(stn)
+    x, epsilon = torch.randn(4, 3, 8, 8).double(), torch.randn(4, len(stn.hparams)).double()
+    other = epsilon.clone()
+    other[1] += 1.0
+    results = []
+    for condition in (epsilon, other):
+        torch.manual_seed(1)
+        results.append(stn.pushforward(x, delta=condition, condition=condition)[1])
+    kept = [0, 2, 3]
+    assert torch.equal(results[0][kept], results[1][kept])
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+def test_the_tangent_is_linear_in_delta_and_zero_at_zero():
+    stn = fxstn.transform(SmallConv().double()).train()
+    randomize_response(stn)
+    x = torch.randn(4, 3, 8, 8).double()
+    a, b = torch.randn(2, 4, len(stn.hparams)).double()
+
+    def dy(delta):
+        torch.manual_seed(1)
+        return stn.pushforward(x, delta=delta, condition=a)[1]
+
+    torch.testing.assert_close(dy(2 * a - 3 * b), 2 * dy(a) - 3 * dy(b), rtol=1e-9, atol=1e-12)
+    assert torch.equal(dy(torch.zeros_like(a)), torch.zeros(4, 5).double())
+
+
+def test_a_tied_weight_moves_wherever_it_is_read():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+    report = fxstn.verify(Tied(), torch.randn(4, 4), hparams=[hp.WeightDecay("a")])
+    assert report.ok, str(report)
+
+
+def test_outputs_keep_the_models_structure():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return {"logits": y, "pair": (y.mean(), y.argmax(1)), "input": x}
+
+    stn = fxstn.transform(Several().double(), [hp.Scalar("a", 0.5, 0, 1)])
+    randomize_response(stn)
+    x = torch.randn(3, 4).double()
+    y, dy = stn.pushforward(x, delta=torch.ones(1).double())
+    assert y.keys() == dy.keys() == {"logits", "pair", "input"}
+    torch.testing.assert_close(dy["pair"][0], dy["logits"].mean())
+    assert dy["pair"][1] is None
+    assert torch.equal(dy["input"], torch.zeros_like(x))
+
+
+def test_a_final_softmax_is_linearised_before_it():
+    net = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1)])
+    randomize_response(stn)
+    x, delta = torch.randn(5, 4).double(), torch.randn(5, 1).double()
+    bare = fxstn.transform(net[:1], [hp.Scalar("a", 0.5, 0, 1)])
+    bare.load_state_dict(stn.state_dict())
+    z, dz = bare.pushforward(x, delta=delta)
+    torch.testing.assert_close(stn.perturbed_output(x, delta=delta), (z + dz).log_softmax(1))
+
+
+@pytest.mark.parametrize("method", ["centered", "stn"])
+def test_the_other_methods_run_the_network_at_the_weights_of_best_response(method):
+    stn = fxstn.transform(SmallConv(norm=False).double(), [hp.Scalar("a", 0.3, 0, 1)], method=method)
+    randomize_response(stn)
+    x, delta = torch.randn(3, 3, 8, 8).double(), torch.randn(1).double()
+    output = stn.perturbed_output(x, delta=delta, training=False)
+    expected = functional_call(copy.deepcopy(stn.model).eval(), stn.best_response(delta), x)
+    torch.testing.assert_close(output, expected)
+    if method == "stn":
+        torch.testing.assert_close(stn.eval()(x), stn.export().eval()(x))
+
+
+def test_a_moved_batch_dimension_refuses_per_example_deltas_and_allows_shared_ones():
+    class TimeMajor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)).transpose(0, 1)).transpose(0, 1)
+
+    net, x = TimeMajor(), torch.randn(3, 3, 3)  # equal sizes: only the layout can tell
+    stn = fxstn.transform(net, [hp.Dropout("a")]).train()
+    assert not stn.per_example
+    with pytest.raises(ValueError, match=r"module 'b'.*not along dimension 0"):
+        stn.pushforward(x, delta=torch.zeros(3, 1))
+    assert fxstn.verify(net, x, hparams=[hp.Dropout("a")]).ok
+    fxstn.response_loss(stn, F.mse_loss, x, x).backward()
+    assert fxstn.transform(Classifier()).per_example
+
+
+def test_a_response_starts_at_zero_and_has_the_papers_structure():
+    stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)])
+    responses = {name: m for name, m in stn.response.named_modules() if isinstance(m, Response)}
+    assert responses.keys() == dict(stn.model.named_parameters()).keys()
+    for name, module in responses.items():
+        parameter = stn.model.get_parameter(name)
+        assert module.U.shape == (parameter.shape[0], 2)
+        assert not module.U.any()
+        assert module.R.shape == parameter.shape
+    delta = torch.tensor([0.5, -1.0])
+    with torch.no_grad():
+        responses["0.weight"].U.fill_(2.0)
+    change = stn.best_response(delta)["0.weight"] - stn.model[0].weight
+    torch.testing.assert_close(change, -1.0 * responses["0.weight"].R)
