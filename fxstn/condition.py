@@ -70,13 +70,12 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
     penalties: list[tuple[str, int]] = []
 
     def add(spec: Spec, path: str, init: float | None = None) -> int:
-        if not (spec.shared and quantities and quantities[-1] is shared.get(id(spec))):
+        if not (spec.shared and len(quantities) > first):
             quantities.append(spec.quantity(path, init))
-            shared[id(spec)] = quantities[-1]
         return len(quantities) - 1
 
-    shared: dict[int, Quantity] = {}
     for spec in [Dropout()] if specs is None else specs:
+        first = len(quantities)
         if isinstance(spec, Dropout):
             for path, found, init in _dropout_sites(module, spec):
                 index = add(spec, path, init)
@@ -89,7 +88,11 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
             add(spec, "")
         else:
             raise TypeError(f"{spec!r} is not a spec of fxstn.hp")
-    for kind, taken in (("dropout", [site.node for site in sites]), ("weight decay", [name for name, _ in penalties])):
+    by_site = dict.fromkeys((site.index, site.path, site.insert) for site in sites)
+    for kind, taken in (
+        ("dropout", [path for _, path, _ in by_site]),
+        ("weight decay", [name for name, _ in penalties]),
+    ):
         if repeated := sorted({name for name in taken if taken.count(name) > 1}):
             raise ValueError(f"{kind} is asked for twice at {', '.join(map(repr, repeated))}; match each site once")
     return Binding(tuple(quantities), tuple(sites), tuple(penalties))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -63,6 +64,8 @@ def operation_name(function: Callable[..., Any] | str) -> str:
     """How an operation is called in messages and tables: torch.conv2d, operator.add, F.relu."""
     if isinstance(function, str):
         return f"Tensor.{function}"
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return f"torch.ops.{function}"
     name = getattr(function, "__name__", str(function))
     module = getattr(function, "__module__", "") or ""
     if name == "fn":  # torch's boolean_dispatch hides the name behind a closure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -32,6 +32,21 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
+class _Proxy(fx.Proxy):
+    """fx traces `y += 1` as y + 1 for want of __iadd__, and another name of y would miss the change."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Traces through every module except batch norm, whose bookkeeping Python cannot be followed symbolically.
 
@@ -49,6 +64,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def path_of_current(self) -> str:
         return self.calls[-1][1] if self.calls else ""
@@ -71,13 +89,11 @@ class _Tracer(fx.Tracer):
             raise _Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
         self.number_of_calls += 1
         call = (self.number_of_calls, path, type(module))
-        self.calls.append(call)
-        try:
-            output = super().call_module(module, forward, args, kwargs)
-            entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
-            output = map_aggregate(output, lambda value: self._mark_exit(value, call, entered, module))
-        finally:
-            self.calls.pop()
+        self.calls.append(call)  # stays there when the forward raises: the error names it
+        output = super().call_module(module, forward, args, kwargs)
+        entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
+        output = map_aggregate(output, lambda value: self._mark_exit(value, call, entered, module))
+        self.calls.pop()
         return output
 
     def _mark_exit(self, value: Any, call: tuple, entered: set[int], module: nn.Module) -> Any:

@@ -19,7 +19,7 @@ class Case:
     """function(*tensors of the given shapes, *args, **kwargs).
 
     domain: interval that entries are drawn from, kinks excluded by distance. packed: the tensors go in one list. varying:
-    positions of the tensors that get a tangent. away: points at which the function has a kink.
+    positions of the tensors that get a tangent. away: points at which the function has a kink. integer: round the entries.
     """
 
     function: Any
@@ -30,6 +30,7 @@ class Case:
     packed: bool = False
     varying: tuple[int, ...] | None = None
     away: tuple[float, ...] = ()
+    integer: bool = False
 
 
 IMAGE = ((2, 3, 6, 6),)
@@ -75,7 +76,9 @@ CASES = [
     Case(F.leaky_relu, args=(0.1,), away=(0.0,)),
     Case(F.leaky_relu, kwargs={"negative_slope": 0.2}, away=(0.0,)),
     Case(F.elu, kwargs={"alpha": 0.7}, away=(0.0,)),
-    Case(F.celu, kwargs={"alpha": 0.5}, away=(0.0,)),  # torch's own derivative rounds 1/alpha to float32: take a power of 2
+    Case(
+        F.celu, kwargs={"alpha": 0.5}, away=(0.0,)
+    ),  # torch's own derivative rounds 1/alpha to float32: take a power of 2
     Case(F.selu, away=(0.0,)),
     Case(F.hardtanh, args=(-1.0, 1.5), away=(-1.0, 1.5)),
     Case(F.hardswish, domain=(-5.0, 5.0), away=(-3.0, 3.0)),
@@ -178,6 +181,7 @@ ZERO_CASES = [
     *(Case(f, args=(0.3,)) for f in (operator.floordiv, operator.mod, torch.floor_divide)),
     *(Case(f) for f in (torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like)),
     Case(torch.full_like, args=(1.0,)),
+    *(Case(f, domain=(0, 1), integer=True, shapes=((3,), (3,))) for f in (operator.and_, operator.or_, operator.xor)),
     *(Case(f, args=((2,),)) for f in (Tensor.new_zeros, Tensor.new_ones)),
     *(Case(f, args=(0.3,)) for f in (dropout_mask, alpha_dropout_coefficients)),
 ]

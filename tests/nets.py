@@ -11,7 +11,13 @@ from fxstn.layers.response import Response
 
 def mlp(dropout: float = 0.1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(8, 3),
     )
 
 
@@ -26,14 +32,15 @@ class SmallConv(nn.Module):
         self.bn2 = nn.BatchNorm2d(8) if norm else nn.Identity()
         self.left = nn.Conv2d(8, 4, 3, stride=2, padding=1)
         self.right = nn.Conv2d(8, 4, 1, stride=2)
-        self.act = nn.SiLU(inplace=True)
+        self.act = nn.SiLU()
         self.pool = nn.AvgPool2d(2)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.bn1(self.stem(x)))
-        x += self.bn2(self.grouped(x))
-        x = torch.cat([self.left(x), self.right(x)], dim=1)
+        y = self.bn2(self.grouped(x))
+        y += x
+        x = torch.cat([self.left(y), self.right(y)], dim=1)
         x = self.pool(self.act(x))
         return self.head(x.mean([2, 3]))
 
@@ -58,3 +65,10 @@ def randomize_response(stn: nn.Module, scale: float = 0.3) -> None:
         for module in stn.modules():
             if isinstance(module, Response):
                 module.U.normal_(std=scale)
+
+
+def tiny_conv(num_classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(0.1), nn.Linear(4, num_classes),
+    )  # fmt: skip

@@ -22,6 +22,8 @@ DISTANCE = 1e-2  # of random points from a kink
 def draw(shape, case: Case, generator: torch.Generator) -> torch.Tensor:
     low, high = case.domain
     x = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    if case.integer:
+        return x.round().long()
     for kink in case.away:
         x = torch.where((x - kink).abs() < DISTANCE, torch.full_like(x, kink + 2 * DISTANCE), x)
     return x
@@ -79,7 +81,9 @@ def check_rule(case: Case, seed: int = 0):
         for s in (1, -1)
     ]
     close(dy, tree_map(lambda a, b: (a - b) / (2 * step), *moved), 1e-7)
-    if case.function is not torch.nn.functional.batch_norm:  # torch cannot push forward through given running statistics
+    if (
+        case.function is not torch.nn.functional.batch_norm
+    ):  # torch cannot push forward through given running statistics
         _, expected = torch.func.jvp(prepared.function, prepared.primals(), tuple(prepared.directions))
         close(dy, expected, 1e-10)
 

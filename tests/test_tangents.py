@@ -34,7 +34,9 @@ ZOO = {
 
 
 def zoo(name: str) -> nn.Module:
-    return models.get_model(name, weights=None, num_classes=10, **({"init_weights": False} if name == "googlenet" else {}))
+    return models.get_model(
+        name, weights=None, num_classes=10, **({"init_weights": False} if name == "googlenet" else {})
+    )
 
 
 def bottleneck_net() -> nn.Module:

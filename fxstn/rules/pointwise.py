@@ -41,6 +41,7 @@ additive(operator.sub)
 bilinear(operator.mul, operator.matmul, torch.bmm, torch.mm)
 zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide, operator.floordiv)
 zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.mod)
+zero(operator.and_, operator.or_, operator.xor)
 zero(dropout_mask, alpha_dropout_coefficients)
 zero(torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like, torch.full_like)
 

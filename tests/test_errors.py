@@ -1,0 +1,193 @@
+"""What cannot be transformed says so: everything at once, with module path, source line and remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from torch import nn
+
+import fxstn
+from fxstn import hp
+
+SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+
+
+class Around(nn.Module):
+    """A linear layer and then any function of its output."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.fc, self.inner = nn.Linear(4, 4), Inner(body)
+
+    def forward(self, x):
+        return self.inner(self.fc(x))
+
+
+class Inner(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, y):
+        return self.body(y)
+
+
+def no_derivatives(y):
+    grid = F.grid_sample(y.view(1, 1, 4, -1), y.view(1, -1, 2, 2))
+    return grid.sum() + torch.bincount(y.flatten())
+
+
+def test_operations_without_rule_and_derivative_are_listed_all_at_once():
+    with pytest.raises(fxstn.TransformError) as caught:
+        fxstn.transform(Around(no_derivatives), SCALAR)
+    assert len(caught.value.problems) == 2
+    for problem, name in zip(caught.value.problems, ("F.grid_sample", "torch.bincount"), strict=True):
+        assert problem.where == "inner"
+        assert problem.what.startswith(f"{name} has no tangent rule")
+        assert "test_errors.py:" in problem.source
+        assert name.split(".")[1] in problem.source
+        assert "register one" in problem.remedy
+
+
+def test_a_custom_operator_without_forward_mode_is_refused():
+    @torch.library.custom_op("fxstn_tests::plus_one", mutates_args=())
+    def plus_one(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    with pytest.raises(fxstn.TransformError, match="plus_one.default has no tangent rule"):
+        fxstn.transform(Around(torch.ops.fxstn_tests.plus_one.default), SCALAR)
+
+
+def test_an_operation_without_rule_falls_back_to_torchs_forward_mode():
+    net = Around(lambda y: torch.special.i0(y) + torch.logsumexp(y, 1, keepdim=True))
+    assert fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok
+    rules = [row.rule for row in fxstn.explain(net, SCALAR).rows]
+    assert rules[:2] == ["fallback", "fallback"]
+
+
+def data_dependent(y):
+    return y if y.sum() > 0 else -y
+
+
+def in_no_grad(y):
+    with torch.no_grad():
+        return y * 2
+
+
+def in_autocast(y):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return y * 2
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+def assigned(y):
+    y[:, 0] = 0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (data_dependent, "symbolic tracing cannot follow"),
+        (in_no_grad, "a no_grad region"),
+        (in_autocast, "an autocast region"),
+        (lambda y: Double.apply(y), "custom autograd function Double"),
+        (assigned, "changes a tensor in place"),
+        (lambda y: torch.exp(y, out=y), "writes into a tensor"),
+        (lambda y: y.uniform_(), "in place"),
+    ],
+)
+def test_what_a_trace_would_lose_is_refused_with_its_module(body, what):
+    with pytest.raises(fxstn.TransformError, match=what) as caught:
+        fxstn.transform(Around(body), SCALAR)
+    assert caught.value.problems[0].where == "inner"
+    explanation = fxstn.explain(Around(body), SCALAR)
+    assert not explanation.ok
+    assert str(explanation).startswith("PROBLEMS (1)")
+
+
+def test_hooks_are_refused():
+    net = mlp()
+    net[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(fxstn.TransformError, match=r"a hook.*in module '1'.*remove it"):
+        fxstn.transform(net)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (2, 2, 2), ()])
+def test_a_delta_of_the_wrong_shape_is_refused(shape):
+    stn = fxstn.transform(mlp())
+    for name in ("delta", "condition"):
+        arguments = {"delta": torch.zeros(2), name: torch.zeros(shape)}
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(2,\) or \(batch, 2\)"):
+            stn.pushforward(torch.randn(4, 6), **arguments)
+    with pytest.raises(ValueError, match="delta has 3 rows for a batch of 4"):
+        stn.pushforward(torch.randn(4, 6), delta=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="delta of shape|delta must have shape"):
+        stn.best_response(torch.zeros(3, 2))
+
+
+def test_an_unknown_graph_is_refused():
+    with pytest.raises(ValueError, match=r"no graph is called 'forward'; there are train, eval"):
+        fxstn.transform(mlp()).graph("forward")
+
+
+def test_targets_of_another_length_are_refused():
+    stn = fxstn.transform(mlp())
+    for step in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+        with pytest.raises(ValueError, match="the target has 3 examples, the inputs have 4"):
+            step(stn, F.cross_entropy, torch.randn(4, 6), torch.zeros(3, dtype=torch.long))
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    stn = fxstn.transform(mlp())
+    with pytest.raises(ValueError, match=r"scalar.*shape \(4, 3\)"):
+        fxstn.general_loss(stn, lambda y, t: y, torch.randn(4, 6), None)
+
+
+def test_an_input_named_like_ours_is_refused():
+    class Delta(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, delta):
+            return self.fc(delta)
+
+    with pytest.raises(ValueError, match="input named 'delta'"):
+        fxstn.transform(Delta(), SCALAR)
+
+
+def test_example_inputs_find_failures_at_transform_time():
+    with pytest.raises(RuntimeError):
+        fxstn.transform(mlp(), example_inputs=torch.randn(4, 5))
+    stn = fxstn.transform(mlp(), example_inputs=(torch.randn(4, 6),))
+    assert stn.training
+
+
+def test_a_parameter_that_something_else_reads_gets_no_response_and_explain_says_so():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.bias.requires_grad_(False)
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.a.weight.square().sum()
+
+    stn = fxstn.transform(Normed(), SCALAR)
+    assert {name.rpartition(".")[0] for name, _ in stn.response.named_parameters()} == {"a.bias", "b.weight"}
+    notes = "\n".join(fxstn.explain(Normed(), SCALAR).notes)
+    assert "'a.weight': read by torch.square" in notes
+    assert "'b.bias': frozen" in notes
+    assert fxstn.verify(Normed(), torch.randn(3, 4), hparams=SCALAR).ok

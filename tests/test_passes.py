@@ -1,0 +1,294 @@
+"""Law 6, and what each pass does to a graph: before and after."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Classifier, SmallConv, mlp
+from torch import fx, nn
+from torchvision import models
+
+import fxstn
+from fxstn import hp
+from fxstn.canonicalize import canonicalize
+from fxstn.condition import bind, condition
+from fxstn.graphs import assemble
+from fxstn.hyperize import hyperize
+from fxstn.layers.noise import dropout_mask
+from fxstn.pushforward import linearized, perturbed, pushforward
+from fxstn.simplify import simplify
+from fxstn.trace import trace
+
+PACKAGE = Path(fxstn.__file__).parent
+PASSES = {"trace", "canonicalize", "condition", "hyperize", "pushforward", "simplify", "transform", "layout", "graphs"}
+RUNTIME = ["network.py", "tangents.py", *(f"{folder}/*.py" for folder in ("layers", "hp", "bilevel"))]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_runtime_modules_import_no_pass():
+    files = [path for pattern in RUNTIME for path in PACKAGE.glob(pattern)]
+    assert len(files) > 12
+    for path in files:
+        assert not {f"fxstn.{name}" for name in PASSES} & imports_of(path), path
+
+
+def text(module: fx.GraphModule) -> str:
+    return str(module.graph)
+
+
+def conditioned(net: nn.Module, specs=None) -> fx.GraphModule:
+    stn = fxstn.transform(net, specs)
+    graph = canonicalize(trace(stn.model, True))
+    binding = bind(graph, specs)
+    for child in ("hparams", "response"):
+        graph.add_module(child, stn.get_submodule(child))
+    return condition(graph, binding.sites)
+
+
+def hyperized(net: nn.Module) -> fx.GraphModule:
+    return hyperize(conditioned(net), [name for name, _ in net.named_parameters() if "bn" not in name])
+
+
+@pytest.mark.parametrize("last", [canonicalize, simplify, pushforward, linearized, perturbed])
+def test_a_pass_does_not_change_its_input(last):
+    before = trace(SmallConv(), True) if last is canonicalize else hyperized(SmallConv())
+    text_before, meta_before = text(before), [set(node.meta) for node in before.graph.nodes]
+    state = copy.deepcopy(before.state_dict())
+    last(before)
+    assert text(before) == text_before
+    assert [set(node.meta) for node in before.graph.nodes] == meta_before
+    assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
+
+
+def test_parameter_names_and_node_names_survive_the_passes():
+    net = SmallConv()
+    stn = fxstn.transform(net)
+    assert list(dict(stn.model.named_parameters())) == list(dict(net.named_parameters()))
+    read = {n.target.removeprefix("model.") for n in stn.graph("pushforward").graph.nodes if n.op == "get_attr"}
+    assert set(dict(net.named_parameters())) <= read
+    train = {n.name for n in stn.graph("train").graph.nodes if n.op == "call_function" and "_batch" not in n.name}
+    assert train <= {n.name for n in stn.graph("pushforward").graph.nodes}
+
+
+def test_the_emitted_code_reads_like_the_network():
+    code = fxstn.transform(models.resnet18()).graph("pushforward").code
+    for line in (
+        'layer1_0_conv1_weight = getattr(self.model.layer1, "0").conv1.weight',
+        "layer1_0_conv1 = torch.conv2d(maxpool_dropout, layer1_0_conv1_weight, None,",
+        "d_layer1_0_relu = torch.ops.aten.threshold_backward(d_layer1_0_bn1, layer1_0_relu, 0)",
+        "return (fc, d_fc)",
+    ):
+        assert line in code, line
+
+
+class Spellings(nn.Module):
+    """One computation, spelled with methods, operators, keywords, in place, or plainly."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.weight, self.plain = nn.Parameter(torch.randn(4, 4)), plain
+
+    def forward(self, x):
+        if self.plain:
+            y = F.linear(x, self.weight)
+            y = F.relu(y) + 2 * x
+            y = (y - 0.5) / 2
+            y = torch.clamp(y, -1, 1)
+            y = torch.cat([y, torch.sigmoid(y)], 1)
+            return torch.mean(torch.flatten(torch.reshape(y, (-1, 2, 4)), 1), 1, keepdim=True)
+        y = F.linear(input=x, weight=self.weight)
+        y = y.relu_()
+        y += torch.mul(x, 2)
+        y.sub_(0.5)
+        y = y.div(2)
+        y = y.clip(min=-1, max=1)
+        y = torch.cat(tensors=(y, y.sigmoid()), dim=1)
+        return y.reshape(x.size(0), 2, 4).flatten(start_dim=1).mean(dim=1, keepdim=True)
+
+
+def test_spellings_of_one_computation_become_one_graph():
+    plain, other = Spellings(True), Spellings(False)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 4)
+    graphs = [canonicalize(trace(net, True)) for net in (plain, other)]
+    assert torch.equal(graphs[0](x), graphs[1](x))
+    assert torch.equal(graphs[1](x), other(x))
+    functions = [[n.target for n in g.graph.nodes if n.op == "call_function"] for g in graphs]
+    assert set(functions[1]) - {torch.Tensor.size} == set(functions[0])
+    assert all(n.op != "call_method" for g in graphs for n in g.graph.nodes)
+    assert fxstn.verify(other, torch.randn(3, 4), hparams=[hp.Scalar("a", 0.5, 0, 1)]).ok
+
+
+class Aliased(nn.Module):
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.fc, self.body = nn.Linear(4, 4), body
+
+    def forward(self, x):
+        return self.body(self.fc(x))
+
+
+def mutated_then_read(y):
+    z = y.relu_()
+    return y + z
+
+
+def shared_iadd(y):
+    z = y
+    y += 1
+    return z * y
+
+
+def view_then_read(y):
+    v = y.view(-1)
+    v.relu_()
+    return y * 2
+
+
+def chunk_then_read(y):
+    a, _ = y.chunk(2, 1)
+    a.mul_(3)
+    return y
+
+
+@pytest.mark.parametrize("body", [mutated_then_read, shared_iadd])
+def test_a_mutation_is_seen_by_later_readers(body):
+    net, x = Aliased(body), torch.randn(3, 4)
+    assert torch.equal(canonicalize(trace(net, True))(x), net(x))
+
+
+@pytest.mark.parametrize("body", [view_then_read, chunk_then_read])
+def test_a_mutation_through_shared_memory_is_refused(body):
+    with pytest.raises(fxstn.TransformError, match="in place on a tensor whose memory"):
+        canonicalize(trace(Aliased(body), True))
+
+
+def graph_of(function) -> fx.GraphModule:
+    root = nn.Module()
+    root.model = nn.Module()
+    return assemble(root, fx.symbolic_trace(function).graph)
+
+
+def twice(x):
+    return torch.exp(x) + torch.exp(x)
+
+
+def dead(x):
+    torch.exp(x)
+    return x + 1
+
+
+def two_draws(x):
+    return torch.rand_like(x) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(("function", "left"), [(twice, 2), (dead, 1), (two_draws, 3)])
+def test_simplify_merges_and_drops_but_never_merges_draws(function, left):
+    simplified = simplify(graph_of(function))
+    assert sum(n.op == "call_function" for n in simplified.graph.nodes) == left
+
+
+def test_simplify_never_merges_dropout_masks():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 3))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    masks = [graph.call_function(dropout_mask, (x, 0.5)) for _ in range(2)]
+    graph.output(graph.call_function(operator.add, tuple(masks)))
+    root = nn.Module()
+    root.model = net
+    assert sum(n.target is dropout_mask for n in simplify(assemble(root, graph)).graph.nodes) == 2
+
+
+def inserted_after(stn) -> dict[str, str]:
+    """site → operation that its dropout follows, in the training graph."""
+    nodes = {n.name: n for n in stn.graph("train").graph.nodes}
+    return {
+        name: nodes[name.replace(".dropout", "_dropout").replace(".", "_")].args[0].name for name in stn.hparams.names
+    }
+
+
+def test_without_dropout_stages_get_one_each_and_never_inside_a_group():
+    stn = fxstn.transform(models.resnet18())
+    assert inserted_after(stn) == {
+        "input.dropout": "x",
+        "maxpool.dropout": "maxpool",
+        "layer1.dropout": "layer1_1_relu_1",
+        "layer2.dropout": "layer2_1_relu_1",
+        "layer3.dropout": "layer3_1_relu_1",
+        "avgpool.dropout": "flatten",
+    }
+    assert list(fxstn.transform(nn.Sequential(models.resnet18())).hparams.values()) == [
+        "input.dropout", "0.maxpool.dropout", "0.layer1.dropout", "0.layer2.dropout", "0.layer3.dropout", "0.avgpool.dropout"
+    ]  # fmt: skip
+    features = fxstn.transform(models.densenet121()).graph("train").graph
+    dropped = [n.args[0].target for n in features.nodes if n.target is dropout_mask]
+    assert F.batch_norm not in dropped
+
+
+def test_dropout_modules_found_start_at_their_own_strength_just_inside_the_range():
+    net = mlp()
+    net[2].p, net[5].p = 0.0, 0.4
+    values = fxstn.transform(net).hparams.values()
+    assert values == pytest.approx({"2.dropout": 0.0095, "5.dropout": 0.4}, rel=1e-5)
+    assert list(fxstn.transform(Classifier()).hparams.values()) == ["dropout"]
+
+
+def test_outermost_matches_get_a_dropout_and_existing_ones_are_taken_over():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Dropout(0.3), nn.Linear(4, 2))
+    assert fxstn.transform(net, [hp.Dropout("0*")]).hparams.names == ("0.dropout",)
+    assert fxstn.transform(net, [hp.Dropout("?", "input")]).hparams.names == (
+        "input.dropout", "0.dropout", "1.dropout", "2.dropout"
+    )  # fmt: skip
+    stn = fxstn.transform(net, [hp.Dropout("?", shared=True), hp.WeightDecay(shared=True)])
+    assert stn.hparams.names == ("dropout", "weight_decay")
+    assert sum(n.target is dropout_mask for n in stn.graph("train").graph.nodes) == 3
+
+
+def test_dropout_after_a_module_acts_outside_of_it_on_every_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.block(x)
+            return self.out(self.block(torch.tanh(y)) + y)
+
+    stn = fxstn.transform(Twice(), [hp.Dropout("block")])
+    nodes = list(stn.graph("train").graph.nodes)
+    assert sum(n.target is dropout_mask for n in nodes) == 2
+    readers = [n for n in nodes if n.target in (torch.tanh, operator.add)]
+    assert readers
+    assert all("dropout" in source.name for n in readers for source in n.all_input_nodes)
+
+
+def test_an_identity_handed_through_is_dropped_only_for_its_own_readers():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mark, self.fc = nn.Identity(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.mark(x)) + x
+
+    stn = fxstn.transform(Skip(), [hp.Dropout("mark", init=0.9)]).train()
+    x = torch.ones(50, 4)
+    with torch.no_grad():
+        stn.model.fc.weight.zero_()
+        stn.model.fc.bias.zero_()
+    assert torch.equal(stn(x), x)

@@ -1,0 +1,268 @@
+"""BilevelRunner: the alternation, resume, faults, results; and the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxstn
+from fxstn import cli, hp
+
+STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
+
+
+def dataset(n: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator)
+    return TensorDataset(x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(1))
+
+
+def make(out_dir=None, generator=True, train=40, **settings):
+    torch.manual_seed(0)
+    order = {"generator": torch.Generator().manual_seed(1)} if generator else {}
+    other = {"generator": torch.Generator().manual_seed(2)} if generator else {}
+    settings = {"metrics": {"accuracy": fxstn.accuracy}, "progress": False, "train_steps": 2} | settings
+    method = settings.pop("method", "delta")
+    return fxstn.BilevelRunner(
+        fxstn.transform(mlp(), settings.pop("hparams", STARTS), method=method),
+        settings.pop("loss_fn", F.cross_entropy),
+        DataLoader(dataset(train, 0), 8, shuffle=True, **order),
+        DataLoader(dataset(30, 1), 8, shuffle=True, **other),
+        out_dir=out_dir,
+        **settings,
+    )
+
+
+def without_times(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "stn"])
+def test_training_learns_and_the_history_has_every_column(method, tmp_path):
+    runner = make(tmp_path, method=method)
+    history = runner.fit(8)
+    assert history["epoch"] == list(range(1, 9))
+    assert history["valid_loss"][-1] < history["valid_loss"][0]
+    names = runner.stn.hparams.names
+    assert {"train_loss", "valid_loss", "accuracy", "seconds", *names, *(f"scale:{n}" for n in names)} <= set(
+        history.rows[0]
+    )
+    assert all(history[name][0] != history[name][-1] for name in names)
+    with open(tmp_path / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert float(rows[-1]["valid_loss"]) == history["valid_loss"][-1]
+
+
+@pytest.mark.parametrize("generator", [True, False], ids=["own-generators", "global-generator"])
+def test_a_run_that_was_cut_ends_like_one_that_was_not(tmp_path, generator):
+    whole = make(generator=generator).fit(5)
+    make(tmp_path, generator).fit(2)
+    torch.manual_seed(99)  # whatever happened in between
+    resumed = make(tmp_path, generator)
+    torch.rand(7)
+    assert without_times(resumed.fit(5)) == without_times(whole)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = make(tmp_path).fit(2)
+    assert without_times(make(tmp_path).fit(2)) == without_times(first)
+
+
+def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
+    runner = make(tmp_path)
+    history = runner.fit(6)
+    best = history.best()
+    model = runner.best_model().eval()
+    x, y = runner.valid_loader.dataset.tensors
+    with torch.no_grad():
+        assert F.cross_entropy(model(x), y).item() == pytest.approx(best["valid_loss"], rel=1e-4)
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert saved["epoch"] == best["epoch"]
+    mlp().load_state_dict(saved["model"], strict=True)
+
+
+def test_warm_up_epochs_leave_lambda_alone():
+    runner = make(warmup_epochs=2)
+    history = runner.fit(3)
+    name = runner.stn.hparams.names[0]
+    assert history[name][0] == history[name][1] != history[name][2]
+
+
+def test_a_fixed_scale_stays():
+    runner = make(tune_scale=False)
+    history = runner.fit(2)
+    assert all(value == pytest.approx(1.0) for name in history.names for value in history[f"scale:{name}"])
+
+
+def test_patience_stops_a_run_that_does_not_improve():
+    runner = make(optimizer=lambda p: torch.optim.SGD(p, lr=0.0), patience=2, hparams=[hp.Dropout("2")])
+    assert len(runner.fit(50)) == 3
+
+
+def test_a_part_of_the_batch_serves_the_response_step():
+    seen = []
+
+    def loss_fn(output, target):
+        seen.append(len(target))
+        return F.cross_entropy(output, target)
+
+    make(response_fraction=0.25, loss_fn=loss_fn, train=16, valid_loss_fn=F.cross_entropy).fit(1)
+    assert seen == [8, 2, 8, 2]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        broken = len(calls) > 2 * 5 * 2 + step
+        return F.cross_entropy(output, target) * (math.nan if broken else 1)
+
+    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
+    with pytest.raises(fxstn.DivergedError, match=r"became nan in epoch 3, step \d.*dropout=.*best.pt.*learning rate"):
+        runner.fit(9)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] in (1, 2)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+
+
+def test_an_empty_loader_is_refused():
+    stn = fxstn.transform(mlp())
+    full, empty = DataLoader(dataset(8, 0), 4), DataLoader(dataset(8, 0), 16, drop_last=True)
+    for loaders, name in (((empty, full), "train_loader"), ((full, empty), "valid_loader")):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            fxstn.BilevelRunner(stn, F.cross_entropy, *loaders)
+    with pytest.raises(ValueError, match="train_loader is empty"):
+        fxstn.BilevelRunner(stn, F.cross_entropy, iter([]), full, progress=False).fit(1)
+
+
+def test_a_batch_that_is_no_pair_is_refused():
+    loader = DataLoader(TensorDataset(torch.randn(8, 6)), 4)
+    with pytest.raises(ValueError, match=r"must yield \(inputs, target\)"):
+        fxstn.BilevelRunner(fxstn.transform(mlp()), F.cross_entropy, loader, loader, progress=False).fit(1)
+
+
+def test_optimizers_must_hold_exactly_their_parameters():
+    runner = make()
+    stn, loader = runner.stn, runner.train_loader
+    good = torch.optim.Adam(stn.general_parameters())
+    assert fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, optimizer=good).optimizers["optimizer"] is good
+    for name, bad in (
+        ("optimizer", torch.optim.SGD(stn.parameters(), lr=0.1)),
+        ("hyper_optimizer", lambda p: torch.optim.SGD(stn.model.parameters(), lr=0.1)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} holds .* not its own.*pass a factory"):
+            fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, **{name: bad})
+    with pytest.raises(TypeError, match="factory"):
+        fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, optimizer="sgd")
+
+
+def test_weight_decay_set_twice_is_a_warning():
+    with pytest.warns(UserWarning, match="weight decay is tuned and also set in optimizer"):
+        make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4))
+
+
+@pytest.mark.parametrize("bad", [{"train_steps": 0}, {"response_fraction": 0.0}, {"entropy_weight": -1.0}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="need train_steps >= 1"):
+        make(**bad)
+
+
+def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):
+    make(tmp_path).fit(1)
+    with pytest.raises(ValueError, match=r"tunes .* this run"):
+        make(tmp_path, hparams=[hp.Dropout("2")]).fit(2)
+    (tmp_path / "last.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a readable run"):
+        make(tmp_path).fit(2)
+    torch.save({"a": 1}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="not a run of this version"):
+        make(tmp_path).fit(2)
+
+
+def test_the_best_model_needs_an_epoch():
+    with pytest.raises(ValueError, match="call fit first"):
+        make().best_model()
+
+
+def test_the_history_draws_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need the extra fxstn[plot]")
+    history = make().fit(3)
+    history.plot(tmp_path / "schedules.png")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run(*arguments) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
+    common = ["tune", "--model", "nets:tiny_conv", "--train-size", 128, "--valid-size", 64, "--seed", 0]
+    assert run(*common, "--epochs", 1, "--out", tmp_path / "cut") == 0
+    assert run(*common, "--epochs", 2, "--out", tmp_path / "cut") == 0
+    assert run(*common, "--epochs", 2, "--out", tmp_path / "whole") == 0
+    rows = {}
+    for name in ("cut", "whole"):
+        with open(tmp_path / name / "history.csv") as file:
+            rows[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    assert len(rows["cut"]) == 2
+    assert rows["cut"] == rows["whole"]
+    assert (tmp_path / "whole" / "schedules.png").exists()
+    output = capsys.readouterr().out
+    assert "test loss" in output
+    assert "weight_decay" in output
+
+
+def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--no-memory") == 0
+    rows = json.loads(file.read_text())
+    assert [row["variant"] for row in rows] == list(
+        ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")
+    )
+    assert {"variant", "step_ms", "ratio", "peak_mb"} <= set(rows[0])
+    assert rows[0]["ratio"] == 1
+    assert "plain" in capsys.readouterr().out
+
+
+def test_bench_measures_memory_in_a_fresh_process():
+    from fxstn.bench import bench
+    from nets import tiny_conv
+
+    rows = bench(tiny_conv(10), "torchvision:not_used", names=("plain",), rounds=1, memory=False, quiet=True)
+    assert rows[0]["peak_mb"] is None
+    settings = {"model": "squeezenet1_0", "batch_size": 4, "image_size": 48, "classes": 10, "device": "cpu"}
+    from fxstn.bench import _memory_in_fresh_process
+
+    assert _memory_in_fresh_process(settings, "plain") > 1
+
+
+def test_explain_and_verify_print_and_set_the_exit_status(capsys):
+    assert run("explain", "nets:tiny_conv") == 0
+    assert "hyperlayer" in capsys.readouterr().out
+    assert run("verify", "nets:tiny_conv", "--image-size", 8) == 0
+    assert "ok: largest error" in capsys.readouterr().out
+
+
+def test_a_users_mistake_is_one_line_on_stderr(tmp_path, capsys):
+    assert run("explain", "resnet99") == 2
+    assert "fxstn explain: --model 'resnet99' is neither" in capsys.readouterr().err
+    assert run("tune", "--data", "mnist", "--out", tmp_path) == 2
+    assert "--data-root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tune", "bench", "explain", "verify"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--help")
+    assert exit_.value.code == 0
+    assert "usage: fxstn" in capsys.readouterr().out
