@@ -5,8 +5,9 @@ Everything after this pass sees call_function nodes only, never mutated values, 
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import copied, rename
 from fxstn.layers.noise import track_batch
+from fxstn.mutation import DROPOUTS, SIZES, by_value, dropout_settings, is_size
 
 # Spellings that differ in more than their namespace; everything else is found by name.
 SPELLINGS: dict[Any, Callable[..., Any]] = {
@@ -26,7 +28,7 @@ SPELLINGS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([operator.ipow, torch.pow, "pow"], operator.pow),
     **dict.fromkeys([operator.imatmul, torch.matmul, "matmul"], operator.matmul),
     operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
+    **dict.fromkeys([operator.mod, operator.imod], torch.remainder),
     operator.iand: operator.and_,
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
@@ -43,19 +45,13 @@ SPELLINGS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([torch.absolute, "absolute"], torch.abs),
     **dict.fromkeys([torch.concat, torch.concatenate], torch.cat),
     **dict.fromkeys([torch.adaptive_avg_pool1d], F.adaptive_avg_pool1d),
-    **dict.fromkeys([torch.batch_norm], F.batch_norm),
     **dict.fromkeys([torch.dropout], F.dropout),
     **dict.fromkeys([torch.swapdims, "swapdims"], torch.swapaxes),
 }
-DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
-VIEWS = {torch.Tensor.view, torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze,
-         torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.view_as, torch.chunk, torch.split, torch.tensor_split,
-         torch.unbind, operator.getitem, torch.narrow, torch.select, torch.t, torch.movedim, torch.swapaxes, getattr,
-         torch.detach, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.real,
-         torch.Tensor.unflatten, torch.unflatten, torch.Tensor.type_as, torch.Tensor.unfold}  # fmt: skip
-_SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 _PACKED = {torch.reshape, torch.permute, torch.flip, torch.tile}  # as methods they take sizes as separate arguments
-_LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_LAYER_ARGUMENTS = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_NORM_ARGUMENTS = {"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None,
+                   "training": False, "momentum": 0.1, "eps": 1e-5}  # fmt: skip
 _LAYERS = {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 _INPUT_NAMES = ("input", "self", "tensors", "x")
 
@@ -74,7 +70,7 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
                 problems.append(Problem(module_path(node), problem, source_of(node), remedy))
     for node in list(module.graph.nodes):
         if node.meta.pop("inplace", False):
-            problems.extend(_by_value(node))
+            problems.extend(by_value(node))
     if problems:
         raise TransformError(problems)
     for node in list(module.graph.nodes):
@@ -120,6 +116,8 @@ def _lookup(target: Any) -> tuple[Any, bool]:
         return None, True
     if name.endswith("_") and not name.endswith("__"):
         base = name[:-1]
+        if base in ("normal", "random"):  # torch.normal(x) takes x as a mean
+            return None, True
         if base in SPELLINGS:
             return SPELLINGS[base], True
         for namespace in (torch, F, torch.Tensor):
@@ -128,9 +126,9 @@ def _lookup(target: Any) -> tuple[Any, bool]:
                 return SPELLINGS.get(found, found), True
         return None, True
     if isinstance(target, str):
-        found = (
-            getattr(torch, name, None) if name not in _SIZES and hasattr(torch, name) else getattr(torch.Tensor, name)
-        )
+        found = getattr(torch, name, None)
+        if name in SIZES or not inspect.isroutine(found):  # torch.float is a dtype, Tensor.float a conversion
+            found = getattr(torch.Tensor, name)
         return SPELLINGS.get(found, found), False
     return target, False
 
@@ -142,7 +140,7 @@ def _respell(node: fx.Node) -> str | None:
     if function is None:
         return f"{operation_name(original)} changes a tensor in place"
     args, kwargs = list(node.args), dict(node.kwargs)
-    if "out" in kwargs:
+    if kwargs.pop("out", None) is not None:
         return f"{operation_name(original)}(out=...) writes into a tensor"
     if not args:
         args = [kwargs.pop(name) for name in _INPUT_NAMES if name in kwargs][:1]
@@ -150,93 +148,55 @@ def _respell(node: fx.Node) -> str | None:
         args = [args[0], tuple(args[1:])]
     in_place = bool(kwargs.pop("inplace", False)) or in_place
     in_place = in_place and not (node.op == "call_function" and is_size(node))
+    if function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul):
+        args += [kwargs.pop(name) for name in ("other", "exponent", "value") if name in kwargs]
     if function in (operator.add, operator.sub) and (alpha := kwargs.pop("alpha", 1)) != 1:
         with node.graph.inserting_before(node):
             args[1] = node.graph.call_function(operator.mul, (args[1], alpha))
-    if function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul):
-        args += [kwargs.pop(name) for name in ("other", "exponent", "value") if name in kwargs]
-        if function is operator.truediv and kwargs.get("rounding_mode"):
-            function = torch.div
-        elif function is operator.truediv:
-            kwargs.pop("rounding_mode", None)
+    if function is operator.truediv and kwargs.get("rounding_mode"):
+        function = torch.div
+    elif function is operator.truediv:
+        kwargs.pop("rounding_mode", None)
     if function in (torch.softmax, torch.log_softmax):
-        kwargs.pop("_stacklevel", None)
+        if kwargs.get("dim", args[1] if len(args) > 1 else None) is None:
+            function = original  # the dimension depends on the rank: torch's own function knows
+        else:
+            kwargs.pop("_stacklevel", None)
+    if function is torch.where and method and len(args) == 3:
+        args = [args[1], args[0], args[2]]
+    if original is torch.dropout and "train" in kwargs:
+        kwargs["training"] = kwargs.pop("train")
     if function in _LAYERS:
-        args += [
-            kwargs.pop(name) for name in _LAYER_ARGUMENTS[len(args) :] if name in kwargs and not _gap(kwargs, name)
-        ]
+        args, kwargs = _positional(args, kwargs, _LAYER_ARGUMENTS), {}
+    if function is F.batch_norm:
+        args = _positional(args, kwargs, _NORM_ARGUMENTS)
+        args, kwargs = [*args, *list(_NORM_ARGUMENTS.values())[len(args) :]], {}
     node.op, node.target, node.args, node.kwargs = "call_function", function, tuple(args), kwargs
     node.meta["inplace"] = in_place
     return None
 
 
-def _gap(kwargs: dict, name: str) -> bool:
-    """Whether an earlier layer argument is left to its default, so that `name` cannot become positional."""
-    position = _LAYER_ARGUMENTS.index(name)
-    return any(earlier not in kwargs for earlier in _LAYER_ARGUMENTS[1:position] if earlier not in ("weight", "bias"))
-
-
-def is_size(node: Any) -> bool:
-    """Whether a node's value is Python numbers rather than a tensor: sizes and arithmetic on them."""
-    if not isinstance(node, fx.Node):
-        return True
-    if node.op == "call_method":
-        return node.target in _SIZES
-    if node.op != "call_function":
-        return False
-    if node.target in (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel):
-        return True
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    arithmetic = getattr(node.target, "__module__", "") == "_operator"
-    return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
-
-
-def _later_users(node: fx.Node, point: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if user is not point and point < user]
-
-
-def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Every value that may share memory with `node`, itself excluded."""
-    base = node
-    while base.op == "call_function" and base.target in VIEWS and isinstance(base.args[0], fx.Node):
-        base = base.args[0]
-    pending, seen = [base], {node}
-    while pending:
-        value = pending.pop()
-        if value not in seen:
-            seen.add(value)
-            yield value
-        pending += [user for user in value.users if user.op == "call_function" and user.target in VIEWS]
-
-
-def _by_value(node: fx.Node) -> Iterator[Problem]:
-    """Express a mutation by its result: later readers of the mutated tensor read the result."""
-    mutated = node.args[0]
-    if not isinstance(mutated, fx.Node):
-        return
-    for alias in _aliases(mutated):
-        later = [user for user in _later_users(alias, node) if user.target not in (getattr, torch.Tensor.size)]
-        if later and not (alias.op == "call_function" and _reads_after(alias, node)):
-            what = (
-                f"{operation_name(node.target)} in place on a tensor whose memory '{alias.name}' shares and reads later"
-            )
-            yield Problem(module_path(node), what, source_of(node), "write it without changing a tensor in place")
-    for user in _later_users(mutated, node):
-        user.replace_input_with(mutated, node)
-
-
-def _reads_after(alias: fx.Node, point: fx.Node) -> bool:
-    """Whether a view was itself taken after the mutation, so that it will be rewired to the result."""
-    return point < alias
+def _positional(args: list, kwargs: dict, defaults: dict[str, Any]) -> list:
+    """Arguments by position, up to the last that is given; those left out before it at their defaults."""
+    given = [*args, *(kwargs.get(name, default) for name, default in list(defaults.items())[len(args) :])]
+    last = max([len(args), *(i + 1 for i, name in enumerate(defaults) if name in kwargs)])
+    return given[:last]
 
 
 def _simplify_structure(node: fx.Node) -> None:
     """Drop what does nothing (dropout in eval mode, handed-through values) and open constructors of named tuples."""
     if node.op != "call_function":
         return
-    if node.target in DROPOUTS:
-        p, training = _dropout_settings(node)
+    source = node.args[0] if node.args else None
+    if (
+        node.target is getattr
+        and node.args[1] in _NAMED_RESULTS
+        and isinstance(source, fx.Node)
+        and _has_results(source)
+    ):
+        node.target, node.args = operator.getitem, (source, _NAMED_RESULTS[node.args[1]])
+    elif node.target in DROPOUTS:
+        p, training = dropout_settings(node)
         if not training:
             _bypass(node)
         else:
@@ -251,6 +211,13 @@ def _simplify_structure(node: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
+_NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}
+
+
+def _has_results(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (torch.max, torch.min, torch.median, torch.sort, torch.topk)
+
+
 def _bypass(node: fx.Node) -> None:
     source = node.args[0]
     with node.graph.inserting_before(node):
@@ -258,11 +225,6 @@ def _bypass(node: fx.Node) -> None:
     through.meta = dict(node.meta) | {"handed_through": True}
     node.replace_all_uses_with(through)
     node.graph.erase_node(node)
-
-
-def _dropout_settings(node: fx.Node) -> tuple[float, bool]:
-    settings: dict[str, Any] = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return settings.get("p", 0.5), bool(settings.get("training", True))
 
 
 def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:

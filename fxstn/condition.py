@@ -15,7 +15,6 @@ from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxstn.canonicalize import DROPOUTS
 from fxstn.errors import module_path
 from fxstn.graphs import add_placeholder, copied, model_of, placeholders
 from fxstn.hp import Dropout, Quantity, Scalar, Spec, WeightDecay, start_inside
@@ -23,8 +22,14 @@ from fxstn.hyperize import layer_weights
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
 from fxstn.layers.response import for_all_examples
 from fxstn.layout import layouts
+from fxstn.mutation import DROPOUTS
 
-_CHANNELWISE = {F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
+SPATIAL: dict[Any, int] = {
+    F.dropout1d: 1,
+    F.dropout2d: 2,
+    F.dropout3d: 3,
+    F.feature_alpha_dropout: 2,
+}  # whole channels are dropped
 _ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
 
 
@@ -82,8 +87,12 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
                 sites += [Site(index, path, *place) for place in found]
         elif isinstance(spec, WeightDecay):
             weights = layer_weights(module)
-            owners = {name.rpartition(".")[0]: name for name in weights}
-            penalties += [(owners[path], add(spec, path)) for path in spec.match(owners)]
+            owners: dict[str, list[str]] = {}
+            for name in weights:
+                owners.setdefault(name.rpartition(".")[0], []).append(name)
+            for path in spec.match(owners):
+                index = add(spec, path)
+                penalties += [(name, index) for name in owners[path]]
         elif isinstance(spec, Scalar):
             add(spec, "")
         else:
@@ -233,10 +242,10 @@ def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
 
 def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float) -> None:
     """Replace a dropout node by its noise and the product with it, in place, name kept."""
-    x, channelwise = node.args[0], node.target in _CHANNELWISE
+    x, spatial = node.args[0], SPATIAL.get(node.target, 0)
     with graph.inserting_before(node):
         draw = alpha_dropout_coefficients if node.target in _ALPHA else dropout_mask
-        arguments = (x, p, True) if channelwise else (x, p)
+        arguments = (x, p, spatial) if spatial else (x, p)
         noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
         noise.meta = {"scope": node.meta.get("scope", ())}
         if node.target in _ALPHA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     module path, source line and remedy.
     """
     explanation = Explanation()
+    model = copy.deepcopy(model)
     try:
         _parameters(explanation, model)
         stn = transform(model, hparams, example_inputs=example_inputs)

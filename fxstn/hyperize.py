@@ -35,6 +35,8 @@ def readings(module: fx.GraphModule) -> list[Reading]:
                 hyperlayer = hyperlayer and RULES[user.target].kind == "hyperlayer"
                 positions = [i for i, argument in enumerate(user.args) if argument is node]
                 role = _ROLES.get(positions[0]) if hyperlayer and len(positions) == 1 else None
+                if role == "weight" and model_of(module).get_parameter(names[node.target]).dim() < 2:
+                    role = None  # a vector has no rows to scale
                 found.append(Reading(names[node.target], role, user))
     return found
 

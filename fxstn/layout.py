@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxstn.canonicalize import DROPOUTS, is_size
 from fxstn.layers.noise import alpha_dropout_coefficients
+from fxstn.mutation import DROPOUTS, is_size
 from fxstn.rules import RULES
 
 Tensor = torch.Tensor
@@ -24,7 +24,8 @@ Layout = int | str  # an axis, NONE or LOST
 
 _SWAPS = {torch.transpose, torch.swapaxes}
 _ALONG = {torch.cat: 1, torch.stack: 1, torch.chunk: 2, torch.split: 2, torch.tensor_split: 2, torch.unbind: 1,
-          torch.narrow: 1, torch.select: 1, torch.flip: 1, torch.mean: 1, torch.sum: 1, torch.roll: 2}  # fmt: skip
+          torch.narrow: 1, torch.select: 1, torch.flip: 1, torch.mean: 1, torch.sum: 1, torch.roll: 2,
+          torch.cumsum: 1}  # fmt: skip
 _TUPLES = {torch.chunk, torch.split, torch.tensor_split, torch.unbind, alpha_dropout_coefficients}
 _DIM_NAMES = ("dim", "axis", "dims")
 _DEFAULT_ALL = {torch.mean, torch.sum, torch.roll}
@@ -53,22 +54,25 @@ def _moved(node: fx.Node, axis: int) -> Layout:
     """The axis after one operation that may move, join, pick or sum over it; LOST where it is no longer there."""
     target = node.target
     if target in _SWAPS:
-        pair = (node.args[1], node.args[2]) if len(node.args) > 2 else (None, None)
-        return {pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis)  # type: ignore[return-value]
+        pair = _argument(node, 1, ("dim0", "axis0"), -1), _argument(node, 2, ("dim1", "axis1"), -1)
+        return LOST if min(pair) < 0 else {pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis)
     if target is torch.permute:
         dims = _argument(node, 1, ("dims",), ())
         return list(dims).index(axis) if axis in dims else LOST
-    if target in (torch.t, torch.movedim) or (target is getattr and node.args[1] == "T"):
+    if target in (torch.t, torch.movedim) or (target is getattr and node.args[1] in ("T", "mT")):
         return LOST
     if target is torch.unsqueeze:
         dim = _argument(node, 1, ("dim",), None)
-        return axis + 1 if isinstance(dim, int) and 0 <= dim <= axis else axis
+        return LOST if not isinstance(dim, int) or dim < 0 else axis + (dim <= axis)
     if target is operator.getitem:
         return _getitem(node, axis)
     if target in _ALONG:
         dims = _argument(node, _ALONG[target], _DIM_NAMES, None if target in _DEFAULT_ALL else 0)
         dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        if None in dims or axis in dims:
+        lowest = (
+            -1 if target in (torch.mean, torch.sum, torch.cumsum) else 0
+        )  # a negative dim may be any: no rank is known
+        if None in dims or axis in dims or min(dims) < lowest:
             return LOST
         return axis - sum(0 <= dim < axis for dim in dims) if target in (torch.mean, torch.sum) else axis
     if target in (Tensor.repeat, torch.tile):
@@ -90,5 +94,7 @@ def layouts(graph: fx.Graph) -> dict[fx.Node, Layout]:
             found[node] = LOST
         else:
             assert isinstance(sources[0], int)
-            found[node] = _moved(node, sources[0])
+            left = node.args[0]
+            mixes = node.target in (operator.matmul, torch.mm, torch.bmm) and found.get(left, NONE) == NONE  # type: ignore[arg-type, call-overload]
+            found[node] = LOST if mixes else _moved(node, sources[0])
     return found

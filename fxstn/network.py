@@ -69,7 +69,7 @@ class SelfTuningNetwork(nn.Module):
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
         bases = ("pushforward", "linearized", "perturbed")
-        known = ("train", "eval", *bases, *(f"{base}_eval" for base in bases))
+        known = ("train", "eval", "trained", *bases, *(f"{base}_eval" for base in bases))
         if name not in known:
             raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
         if name not in self._graphs:
@@ -137,12 +137,28 @@ class SelfTuningNetwork(nn.Module):
 
     # Forward passes
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
-            return self.graph("perturbed" if self.training else "perturbed_eval")(*inputs, delta=delta)
-        return self.graph("train")(*inputs) if self.training else self.model(*inputs)
+            return self._call("trained" if self.training else "perturbed_eval", inputs, delta=delta, **named)
+        return self._call("train", inputs, **named) if self.training else self.model(*inputs, **named)
+
+    def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
+        graph = self.graph(name)
+        own = [
+            str(n.target) for n in graph.graph.nodes if n.op == "placeholder" and n.name not in ("condition", "delta")
+        ]
+        if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
+            raise TypeError(
+                f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
+                "example_inputs with all the inputs you pass"
+            )
+        return graph(*inputs, **named)
+
+    def conditioned_output(self, *inputs: Any) -> Any:
+        """The output of the training graph at λ₀ and w₀, whatever the module's mode."""
+        return self._call("train", inputs)
 
     def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
@@ -156,15 +172,20 @@ class SelfTuningNetwork(nn.Module):
         return self._run(name, inputs, delta, condition)
 
     def perturbed_output(
-        self, *inputs: Any, delta: Tensor, condition: Tensor | None = None, training: bool | None = None
+        self,
+        *inputs: Any,
+        delta: Tensor,
+        condition: Tensor | None = None,
+        training: bool | None = None,
+        update_statistics: bool = False,
     ) -> Any:
         """The output that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
         "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
         "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too. training: None for the
-        module's own mode.
+        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only).
         """
-        kind = "linearized" if self.method == "delta" else "perturbed"
+        kind = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
         evaluating = not (self.training if training is None else training)
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained.detach()
@@ -175,7 +196,7 @@ class SelfTuningNetwork(nn.Module):
         if condition is not None:
             moved["condition"] = self._checked(condition, "condition", inputs)
         with held(() if self.method == "stn" else self.general_parameters()):
-            return self.graph(name)(*inputs, **moved)
+            return self._call(name, inputs, **moved)
 
     def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
         h = len(self.hparams)

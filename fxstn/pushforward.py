@@ -17,9 +17,11 @@ from fxstn.layers.kernels import zeros_tangent
 from fxstn.layers.response import for_all_examples
 from fxstn.layout import layouts
 from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.staging import call
 from fxstn.tangents import ZERO, Scaled, all_zero
 
 _LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
+_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
 class _Emitter(fx.proxy.GraphAppendingTracer):
@@ -173,10 +175,17 @@ def linearized(module: fx.GraphModule) -> fx.GraphModule:
             dy = walk.tangents[leaf]
             if dy is ZERO:
                 return walk.values[leaf]
-            if leaf.op == "call_function" and leaf.target in _LINKS:
-                z: Any = leaf.args[0]
-                moved = walk.values[z] + walk.tangents[z]
-                return leaf.target(moved, *walk.value(leaf.args[1:]), **walk.value(dict(leaf.kwargs)))
+            link: Any = leaf
+            views: list[Any] = []
+            while link.op == "call_function" and link.target in _VIEWS and isinstance(link.args[0], fx.Node):
+                views.append(link)
+                link = link.args[0]
+            if link.op == "call_function" and link.target in _LINKS:
+                z: Any = link.args[0]
+                result = walk.values[z] + walk.tangents[z]
+                for node in (link, *reversed(views)):
+                    result = call(node.target, result, *walk.value(node.args[1:]), **walk.value(dict(node.kwargs)))
+                return result
             return walk.values[leaf] + dy
 
         return map_aggregate(output.args[0], leaf_sum)
@@ -189,4 +198,9 @@ def perturbed(module: fx.GraphModule) -> fx.GraphModule:
 
     The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
     """
-    return _Pushforward(hold_statistics(module), fold=True).run(lambda walk, output: walk.value(output.args[0]))
+    return trained(hold_statistics(module))
+
+
+def trained(module: fx.GraphModule) -> fx.GraphModule:
+    """As `perturbed`, but running statistics are updated: where "stn" trains, there is no other training step."""
+    return _Pushforward(module, fold=True).run(lambda walk, output: walk.value(output.args[0]))

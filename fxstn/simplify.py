@@ -13,6 +13,10 @@ from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_b
 _EFFECTS = {dropout_mask, alpha_dropout_coefficients, track_batch}
 
 
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
+           "attention", "stochastic", "uniform", "exponential")  # fmt: skip
+
+
 def _may_merge(node: fx.Node) -> bool:
     """Reading an attribute, and calls whose result depends on their arguments alone."""
     if node.op in ("get_attr", "call_module"):
@@ -20,7 +24,7 @@ def _may_merge(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target in _EFFECTS or _updates_statistics(node):
         return False
     name = getattr(node.target, "__name__", "")
-    return not any(word in name for word in ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty"))
+    return not any(word in name for word in _RANDOM)
 
 
 def _updates_statistics(node: fx.Node) -> bool:

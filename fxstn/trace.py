@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
@@ -26,10 +29,6 @@ class _Refused(Exception):
     def __init__(self, where: str, what: str, remedy: str) -> None:
         super().__init__(what)
         self.where, self.what, self.remedy = where, what, remedy
-
-
-def _modes() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 class _Proxy(fx.Proxy):
@@ -55,12 +54,24 @@ class _Tracer(fx.Tracer):
     """
 
     record_stack_traces = True
+    proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, supplied: int) -> None:
         super().__init__()
         self.calls: list[tuple[int, str, type]] = []
         self.number_of_calls = 0
-        self.modes = _modes()
+        self.supplied = supplied
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Inputs with a constant default keep it, unless example inputs supply them: `if mask is None` can be followed."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, argument in enumerate(arguments):
+            node = argument.node if isinstance(argument, fx.Proxy) else None
+            if node is not None and node.args and i > self.supplied and not isinstance(node.args[0], torch.Tensor):
+                arguments[i] = node.args[0]
+                self.graph.erase_node(node)
+        return function, arguments
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
@@ -72,13 +83,9 @@ class _Tracer(fx.Tracer):
         return self.calls[-1][1] if self.calls else ""
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
-            region = "a no_grad region" if torch.is_grad_enabled() != self.modes[0] else "an autocast region"
-            raise _Refused(
-                self.path_of_current(),
-                f"{region}, which a traced graph would lose,",
-                "use .detach() in place of no_grad; put autocast around the training step",
-            )
+        if torch.is_grad_enabled() != self.grad_enabled:
+            what = "a no_grad region, which a traced graph would lose,"
+            raise _Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = tuple(self.calls)
         return node
@@ -108,6 +115,66 @@ class _Tracer(fx.Tracer):
         return value
 
 
+class _Watch(TorchFunctionMode):
+    """Sees what fx does not, calls without a symbolic argument: their results would become constants of the graph.
+
+    Constants and random draws become nodes, made anew in each forward as the original makes them; values computed from
+    the model's own tensors behind fx's back are refused.
+    """
+
+    def __init__(self, model: nn.Module, tracer: _Tracer) -> None:
+        super().__init__()
+        self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.tracer = tracer
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if next(_proxies((args, kwargs)), None) is not None:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in _FACTORIES:
+            return self.tracer.create_proxy("call_function", function, args, kwargs)
+        result = function(*args, **kwargs)
+        reads = any(isinstance(a, torch.Tensor) and id(a) in self.own for a in tree_leaves((args, kwargs)))
+        if reads and (name in _READS or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))):
+            what = f"{name} of a parameter or buffer that is not read as an attribute, which would be frozen,"
+            raise _Refused(self.tracer.path_of_current(), what, "read it as self.name in the forward")
+        return result
+
+
+_FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", "ones", "full", "eye", "empty", "tril_indices",
+              "triu_indices", "rand", "randn", "randint", "randperm"}  # fmt: skip
+_READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
+
+
+def _state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """Every attribute, parameter and buffer of every module, as references."""
+
+    def of(module: nn.Module) -> dict[str, Any]:
+        registered = {key: dict(module.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")}
+        return {**module.__dict__, **registered}
+
+    return {module: of(module) for module in model.modules()}
+
+
+def _restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
+    """Undo what a forward assigned; returns the names of the attributes it assigned."""
+    changed = []
+    for module, before in state.items():
+        for key in ("_parameters", "_buffers", "_modules"):
+            now = module.__dict__[key]
+            changed += [name for name in {*now, *before[key]} if now.get(name) is not before[key].get(name)]
+            now.clear()
+            now.update(before[key])
+        for name in {*module.__dict__, *before} - {"_parameters", "_buffers", "_modules"}:
+            if module.__dict__.get(name) is not before.get(name):
+                changed.append(name)
+                module.__dict__.pop(name, None)
+                if name in before:
+                    module.__dict__[name] = before[name]
+    return changed
+
+
 def _proxies(structure: Any) -> Iterator[fx.Proxy]:
     found: list[fx.Proxy] = []
     map_aggregate(structure, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
@@ -128,6 +195,10 @@ def _mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Itera
             module.training = flag
 
 
+def _generators() -> tuple[Any, ...]:
+    return random.getstate(), bytes(torch.get_rng_state().numpy())
+
+
 def frozen_modules(model: nn.Module) -> set[str]:
     """Modules that stay in eval mode when the model trains: batch norms frozen by hand or by an overridden train()."""
     if model.training:
@@ -136,26 +207,47 @@ def frozen_modules(model: nn.Module) -> set[str]:
         return {name for name, module in model.named_modules() if not module.training}
 
 
-def trace(model: nn.Module, training: bool, frozen: Collection[str] = ()) -> fx.GraphModule:
+def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), supplied: int = 0) -> fx.GraphModule:
     """Follow model.forward with symbolic values, in train or in eval mode; the model is left as it was.
 
-    frozen: modules that stay in eval mode in the training graph. Raises TransformError where the model's Python depends
-    on data, or holds something that a traced graph would drop without a word (hooks, no_grad and autocast regions,
-    custom autograd functions).
+    frozen: modules that stay in eval mode in the training graph. supplied: how many inputs callers pass; those beyond it
+    that have a constant default keep it. Raises TransformError where the model's Python depends on data, or does something
+    that a traced graph would drop or freeze without a word: hooks, no_grad and autocast regions, custom autograd
+    functions, random draws, attributes that the forward assigns.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(supplied)
 
     def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
         raise _Refused(tracer.path_of_current(), what, "write it with torch operations")
 
-    patch: Any = mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function))
+    def refuse_autocast(_: Any) -> None:
+        what = "an autocast region, which a traced graph would lose,"
+        raise _Refused(tracer.path_of_current(), what, "put autocast around the training step")
+
+    patches: tuple[Any, ...] = (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
+        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
+    )
     with _mode_of(model, training, frozen):
+        before, draws = _state(model), _generators()
         try:
             if any(getattr(model, hooks) for hooks in _HOOKS):
                 raise _Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
-            with patch:
+            with patches[0], patches[1], _Watch(model, tracer):
                 graph = tracer.trace(model)
+            if assigned := sorted(set(_restore(before)) - {"_tensor_constants"}):
+                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
+                remedy = "return the value, or keep it outside of the model"
+                if assigned[0].startswith("_tensor_constant"):
+                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
+                raise _Refused("", what, remedy)
+            if _generators() != draws:
+                raise _Refused(
+                    "",
+                    "a random draw in Python, which a traced graph would freeze,",
+                    "draw it with torch, from the input",
+                )
         except _Refused as refused:
             source = innermost_user_frame(traceback.format_exc())
             problem = Problem(refused.where, refused.what, source, refused.remedy)
@@ -165,6 +257,8 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = ()) -> fx.
             what = f"symbolic tracing cannot follow the forward ({type(error).__name__}: {error})"
             remedy = "replace the branch or loop that depends on data or shapes there"
             raise TransformError([Problem(tracer.path_of_current(), what, source, remedy)]) from error
+        finally:
+            _restore(before)
     return _under_root(model, graph)
 
 

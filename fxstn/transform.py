@@ -13,7 +13,7 @@ from fxstn.condition import Binding, bind, condition
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.network import METHODS, SelfTuningNetwork
-from fxstn.pushforward import linearized, perturbed, pushforward
+from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules, trace
 
@@ -22,22 +22,25 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "pushforward": pushforward,
     "linearized": linearized,
     "perturbed": perturbed,
+    "trained": trained,
 }
 
 
-def followed(model: nn.Module, training: bool, frozen: Collection[str]) -> fx.GraphModule:
+def followed(model: nn.Module, training: bool, frozen: Collection[str], supplied: int = 0) -> fx.GraphModule:
     """trace → canonicalize."""
-    return canonicalize(trace(model, training, frozen))
+    return canonicalize(trace(model, training, frozen, supplied))
 
 
-def emit(root: nn.Module, binding: Binding, frozen: Collection[str], name: str, traced: Any = None) -> fx.GraphModule:
-    """Build one graph by name: "train", "eval", or "pushforward", "linearized", "perturbed", each also with "_eval".
+def emit(
+    root: nn.Module, binding: Binding, frozen: Collection[str], supplied: int, name: str, traced: Any = None
+) -> fx.GraphModule:
+    """Build one graph by name: "train", "eval", "trained", or "pushforward", "linearized", "perturbed", also with "_eval".
 
     root holds the children model, response and hparams; traced is the result of `followed` where it is at hand. The
     passes, in order: trace → canonicalize → condition → hyperize → pushforward (or one of its siblings) → simplify.
     """
     evaluating = name.endswith("eval")
-    graph = traced or followed(root.model, not evaluating, frozen)  # type: ignore[arg-type]
+    graph = traced or followed(root.get_submodule("model"), not evaluating, frozen, supplied)
     for child in ("hparams", "response"):
         graph.add_module(child, root.get_submodule(child))
     graph = condition(graph, () if evaluating else binding.sites)
@@ -61,8 +64,11 @@ def transform(
     list of specs from `fxstn.hp`; None tunes every dropout found, starting at its own strength moved just inside the
     range, or, where the model has none, inserts dropout at the input and after each top-level stage but the last.
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
-    so here. method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or
-    "stn" (MacKay et al. 2019: uncentred, one objective).
+    so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
+    (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
+    uncentred, one objective).
+
+    Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
     Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
     matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method.
@@ -71,7 +77,9 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     model = copy.deepcopy(model)
     frozen = tuple(sorted(frozen_modules(model)))
-    graphs = [followed(model, True, frozen), followed(model, False, frozen)]
+    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    supplied = 0 if example_inputs is None else len(examples)
+    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     fan_ins, _ = responses(graphs)
@@ -83,10 +91,16 @@ def transform(
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
     network = SelfTuningNetwork(
-        model, response_modules(model, fan_ins, len(space)), space, binding.penalties, method, emit, (binding, frozen)
+        model,
+        response_modules(model, fan_ins, len(space)),
+        space,
+        binding.penalties,
+        method,
+        emit,
+        (binding, frozen, supplied),
     )
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
-        network.keep(name, emit(network, binding, frozen, name, graphs[name.endswith("eval")]))
+        network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
     if example_inputs is not None:
-        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        network.check(*examples)
     return network

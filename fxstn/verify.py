@@ -15,23 +15,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.canonicalize import DROPOUTS
-from fxstn.condition import Binding, bind
+from fxstn.condition import SPATIAL, Binding, bind
 from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
+from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.trace import frozen_modules
 from fxstn.transform import followed, transform
 
 STEPS = (1e-6, 3e-7, 1e-7)
-_CHANNELWISE = {torch.nn.functional.dropout1d, torch.nn.functional.dropout2d, torch.nn.functional.dropout3d}
 
 
 class ReplayedDropout(TorchFunctionMode):
     """Runs an original model with the draws that an emitted graph makes from the same seed, at the given rates.
 
-    rates: one per dropout call, in execution order; the model's own where None.
+    rates: one per dropout call, in execution order; the model's own where None, and beyond the last.
     """
 
     def __init__(self, rates: Sequence[Tensor | None]) -> None:
@@ -43,12 +42,15 @@ class ReplayedDropout(TorchFunctionMode):
         settings = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         if function not in DROPOUTS or not settings.get("training", True):
             return function(*args, **kwargs)
-        rate = next(self.rates)
+        rate = next(self.rates, None)
         x, p = settings["input"], settings.get("p", 0.5) if rate is None else rate
+        multiplier: Any = 1
+        shift: Any = 0
         if "alpha" in function.__name__:
-            multiplier, shift = alpha_dropout_coefficients(x, p, "feature" in function.__name__)
-            return x * multiplier + shift
-        return x * dropout_mask(x, p, function in _CHANNELWISE)
+            multiplier, shift = alpha_dropout_coefficients(x, p, SPATIAL.get(function, 0))
+        else:
+            multiplier = dropout_mask(x, p, SPATIAL.get(function, 0))
+        return x.mul_(multiplier).add_(shift) if settings.get("inplace") else x * multiplier + shift
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
-    was_training = model.training
+    modes = [module.training for module in model.modules()]
     with torch.no_grad():
         for module in norms:
             for parameter in (module.weight, module.bias):
@@ -117,7 +119,9 @@ def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
         model.train()(*inputs)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
-    return model.train(was_training)
+    for child, mode in zip(model.modules(), modes, strict=True):
+        child.training = mode
+    return model
 
 
 def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
@@ -185,7 +189,7 @@ def _comparisons(
         torch.manual_seed(seed)
         module = copy.deepcopy(original).train(training)
         _freeze(module, original, training)
-        with ReplayedDropout(rates):
+        with ReplayedDropout(rates if training else []):
             return functional_call(module, stn.best_response(step * delta), inputs)
 
     def of_graph(step: float) -> Any:

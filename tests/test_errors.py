@@ -56,7 +56,7 @@ def test_a_custom_operator_without_forward_mode_is_refused():
     def plus_one(x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
-    with pytest.raises(fxstn.TransformError, match="plus_one.default has no tangent rule"):
+    with pytest.raises(fxstn.TransformError, match=r"plus_one\.default has no tangent rule"):
         fxstn.transform(Around(torch.ops.fxstn_tests.plus_one.default), SCALAR)
 
 
@@ -133,7 +133,7 @@ def test_a_delta_of_the_wrong_shape_is_refused(shape):
             stn.pushforward(torch.randn(4, 6), **arguments)
     with pytest.raises(ValueError, match="delta has 3 rows for a batch of 4"):
         stn.pushforward(torch.randn(4, 6), delta=torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="delta of shape|delta must have shape"):
+    with pytest.raises(ValueError, match=r"delta of shape|delta must have shape"):
         stn.best_response(torch.zeros(3, 2))
 
 

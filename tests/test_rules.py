@@ -37,7 +37,7 @@ class Prepared:
         self.case = case
         self.tensors = [draw(shape, case, generator) for shape in case.shapes]
         varying = range(len(self.tensors)) if case.varying is None else case.varying
-        self.varying = [i for i in varying]
+        self.varying = list(varying)
         self.directions = [torch.randn(self.tensors[i].shape, generator=generator).double() for i in self.varying]
 
     def arguments(self, tensors):
@@ -111,7 +111,7 @@ def test_the_gradient_with_respect_to_a_tangent_is_the_transpose(case):
     """⟨g, J d⟩ must have gradient Jᵀ g in d: compare with reverse mode through the function itself."""
     prepared = Prepared(case)
     directions = [d.clone().requires_grad_() for d in prepared.directions]
-    dy = [leaf for leaf in tree_leaves(prepared.rule(directions)[1])]
+    dy = list(tree_leaves(prepared.rule(directions)[1]))
     cotangents = [torch.randn_like(leaf) for leaf in dy]
     found = torch.autograd.grad(dy, directions, cotangents)
     primals = tuple(x.clone().requires_grad_() for x in prepared.primals())

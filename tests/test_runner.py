@@ -226,17 +226,18 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     file = tmp_path / "bench.json"
     assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--no-memory") == 0
     rows = json.loads(file.read_text())
-    assert [row["variant"] for row in rows] == list(
-        ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")
-    )
+    assert [row["variant"] for row in rows] == [
+        "plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch"
+    ]  # fmt: skip
     assert {"variant", "step_ms", "ratio", "peak_mb"} <= set(rows[0])
     assert rows[0]["ratio"] == 1
     assert "plain" in capsys.readouterr().out
 
 
 def test_bench_measures_memory_in_a_fresh_process():
-    from fxstn.bench import bench
     from nets import tiny_conv
+
+    from fxstn.bench import bench
 
     rows = bench(tiny_conv(10), "torchvision:not_used", names=("plain",), rounds=1, memory=False, quiet=True)
     assert rows[0]["peak_mb"] is None

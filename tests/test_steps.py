@@ -39,7 +39,7 @@ def stn():
 def test_each_step_leaves_gradients_on_its_own_parameters_only(batch, method):
     stn = fxstn.transform(SmallConv(), [hp.Dropout(), hp.WeightDecay()], method=method)
     randomize_response(stn)
-    responding = [p for p in stn.response_parameters()]
+    responding = list(stn.response_parameters())
     fxstn.general_loss(stn, F.cross_entropy, *batch).backward()
     assert all(grads(stn.general_parameters()))
     assert not any(grads([*responding, *stn.hparams.parameters()]))
@@ -212,7 +212,7 @@ def test_dropout_masks_have_the_rate_and_the_mean_of_dropout():
         rate = (row == 0).double().mean().item()
         assert abs(rate - p) < 5 * (p * (1 - p) / row.numel()) ** 0.5
         assert torch.allclose(row.unique(), torch.tensor([0.0, 1 / (1 - p)]))
-    channels = dropout_mask(torch.ones(3, 7, 5, 5), 0.5, channelwise=True)
+    channels = dropout_mask(torch.ones(3, 7, 5, 5), 0.5, spatial=2)
     assert channels.shape == (3, 7, 1, 1)
     assert not dropout_mask(x, 1.0).any()
     assert dropout_mask(torch.ones(3, dtype=torch.long), 0.5) == 1

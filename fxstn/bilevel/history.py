@@ -40,7 +40,8 @@ class History:
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]) if self.rows else ["epoch"])
+            columns = dict.fromkeys(column for row in self.rows for column in row)
+            writer = csv.DictWriter(file, fieldnames=list(columns) or ["epoch"])
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(temporary, path)

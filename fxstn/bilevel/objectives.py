@@ -34,7 +34,7 @@ def evaluate_loss(
 
     Raises ValueError when the target has another number of examples than the inputs, or the loss is not a scalar.
     """
-    if isinstance(target, Tensor) and target.dim() and target.shape[0] != examples:
+    if isinstance(target, Tensor) and target.dim() and target.shape[0] % examples:  # a multiple: targets per token
         raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}")
     loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
     if not isinstance(loss, Tensor) or loss.dim():
@@ -52,17 +52,20 @@ def _perturbation(stn: SelfTuningNetwork, examples: int, perturb: str | None) ->
     return stn.hparams.sample(examples) if per_example else stn.hparams.sample(1)[0]
 
 
-def general_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> Tensor:
+def general_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None
+) -> Tensor:
     """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
 
     inputs: a tensor or a tuple of them, (batch, ...). target: what loss_fn takes. For method "stn" this is the one
-    objective of all parameters, L_T at λ + ε (MacKay et al. 2019); `response_loss` is the same there.
+    objective of all parameters, L_T at λ + ε (MacKay et al. 2019), with `perturb` as in `response_loss`; the other methods
+    draw no perturbation here.
     """
     if stn.method == "stn":
-        return response_loss(stn, loss_fn, inputs, target)
+        return _perturbed_loss(stn, loss_fn, inputs, target, perturb, update_statistics=True)
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
-    output = stn.graph("train")(*inputs)
+    output = stn.conditioned_output(*inputs)
     hparams = None
     if takes_hparams(loss_fn):
         hparams = stn.hparams.named(stn.hparams().expand(examples, -1))
@@ -77,10 +80,23 @@ def response_loss(
     Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all;
     None: per example, unless the network moves the batch dimension where it cannot be followed.
     """
+    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, update_statistics=False)
+
+
+def _perturbed_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: Any,
+    target: Any,
+    perturb: str | None,
+    update_statistics: bool,
+) -> Tensor:
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
     epsilon = _perturbation(stn, examples, perturb).detach()
-    output = stn.perturbed_output(*inputs, delta=epsilon, condition=epsilon, training=True)
+    output = stn.perturbed_output(
+        *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
+    )
     hparams = None
     if takes_hparams(loss_fn):
         hparams = stn.hparams.named(stn.hparams(epsilon).expand(examples, -1))

@@ -63,6 +63,14 @@ def _optimizer(given: OptimizerLike, default: Any, parameters: Sequence[nn.Param
     return made
 
 
+def _length(loader: Any) -> int | None:
+    """Number of batches, None where the loader does not know it (an IterableDataset)."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
 class BilevelRunner:
     """Trains w₀, Θ, λ and σ together (paper, Alg. 1).
 
@@ -75,9 +83,9 @@ class BilevelRunner:
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
     response_fraction: part of each batch that the response step sees, in (0, 1]; unbiased but for batch statistics.
     perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
-    metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs without a better validation loss. out_dir: where
-    history.csv, last.pt and best.pt go; a run that finds its last.pt there resumes. progress: None shows a bar on a
-    terminal only.
+    metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs
+    without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
+    there resumes. progress: None shows a bar on a terminal only.
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Warns when weight
     decay is tuned and also set in an optimizer.
@@ -109,7 +117,7 @@ class BilevelRunner:
         progress: bool | None = None,
     ) -> None:
         for name, loader in (("train_loader", train_loader), ("valid_loader", valid_loader)):
-            if hasattr(loader, "__len__") and len(loader) == 0:
+            if _length(loader) == 0:
                 raise ValueError(
                     f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)"
                 )
@@ -152,6 +160,7 @@ class BilevelRunner:
                 )
         self.history = History(stn.hparams.names)
         self.best: dict[str, Any] | None = None
+        self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self._validation = Cycle(valid_loader)
 
     # Training
@@ -181,15 +190,16 @@ class BilevelRunner:
         start, number = time.perf_counter(), len(self.history) + 1
         self.stn.train()
         totals: dict[str, Tensor] = {}
-        steps = 0
+        steps, cycle = 0, self.train_steps
         for batch in self.train_loader:
             inputs, target = self._to_device(batch)
             for name, loss in self._inner_step(inputs, target).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
             steps += 1
-            if steps % self.train_steps == 0 or steps == 1:
+            self.steps += 1
+            if self.steps % cycle == 0 or steps == 1:
                 self._check_finite(totals, number, steps)
-            if steps % self.train_steps == 0 and number > self.warmup_epochs:
+            if self.steps % cycle == 0 and number > self.warmup_epochs:
                 for _ in range(self.valid_steps):
                     self._hyper_step(number, steps)
         if not steps:
@@ -213,7 +223,7 @@ class BilevelRunner:
     def _inner_step(self, inputs: Any, target: Any) -> dict[str, Tensor]:
         """One step of w₀ and one of Θ on a training batch; of both at once for method "stn"."""
         if self.stn.method == "stn":
-            return {"train_loss": self._step(general_loss(self.stn, self.loss_fn, inputs, target),
+            return {"train_loss": self._step(general_loss(self.stn, self.loss_fn, inputs, target, perturb=self.perturb),
                                              "optimizer", "response_optimizer")}  # fmt: skip
         general = self._step(general_loss(self.stn, self.loss_fn, inputs, target), "optimizer")
         if self.response_fraction < 1:
@@ -299,6 +309,8 @@ class BilevelRunner:
             {
                 "format": FORMAT,
                 "names": list(self.stn.hparams.names),
+                "method": self.stn.method,
+                "steps": self.steps,
                 "stn": self.stn.state_dict(),
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "random": random_state(),
@@ -325,7 +337,14 @@ class BilevelRunner:
             raise ValueError(
                 f"{path} tunes {state['names']}, this run {list(self.stn.hparams.names)}; choose another out_dir"
             )
-        self.stn.load_state_dict(state["stn"])
+        if (state["method"], set(state["optimizers"])) != (self.stn.method, set(self.optimizers)):
+            raise ValueError(f"{path} is a run of method {state['method']!r} with {sorted(state['optimizers'])}; this one "
+                             f"is of {self.stn.method!r} with {sorted(self.optimizers)}; choose another out_dir")  # fmt: skip
+        try:
+            self.stn.load_state_dict(state["stn"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} is a run of another model; choose another out_dir") from error
+        self.steps = state["steps"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.history.rows, self.best = state["history"], state["best"]

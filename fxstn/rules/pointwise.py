@@ -35,14 +35,15 @@ def gelu_jacobian(dx, x, approximate):
 
 
 linear(operator.neg, torch.clone, torch.Tensor.contiguous, torch.Tensor.float, torch.Tensor.double, torch.Tensor.to)
-linear(torch.Tensor.type_as, torch.nan_to_num, torch.real)
+linear(torch.Tensor.type_as, torch.real)
 additive(operator.add)
 additive(operator.sub)
 bilinear(operator.mul, operator.matmul, torch.bmm, torch.mm)
 zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide, operator.floordiv)
-zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.mod)
+zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 zero(operator.and_, operator.or_, operator.xor)
 zero(dropout_mask, alpha_dropout_coefficients)
+zero(torch.Tensor.new_empty, torch.Tensor.new_full, torch.bernoulli)
 zero(torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like, torch.full_like)
 
 
@@ -56,12 +57,17 @@ def divide(d, a, b):
 @rule(operator.pow)
 def power(d, base, exponent):
     y = base**exponent
+    if d.exponent is ZERO and isinstance(exponent, (int, float)) and exponent == 0:
+        return y, ZERO
     terms = [] if d.base is ZERO else [d.base * (exponent * base ** (exponent - 1))]
-    terms += [] if d.exponent is ZERO else [d.exponent * y * torch.log(base)]
+    log = math.log if isinstance(base, (int, float)) else torch.log
+    terms += [] if d.exponent is ZERO else [d.exponent * y * log(base)]
     return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 pointwise(F.relu, lambda dx, y, x, inplace=False: aten.threshold_backward(dx, y, 0))
+pointwise(torch.nan_to_num, lambda dx, y, x, *_, **__: dx * torch.isfinite(x))
+pointwise(torch.remainder, lambda dx, y, x, divisor: dx)
 pointwise(torch.exp, lambda dx, y, x: dx * y)
 pointwise(torch.expm1, lambda dx, y, x: dx * (y + 1))
 pointwise(torch.log, lambda dx, y, x: dx / x)

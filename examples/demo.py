@@ -1,0 +1,133 @@
+"""Tune resnet18 on scikit-learn's digits, against the same network trained untuned for as many epochs.
+
+Both runs start from the same weights, with dropout 0.05 wherever `hparams=None` puts one and weight decay 1e-4. The tuned
+run moves these seven numbers while it trains; the other keeps them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+from tqdm.auto import tqdm
+
+import fxstn
+from fxstn import data, hp
+
+COLUMNS = ["valid loss", "valid accuracy", "test loss", "test accuracy", "seconds"]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+
+
+def prepare(seed: int, args: argparse.Namespace):
+    """(network, training, validation and test loaders), the same for both runs of a seed."""
+    torch.manual_seed(seed)
+    split = data.load("digits", train=args.train_size, valid=500, seed=seed)
+    stn = fxstn.transform(resnet18(num_classes=split.classes), [hp.Dropout(), hp.WeightDecay(shared=True)])
+    order = torch.Generator().manual_seed(seed)
+    train = DataLoader(split.train, 50, shuffle=True, generator=order)
+    valid = DataLoader(split.valid, 250, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return stn, train, valid, DataLoader(split.test, 400)
+
+
+def evaluate(model: torch.nn.Module, loader: DataLoader) -> tuple[float, float]:
+    """(loss, accuracy) in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        pairs = [(model(x), y) for x, y in loader]
+    output, target = torch.cat([o for o, _ in pairs]), torch.cat([y for _, y in pairs])
+    return F.cross_entropy(output, target).item(), fxstn.accuracy(output, target)
+
+
+def untuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """A plain training loop at the starting hyperparameters; the best epoch by validation loss counts, as in `tuned`."""
+    stn, train, valid, test = prepare(seed, args)
+    optimizer, best = sgd(stn.general_parameters()), (float("inf"), {})
+    start = time.perf_counter()
+    for _ in tqdm(range(args.epochs), desc=f"untuned, seed {seed}", disable=None):
+        stn.train()
+        for x, y in train:
+            fxstn.general_loss(stn, F.cross_entropy, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss, _ = evaluate(stn.model, valid)
+        if loss < best[0]:
+            best = loss, {name: value.clone() for name, value in stn.model.state_dict().items()}
+    seconds = time.perf_counter() - start
+    stn.model.load_state_dict(best[1])
+    return dict(zip(COLUMNS, (*evaluate(stn.model, valid), *evaluate(stn.model, test), seconds), strict=True))
+
+
+def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """The same training with λ tuned; writes history, schedule plot and exported weights."""
+    stn, train, valid, test = prepare(seed, args)
+    out = Path(args.out) / f"seed-{seed}"
+    runner = fxstn.BilevelRunner(
+        stn,
+        F.cross_entropy,
+        train,
+        valid,
+        optimizer=sgd,
+        response_optimizer=lambda p: torch.optim.Adam(p, lr=args.response_lr),
+        hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=args.hyper_lr),
+        train_steps=args.train_steps,
+        warmup_epochs=2,
+        perturb=args.perturb,
+        metrics={"accuracy": fxstn.accuracy},
+        out_dir=out,
+    )
+    start = time.perf_counter()
+    history = runner.fit(args.epochs)
+    seconds = time.perf_counter() - start
+    best = runner.best_model()
+    torch.save(best.state_dict(), out / "weights.pt")
+    history.plot(out / "schedules.png")
+    return dict(zip(COLUMNS, (*evaluate(best, valid), *evaluate(best, test), seconds), strict=True)) | {
+        name: history[name][-1] for name in history.names
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=30, help="of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each kind; the table shows their mean")
+    parser.add_argument("--train-size", type=int, default=200, help="training images")
+    parser.add_argument("--train-steps", type=int, default=2, help="inner steps per hyper step")
+    parser.add_argument("--hyper-lr", type=float, default=0.05, help="of RMSprop for λ")
+    parser.add_argument("--response-lr", type=float, default=1e-3, help="of Adam for the response")
+    parser.add_argument("--perturb", default="example", choices=("example", "batch"), help="one ε per example or batch")
+    parser.add_argument("--out", default="out/demo", help="folder for the results, emptied of earlier ones")
+    args = parser.parse_args()
+    results: dict[str, list[dict[str, float]]] = {"untuned": [], "tuned": []}
+    for seed in range(args.seeds):
+        for old in ("last.pt", "best.pt"):
+            (Path(args.out) / f"seed-{seed}" / old).unlink(missing_ok=True)
+        results["untuned"].append(untuned(seed, args))
+        results["tuned"].append(tuned(seed, args))
+    means = {name: [statistics.mean(run[c] for run in runs) for c in COLUMNS] for name, runs in results.items()}
+    print(
+        f"\nresnet18, {args.train_size} training images, {args.epochs} epochs, mean of {args.seeds} seeds, best epoch:"
+    )
+    print(tabulate([[name, *values] for name, values in means.items()], ["", *COLUMNS], floatfmt=".3f"))
+    found = [name for name in results["tuned"][0] if name not in COLUMNS]
+    print(
+        tabulate(
+            [[n, *(run[n] for run in results["tuned"])] for n in found], ["found", *range(args.seeds)], floatfmt=".3g"
+        )
+    )
+    Path(args.out, "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {args.out}: results.json, and per seed history.csv, schedules.png, weights.pt, best.pt, last.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""In-place operations expressed by values, for canonicalize; refused where memory may be shared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxstn.errors import Problem, module_path, operation_name, source_of
+from fxstn.layers.noise import track_batch
+from fxstn.rules import RULES
+
+SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
+# Results in memory of their own. Anything else may share its input's: better a refusal than a mutation overlooked.
+FRESH = {torch.cat, torch.stack, torch.mean, torch.sum, torch.cumsum, torch.clone, F.pad, torch.flip, torch.roll,
+         operator.neg, torch.Tensor.repeat, torch.tile, F.batch_norm, F.pixel_shuffle, F.pixel_unshuffle, F.normalize,
+         F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+         F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+         operator.truediv, operator.pow, track_batch}  # fmt: skip
+FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
+
+
+def is_size(node: Any) -> bool:
+    """Whether a node's value is Python numbers rather than a tensor: sizes and arithmetic on them."""
+    if not isinstance(node, fx.Node):
+        return True
+    if node.op == "call_method":
+        return node.target in SIZES
+    if node.op != "call_function":
+        return False
+    if node.target in (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel):
+        return True
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+
+
+def dropout_settings(node: fx.Node) -> tuple[float, bool]:
+    """(p, training) of a dropout call."""
+    settings: dict[str, Any] = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return settings.get("p", 0.5), bool(settings.get("training", True))
+
+
+def may_share_memory(node: fx.Node) -> bool:
+    """Whether the result of an operation may be (a view of) its first argument."""
+    if node.op != "call_function" or is_size(node) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.meta.get("handed_through"):
+        return True
+    if node.target in DROPOUTS:
+        return not dropout_settings(node)[1]
+    kind = RULES[node.target].kind if node.target in RULES else None
+    return not (node.target in FRESH or kind in FRESH_KINDS)
+
+
+def _later_users(node: fx.Node, point: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user is not point and point < user]
+
+
+def _aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """Every value that may share memory with `node`, itself excluded."""
+    base = node
+    while may_share_memory(base):
+        base = base.args[0]  # type: ignore[assignment]
+    pending, seen = [base], {node}
+    while pending:
+        value = pending.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+        pending += [user for user in value.users if may_share_memory(user) and user.args[0] is value]
+
+
+def by_value(node: fx.Node) -> Iterator[Problem]:
+    """Let later readers of a tensor that `node` mutates read node's result; yields what stands against it."""
+    mutated, name = node.args[0], operation_name(node.target)
+    if not isinstance(mutated, fx.Node):
+        return
+    for alias in (mutated, *_aliases(mutated)):
+        if alias.op == "get_attr":
+            what = f"{name} in place changes '{str(alias.target).removeprefix('model.')}', of the model itself,"
+            yield Problem(module_path(node), what, source_of(node), "update it outside of the forward")
+        elif alias is not mutated and alias < node and any(not is_size(user) for user in _later_users(alias, node)):
+            what = f"{name} in place on a tensor whose memory '{alias.name}' shares and reads later"
+            yield Problem(module_path(node), what, source_of(node), "write it without changing a tensor in place")
+    for user in _later_users(mutated, node):
+        user.replace_input_with(mutated, node)
