@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -146,10 +147,9 @@ class SelfTuningNetwork(nn.Module):
 
     def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
         graph = self.graph(name)
-        own = [
-            str(n.target) for n in graph.graph.nodes if n.op == "placeholder" and n.name not in ("condition", "delta")
-        ]
-        if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
+        inputs_first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
+        own = [str(node.target) for node in inputs_first if node.name not in ("condition", "delta")]
+        if len(inputs) > len(own) and not any(name.startswith("*") for name in own):
             raise TypeError(
                 f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
                 "example_inputs with all the inputs you pass"

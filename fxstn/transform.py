@@ -15,7 +15,8 @@ from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
-from fxstn.trace import frozen_modules, trace
+from fxstn.trace import frozen_modules
+from fxstn.trace import trace as trace_module
 
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
@@ -28,7 +29,7 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
 
 def followed(model: nn.Module, training: bool, frozen: Collection[str], supplied: int = 0) -> fx.GraphModule:
     """trace → canonicalize."""
-    return canonicalize(trace(model, training, frozen, supplied))
+    return canonicalize(trace_module(model, training, frozen, supplied))
 
 
 def emit(
@@ -57,6 +58,7 @@ def transform(
     *,
     example_inputs: Any = None,
     method: str = "delta",
+    trace: str = "auto",
 ) -> SelfTuningNetwork:
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
@@ -66,7 +68,7 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective).
+    uncentred, one objective). trace: how the forward is followed; "fx" (symbolic tracing) is what there is, "auto" chooses it.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -75,6 +77,8 @@ def transform(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    if trace not in ("auto", "fx"):
+        raise ValueError(f"trace={trace!r} is neither 'auto' nor 'fx'")
     model = copy.deepcopy(model)
     frozen = tuple(sorted(frozen_modules(model)))
     examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
