@@ -36,7 +36,7 @@ def prepare(seed: int, args: argparse.Namespace):
     stn = fxstn.transform(resnet18(num_classes=split.classes), [hp.Dropout(), hp.WeightDecay(shared=True)])
     order = torch.Generator().manual_seed(seed)
     train = DataLoader(split.train, 50, shuffle=True, generator=order)
-    valid = DataLoader(split.valid, 250, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    valid = DataLoader(split.valid, 125, shuffle=True, generator=torch.Generator().manual_seed(seed))
     return stn, train, valid, DataLoader(split.test, 400)
 
 
@@ -81,7 +81,7 @@ def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
         response_optimizer=lambda p: torch.optim.Adam(p, lr=args.response_lr),
         hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=args.hyper_lr),
         train_steps=args.train_steps,
-        warmup_epochs=2,
+        warmup_epochs=args.warmup_epochs,
         perturb=args.perturb,
         metrics={"accuracy": fxstn.accuracy},
         out_dir=out,
@@ -99,11 +99,12 @@ def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30, help="of each run")
+    parser.add_argument("--epochs", type=int, default=20, help="of each run")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind; the table shows their mean")
     parser.add_argument("--train-size", type=int, default=300, help="training images")
-    parser.add_argument("--train-steps", type=int, default=2, help="inner steps per hyper step")
-    parser.add_argument("--hyper-lr", type=float, default=0.02, help="of RMSprop for λ")
+    parser.add_argument("--train-steps", type=int, default=3, help="inner steps per hyper step")
+    parser.add_argument("--warmup-epochs", type=int, default=6, help="until running statistics are of use, λ stays")
+    parser.add_argument("--hyper-lr", type=float, default=0.03, help="of RMSprop for λ")
     parser.add_argument("--response-lr", type=float, default=3e-3, help="of Adam for the response")
     parser.add_argument("--perturb", default="batch", choices=("example", "batch"), help="one ε per example or batch")
     parser.add_argument("--out", default="out/demo", help="folder for the results, emptied of earlier ones")

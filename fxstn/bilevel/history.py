@@ -63,7 +63,8 @@ class History:
         epochs = self["epoch"]
         for column in ("train_loss", "valid_loss"):
             axes[0].plot(epochs, self[column], label=column.replace("_", " "))
-        axes[0].set(title="loss", xlabel="epoch")
+        positive = all(value > 0 for column in ("train_loss", "valid_loss") for value in self[column])
+        axes[0].set(title="loss", xlabel="epoch", yscale="log" if positive else "linear")
         for axis, (kind, names) in zip(axes[1:], groups.items(), strict=False):
             for name in names:
                 axis.plot(epochs, self[name], label=name.removesuffix(f".{kind}"))
