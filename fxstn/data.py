@@ -80,7 +80,10 @@ def _torchvision(
     dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
 
     def tensors(training: bool) -> tuple[Tensor, Tensor]:
-        part = dataset(root, train=training, download=True)
+        try:
+            part = dataset(root, train=training, download=True)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{name} is not under {root} and cannot be downloaded there: {error}") from error
         images = torch.as_tensor(part.data).float() / 255
         return (images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)), torch.as_tensor(part.targets)
 
