@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
+from nets import mlp, randomize_response
 from torch import nn
 
 import fxstn
@@ -191,3 +191,30 @@ def test_a_parameter_that_something_else_reads_gets_no_response_and_explain_says
     assert "'a.weight': read by torch.square" in notes
     assert "'b.bias': frozen" in notes
     assert fxstn.verify(Normed(), torch.randn(3, 4), hparams=SCALAR).ok
+
+
+def test_the_fallback_is_differentiable_in_the_response():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(torch.special.i0(self.a(x)))
+
+    stn = fxstn.transform(Net().double(), SCALAR)
+    randomize_response(stn)
+    x, delta, g = torch.randn(3, 4).double(), torch.ones(1).double(), torch.randn(3, 2).double()
+    response = stn.response.get_submodule("a.weight").R
+
+    def objective():
+        return (stn.pushforward(x, delta=delta)[1] * g).sum()
+
+    (gradient,) = torch.autograd.grad(objective(), response)
+    step = 1e-6 * torch.randn_like(response)
+    with torch.no_grad():
+        response += step
+        high = objective()
+        response -= 2 * step
+        low = objective()
+    assert (high - low).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=1e-6)

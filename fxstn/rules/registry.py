@@ -25,7 +25,7 @@ Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). examples: see `fxstn.layout`."""
+    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy)."""
 
     kind: str
     apply: Apply
