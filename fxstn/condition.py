@@ -97,11 +97,8 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
             add(spec, "")
         else:
             raise TypeError(f"{spec!r} is not a spec of fxstn.hp")
-    by_site = dict.fromkeys((site.index, site.path, site.insert) for site in sites)
-    for kind, taken in (
-        ("dropout", [path for _, path, _ in by_site]),
-        ("weight decay", [name for name, _ in penalties]),
-    ):
+    dropped = [path for _, path in dict.fromkeys((site.index, site.path) for site in sites)]
+    for kind, taken in (("dropout", dropped), ("weight decay", [name for name, _ in penalties])):
         if repeated := sorted({name for name in taken if taken.count(name) > 1}):
             raise ValueError(f"{kind} is asked for twice at {', '.join(map(repr, repeated))}; match each site once")
     return Binding(tuple(quantities), tuple(sites), tuple(penalties))
@@ -255,7 +252,6 @@ def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float) -> None:
             node.target, node.args, node.kwargs = operator.add, (product, shift), {}
         else:
             node.target, node.args, node.kwargs = operator.mul, (x, noise), {}
-    node.meta["conditioned"] = isinstance(p, fx.Node)
 
 
 def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_input: fx.Node) -> None:
@@ -273,7 +269,7 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_
     with graph.inserting_before(anchor):
         name = f"{site.path or 'output'}_dropout".replace(".", "_")
         result = graph.create_node("call_function", F.dropout, (value, 0.0, True), name=name)
-    result.meta = {"scope": scope, "inserted": True, "stack_trace": value.meta.get("stack_trace")}
+    result.meta = {"scope": scope, "stack_trace": value.meta.get("stack_trace")}
     _draw(graph, result, strength(site, result))  # type: ignore[operator]
     for reader in readers:
         reader.replace_input_with(value, result)

@@ -12,13 +12,13 @@ from typing import Any
 from tabulate import tabulate
 from torch import fx, nn
 
-from fxstn.condition import bind
-from fxstn.errors import Problem, TransformError, module_path, operation_name
+from fxstn.errors import Problem, TransformError, module_path
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.response import for_all_examples
 from fxstn.trace import frozen_modules
-from fxstn.transform import followed, transform
+from fxstn.transform import followed, inputs_supplied, transform
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     explanation = Explanation()
     model = copy.deepcopy(model)
     try:
-        _parameters(explanation, model)
+        _parameters(explanation, model, example_inputs)
         stn = transform(model, hparams, example_inputs=example_inputs)
         _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
     except TransformError as error:
@@ -76,9 +76,9 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     return explanation
 
 
-def _parameters(explanation: Explanation, model: nn.Module) -> None:
-    frozen = frozen_modules(model)
-    graphs = [followed(model, training, frozen) for training in (True, False)]
+def _parameters(explanation: Explanation, model: nn.Module, example_inputs: Any) -> None:
+    frozen, supplied = frozen_modules(model), inputs_supplied(example_inputs)
+    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
     chosen, left_out = responses(graphs)
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
     reasons = Counter(reason.partition(" in '")[0] for reason in left_out.values())
@@ -88,10 +88,6 @@ def _parameters(explanation: Explanation, model: nn.Module) -> None:
     unread = [name for name, _ in model.named_parameters() if name not in chosen and name not in left_out]
     if unread:
         explanation.notes.append(f"{len(unread)} parameters are read by no operation, such as '{unread[0]}'")
-    try:
-        bind(graphs[0], None)
-    except ValueError as error:
-        explanation.notes.append(str(error))
 
 
 def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ...]) -> None:
@@ -99,22 +95,18 @@ def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ..
     for node in graph.graph.nodes:
         if node.target in (dropout_mask, alpha_dropout_coefficients):
             p = node.args[1]
+            while isinstance(p, fx.Node) and p.target is for_all_examples:
+                p = p.args[0]
             tuned = isinstance(p, fx.Node) and p.target is operator.getitem
             became = f"strength from λ: {names[p.args[1][1]]}" if tuned else f"kept, p = {p}"
             rows.append(Row(module_path(node), "dropout", became, "conditioned" if tuned else "fixed noise"))
         elif "rule" in node.meta:
             became = "responds to λ" if node.meta["rule"] == "hyperlayer" else "carries a tangent"
-            rows.append(Row(module_path(node), _original_name(node), became, node.meta["rule"]))
-    explanation.rows = sorted(rows, key=lambda row: row.rule != "fallback")
-
-
-def _original_name(node: fx.Node) -> str:
-    """The name of the operation a primal node had before a rule that computes it along with its tangent."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].name.startswith("t_"):
-        return (
-            operation_name(node.args[0].target)
-            .rpartition(".")[2]
-            .replace("_with_statistics", "")
-            .replace("_with_indices", "")
+            rows.append(Row(module_path(node), node.meta["operation"], became, node.meta["rule"]))
+    shared = [str(node.args[2]) for node in graph.graph.nodes if node.target is for_all_examples]
+    if shared:
+        explanation.notes.append(
+            f"one perturbation for the whole batch only, not per example: the batch dimension is not followed to "
+            f"{len(shared)} places, such as {shared[0]}"
         )
-    return operation_name(node.target)
+    explanation.rows = sorted(rows, key=lambda row: row.rule != "fallback")

@@ -35,6 +35,7 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
+    recipe: what `emit` needs besides the children to build a graph: (binding, frozen modules, inputs supplied).
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -57,8 +58,9 @@ class SelfTuningNetwork(nn.Module):
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
         self.penalties, self.method = tuple(penalties), method
-        self._emit, self._recipe = emit, recipe
+        self._emit, self.recipe = emit, recipe
         self._graphs: dict[str, fx.GraphModule] = {}
+        self._inputs: dict[str, list[str]] = {}
         self._per_example: bool | None = None
         self.train(model.training)
 
@@ -74,7 +76,7 @@ class SelfTuningNetwork(nn.Module):
         if name not in known:
             raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
         if name not in self._graphs:
-            self._graphs[name] = self._emit(self, *self._recipe, name)
+            self.keep(name, self._emit(self, *self.recipe, name))
         return self._graphs[name]
 
     @property
@@ -87,7 +89,9 @@ class SelfTuningNetwork(nn.Module):
         return self._per_example
 
     def keep(self, name: str, graph: fx.GraphModule) -> None:
-        """Remember a graph that was already built."""
+        """Remember a graph, and the model's own inputs to it."""
+        first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
+        self._inputs[name] = [str(node.target) for node in first if node.name not in ("condition", "delta")]
         self._graphs[name] = graph
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,9 +151,8 @@ class SelfTuningNetwork(nn.Module):
 
     def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
         graph = self.graph(name)
-        inputs_first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
-        own = [str(node.target) for node in inputs_first if node.name not in ("condition", "delta")]
-        if len(inputs) > len(own) and not any(name.startswith("*") for name in own):
+        own = self._inputs[name]
+        if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
             raise TypeError(
                 f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
                 "example_inputs with all the inputs you pass"

@@ -82,7 +82,8 @@ class _Pushforward:
         except NoRule as reason:
             self.problems.append(_no_rule(node, str(reason)))
             y, dy = self.copy(node), ZERO
-        y.node.meta = dict(node.meta) | {"rule": RULES[node.target].kind if node.target in RULES else "fallback"}
+        kind = RULES[node.target].kind if node.target in RULES else "fallback"
+        y.node.meta = dict(node.meta) | {"rule": kind, "operation": operation_name(node.target)}
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")

@@ -32,6 +32,11 @@ def followed(model: nn.Module, training: bool, frozen: Collection[str], supplied
     return canonicalize(trace_module(model, training, frozen, supplied))
 
 
+def inputs_supplied(example_inputs: Any) -> int:
+    """How many inputs callers pass, as far as the examples tell: a tuple of them, one, or none."""
+    return len(example_inputs) if isinstance(example_inputs, tuple) else int(example_inputs is not None)
+
+
 def emit(
     root: nn.Module, binding: Binding, frozen: Collection[str], supplied: int, name: str, traced: Any = None
 ) -> fx.GraphModule:
@@ -81,8 +86,7 @@ def transform(
         raise ValueError(f"trace={trace!r} is neither 'auto' nor 'fx'")
     model = copy.deepcopy(model)
     frozen = tuple(sorted(frozen_modules(model)))
-    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    supplied = 0 if example_inputs is None else len(examples)
+    supplied = inputs_supplied(example_inputs)
     graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
@@ -106,5 +110,5 @@ def transform(
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
     if example_inputs is not None:
-        network.check(*examples)
+        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
     return network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.condition import SPATIAL, Binding, bind
+from fxstn.condition import SPATIAL
 from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
-from fxstn.trace import frozen_modules
 from fxstn.transform import followed, transform
 
 STEPS = (1e-6, 3e-7, 1e-7)
@@ -44,12 +43,9 @@ class ReplayedDropout(TorchFunctionMode):
             return function(*args, **kwargs)
         rate = next(self.rates, None)
         x, p = settings["input"], settings.get("p", 0.5) if rate is None else rate
-        multiplier: Any = 1
-        shift: Any = 0
-        if "alpha" in function.__name__:
-            multiplier, shift = alpha_dropout_coefficients(x, p, SPATIAL.get(function, 0))
-        else:
-            multiplier = dropout_mask(x, p, SPATIAL.get(function, 0))
+        draw: Any = alpha_dropout_coefficients if "alpha" in function.__name__ else dropout_mask
+        drawn = draw(x, p, SPATIAL.get(function, 0))
+        multiplier, shift = drawn if isinstance(drawn, tuple) else (drawn, 0)
         return x.mul_(multiplier).add_(shift) if settings.get("inplace") else x * multiplier + shift
 
 
@@ -72,7 +68,7 @@ class Report:
 
     @property
     def max_error(self) -> float:
-        """The largest over modes of the smallest error over seeds: kinks are met by choosing the point (DESIGN, law 1)."""
+        """The largest over modes of the smallest error over seeds: kinks are met by choosing the point."""
         kinds = {(check.mode, check.against) for check in self.checks}
         return max(min(c.error for c in self.checks if (c.mode, c.against) == kind) for kind in kinds)
 
@@ -135,11 +131,12 @@ def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
     return delta / delta.norm()
 
 
-def _rates(stn: SelfTuningNetwork, binding: Binding, model: nn.Module) -> list[Tensor | None]:
+def _rates(stn: SelfTuningNetwork, model: nn.Module) -> list[Tensor | None]:
     """Rates of the dropout calls of the original model, in execution order: tuned ones at λ₀."""
     strengths = stn.hparams()
+    binding, frozen, supplied = stn.recipe
     taken = {site.node: strengths[site.index] for site in binding.sites if not site.insert}
-    graph = followed(model, True, frozen_modules(model)).graph
+    graph = followed(model, True, frozen, supplied).graph
     return [taken.get(node.name) for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
 
 
@@ -160,10 +157,9 @@ def verify(
         for seed in range(seeds):
             torch.manual_seed(seed)
             original = _prepare(model, inputs, seed)
-            stn = transform(original, hparams)
-            binding = bind(followed(original, True, frozen_modules(original)), hparams)
+            stn = transform(original, hparams, example_inputs=inputs)
             delta = _randomize(stn, seed)
-            for mode, against, error in _comparisons(stn, original, binding, inputs, delta, seed, passed):
+            for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed):
                 report.checks.append(Check(mode, against, seed, error))
                 if error <= tolerance:
                     passed.add((mode, against))
@@ -175,20 +171,21 @@ def verify(
 def _comparisons(
     stn: SelfTuningNetwork,
     original: nn.Module,
-    binding: Binding,
     inputs: tuple,
     delta: Tensor,
     seed: int,
     passed: set[tuple[str, str]],
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
-    rates = _rates(stn, binding, original)
+    binding, frozen, supplied = stn.recipe
+    rates = _rates(stn, original)
     inserts = any(site.insert for site in binding.sites)
 
     def of_original(step: float, training: bool) -> Any:
         torch.manual_seed(seed)
         module = copy.deepcopy(original).train(training)
-        _freeze(module, original, training)
+        for name in frozen:
+            module.get_submodule(name).training = False
         with ReplayedDropout(rates if training else []):
             return functional_call(module, stn.best_response(step * delta), inputs)
 
@@ -206,7 +203,7 @@ def _comparisons(
     def without_insertions() -> SelfTuningNetwork:
         plain = copy.deepcopy(stn)
         sites = tuple(site for site in binding.sites if not site.insert)
-        plain._recipe = (Binding(binding.quantities, sites, binding.penalties), *plain._recipe[1:])
+        plain.recipe = (replace(binding, sites=sites), frozen, supplied)
         return plain
 
     if ("eval", "original model") not in passed:
@@ -222,11 +219,3 @@ def _comparisons(
         for name, buffer in stn.model.named_buffers():
             buffer.copy_(buffers[name])
         yield "train", "training graph", relative_error(tangent(stn, True), differences)
-
-
-def _freeze(module: nn.Module, original: nn.Module, training: bool) -> None:
-    if training:
-        frozen = frozen_modules(original)
-        for name, child in module.named_modules():
-            if name in frozen:
-                child.training = False

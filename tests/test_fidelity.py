@@ -150,6 +150,8 @@ def test_inputs_with_a_constant_default_keep_it_unless_examples_supply_them():
         fxstn.transform(net, SCALAR)(x, mask)
     stn = fxstn.transform(net, SCALAR, example_inputs=(x, mask))
     torch.testing.assert_close(stn(x, mask), net(x, mask))
+    assert fxstn.verify(net, x, mask, hparams=SCALAR).ok
+    assert fxstn.explain(net, SCALAR, (x, mask)).ok
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])

@@ -26,7 +26,18 @@ from fxstn.simplify import simplify
 from fxstn.trace import trace
 
 PACKAGE = Path(fxstn.__file__).parent
-PASSES = {"trace", "canonicalize", "condition", "hyperize", "pushforward", "simplify", "transform", "layout", "graphs"}
+PASSES = {
+    "trace",
+    "canonicalize",
+    "condition",
+    "hyperize",
+    "pushforward",
+    "simplify",
+    "transform",
+    "layout",
+    "graphs",
+    "mutation",
+}
 RUNTIME = ["network.py", "tangents.py", *(f"{folder}/*.py" for folder in ("layers", "hp", "bilevel"))]
 
 

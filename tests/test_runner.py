@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from nets import mlp
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
 
 import fxstn
 from fxstn import cli, hp
+from fxstn.bench import bench
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
 
@@ -235,16 +237,11 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
 
 
 def test_bench_measures_memory_in_a_fresh_process():
-    from nets import tiny_conv
-
-    from fxstn.bench import bench
-
-    rows = bench(tiny_conv(10), "torchvision:not_used", names=("plain",), rounds=1, memory=False, quiet=True)
-    assert rows[0]["peak_mb"] is None
-    settings = {"model": "squeezenet1_0", "batch_size": 4, "image_size": 48, "classes": 10, "device": "cpu"}
-    from fxstn.bench import _memory_in_fresh_process
-
-    assert _memory_in_fresh_process(settings, "plain") > 1
+    rows = bench(
+        models.squeezenet1_0(num_classes=10), "squeezenet1_0", batch_size=4, image_size=48, names=("plain",), rounds=1,
+        quiet=True,
+    )  # fmt: skip
+    assert rows[0]["peak_mb"] > 1
 
 
 def test_explain_and_verify_print_and_set_the_exit_status(capsys):

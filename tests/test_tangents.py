@@ -240,6 +240,9 @@ def test_a_moved_batch_dimension_refuses_per_example_deltas_and_allows_shared_on
     with pytest.raises(ValueError, match=r"module 'b'.*not along dimension 0"):
         stn.pushforward(x, delta=torch.zeros(3, 1))
     assert fxstn.verify(net, x, hparams=[hp.Dropout("a")]).ok
+    explanation = fxstn.explain(net, [hp.Dropout("b")])
+    assert "not per example" in str(explanation)
+    assert "strength from λ: b.dropout" in str(explanation)
     fxstn.response_loss(stn, F.mse_loss, x, x).backward()
     assert fxstn.transform(Classifier()).per_example
 

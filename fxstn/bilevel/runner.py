@@ -190,16 +190,16 @@ class BilevelRunner:
         start, number = time.perf_counter(), len(self.history) + 1
         self.stn.train()
         totals: dict[str, Tensor] = {}
-        steps, cycle = 0, self.train_steps
+        steps = 0
         for batch in self.train_loader:
             inputs, target = self._to_device(batch)
             for name, loss in self._inner_step(inputs, target).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
             steps += 1
             self.steps += 1
-            if self.steps % cycle == 0 or steps == 1:
+            if self.steps % self.train_steps == 0 or steps == 1:
                 self._check_finite(totals, number, steps)
-            if self.steps % cycle == 0 and number > self.warmup_epochs:
+            if self.steps % self.train_steps == 0 and number > self.warmup_epochs:
                 for _ in range(self.valid_steps):
                     self._hyper_step(number, steps)
         if not steps:

@@ -12,7 +12,7 @@ def l2_penalty(weight: Tensor, strength: Tensor) -> Tensor:
 
 
 def l2_penalty_perturbed(weight: Tensor, strength: Tensor, scale: Tensor, response: Tensor) -> Tensor:
-    """Mean over the batch of ½ λ_i ‖w + s_i ⊙row R‖², without per-example weights (DESIGN, section 2).
+    """Mean over the batch of ½ λ_i ‖w + s_i ⊙row R‖², without per-example weights.
 
     weight, response: (rows, ...). strength: 0-d or (batch,). scale: (rows,) or (batch, rows), row scales s_i.
     Uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r.
