@@ -56,6 +56,16 @@ def alpha_dropout_coefficients(
 
 
 @staged
+def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
+    """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
+
+    x: (batch, ...). p: in [0, 1]. Returns a tensor that broadcasts with x.
+    """
+    mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+@staged
 def track_batch(num_batches_tracked: Tensor, momentum: float | None) -> float | Tensor:
     """Count one training batch of a batch norm and return the factor of its running average (None: cumulative)."""
     num_batches_tracked.add_(1)
