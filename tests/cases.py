@@ -106,9 +106,13 @@ CASES = [
     Case(torch.complex, shapes=PAIR, varying=(1,)),
     Case(torch.polar, shapes=PAIR, domain=POSITIVE),
     Case(operator.mul, shapes=PAIR, imaginary=True),
-    *(Case(f) for f in (torch.fft.rfft, torch.fft.rfft2, torch.fft.rfftn, torch.fft.fftshift, torch.fft.ifftshift)),
-    *(Case(f, imaginary=True) for f in (torch.fft.fft, torch.fft.ifft, torch.fft.irfft, torch.fft.irfft2)),
-    *(Case(f, imaginary=True) for f in (torch.fft.fft2, torch.fft.ifft2, torch.fft.fftn, torch.fft.ifftn)),
+    *(Case(f) for f in (torch.fft.rfft, torch.fft.rfftn, torch.fft.fftshift, torch.fft.ifftshift)),
+    Case(torch.fft.rfft2, shapes=SEQUENCE),
+    *(
+        Case(f, imaginary=True)
+        for f in (torch.fft.fft, torch.fft.ifft, torch.fft.irfft, torch.fft.fftn, torch.fft.ifftn)
+    ),
+    *(Case(f, shapes=SEQUENCE, imaginary=True) for f in (torch.fft.fft2, torch.fft.ifft2, torch.fft.irfft2)),
     Case(torch.fft.irfftn, imaginary=True, kwargs={"s": (3, 5), "norm": "ortho"}),
     # activations
     Case(F.relu, away=(0.0,)),
@@ -280,7 +284,10 @@ CASES = [
     Case(operator.getitem, args=((slice(None), INDEX),)),
     Case(operator.getitem, args=((INDEX[:2], INDEX[1:]),)),
     *(Case(f, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X)) for f in (torch.scatter, torch.scatter_add)),
-    *(Case(f, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X), varying=(1,)) for f in (torch.scatter, torch.scatter_add)),
+    *(
+        Case(f, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X), varying=(1,))
+        for f in (torch.scatter, torch.scatter_add)
+    ),
     Case(torch.scatter, args=(1, PICKED, 0.5)),
     Case(torch.scatter, args=(1, PICKED), kwargs={"value": 0.5}),
     Case(torch.index_add, shapes=((3, 4), (3, 3)), args=(X, 1, INDEX, X), kwargs={"alpha": 2.0}),
@@ -365,7 +372,10 @@ CASES = [
     *(Case(F.interpolate, shapes=IMAGE, kwargs={"scale_factor": 1.7, "mode": m}) for m in ("nearest", "area")),
     *(Case(F.interpolate, shapes=IMAGE, args=((4, 9),), kwargs={"mode": m}) for m in ("nearest-exact", "bicubic")),
     Case(F.interpolate, shapes=IMAGE, args=(9,), kwargs={"mode": "bilinear", "align_corners": True}),
-    *(Case(F.interpolate, shapes=IMAGE, args=(4,), kwargs={"mode": m, "antialias": True}) for m in ("bilinear", "bicubic")),
+    *(
+        Case(F.interpolate, shapes=IMAGE, args=(4,), kwargs={"mode": m, "antialias": True})
+        for m in ("bilinear", "bicubic")
+    ),
     Case(F.interpolate, shapes=SEQUENCE, args=(5,), kwargs={"mode": "linear"}),
     Case(F.interpolate, shapes=VOLUME, args=((3, 6, 5),), kwargs={"mode": "trilinear"}),
     *(
@@ -419,6 +429,8 @@ CASES = [
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),
     Case(torch.ops.torchvision.roi_align, IMAGE, (BOXES, 1.0, 2, 2, 0, False), forward=False),
     Case(torch.ops.torchvision.roi_pool, IMAGE, (BOXES, 1.0, 2, 2), forward=False),
+    Case(torchvision.ops.roi_pool, IMAGE, (BOXES, 2), forward=False),
+    Case(torchvision.ops.roi_pool, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]], (2, 3)), forward=False),
     Case(torchvision.ops.ps_roi_align, ((2, 8, 6, 6),), (BOXES, 2), forward=False),
     Case(torchvision.ops.ps_roi_pool, ((2, 8, 6, 6),), (BOXES, 2), forward=False),
     Case(torch.ops.torchvision.ps_roi_align, ((2, 8, 6, 6),), (BOXES, 1.0, 2, 2, 2), forward=False),
@@ -433,7 +445,9 @@ CASES = [
     # losses and distances
     *(Case(F.cross_entropy, args=(CLASSES,), kwargs={"reduction": r}) for r in ("mean", "sum", "none")),
     Case(F.cross_entropy, PAIR, kwargs={"label_smoothing": 0.1, "reduction": "none"}, domain=POSITIVE),
-    Case(F.cross_entropy, ((2, 4, 3), (4,)), (X, CLASSES[:2, None].expand(2, 3), X), {"reduction": "none"}, varying=(0,)),
+    Case(
+        F.cross_entropy, ((2, 4, 3), (4,)), (X, CLASSES[:2, None].expand(2, 3), X), {"reduction": "none"}, varying=(0,)
+    ),
     Case(F.nll_loss, args=(CLASSES,)),
     *(Case(f, PAIR, kwargs={"reduction": "none"}) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),
     *(Case(f, PAIR, varying=(0,)) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),
@@ -472,12 +486,16 @@ BITS = {"domain": (0, 1), "integer": True, "shapes": ((3,), (3,))}
 ZERO_CASES = [
     *(Case(f) for f in (torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.signbit)),
     *(Case(f) for f in (torch.argmax, torch.argmin, torch.argsort, torch.nonzero, torch.argwhere, torch.count_nonzero)),
-    *(Case(f) for f in (torch.isnan, torch.isinf, torch.isfinite, torch.isneginf, torch.isposinf, torch.any, torch.all)),
+    *(
+        Case(f)
+        for f in (torch.isnan, torch.isinf, torch.isfinite, torch.isneginf, torch.isposinf, torch.any, torch.all)
+    ),
     *(Case(f, args=(0.3,)) for f in (*COMPARISONS, operator.floordiv, torch.floor_divide, torch.bernoulli)),
     *(Case(f, shapes=PAIR) for f in (torch.isclose, torch.allclose, torch.equal, torch.isin, torch.heaviside)),
     Case(torch.div, args=(0.3,), kwargs={"rounding_mode": "floor"}),
     *(Case(f, **BITS) for f in (operator.and_, operator.or_, operator.xor)),
     Case(operator.invert, domain=(0, 1), integer=True),
+    Case(F.one_hot, shapes=((3,),), args=(5,), domain=(0, 4), integer=True),
     *(Case(f, shapes=PAIR) for f in (torch.logical_and, torch.logical_or, torch.logical_xor)),
     *(Case(f) for f in (torch.logical_not, torch.unique, torch.unique_consecutive)),
     *(Case(f, shapes=((3,), (4,))) for f in (torch.searchsorted,)),
@@ -497,7 +515,10 @@ ZERO_CASES = [
     Case(Tensor.new_tensor, args=([1.0],)),
     *(Case(f, args=(0.3,)) for f in (dropout_mask, alpha_dropout_coefficients)),
     Case(torch.where),
-    *(Case(getattr, args=(name,)) for name in ("shape", "dtype", "device", "ndim", "itemsize", "is_cuda", "layout", "data")),
+    *(
+        Case(getattr, args=(name,))
+        for name in ("shape", "dtype", "device", "ndim", "itemsize", "is_cuda", "layout", "data")
+    ),
     *(Case(f, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE) for f in (torchvision.ops.nms,)),
     Case(torch.ops.torchvision.nms, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE),
 ]

@@ -62,6 +62,14 @@ def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
 
 
 @staged
+def regions(boxes: Tensor | list[Tensor]) -> Tensor:
+    """(regions, 5), the image's number before each box, from that or from one (boxes, 4) for each image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    return torch.cat([torch.nn.functional.pad(of_image, (1, 0), value=i) for i, of_image in enumerate(boxes)])
+
+
+@staged
 def pick_regions(tangent: Tensor, rois: Tensor, indices: Tensor) -> Tensor:
     """Entries of `tangent` (batch, channels, H, W) that region max pooling chose.
 
@@ -131,7 +139,9 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
             elif term.dim() > y.dim():
                 term = term.sum(1)  # over the classes, or the features of a distance
             elif term.shape != y.shape:
-                raise ValueError(f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}")
+                raise ValueError(
+                    f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
+                )
             dy = dy + term
         return y.detach(), dy
 

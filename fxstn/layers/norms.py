@@ -28,9 +28,7 @@ def batch_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> Tensor:
     """Jacobian of training-mode batch norm with respect to x, applied to `tangent`; symmetric, scaled per channel."""
-    return aten.native_batch_norm_backward(
-        tangent, x, weight, None, None, mean, inverse_std, True, eps, _INPUT_ONLY
-    )[0]
+    return aten.native_batch_norm_backward(tangent, x, weight, None, None, mean, inverse_std, True, eps, _INPUT_ONLY)[0]
 
 
 @staged
@@ -80,9 +78,7 @@ def _group_norm_transpose(
 
 
 @linear_map(_group_norm_transpose)
-def group_norm_jacobian(
-    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
-) -> Tensor:
+def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
     """Jacobian of group norm with the statistics that `group_norm_with_statistics` returns: symmetric, then the weight."""
     core = _group_norm_transpose(tangent, x, None, mean, inverse_std)
     return core if weight is None else core.mul_(weight.view(-1, *[1] * (x.dim() - 2)))
@@ -112,4 +108,3 @@ def local_response_tangent(tangent: Tensor, x: Tensor, size: int, alpha: float, 
 
     s = k + alpha * neighbours(x * x)
     return s**-beta * (tangent - x * (beta / s) * (2 * alpha * neighbours(x * tangent)))
-

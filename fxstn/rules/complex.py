@@ -20,4 +20,6 @@ def complex_(d, real, imag):
 @rule(torch.polar)
 def polar(d, abs, angle):
     y = torch.polar(abs, angle)
-    return y, total((d.abs, lambda dr: dr * torch.polar(torch.ones_like(abs), angle)), (d.angle, lambda da: y * (1j * da)))
+    return y, total(
+        (d.abs, lambda dr: dr * torch.polar(torch.ones_like(abs), angle)), (d.angle, lambda da: y * (1j * da))
+    )

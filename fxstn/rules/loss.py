@@ -20,7 +20,7 @@ def _register_loss(function):
         both = separable_loss(function)(args, kwargs, given)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
-    register(function, "own", apply, inspect.signature(function))
+    register(function, "loss", apply, inspect.signature(function))
 
 
 for function in (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss,

@@ -39,9 +39,7 @@ class NoRule(Exception):
     """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
 
 
-def register(
-    function: Callable[..., Any], kind: str, apply: Apply, signature: inspect.Signature | None = None
-) -> None:
+def register(function: Callable[..., Any], kind: str, apply: Apply, signature: inspect.Signature | None = None) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule")
@@ -162,13 +160,13 @@ def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callabl
     return decorate
 
 
-# Operations whose forward mode torch does not have (checked with 2.9 to 2.14), so that a fallback would fail at run time.
-NO_FORWARD_MODE = {
-    torch.nn.functional.grid_sample: "torch has no forward-mode derivative of grid_sampler",
-    torch.nn.functional.scaled_dot_product_attention: "torch has no forward-mode derivative of fused attention",
+# What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
+NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
     torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
     torch.bincount: "counting has no derivative",
     torch.histc: "counting has no derivative",
+    **dict.fromkeys([torch.Tensor.item, torch.Tensor.tolist], "a Python number made from it has no tangent"),
+    torch.Tensor.numpy: "a numpy array made from it has no tangent",
 }
 
 
