@@ -57,6 +57,7 @@ NARROW = (-0.9, 0.9)
 ALIGNED = {"align_corners": False}
 QKV = ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 2))
 GROUPED = ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 2))
+WINDOW = torch.hann_window(16, dtype=torch.float64)
 MOMENTS = (torch.var, torch.std, torch.var_mean, torch.std_mean)
 INDEX = torch.tensor([2, 0, 3])
 PICKED = torch.tensor([[0, 2], [1, 3], [3, 0]])
@@ -186,6 +187,9 @@ CASES = [
     Case(torch.lerp, shapes=PAIR, args=(0.3,), varying=(1,)),
     Case(torch.addcmul, shapes=((3, 4), (3, 1), (4,)), kwargs={"value": 0.5}),
     Case(torch.addcmul, shapes=((4,), (3, 1), (4,)), varying=(0,)),
+    Case(torch.addcmul, shapes=(*PAIR, (3, 4)), kwargs={"tensor1": X, "tensor2": X, "value": 2.0}),
+    Case(torch.maximum, shapes=PAIR, kwargs={"other": X}, varying=(0,)),
+    Case(torch.maximum, shapes=PAIR, kwargs={"other": X}, varying=(1,)),
     Case(torch.addcdiv, shapes=((3, 4), (3, 1), (4,)), domain=POSITIVE, kwargs={"value": 0.5}),
     Case(torch.where, shapes=PAIR, args=(MASK, X, X)),
     Case(torch.where, shapes=((3, 1),), args=(MASK, X, 0.0)),
@@ -194,6 +198,8 @@ CASES = [
     Case(operator.matmul, shapes=((3, 4), (4, 2))),
     Case(torch.mm, shapes=((3, 4), (4, 2)), varying=(1,)),
     Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2))),
+    Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}),
+    Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}, varying=(0,)),
     Case(torch.mv, shapes=((3, 4), (4,))),
     *(Case(f, shapes=((4,), (4,))) for f in (torch.dot, torch.vdot, torch.outer)),
     Case(torch.inner, shapes=((3, 4), (2, 4))),
@@ -458,6 +464,7 @@ CASES = [
     Case(F.poisson_nll_loss, PAIR, domain=POSITIVE),
     *(Case(f, PAIR, varying=(0,), away=(0.0,)) for f in (F.soft_margin_loss, F.hinge_embedding_loss)),
     Case(F.margin_ranking_loss, (*PAIR, (3, 4)), varying=(0, 1), kwargs={"margin": 0.5}),
+    Case(F.multilabel_margin_loss, args=(torch.tensor([[0, 1, -1, 2]] * 3),), forward=False),
     Case(F.multi_margin_loss, args=(CLASSES,), kwargs={"reduction": "none"}, forward=False),
     Case(F.multilabel_soft_margin_loss, args=(MASK.double(),), kwargs={"reduction": "none"}),
     Case(F.cosine_embedding_loss, PAIR, (torch.tensor([1, -1, 1]),), {"reduction": "none"}),
@@ -521,4 +528,22 @@ ZERO_CASES = [
     ),
     *(Case(f, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE) for f in (torchvision.ops.nms,)),
     Case(torch.ops.torchvision.nms, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE),
+]
+
+# No rule of their own: by torch.func.jvp of the one operation.
+FALLBACK_CASES = [
+    *(Case(f, args=(1,)) for f in (torch.cumprod, torch.logcumsumexp, torch.cummax)),
+    *(Case(f) for f in (torch.aminmax, torch.nanmean, torch.nansum, torch.diff, torch.nanmedian, torch.cov, torch.i0)),
+    *(Case(f) for f in (torch.linalg.matrix_norm, torch.cumulative_trapezoid)),
+    Case(torch.diff, shapes=((3, 4), (3, 1)), args=(X, 1, 1), kwargs={"prepend": X}),
+    Case(torch.quantile, args=(0.3,)),
+    Case(torch.angle, imaginary=True),
+    *(Case(f, shapes=((3, 3),), domain=POSITIVE) for f in (torch.linalg.det, torch.linalg.inv, torch.matrix_exp)),
+    Case(torch.linalg.solve, shapes=((3, 3), (3, 2)), domain=POSITIVE),
+    Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],)),
+    Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],), varying=(1,)),
+    Case(torch.scatter_reduce, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X, "sum")),
+    Case(torch.cartesian_prod, shapes=((3,), (4,))),
+    Case(torch.renorm, args=(2, 0, 1.0)),
+    Case(torch.stft, shapes=((2, 64),), args=(16,), kwargs={"return_complex": True, "window": WINDOW}),
 ]

@@ -7,7 +7,7 @@ import operator
 
 import pytest
 import torch
-from cases import CASES, ZERO_CASES, Case
+from cases import CASES, FALLBACK_CASES, ZERO_CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -104,7 +104,7 @@ def name(case: Case) -> str:
     return operation_name(case.function)
 
 
-VARYING = [case for case in CASES if case.varying != ()]
+VARYING = [case for case in (*CASES, *FALLBACK_CASES) if case.varying != ()]
 NAMES = [f"{i}-{name(case)}" for i, case in enumerate(VARYING)]
 every_varying_case = pytest.mark.parametrize("case", VARYING, ids=NAMES)
 
