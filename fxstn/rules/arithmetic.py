@@ -43,7 +43,9 @@ pointwise(
 )
 pointwise(torch.copysign, lambda da, y, input, other: da * (torch.sign(input) * torch.sign(y)))
 pointwise(
-    torch.xlogy, lambda da, y, input, other: torch.xlogy(da, other), lambda db, y, input, other: db * (input / other)
+    torch.xlogy,
+    lambda da, y, input, other: torch.where((input == 0) & (other <= 0), 0, torch.xlogy(da, other)),
+    lambda db, y, input, other: db * (input / other),
 )
 pointwise(
     torch.rsub,
