@@ -30,7 +30,7 @@ SPATIAL: dict[Any, int] = {
     F.dropout3d: 3,
     F.feature_alpha_dropout: 2,
 }  # whole channels are dropped
-_ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
+ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
 
 
 @dataclass(frozen=True)
@@ -241,11 +241,11 @@ def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float) -> None:
     """Replace a dropout node by its noise and the product with it, in place, name kept."""
     x, spatial = node.args[0], SPATIAL.get(node.target, 0)
     with graph.inserting_before(node):
-        draw = alpha_dropout_coefficients if node.target in _ALPHA else dropout_mask
+        draw = alpha_dropout_coefficients if node.target in ALPHA else dropout_mask
         arguments = (x, p, spatial) if spatial else (x, p)
         noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
         noise.meta = {"scope": node.meta.get("scope", ())}
-        if node.target in _ALPHA:
+        if node.target in ALPHA:
             multiplier = graph.call_function(operator.getitem, (noise, 0))
             shift = graph.call_function(operator.getitem, (noise, 1))
             product = graph.call_function(operator.mul, (x, multiplier))

@@ -42,13 +42,13 @@ def module_path(node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
-_LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|^<")
+LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|^<")
 
 
 def innermost_user_frame(stack_trace: str) -> str:
     """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none."""
     frames = _FRAME.findall(stack_trace)
-    users = [frame for frame in frames if not _LIBRARY.search(frame[0])]
+    users = [frame for frame in frames if not LIBRARY.search(frame[0])]
     if not users:
         return ""
     file, line, code = users[-1]
