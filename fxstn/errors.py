@@ -14,16 +14,22 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing in the model that cannot be handled. where: module path; source: file:line: code; remedy: what to do."""
+    """One thing in the model that cannot be handled.
+
+    where: module path; source: file:line: code; remedy: what to do; rung: the way of following the forward that it stands
+    in, "" where only one was tried.
+    """
 
     where: str
     what: str
     source: str
     remedy: str
+    rung: str = ""
 
     def __str__(self) -> str:
         place = f"in module '{self.where}'" if self.where else "in the model itself"
-        return f"{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
+        rung = f"{self.rung}: " if self.rung else ""
+        return f"{rung}{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
 
 
 class TransformError(ValueError):

@@ -6,16 +6,28 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 
+
+class Running(Protocol):
+    """A graph that is no fx graph: called as one, with the names of the model's own inputs."""
+
+    inputs: list[str]
+    per_example: bool
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+
+
+Graph = fx.GraphModule | Running
 METHODS = ("delta", "centered", "stn")
 
 
@@ -35,7 +47,8 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
-    recipe: what `emit` needs besides the children to build a graph: (binding, frozen modules, inputs supplied).
+    recipe: what `emit` needs besides the children and the name to build a graph; the Binding first. rung: how the model's
+    forward is followed, "fx", "export" or "live".
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -52,21 +65,23 @@ class SelfTuningNetwork(nn.Module):
         hparams: HyperparameterSpace,
         penalties: Sequence[tuple[str, int]],
         method: str,
-        emit: Callable[..., fx.GraphModule],
+        emit: Callable[..., Graph],
         recipe: tuple[Any, ...],
+        rung: str = "fx",
     ) -> None:
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
         self.penalties, self.method = tuple(penalties), method
-        self._emit, self.recipe = emit, recipe
-        self._graphs: dict[str, fx.GraphModule] = {}
+        self._emit, self.recipe, self.rung = emit, recipe, rung
+        self._graphs: dict[str, Graph] = {}
         self._inputs: dict[str, list[str]] = {}
         self._per_example: bool | None = None
+        self.refusals: tuple[Problem, ...] = ()
         self.train(model.training)
 
     # Graphs
 
-    def graph(self, name: str) -> fx.GraphModule:
+    def graph(self, name: str) -> Graph:
         """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval" (also "linearized", "perturbed").
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
@@ -84,14 +99,16 @@ class SelfTuningNetwork(nn.Module):
         """Whether every layer can be perturbed per example: the graphs know where the examples are everywhere."""
         if self._per_example is None:
             graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
-            lost = [node for graph in graphs for node in graph.graph.nodes if node.target is for_all_examples]
-            self._per_example = not lost
+            self._per_example = all(map(_knows_examples, graphs))
         return self._per_example
 
-    def keep(self, name: str, graph: fx.GraphModule) -> None:
+    def keep(self, name: str, graph: Graph) -> None:
         """Remember a graph, and the model's own inputs to it."""
-        first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
-        self._inputs[name] = [str(node.target) for node in first if node.name not in ("condition", "delta")]
+        if isinstance(graph, fx.GraphModule):
+            first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
+            self._inputs[name] = [str(node.target) for node in first if node.name not in ("condition", "delta")]
+        else:
+            self._inputs[name] = graph.inputs
         self._graphs[name] = graph
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,6 +264,12 @@ class SelfTuningNetwork(nn.Module):
                 self.graph(name)(*inputs, delta=delta)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+def _knows_examples(graph: Graph) -> bool:
+    if not isinstance(graph, fx.GraphModule):
+        return graph.per_example
+    return not any(node.target is for_all_examples for node in graph.graph.nodes)
 
 
 def batch_size(inputs: Any) -> int:

@@ -20,8 +20,8 @@ from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.staging import call
 from fxstn.tangents import ZERO, Scaled, all_zero
 
-_LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
-_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
+LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
+VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
 class _Emitter(fx.proxy.GraphAppendingTracer):
@@ -178,10 +178,10 @@ def linearized(module: fx.GraphModule) -> fx.GraphModule:
                 return walk.values[leaf]
             link: Any = leaf
             views: list[Any] = []
-            while link.op == "call_function" and link.target in _VIEWS and isinstance(link.args[0], fx.Node):
+            while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
                 views.append(link)
                 link = link.args[0]
-            if link.op == "call_function" and link.target in _LINKS:
+            if link.op == "call_function" and link.target in LINKS:
                 z: Any = link.args[0]
                 result = walk.values[z] + walk.tangents[z]
                 for node in (link, *reversed(views)):

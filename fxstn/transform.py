@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
+from fxstn.errors import Problem, TransformError
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
+from fxstn.live.emit import addresses
+from fxstn.live.emit import emit as emit_live
+from fxstn.live.tape import record
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
+RUNGS = ("fx", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -73,7 +79,9 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed; "fx" (symbolic tracing) is what there is, "auto" chooses it.
+    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing; "live": the forward runs as it is,
+    whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch; it needs
+    example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -82,12 +90,39 @@ def transform(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if trace not in ("auto", "fx"):
-        raise ValueError(f"trace={trace!r} is neither 'auto' nor 'fx'")
+    if trace not in ("auto", *RUNGS):
+        raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
+    if trace == "live" and example_inputs is None:
+        raise ValueError("trace='live' runs the model once: give example_inputs")
     model = copy.deepcopy(model)
     frozen = tuple(sorted(frozen_modules(model)))
+    rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    problems: list[Problem] = []
+    for rung in rungs:
+        try:
+            network = _climbed(rung, model, frozen, hparams, example_inputs, method)
+            network.refusals = tuple(problems)
+            return network
+        except TransformError as error:
+            problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
+    raise TransformError(problems)
+
+
+def _climbed(
+    rung: str,
+    model: nn.Module,
+    frozen: Sequence[str],
+    hparams: Sequence[Spec] | None,
+    example_inputs: Any,
+    method: str,
+) -> SelfTuningNetwork:
+    """A network by one way of following the forward. Raises as `transform`."""
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     supplied = inputs_supplied(example_inputs)
-    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
+    if rung == "live":
+        graphs = [record(model, training, frozen, inputs) for training in (True, False)]
+    else:
+        graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     fan_ins, _ = responses(graphs)
@@ -98,17 +133,15 @@ def transform(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    network = SelfTuningNetwork(
-        model,
-        response_modules(model, fan_ins, len(space)),
-        space,
-        binding.penalties,
-        method,
-        emit,
-        (binding, frozen, supplied),
-    )
-    for name in ("train", "eval", "pushforward", "pushforward_eval"):
-        network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
+    response = response_modules(model, fan_ins, len(space))
+    if rung == "live":
+        recipe: tuple[Any, ...] = (binding, frozen, addresses(graphs[0], binding))
+        network = SelfTuningNetwork(model, response, space, binding.penalties, method, emit_live, recipe, rung)
+    else:
+        recipe = (binding, frozen, supplied)
+        network = SelfTuningNetwork(model, response, space, binding.penalties, method, emit, recipe, rung)
+        for name in ("train", "eval", "pushforward", "pushforward_eval"):
+            network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
     if example_inputs is not None:
-        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        network.check(*inputs)
     return network

@@ -6,7 +6,7 @@ import functools
 import operator
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from fxstn.condition import ALPHA, SPATIAL
 from fxstn.errors import operation_name
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
-from fxstn.live.structure import mapped
+from fxstn.live.structure import mapped, tensors_in
 from fxstn.mutation import DROPOUTS, dropout_settings
 from fxstn.rules import RULES
 from fxstn.spelling import Spelled, Unspellable, respell
@@ -42,12 +42,13 @@ class Place:
 @dataclass(frozen=True)
 class Sites:
     """Where a run reads which λ: arguments and module exits that get a dropout; at operations, for each call of their
-    module that was recorded, dropouts that are taken over and values that get one."""
+    module that was recorded, dropouts that are taken over and values that get one; last: of these calls, by module."""
 
     arguments: dict[str, int] = field(default_factory=dict)
     exits: dict[str, int] = field(default_factory=dict)
     taken: dict[Address, dict[int, Place]] = field(default_factory=dict)
     inserted: dict[Address, dict[int, Place]] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
 
     def operations(self) -> set[str]:
         return {operation for _, operation, _ in (*self.taken, *self.inserted)}
@@ -98,9 +99,7 @@ def opened(function: types.FunctionType) -> Callable[..., Any] | None:
     if not set(_CHECKS) & set(function.__code__.co_names):
         return None
     names = {**function.__globals__, **dict.fromkeys(_CHECKS, _never)}
-    body = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
 
@@ -127,14 +126,16 @@ class Following(TorchFunctionMode):
     @contextmanager
     def following(self) -> Iterator[None]:
         """Inside, every torch operation and every call of the model's modules is seen."""
-        function = torch.autograd.Function.__dict__["apply"].__func__
+        function = torch.autograd.Function.__dict__["apply"]
 
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             if _get_current_function_mode() is not self:
-                return function(cls, *args, **kwargs)
+                return function.__get__(None, cls)(*args, **kwargs)
             before, self.inside_function = self.inside_function, not self.disabled()
             try:
-                return self.leave_function(args, function(cls, *args, **kwargs))
+                output = function.__get__(None, cls)(*args, **kwargs)
+                with torch._C.DisableTorchFunction():
+                    return self.leave_function(args, output)
             finally:
                 self.inside_function = before
 
@@ -191,6 +192,9 @@ class Following(TorchFunctionMode):
         """A custom autograd function returns this output."""
         return output
 
+    def made(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that come from outside of the model's forward: its inputs, noise."""
+
     # Operations
 
     def __torch_function__(self, original: Any, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -225,9 +229,10 @@ class Following(TorchFunctionMode):
 
     def _find(self, sites: Mapping[Address, Mapping[int, Place]], call: Call, name: str) -> Place | None:
         """Which λ is read here. A module called more often than it was when recorded goes on as in its last call."""
-        places = sites.get((self.path, name, call.order), {})
-        known = [occurrence for occurrence in places if occurrence <= self.calls[-1].occurrence]
-        return places[max(known)] if known else None
+        places = sites.get((self.path, name, call.order))
+        if places is None:
+            return None
+        return places.get(min(self.calls[-1].occurrence, self.sites.last[self.path]))
 
     def apply(self, call: Call) -> Any:
         """Carry out one operation."""
@@ -259,6 +264,7 @@ class Following(TorchFunctionMode):
 
     def _multiplied(self, x: Tensor, noise: tuple[Any, Any], in_place: bool) -> Any:
         multiplier, shift = noise
+        self.made(tensors_in(noise))
         result = self.apply(arithmetic(operator.mul, x, multiplier, in_place))
         return result if shift is None else self.apply(arithmetic(operator.add, result, shift, in_place))
 

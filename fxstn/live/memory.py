@@ -34,11 +34,6 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     return memory_of(x) is not None and memory_of(x) == memory_of(y)
 
 
-def fresh_alias(x: Tensor) -> Tensor:
-    """The same values as another object, with a version of its own: what a rule saves, users never change in place."""
-    return x.data
-
-
 def _overlaps_itself(x: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(x.size(), x.stride(), strict=True))
 
@@ -62,9 +57,10 @@ class Table:
         known = x in self.entries
         self.entries[x] = Entry(tangent, cut)
         if not known:
-            self._join(x)
+            self.join(x)
 
-    def _join(self, x: Tensor) -> None:
+    def join(self, x: Tensor) -> None:
+        """Count x to the family of its memory; needed again when its memory was changed."""
         memory = memory_of(x)
         if memory is not None:
             self.families.setdefault(memory, []).append(weakref.ref(x))
@@ -75,9 +71,9 @@ class Table:
         if memory is None:
             return [x]
         alive = [tensor for reference in self.families.get(memory, ()) if (tensor := reference()) is not None]
-        members = [tensor for tensor in alive if memory_of(tensor) == memory]
-        self.families[memory] = [weakref.ref(tensor) for tensor in members]
-        return members
+        members = {id(tensor): tensor for tensor in alive if memory_of(tensor) == memory}
+        self.families[memory] = [weakref.ref(tensor) for tensor in members.values()]
+        return list(members.values())
 
     def separate(self, x: Tensor) -> None:
         """Move the family of x to a copy of its memory; the objects stay, and so does what they share."""
@@ -86,7 +82,7 @@ class Table:
         for member in members:
             place = (member.storage_offset(), member.size(), member.stride())
             member.data = torch.empty(0, dtype=member.dtype, device=member.device).set_(memory, *place)
-            self._join(member)
+            self.join(member)
 
     def write(self, x: Tensor, y: Tensor, dy: Any) -> None:
         """The object x takes the values of y, with tangent dy; what shares its memory sees both.
@@ -94,10 +90,10 @@ class Table:
         Raises SharedMemory.
         """
         others = [member for member in self.family(x) if member is not x]
-        unshared = not others and _same_form(x, y) and not self.family(y)
+        unshared = not others and same_form(x, y) and not self.family(y)
         if unshared or share_memory(x, y):  # the common case; unsqueeze_ and its like
             x.data = y.data
-            self._join(x)
+            self.join(x)
         else:
             self.separate(x)
             x.copy_(y)
@@ -137,6 +133,7 @@ class Table:
             self.entries[member].tangent = image.as_strided(*place)
 
 
-def _same_form(x: Tensor, y: Tensor) -> bool:
+def same_form(x: Tensor, y: Tensor) -> bool:
+    """Whether one tensor could stand for the other in size, strides, dtype and device."""
     same = x.size() == y.size() and x.stride() == y.stride() and x.dtype == y.dtype and x.device == y.device
     return same and x.layout is y.layout

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxstn.errors import Problem, TransformError, innermost_user_frame, operation_name
 from fxstn.graphs import rename
 from fxstn.live.following import Call, ModuleCall
-from fxstn.live.structure import arguments_mapped, leaves, reachable
+from fxstn.live.structure import arguments_mapped, leaves, reachable, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated, user_frame
 from fxstn.mutation import dropout_settings
 from fxstn.spelling import Spelled
@@ -95,11 +95,12 @@ class Tape(Watched):
 
     def observe(self, call: Call) -> Any:
         spelled = call.spelled or Spelled(call.original, call.args, call.kwargs)
-        node = self.node(spelled.function, spelled.args, spelled.kwargs)
         changed, result = mutated(call), call.run()
-        self.enter_result(call, node, result)
-        for x in changed:
-            self.nodes[x] = node
+        if changed or next(tensors_in(result), None) is not None:  # what only reads a size is no use of a value
+            node = self.node(spelled.function, spelled.args, spelled.kwargs)
+            self.enter_result(call, node, result)
+            for x in changed:
+                self.nodes[x] = node
         return result
 
     def enter_result(self, call: Call, node: fx.Node, result: Any) -> None:
