@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -14,8 +14,8 @@ from fxstn.condition import Binding, bind, condition
 from fxstn.errors import Problem, TransformError
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
-from fxstn.live.emit import addresses
-from fxstn.live.emit import emit as emit_live
+from fxstn.layout import Layouts, layouts
+from fxstn.live.emit import LiveRecipe, addresses
 from fxstn.live.tape import record
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
@@ -25,7 +25,7 @@ from fxstn.trace import trace as trace_module
 
 RUNGS = ("fx", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
-LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
     "linearized": linearized,
     "perturbed": perturbed,
@@ -43,24 +43,41 @@ def inputs_supplied(example_inputs: Any) -> int:
     return len(example_inputs) if isinstance(example_inputs, tuple) else int(example_inputs is not None)
 
 
-def emit(
-    root: nn.Module, binding: Binding, frozen: Collection[str], supplied: int, name: str, traced: Any = None
-) -> fx.GraphModule:
-    """Build one graph by name: "train", "eval", "trained", or "pushforward", "linearized", "perturbed", also with "_eval".
+@dataclass(frozen=True)
+class Recipe:
+    """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    root holds the children model, response and hparams; traced is the result of `followed` where it is at hand. The
-    passes, in order: trace → canonicalize → condition → hyperize → pushforward (or one of its siblings) → simplify.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. supplied: how many inputs callers pass.
     """
-    evaluating = name.endswith("eval")
-    graph = traced or followed(root.get_submodule("model"), not evaluating, frozen, supplied)
+
+    binding: Binding
+    frozen: tuple[str, ...]
+    supplied: int
+
+    def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
+        """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.supplied)
+        return with_children(graph, root)
+
+    def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
+        """Build one graph by name: "train", "eval", "trained", "pushforward", "linearized", "perturbed", or with "_eval".
+
+        The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify.
+        places: where the examples are, from `layouts`; empty for a plain batch.
+        """
+        graph = condition(canonical, () if name.endswith("eval") else self.binding.sites, places)
+        kind = name.removesuffix("_eval")
+        if kind in LAST_PASS:
+            graph = LAST_PASS[kind](hyperize(graph), places)
+        return simplify(graph)
+
+    locate = staticmethod(layouts)
+
+
+def with_children(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     for child in ("hparams", "response"):
         graph.add_module(child, root.get_submodule(child))
-    graph = condition(graph, () if evaluating else binding.sites)
-    kind = name.removesuffix("_eval")
-    if kind in LAST_PASS:
-        names = [name.removesuffix(".R") for name, _ in graph.response.named_parameters() if name.endswith(".R")]  # type: ignore[union-attr, operator]
-        graph = LAST_PASS[kind](hyperize(graph, names))
-    return simplify(graph)
+    return graph
 
 
 def transform(
@@ -95,13 +112,12 @@ def transform(
     if trace == "live" and example_inputs is None:
         raise ValueError("trace='live' runs the model once: give example_inputs")
     model = copy.deepcopy(model)
-    frozen = tuple(sorted(frozen_modules(model)))
     rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
     problems: list[Problem] = []
     for rung in rungs:
         try:
-            network = _climbed(rung, model, frozen, hparams, example_inputs, method)
-            network.refusals = tuple(problems)
+            network = _climbed(rung, model, hparams, example_inputs, method)
+            network.rung, network.refusals = rung, tuple(problems)
             return network
         except TransformError as error:
             problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
@@ -109,39 +125,41 @@ def transform(
 
 
 def _climbed(
-    rung: str,
-    model: nn.Module,
-    frozen: Sequence[str],
-    hparams: Sequence[Spec] | None,
-    example_inputs: Any,
-    method: str,
+    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    supplied = inputs_supplied(example_inputs)
-    if rung == "live":
-        graphs = [record(model, training, frozen, inputs) for training in (True, False)]
-    else:
-        graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
+    frozen, supplied = tuple(sorted(frozen_modules(model))), inputs_supplied(example_inputs)
+    graphs = canonical_graphs(rung, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
-    fan_ins, _ = responses(graphs)
-    if not fan_ins:
+    found = responses(graphs)
+    if not found.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
             "whose parameters it uses directly; fxstn.explain(model) lists why"
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    response = response_modules(model, fan_ins, len(space))
+    recipe: Any = Recipe(binding, frozen, supplied)
     if rung == "live":
-        recipe: tuple[Any, ...] = (binding, frozen, addresses(graphs[0], binding))
-        network = SelfTuningNetwork(model, response, space, binding.penalties, method, emit_live, recipe, rung)
-    else:
-        recipe = (binding, frozen, supplied)
-        network = SelfTuningNetwork(model, response, space, binding.penalties, method, emit, recipe, rung)
-        for name in ("train", "eval", "pushforward", "pushforward_eval"):
-            network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
+        recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
+    modules = response_modules(model, found, len(space))
+    network = SelfTuningNetwork(model, modules, space, binding.penalties, method, recipe)
+    if rung != "live":
+        for training, graph in zip((True, False), graphs, strict=True):
+            network.keep_canonical(training, with_children(graph, network))
+    for name in ("train", "eval", "pushforward", "pushforward_eval"):
+        network.graph(name)
     if example_inputs is not None:
         network.check(*inputs)
     return network
+
+
+def canonical_graphs(rung: str, model: nn.Module, frozen: tuple[str, ...], example_inputs: Any) -> list[Any]:
+    """The model's training and evaluation graph by one way of following it, as far as passes need them to decide."""
+    if rung == "live":
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return [record(model, training, frozen, inputs) for training in (True, False)]
+    supplied = inputs_supplied(example_inputs)
+    return [followed(model, training, frozen, supplied) for training in (True, False)]

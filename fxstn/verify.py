@@ -21,7 +21,7 @@ from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
-from fxstn.transform import followed, transform
+from fxstn.transform import transform
 
 STEPS = (1e-6, 3e-7, 1e-7)
 
@@ -131,12 +131,11 @@ def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
     return delta / delta.norm()
 
 
-def _rates(stn: SelfTuningNetwork, model: nn.Module) -> list[Tensor | None]:
+def _rates(stn: SelfTuningNetwork) -> list[Tensor | None]:
     """Rates of the dropout calls of the original model, in execution order: tuned ones at λ₀."""
     strengths = stn.hparams()
-    binding, frozen, supplied = stn.recipe
-    taken = {site.node: strengths[site.index] for site in binding.sites if not site.insert}
-    graph = followed(model, True, frozen, supplied).graph
+    taken = {site.node: strengths[site.index] for site in stn.recipe.binding.sites if not site.insert}
+    graph = stn.canonical(True).graph
     return [taken.get(node.name) for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
 
 
@@ -177,8 +176,8 @@ def _comparisons(
     passed: set[tuple[str, str]],
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
-    binding, frozen, supplied = stn.recipe
-    rates = _rates(stn, original)
+    binding, frozen = stn.recipe.binding, stn.recipe.frozen
+    rates = _rates(stn)
     inserts = any(site.insert for site in binding.sites)
 
     def of_original(step: float, training: bool) -> Any:
@@ -203,7 +202,7 @@ def _comparisons(
     def without_insertions() -> SelfTuningNetwork:
         plain = copy.deepcopy(stn)
         sites = tuple(site for site in binding.sites if not site.insert)
-        plain.recipe = (replace(binding, sites=sites), frozen, supplied)
+        plain.recipe = replace(stn.recipe, binding=replace(binding, sites=sites))
         return plain
 
     if ("eval", "original model") not in passed:

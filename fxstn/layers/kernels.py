@@ -79,6 +79,13 @@ def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
 
 
 @staged
+def sum_except(value: Tensor, dim: int) -> Tensor:
+    """Sum over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm counts."""
+    axes = [axis for axis in range(value.dim()) if axis != dim]
+    return value.sum(axes, keepdim=True)
+
+
+@staged
 def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
     """Broadcast a tangent to the shape of the result it belongs to."""
     return tangent if tangent.shape == output.shape else tangent.expand_as(output)

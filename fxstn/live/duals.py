@@ -19,6 +19,7 @@ from fxstn.live.structure import arguments_mapped, leaves, mapped, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated
 from fxstn.pushforward import LINKS, VIEWS
 from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.rules.layers import dense
 from fxstn.spelling import Spelled
 from fxstn.tangents import ZERO, Scaled, all_zero
 
@@ -32,13 +33,6 @@ _ABOUT = {"__bool__", "__index__", "__hash__", "__repr__", "__format__", "stride
 _VIEWED = {"T", "mT", "H", "mH", "real", "imag"}
 _FILLS = {"zero_", "normal_", "uniform_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
 _LEAVES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__complex__", "__dlpack__", "__reduce_ex__"}
-
-
-def dense(tangent: Any) -> Any:
-    """A parameter's tangent as a tensor of its shape, for the operations that are no hyperlayer."""
-    if not isinstance(tangent, Scaled):
-        return tangent
-    return tangent.scale.view(-1, *[1] * (tangent.response.dim() - 1)) * tangent.response
 
 
 @dataclass(frozen=True)
@@ -98,11 +92,12 @@ class Duals(Watched):
         entry = self.table.find(x)
         return ZERO if entry is None else entry.tangent  # unseen: an integer
 
-    def _tangents(self, value: Any, structured: bool) -> Any:
-        found = lambda x: self.tangent(x) if structured else dense(self.tangent(x))  # noqa: E731
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            return type(value)(self._tangents(entry, structured) for entry in value)
-        return found(value) if isinstance(value, Tensor) else ZERO
+    def _tangents(self, value: Any, axes: tuple[int, ...] = ()) -> Any:
+        """Tangents of an argument; a parameter's keeps its structure where the rule takes it scaled along one of `axes`."""
+        if isinstance(value, Tensor):
+            tangent = self.tangent(value)
+            return tangent if isinstance(tangent, Scaled) and tangent.axis in axes else dense(tangent)
+        return arguments_mapped(self._tangents, value) if isinstance(value, (tuple, list)) else ZERO
 
     # Operations
 
@@ -179,7 +174,7 @@ class Duals(Watched):
 
     def _compute(self, spelled: Spelled) -> Computed:
         """An operation by its rule, on aliases of the primal values that users cannot change in place."""
-        kind = RULES[spelled.function].kind if spelled.function in RULES else "fallback"
+        rule = RULES.get(spelled.function)
         args: list[Any] = []
         tangents: list[Any] = []
         originals: dict[int, Tensor] = {}
@@ -196,11 +191,12 @@ class Duals(Watched):
                 tangents.append(inner.dy)
             else:
                 args.append(arguments_mapped(alias, value))
-                tangents.append(self._tangents(value, kind == "hyperlayer" and position > 0))
+                reads = rule.reads.get(position) if rule else None
+                tangents.append(self._tangents(value, reads.axes if reads else ()))
         if any(self.tangent(x) is not ZERO for x in tensors_in(spelled.kwargs)):
             raise NoRule("a value that varies is passed by keyword")
         if self.log is not None and not all_zero(tangents):
-            self.log.append((self.path, operation_name(spelled.function), kind))
+            self.log.append((self.path, operation_name(spelled.function), rule.kind if rule else "fallback"))
         y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), spelled.kwargs)
         return Computed(y, dy, args, tangents, originals)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxstn.condition import Binding
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
@@ -18,6 +19,8 @@ from fxstn.live.structure import mapped, reachable
 from fxstn.live.tape import Recorded, argument_names
 from fxstn.tangents import Scaled
 from fxstn.trace import mode_of, module_state, restore
+
+_WHERE = "a forward that runs as it is"
 
 
 def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str, int]) -> Sites:
@@ -82,8 +85,6 @@ class LiveGraph:
     whole batch only: condition and delta of shape (h,); ValueError for others.
     """
 
-    per_example = False
-
     def __init__(self, root: nn.Module, name: str, sites: Sites, frozen: Collection[str]) -> None:
         self.root, self.name, self.frozen = root, name, frozen
         self.training = not name.endswith("eval")
@@ -95,11 +96,16 @@ class LiveGraph:
         return self.root.get_submodule("model")
 
     @property
-    def inputs(self) -> list[str]:
-        """Names of the model's own inputs."""
-        parameters = inspect.signature(self.model.forward).parameters.values()
+    def graph(self) -> fx.Graph:
+        """What can be said without running it: the inputs, and that the perturbation is for the whole batch."""
+        graph = fx.Graph()
         stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-        return [stars.get(parameter.kind, "") + parameter.name for parameter in parameters]
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        inputs = [graph.placeholder(stars.get(p.kind, "") + p.name) for p in parameters]
+        moved = [graph.placeholder(name, default_value=None) for name in ("condition", "delta")]
+        shared = [graph.call_function(for_all_examples, (value, 1, _WHERE)) for value in moved]
+        graph.output(graph.call_function(self.__call__, (*inputs, *shared)))
+        return graph
 
     def __repr__(self) -> str:
         beside = {"pushforward": ", tangents carried beside it", "linearized": ", tangents carried beside it and added"}
@@ -163,28 +169,38 @@ class LiveGraph:
     def _tangents(self, delta: Tensor | None) -> dict[str, Scaled]:
         if delta is None:
             raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
-        delta = for_all_examples(delta, 1, "a forward that runs as it is")
-        return {name: Scaled(response(delta), response.R) for name, response in self._responses()}
+        delta = for_all_examples(delta, 1, _WHERE)
+        return {name: Scaled(response(delta), response.R, response.axis) for name, response in self._responses()}
 
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
         """Weights w₀ + Θ·delta, by the id of w₀."""
         if delta is None:
             raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
-        delta = for_all_examples(delta, 1, "a forward that runs as it is")
+        delta = for_all_examples(delta, 1, _WHERE)
         changes = parameter_changes(self.root.get_submodule("response"), delta)
         parameters = dict(self.model.named_parameters())
         return {id(parameters[name]): parameters[name] + change for name, change in changes.items()}
 
 
-def emit(
-    root: nn.Module,
-    binding: Binding,
-    frozen: Collection[str],
-    places: tuple[Mapping[str, tuple], Mapping[str, int]],
-    name: str,
-) -> LiveGraph:
-    """The graph of a live network by name, as `fxstn.transform.emit` makes those of a traced one.
+@dataclass(frozen=True)
+class LiveRecipe:
+    """What a live network's graphs need besides its children; stands where `fxstn.transform.Recipe` stands for others.
 
     places: from `addresses`.
     """
-    return LiveGraph(root, name, located(binding, *places), frozen)
+
+    binding: Binding
+    frozen: tuple[str, ...]
+    places: tuple[Mapping[str, tuple], Mapping[str, int]]
+
+    def canonical(self, root: nn.Module, training: bool) -> nn.Module:
+        """There is no graph of the model itself: it runs as it is."""
+        return root
+
+    def emit(self, canonical: nn.Module, name: str, places: Any) -> LiveGraph:
+        """One graph by name. canonical: the network, with the children model, hparams and response."""
+        return LiveGraph(canonical, name, located(self.binding, *self.places), self.frozen)
+
+    def locate(self, canonical: nn.Module, inputs: tuple) -> dict[str, Any]:
+        """Nothing is known about where the examples are; graphs refuse one perturbation per example."""
+        return {}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.layers.kernels import self_adjoint
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
 from fxstn.rules.registry import additive, bilinear, linear, pointwise, rule, zero
 from fxstn.tangents import ZERO
 
@@ -42,7 +42,7 @@ bilinear(operator.mul, operator.matmul, torch.bmm, torch.mm)
 zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide, operator.floordiv)
 zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 zero(operator.and_, operator.or_, operator.xor)
-zero(dropout_mask, alpha_dropout_coefficients)
+zero(dropout_mask, alpha_dropout_coefficients, row_mask)
 zero(torch.Tensor.new_empty, torch.Tensor.new_full, torch.bernoulli)
 zero(torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like, torch.full_like)
 
