@@ -12,12 +12,14 @@ from torch import Tensor
 from fxstn.staging import staged
 
 
-class _SelfAdjoint(torch.autograd.Function):
-    """J dx by a backward kernel; its own backward is J again, so it needs no derivative of that kernel."""
+class _LinearMap(torch.autograd.Function):
+    """J dx by one kernel, its backward Jᵀ g by another, so that neither needs a derivative of its own."""
 
     @staticmethod
-    def forward(ctx: Any, tangent: Tensor, kernel: Callable[..., Tensor], *saved: Any) -> Tensor:
-        ctx.kernel = kernel
+    def forward(
+        ctx: Any, tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: Any
+    ) -> Tensor:
+        ctx.transpose = transpose
         ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
         ctx.plain = [value for value in saved if not isinstance(value, Tensor)]
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
@@ -27,49 +29,30 @@ class _SelfAdjoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
         saved = [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
-        return ctx.kernel(grads[0], *saved), None, *[None] * len(saved)
+        return ctx.transpose(grads[0], *saved), None, None, *[None] * len(saved)
 
 
-def self_adjoint(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Stage kernel(tangent, *saved), a symmetric linear map of `tangent`, so that it is differentiable in `tangent`.
+def linear_map(transpose: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: stage kernel(tangent, *saved), linear in `tangent`, with transpose(cotangent, *saved) as its gradient.
 
     The primal values in `saved` are taken as constants: a response never needs a gradient through the primal stream.
     """
 
-    @functools.wraps(kernel)
-    def apply(tangent: Tensor, *saved: Any) -> Tensor:
-        return _SelfAdjoint.apply(tangent, kernel, *saved)
+    def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(kernel)
+        def apply(tangent: Tensor, *saved: Any) -> Tensor:
+            return _LinearMap.apply(tangent, kernel, transpose, *saved)
 
-    apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
-    apply.__module__ = __name__
-    return staged(apply)
+        apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
+        apply.__module__ = __name__
+        return staged(apply)
 
-
-@staged
-def batch_norm_with_statistics(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training-mode batch norm of x (batch, channels, ...) without running statistics: (y, mean, 1/std)."""
-    return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    return decorate
 
 
-@self_adjoint
-def batch_norm_jacobian(
-    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
-) -> Tensor:
-    """Jacobian of training-mode batch norm with respect to x, applied to `tangent`; symmetric, scaled per channel."""
-    return torch.ops.aten.native_batch_norm_backward(
-        tangent, x, weight, None, None, mean, inverse_std, True, eps, [True, False, False]
-    )[0]
-
-
-@staged
-def batch_norm_frozen_tangent(
-    tangent: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, eps: float
-) -> Tensor:
-    """Tangent of batch norm with given statistics: the same affine map without its shift."""
-    zero = torch.zeros_like(running_mean)
-    return torch.nn.functional.batch_norm(tangent, zero, running_var, weight, None, False, 0.0, eps)
+def self_adjoint(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `linear_map`, for a symmetric kernel: it is its own transpose."""
+    return linear_map(kernel)(kernel)
 
 
 @staged
@@ -86,6 +69,38 @@ def sum_except(value: Tensor, dim: int) -> Tensor:
 
 
 @staged
+def pick_regions(tangent: Tensor, rois: Tensor, indices: Tensor) -> Tensor:
+    """Entries of `tangent` (batch, channels, H, W) that region max pooling chose.
+
+    rois: (regions, 5), the image's number first. indices: (regions, channels, h, w) into H·W; −1 for an empty bin, which
+    is 0.
+    """
+    images = tangent[rois[:, 0].long()].flatten(2)
+    chosen = images.gather(2, indices.flatten(2).clamp(min=0).long()).view_as(indices)
+    return chosen * (indices >= 0)
+
+
+@staged
+def cast_tangent(tangent: Tensor, output: Tensor) -> Tensor:
+    """A tangent converted as its primal was: to the type and device of `output`, zeros where that holds integers."""
+    if output.is_floating_point() or output.is_complex():
+        return tangent.to(output)
+    return torch.zeros_like(tangent, device=output.device)
+
+
+@staged
+def abs_tangent(tangent: Tensor, x: Tensor) -> Tensor:
+    """Tangent of |x|: sign(x) dx, for complex x the real part of conj(x/|x|) dx."""
+    return (torch.conj(torch.sgn(x)) * tangent).real if x.is_complex() else torch.sign(x) * tangent
+
+
+@staged
+def along_channels(value: Tensor, output: Tensor) -> Tensor:
+    """View (channels,) so that it broadcasts along dimension 1 of `output` (dimension 0 of a vector); () as it is."""
+    return value if value.dim() == 0 else value.view(-1, *[1] * max(0, output.dim() - 2))
+
+
+@staged
 def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
     """Broadcast a tangent to the shape of the result it belongs to."""
     return tangent if tangent.shape == output.shape else tangent.expand_as(output)
@@ -97,6 +112,40 @@ def zeros_tangent(output: Any) -> Any:
     if isinstance(output, Tensor) and output.is_floating_point():
         return torch.zeros_like(output)
     return None
+
+
+@functools.cache
+def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A staged (args, kwargs, tangents) → (y, dy) of a loss, a sum or mean over examples or one value for each.
+
+    dy = Σ ∇y · dx by the loss's own backward: each example's loss depends on that example only, so one reverse pass of
+    Σ y gives every row. Entries of tangents are None where an argument is constant.
+    """
+
+    def loss(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Tensor, Tensor]:
+        varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        full = list(args)
+        with torch.enable_grad():
+            for i in varying:
+                full[i] = args[i].detach().requires_grad_()
+            y = function(*full, **kwargs)
+            gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying])
+        dy: Any = 0
+        for i, gradient in zip(varying, gradients, strict=True):
+            term = gradient * tangents[i]
+            if y.dim() == 0:
+                term = term.sum()
+            elif term.dim() > y.dim():
+                term = term.sum(1)  # over the classes, or the features of a distance
+            elif term.shape != y.shape:
+                raise ValueError(
+                    f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
+                )
+            dy = dy + term
+        return y.detach(), dy
+
+    loss.__name__ = f"loss_{getattr(function, '__name__', 'node')}"
+    return staged(loss)
 
 
 @functools.cache

@@ -33,10 +33,12 @@ class Reads:
 
 @dataclass(frozen=True)
 class Rule:
-    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). reads: {position: Reads} of a hyperlayer."""
+    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known.
+    reads: {position: Reads} of a hyperlayer."""
 
     kind: str
     apply: Apply
+    signature: inspect.Signature | None = None
     reads: Mapping[int, Reads] = field(default_factory=dict)
 
 
@@ -48,15 +50,40 @@ class NoRule(Exception):
     """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
 
 
-def register(function: Callable[..., Any], kind: str, apply: Apply, reads: Mapping[int, Reads] = _NONE) -> None:
+def register(
+    function: Callable[..., Any],
+    kind: str,
+    apply: Apply,
+    signature: inspect.Signature | None = None,
+    reads: Mapping[int, Reads] = _NONE,
+) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule")
-    RULES[function] = Rule(kind, apply, reads)
+    RULES[function] = Rule(kind, apply, signature, reads)
 
 
-def linear(*functions: Callable[..., Any]) -> None:
-    """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent."""
+def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
+    """Σ term(tangent) over the pairs (tangent, term) whose tangent is not ZERO; ZERO where there is none."""
+    result: Any = ZERO
+    for tangent, term in terms:
+        if tangent is not ZERO:
+            result = term(tangent) if result is ZERO else result + term(tangent)
+    return result
+
+
+def filled(tangent: Any, primal: Any) -> Any:
+    """The tangent, or real zeros shaped like its primal where it is ZERO."""
+    if tangent is not ZERO:
+        return tangent
+    return 0 if isinstance(primal, (int, float)) else torch.zeros_like(primal)
+
+
+def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = None) -> None:
+    """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent.
+
+    tangent: another spelling of the operation for the tangent, whose memory format may differ from the primal's.
+    """
     for function in functions:
 
         def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
@@ -64,20 +91,24 @@ def linear(*functions: Callable[..., Any]) -> None:
                 return fallback(function, tangents, args, kwargs)
             dx = tangents[0]
             if isinstance(dx, (list, tuple)):
-                dx = [torch.zeros_like(x) if d is ZERO else d for d, x in zip(dx, args[0], strict=True)]
-            return call(function, *args, **kwargs), call(function, dx, *args[1:], **kwargs)
+                dx = [filled(d, x) for d, x in zip(dx, args[0], strict=True)]
+            return call(function, *args, **kwargs), call(tangent or function, dx, *args[1:], **kwargs)
 
         register(function, "linear", apply)
 
 
-def pointwise(function: Callable[..., Any], tangent: Callable[..., Any]) -> None:
-    """Depends on its first argument only: dy = tangent(dx, y, x, *further arguments). Symmetric Jacobians included."""
+def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> None:
+    """Elementwise in its first arguments, one partial each: dy = Σ partial(dx, y, *arguments).
+
+    With one partial also any other function of its first argument alone; each partial has the shape of y.
+    """
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-        if not all_zero(tangents[1:]):
+        if not all_zero(tangents[len(partials) :]):
             return fallback(function, tangents, args, kwargs)
         y = call(function, *args, **kwargs)
-        return y, tangent(tangents[0], y, *args, **kwargs)
+        terms = zip(tangents, partials, strict=False)
+        return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
     register(function, "pointwise", apply)
 
@@ -104,9 +135,8 @@ def bilinear(*functions: Callable[..., Any]) -> None:
 
         def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
             (a, b, *rest), (da, db, *_) = args, tangents
-            terms = [] if da is ZERO else [call(function, da, b, *rest, **kwargs)]
-            terms += [] if db is ZERO else [call(function, a, db, *rest, **kwargs)]
-            return call(function, *args, **kwargs), terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            product = lambda a, b: call(function, a, b, *rest, **kwargs)  # noqa: E731
+            return product(a, b), total((da, lambda da: product(da, b)), (db, lambda db: product(a, db)))
 
         register(function, "bilinear", apply)
 
@@ -122,28 +152,29 @@ def zero(*functions: Callable[..., Any]) -> None:
 
 
 def rule(
-    *functions: Callable[..., Any], reads: Mapping[int, Reads] = _NONE
+    *functions: Callable[..., Any], kind: str = "own", reads: Mapping[int, Reads] = _NONE
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
-    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names.
+    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
+    `*tensors` a tuple of them.
     reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(body)
-        names = list(signature.parameters)[1:]
+        parameters = list(inspect.signature(body).parameters.values())[1:]
+        signature, names = inspect.Signature(parameters), [parameter.name for parameter in parameters]
 
         def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-            bound = signature.bind(None, *args, **kwargs)
-            d = SimpleNamespace(**dict.fromkeys(names, ZERO), **{})
-            d.__dict__.update(zip(names, tangents, strict=False))
-            d.__dict__.update(dict.fromkeys(kwargs, ZERO))
-            bound.arguments[next(iter(signature.parameters))] = d
-            return body(*bound.args, **bound.kwargs)
+            bound = signature.bind(*args, **kwargs)
+            d = SimpleNamespace(**dict.fromkeys(names, ZERO) | dict(zip(names, tangents, strict=False)))
+            for i, parameter in enumerate(parameters):
+                if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                    setattr(d, parameter.name, tangents[i:])
+            return body(d, *bound.args, **bound.kwargs)
 
         for function in functions:
-            register(function, "hyperlayer" if reads else "own", apply, reads)
+            register(function, "hyperlayer" if reads else kind, apply, signature, reads)
         return body
 
     return decorate
@@ -185,12 +216,23 @@ def _is_tangent(tangent: Any) -> bool:
     return tangent is not ZERO and not isinstance(tangent, (list, tuple, dict))
 
 
-def apply_rule(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+def apply_rule(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
+) -> tuple[Any, Any]:
     """(y, dy) of one operation; tangents: one entry per positional argument, ZERO where it does not vary.
 
+    named: tangents of keywords, which only a rule with known parameters can take.
     Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
     """
+    found = RULES.get(function)
+    if named and not all_zero(named):
+        if found is None or found.signature is None:
+            raise NoRule("a value that varies is passed by keyword")
+        names = list(found.signature.parameters)
+        by_name = dict(zip(names, tangents, strict=False)) | named
+        bound = found.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        tangents, args, kwargs = tuple(by_name.get(name, ZERO) for name in names), bound.args, bound.kwargs
     if all_zero(tangents):
         return call(function, *args, **kwargs), ZERO
-    found = RULES.get(function)
     return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)
