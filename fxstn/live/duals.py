@@ -97,7 +97,9 @@ class Duals(Watched):
         if isinstance(value, Tensor):
             tangent = self.tangent(value)
             return tangent if isinstance(tangent, Scaled) and tangent.axis in axes else dense(tangent)
-        return arguments_mapped(self._tangents, value) if isinstance(value, (tuple, list)) else ZERO
+        if isinstance(value, (tuple, list)):
+            return (list if isinstance(value, list) else tuple)(map(self._tangents, value))
+        return ZERO
 
     # Operations
 
@@ -193,11 +195,11 @@ class Duals(Watched):
                 args.append(arguments_mapped(alias, value))
                 reads = rule.reads.get(position) if rule else None
                 tangents.append(self._tangents(value, reads.axes if reads else ()))
-        if any(self.tangent(x) is not ZERO for x in tensors_in(spelled.kwargs)):
-            raise NoRule("a value that varies is passed by keyword")
-        if self.log is not None and not all_zero(tangents):
+        named = {name: self._tangents(value) for name, value in spelled.kwargs.items()}
+        kwargs = {name: arguments_mapped(alias, value) for name, value in spelled.kwargs.items()}
+        if self.log is not None and not (all_zero(tangents) and all_zero(named)):
             self.log.append((self.path, operation_name(spelled.function), rule.kind if rule else "fallback"))
-        y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), spelled.kwargs)
+        y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), kwargs, named)
         return Computed(y, dy, args, tangents, originals)
 
     def _delivered(self, y: Any, dy: Any, originals: dict[int, Tensor], sources: list[Tensor], cut: bool) -> Any:
