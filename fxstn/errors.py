@@ -48,7 +48,7 @@ def module_path(node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
-LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|^<")
+LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|/python3[.\d]*/\w+\.py$|^<")
 
 
 def innermost_user_frame(stack_trace: str) -> str:

@@ -15,8 +15,8 @@ from fxstn.condition import Binding
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.live.duals import Duals
 from fxstn.live.following import Following, Place, Sites
-from fxstn.live.structure import mapped, reachable
-from fxstn.live.tape import Recorded, argument_names
+from fxstn.live.structure import reachable
+from fxstn.live.tape import Recorded
 from fxstn.tangents import Scaled
 from fxstn.trace import mode_of, module_state, restore
 
@@ -125,7 +125,7 @@ class LiveGraph:
         mode = Following(self.model, self.sites, self._strengths(condition))
         keep = self.kind != "perturbed"
         with borrowed(self.model, self.training, self.frozen, replaced, keep):
-            return self._run(mode, inputs, named)
+            return mode.run(inputs, named)
 
     def duals(
         self,
@@ -143,20 +143,9 @@ class LiveGraph:
             mode = Duals(self.model, parameters, self.sites, strengths, log)
             mode.made(tensor for _, tensor in reachable((inputs, named), ""))
             with torch.enable_grad():
-                output = self._run(mode, inputs, named)
+                output = mode.run(inputs, named)
             mode.finish(output)
             return mode.linearized(output) if self.kind == "linearized" else (output, mode.tangents_of(output))
-
-    def _run(self, mode: Following, inputs: tuple, named: dict[str, Any]) -> Any:
-        names = argument_names(self.model, inputs)
-        inputs = tuple(
-            mapped(lambda leaf, name=name: mode.dropped(leaf, self.sites.arguments[name]), value)  # type: ignore[misc]
-            if name in self.sites.arguments
-            else value
-            for (name, _), value in zip(names, inputs, strict=False)
-        )
-        with mode.following():
-            return self.model(*inputs, **named)
 
     def _strengths(self, condition: Tensor | None) -> Tensor | None:
         return self.root.get_submodule("hparams")(condition) if self.training else None

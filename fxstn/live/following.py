@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import types
 from collections import Counter
@@ -13,12 +14,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fxstn.condition import ALPHA, SPATIAL
 from fxstn.errors import operation_name
+from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.live.structure import mapped, tensors_in
@@ -96,12 +99,33 @@ def opened(function: types.FunctionType) -> Callable[..., Any] | None:
 
     Such functions hand themselves to the active mode first, so that run inside of it they would come back for ever.
     """
-    if not set(_CHECKS) & set(function.__code__.co_names):
+    if not any(name in function.__code__.co_names and name in function.__globals__ for name in _CHECKS):
         return None
     names = {**function.__globals__, **dict.fromkeys(_CHECKS, _never)}
     body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
+    """(name, whether it has a default) of each argument that is passed by position."""
+    names: list[tuple[str, bool]] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [(f"{parameter.name}_{i}", False) for i in range(len(inputs) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append((parameter.name, parameter.default is not parameter.empty))
+    return names
+
+
+def attention_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention that drops its probabilities inside, as scores, softmax, dropout and product."""
+    scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    weights = F.dropout(torch.softmax(scores, -1), dropout_p, True)
+    return torch.matmul(weights, attention_values(value, query, enable_gqa))
 
 
 class Following(TorchFunctionMode):
@@ -122,6 +146,17 @@ class Following(TorchFunctionMode):
         self.inside_function = False  # of a custom autograd function, where torch disables grad mode
 
     # Module calls
+
+    def run(self, inputs: tuple, named: dict[str, Any]) -> Any:
+        """The model's output."""
+        given = [
+            mapped(lambda leaf, index=self.sites.arguments[name]: self.dropped(leaf, index), value)  # type: ignore[misc]
+            if name in self.sites.arguments
+            else value
+            for (name, _), value in zip(argument_names(self.model, inputs), inputs, strict=False)
+        ]
+        with self.following():
+            return self.model(*given, **named)
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -206,11 +241,10 @@ class Following(TorchFunctionMode):
         except Unspellable:
             call = Call(original, args, kwargs, None)
         dropout = call.function in DROPOUTS
-        if isinstance(original, types.FunctionType) and not dropout and call.function not in RULES:
-            body = opened(original)
-            if body is not None:
-                with self:
-                    return body(*args, **kwargs)
+        body = None if dropout else self._body(call)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
         name = operation_name(call.function)
         if not dropout and self.counted is not None and name not in self.counted:
             return self.apply(call)
@@ -226,6 +260,16 @@ class Following(TorchFunctionMode):
         entries = list(result)
         entries[inserted.element] = self.dropped(entries[inserted.element], inserted.index)
         return tuple(entries)
+
+    def _body(self, call: Call) -> Callable[..., Any] | None:
+        """What to run in place of an operation that is followed into its parts."""
+        if call.function is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p")
+            given = dict(zip(names, call.args, strict=False)) | call.kwargs
+            return attention_with_dropout if given.get("dropout_p") else None
+        if isinstance(call.original, types.FunctionType) and call.function not in RULES:
+            return opened(call.original)
+        return None
 
     def _find(self, sites: Mapping[Address, Mapping[int, Place]], call: Call, name: str) -> Place | None:
         """Which λ is read here. A module called more often than it was when recorded goes on as in its last call."""

@@ -125,12 +125,21 @@ class Table:
             if tangent is not ZERO:
                 if _overlaps_itself(member):
                     raise SharedMemory("changes memory in place that is also seen through an expanded view")
-                image = image.as_strided_scatter(tangent, member.size(), member.stride(), member.storage_offset())
-        written = torch.zeros_like(x) if dy is ZERO else dy
-        image = image.as_strided_scatter(written, x.size(), x.stride(), x.storage_offset())
+                image = _written(image, member, tangent)
+        image = _written(image, x, torch.zeros_like(x) if dy is ZERO else dy)
         for member in members:
             place = (member.size(), member.stride(), member.storage_offset())
             self.entries[member].tangent = image.as_strided(*place)
+
+
+def _written(image: Tensor, place: Tensor, value: Tensor) -> Tensor:
+    """An image of a memory, (entries,), after `value` was written where the tensor `place` lies in that memory.
+
+    Not by as_strided_scatter: torch 2.14.1 gives the image the gradient of the entries that were written over.
+    """
+    numbers = torch.arange(len(image), device=image.device)
+    positions = numbers.as_strided(place.size(), place.stride(), place.storage_offset())
+    return image.scatter(0, positions.reshape(-1), value.reshape(-1))
 
 
 def same_form(x: Tensor, y: Tensor) -> bool:

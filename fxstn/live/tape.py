@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import traceback
 from collections.abc import Collection
@@ -14,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.errors import Problem, TransformError, innermost_user_frame, operation_name
 from fxstn.graphs import rename
-from fxstn.live.following import Call, ModuleCall
+from fxstn.live.following import Call, ModuleCall, argument_names
 from fxstn.live.structure import arguments_mapped, leaves, reachable, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated, user_frame
 from fxstn.mutation import dropout_settings
@@ -28,17 +27,6 @@ class Recorded(nn.Module):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
         self.model, self.graph = model, graph
-
-
-def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
-    """(name, whether it has a default) of each argument that is passed by position."""
-    names: list[tuple[str, bool]] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [(f"{parameter.name}_{i}", False) for i in range(len(inputs) - len(names))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append((parameter.name, parameter.default is not parameter.empty))
-    return names
 
 
 class Tape(Watched):
