@@ -208,7 +208,9 @@ class Duals(Watched):
             if id(y) in originals:
                 return originals[id(y)]
             result = y.data
-            if dy is not ZERO and dy.dtype != y.dtype:
+            if not (y.is_floating_point() or y.is_complex()):
+                dy = ZERO
+            elif dy is not ZERO and dy.dtype != y.dtype:
                 dy = dy.to(y.dtype)
             self._record(result, dy, sources, cut)
             return result
