@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,11 +99,10 @@ class _Pushforward:
         self.values[node], self.tangents[node] = y, dy
 
     def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
-        if not all_zero(self.tangent(node.kwargs)):
-            raise NoRule("a value that varies is passed by keyword")
+        named: dict = self.tangent(dict(node.kwargs))
         if node.target is operator.getitem and isinstance(tangents[0], tuple):
             return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
-        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)))  # type: ignore[arg-type]
+        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
 
     def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:
         """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it."""
@@ -145,12 +145,18 @@ def _no_rule(node: fx.Node, reason: str) -> Problem:
 
 
 def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
-    """Training-mode batch norms stop updating their running statistics: only the general step does that (law 3)."""
+    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
     module = copied(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm and node.args[5]:
             x, _, _, weight, bias, training, _, eps = node.args
             node.args = (x, None, None, weight, bias, training, 0.0, eps)
+        elif node.op == "call_function" and node.target is F.instance_norm:
+            bound = inspect.signature(F.instance_norm).bind(*node.args, **node.kwargs)
+            bound.apply_defaults()
+            if bound.arguments["use_input_stats"]:
+                bound.arguments.update(running_mean=None, running_var=None)
+            node.args, node.kwargs = bound.args, bound.kwargs
     module.recompile()
     return module
 

@@ -301,6 +301,9 @@ def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {id(value): name for name, value in named.items()}
     for node in graph.nodes:
+        node.meta.pop(
+            "is_wrapped", None
+        )  # else generated code declares the result of a function looked into as wrapped
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(model)
             node.target = f"model.{first.get(id(value), node.target)}"

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.heads import (
+    attention_scores,
+    attention_values,
+    join_heads,
+    join_windows,
+    joint_mask,
+    mask_windows,
+    split_heads,
+    split_windows,
+)
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
@@ -21,7 +31,7 @@ X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
 class Case:
     """function(*args, **kwargs), each X in them replaced by the next tensor of the given shapes.
 
-    Without an X in args or kwargs the tensors come first. domain: interval that entries are drawn from, kinks excluded by
+    Tensors without an X of their own come first. domain: interval that entries are drawn from, kinks excluded by
     distance. varying: positions among the tensors of those that get a tangent; None for all. away: points at which the
     function has a kink. integer: round the entries. imaginary: draw complex entries. forward: whether torch has a
     forward-mode derivative to compare with (a test checks that it has none where this is False).
@@ -39,11 +49,10 @@ class Case:
     forward: bool = True
 
     def placed(self, values: list, rest: Any = None) -> tuple[tuple, dict]:
-        """(args, kwargs) with `values` where the tensors go, and what else there is, or `rest(entry)` in its place."""
+        """(args, kwargs) with `values` where the tensors go and what else there is, or `rest` of it, in its place."""
         remaining = iter(values)
-        structure = (self.args, self.kwargs)
-        if not any(leaf is X for leaf in tree_leaves(structure)):
-            structure = ((*[X] * len(self.shapes), *self.args), self.kwargs)
+        leading = len(self.shapes) - sum(leaf is X for leaf in tree_leaves((self.args, self.kwargs)))
+        structure = ((*[X] * leading, *self.args), self.kwargs)
         return tree_map(lambda leaf: next(remaining) if leaf is X else rest(leaf) if rest else leaf, structure)
 
 
@@ -58,6 +67,7 @@ NARROW = (-0.9, 0.9)
 ALIGNED = {"align_corners": False}
 QKV = ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 2))
 GROUPED = ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 2))
+WINDOW = torch.hann_window(16, dtype=torch.float64)
 MOMENTS = (torch.var, torch.std, torch.var_mean, torch.std_mean)
 INDEX = torch.tensor([2, 0, 3])
 PICKED = torch.tensor([[0, 2], [1, 3], [3, 0]])
@@ -107,9 +117,13 @@ CASES = [
     Case(torch.complex, shapes=PAIR, varying=(1,)),
     Case(torch.polar, shapes=PAIR, domain=POSITIVE),
     Case(operator.mul, shapes=PAIR, imaginary=True),
-    *(Case(f) for f in (torch.fft.rfft, torch.fft.rfft2, torch.fft.rfftn, torch.fft.fftshift, torch.fft.ifftshift)),
-    *(Case(f, imaginary=True) for f in (torch.fft.fft, torch.fft.ifft, torch.fft.irfft, torch.fft.irfft2)),
-    *(Case(f, imaginary=True) for f in (torch.fft.fft2, torch.fft.ifft2, torch.fft.fftn, torch.fft.ifftn)),
+    *(Case(f) for f in (torch.fft.rfft, torch.fft.rfftn, torch.fft.fftshift, torch.fft.ifftshift)),
+    Case(torch.fft.rfft2, shapes=SEQUENCE),
+    *(
+        Case(f, imaginary=True)
+        for f in (torch.fft.fft, torch.fft.ifft, torch.fft.irfft, torch.fft.fftn, torch.fft.ifftn)
+    ),
+    *(Case(f, shapes=SEQUENCE, imaginary=True) for f in (torch.fft.fft2, torch.fft.ifft2, torch.fft.irfft2)),
     Case(torch.fft.irfftn, imaginary=True, kwargs={"s": (3, 5), "norm": "ortho"}),
     # activations
     Case(F.relu, away=(0.0,)),
@@ -183,6 +197,9 @@ CASES = [
     Case(torch.lerp, shapes=PAIR, args=(0.3,), varying=(1,)),
     Case(torch.addcmul, shapes=((3, 4), (3, 1), (4,)), kwargs={"value": 0.5}),
     Case(torch.addcmul, shapes=((4,), (3, 1), (4,)), varying=(0,)),
+    Case(torch.addcmul, shapes=(*PAIR, (3, 4)), kwargs={"tensor1": X, "tensor2": X, "value": 2.0}),
+    Case(torch.maximum, shapes=PAIR, kwargs={"other": X}, varying=(0,)),
+    Case(torch.maximum, shapes=PAIR, kwargs={"other": X}, varying=(1,)),
     Case(torch.addcdiv, shapes=((3, 4), (3, 1), (4,)), domain=POSITIVE, kwargs={"value": 0.5}),
     Case(torch.where, shapes=PAIR, args=(MASK, X, X)),
     Case(torch.where, shapes=((3, 1),), args=(MASK, X, 0.0)),
@@ -191,6 +208,8 @@ CASES = [
     Case(operator.matmul, shapes=((3, 4), (4, 2))),
     Case(torch.mm, shapes=((3, 4), (4, 2)), varying=(1,)),
     Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2))),
+    Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}),
+    Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}, varying=(0,)),
     Case(torch.mv, shapes=((3, 4), (4,))),
     *(Case(f, shapes=((4,), (4,))) for f in (torch.dot, torch.vdot, torch.outer)),
     Case(torch.inner, shapes=((3, 4), (2, 4))),
@@ -212,16 +231,16 @@ CASES = [
     Case(F.bilinear, shapes=((3, 4), (3, 2), (5, 4, 2), (5,))),
     Case(F.bilinear, shapes=((3, 4), (3, 2), (5, 4, 2), (5,)), varying=(3,)),
     # attention
-    Case(F.scaled_dot_product_attention, shapes=QKV, forward=False),
-    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"scale": 0.3}, varying=(1,), forward=False),
-    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"is_causal": True}, varying=(0, 2), forward=False),
-    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5)), forward=False),
-    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5)), kwargs={"attn_mask": X}, forward=False),
-    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5)), varying=(3,), forward=False),
-    Case(F.scaled_dot_product_attention, shapes=QKV, args=(X, X, X, KEPT), forward=False),
-    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"attn_mask": KEPT.double().log()}, forward=False),
-    Case(F.scaled_dot_product_attention, shapes=GROUPED, kwargs={"enable_gqa": True}, forward=False),
-    Case(F.scaled_dot_product_attention, shapes=GROUPED, kwargs={"enable_gqa": True}, varying=(1,), forward=False),
+    Case(F.scaled_dot_product_attention, shapes=QKV),
+    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"scale": 0.3}, varying=(1,)),
+    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"is_causal": True}, varying=(0, 2)),
+    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5))),
+    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5)), kwargs={"attn_mask": X}),
+    Case(F.scaled_dot_product_attention, shapes=(*QKV, (3, 5)), varying=(3,)),
+    Case(F.scaled_dot_product_attention, shapes=QKV, args=(X, X, X, KEPT)),
+    Case(F.scaled_dot_product_attention, shapes=QKV, kwargs={"attn_mask": KEPT.double().log()}),
+    Case(F.scaled_dot_product_attention, shapes=GROUPED, kwargs={"enable_gqa": True}),
+    Case(F.scaled_dot_product_attention, shapes=GROUPED, kwargs={"enable_gqa": True}, varying=(1,)),
     # normalisation
     Case(F.layer_norm, shapes=((2, 3, 4), (4,), (4,)), args=(X, (4,), X, X)),
     Case(F.layer_norm, shapes=((2, 3, 4),), args=((3, 4),)),
@@ -258,7 +277,7 @@ CASES = [
     Case(torch.logsumexp, args=(1,)),
     Case(torch.logsumexp, shapes=IMAGE, args=((1, 3),), kwargs={"keepdim": True}),
     *(Case(torch.prod, args=args) for args in ((), (1,), (0, True))),
-    Case(torch.prod, args=(1,), integer=False, domain=(0.0, 1.0)),
+    Case(torch.prod, args=(1,), kwargs={"keepdim": True}),
     *(Case(f, args=args) for f in (torch.max, torch.min, torch.median) for args in ((), (1,), (0, True))),
     *(Case(f, shapes=IMAGE, args=args) for f in (torch.amax, torch.amin) for args in ((), ((1, -1),), (2, True))),
     Case(torch.kthvalue, args=(2,)),
@@ -426,6 +445,8 @@ CASES = [
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),
     Case(torch.ops.torchvision.roi_align, IMAGE, (BOXES, 1.0, 2, 2, 0, False), forward=False),
     Case(torch.ops.torchvision.roi_pool, IMAGE, (BOXES, 1.0, 2, 2), forward=False),
+    Case(torchvision.ops.roi_pool, IMAGE, (BOXES, 2), forward=False),
+    Case(torchvision.ops.roi_pool, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]], (2, 3)), forward=False),
     Case(torchvision.ops.ps_roi_align, ((2, 8, 6, 6),), (BOXES, 2), forward=False),
     Case(torchvision.ops.ps_roi_pool, ((2, 8, 6, 6),), (BOXES, 2), forward=False),
     Case(torch.ops.torchvision.ps_roi_align, ((2, 8, 6, 6),), (BOXES, 1.0, 2, 2, 2), forward=False),
@@ -453,6 +474,7 @@ CASES = [
     Case(F.poisson_nll_loss, PAIR, domain=POSITIVE),
     *(Case(f, PAIR, varying=(0,), away=(0.0,)) for f in (F.soft_margin_loss, F.hinge_embedding_loss)),
     Case(F.margin_ranking_loss, (*PAIR, (3, 4)), varying=(0, 1), kwargs={"margin": 0.5}),
+    Case(F.multilabel_margin_loss, args=(torch.tensor([[0, 1, -1, 2]] * 3),), forward=False),
     Case(F.multi_margin_loss, args=(CLASSES,), kwargs={"reduction": "none"}, forward=False),
     Case(F.multilabel_soft_margin_loss, args=(MASK.double(),), kwargs={"reduction": "none"}),
     Case(F.cosine_embedding_loss, PAIR, (torch.tensor([1, -1, 1]),), {"reduction": "none"}),
@@ -466,17 +488,26 @@ CASES = [
     Case(torch.conv1d, shapes=((2, 4, 7), (6, 2, 3), (6,)), kwargs={"groups": 2, "padding": 1}, varying=(0,)),
     Case(torch.conv2d, shapes=((2, 3, 6, 6), (4, 3, 3, 3)), kwargs={"stride": 2, "dilation": 2}, varying=(0,)),
     Case(torch.conv3d, shapes=((2, 2, 4, 4, 4), (3, 2, 2, 2, 2)), varying=(0,)),
-    Case(
-        F.batch_norm,
-        shapes=((5, 3, 4), (3,), (3,), (3,), (3,)),
-        args=(False,),
-        domain=POSITIVE,
-        varying=(0,),
-        forward=False,
-    ),
-    Case(
-        F.batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4), forward=False
-    ),
+    Case(torch.conv2d, shapes=((2, 3, 6, 6), (4, 3, 3, 3), (4,))),
+    Case(torch.conv_transpose1d, shapes=((2, 4, 7), (4, 3, 3), (6,)), args=(2, 1, 1, 2)),
+    Case(torch.conv_transpose2d, shapes=((2, 3, 4, 4), (3, 2, 3, 3)), args=(None, 2), varying=(0,)),
+    Case(F.embedding, ((6, 4),), (INDEX, X)),
+    Case(F.embedding_bag, ((6, 4),), (PICKED, X), {"mode": "sum"}, forward=False),
+    Case(F.embedding_bag, ((6, 4), (3, 2)), (PICKED, X), {"mode": "sum", "per_sample_weights": X}, forward=False),
+    Case(torch._weight_norm, ((4, 3, 2), (4, 1, 1)), (0,), forward=False),
+    Case(torch._weight_norm, ((4, 3), ()), (-1,), varying=(0,), forward=False),
+    Case(split_heads, ((2, 3, 8),), (4, True)),
+    Case(split_heads, ((3, 8),), (4, False)),
+    Case(join_heads, ((2, 4, 3, 2),), (False,)),
+    Case(attention_scores, QKV[:2], (None, False, None, False)),
+    Case(attention_scores, (*GROUPED[:2], (3, 5)), (X, False, 0.3, True), varying=(1, 2)),
+    Case(attention_values, GROUPED[2:], (torch.ones(1, 4, 1, 1), True)),
+    Case(split_windows, ((2, 5, 6, 3),), ([2, 4], [1, 2])),
+    Case(join_windows, ((2 * 6, 8, 3),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
+    Case(mask_windows, ((2 * 6, 1, 8, 8),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
+    Case(torch.conv_transpose3d, shapes=((2, 2, 3, 3, 3), (2, 3, 2, 2, 2)), varying=(1,)),
+    Case(F.batch_norm, shapes=((5, 3, 4), (3,), (3,), (3,), (3,)), args=(False,), domain=POSITIVE, varying=(0,)),
+    Case(F.batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4)),
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,)), (X, None, None, X, X, True)),
     Case(F.batch_norm, ((5, 3), (3,), (3,)), (X, None, None, X, X, True), varying=(0,)),
     *(Case(getattr, args=(name,)) for name in ("T", "mT", "H", "mH")),
@@ -499,6 +530,7 @@ ZERO_CASES = [
     Case(torch.div, args=(0.3,), kwargs={"rounding_mode": "floor"}),
     *(Case(f, **BITS) for f in (operator.and_, operator.or_, operator.xor)),
     Case(operator.invert, domain=(0, 1), integer=True),
+    Case(F.one_hot, shapes=((3,),), args=(5,), domain=(0, 4), integer=True),
     *(Case(f, shapes=PAIR) for f in (torch.logical_and, torch.logical_or, torch.logical_xor)),
     *(Case(f) for f in (torch.logical_not, torch.unique, torch.unique_consecutive)),
     *(Case(f, shapes=((3,), (4,))) for f in (torch.searchsorted,)),
@@ -517,6 +549,8 @@ ZERO_CASES = [
     Case(Tensor.new_full, args=((2,), 1.0)),
     Case(Tensor.new_tensor, args=([1.0],)),
     *(Case(f, args=(0.3,)) for f in (dropout_mask, alpha_dropout_coefficients)),
+    Case(row_mask, args=(0.3, False)),
+    Case(joint_mask, ((2, 4, 3, 2),), (None, torch.zeros(2, 5))),
     Case(torch.where),
     *(
         Case(getattr, args=(name,))
@@ -524,4 +558,22 @@ ZERO_CASES = [
     ),
     *(Case(f, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE) for f in (torchvision.ops.nms,)),
     Case(torch.ops.torchvision.nms, shapes=((3, 4), (3,)), args=(0.5,), domain=POSITIVE),
+]
+
+# No rule of their own: by torch.func.jvp of the one operation.
+FALLBACK_CASES = [
+    *(Case(f, args=(1,)) for f in (torch.cumprod, torch.logcumsumexp, torch.cummax)),
+    *(Case(f) for f in (torch.aminmax, torch.nanmean, torch.nansum, torch.diff, torch.nanmedian, torch.cov, torch.i0)),
+    *(Case(f) for f in (torch.linalg.matrix_norm, torch.cumulative_trapezoid)),
+    Case(torch.diff, shapes=((3, 4), (3, 1)), args=(X, 1, 1), kwargs={"prepend": X}),
+    Case(torch.quantile, args=(0.3,)),
+    Case(torch.angle, imaginary=True),
+    *(Case(f, shapes=((3, 3),), domain=POSITIVE) for f in (torch.linalg.det, torch.linalg.inv, torch.matrix_exp)),
+    Case(torch.linalg.solve, shapes=((3, 3), (3, 2)), domain=POSITIVE),
+    Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],)),
+    Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],), varying=(1,)),
+    Case(torch.scatter_reduce, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X, "sum")),
+    Case(torch.cartesian_prod, shapes=((3,), (4,))),
+    Case(torch.renorm, args=(2, 0, 1.0)),
+    Case(torch.stft, shapes=((2, 64),), args=(16,), kwargs={"return_complex": True, "window": WINDOW}),
 ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, ZERO_CASES, Case
+import torch.nn.functional as F
+import torchvision
+from cases import ALIGNED, CASES, FALLBACK_CASES, ZERO_CASES, Case, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -104,7 +108,7 @@ def name(case: Case) -> str:
     return operation_name(case.function)
 
 
-VARYING = [case for case in CASES if case.varying != ()]
+VARYING = [case for case in (*CASES, *FALLBACK_CASES) if case.varying != ()]
 NAMES = [f"{i}-{name(case)}" for i, case in enumerate(VARYING)]
 every_varying_case = pytest.mark.parametrize("case", VARYING, ids=NAMES)
 
@@ -211,8 +215,8 @@ def test_batch_norm_in_training_mode_equals_its_own_formula_differentiated():
     x, weight, bias = torch.randn(6, 3, 4).double(), torch.randn(3).double(), torch.randn(3).double()
     dx = torch.randn_like(x).requires_grad_()
     arguments = (x, None, None, weight, bias, True, 0.0, 1e-5)
-    y, dy = apply_rule(torch.nn.functional.batch_norm, (dx, *[ZERO] * 7), arguments, {})
-    function = lambda v: torch.nn.functional.batch_norm(v, *arguments[1:])  # noqa: E731
+    y, dy = apply_rule(F.batch_norm, (dx, *[ZERO] * 7), arguments, {})
+    function = lambda v: F.batch_norm(v, *arguments[1:])  # noqa: E731
     _, expected = torch.func.jvp(function, (x,), (dx.detach(),))
     close((y, dy), (function(x), expected), 1e-10)
     cotangent = torch.randn_like(x)
@@ -220,17 +224,153 @@ def test_batch_norm_in_training_mode_equals_its_own_formula_differentiated():
     close(torch.autograd.grad(dy, dx, cotangent), pullback(cotangent), 1e-10)
 
 
-@settings(max_examples=30, deadline=None)
+def test_attention_with_nothing_to_attend_to_has_no_nan():
+    q, k, v = (torch.randn(1, 1, 3, 4, dtype=torch.float64) for _ in range(3))
+    nothing = torch.full((3, 3), -torch.inf, dtype=torch.float64)
+    change = torch.randn_like(q).requires_grad_()
+    for mask in (nothing, nothing == 0):
+        y, dy = apply_rule(F.scaled_dot_product_attention, (change, ZERO, change, ZERO), (q, k, v, mask), {})
+        assert not y.any()
+        assert not dy.any()
+        assert not torch.autograd.grad(dy.sum(), change)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "args"),
+    [
+        (torch.prod, torch.tensor([[0.0, 2.0, 3.0], [0.0, 0.0, 3.0]]), (1,)),
+        (torch.linalg.vector_norm, torch.zeros(3), (2,)),
+        (torch.linalg.vector_norm, torch.tensor([[0.0, 0.0], [3.0, 4.0]]), (2, 1)),
+        (torch.logsumexp, torch.tensor([[-torch.inf, 1.0], [0.0, 2.0]]), (1,)),
+        (torch.amax, torch.tensor([[1.0, 1.0, 0.0]]), (1,)),
+        (torch.maximum, torch.tensor([1.0, 2.0]), (torch.ones(2, dtype=torch.float64),)),
+        (torch.sinc, torch.zeros(2), ()),
+        (operator.pow, torch.zeros(2), (2,)),
+        (F.normalize, torch.zeros(2, 3), ()),
+        (torch.abs, torch.zeros(2), ()),
+        (torch.xlogy, torch.zeros(2), (0.0,)),
+    ],
+    ids=lambda value: operation_name(value) if callable(value) else "",
+)
+def test_a_tangent_at_a_special_point_is_torchs_own(function, x, args):
+    x = x.double()
+    dx = torch.randn_like(x)
+    _, dy = apply_rule(function, (dx, *[ZERO] * len(args)), (x, *args), {})
+    close(dy, torch.func.jvp(lambda x: function(x, *args), (x,), (dx,))[1], 1e-12)
+
+
+def test_the_hard_gumbel_softmax_has_the_tangent_of_the_soft_one():
+    x, dx = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    results = []
+    for hard in (True, False):
+        torch.manual_seed(0)
+        results.append(apply_rule(F.gumbel_softmax, (dx,), (x,), {"hard": hard}))
+    (y, dy), (soft, expected) = results
+    close(dy, expected, 1e-12)
+    close(y, F.one_hot(soft.argmax(1), 4).double(), 1e-12)
+
+
+BOX = torch.tensor([[0.0, 0.0, 0.0, 3.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("function", "varying", "args", "reason"),
+    [
+        (torchvision.ops.roi_align, 1, (torch.rand(1, 2, 4, 4), BOX, 2), "boxes vary"),
+        (torch.ops.torchvision.roi_pool, 1, (torch.rand(1, 2, 4, 4), BOX, 1.0, 2, 2), "boxes vary"),
+        (torch.Tensor.item, 0, (torch.ones(()),), "Python number"),
+        (torch.Tensor.tolist, 0, (torch.ones(2),), "Python number"),
+        (F.scaled_dot_product_attention, 0, (*[torch.rand(1, 2, 3)] * 3, None, 0.5), "dropout"),
+        (torch.norm, 0, (torch.rand(3, 3), "nuc"), "nuclear"),
+        (torch.scatter, 0, (torch.rand(3), 0, torch.tensor([1]), 2.0), "reduction"),
+    ],
+    ids=lambda value: operation_name(value) if callable(value) else "",
+)
+def test_what_has_no_tangent_is_refused_with_the_reason(function, varying, args, reason):
+    tangents = tuple(torch.ones_like(x) if i == varying else ZERO for i, x in enumerate(args))
+    kwargs = {"reduce": "multiply"} if function is torch.scatter else {}
+    with pytest.raises(NoRule, match=reason):
+        apply_rule(function, tangents, args, kwargs)
+
+
+WITH_RULE = [case for case in CASES if case.varying != ()]
+OWN = [case for case in WITH_RULE if RULES[case.function].kind not in ("linear", "additive", "bilinear")]
+
+
+@pytest.mark.parametrize("case", OWN, ids=name)
+def test_the_gradient_with_respect_to_a_tangent_passes_gradcheck(case):
+    prepared = Prepared(case)
+
+    def changes(*directions):
+        leaves = [leaf for leaf in tree_leaves(prepared.rule(directions)[1]) if leaf is not ZERO]
+        return tuple(leaf for leaf in leaves if leaf.requires_grad)
+
+    directions = tuple(d.requires_grad_() for d in prepared.directions)
+    assert torch.autograd.gradcheck(changes, directions, fast_mode=True)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WITH_RULE, ids=name)
+def test_a_tangent_has_the_type_and_the_shape_of_its_primal(case, precision):
+    """In another precision than the one that everything else here is computed in."""
+    prepared = Prepared(case)
+
+    def narrowed(value):
+        return value.to(precision) if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+    if case.imaginary or any(kind in [*case.args, *case.kwargs.values()] for kind in (torch.float64,)):
+        return
+    directions = [narrowed(d) for d in prepared.directions]
+    try:
+        args, kwargs = case.placed([narrowed(x) for x in prepared.tensors], narrowed)
+        case.function(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        return  # torch computes it in other types only
+    y, dy = prepared.rule(directions, [narrowed(x) for x in prepared.tensors], rest=narrowed)
+    for value, change in zip(tree_leaves(y), tree_leaves(dy), strict=True):
+        if change is not ZERO:
+            assert change.shape == value.shape
+            assert change.dtype == value.dtype
+
+
+Drawn = Callable[[int, int, int], Case]
+DRAWN: list[Drawn] = [
+    *(
+        lambda b, n, c, f=f: Case(f, ((b, n, c), (c,)), domain=(0.3, 2.0))
+        for f in (operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, torch.atan2, torch.maximum)
+    ),
+    lambda b, n, c: Case(torch.where, ((b, n, c), (n, 1)), (torch.arange(n)[:, None] % 2 == 0, X, X)),
+    lambda b, n, c: Case(torch.einsum, ((b, n, c), (b, c, n), (b,)), ("bnc,bcm,b->nm", X, X, X)),
+    lambda b, n, c: Case(torch.baddbmm, ((b, n, n), (b, n, c), (b, c, n)), kwargs={"alpha": 0.5}),
+    lambda b, n, c: Case(F.layer_norm, ((b, n, c + 1), (c + 1,), (c + 1,)), (X, (c + 1,), X, X)),
+    lambda b, n, c: Case(F.rms_norm, ((b, n, c), (n, c)), (X, (n, c), X)),
+    lambda b, n, c: Case(F.group_norm, ((b, 2 * n, c + 1), (2 * n,), (2 * n,)), (X, n, X, X)),
+    lambda b, n, c: Case(F.instance_norm, ((b, n, c + 1),)),
+    lambda b, n, c: Case(F.batch_norm, ((b + 1, n, c), (n,), (n,)), (X, None, None, X, X, True)),
+    lambda b, n, c: Case(
+        F.scaled_dot_product_attention, ((b, 2, n, c), (b, 2, c, c), (b, 2, c, n), (n, c)), forward=False
+    ),
+    lambda b, n, c: Case(torch.gather, ((b, n, c),), (1, torch.arange(2 * c).view(1, 2, c).expand(b, 2, c) % n)),
+    lambda b, n, c: Case(operator.getitem, ((b, n, c),), ((slice(None), torch.arange(n) % 2 == 0),)),
+    lambda b, n, c: Case(torch.var_mean, ((b, n + 1, c + 1),), ((1, 2),)),
+    lambda b, n, c: Case(torch.prod, ((b, n, c),), (1,)),
+    lambda b, n, c: Case(F.interpolate, ((b, n, c, c),), ((n + 1, c + 2),), {"mode": "bicubic"}),
+    lambda b, n, c: Case(F.grid_sample, ((b, n, c + 1, n + 1), (b, c, n, 2)), kwargs=ALIGNED, forward=False),
+    lambda b, n, c: Case(torch.cdist, ((b, n, c), (b, c, c)), forward=False),
+]
+
+
+@pytest.mark.parametrize("make", DRAWN, ids=lambda make: name(make(1, 1, 1)))
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
-    batch=st.integers(1, 3),
-    features=st.integers(1, 5),
-    masks=st.tuples(st.booleans(), st.booleans()).filter(any),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    mask=st.tuples(*[st.booleans()] * 4),
 )
-def test_binary_rules_hold_for_drawn_shapes_and_zero_masks(seed, batch, features, masks):
-    varying = tuple(i for i, on in enumerate(masks) if on)
-    for function in (operator.add, operator.sub, operator.mul, operator.truediv):
-        check_rule(Case(function, shapes=((batch, features), (features,)), domain=(0.3, 2.0), varying=varying), seed)
+def test_rules_hold_for_drawn_shapes_and_zero_masks(make, seed, sizes, mask):
+    case = make(*sizes)
+    varying = tuple(i for i, on in zip(range(len(case.shapes)), mask, strict=False) if on)
+    check_rule(replace(case, varying=varying or (0,)), seed)
 
 
 @settings(max_examples=20, deadline=None)
@@ -249,6 +389,6 @@ def test_convolution_and_pooling_rules_hold_for_drawn_settings(seed, channels, s
     image = (2, channels, size, size)
     weight = (2 * channels, 1, kernel, kernel)
     check_rule(Case(torch.conv2d, (image, weight), kwargs={**window, "groups": channels}, varying=(0,)), seed)
-    check_rule(Case(torch.nn.functional.max_pool2d, (image,), args=(kernel,), kwargs=window), seed)
+    check_rule(Case(F.max_pool2d, (image,), args=(kernel,), kwargs=window), seed)
     del window["dilation"]
-    check_rule(Case(torch.nn.functional.avg_pool2d, (image,), args=(kernel,), kwargs=window), seed)
+    check_rule(Case(F.avg_pool2d, (image,), args=(kernel,), kwargs=window), seed)

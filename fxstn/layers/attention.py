@@ -34,7 +34,7 @@ def attention_with_probabilities(
 
 @staged
 def attention_tangent(
-    tangents: tuple[Any, Any, Any, Any],
+    tangents: tuple[Any, ...],
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fxstn.staging import staged
 
@@ -66,6 +68,14 @@ def sum_except(value: Tensor, dim: int) -> Tensor:
     """Sum over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm counts."""
     axes = [axis for axis in range(value.dim()) if axis != dim]
     return value.sum(axes, keepdim=True)
+
+
+@staged
+def regions(boxes: Tensor | list[Tensor]) -> Tensor:
+    """(regions, 5), the image's number before each box, from that or from one (boxes, 4) for each image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    return torch.cat([torch.nn.functional.pad(of_image, (1, 0), value=i) for i, of_image in enumerate(boxes)])
 
 
 @staged
@@ -148,24 +158,45 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
     return staged(loss)
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a varying value in the arguments of a function."""
+
+    index: int
+
+
+def _opened(value: Any, tangent: Any, found: list[tuple[Tensor, Tensor]]) -> Any:
+    """`value` with a slot for each part that has a tangent; found collects (part, tangent)."""
+    if isinstance(tangent, (list, tuple)):
+        parts = [_opened(v, t, found) for v, t in zip(value, tangent, strict=True)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(tangent, dict):
+        return {name: _opened(part, tangent.get(name), found) for name, part in value.items()}
+    if tangent is None:
+        return value
+    found.append((value, tangent))
+    return _Slot(len(found) - 1)
+
+
 @functools.cache
 def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A staged (args, kwargs, tangents) → (y, dy) by torch.func.jvp of this one operation, where no rule exists.
+    """A staged (args, kwargs, tangents, named) → (y, dy) by torch.func.jvp of this one operation, where no rule exists.
 
-    tangents: one entry per entry of args, None where the argument is constant.
+    tangents and named: structured like args and kwargs, None where an argument is constant.
     """
 
-    def jvp(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Any, Any]:
-        varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[Any, Any]:
+        found: list[tuple[Tensor, Tensor]] = []
+        opened = [_opened(value, tangent, found) for value, tangent in zip(args, tangents, strict=False)]
+        opened += args[len(tangents) :]
+        opened_kwargs = _opened(kwargs, named, found)
 
         def of_varying(*values: Tensor) -> Any:
-            full = list(args)
-            for i, value in zip(varying, values, strict=True):
-                full[i] = value
-            return function(*full, **kwargs)
+            fill = lambda leaf: values[leaf.index] if isinstance(leaf, _Slot) else leaf  # noqa: E731
+            full, full_kwargs = tree_map(fill, (opened, opened_kwargs))
+            return function(*full, **full_kwargs)
 
-        primals = tuple(args[i] for i in varying)
-        y, dy = torch.func.jvp(of_varying, primals, tuple(tangents[i] for i in varying))  # type: ignore[misc]
+        y, dy = torch.func.jvp(of_varying, *zip(*found, strict=True))  # type: ignore[misc, arg-type]
         return y, dy
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -77,13 +78,14 @@ def _grid_tangent(tangent: Tensor, image: Tensor, grid: Tensor, mode: int, paddi
         _taps(grid[..., i], size, _MODES[mode] == "bicubic", _PADDINGS[padding], aligned)
         for i, size in enumerate(sizes)
     ]
-    pixels, result = image.flatten(2), 0
+    pixels = image.flatten(2)
+    result = torch.zeros_like(pixels[:, :, :1])
     for taps in itertools.product(*axes):
-        index, factor = 0, 0
+        index, factor = torch.zeros_like(taps[0][0]), torch.zeros_like(taps[0][1])
         for i in reversed(range(len(taps))):
             index = index * sizes[i] + taps[i][0]
             others = [weight for j, (_, weight, _) in enumerate(taps) if j != i]
-            factor = factor + torch.stack([tangent[..., i] * taps[i][2], *others]).prod(0)
+            factor = factor + math.prod(others, start=tangent[..., i] * taps[i][2])
         values = pixels.gather(2, index.flatten(1).unsqueeze(1).expand(-1, pixels.shape[1], -1))
         result = result + values * factor.flatten(1).unsqueeze(1)
     return result.view(*image.shape[:2], *grid.shape[1:-1])

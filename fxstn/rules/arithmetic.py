@@ -14,37 +14,61 @@ additive(operator.add)
 additive(operator.sub)
 bilinear(operator.mul)
 
-pointwise(operator.truediv, lambda da, y, a, b: da / b, lambda db, y, a, b: -(y * db) / b)
-pointwise(torch.hypot, lambda da, y, a, b: da * (a / y), lambda db, y, a, b: db * (b / y))
-pointwise(torch.atan2, lambda da, y, a, b: da * (b / (a * a + b * b)), lambda db, y, a, b: db * (-a / (a * a + b * b)))
-pointwise(torch.logaddexp, lambda da, y, a, b: da * torch.exp(a - y), lambda db, y, a, b: db * torch.exp(b - y))
-pointwise(torch.logaddexp2, lambda da, y, a, b: da * torch.exp2(a - y), lambda db, y, a, b: db * torch.exp2(b - y))
-pointwise(torch.remainder, lambda da, y, a, b: expand_like(da, y), lambda db, y, a, b: -db * torch.floor(a / b))
-pointwise(torch.fmod, lambda da, y, a, b: expand_like(da, y), lambda db, y, a, b: -db * torch.trunc(a / b))
-pointwise(torch.copysign, lambda da, y, a, b: da * (torch.sign(a) * torch.sign(y)))
-pointwise(torch.xlogy, lambda da, y, a, b: torch.xlogy(da, b), lambda db, y, a, b: db * (a / b))
+pointwise(operator.truediv, lambda da, y, input, other: da / other, lambda db, y, input, other: -(y * db) / other)
+pointwise(torch.hypot, lambda da, y, input, other: da * (input / y), lambda db, y, input, other: db * (other / y))
+pointwise(
+    torch.atan2,
+    lambda da, y, input, other: da * (other / (input * input + other * other)),
+    lambda db, y, input, other: db * (-input / (input * input + other * other)),
+)
+pointwise(
+    torch.logaddexp,
+    lambda da, y, input, other: da * torch.exp(input - y),
+    lambda db, y, input, other: db * torch.exp(other - y),
+)
+pointwise(
+    torch.logaddexp2,
+    lambda da, y, input, other: da * torch.exp2(input - y),
+    lambda db, y, input, other: db * torch.exp2(other - y),
+)
+pointwise(
+    torch.remainder,
+    lambda da, y, input, other: expand_like(da, y),
+    lambda db, y, input, other: -db * torch.floor(input / other),
+)
+pointwise(
+    torch.fmod,
+    lambda da, y, input, other: expand_like(da, y),
+    lambda db, y, input, other: -db * torch.trunc(input / other),
+)
+pointwise(torch.copysign, lambda da, y, input, other: da * (torch.sign(input) * torch.sign(y)))
+pointwise(
+    torch.xlogy,
+    lambda da, y, input, other: torch.where((input == 0) & (other <= 0), 0, torch.xlogy(da, other)),
+    lambda db, y, input, other: db * (input / other),
+)
 pointwise(
     torch.rsub,
-    lambda da, y, a, b, alpha=1: expand_like(-alpha * da, y),
-    lambda db, y, a, b, alpha=1: expand_like(db, y),
+    lambda da, y, input, other, alpha=1: expand_like(-alpha * da, y),
+    lambda db, y, input, other, alpha=1: expand_like(db, y),
 )
 pointwise(
     torch.addcmul,
-    lambda dx, y, x, a, b, value=1: expand_like(dx, y),
-    lambda da, y, x, a, b, value=1: expand_like(value * da * b, y),
-    lambda db, y, x, a, b, value=1: expand_like(value * a * db, y),
+    lambda dx, y, input, tensor1, tensor2, value=1: expand_like(dx, y),
+    lambda da, y, input, tensor1, tensor2, value=1: expand_like(value * da * tensor2, y),
+    lambda db, y, input, tensor1, tensor2, value=1: expand_like(value * tensor1 * db, y),
 )
 pointwise(
     torch.addcdiv,
-    lambda dx, y, x, a, b, value=1: expand_like(dx, y),
-    lambda da, y, x, a, b, value=1: expand_like(value * da / b, y),
-    lambda db, y, x, a, b, value=1: expand_like(-value * a * db / (b * b), y),
+    lambda dx, y, input, tensor1, tensor2, value=1: expand_like(dx, y),
+    lambda da, y, input, tensor1, tensor2, value=1: expand_like(value * da / tensor2, y),
+    lambda db, y, input, tensor1, tensor2, value=1: expand_like(-value * tensor1 * db / (tensor2 * tensor2), y),
 )
 pointwise(
     torch.lerp,
-    lambda da, y, a, b, weight: expand_like(da * (1 - weight), y),
-    lambda db, y, a, b, weight: expand_like(db * weight, y),
-    lambda dw, y, a, b, weight: dw * (b - a),
+    lambda da, y, input, end, weight: expand_like(da * (1 - weight), y),
+    lambda db, y, input, end, weight: expand_like(db * weight, y),
+    lambda dw, y, input, end, weight: dw * (end - input),
 )
 
 
@@ -52,18 +76,18 @@ def _register_extremum(function, better):
     """The tangent of the value chosen; half of each where they are equal, as torch has it."""
     pointwise(
         function,
-        lambda da, y, a, b: torch.where(a == b, da / 2, da * better(a, b)),
-        lambda db, y, a, b: torch.where(a == b, db / 2, db * better(b, a)),
+        lambda da, y, input, other: torch.where(input == other, da / 2, da * better(input, other)),
+        lambda db, y, input, other: torch.where(input == other, db / 2, db * better(other, input)),
     )
 
 
 _register_extremum(torch.maximum, operator.gt)
 _register_extremum(torch.minimum, operator.lt)
 # fmax and fmin take the other value where one is NaN; equal values count as the first.
-pointwise(torch.fmax, lambda da, y, a, b: da * ((a >= b) | torch.isnan(b)),
-          lambda db, y, a, b: db * ~((a >= b) | torch.isnan(b)))  # fmt: skip
-pointwise(torch.fmin, lambda da, y, a, b: da * ((a <= b) | torch.isnan(b)),
-          lambda db, y, a, b: db * ~((a <= b) | torch.isnan(b)))  # fmt: skip
+pointwise(torch.fmax, lambda da, y, input, other: da * ((input >= other) | torch.isnan(other)),
+          lambda db, y, input, other: db * ~((input >= other) | torch.isnan(other)))  # fmt: skip
+pointwise(torch.fmin, lambda da, y, input, other: da * ((input <= other) | torch.isnan(other)),
+          lambda db, y, input, other: db * ~((input <= other) | torch.isnan(other)))  # fmt: skip
 pointwise(torch.clamp_min, lambda dx, y, x, min: dx * (x >= min), lambda dmin, y, x, min: dmin * (x < min))
 pointwise(torch.clamp_max, lambda dx, y, x, max: dx * (x <= max), lambda dmax, y, x, max: dmax * (x > max))
 

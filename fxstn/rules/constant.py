@@ -13,7 +13,7 @@ from fxstn.rules.registry import zero
 Tensor = torch.Tensor
 
 zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide, operator.floordiv)
-zero(torch.heaviside, torch.signbit)
+zero(torch.heaviside, torch.signbit, F.one_hot)
 zero(torch.div)  # with a rounding mode; without one it is spelled operator.truediv
 zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 zero(torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.isclose, torch.allclose, torch.equal)

@@ -20,13 +20,15 @@ def _register_loss(function):
         both = separable_loss(function)(args, kwargs, given)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
-    register(function, "own", apply, inspect.signature(function))
+    register(function, "loss", apply, inspect.signature(function))
 
 
-for function in (F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss,
-                 F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div, F.gaussian_nll_loss, F.poisson_nll_loss,
-                 F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss,
-                 F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss):  # fmt: skip
+for function in (
+    *(F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div),
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss),
+    *(F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss),
+    *(F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss),
+):
     _register_loss(function)
 
 

@@ -10,8 +10,14 @@ from fxstn.layers.kernels import expand_like
 from fxstn.rules.registry import bilinear, rule, total
 from fxstn.tangents import ZERO
 
-bilinear(operator.matmul, torch.bmm, torch.mm, torch.mv, torch.dot, torch.vdot, torch.inner, torch.outer, torch.kron)
-bilinear(torch.linalg.vecdot, torch.linalg.cross, torch.tensordot)
+bilinear(operator.matmul, torch.inner, torch.kron, torch.linalg.cross)
+bilinear(torch.bmm, torch.mm, second="mat2")
+bilinear(torch.outer, second="vec2")
+bilinear(torch.mv, second="vec")
+bilinear(torch.dot, second="tensor")
+bilinear(torch.vdot)
+bilinear(torch.linalg.vecdot, second="y")
+bilinear(torch.tensordot, second="b")
 
 
 @rule(torch.einsum)

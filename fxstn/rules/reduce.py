@@ -89,8 +89,8 @@ def _register_extremum(function):
         return y, attained_tangent(d.input, input, y, dim, keepdim)
 
 
-for function in (torch.amax, torch.amin):
-    _register_extremum(function)
+_register_extremum(torch.amax)
+_register_extremum(torch.amin)
 
 
 def _along(dx, indices, dim, keepdim):

@@ -15,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.fx.node import map_aggregate
 
 from fxstn.layers.kernels import expand_like, node_jvp
 from fxstn.staging import call
@@ -100,7 +101,8 @@ def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = 
 def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> None:
     """Elementwise in its first arguments, one partial each: dy = Σ partial(dx, y, *arguments).
 
-    With one partial also any other function of its first argument alone; each partial has the shape of y.
+    With one partial also any other function of its first argument alone; each partial has the shape of y. Their
+    parameters after y have the names of torch's own arguments.
     """
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
@@ -110,7 +112,8 @@ def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> No
         terms = zip(tangents, partials, strict=False)
         return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
-    register(function, "pointwise", apply)
+    parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
+    register(function, "pointwise", apply, inspect.Signature(parameters))
 
 
 def additive(function: Callable[..., Any]) -> None:
@@ -129,16 +132,19 @@ def additive(function: Callable[..., Any]) -> None:
     register(function, "additive", apply)
 
 
-def bilinear(*functions: Callable[..., Any]) -> None:
-    """Linear in each of two arguments: dy = f(da, b) + f(a, db)."""
+def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
+    """Linear in each of two arguments, input and `second`: dy = f(da, b) + f(a, db)."""
+    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", second)]
     for function in functions:
 
         def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
-            (a, b, *rest), (da, db, *_) = args, tangents
-            product = lambda a, b: call(function, a, b, *rest, **kwargs)  # noqa: E731
+            rest = {name: value for name, value in kwargs.items() if name != second}
+            a, b, *more = args if len(args) > 1 else (*args, kwargs[second])
+            da, db = (*tangents, ZERO)[:2]
+            product = lambda a, b: call(function, a, b, *more, **rest)  # noqa: E731
             return product(a, b), total((da, lambda da: product(da, b)), (db, lambda db: product(a, db)))
 
-        register(function, "bilinear", apply)
+        register(function, "bilinear", apply, inspect.Signature(names))
 
 
 def zero(*functions: Callable[..., Any]) -> None:
@@ -180,13 +186,14 @@ def rule(
     return decorate
 
 
-# Operations whose forward mode torch does not have (checked with 2.9 to 2.14), so that a fallback would fail at run time.
-NO_FORWARD_MODE = {
-    torch.nn.functional.grid_sample: "torch has no forward-mode derivative of grid_sampler",
-    torch.nn.functional.scaled_dot_product_attention: "torch has no forward-mode derivative of fused attention",
+# What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
+NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
     torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
     torch.bincount: "counting has no derivative",
     torch.histc: "counting has no derivative",
+    torch.pdist: "torch has no forward-mode derivative of pdist; torch.cdist has a rule",
+    **dict.fromkeys([torch.Tensor.item, torch.Tensor.tolist], "a Python number made from it has no tangent"),
+    torch.Tensor.numpy: "a numpy array made from it has no tangent",
 }
 
 
@@ -202,18 +209,21 @@ def no_derivative(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def fallback(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+def fallback(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
+) -> tuple[Any, Any]:
     """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
     if reason := no_derivative(function):
         raise NoRule(reason)
-    if any(isinstance(tangent, (list, tuple, Scaled, dict)) and not all_zero(tangent) for tangent in tangents):
-        raise NoRule("its varying arguments are inside a list or are structured, which the fallback cannot pass on")
-    both = node_jvp(function)(args, kwargs, tuple(None if not _is_tangent(t) else t for t in tangents))
+
+    def given(tangent: Any) -> Any:
+        if isinstance(tangent, Scaled):
+            raise NoRule("the tangent of a parameter reaches it, which the fallback cannot pass on")
+        return None if tangent is ZERO else tangent
+
+    changes = map_aggregate((tangents, named or {}), given)
+    both = node_jvp(function)(args, kwargs, *changes)  # type: ignore[misc]
     return operator.getitem(both, 0), operator.getitem(both, 1)
-
-
-def _is_tangent(tangent: Any) -> bool:
-    return tangent is not ZERO and not isinstance(tangent, (list, tuple, dict))
 
 
 def apply_rule(
@@ -221,18 +231,22 @@ def apply_rule(
 ) -> tuple[Any, Any]:
     """(y, dy) of one operation; tangents: one entry per positional argument, ZERO where it does not vary.
 
-    named: tangents of keywords, which only a rule with known parameters can take.
+    named: tangents of keywords, which a rule with known parameters and the fallback can take.
     Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
     """
     found = RULES.get(function)
-    if named and not all_zero(named):
-        if found is None or found.signature is None:
-            raise NoRule("a value that varies is passed by keyword")
-        names = list(found.signature.parameters)
-        by_name = dict(zip(names, tangents, strict=False)) | named
-        bound = found.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        tangents, args, kwargs = tuple(by_name.get(name, ZERO) for name in names), bound.args, bound.kwargs
+    varying = [name for name, tangent in (named or {}).items() if not all_zero(tangent)]
+    if varying:
+        parameters = list(found.signature.parameters.values()) if found and found.signature else []
+        last = max((i for i, parameter in enumerate(parameters) if parameter.name in varying), default=-1)
+        moved = parameters[len(args) : last + 1]
+        if not {parameter.name for parameter in moved if parameter.kind is parameter.POSITIONAL_OR_KEYWORD} >= {
+            *varying
+        }:
+            return fallback(function, tangents, args, kwargs, named)
+        kwargs = dict(kwargs)
+        args = (*args, *(kwargs.pop(parameter.name, parameter.default) for parameter in moved))
+        tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))  # type: ignore[union-attr]
     if all_zero(tangents):
         return call(function, *args, **kwargs), ZERO
     return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)
