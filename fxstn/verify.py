@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fxstn.condition import SPATIAL
 from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
+from fxstn.live.emit import located
+from fxstn.live.following import Sites
+from fxstn.live.structure import leaves
+from fxstn.live.witness import Witness
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
@@ -99,8 +103,8 @@ class Report:
 
 
 def _flat(output: Any) -> Tensor:
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([leaf.flatten() for leaf in leaves])
+    floats = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.flatten() for leaf in floats])
 
 
 def central_difference(function: Callable[[float], Any]) -> list[Tensor]:
@@ -156,14 +160,21 @@ def _rates(stn: SelfTuningNetwork) -> list[Tensor | None]:
 
 
 def verify(
-    model: nn.Module, *inputs: Any, hparams: Sequence[Spec] | None = None, tolerance: float = 1e-6, seeds: int = 3
+    model: nn.Module,
+    *inputs: Any,
+    hparams: Sequence[Spec] | None = None,
+    tolerance: float = 1e-6,
+    seeds: int = 3,
+    trace: str = "auto",
 ) -> Report:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
-    inputs: as for the model, batch ≥ 2; converted to float64. The witness is a central difference of the *original*
-    model along `best_response`; where hparams insert dropout, which the original does not have, the emitted training
-    graph is compared with its own difference besides, and the original with a transform without the insertions. Points
-    are drawn from `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
+    inputs: as for the model, batch ≥ 2; converted to float64. trace: as for `transform`. The witness is a central
+    difference of the *original* model along `best_response`; where hparams insert dropout, which the original does not
+    have, the emitted training graph is compared with its own difference besides, and the original with a transform
+    without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
+    is a constant of the difference, as it is for autograd. Points are drawn from `seeds` seeds until one passes. The model
+    is left as it was. Raises what `transform` raises.
     """
     report = Report(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -172,7 +183,7 @@ def verify(
         for seed in range(seeds):
             torch.manual_seed(seed)
             original = _prepare(model, inputs, seed)
-            stn = transform(original, hparams, example_inputs=inputs)
+            stn = transform(original, hparams, example_inputs=inputs, trace=trace)
             delta = _randomize(stn, seed)
             for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed):
                 report.checks.append(Check(mode, against, seed, error))
@@ -193,10 +204,32 @@ def _comparisons(
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
     binding, frozen = stn.recipe.binding, stn.recipe.frozen
-    rates = _rates(stn)
+    live = stn.rung == "live"
+    rates = [] if live else _rates(stn)
     inserts = any(site.insert for site in binding.sites)
 
+    constants: dict[tuple[bool, bool], list[Tensor]] = {}
+
+    def of_live(step: float, training: bool, inserting: bool) -> Any:
+        if (training, inserting) not in constants:
+            constants[training, inserting] = []
+            of_live(0.0, training, inserting)
+        module = copy.deepcopy(original).train(training).requires_grad_(False)
+        for name in frozen:
+            module.get_submodule(name).training = False
+        module.load_state_dict(stn.best_response(step * delta), strict=False)
+        chosen = replace(binding, sites=tuple(site for site in binding.sites if inserting or not site.insert))
+        sites = located(chosen, *stn.recipe.places) if training else Sites()
+        witness = Witness(module, sites, stn.hparams(), constants[training, inserting] if step else None)
+        torch.manual_seed(seed)
+        output = witness.run_constant(inputs)
+        if not step:
+            constants[training, inserting] = witness.kept
+        return output
+
     def of_original(step: float, training: bool) -> Any:
+        if live:
+            return of_live(step, training, False)
         torch.manual_seed(seed)
         module = copy.deepcopy(original).train(training)
         for name in frozen:
@@ -205,6 +238,8 @@ def _comparisons(
             return functional_call(module, stn.best_response(step * delta), inputs)
 
     def of_graph(step: float) -> Any:
+        if live:
+            return of_live(step, True, True)
         torch.manual_seed(seed)
         graph = stn.graph("train")
         weights = {f"model.{name}": value for name, value in stn.best_response(step * delta).items()}
