@@ -14,10 +14,12 @@ import torchvision
 from cases import ALIGNED, CASES, FALLBACK_CASES, ZERO_CASES, Case, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
+import fxstn
+from fxstn import hp
 from fxstn.errors import operation_name
 from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.rules.registry import register
@@ -402,3 +404,31 @@ def test_convolution_and_pooling_rules_hold_for_drawn_settings(seed, channels, s
     check_rule(Case(F.max_pool2d, (image,), args=(kernel,), kwargs=window), seed)
     del window["dilation"]
     check_rule(Case(F.avg_pool2d, (image,), args=(kernel,), kwargs=window), seed)
+
+
+class Everything(nn.Module):
+    """One operation of each new group after another, positions and keywords that vary included."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 12), nn.Linear(4, 2)
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.PReLU(4)])
+        self.bias = nn.Parameter(torch.randn(9, 9))
+
+    def forward(self, x):
+        y = self.norms[2](self.norms[0](self.conv(x)))
+        shift = 0.3 * torch.tanh(y[:, :2]).permute(0, 2, 3, 1)
+        y = F.interpolate(F.grid_sample(y, shift, align_corners=False), size=(3, 3), mode="bicubic")
+        tokens = self.norms[1](y.flatten(2).transpose(1, 2))
+        q, k, v = self.fc(tokens).chunk(3, -1)
+        mask = torch.einsum("bqc,bkc->bqk", tokens, tokens) + self.bias
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        scores = torch.where(y > 0, y, torch.logsumexp(y, 1, keepdim=True)).masked_fill(y < -2, -2.0)
+        picked = torch.gather(scores, 1, scores.topk(3, dim=1).indices)
+        spread, mean = torch.var_mean(picked, 1)
+        return self.out(F.normalize(torch.maximum(spread, mean), dim=-1))
+
+
+def test_a_network_of_these_operations_has_the_tangent_of_the_original():
+    report = fxstn.verify(Everything(), torch.randn(3, 3, 5, 5), hparams=[hp.Dropout("conv")])
+    assert report.ok, str(report)
