@@ -5,55 +5,20 @@ Everything after this pass sees call_function nodes only, never mutated values, 
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_aggregate
 
-from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
+from fxstn.errors import Problem, TransformError, module_path, source_of
 from fxstn.graphs import copied, rename
+from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
-from fxstn.mutation import DROPOUTS, SIZES, by_value, dropout_settings, is_size
-
-# Spellings that differ in more than their namespace; everything else is found by name.
-SPELLINGS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys([operator.iadd, torch.add, "add"], operator.add),
-    **dict.fromkeys([operator.isub, torch.sub, torch.subtract, "sub", "subtract"], operator.sub),
-    **dict.fromkeys([operator.imul, torch.mul, torch.multiply, "mul", "multiply"], operator.mul),
-    **dict.fromkeys([operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "divide"], operator.truediv),
-    **dict.fromkeys([operator.ipow, torch.pow, "pow"], operator.pow),
-    **dict.fromkeys([operator.imatmul, torch.matmul, "matmul"], operator.matmul),
-    operator.ifloordiv: operator.floordiv,
-    **dict.fromkeys([operator.mod, operator.imod], torch.remainder),
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    **dict.fromkeys([torch.neg, torch.negative, "neg", "negative"], operator.neg),
-    **dict.fromkeys([torch.relu, "relu"], F.relu),
-    **dict.fromkeys([F.sigmoid, torch.special.expit], torch.sigmoid),
-    **dict.fromkeys([F.tanh], torch.tanh),
-    **dict.fromkeys([F.softmax, torch.special.softmax], torch.softmax),
-    **dict.fromkeys([F.log_softmax, torch.special.log_softmax], torch.log_softmax),
-    **dict.fromkeys([torch.selu, "selu"], F.selu),
-    **dict.fromkeys([torch.celu, "celu"], F.celu),
-    **dict.fromkeys([torch.threshold], F.threshold),
-    **dict.fromkeys([torch.clip, "clip"], torch.clamp),
-    **dict.fromkeys([torch.absolute, "absolute"], torch.abs),
-    **dict.fromkeys([torch.concat, torch.concatenate], torch.cat),
-    **dict.fromkeys([torch.adaptive_avg_pool1d], F.adaptive_avg_pool1d),
-    **dict.fromkeys([torch.dropout], F.dropout),
-    **dict.fromkeys([torch.swapdims, "swapdims"], torch.swapaxes),
-}
-_PACKED = {torch.reshape, torch.permute, torch.flip, torch.tile}  # as methods they take sizes as separate arguments
-_LAYER_ARGUMENTS = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-_NORM_ARGUMENTS = {"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None,
-                   "training": False, "momentum": 0.1, "eps": 1e-5}  # fmt: skip
-_LAYERS = {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
-_INPUT_NAMES = ("input", "self", "tensors", "x")
+from fxstn.mutation import DROPOUTS, by_value, dropout_settings, is_size
+from fxstn.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
@@ -64,10 +29,11 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_module":
             _expand_batch_norm(module, node)
         elif node.op in ("call_method", "call_function"):
-            problem = _respell(node)
-            if problem:
+            try:
+                _respell(node)
+            except Unspellable as mutation:
                 remedy = "write it without changing a tensor in place"
-                problems.append(Problem(module_path(node), problem, source_of(node), remedy))
+                problems.append(Problem(module_path(node), mutation.reason, source_of(node), remedy))
     for node in list(module.graph.nodes):
         if node.meta.pop("inplace", False):
             problems.extend(by_value(node))
@@ -106,81 +72,25 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", F.batch_norm, arguments, {}
 
 
-def _lookup(target: Any) -> tuple[Any, bool]:
-    """(canonical function, whether the spelling works in place); (None, True) for a mutation without a counterpart."""
-    if target in SPELLINGS:
-        in_place = getattr(target, "__module__", "") == "_operator" and target.__name__.startswith("i")
-        return SPELLINGS[target], in_place
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem:
-        return None, True
-    if name.endswith("_") and not name.endswith("__"):
-        base = name[:-1]
-        if base in ("normal", "random"):  # torch.normal(x) takes x as a mean
-            return None, True
-        if base in SPELLINGS:
-            return SPELLINGS[base], True
-        for namespace in (torch, F, torch.Tensor):
-            if hasattr(namespace, base):
-                found = getattr(namespace, base)
-                return SPELLINGS.get(found, found), True
-        return None, True
-    if isinstance(target, str):
-        found = getattr(torch, name, None)
-        if name in SIZES or not inspect.isroutine(found):  # torch.float is a dtype, Tensor.float a conversion
-            found = getattr(torch.Tensor, name)
-        return SPELLINGS.get(found, found), False
-    return target, False
+def _respell(node: fx.Node) -> None:
+    """Give a node its canonical function and arguments. Raises Unspellable."""
+    if node.op == "call_function" and is_size(node):
+        node.target = IN_PLACE_OPERATORS.get(node.target, node.target)
+        return
+    spelled = respell(node.target, node.args, node.kwargs)
 
+    def emitted(value: Any) -> Any:
+        """What an operation is made of becomes nodes of its own before it."""
+        if not isinstance(value, Spelled):
+            return value
+        new = node.graph.call_function(value.function, *map_aggregate((value.args, value.kwargs), emitted))
+        new.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+        return new
 
-def _respell(node: fx.Node) -> str | None:
-    """Give a node its canonical function and arguments; returns what is wrong with it, if anything."""
-    original, method = node.target, node.op == "call_method"
-    function, in_place = _lookup(original)
-    if function is None:
-        return f"{operation_name(original)} changes a tensor in place"
-    args, kwargs = list(node.args), dict(node.kwargs)
-    if kwargs.pop("out", None) is not None:
-        return f"{operation_name(original)}(out=...) writes into a tensor"
-    if not args:
-        args = [kwargs.pop(name) for name in _INPUT_NAMES if name in kwargs][:1]
-    if method and function in _PACKED and len(args) > 1 and not isinstance(args[1], (tuple, list)):
-        args = [args[0], tuple(args[1:])]
-    in_place = bool(kwargs.pop("inplace", False)) or in_place
-    in_place = in_place and not (node.op == "call_function" and is_size(node))
-    if function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul):
-        args += [kwargs.pop(name) for name in ("other", "exponent", "value") if name in kwargs]
-    if function in (operator.add, operator.sub) and (alpha := kwargs.pop("alpha", 1)) != 1:
-        with node.graph.inserting_before(node):
-            args[1] = node.graph.call_function(operator.mul, (args[1], alpha))
-    if function is operator.truediv and kwargs.get("rounding_mode"):
-        function = torch.div
-    elif function is operator.truediv:
-        kwargs.pop("rounding_mode", None)
-    if function in (torch.softmax, torch.log_softmax):
-        if kwargs.get("dim", args[1] if len(args) > 1 else None) is None:
-            function = original  # the dimension depends on the rank: torch's own function knows
-        else:
-            kwargs.pop("_stacklevel", None)
-    if function is torch.where and method and len(args) == 3:
-        args = [args[1], args[0], args[2]]
-    if original is torch.dropout and "train" in kwargs:
-        kwargs["training"] = kwargs.pop("train")
-    if function in _LAYERS:
-        args, kwargs = _positional(args, kwargs, _LAYER_ARGUMENTS), {}
-    if function is F.batch_norm:
-        args = _positional(args, kwargs, _NORM_ARGUMENTS)
-        args, kwargs = [*args, *list(_NORM_ARGUMENTS.values())[len(args) :]], {}
-    node.op, node.target, node.args, node.kwargs = "call_function", function, tuple(args), kwargs
-    node.meta["inplace"] = in_place
-    return None
-
-
-def _positional(args: list, kwargs: dict, defaults: dict[str, Any]) -> list:
-    """Arguments by position, up to the last that is given; those left out before it at their defaults."""
-    given = [*args, *(kwargs.get(name, default) for name, default in list(defaults.items())[len(args) :])]
-    last = max([len(args), *(i + 1 for i, name in enumerate(defaults) if name in kwargs)])
-    return given[:last]
+    with node.graph.inserting_before(node):
+        args, kwargs = map_aggregate((spelled.args, spelled.kwargs), emitted)
+    node.op, node.target, node.args, node.kwargs = "call_function", spelled.function, args, kwargs
+    node.meta["inplace"] = spelled.in_place
 
 
 def _simplify_structure(node: fx.Node) -> None:
@@ -201,14 +111,40 @@ def _simplify_structure(node: fx.Node) -> None:
             _bypass(node)
         else:
             node.args, node.kwargs = (node.args[0], p, True), {}
+    elif node.target is F.scaled_dot_product_attention:
+        _open_attention(node)
     elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
         arguments: Any = node.args
         structure: Any = node.target(*arguments, **node.kwargs)
         for user in list(node.users):
             if user.op == "output":
-                user.args = (fx.node.map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
+                user.args = (map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
         if not node.users:
             node.graph.erase_node(node)
+
+
+def _open_attention(node: fx.Node) -> None:
+    """Attention that drops its probabilities inside becomes scores, softmax, dropout and product."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    p, grouped = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
+    if not isinstance(p, fx.Node) and p == 0:
+        return
+    scored = (given.get("attn_mask"), given.get("is_causal", False), given.get("scale"), grouped)
+    meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+    weights: Any = None
+    for function, *arguments in (
+        (attention_scores, given["query"], given["key"], *scored),
+        (torch.softmax, -1),
+        (F.dropout, p, True),
+    ):
+        with node.graph.inserting_before(node):
+            arguments = arguments if weights is None else [weights, *arguments]
+            weights = node.graph.call_function(function, tuple(arguments))
+        weights.meta = dict(meta)
+    with node.graph.inserting_before(node):
+        values = node.graph.call_function(attention_values, (given["value"], given["query"], grouped))
+    node.target, node.args, node.kwargs = operator.matmul, (weights, values), {}
 
 
 _NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}

@@ -21,8 +21,9 @@ from fxstn.hp import Dropout, Quantity, Scalar, Spec, WeightDecay, start_inside
 from fxstn.hyperize import layer_weights
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
 from fxstn.layers.response import for_all_examples
-from fxstn.layout import layouts
+from fxstn.layout import PLAIN, Layouts
 from fxstn.mutation import DROPOUTS
+from fxstn.tangents import BATCH_FIRST, Examples
 
 SPATIAL: dict[Any, int] = {
     F.dropout1d: 1,
@@ -198,20 +199,19 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     return user if user.op == "call_function" and user.args[0] is node and alone else None
 
 
-def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
+def condition(module: fx.GraphModule, sites: Sequence[Site], layouts: Layouts = PLAIN) -> fx.GraphModule:
     """Dropout as an explicit draw of noise and a product, with strengths from `hparams(condition)` where tuned.
 
-    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units.
+    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units. layouts: where the examples are.
     """
     module = copied(module)
     graph = module.graph
     by_name = {node.name: node for node in graph.nodes}
     placeholder = add_placeholder(graph, "condition")
     strengths: fx.Node | None = None
-    found = layouts(graph)
     last_input = placeholders(graph)[-1]
 
-    def strength(site: Site, before: fx.Node) -> fx.Node:
+    def strength(site: Site, before: fx.Node) -> tuple[fx.Node, Examples]:
         nonlocal strengths
         if strengths is None:
             with graph.inserting_after(last_input):
@@ -220,15 +220,16 @@ def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
             name = f"{site.path or 'output'}_p".replace(".", "_")
             index: Any = (..., site.index)
             p = graph.create_node("call_function", operator.getitem, (strengths, index), name=name)
-            if found[by_name[site.node]] == 0:
-                return p
-            return graph.call_function(for_all_examples, (p, 0, f"dropout at '{site.path}'"))
+            place = layouts.get(site.node, BATCH_FIRST)
+            if place is None:
+                p = graph.call_function(for_all_examples, (p, 0, f"dropout at '{site.path}'"))
+            return p, place or BATCH_FIRST
 
     taken = {site.node: site for site in sites if not site.insert}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in DROPOUTS:
             site = taken.get(node.name)
-            _draw(graph, node, strength(site, node) if site else node.args[1])
+            _draw(graph, node, *(strength(site, node) if site else (node.args[1], BATCH_FIRST)))  # type: ignore[arg-type]
     for site in sites:
         if site.insert:
             _insert(graph, by_name[site.node], site, strength, last_input)
@@ -237,12 +238,13 @@ def condition(module: fx.GraphModule, sites: Sequence[Site]) -> fx.GraphModule:
     return module
 
 
-def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float) -> None:
+def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -> None:
     """Replace a dropout node by its noise and the product with it, in place, name kept."""
     x, spatial = node.args[0], SPATIAL.get(node.target, 0)
     with graph.inserting_before(node):
         draw = alpha_dropout_coefficients if node.target in _ALPHA else dropout_mask
-        arguments = (x, p, spatial) if spatial else (x, p)
+        arguments: tuple = (x, p, spatial) if spatial or place != BATCH_FIRST else (x, p)
+        arguments += ((place.axis, place.left, place.right),) if place != BATCH_FIRST else ()
         noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
         noise.meta = {"scope": node.meta.get("scope", ())}
         if node.target in _ALPHA:
@@ -270,6 +272,6 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_
         name = f"{site.path or 'output'}_dropout".replace(".", "_")
         result = graph.create_node("call_function", F.dropout, (value, 0.0, True), name=name)
     result.meta = {"scope": scope, "stack_trace": value.meta.get("stack_trace")}
-    _draw(graph, result, strength(site, result))  # type: ignore[operator]
+    _draw(graph, result, *strength(site, result))  # type: ignore[operator]
     for reader in readers:
         reader.replace_input_with(value, result)

@@ -68,6 +68,8 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     try:
         _parameters(explanation, model, example_inputs)
         stn = transform(model, hparams, example_inputs=example_inputs)
+        if example_inputs is not None:
+            stn.locate_examples(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
         _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
     except TransformError as error:
         explanation.problems += error.problems
@@ -79,7 +81,8 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
 def _parameters(explanation: Explanation, model: nn.Module, example_inputs: Any) -> None:
     frozen, supplied = frozen_modules(model), inputs_supplied(example_inputs)
     graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
-    chosen, left_out = responses(graphs)
+    found = responses(graphs)
+    chosen, left_out = found.axes, found.left_out
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
     reasons = Counter(reason.partition(" in '")[0] for reason in left_out.values())
     for reason, count in reasons.most_common():
@@ -106,7 +109,7 @@ def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ..
     shared = [str(node.args[2]) for node in graph.graph.nodes if node.target is for_all_examples]
     if shared:
         explanation.notes.append(
-            f"one perturbation for the whole batch only, not per example: the batch dimension is not followed to "
+            f"one perturbation for the whole batch only, not per example: the examples are not along one dimension in "
             f"{len(shared)} places, such as {shared[0]}"
         )
     explanation.rows = sorted(rows, key=lambda row: row.rule != "fallback")

@@ -1,9 +1,9 @@
-"""Pass 4, hyperize: trainable parameters of linear and convolution layers gain response parameters."""
+"""Pass 4, hyperize: trainable parameters of layers gain response parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
@@ -11,102 +11,200 @@ from fxstn.errors import module_path, operation_name
 from fxstn.graphs import add_placeholder, copied, model_of
 from fxstn.layers.response import Response
 from fxstn.rules import RULES
-
-_ROLES = {1: "weight", 2: "bias"}
+from fxstn.rules.registry import Reads
+from fxstn.structure import Derived, consumers, from_parameters, structures
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One operation that reads a parameter: as 'weight' or 'bias' of a hyperlayer, or otherwise (role None)."""
+    """One operation that reads values computed from parameters: in a role of a layer, or otherwise (role None)."""
 
-    parameter: str
+    parameters: tuple[str, ...]
     role: str | None
     node: fx.Node
+    fan_in: int = 1
 
 
-def readings(module: fx.GraphModule) -> list[Reading]:
-    """Every reading of every parameter of the model in a canonical graph."""
-    names = {f"model.{name}": name for name, _ in model_of(module).named_parameters()}
-    found = []
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and node.target in names:
-            for user in node.users:
-                hyperlayer = user.op == "call_function" and user.target in RULES
-                hyperlayer = hyperlayer and RULES[user.target].kind == "hyperlayer"
-                positions = [i for i, argument in enumerate(user.args) if argument is node]
-                role = _ROLES.get(positions[0]) if hyperlayer and len(positions) == 1 else None
-                if role == "weight" and model_of(module).get_parameter(names[node.target]).dim() < 2:
-                    role = None  # a vector has no rows to scale
-                found.append(Reading(names[node.target], role, user))
-    return found
+@dataclass
+class Responses:
+    """Which parameters respond: {name: axis of its scales}, {name: fan-in}, {name: first of the parameters that share
+    its scales}, and {name of one that does not respond: why}."""
+
+    axes: dict[str, int] = field(default_factory=dict)
+    fan_ins: dict[str, int] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def readings(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Reading]:
+    """Every reading of the parameters `names` in a canonical graph, their tangents scaled along `axis`."""
+    names = list(names)
+    result = []
+    reached = from_parameters(module.graph, {f"model.{name}": name for name in names})
+    for node, parameters in reached.items():
+        for user in consumers(node, reached):
+            if _reads(node, user) is None:
+                result.append(Reading(parameters, None, user))
+    hopeless = {name for reading in result for name in reading.parameters}
+    found = structures(module, [name for name in names if name not in hopeless], axis)
+    for node, derived in found.items():
+        for user in consumers(node, found):
+            result.append(_reading(module, node, derived, user if derived.rows else _mixing(node, found, user)))
+    return result
+
+
+def _reads(node: fx.Node, user: fx.Node) -> tuple[int, Reads] | None:
+    """(position, how it is read) where a layer takes the value of `node` as a parameter and in no other way."""
+    rule = RULES.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+    positions = [i for i, argument in enumerate(user.args) if argument is node]
+    if rule is None or len(positions) != 1 or positions[0] not in rule.reads or node in user.kwargs.values():
+        return None
+    return positions[0], rule.reads[positions[0]]
+
+
+def _mixing(node: fx.Node, found: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
+    """The first operation on the way from the parameters to `node` that mixed their rows."""
+    before = [source for source in node.all_input_nodes if source in found and found[source].rows is None]
+    return _mixing(before[0], found, node) if before else user if node.op == "get_attr" else node
+
+
+def _reading(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.Node) -> Reading:
+    read = _reads(node, user)
+    if read is None or derived.rows is None or derived.rows.axis not in read[1].axes:
+        return Reading(derived.parameters, None, user)
+    position, reads = read
+    parameters = [model_of(module).get_parameter(name) for name in derived.parameters]
+    widest = max(p.dim() for p in parameters)
+    if reads.role == "bias":
+        weight = user.args[position - 1]
+        owner = (
+            str(weight.target).removeprefix("model.") if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+        )
+        own = dict(model_of(module).named_parameters()).get(owner, parameters[0])
+        return Reading(derived.parameters, "bias", user, own.numel() // max(1, own.shape[0]))
+    if widest < 2:
+        return Reading(derived.parameters, None, user)  # a vector has no rows to scale
+    fan_in = 1 if reads.role == "table" else max(p.numel() // p.shape[derived.rows.axis] for p in parameters)
+    return Reading(derived.parameters, reads.role, user, max(1, fan_in))
 
 
 def layer_weights(module: fx.GraphModule) -> list[str]:
-    """Names of the parameters that are the weight of a linear or convolution operation, in execution order."""
-    return list(dict.fromkeys(reading.parameter for reading in readings(module) if reading.role == "weight"))
+    """Names of the parameters that are (part of) the weight of a layer, in execution order."""
+    names = [name for name, parameter in model_of(module).named_parameters() if parameter.requires_grad]
+    found = (reading for axis in (0, 1) for reading in readings(module, names, axis) if reading.role == "weight")
+    weights = [name for reading in found for name in reading.parameters]
+    order = {name: i for i, (name, _) in enumerate(model_of(module).named_parameters())}
+    executed = [str(node.target).removeprefix("model.") for node in module.graph.nodes if node.op == "get_attr"]
+    first = {name: i for i, name in reversed(list(enumerate(executed)))}
+    return sorted(set(weights), key=lambda name: (first.get(name, len(first)), order[name]))
 
 
-def responses(graphs: Sequence[fx.GraphModule]) -> tuple[dict[str, int], dict[str, str]]:
-    """Which parameters get a response: ({name: fan-in}, {name of one that gets none: why}).
+def responses(graphs: Sequence[fx.GraphModule]) -> Responses:
+    """Which parameters respond.
 
-    A parameter needs every operation that reads it, in every graph, to be a hyperlayer: all of them must see one Δw.
+    A parameter needs every operation that reads it, in every graph, to be a layer in which one Δw along one axis is
+    possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible.
     """
     parameters = dict(model_of(graphs[0]).named_parameters())
-    all_readings = [reading for graph in graphs for reading in readings(graph)]
-    chosen: dict[str, int] = {}
-    left_out: dict[str, str] = {}
-    for reading in all_readings:
-        name = reading.parameter
-        if not parameters[name].requires_grad:
-            left_out[name] = "frozen (requires_grad=False)"
-        elif reading.role is None:
-            left_out[name] = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
-        elif name not in chosen:
-            weight = reading.node.args[1]
-            owner = (
-                str(weight.target).removeprefix("model.")
-                if isinstance(weight, fx.Node) and weight.op == "get_attr"
-                else name
-            )
-            chosen[name] = max(1, parameters.get(owner, parameters[name])[0].numel())
-    return {name: fan_in for name, fan_in in chosen.items() if name not in left_out}, left_out
+    result = Responses()
+    pending = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    for axis in (0, 1):
+        found = [reading for graph in graphs for reading in readings(graph, sorted(pending), axis)]
+        groups = _groups(found, pending)
+        good: dict[str, int] = {}
+        for reading in found:
+            for name in reading.parameters:
+                if reading.role is None:
+                    why = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
+                    result.left_out.setdefault(name, why)
+                    good[name] = 0
+                else:
+                    good.setdefault(name, reading.fan_in)
+        for group in groups:
+            if all(good.get(name) for name in group):
+                for name in group:
+                    result.axes[name], result.fan_ins[name], result.leaders[name] = axis, good[name], group[0]
+                pending -= set(group)
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            result.left_out[name] = "frozen (requires_grad=False)"
+    result.left_out = {name: why for name, why in result.left_out.items() if name not in result.axes}
+    order = list(parameters)
+    result.axes = dict(sorted(result.axes.items(), key=lambda item: order.index(item[0])))
+    return result
 
 
-def response_modules(model: nn.Module, fan_ins: dict[str, int], hyperparameters: int) -> nn.Module:
+def _groups(found: Sequence[Reading], pending: set[str]) -> list[list[str]]:
+    """Parameters that meet in one weight, as connected components, each in the order of first reading."""
+    leader: dict[str, list[str]] = {}
+    for reading in found:
+        names = [name for name in reading.parameters if name in pending]
+        merged = list(dict.fromkeys(n for name in names for n in leader.get(name, [name])))
+        for name in merged:
+            leader[name] = merged
+    return list({id(group): group for group in leader.values()}.values())
+
+
+def response_modules(model: nn.Module, found: Responses, hyperparameters: int) -> nn.Module:
     """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
     tree = nn.Module()
-    for name, fan_in in fan_ins.items():
+    made: dict[str, Response] = {}
+    for name, axis in found.axes.items():
         *path, leaf = name.split(".")
         owner = tree
         for part in path:
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.add_module(leaf, Response(model.get_parameter(name), fan_in, hyperparameters))
+        first = next((made[other] for other in made if found.leaders[other] == found.leaders[name]), None)
+        shared = first.U if first is not None else None
+        made[name] = Response(model.get_parameter(name), found.fan_ins[name], hyperparameters, axis, shared)
+        owner.add_module(leaf, made[name])
     return tree
 
 
-def hyperize(module: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
-    """Add the input `delta` and, beside each parameter in `names`, its row scales U δ and its response R.
+def hyperize(module: fx.GraphModule) -> fx.GraphModule:
+    """Add the input `delta` and, beside each parameter with a Response, its scales U δ and its response R.
 
-    The parameter's node remembers both by name in meta["tangent"]; the pushforward pass reads them there.
+    Nodes remember by name what the pushforward pass needs: meta["response"] of a parameter, the name of R;
+    meta["scales"] of it and of every value computed from it row by row, (name of the scales, axis, runs of rows).
     """
     module = copied(module)
     graph = module.graph
+    responding = dict(response_tree(module))
     delta = add_placeholder(graph, "delta")
-    targets = {f"model.{name}": name for name in names}
-    made: dict[str, tuple[str, str]] = {}
+    scales: dict[int, str] = {}
+    made: dict[str, str] = {}
+    derived: dict[fx.Node, Derived] = {}
+    for axis in {response.axis for response in responding.values()}:
+        derived |= structures(module, [name for name, r in responding.items() if r.axis == axis], axis)
     for node in list(graph.nodes):
-        name = targets.get(node.target) if node.op == "get_attr" else None
-        if name is None:
+        if node not in derived:
             continue
-        if name not in made:
-            label, response = name.replace(".", "_"), f"response.{name}"
-            with graph.inserting_before(node):
-                scale = graph.create_node("call_module", response, (delta,), name=f"{label}_scale")
-                value = graph.create_node("get_attr", f"{response}.R", name=f"{label}_response")
-            made[name] = (scale.name, value.name)
-        node.meta["tangent"] = made[name]
+        name = derived[node].parameters[0]
+        shared = id(responding[name].U)
+        label = name.replace(".", "_")
+        with graph.inserting_before(node):
+            if shared not in scales:
+                scale = graph.create_node("call_module", f"response.{name}", (delta,), name=f"{label}_scale")
+                scales[shared] = scale.name
+            if node.op == "get_attr":
+                if name not in made:
+                    made[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
+                node.meta["response"] = made[name]
+        rows = derived[node].rows
+        if rows is not None:
+            size = responding[name].U.shape[0]
+            runs = () if rows.runs == ((0, size),) else rows.runs
+            node.meta["scales"] = (scales[shared], rows.axis, runs)
+        else:
+            node.meta["scales"] = (scales[shared], None, ())
     graph.lint()
     module.recompile()
     return module
+
+
+def response_tree(module: fx.GraphModule) -> list[tuple[str, Response]]:
+    """(parameter name, its Response) for every parameter that responds."""
+    tree = module.get_submodule("response")
+    return [(name, child) for name, child in tree.named_modules() if isinstance(child, Response)]

@@ -1,166 +1,143 @@
-"""Where the examples of a batch are in each value of a canonical graph.
+"""Where the examples of a batch are in each value of a canonical graph, found by trying.
 
-A perturbation per example multiplies row i of a layer's output by scales of its own, so it has to know which axis holds
-the examples. Views that keep dimension 0 the batch need no analysis: the runtime checks its size, and row-major order does
-the rest. What this file follows is what a size cannot tell: axes that move, and examples that are mixed or picked.
+A perturbation per example multiplies each example's share of a layer's output by scales of its own, so it has to know
+where the examples are: along dimension 0 in a plain network, folded with windows in Swin, along dimension 1 in attention
+or a time-major network, nowhere when the value mixes them. One forward of three examples, and two more in each of which
+one example is another, show which entries belong to whom, for any operation and however it is written.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.layers.noise import alpha_dropout_coefficients
-from fxstn.mutation import DROPOUTS, is_size
-from fxstn.rules import RULES
+from fxstn.graphs import placeholders
+from fxstn.layers.noise import track_batch
+from fxstn.mutation import DROPOUTS
+from fxstn.tangents import Examples
 
-Tensor = torch.Tensor
-NONE = "none"  # the value depends on no example: parameters, sizes
-LOST = "lost"  # examples are mixed, picked, or somewhere unknown
-Layout = int | str  # an axis, NONE or LOST
-
-_SWAPS = {torch.transpose, torch.swapaxes}
-# Position of the dimension that an operation works along, and what it is where it is not given.
-_ALONG = {torch.cat: 1, torch.stack: 1, torch.chunk: 2, torch.split: 2, torch.tensor_split: 2, torch.unbind: 1,
-          torch.narrow: 1, torch.select: 1, torch.flip: 1, torch.roll: 2, torch.cumsum: 1, torch.gather: 1,
-          torch.index_select: 1, torch.take_along_dim: 2, torch.scatter: 1, torch.scatter_add: 1, torch.index_add: 1,
-          torch.index_copy: 1, torch.index_fill: 1, torch.slice_scatter: 2, torch.select_scatter: 2, torch.sort: 1,
-          torch.argsort: 1, torch.topk: 2, torch.repeat_interleave: 2}  # fmt: skip
-_REDUCTIONS = {torch.mean: 1, torch.sum: 1, torch.var: 1, torch.std: 1, torch.var_mean: 1, torch.std_mean: 1,
-               torch.norm: 2, torch.linalg.norm: 2, torch.linalg.vector_norm: 2, torch.logsumexp: 1, torch.prod: 1,
-               torch.amax: 1, torch.amin: 1, torch.max: 1, torch.min: 1, torch.median: 1, torch.kthvalue: 2,
-               torch.mode: 1, torch.argmax: 1, torch.argmin: 1, torch.any: 1, torch.all: 1, torch.count_nonzero: 1,
-               F.cosine_similarity: 2}  # fmt: skip
-_ALONG.update(_REDUCTIONS)
-_LAST = {torch.sort, torch.argsort, torch.topk, torch.kthvalue, torch.mode}  # without a dimension: the last
-_FIRST = {torch.cat, torch.stack, torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.slice_scatter}
-_MAYBE_LAST = {
-    torch.cumsum,
-    *_LAST,
-    *_REDUCTIONS,
-}  # a dim of -1 is not the examples': a value of rank 1 has no features
-_TUPLES = {torch.chunk, torch.split, torch.tensor_split, torch.unbind, alpha_dropout_coefficients, torch.var_mean,
-           torch.std_mean, torch.max, torch.min, torch.median, torch.kthvalue, torch.mode, torch.sort,
-           torch.topk}  # fmt: skip
-_MIXING = {torch.t, torch.movedim, torch.adjoint, torch.rot90, torch.flipud, torch.fliplr, torch.atleast_2d,
-           torch.atleast_3d, torch.vstack, torch.dstack, torch.hsplit, torch.vsplit, torch.dsplit, torch.block_diag,
-           torch.broadcast_tensors, torch.meshgrid, torch.masked_select, torch.take, torch.masked_scatter,
-           torch.index_put, torch.diag, torch.diagonal, torch.diagonal_scatter, torch.trace, torch.tensordot,
-           torch.outer, torch.kron, torch.inner, torch.dot, torch.vdot, torch.addr, torch.addbmm, torch.cdist,
-           torch.nonzero, torch.argwhere, torch.searchsorted, torchvision.ops.nms,
-           torch.ops.torchvision.nms, torch.unique, torch.unique_consecutive, torch.fft.fftn, torch.fft.ifftn,
-           torch.fft.rfftn, torch.fft.irfftn, torch.fft.fftshift, torch.fft.ifftshift, torch.linalg.vecdot}  # fmt: skip
-_PRODUCTS = {operator.matmul: 0, torch.mm: 0, torch.bmm: 0, torch.mv: 0, torch.addmm: 1, torch.addmv: 1,
-             torch.baddbmm: 1}  # fmt: skip
-_DIM_NAMES = ("dim", "axis", "dims")
+Layouts = Mapping[str, Examples | None]  # by node name; None: no single place. A name that is missing: a plain batch.
+PLAIN: Layouts = MappingProxyType({})
+EXAMPLES = 3  # a prime: a size that is a multiple of it by accident is rare, and told by its pattern
 
 
-def _argument(node: fx.Node, position: int, names: tuple[str, ...], default: Any) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+def layouts(module: fx.GraphModule, inputs: tuple) -> dict[str, Examples | None]:
+    """The place of the examples in the value of each node, from one batch of inputs (any structure, batch first).
+
+    Batch norm and dropout are left out of the runs: they leave every entry in its place. Values that are no tensors are
+    left out of the result; a value that does not depend on the examples is None.
+    """
+    batch = next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    try:
+        return _layouts(module, inputs, batch, EXAMPLES)
+    except Exception:  # whatever a model may raise: some are written for one batch size
+        return _layouts(module, inputs, batch, max(2, batch))
 
 
-def _getitem(node: fx.Node, axis: int) -> Layout:
-    source, index = node.args[0], node.args[1]
-    if isinstance(source, fx.Node) and source.target in _TUPLES:
-        return axis
-    index = index if isinstance(index, tuple) else (index,)
-    dim, moved = 0, axis
-    for entry in index:
-        if entry is None:
-            moved += dim <= axis
-            continue
-        if entry is Ellipsis:
-            return moved if axis == 0 or dim > axis else LOST  # what follows counts from the end: no rank is known
-        if (dim == axis and entry != slice(None)) or (dim < axis and not isinstance(entry, (int, slice))):
-            return LOST
-        moved -= dim < axis and isinstance(entry, int)
-        dim += 1
-    picked = [i for i, entry in enumerate(index) if entry is not None and not isinstance(entry, slice)]
-    apart = bool(picked) and picked[-1] - picked[0] >= len(picked)
-    if apart and not all(isinstance(index[i], int) for i in picked):
-        return LOST  # torch puts the dimensions of indices that stand apart in front
-    return moved
-
-
-def _einsum(node: fx.Node, axis: int, found: dict[fx.Node, Layout]) -> Layout:
-    """The output position of the letter that stands for the examples in every operand that has them."""
-    equation, operands = node.args[0], node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        return LOST
-    terms, output = equation.replace(" ", "").split("->")
-    pairs = zip(terms.split(","), operands, strict=True)
-    letters = {term[axis] for term, x in pairs if isinstance(x, fx.Node) and found.get(x, NONE) != NONE}
-    letter = letters.pop()
-    return LOST if letters or letter not in output else output.index(letter)
-
-
-def _moved(node: fx.Node, axis: int, found: dict[fx.Node, Layout]) -> Layout:
-    """The axis after one operation that may move, join, pick or sum over it; LOST where it is no longer there."""
-    target = node.target
-    if target in _SWAPS:
-        pair = _argument(node, 1, ("dim0", "axis0"), -1), _argument(node, 2, ("dim1", "axis1"), -1)
-        return LOST if min(pair) < 0 else {pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis)
-    if target is torch.permute:
-        dims = _argument(node, 1, ("dims",), ())
-        return list(dims).index(axis) if axis in dims else LOST
-    if target in _MIXING or (target in RULES and RULES[target].kind in ("loss", "region")):  # type: ignore[index]
-        return LOST
-    if target is torch.where and len(node.args) == 1:
-        return LOST
-    if target is getattr and node.args[1] in ("T", "mT", "H", "mH"):
-        return LOST
-    if target is torch.einsum:
-        return _einsum(node, axis, found)
-    if target is torch.diag_embed and len(node.args) + len(node.kwargs) > 1:
-        return LOST
-    if target is torch.unsqueeze:
-        dim = _argument(node, 1, ("dim",), None)
-        return LOST if not isinstance(dim, int) or dim < 0 else axis + (dim <= axis)
-    if target is operator.getitem:
-        return _getitem(node, axis)
-    if target in _ALONG:
-        default = 0 if target in _FIRST else -1 if target in _LAST else 1 if target is F.cosine_similarity else None
-        dims = _argument(node, _ALONG[target], _DIM_NAMES, default)
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        lowest = -1 if target in _MAYBE_LAST else 0  # any other negative dim may be any: no rank is known
-        if not all(isinstance(dim, int) and dim >= lowest and dim != axis for dim in dims) or not dims:
-            return LOST
-        before = sum(0 <= dim < axis for dim in dims)
-        if target is torch.stack:
-            return axis + before
-        dropped = target in (torch.select, torch.unbind)
-        if target in _REDUCTIONS:
-            dropped = not _argument(node, _ALONG[target] + 1, ("keepdim",), False)
-        return axis - before if dropped else axis
-    if target in (Tensor.repeat, torch.tile):
-        sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-        return axis if axis == 0 and sizes[0] == 1 else LOST
-    return axis
-
-
-def layouts(graph: fx.Graph) -> dict[fx.Node, Layout]:
-    """Each node's example axis: 0 in a plain network, another after a transpose, NONE, or LOST."""
-    found: dict[fx.Node, Layout] = {}
-    for node in graph.nodes:
-        sources = [found[source] for source in node.all_input_nodes if found.get(source, NONE) != NONE]
-        if node.op == "placeholder":
-            found[node] = NONE if node.name in ("condition", "delta") else 0
-        elif not sources or node.op != "call_function" or is_size(node):
-            found[node] = NONE
-        elif len(set(sources)) > 1 or LOST in sources or not (node.target in RULES or node.target in DROPOUTS):
-            found[node] = LOST
-        else:
-            assert isinstance(sources[0], int)
-            left = node.args[_PRODUCTS.get(node.target, 0)]  # type: ignore[arg-type]
-            mixes = node.target in _PRODUCTS and found.get(left, NONE) == NONE  # type: ignore[arg-type, call-overload]
-            found[node] = LOST if mixes else _moved(node, sources[0], found)
+def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -> dict[str, Examples | None]:
+    own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
+    runs = [_bound(own, variant) for variant in _variants(inputs, batch, examples)]
+    readers = {node: len(node.users) for node in module.graph.nodes}
+    found: dict[str, Examples | None] = {}
+    with torch.random.fork_rng(), torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "output":
+                break
+            for values in runs:
+                if node not in values:
+                    torch.default_generator.manual_seed(0)  # random draws are the same in the three runs
+                    values[node] = _value(module, node, values)
+            base, *others = (values[node] for values in runs)
+            if isinstance(base, Tensor):
+                found[node.name] = _place(base, others, examples)
+            for source in node.all_input_nodes:
+                readers[source] -= 1
+                if not readers[source]:
+                    for values in runs:
+                        del values[source]
     return found
+
+
+def _variants(inputs: tuple, batch: int, examples: int) -> Iterator[tuple]:
+    """A few examples of the inputs; the same with the first one another; the same with the last one another."""
+
+    def first_few(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
+            return leaf
+        return leaf.detach()[torch.arange(examples) % batch]
+
+    def with_another(leaf: Any, index: int) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != examples or leaf.dtype == torch.bool:
+            return leaf
+        leaf = leaf.clone()
+        if leaf.is_floating_point():
+            leaf[index] += torch.randn_like(leaf[index]) * (leaf.std() + 0.1)
+        else:  # other indices, each one that occurs
+            values = leaf.unique()
+            leaf[index] = values[(torch.searchsorted(values, leaf[index]) + 1) % len(values)]
+        return leaf
+
+    base = tree_map(first_few, inputs)
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        yield base
+        for index in (0, examples - 1):
+            yield tree_map(lambda leaf, i=index: with_another(leaf, i), base)
+
+
+def _bound(nodes: list[fx.Node], inputs: tuple) -> dict[fx.Node, Any]:
+    """Values of the placeholders: inputs by position, defaults for the rest."""
+    values: dict[fx.Node, Any] = {}
+    for i, node in enumerate(nodes):
+        name = str(node.target)
+        if name.startswith("**"):
+            values[node] = {}
+        elif name.startswith("*"):
+            values[node] = tuple(inputs[i:])
+        else:
+            values[node] = inputs[i] if i < len(inputs) else node.args[0]
+    return values
+
+
+def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    lookup: Any = values.__getitem__
+    args, kwargs = map_arg((node.args, node.kwargs), lookup)
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(module)
+        return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
+    if node.target is track_batch:
+        return 0.0
+    if node.target is F.batch_norm or node.target in DROPOUTS:
+        return args[0]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _place(base: Tensor, others: list[Tensor], examples: int) -> Examples | None:
+    """Where the entries that change with the first, and with the last example, are along one axis."""
+    if any(other.shape != base.shape for other in others) or not base.dim():
+        return None
+    changed = [(other != base) & ~(other.isnan() & base.isnan()) for other in others]
+    if not all(change.any() for change in changed):
+        return None
+    best: tuple[float, Examples] | None = None
+    for axis, size in enumerate(base.shape):
+        if size % examples:
+            continue
+        first, last = (change.movedim(axis, 0).reshape(size, -1).any(1) for change in changed)
+        position, folded = torch.arange(size, device=base.device), size // examples
+        for right in (r for r in range(1, folded + 1) if folded % r == 0):
+            example = (position // right) % examples
+            if (first & (example != 0)).any() or (last & (example != examples - 1)).any():
+                continue
+            coverage = (first | last).sum().item() / (2 * folded)
+            if best is None or coverage > best[0]:
+                best = coverage, Examples(axis, folded // right, right)
+    return best[1] if best else None

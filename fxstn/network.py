@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
+from fxstn.tangents import BATCH_FIRST
 
 METHODS = ("delta", "centered", "stn")
 
@@ -35,7 +36,7 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
-    recipe: what `emit` needs besides the children to build a graph: (binding, frozen modules, inputs supplied).
+    recipe: builds the graphs from the children (fxstn.transform.Recipe).
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -52,16 +53,15 @@ class SelfTuningNetwork(nn.Module):
         hparams: HyperparameterSpace,
         penalties: Sequence[tuple[str, int]],
         method: str,
-        emit: Callable[..., fx.GraphModule],
-        recipe: tuple[Any, ...],
+        recipe: Any,
     ) -> None:
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
         self.penalties, self.method = tuple(penalties), method
-        self._emit, self.recipe = emit, recipe
+        self.recipe = recipe
+        self._canonical: dict[bool, fx.GraphModule] = {}
         self._graphs: dict[str, fx.GraphModule] = {}
-        self._inputs: dict[str, list[str]] = {}
-        self._per_example: bool | None = None
+        self._places: dict[bool, dict[str, Any]] = {}
         self.train(model.training)
 
     # Graphs
@@ -76,26 +76,39 @@ class SelfTuningNetwork(nn.Module):
         if name not in known:
             raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
         if name not in self._graphs:
-            self.keep(name, self._emit(self, *self.recipe, name))
+            training = not name.endswith("eval")
+            self._graphs[name] = self.recipe.emit(self.canonical(training), name, self._places.get(training, {}))
         return self._graphs[name]
 
-    @property
-    def per_example(self) -> bool:
-        """Whether every layer can be perturbed per example: the graphs know where the examples are everywhere."""
-        if self._per_example is None:
-            graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
-            lost = [node for graph in graphs for node in graph.graph.nodes if node.target is for_all_examples]
-            self._per_example = not lost
-        return self._per_example
+    def canonical(self, training: bool) -> fx.GraphModule:
+        """The model's own graph in one mode, in canonical spelling: what every other graph is made from."""
+        if training not in self._canonical:
+            self._canonical[training] = self.recipe.canonical(self, training)
+        return self._canonical[training]
 
-    def keep(self, name: str, graph: fx.GraphModule) -> None:
-        """Remember a graph, and the model's own inputs to it."""
-        first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
-        self._inputs[name] = [str(node.target) for node in first if node.name not in ("condition", "delta")]
-        self._graphs[name] = graph
+    def keep_canonical(self, training: bool, graph: fx.GraphModule) -> None:
+        self._canonical[training] = graph
+
+    def locate_examples(self, *inputs: Any) -> None:
+        """Find out, once, where the examples of a batch are in every value, by running a few of them.
+
+        Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
+        """
+        if self._places:
+            return
+        for training in (True, False):
+            self._places[training] = self.recipe.locate(self.canonical(training), inputs)
+        if any(place != BATCH_FIRST for places in self._places.values() for place in places.values()):
+            self._graphs.clear()
+
+    def per_example(self, *inputs: Any) -> bool:
+        """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
+        self.locate_examples(*inputs)
+        graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
+        return not any(node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}}
+        return {**self.__dict__, "_graphs": {}, "_canonical": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfTuningNetwork:
         result = self.__class__.__new__(self.__class__)
@@ -151,7 +164,8 @@ class SelfTuningNetwork(nn.Module):
 
     def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
         graph = self.graph(name)
-        own = self._inputs[name]
+        first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
+        own = [str(node.target) for node in first if node.name not in ("condition", "delta")]
         if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
             raise TypeError(
                 f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
@@ -198,6 +212,8 @@ class SelfTuningNetwork(nn.Module):
         moved = {"delta": self._checked(delta, "delta", inputs)}
         if condition is not None:
             moved["condition"] = self._checked(condition, "condition", inputs)
+        if any(value.dim() > 1 for value in moved.values()):
+            self.locate_examples(*inputs)
         with held(() if self.method == "stn" else self.general_parameters()):
             return self._call(name, inputs, **moved)
 
@@ -226,7 +242,7 @@ class SelfTuningNetwork(nn.Module):
             delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
             scale = response(delta)
             weight = parameters[name] if self.method == "stn" else parameters[name].detach()
-            total = total + l2_penalty_perturbed(weight, strengths[..., index], scale, response.R)
+            total = total + l2_penalty_perturbed(weight, strengths[..., index], scale, response.R, response.axis)
         return total
 
     def _response(self, name: str) -> Response | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch.fx.node import map_aggregate, map_arg
 from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import assemble, copied
 from fxstn.layers.kernels import zeros_tangent
-from fxstn.layers.response import for_all_examples
-from fxstn.layout import layouts
+from fxstn.layers.response import for_all_examples, pick_rows
+from fxstn.layout import PLAIN, Layouts
 from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.staging import call
-from fxstn.tangents import ZERO, Scaled, all_zero
+from fxstn.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 
 _LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
 _VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
@@ -44,13 +45,13 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
 class _Pushforward:
     """Walks a canonical graph once; `values` and `tangents` map its nodes to those of the new graph."""
 
-    def __init__(self, module: fx.GraphModule, fold: bool) -> None:
-        self.module, self.fold = module, fold
-        self.layouts = layouts(module.graph)
+    def __init__(self, module: fx.GraphModule, layouts: Layouts, fold: bool) -> None:
+        self.module, self.fold, self.layouts = module, fold, layouts
         self.graph = fx.Graph()
         self.emitter = _Emitter(self.graph)
         self.values: dict[fx.Node, fx.Proxy] = {}
         self.tangents: dict[fx.Node, Any] = {}
+        self.named: dict[str, fx.Proxy] = {}
         self.problems: list[Problem] = []
 
     def value(self, structure: Any) -> Any:
@@ -65,19 +66,20 @@ class _Pushforward:
         return map_aggregate(structure, lookup)
 
     def copy(self, node: fx.Node) -> fx.Proxy:
-        new = self.graph.node_copy(node, lambda old: self.values[old].node)
-        return fx.Proxy(new, self.emitter)
+        new = fx.Proxy(self.graph.node_copy(node, lambda old: self.values[old].node), self.emitter)
+        self.named[node.name] = new
+        return new
 
     def visit(self, node: fx.Node) -> None:
         self.emitter.source = node
         tangents = tuple(self.tangent(argument) for argument in node.args) if node.op == "call_function" else ()
-        if any(isinstance(tangent, Scaled) for tangent in tangents) and self.layouts[node] != 0:
-            tangents = tuple(self._for_all_examples(tangent, node) for tangent in tangents)
         if all_zero(tangents) and all_zero(self.tangent(node.kwargs) if node.op == "call_function" else ()):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
-            if "tangent" in node.meta:
-                self.tangents[node] = self._structured(node)
+            if "response" in node.meta:
+                self.tangents[node] = self._structured(node, self.named[node.meta["response"]])
             return
+        derived = "scales" in node.meta
+        tangents = map_aggregate(tangents, lambda tangent: self._passed(tangent, node, derived))  # type: ignore[assignment]
         try:
             y, dy = self._apply(node, tangents)
         except NoRule as reason:
@@ -88,6 +90,10 @@ class _Pushforward:
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")
+        if derived and dy is not ZERO:
+            dy = self._structured(node, dy)
+            if self.fold and kind != "linear":
+                self.problems.append(_no_rule(node, "on a weight that moves by a finite step: only method 'delta' can"))
         if self.fold and isinstance(dy, fx.Proxy):
             y, dy = y + dy, ZERO
         self.values[node], self.tangents[node] = y, dy
@@ -98,16 +104,22 @@ class _Pushforward:
             return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
         return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
 
-    def _for_all_examples(self, tangent: Any, node: fx.Node) -> Any:
+    def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:
+        """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it."""
         if not isinstance(tangent, Scaled):
             return tangent
-        return Scaled(for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"), tangent.response)
+        if derived:
+            return tangent.response
+        place = self.layouts.get(node.name, BATCH_FIRST)
+        if place is None:
+            return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
+        return replace(tangent, examples=place)
 
-    def _structured(self, node: fx.Node) -> Scaled:
-        """The structured tangent of a parameter: row scales and response stand just before it in the graph."""
-        by_name = {old.name: value for old, value in self.values.items() if old.op in ("call_module", "get_attr")}
-        scale, response = node.meta["tangent"]
-        return Scaled(by_name[scale], by_name[response])
+    def _structured(self, node: fx.Node, response: Any) -> Scaled:
+        """The tangent of a parameter, or of a value computed from it row by row."""
+        name, axis, runs = node.meta["scales"]
+        scale = self.named[name]
+        return Scaled(pick_rows(scale, runs) if runs else scale, response, axis)
 
     def run(self, finish: Callable[[_Pushforward, Any], Any]) -> fx.GraphModule:
         for node in self.module.graph.nodes:
@@ -149,7 +161,7 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def pushforward(module: fx.GraphModule) -> fx.GraphModule:
+def pushforward(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
     """hyperized graph f(x, delta) → graph (y, dy) with dy = J_yw Θ delta, in the model's own output structure.
 
     dy is real zeros where nothing depends on the weights, None for leaves that are not float. Raises TransformError
@@ -165,10 +177,10 @@ def pushforward(module: fx.GraphModule) -> fx.GraphModule:
 
         return walk.value(output.args[0]), map_aggregate(output.args[0], real)
 
-    return _Pushforward(hold_statistics(module), fold=False).run(pair)
+    return _Pushforward(hold_statistics(module), layouts, fold=False).run(pair)
 
 
-def linearized(module: fx.GraphModule) -> fx.GraphModule:
+def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
     """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
 
     An output that ends in softmax, log-softmax or sigmoid is linearised before it: link(z + dz). Otherwise the loss of
@@ -197,17 +209,17 @@ def linearized(module: fx.GraphModule) -> fx.GraphModule:
 
         return map_aggregate(output.args[0], leaf_sum)
 
-    return _Pushforward(hold_statistics(module), fold=False).run(add)
+    return _Pushforward(hold_statistics(module), layouts, fold=False).run(add)
 
 
-def perturbed(module: fx.GraphModule) -> fx.GraphModule:
+def perturbed(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
     """hyperized graph → graph of f(x; w₀ + Θ delta), not linearised: each hyperlayer's tangent is added on the spot.
 
     The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
     """
-    return trained(hold_statistics(module))
+    return trained(hold_statistics(module), layouts)
 
 
-def trained(module: fx.GraphModule) -> fx.GraphModule:
+def trained(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
     """As `perturbed`, but running statistics are updated: where "stn" trains, there is no other training step."""
-    return _Pushforward(module, fold=True).run(lambda walk, output: walk.value(output.args[0]))
+    return _Pushforward(module, layouts, fold=True).run(lambda walk, output: walk.value(output.args[0]))

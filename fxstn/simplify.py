@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
 
-_EFFECTS = {dropout_mask, alpha_dropout_coefficients, track_batch}
+_EFFECTS = {dropout_mask, alpha_dropout_coefficients, row_mask, track_batch}
 
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",

@@ -19,15 +19,34 @@ ZERO = SymbolicZero()
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Tangent of a parameter: `response` with every row multiplied by its entry of `scale` (paper, Eq. 3.14).
+class Examples:
+    """Where the examples of a batch are: dimension `axis`, of size left · batch · right with the examples in the middle.
 
-    scale: (rows,) for one perturbation of the whole batch, or (batch, rows). response: shaped like the parameter.
-    Never materialised per example; the rules of linear and convolution consume it as it is.
+    (0, 1, 1) is a plain batch; (0, 1, windows) has windows folded into it behind the examples; (0, time, 1) is a
+    time-major value with both flattened.
+    """
+
+    axis: int = 0
+    left: int = 1
+    right: int = 1
+
+
+BATCH_FIRST = Examples()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Tangent of a parameter, or of a value computed from it row by row: `response` times `scale` along `axis` (Eq. 3.14).
+
+    scale: (n,) for one perturbation of the whole batch, or (batch, n). response: shaped like the value, n entries along
+    `axis`. examples: where the examples are in the output of the operation that consumes it. Never materialised per
+    example; the rules of the layers consume it as it is.
     """
 
     scale: Any
     response: Any
+    axis: int = 0
+    examples: Examples = BATCH_FIRST
 
 
 def all_zero(tangents: Any) -> bool:

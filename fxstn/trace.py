@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
 
@@ -79,6 +81,25 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple, kwargs: dict, name: Any = None, type_expr: Any = None, *rest: Any
+    ) -> Any:
+        """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
+        if kind == "call_function" and target in DECOMPOSITIONS:
+            return DECOMPOSITIONS[target](*args, **kwargs)
+        if kind == "call_function" and _is_opaque(target):
+            last = next(iter(reversed(self.graph.nodes)))
+            try:
+                return target(*args, **kwargs)
+            except _Refused:
+                raise
+            except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
+                for node in reversed(list(self.graph.nodes)):
+                    if node is last:
+                        break
+                    self.graph.erase_node(node)
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
+
     def path_of_current(self) -> str:
         return self.calls[-1][1] if self.calls else ""
 
@@ -113,6 +134,12 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(module, call[1]):
             value.node.meta["training"] = module.training
         return value
+
+
+def _is_opaque(function: Any) -> bool:
+    """A Python function that is neither torch's nor a helper of ours: one that user code asked fx not to look into."""
+    module = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return inspect.isfunction(function) and module not in ("torch", "fxstn", "_operator", "math", "builtins")
 
 
 class _Watch(TorchFunctionMode):
@@ -225,6 +252,11 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
         what = "an autocast region, which a traced graph would lose,"
         raise _Refused(tracer.path_of_current(), what, "put autocast around the training step")
 
+    forwards = [
+        mock.patch.object(original, "forward", decomposition)
+        for original, decomposition in DECOMPOSITIONS.items()
+        if isinstance(original, type)
+    ]
     patches: tuple[Any, ...] = (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
         mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
@@ -234,7 +266,9 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
         try:
             if any(getattr(model, hooks) for hooks in _HOOKS):
                 raise _Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
-            with patches[0], patches[1], _Watch(model, tracer):
+            with ExitStack() as stack:
+                for patch in (*patches, *forwards, _Watch(model, tracer)):
+                    stack.enter_context(patch)
                 graph = tracer.trace(model)
             if assigned := sorted(set(_restore(before)) - {"_tensor_constants"}):
                 what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
@@ -267,6 +301,9 @@ def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {id(value): name for name, value in named.items()}
     for node in graph.nodes:
+        node.meta.pop(
+            "is_wrapped", None
+        )  # else generated code declares the result of a function looked into as wrapped
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(model)
             node.target = f"model.{first.get(id(value), node.target)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -12,6 +13,7 @@ from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
+from fxstn.layout import Layouts, layouts
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
@@ -19,7 +21,7 @@ from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
-LAST_PASS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
     "linearized": linearized,
     "perturbed": perturbed,
@@ -37,24 +39,41 @@ def inputs_supplied(example_inputs: Any) -> int:
     return len(example_inputs) if isinstance(example_inputs, tuple) else int(example_inputs is not None)
 
 
-def emit(
-    root: nn.Module, binding: Binding, frozen: Collection[str], supplied: int, name: str, traced: Any = None
-) -> fx.GraphModule:
-    """Build one graph by name: "train", "eval", "trained", or "pushforward", "linearized", "perturbed", also with "_eval".
+@dataclass(frozen=True)
+class Recipe:
+    """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    root holds the children model, response and hparams; traced is the result of `followed` where it is at hand. The
-    passes, in order: trace → canonicalize → condition → hyperize → pushforward (or one of its siblings) → simplify.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. supplied: how many inputs callers pass.
     """
-    evaluating = name.endswith("eval")
-    graph = traced or followed(root.get_submodule("model"), not evaluating, frozen, supplied)
+
+    binding: Binding
+    frozen: tuple[str, ...]
+    supplied: int
+
+    def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
+        """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.supplied)
+        return with_children(graph, root)
+
+    def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
+        """Build one graph by name: "train", "eval", "trained", "pushforward", "linearized", "perturbed", or with "_eval".
+
+        The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify.
+        places: where the examples are, from `layouts`; empty for a plain batch.
+        """
+        graph = condition(canonical, () if name.endswith("eval") else self.binding.sites, places)
+        kind = name.removesuffix("_eval")
+        if kind in LAST_PASS:
+            graph = LAST_PASS[kind](hyperize(graph), places)
+        return simplify(graph)
+
+    locate = staticmethod(layouts)
+
+
+def with_children(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     for child in ("hparams", "response"):
         graph.add_module(child, root.get_submodule(child))
-    graph = condition(graph, () if evaluating else binding.sites)
-    kind = name.removesuffix("_eval")
-    if kind in LAST_PASS:
-        names = [name.removesuffix(".R") for name, _ in graph.response.named_parameters() if name.endswith(".R")]  # type: ignore[union-attr, operator]
-        graph = LAST_PASS[kind](hyperize(graph, names))
-    return simplify(graph)
+    return graph
 
 
 def transform(
@@ -90,8 +109,8 @@ def transform(
     graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
-    fan_ins, _ = responses(graphs)
-    if not fan_ins:
+    found = responses(graphs)
+    if not found.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
             "whose parameters it uses directly; fxstn.explain(model) lists why"
@@ -100,15 +119,16 @@ def transform(
     space.to(device=reference.device, dtype=reference.dtype)
     network = SelfTuningNetwork(
         model,
-        response_modules(model, fan_ins, len(space)),
+        response_modules(model, found, len(space)),
         space,
         binding.penalties,
         method,
-        emit,
-        (binding, frozen, supplied),
+        Recipe(binding, frozen, supplied),
     )
+    for training, graph in zip((True, False), graphs, strict=True):
+        network.keep_canonical(training, with_children(graph, network))
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
-        network.keep(name, emit(network, binding, frozen, supplied, name, graphs[name.endswith("eval")]))
+        network.graph(name)
     if example_inputs is not None:
         network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
     return network

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,7 +22,7 @@ from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
-from fxstn.transform import followed, transform
+from fxstn.transform import transform
 
 STEPS = (1e-6, 3e-7, 1e-7)
 
@@ -38,6 +39,8 @@ class ReplayedDropout(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         settings = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         if function not in DROPOUTS or not settings.get("training", True):
             return function(*args, **kwargs)
@@ -47,6 +50,19 @@ class ReplayedDropout(TorchFunctionMode):
         drawn = draw(x, p, SPATIAL.get(function, 0))
         multiplier, shift = drawn if isinstance(drawn, tuple) else (drawn, 0)
         return x.mul_(multiplier).add_(shift) if settings.get("inplace") else x * multiplier + shift
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                   dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                   enable_gqa: bool = False) -> Tensor:  # fmt: skip
+        """Attention that draws its dropout inside; torch's own otherwise."""
+        settings: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if not dropout_p:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **settings)
+        eye = torch.eye(key.shape[-2], dtype=value.dtype).expand(*value.shape[:-1], key.shape[-2])
+        weights = F.scaled_dot_product_attention(query, key, eye, attn_mask, 0.0, **settings)
+        rate = next(self.rates, None)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if enable_gqa else value
+        return (weights * dropout_mask(weights, dropout_p if rate is None else rate)) @ value
 
 
 @dataclass(frozen=True)
@@ -100,17 +116,17 @@ def relative_error(tangent: Any, differences: Sequence[Tensor]) -> float:
 
 
 def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
-    """A float64 copy at a generic point: norm affines shifted a little, running statistics those of one forward."""
+    """A float64 copy at a generic point: constant parameters shifted a little, running statistics those of one forward."""
     model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
     modes = [module.training for module in model.modules()]
     with torch.no_grad():
+        for parameter in model.parameters():
+            if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for module in norms:
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             module.momentum = 1.0
         model.train()(*inputs)
     for module, momentum in zip(norms, momenta, strict=True):
@@ -131,12 +147,11 @@ def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
     return delta / delta.norm()
 
 
-def _rates(stn: SelfTuningNetwork, model: nn.Module) -> list[Tensor | None]:
+def _rates(stn: SelfTuningNetwork) -> list[Tensor | None]:
     """Rates of the dropout calls of the original model, in execution order: tuned ones at λ₀."""
     strengths = stn.hparams()
-    binding, frozen, supplied = stn.recipe
-    taken = {site.node: strengths[site.index] for site in binding.sites if not site.insert}
-    graph = followed(model, True, frozen, supplied).graph
+    taken = {site.node: strengths[site.index] for site in stn.recipe.binding.sites if not site.insert}
+    graph = stn.canonical(True).graph
     return [taken.get(node.name) for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
 
 
@@ -177,8 +192,8 @@ def _comparisons(
     passed: set[tuple[str, str]],
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
-    binding, frozen, supplied = stn.recipe
-    rates = _rates(stn, original)
+    binding, frozen = stn.recipe.binding, stn.recipe.frozen
+    rates = _rates(stn)
     inserts = any(site.insert for site in binding.sites)
 
     def of_original(step: float, training: bool) -> Any:
@@ -203,7 +218,7 @@ def _comparisons(
     def without_insertions() -> SelfTuningNetwork:
         plain = copy.deepcopy(stn)
         sites = tuple(site for site in binding.sites if not site.insert)
-        plain.recipe = (replace(binding, sites=sites), frozen, supplied)
+        plain.recipe = replace(stn.recipe, binding=replace(binding, sites=sites))
         return plain
 
     if ("eval", "original model") not in passed:

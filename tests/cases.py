@@ -11,7 +11,17 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.heads import (
+    attention_scores,
+    attention_values,
+    join_heads,
+    join_windows,
+    joint_mask,
+    mask_windows,
+    split_heads,
+    split_windows,
+)
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
@@ -478,6 +488,24 @@ CASES = [
     Case(torch.conv1d, shapes=((2, 4, 7), (6, 2, 3), (6,)), kwargs={"groups": 2, "padding": 1}, varying=(0,)),
     Case(torch.conv2d, shapes=((2, 3, 6, 6), (4, 3, 3, 3)), kwargs={"stride": 2, "dilation": 2}, varying=(0,)),
     Case(torch.conv3d, shapes=((2, 2, 4, 4, 4), (3, 2, 2, 2, 2)), varying=(0,)),
+    Case(torch.conv2d, shapes=((2, 3, 6, 6), (4, 3, 3, 3), (4,))),
+    Case(torch.conv_transpose1d, shapes=((2, 4, 7), (4, 3, 3), (6,)), args=(2, 1, 1, 2)),
+    Case(torch.conv_transpose2d, shapes=((2, 3, 4, 4), (3, 2, 3, 3)), args=(None, 2), varying=(0,)),
+    Case(F.embedding, ((6, 4),), (INDEX, X)),
+    Case(F.embedding_bag, ((6, 4),), (PICKED, X), {"mode": "sum"}, forward=False),
+    Case(F.embedding_bag, ((6, 4), (3, 2)), (PICKED, X), {"mode": "sum", "per_sample_weights": X}, forward=False),
+    Case(torch._weight_norm, ((4, 3, 2), (4, 1, 1)), (0,), forward=False),
+    Case(torch._weight_norm, ((4, 3), ()), (-1,), varying=(0,), forward=False),
+    Case(split_heads, ((2, 3, 8),), (4, True)),
+    Case(split_heads, ((3, 8),), (4, False)),
+    Case(join_heads, ((2, 4, 3, 2),), (False,)),
+    Case(attention_scores, QKV[:2], (None, False, None, False)),
+    Case(attention_scores, (*GROUPED[:2], (3, 5)), (X, False, 0.3, True), varying=(1, 2)),
+    Case(attention_values, GROUPED[2:], (torch.ones(1, 4, 1, 1), True)),
+    Case(split_windows, ((2, 5, 6, 3),), ([2, 4], [1, 2])),
+    Case(join_windows, ((2 * 6, 8, 3),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
+    Case(mask_windows, ((2 * 6, 1, 8, 8),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
+    Case(torch.conv_transpose3d, shapes=((2, 2, 3, 3, 3), (2, 3, 2, 2, 2)), varying=(1,)),
     Case(F.batch_norm, shapes=((5, 3, 4), (3,), (3,), (3,), (3,)), args=(False,), domain=POSITIVE, varying=(0,)),
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4)),
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,)), (X, None, None, X, X, True)),
@@ -521,6 +549,8 @@ ZERO_CASES = [
     Case(Tensor.new_full, args=((2,), 1.0)),
     Case(Tensor.new_tensor, args=([1.0],)),
     *(Case(f, args=(0.3,)) for f in (dropout_mask, alpha_dropout_coefficients)),
+    Case(row_mask, args=(0.3, False)),
+    Case(joint_mask, ((2, 4, 3, 2),), (None, torch.zeros(2, 5))),
     Case(torch.where),
     *(
         Case(getattr, args=(name,))

@@ -72,7 +72,7 @@ def conditioned(net: nn.Module, specs=None) -> fx.GraphModule:
 
 
 def hyperized(net: nn.Module) -> fx.GraphModule:
-    return hyperize(conditioned(net), [name for name, _ in net.named_parameters() if "bn" not in name])
+    return hyperize(conditioned(net))
 
 
 @pytest.mark.parametrize("last", [canonicalize, simplify, pushforward, linearized, perturbed])

@@ -225,7 +225,7 @@ def test_the_other_methods_run_the_network_at_the_weights_of_best_response(metho
         torch.testing.assert_close(stn.eval()(x), stn.export().eval()(x))
 
 
-def test_a_moved_batch_dimension_refuses_per_example_deltas_and_allows_shared_ones():
+def test_a_moved_batch_dimension_is_followed():
     class TimeMajor(nn.Module):
         def __init__(self):
             super().__init__()
@@ -235,16 +235,37 @@ def test_a_moved_batch_dimension_refuses_per_example_deltas_and_allows_shared_on
             return self.b(torch.tanh(self.a(x)).transpose(0, 1)).transpose(0, 1)
 
     net, x = TimeMajor(), torch.randn(3, 3, 3)  # equal sizes: only the layout can tell
-    stn = fxstn.transform(net, [hp.Dropout("a")]).train()
-    assert not stn.per_example
-    with pytest.raises(ValueError, match=r"module 'b'.*not along dimension 0"):
-        stn.pushforward(x, delta=torch.zeros(3, 1))
+    stn = fxstn.transform(net, [hp.Dropout("a")]).eval()
+    assert stn.per_example(x)
+    randomize_response(stn)
+    delta = torch.randn(3, 1)
+    _, rows = stn.pushforward(x, delta=delta)
+    for i in range(3):
+        torch.testing.assert_close(rows[i], stn.pushforward(x, delta=delta[i])[1][i])
     assert fxstn.verify(net, x, hparams=[hp.Dropout("a")]).ok
-    explanation = fxstn.explain(net, [hp.Dropout("b")])
+    fxstn.response_loss(stn, F.mse_loss, x, x).backward()
+    assert fxstn.transform(Classifier()).per_example(torch.randn(2, 1, 8, 8))
+
+
+def test_mixed_examples_refuse_per_example_deltas_and_allow_shared_ones():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)).cumsum(0))
+
+    net, x = Mixing(), torch.randn(4, 3)
+    stn = fxstn.transform(net, [hp.Dropout("a")]).train()
+    assert not stn.per_example(x)
+    with pytest.raises(ValueError, match=r"module 'b'.*not along one dimension"):
+        stn.pushforward(x, delta=torch.zeros(4, 1))
+    assert fxstn.verify(net, x, hparams=[hp.Dropout("a")]).ok
+    explanation = fxstn.explain(net, [hp.Dropout("b")], x)
     assert "not per example" in str(explanation)
     assert "strength from λ: b.dropout" in str(explanation)
     fxstn.response_loss(stn, F.mse_loss, x, x).backward()
-    assert fxstn.transform(Classifier()).per_example
 
 
 def test_a_response_starts_at_zero_and_has_the_papers_structure():

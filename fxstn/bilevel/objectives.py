@@ -43,13 +43,13 @@ def evaluate_loss(
     return loss
 
 
-def _perturbation(stn: SelfTuningNetwork, examples: int, perturb: str | None) -> Tensor:
+def _perturbation(stn: SelfTuningNetwork, inputs: tuple, perturb: str | None) -> Tensor:
     if perturb not in (None, "example", "batch"):
         raise ValueError(
             f"perturb={perturb!r} is neither 'example' nor 'batch' (nor None, for what the network allows)"
         )
-    per_example = stn.per_example if perturb is None else perturb == "example"
-    return stn.hparams.sample(examples) if per_example else stn.hparams.sample(1)[0]
+    per_example = stn.per_example(*inputs) if perturb is None else perturb == "example"
+    return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
 
 
 def general_loss(
@@ -93,7 +93,7 @@ def _perturbed_loss(
 ) -> Tensor:
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
-    epsilon = _perturbation(stn, examples, perturb).detach()
+    epsilon = _perturbation(stn, inputs, perturb).detach()
     output = stn.perturbed_output(
         *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )
@@ -120,7 +120,7 @@ def hyper_loss(
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
     unconstrained = stn.hparams.unconstrained
-    delta = (unconstrained - unconstrained.detach()) + _perturbation(stn, examples, perturb)
+    delta = (unconstrained - unconstrained.detach()) + _perturbation(stn, inputs, perturb)
     with held((*stn.response_parameters(), *stn.general_parameters())):
         output = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()

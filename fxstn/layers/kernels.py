@@ -70,6 +70,13 @@ def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
 
 
 @staged
+def sum_except(value: Tensor, dim: int) -> Tensor:
+    """Sum over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm counts."""
+    axes = [axis for axis in range(value.dim()) if axis != dim]
+    return value.sum(axes, keepdim=True)
+
+
+@staged
 def regions(boxes: Tensor | list[Tensor]) -> Tensor:
     """(regions, 5), the image's number before each box, from that or from one (boxes, 4) for each image."""
     if isinstance(boxes, Tensor):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxstn.layers.examples import FIRST, Place, along_examples
 from fxstn.staging import staged
 
 
 @staged
-def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0) -> Tensor | int:
+def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: Place = FIRST) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
 
-    x: (batch, ...), what will be multiplied. p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example.
+    x: what will be multiplied. p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example, which are
+    at `place` in x, (axis, left, right).
     spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it.
 
     Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.
@@ -24,29 +26,43 @@ def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0) -> Tensor | int
     shape = x.shape[:leading] + (1,) * (x.dim() - leading)
     noise = torch.rand(shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if isinstance(p, Tensor):
-        if p.dim() == 1 and p.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"{p.shape[0]} dropout rates, one per example, for a value of shape {tuple(x.shape)}; pass a condition "
-                "of shape (h,), or one row per example"
-            )
-        p = p.to(noise.dtype).view(-1, *[1] * (x.dim() - 1)) if p.dim() else p.to(noise.dtype)
+        p = _by_example(p.to(noise.dtype), x, place)
         return noise.ge_(p).div_((1 - p).clamp_min(torch.finfo(noise.dtype).tiny)).to(x.dtype)
     return noise.ge_(p).div_(max(1 - p, torch.finfo(noise.dtype).tiny)).to(x.dtype)
 
 
+def _by_example(p: Tensor, x: Tensor, place: Place) -> Tensor:
+    """A rate, or one per example, so that it broadcasts with x."""
+    if not p.dim():
+        return p
+    return along_examples(p, x, place).view([-1 if i == place[0] else 1 for i in range(x.dim())])
+
+
 @staged
-def alpha_dropout_coefficients(x: Tensor, p: Tensor | float, spatial: int = 0) -> tuple[Tensor, Tensor]:
+def alpha_dropout_coefficients(
+    x: Tensor, p: Tensor | float, spatial: int = 0, place: Place = FIRST
+) -> tuple[Tensor, Tensor]:
     """(multiplier, shift) of alpha dropout (Klambauer et al. 2017, Sec. "Alpha dropout"): y = x · multiplier + shift.
 
     Shapes and ranges as in `dropout_mask`; p < 1. Dropped units are set to SELU's lower limit and the result is rescaled
     to keep zero mean and unit variance.
     """
     limit = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
-    kept = (dropout_mask(x, p, spatial) != 0).to(x.dtype)  # type: ignore[union-attr]
+    kept = (dropout_mask(x, p, spatial, place) != 0).to(x.dtype)  # type: ignore[union-attr]
     if isinstance(p, Tensor):
-        p = p.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) if p.dim() else p.to(x.dtype)
+        p = _by_example(p.to(x.dtype), x, place)
     gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
     return kept * gain, (1 - kept) * (gain * limit) - gain * p * limit
+
+
+@staged
+def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
+    """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
+
+    x: (batch, ...). p: in [0, 1]. Returns a tensor that broadcasts with x.
+    """
+    mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
 
 
 @staged

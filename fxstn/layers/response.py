@@ -7,31 +7,35 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fxstn.layers.examples import FIRST, Place, along_examples
 from fxstn.staging import staged
 
 
 class Response(nn.Module):
-    """Response of one parameter w: Δw = (U δ) ⊙row R (paper, Eq. 3.14).
+    """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
-    U: (rows, h), starts at zero, so that a fresh response predicts no change. R: shaped like w, drawn from the uniform
-    distribution that torch's linear and convolution layers start from, ±1/√fan_in.
+    U: (n, h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
+    parameters that w is combined with row by row. R: shaped like w, drawn from the uniform distribution that torch's
+    linear and convolution layers start from, ±1/√fan_in.
     """
 
-    def __init__(self, parameter: Tensor, fan_in: int, hyperparameters: int) -> None:
+    def __init__(
+        self, parameter: Tensor, fan_in: int, hyperparameters: int, axis: int = 0, U: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        zeros = torch.zeros(parameter.shape[0], hyperparameters, dtype=parameter.dtype, device=parameter.device)
-        self.U = nn.Parameter(zeros)
+        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=parameter.dtype, device=parameter.device)
+        self.U = nn.Parameter(zeros) if U is None else U
         bound = 1 / math.sqrt(fan_in)
         self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound))
+        self.axis = axis
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Row scales U δ: (rows,) for delta (h,), (batch, rows) for (batch, h)."""
+        """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
         return nn.functional.linear(delta, self.U)
 
     def change(self, delta: Tensor) -> Tensor:
         """Δw for one delta of shape (h,), shaped like the parameter."""
-        scale = self(delta)
-        return scale.view(-1, *[1] * (self.R.dim() - 1)) * self.R
+        return materialised(self(delta), self.R, self.axis)
 
 
 def parameter_changes(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
@@ -39,21 +43,31 @@ def parameter_changes(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
     return {name: module.change(delta) for name, module in tree.named_modules() if isinstance(module, Response)}
 
 
-def align(scale: Tensor, output: Tensor, dim: int) -> Tensor:
-    """View row scales, (rows,) or (batch, rows), so that they broadcast over `output` along channel `dim` (negative).
+@staged
+def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
+    """response ⊙ scale along `axis`, for one perturbation of the whole batch. Raises ValueError for (batch, n) scales."""
+    if scale.dim() != 1:
+        raise ValueError(
+            f"scales of shape {tuple(scale.shape)}, one row per example, cannot be multiplied into a weight"
+        )
+    return response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])
 
-    Raises ValueError when the rows of a per-example scale are not the examples of `output`.
+
+def align(scale: Tensor, output: Tensor, dim: int, place: Place = FIRST) -> Tensor:
+    """View scales, (n,) or (batch, n), so that they broadcast over `output` along channel `dim` (negative).
+
+    place: where the examples are in `output`. Raises ValueError when the rows of a per-example scale are not there.
     """
     shape = [1] * output.dim()
     shape[dim] = scale.shape[-1]
-    if scale.dim() == 2:
-        if output.dim() + dim < 1 or output.shape[0] != scale.shape[0]:
-            raise ValueError(
-                f"delta has {scale.shape[0]} rows, one per example, but a layer's output has shape "
-                f"{tuple(output.shape)}, whose dimension 0 is not the batch; pass one delta of shape (h,) for all"
-            )
-        shape[0] = scale.shape[0]
-    return scale.view(shape)
+    if scale.dim() == 1:
+        return scale.view(shape)
+    axis, channel = place[0], output.dim() + dim
+    if axis == channel:
+        raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
+    scale = along_examples(scale, output, place)
+    shape[axis] = scale.shape[0]
+    return (scale if axis < channel else scale.T).reshape(shape)
 
 
 @staged
@@ -64,31 +78,44 @@ def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
     """
     if isinstance(value, Tensor) and value.dim() > dimensions:
         raise ValueError(
-            f"{where}: the examples are not along dimension 0 there, so one perturbation per example is refused; pass "
+            f"{where}: the examples are not along one dimension there, so one perturbation per example is refused; pass "
             "delta and condition of shape (h,), or perturb='batch' to the losses and the runner"
         )
     return value
 
 
 @staged
-def scale_channels(output: Tensor, scale: Tensor, dim: int) -> Tensor:
+def pick_rows(scale: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Entries start..stop of the last dimension for each of `runs`, joined: the scales of a slice, or of a join."""
+    parts = [scale[..., start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@staged
+def scale_channels(output: Tensor, scale: Tensor, dim: int, place: Place = FIRST) -> Tensor:
     """`output` with channel `dim` multiplied by `scale`, per example when scale is (batch, channels)."""
-    return output * align(scale, output, dim)
+    return output * align(scale, output, dim, place)
 
 
 @staged
-def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int) -> Tensor:
+def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, place: Place = FIRST) -> Tensor:
     """tangent + scale ⊙ output in one kernel; shapes as in `scale_channels`."""
-    return torch.addcmul(tangent, output, align(scale, output, dim))
+    return torch.addcmul(tangent, output, align(scale, output, dim, place))
 
 
 @staged
-def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int) -> Tensor:
+def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, place: Place = FIRST) -> Tensor:
     """tangent + the tangent of a bias, scale ⊙ response, along channel `dim`."""
-    return tangent + align(scale * response, tangent, dim)
+    return tangent + align(scale * response, tangent, dim, place)
 
 
 @staged
-def bias_tangent(output: Tensor, scale: Tensor, response: Tensor, dim: int) -> Tensor:
+def bias_tangent(output: Tensor, scale: Tensor, response: Tensor, dim: int, place: Place = FIRST) -> Tensor:
     """The tangent of a bias alone, expanded to the shape of `output`."""
-    return align(scale * response, output, dim).expand_as(output)
+    return align(scale * response, output, dim, place).expand_as(output)
+
+
+@staged
+def add_channels(tangent: Tensor, change: Tensor, dim: int) -> Tensor:
+    """tangent + the tangent (channels,) of a bias computed from other values, along channel `dim`."""
+    return tangent + align(change, tangent, dim)

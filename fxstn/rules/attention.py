@@ -7,7 +7,16 @@ import operator
 import torch.nn.functional as F
 
 from fxstn.layers.attention import attention_tangent, attention_with_probabilities
-from fxstn.rules.registry import NoRule, rule
+from fxstn.layers.heads import (
+    attention_scores,
+    attention_values,
+    join_heads,
+    join_windows,
+    mask_windows,
+    split_heads,
+    split_windows,
+)
+from fxstn.rules.registry import NoRule, linear, pointwise, rule, total
 from fxstn.tangents import ZERO
 
 
@@ -21,3 +30,17 @@ def attention(
     y, probabilities = operator.getitem(results, 0), operator.getitem(results, 1)
     tangents = tuple(None if t is ZERO else t for t in (d.query, d.key, d.value, d.attn_mask))
     return y, attention_tangent(tangents, query, key, value, scale, enable_gqa, probabilities)
+
+
+linear(split_heads, join_heads, split_windows, join_windows, attention_values)
+pointwise(mask_windows, lambda dx, y, x, *_: dx)
+
+
+@rule(attention_scores)
+def scores(d, query, key, mask, is_causal, scale, grouped):
+    settings = (None, False, scale, grouped)
+    return attention_scores(query, key, mask, is_causal, scale, grouped), total(
+        (d.query, lambda dq: attention_scores(dq, key, *settings)),
+        (d.key, lambda dk: attention_scores(query, dk, *settings)),
+        (d.mask, lambda dmask: dmask),
+    )

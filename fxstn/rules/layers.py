@@ -7,41 +7,132 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.response import add_bias, add_scaled, bias_tangent, scale_channels
-from fxstn.rules.registry import NoRule, rule
-from fxstn.tangents import ZERO, Scaled
+from fxstn.layers.kernels import sum_except
+from fxstn.layers.response import (
+    add_bias,
+    add_channels,
+    add_scaled,
+    bias_tangent,
+    materialised,
+    pick_rows,
+    scale_channels,
+)
+from fxstn.rules.registry import NoRule, Reads, rule
+from fxstn.tangents import BATCH_FIRST, ZERO, Scaled
+
+BIAS = Reads("bias", (0,))
 
 
-def _hyperlayer(d, operation, input, weight, bias, channel):
+def _place(tangent):
+    """Where the examples are, as a further argument; none in a plain network, so that its graph stays short."""
+    where = tangent.examples
+    return () if where == BATCH_FIRST else ((where.axis, where.left, where.right),)
+
+
+def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     """(y, dy) of operation(input, weight) + bias; the response's product shares the input of the general one."""
-    if not all(isinstance(tangent, Scaled) or tangent is ZERO for tangent in (d.weight, d.bias)):
-        raise NoRule("its weight or bias is computed from values that vary")
     y = operation(input, weight, bias)
     dy = ZERO if d.input is ZERO else operation(d.input, weight, None)
-    if d.weight is not ZERO:
+    if (
+        isinstance(d.weight, Scaled) and channel == -1 and d.weight.axis == 1
+    ):  # tied to an embedding: columns are scaled
+        term = operation(scale_channels(input, d.weight.scale, -1, *_place(d.weight)), d.weight.response, None)
+        dy = term if dy is ZERO else dy + term
+    elif isinstance(d.weight, Scaled):
         product = operation(input, d.weight.response, None)
-        dy = (
-            scale_channels(product, d.weight.scale, channel)
-            if dy is ZERO
-            else add_scaled(dy, product, d.weight.scale, channel)
-        )
-    if d.bias is not ZERO:
-        change = (d.bias.scale, d.bias.response, channel)
+        scale = pick_rows(d.weight.scale, ((0, None),) * repeats) if repeats > 1 else d.weight.scale
+        scaled = (scale, channel, *_place(d.weight))
+        dy = scale_channels(product, *scaled) if dy is ZERO else add_scaled(dy, product, *scaled)
+    elif d.weight is not ZERO:
+        term = operation(input, d.weight, None)
+        dy = term if dy is ZERO else dy + term
+    if isinstance(d.bias, Scaled):
+        change = (d.bias.scale, d.bias.response, channel, *_place(d.bias))
         dy = bias_tangent(y, *change) if dy is ZERO else add_bias(dy, *change)
+    elif d.bias is not ZERO:
+        dy = add_channels(torch.zeros_like(y) if dy is ZERO else dy, d.bias, channel)
     return y, dy
 
 
-@rule(F.linear, kind="hyperlayer")
+@rule(F.linear, reads={1: Reads("weight", (0, 1)), 2: BIAS})
 def linear_layer(d, input, weight, bias=None):
     return _hyperlayer(d, F.linear, input, weight, bias, channel=-1)
 
 
-def _register_convolution(function, spatial):
-    @rule(function, kind="hyperlayer")
+@rule(F.bilinear, reads={2: Reads("weight", (0,)), 3: BIAS})
+def bilinear_layer(d, input1, input2, weight, bias=None):
+    d.input = ZERO
+    y, dy = _hyperlayer(d, lambda _, w, b: F.bilinear(input1, input2, w, b), None, weight, bias, channel=-1)
+    terms = [] if d.input1 is ZERO else [F.bilinear(d.input1, input2, weight)]
+    terms += [] if d.input2 is ZERO else [F.bilinear(input1, d.input2, weight)]
+    return y, sum(terms[1:], terms[0] if dy is ZERO else dy + terms[0]) if terms else dy
+
+
+def _register_convolution(function, transposed, spatial):
+    @rule(function, reads={1: Reads("weight", (0,)), 2: BIAS})
     def convolution(d, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return _hyperlayer(d, partial(function, **settings), input, weight, bias, channel=-1 - spatial)
 
+    @rule(transposed, reads={1: Reads("weight", (1,)), 2: BIAS})
+    def transposed_convolution(
+        d, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+    ):  # fmt: skip
+        settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups}
+        operation = partial(transposed, dilation=dilation, **settings)
+        return _hyperlayer(d, operation, input, weight, bias, channel=-1 - spatial, repeats=groups)
 
-for spatial, function in enumerate([torch.conv1d, torch.conv2d, torch.conv3d], start=1):
-    _register_convolution(function, spatial)
+
+for spatial in (1, 2, 3):
+    convolutions = (getattr(torch, f"conv{spatial}d"), getattr(torch, f"conv_transpose{spatial}d"))
+    _register_convolution(*convolutions, spatial)
+
+
+def _looked_up(d, operation, weight):
+    """(y, dy) of a lookup, linear in its table, whose columns are scaled."""
+    y = operation(weight)
+    if isinstance(d.weight, Scaled):
+        return y, scale_channels(operation(d.weight.response), d.weight.scale, -1, *_place(d.weight))
+    return y, operation(d.weight)
+
+
+@rule(F.embedding, reads={1: Reads("table", (1,))})
+def embedding(d, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    if max_norm is not None:
+        raise NoRule("max_norm changes the table in place")
+    return _looked_up(d, lambda table: F.embedding(input, table, padding_idx), weight)
+
+
+@rule(F.embedding_bag, reads={1: Reads("table", (1,))})
+def embedding_bag(
+    d, input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
+    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+):  # fmt: skip
+    if max_norm is not None or mode == "max":
+        raise NoRule("max_norm changes the table in place" if max_norm else "mode='max' is not linear in the table")
+
+    def lookup(table, weights=per_sample_weights):
+        settings = {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
+        return F.embedding_bag(input, table, offsets, per_sample_weights=weights, **settings)
+
+    y, dy = (lookup(weight), ZERO) if d.weight is ZERO else _looked_up(d, lookup, weight)
+    if d.per_sample_weights is not ZERO:
+        term = lookup(weight, d.per_sample_weights)
+        dy = term if dy is ZERO else dy + term
+    return y, dy
+
+
+@rule(torch._weight_norm)
+def weight_norm(d, v, g, dim=0):
+    """g v / ‖v‖, the norm over all axes but `dim` (Salimans & Kingma 2016); what torch's weight norm calls."""
+    norm = torch.norm_except_dim(v, 2, dim)
+    terms = [] if d.g is ZERO else [v * (d.g / norm)]
+    if d.v is not ZERO:
+        unit = v / norm
+        terms.append(g / norm * (d.v - unit * sum_except(unit * d.v, dim)))
+    return torch._weight_norm(v, g, dim), terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def dense(tangent):
+    """The tangent of a parameter as a tensor, for one perturbation of the whole batch; any other tangent as it is."""
+    return materialised(tangent.scale, tangent.response, tangent.axis) if isinstance(tangent, Scaled) else tangent

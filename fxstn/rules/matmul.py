@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.nn.functional as F
 
 from fxstn.layers.kernels import expand_like
 from fxstn.rules.registry import bilinear, rule, total
@@ -40,17 +39,6 @@ def _register_added_product(function):
             if da is not ZERO and db is not ZERO:
                 dy = function(input if dy is ZERO else dy, da, db, beta=0 if dy is ZERO else 1, alpha=alpha)
         return y, expand_like(dy, y)
-
-
-@rule(F.bilinear)
-def bilinear_form(d, input1, input2, weight, bias=None):
-    y = F.bilinear(input1, input2, weight, bias)
-    return y, total(
-        (d.input1, lambda dx: F.bilinear(dx, input2, weight)),
-        (d.input2, lambda dx: F.bilinear(input1, dx, weight)),
-        (d.weight, lambda dw: F.bilinear(input1, input2, dw)),
-        (d.bias, lambda db: expand_like(db, y)),
-    )
 
 
 for function in (torch.addmm, torch.addmv, torch.baddbmm, torch.addbmm, torch.addr):

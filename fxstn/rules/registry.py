@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,26 +25,43 @@ Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
+class Reads:
+    """How a layer reads a parameter. role: "weight", "bias" or "table"; axes: along which its tangent may be scaled."""
+
+    role: str
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Rule:
-    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known."""
+    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known.
+    reads: {position: Reads} of a hyperlayer."""
 
     kind: str
     apply: Apply
     signature: inspect.Signature | None = None
+    reads: Mapping[int, Reads] = field(default_factory=dict)
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
+_NONE: Mapping[int, Reads] = MappingProxyType({})
 
 
 class NoRule(Exception):
     """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
 
 
-def register(function: Callable[..., Any], kind: str, apply: Apply, signature: inspect.Signature | None = None) -> None:
+def register(
+    function: Callable[..., Any],
+    kind: str,
+    apply: Apply,
+    signature: inspect.Signature | None = None,
+    reads: Mapping[int, Reads] = _NONE,
+) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule")
-    RULES[function] = Rule(kind, apply, signature)
+    RULES[function] = Rule(kind, apply, signature, reads)
 
 
 def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
@@ -140,11 +157,14 @@ def zero(*functions: Callable[..., Any]) -> None:
         register(function, "zero", apply)
 
 
-def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *functions: Callable[..., Any], kind: str = "own", reads: Mapping[int, Reads] = _NONE
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
     The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
     `*tensors` a tuple of them.
+    reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +180,7 @@ def rule(*functions: Callable[..., Any], kind: str = "own") -> Callable[[Callabl
             return body(d, *bound.args, **bound.kwargs)
 
         for function in functions:
-            register(function, kind, apply, signature)
+            register(function, "hyperlayer" if reads else kind, apply, signature, reads)
         return body
 
     return decorate

@@ -1,0 +1,407 @@
+"""Spellings whose arguments differ from the canonical function's, each written as a function with its own signature.
+
+Three tables by name: METHODS, of Tensor methods alone; RAW, of ATen and of the builtins in `torch` that share ATen's
+signatures; ANY, wherever the name comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """function(*args, **kwargs) in the canonical spelling. An argument may be a Spelled itself: compute it first.
+
+    in_place: whether the original spelling writes the result into its first argument.
+    """
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    in_place: bool = False
+
+
+class Unspellable(Exception):
+    """A mutation without a functional counterpart; `reason` says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+Table = dict[str, Callable[..., Spelled]]
+METHODS: Table = {}
+RAW: Table = {}
+ANY: Table = {}
+
+
+def spell(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Spelled:
+    return Spelled(function, args, kwargs)
+
+
+def _called(table: Table, *names: str) -> Callable[[Callable[..., Spelled]], Callable[..., Spelled]]:
+    def enter(signature: Callable[..., Spelled]) -> Callable[..., Spelled]:
+        table.update(dict.fromkeys(names, signature))
+        return signature
+
+    return enter
+
+
+# Arithmetic
+
+
+def _times(factor: Any, value: Any) -> Any:
+    return value if isinstance(factor, (int, float)) and factor == 1 else spell(operator.mul, value, factor)
+
+
+@_called(ANY, "add", "__add__")
+def _add(input, other, alpha=1):
+    return spell(operator.add, input, _times(alpha, other))
+
+
+@_called(ANY, "sub", "subtract", "__sub__")
+def _sub(input, other, alpha=1):
+    return spell(operator.sub, input, _times(alpha, other))
+
+
+@_called(ANY, "rsub")
+def _rsub(input, other, alpha=1):
+    return spell(operator.sub, other, _times(alpha, input))
+
+
+@_called(ANY, "div", "divide", "true_divide")
+def _div(input, other, rounding_mode=None):
+    if rounding_mode is None:
+        return spell(operator.truediv, input, other)
+    return spell(torch.div, input, other, rounding_mode=rounding_mode)
+
+
+@_called(ANY, "mul", "multiply")
+def _mul(input, other):
+    return spell(operator.mul, input, other)
+
+
+@_called(ANY, "pow")
+def _pow(input, exponent):
+    return spell(operator.pow, input, exponent)
+
+
+@_called(ANY, "matmul")
+def _matmul(input, other):
+    return spell(operator.matmul, input, other)
+
+
+@_called(ANY, "addmm")
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
+    return spell(operator.add, _times(beta, input), _times(alpha, spell(torch.mm, mat1, mat2)))
+
+
+@_called(ANY, "baddbmm")
+def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    return spell(operator.add, _times(beta, input), _times(alpha, spell(torch.bmm, batch1, batch2)))
+
+
+@_called(ANY, "addcmul")
+def _addcmul(input, tensor1, tensor2, *, value=1):
+    return spell(operator.add, input, _times(value, spell(operator.mul, tensor1, tensor2)))
+
+
+@_called(ANY, "addcdiv")
+def _addcdiv(input, tensor1, tensor2, *, value=1):
+    return spell(operator.add, input, _times(value, spell(operator.truediv, tensor1, tensor2)))
+
+
+@_called(ANY, "clamp_min")
+def _clamp_min(input, min):
+    return spell(torch.clamp, input, min, None)
+
+
+@_called(ANY, "clamp_max")
+def _clamp_max(input, max):
+    return spell(torch.clamp, input, None, max)
+
+
+@_called(ANY, "einsum")
+def _einsum(equation, *operands, tensors=None, path=None):
+    if tensors is not None:
+        operands = (tensors,)
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    return spell(torch.einsum, equation, *operands)
+
+
+@_called(ANY, "norm")
+def _norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    if p == "nuc":
+        return spell(torch.linalg.matrix_norm, input, p, (-2, -1) if dim is None else dim, keepdim, **kwargs)
+    return spell(torch.linalg.vector_norm, input, 2.0 if p in ("fro", None) else p, dim, keepdim, **kwargs)
+
+
+@_called(ANY, "copy")
+def _copy(input, src, non_blocking=False):
+    return spell(Tensor.expand_as, spell(Tensor.type_as, src, input), input)
+
+
+@_called(ANY, "zero")
+def _zero(input):
+    return spell(torch.zeros_like, input)
+
+
+# Layers and functions that torch has in several argument orders
+
+
+@_called(ANY, "linear")
+def _linear(input, weight, bias=None):
+    return spell(F.linear, input, weight, bias)
+
+
+def _convolution(function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return spell(function, input, weight, bias, stride, padding, dilation, groups)
+
+
+@_called(ANY, "batch_norm")
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    return spell(F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_called(RAW, "batch_norm")
+def _raw_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True):
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_called(RAW, "instance_norm")
+def _instance_norm(
+    input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True
+):  # fmt: skip
+    order = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return spell(F.instance_norm, *order)
+
+
+@_called(ANY, "layer_norm")
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    return spell(F.layer_norm, input, normalized_shape, weight, bias, eps)
+
+
+@_called(ANY, "group_norm")
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    return spell(F.group_norm, input, num_groups, weight, bias, eps)
+
+
+@_called(RAW, "embedding")
+def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    padding = None if padding_idx == -1 else padding_idx
+    return spell(F.embedding, indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
+
+
+@_called(ANY, "softmax", "special_softmax")
+def _softmax(input, dim=None, _stacklevel=3, dtype=None):
+    return _over(torch.softmax, F.softmax, input, dim, dtype)
+
+
+@_called(ANY, "log_softmax", "special_log_softmax")
+def _log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+    return _over(torch.log_softmax, F.log_softmax, input, dim, dtype)
+
+
+@_called(RAW, "softmax", "special_softmax")
+def _raw_softmax(input, dim, dtype=None):
+    return _over(torch.softmax, F.softmax, input, dim, dtype)
+
+
+@_called(RAW, "log_softmax", "special_log_softmax")
+def _raw_log_softmax(input, dim, dtype=None):
+    return _over(torch.log_softmax, F.log_softmax, input, dim, dtype)
+
+
+METHODS.update({name: RAW[name] for name in ("softmax", "log_softmax")})
+
+
+def _over(function, ranked, input, dim, dtype):
+    """Without a dimension it depends on the rank, which `ranked` knows."""
+    if dim is None:
+        return spell(ranked, input) if dtype is None else spell(ranked, input, dtype=dtype)
+    return spell(function, input, dim) if dtype is None else spell(function, input, dim, dtype=dtype)
+
+
+@_called(RAW, "dropout")
+def _dropout(input, p, train):
+    return spell(F.dropout, input, p, train)
+
+
+@_called(RAW, "alpha_dropout")
+def _alpha_dropout(input, p, train):
+    return spell(F.alpha_dropout, input, p, train)
+
+
+@_called(RAW, "feature_alpha_dropout")
+def _feature_alpha_dropout(input, p, train):
+    return spell(F.feature_alpha_dropout, input, p, train)
+
+
+@_called(RAW, "elu")
+def _elu(input, alpha=1.0, scale=1, input_scale=1):
+    if scale == 1 and input_scale == 1:
+        return spell(F.elu, input, alpha)
+    return spell(torch.ops.aten.elu.default, input, alpha, scale, input_scale)
+
+
+@_called(RAW, "rrelu")
+def _rrelu(input, lower=0.125, upper=1 / 3, training=False, generator=None):
+    return spell(F.rrelu, input, lower, upper, training)
+
+
+def _max_pool(
+    function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):  # fmt: skip
+    stride = None if stride in ([], ()) else stride
+    return spell(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def _max_pool_with_indices(
+    function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=True
+):  # fmt: skip
+    return _max_pool(function, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def _adaptive_max_pool(function, input, output_size, return_indices=False):
+    return spell(function, input, output_size, return_indices)
+
+
+def _adaptive_max_pool_with_indices(function, input, output_size, return_indices=True):
+    return spell(function, input, output_size, True)
+
+
+for _k in (1, 2, 3):
+    ANY[f"conv{_k}d"] = functools.partial(_convolution, getattr(torch, f"conv{_k}d"))
+    _pool, _adaptive = getattr(F, f"max_pool{_k}d"), getattr(F, f"adaptive_max_pool{_k}d")
+    ANY[f"max_pool{_k}d"] = functools.partial(_max_pool, _pool)
+    ANY[f"max_pool{_k}d_with_indices"] = functools.partial(_max_pool_with_indices, _pool)
+    ANY[f"adaptive_max_pool{_k}d"] = functools.partial(_adaptive_max_pool, _adaptive)
+    RAW[f"adaptive_max_pool{_k}d"] = functools.partial(_adaptive_max_pool_with_indices, _adaptive)
+    ANY[f"adaptive_max_pool{_k}d_with_indices"] = RAW[f"adaptive_max_pool{_k}d"]
+
+
+# Resizing and padding
+
+
+@_called(ANY, "upsample")
+def _upsample(input, size=None, scale_factor=None, mode="nearest", align_corners=None):
+    return spell(F.interpolate, input, size, scale_factor, mode, align_corners)
+
+
+@_called(ANY, "upsample_nearest")
+def _upsample_nearest(input, size=None, scale_factor=None):
+    return spell(F.interpolate, input, size, scale_factor, "nearest")
+
+
+@_called(ANY, "upsample_bilinear")
+def _upsample_bilinear(input, size=None, scale_factor=None):
+    return spell(F.interpolate, input, size, scale_factor, "bilinear", True)
+
+
+def _nearest(mode, input, output_size, scale_factors=None):
+    return spell(F.interpolate, input, output_size, scale_factors, mode)
+
+
+def _smooth(mode, antialias, input, output_size, align_corners, scale_factors=None):
+    arguments = (input, output_size, scale_factors, mode, align_corners)
+    return spell(F.interpolate, *arguments, antialias=True) if antialias else spell(F.interpolate, *arguments)
+
+
+for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic")):
+    RAW[f"upsample_nearest{_k}d.vec"] = functools.partial(_nearest, "nearest")
+    RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")
+    RAW[f"upsample_{_mode}{_k}d.vec"] = functools.partial(_smooth, _mode, False)
+    RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
+
+
+@_called(RAW, "constant_pad_nd")
+def _constant_pad(input, pad, value=0):
+    return spell(F.pad, input, pad, "constant", value)
+
+
+for _k in (1, 2, 3):
+    for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
+        RAW[f"{_name}_pad{_k}d"] = functools.partial(
+            lambda mode, input, padding: spell(F.pad, input, padding, mode), _mode
+        )
+
+
+# Views, indices and conversions
+
+
+def _without_change(input, **_):
+    return spell(torch.clone, input)
+
+
+RAW.update(dict.fromkeys(("alias", "lift_fresh_copy", "lift_fresh", "lift"), _without_change))
+RAW["numpy_T"] = lambda input: spell(getattr, input, "T")
+RAW["mT"] = lambda input: spell(getattr, input, "mT")
+
+
+@_called(RAW, "slice")
+def _slice(input, dim=0, start=None, end=None, step=1):
+    last = None if isinstance(end, int) and end == torch.iinfo(torch.int64).max else end
+    first = None if isinstance(start, int) and start == 0 else start
+    piece = slice(first, last, None if isinstance(step, int) and step == 1 else step)
+    if dim >= 0:
+        return spell(operator.getitem, input, (*[slice(None)] * dim, piece))
+    return spell(operator.getitem, input, (..., piece, *[slice(None)] * (-dim - 1)))
+
+
+@_called(RAW, "index")
+def _index(input, indices):
+    return spell(operator.getitem, input, tuple(slice(None) if index is None else index for index in indices))
+
+
+@_called(RAW, "to.dtype")
+def _to_dtype(input, dtype, non_blocking=False, copy=False, memory_format=None):
+    return spell(Tensor.to, input, dtype)
+
+
+@_called(RAW, "to.device")
+def _to_device(input, device, dtype, non_blocking=False, copy=False, memory_format=None):
+    return spell(Tensor.to, input, device, dtype)
+
+
+@_called(RAW, "to.other")
+def _to_other(input, other, non_blocking=False, copy=False, memory_format=None):
+    return spell(Tensor.to, input, other)
+
+
+@_called(RAW, "to.dtype_layout", "_to_copy")
+def _to_layout(input, *, dtype=None, layout=None, device=None, **_):
+    return spell(Tensor.to, input, *(value for value in (device, dtype) if value is not None))
+
+
+@_called(METHODS, "where")
+def _where(input, condition, other):
+    return spell(torch.where, condition, input, other)
+
+
+@_called(METHODS, "__len__")
+def _len(input):
+    return spell(Tensor.size, input, 0)
+
+
+def _reflected(function, input, other):
+    return spell(function, other, input)
+
+
+for _name, _function in {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "div": operator.truediv,
+    "floordiv": operator.floordiv, "mod": torch.remainder, "pow": operator.pow, "matmul": operator.matmul,
+    "and": operator.and_, "or": operator.or_, "xor": operator.xor,
+}.items():  # fmt: skip
+    METHODS[f"__r{_name}__"] = functools.partial(_reflected, _function)

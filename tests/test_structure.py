@@ -1,0 +1,146 @@
+"""Responses of parameters that are sliced, joined, normalised, tied, looked up or transposed before a layer reads them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import randomize_response
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fxstn
+from fxstn import hp
+
+SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+
+
+class FusedStandardized(nn.Conv2d):
+    """Weight standardisation by batch norm over the rows."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / torch.sqrt(var + 1e-5), self.bias)
+
+
+class Slices(nn.Module):
+    """One weight read in thirds and whole; a bias joined from two parameters and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(12))
+        self.q, self.v = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("zeros", torch.zeros(4))
+
+    def forward(self, x):
+        a, b, c = self.weight.chunk(3)
+        p, q, r = self.bias.chunk(3)
+        x = F.linear(x, a, p) * torch.tanh(F.linear(x, b, q)) + F.linear(x, c, r)
+        return F.linear(x, self.weight, torch.cat([self.q, self.zeros, self.v]))
+
+
+class Tied(nn.Module):
+    """An embedding whose table is also the last layer's weight: its columns are scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(10, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.hidden(self.table(tokens))))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(10, 6, mode="sum"), nn.Linear(6, 2)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.bag(tokens)))
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.last = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.ConvTranspose2d(6, 3, 2)
+        self.pair = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.last(torch.tanh(self.up(x)))).mean((2, 3))
+        return self.pair(x, torch.sin(x))
+
+
+def convolutions(layer):
+    return lambda: nn.Sequential(layer(3, 4, 3), nn.Tanh(), layer(4, 5, 3))
+
+
+IMAGES, TOKENS = torch.randn(4, 3, 8, 8), torch.randint(10, (4, 5))
+NETS = {
+    "standardised": (convolutions(Standardized), IMAGES),
+    "standardised-fused": (convolutions(FusedStandardized), IMAGES),
+    "weight-norm": (convolutions(lambda *sizes: weight_norm(nn.Conv2d(*sizes))), IMAGES),
+    "slices": (Slices, torch.randn(4, 4)),
+    "tied": (Tied, TOKENS),
+    "bag": (Bag, TOKENS),
+    "transposed": (Transposed, torch.randn(4, 4, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_parameter_responds_and_the_tangent_is_exact(name):
+    make, x = NETS[name]
+    net = make()
+    stn = fxstn.transform(net, SCALAR)
+    assert {n.removesuffix(".R") for n, _ in stn.response.named_parameters() if n.endswith(".R")} == dict(
+        net.named_parameters()
+    ).keys()
+    report = fxstn.verify(net, x, hparams=SCALAR)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_rows_of_a_per_example_delta_are_the_shared_results(name):
+    make, x = NETS[name]
+    stn = fxstn.transform(make().double(), SCALAR).eval()
+    randomize_response(stn)
+    x = x.double() if x.is_floating_point() else x
+    delta = torch.randn(4, 1).double()
+    assert stn.per_example(x)
+    _, rows = stn.pushforward(x, delta=delta)
+    for i in range(4):
+        torch.testing.assert_close(rows[i], stn.pushforward(x, delta=delta[i])[1][i], rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_of_one_weight_share_their_scales():
+    stn = fxstn.transform(nn.Sequential(weight_norm(nn.Linear(3, 4))), SCALAR)
+    direction, length = stn.response.get_submodule("0.parametrizations.weight").children()
+    assert direction.U is length.U
+    assert direction.R.shape != length.R.shape
+
+
+def test_a_weight_that_moves_by_a_finite_step_cannot_be_normalised():
+    with pytest.raises(fxstn.TransformError, match="only method 'delta'"):
+        fxstn.transform(nn.Sequential(weight_norm(nn.Linear(3, 4))), SCALAR, method="centered").graph("perturbed")
+
+
+def test_a_weight_whose_rows_are_mixed_gets_no_response():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.mix, self.b = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(F.linear(x, self.mix @ self.a.weight, self.a.bias))
+
+    stn = fxstn.transform(Mixed(), SCALAR)
+    assert {n for n, _ in stn.response.named_parameters() if n.endswith("R")} == {"a.bias.R", "b.weight.R", "b.bias.R"}
+    assert "operator.matmul" in str(fxstn.explain(Mixed(), SCALAR))
