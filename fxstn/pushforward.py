@@ -22,8 +22,8 @@ from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.staging import call
 from fxstn.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 
-_LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
-_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
+LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
+VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
 class _Emitter(fx.proxy.GraphAppendingTracer):
@@ -132,7 +132,7 @@ class _Pushforward:
                 raise TransformError(self.problems)
             output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
             output.meta = dict(node.meta)
-        return assemble(self.module, self.graph, "Pushforward")
+        return assemble(self.module, self.graph)
 
 
 def _no_rule(node: fx.Node, reason: str) -> Problem:
@@ -157,7 +157,6 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
             if bound.arguments["use_input_stats"]:
                 bound.arguments.update(running_mean=None, running_var=None)
             node.args, node.kwargs = bound.args, bound.kwargs
-    module.recompile()
     return module
 
 
@@ -196,10 +195,10 @@ def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModu
                 return walk.values[leaf]
             link: Any = leaf
             views: list[Any] = []
-            while link.op == "call_function" and link.target in _VIEWS and isinstance(link.args[0], fx.Node):
+            while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
                 views.append(link)
                 link = link.args[0]
-            if link.op == "call_function" and link.target in _LINKS:
+            if link.op == "call_function" and link.target in LINKS:
                 z: Any = link.args[0]
                 result = walk.values[z] + walk.tangents[z]
                 for node in (link, *reversed(views)):

@@ -174,7 +174,7 @@ _FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", 
 _READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
 
 
-def _state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+def module_state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     """Every attribute, parameter and buffer of every module, as references."""
 
     def of(module: nn.Module) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     return {module: of(module) for module in model.modules()}
 
 
-def _restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
+def restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
     """Undo what a forward assigned; returns the names of the attributes it assigned."""
     changed = []
     for module, before in state.items():
@@ -209,7 +209,7 @@ def _proxies(structure: Any) -> Iterator[fx.Proxy]:
 
 
 @contextmanager
-def _mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
+def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     try:
         model.train(training)
@@ -230,7 +230,7 @@ def frozen_modules(model: nn.Module) -> set[str]:
     """Modules that stay in eval mode when the model trains: batch norms frozen by hand or by an overridden train()."""
     if model.training:
         return {name for name, module in model.named_modules() if not module.training}
-    with _mode_of(model, True, ()):
+    with mode_of(model, True, ()):
         return {name for name, module in model.named_modules() if not module.training}
 
 
@@ -261,8 +261,8 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
         mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
         mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
     )
-    with _mode_of(model, training, frozen):
-        before, draws = _state(model), _generators()
+    with mode_of(model, training, frozen):
+        before, draws = module_state(model), _generators()
         try:
             if any(getattr(model, hooks) for hooks in _HOOKS):
                 raise _Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
@@ -270,7 +270,7 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
                 for patch in (*patches, *forwards, _Watch(model, tracer)):
                     stack.enter_context(patch)
                 graph = tracer.trace(model)
-            if assigned := sorted(set(_restore(before)) - {"_tensor_constants"}):
+            if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
                 what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
                 remedy = "return the value, or keep it outside of the model"
                 if assigned[0].startswith("_tensor_constant"):
@@ -292,7 +292,7 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
             remedy = "replace the branch or loop that depends on data or shapes there"
             raise TransformError([Problem(tracer.path_of_current(), what, source, remedy)]) from error
         finally:
-            _restore(before)
+            restore(before)
     return _under_root(model, graph)
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
+from fxstn.errors import Problem, TransformError
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
+from fxstn.live.emit import LiveRecipe, addresses
+from fxstn.live.tape import record
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
+RUNGS = ("fx", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -92,7 +96,9 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed; "fx" (symbolic tracing) is what there is, "auto" chooses it.
+    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing; "live": the forward runs as it is,
+    whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch; it needs
+    example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -101,12 +107,30 @@ def transform(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if trace not in ("auto", "fx"):
-        raise ValueError(f"trace={trace!r} is neither 'auto' nor 'fx'")
+    if trace not in ("auto", *RUNGS):
+        raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
+    if trace == "live" and example_inputs is None:
+        raise ValueError("trace='live' runs the model once: give example_inputs")
     model = copy.deepcopy(model)
-    frozen = tuple(sorted(frozen_modules(model)))
-    supplied = inputs_supplied(example_inputs)
-    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
+    rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    problems: list[Problem] = []
+    for rung in rungs:
+        try:
+            network = _climbed(rung, model, hparams, example_inputs, method)
+            network.rung, network.refusals = rung, tuple(problems)
+            return network
+        except TransformError as error:
+            problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
+    raise TransformError(problems)
+
+
+def _climbed(
+    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str
+) -> SelfTuningNetwork:
+    """A network by one way of following the forward. Raises as `transform`."""
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    frozen, supplied = tuple(sorted(frozen_modules(model))), inputs_supplied(example_inputs)
+    graphs = canonical_graphs(rung, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     found = responses(graphs)
@@ -117,18 +141,25 @@ def transform(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    network = SelfTuningNetwork(
-        model,
-        response_modules(model, found, len(space)),
-        space,
-        binding.penalties,
-        method,
-        Recipe(binding, frozen, supplied),
-    )
-    for training, graph in zip((True, False), graphs, strict=True):
-        network.keep_canonical(training, with_children(graph, network))
+    recipe: Any = Recipe(binding, frozen, supplied)
+    if rung == "live":
+        recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
+    modules = response_modules(model, found, len(space))
+    network = SelfTuningNetwork(model, modules, space, binding.penalties, method, recipe)
+    if rung != "live":
+        for training, graph in zip((True, False), graphs, strict=True):
+            network.keep_canonical(training, with_children(graph, network))
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
-        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        network.check(*inputs)
     return network
+
+
+def canonical_graphs(rung: str, model: nn.Module, frozen: tuple[str, ...], example_inputs: Any) -> list[Any]:
+    """The model's training and evaluation graph by one way of following it, as far as passes need them to decide."""
+    if rung == "live":
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return [record(model, training, frozen, inputs) for training in (True, False)]
+    supplied = inputs_supplied(example_inputs)
+    return [followed(model, training, frozen, supplied) for training in (True, False)]

@@ -3,6 +3,7 @@
 from fxstn.rules import (
     activation,
     arithmetic,
+    assign,
     attention,
     complex,
     constant,
@@ -20,6 +21,17 @@ from fxstn.rules import (
 )
 from fxstn.rules.registry import RULES, NoRule, Rule, apply_rule
 
-__all__ = ["RULES", "NoRule", "Rule", "activation", "apply_rule", "arithmetic", "attention", "complex", "constant"]
+__all__ = [
+    "RULES",
+    "NoRule",
+    "Rule",
+    "activation",
+    "apply_rule",
+    "arithmetic",
+    "assign",
+    "attention",
+    "complex",
+    "constant",
+]
 __all__ += ["detection", "index", "layers", "loss", "matmul", "norm", "pointwise", "pool", "reduce", "resample"]
 __all__ += ["shape"]

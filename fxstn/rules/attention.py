@@ -38,11 +38,11 @@ pointwise(mask_windows, lambda dx, y, x, *_: dx)
 
 
 @rule(attention_scores)
-def scores(d, query, key, mask, is_causal, scale, grouped):
+def masked_scores(d, query, key, mask, is_causal, scale, grouped):
     settings = (None, False, scale, grouped)
-    y = attention_scores(query, key, mask, is_causal, scale, grouped)
-    return y, total(
+    scores = attention_scores(query, key, mask, is_causal, scale, grouped)
+    return scores, total(
         (d.query, lambda dq: attention_scores(dq, key, *settings)),
         (d.key, lambda dk: attention_scores(query, dk, *settings)),
-        (d.mask, lambda dmask: expand_like(dmask, y)),
+        (d.mask, lambda dmask: expand_like(dmask, scores)),
     )
