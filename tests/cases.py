@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.heads import (
     attention_scores,
     attention_values,
@@ -315,6 +316,11 @@ CASES = [
     Case(torch.slice_scatter, shapes=((3, 4), (3, 2)), kwargs={"dim": 1, "start": 1, "end": 3}),
     Case(torch.select_scatter, shapes=((3, 4), (3,)), args=(1, 2)),
     Case(torch.diagonal_scatter, shapes=((3, 4), (3,))),
+    Case(assigned, shapes=((3, 4), (3,)), args=(X, (slice(None), 1), X)),
+    Case(assigned, shapes=((3, 4), (3,)), args=(X, (slice(None), 1), X), varying=(1,)),
+    Case(assigned, args=(MASK, 0.5)),
+    Case(overwritten, shapes=((3, 4), (4,))),
+    Case(overwritten, shapes=((3, 4), (4,)), varying=(1,)),
     *(Case(f, args=(1,)) for f in (torch.tril, torch.triu, torch.diag, torch.diagonal)),
     Case(torch.diag_embed),
     Case(torch.repeat_interleave, args=(2,), kwargs={"dim": 1}),
