@@ -444,6 +444,12 @@ CASES = [
     Case(torchvision.ops.roi_align, IMAGE, (BOXES, 3, 0.8, 2, True), forward=False),
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),
     Case(torch.ops.torchvision.roi_align, IMAGE, (BOXES, 1.0, 2, 2, 0, False), forward=False),
+    *(
+        Case(
+            torch.ops.torchvision.roi_align, (*IMAGE, (3, 5)), (X, X, 0.9, 2, 3, *rest), domain=(0.2, 5), forward=False
+        )
+        for rest in ((2, True), (0, False))
+    ),
     Case(torch.ops.torchvision.roi_pool, IMAGE, (BOXES, 1.0, 2, 2), forward=False),
     Case(torchvision.ops.roi_pool, IMAGE, (BOXES, 2), forward=False),
     Case(torchvision.ops.roi_pool, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]], (2, 3)), forward=False),

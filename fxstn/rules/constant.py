@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
+import torch.nn.functional as F
 
 from fxstn.layers.heads import joint_mask
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
