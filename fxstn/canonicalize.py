@@ -45,7 +45,6 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
         if node.meta.get("exits") and node.op == "call_function":
             rename(node, node.meta["exits"][0][1].replace(".", "_") or node.name)
     module.graph.lint()
-    module.recompile()
     return module
 
 
@@ -170,5 +169,4 @@ def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
         if node.meta.get("handed_through"):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    module.recompile()
     return module

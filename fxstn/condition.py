@@ -234,7 +234,6 @@ def condition(module: fx.GraphModule, sites: Sequence[Site], layouts: Layouts = 
         if site.insert:
             _insert(graph, by_name[site.node], site, strength, last_input)
     graph.lint()
-    module.recompile()
     return module
 
 

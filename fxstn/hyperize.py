@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -77,10 +78,9 @@ def _reading(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.N
     widest = max(p.dim() for p in parameters)
     if reads.role == "bias":
         weight = user.args[position - 1]
-        owner = (
-            str(weight.target).removeprefix("model.") if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
-        )
-        own = dict(model_of(module).named_parameters()).get(owner, parameters[0])
+        own = parameters[0]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            own = operator.attrgetter(str(weight.target))(module)
         return Reading(derived.parameters, "bias", user, own.numel() // max(1, own.shape[0]))
     if widest < 2:
         return Reading(derived.parameters, None, user)  # a vector has no rows to scale
@@ -200,7 +200,6 @@ def hyperize(module: fx.GraphModule) -> fx.GraphModule:
         else:
             node.meta["scales"] = (scales[shared], None, ())
     graph.lint()
-    module.recompile()
     return module
 
 

@@ -132,7 +132,7 @@ class _Pushforward:
                 raise TransformError(self.problems)
             output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
             output.meta = dict(node.meta)
-        return assemble(self.module, self.graph, "Pushforward")
+        return assemble(self.module, self.graph)
 
 
 def _no_rule(node: fx.Node, reason: str) -> Problem:
@@ -157,7 +157,6 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
             if bound.arguments["use_input_stats"]:
                 bound.arguments.update(running_mean=None, running_var=None)
             node.args, node.kwargs = bound.args, bound.kwargs
-    module.recompile()
     return module
 
 

@@ -16,6 +16,7 @@ from fxstn.layers.heads import (
     split_heads,
     split_windows,
 )
+from fxstn.layers.kernels import expand_like
 from fxstn.rules.registry import NoRule, linear, pointwise, rule, total
 from fxstn.tangents import ZERO
 
@@ -37,10 +38,11 @@ pointwise(mask_windows, lambda dx, y, x, *_: dx)
 
 
 @rule(attention_scores)
-def scores(d, query, key, mask, is_causal, scale, grouped):
+def masked_scores(d, query, key, mask, is_causal, scale, grouped):
     settings = (None, False, scale, grouped)
-    return attention_scores(query, key, mask, is_causal, scale, grouped), total(
+    scores = attention_scores(query, key, mask, is_causal, scale, grouped)
+    return scores, total(
         (d.query, lambda dq: attention_scores(dq, key, *settings)),
         (d.key, lambda dk: attention_scores(query, dk, *settings)),
-        (d.mask, lambda dmask: dmask),
+        (d.mask, lambda dmask: expand_like(dmask, scores)),
     )
