@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.heads import (
     attention_scores,
     attention_values,
@@ -440,16 +441,15 @@ CASES = [
     Case(F.max_unpool1d, shapes=((1, 1, 2),), args=(torch.tensor([[[1, 2]]]), 2)),
     Case(F.max_unpool2d, shapes=((1, 1, 1, 2),), args=(torch.tensor([[[[1, 2]]]]), 2)),
     Case(F.max_unpool3d, shapes=((1, 1, 1, 1, 2),), args=(torch.tensor([[[[[1, 2]]]]]), 2)),
+    # assignments
+    Case(assigned, ((3, 4), (3, 2)), (X, (slice(None), slice(1, 3)), X)),
+    Case(assigned, args=((..., 1), 2.0)),
+    Case(assigned, ((3, 4), ()), (X, torch.eye(3, 4, dtype=torch.bool), X)),
+    Case(overwritten, ((3, 4), (4,))),
     # torchvision
     Case(torchvision.ops.roi_align, IMAGE, (BOXES, 3, 0.8, 2, True), forward=False),
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),
     Case(torch.ops.torchvision.roi_align, IMAGE, (BOXES, 1.0, 2, 2, 0, False), forward=False),
-    *(
-        Case(
-            torch.ops.torchvision.roi_align, (*IMAGE, (3, 5)), (X, X, 0.9, 2, 3, *rest), domain=(0.2, 5), forward=False
-        )
-        for rest in ((2, True), (0, False))
-    ),
     Case(torch.ops.torchvision.roi_pool, IMAGE, (BOXES, 1.0, 2, 2), forward=False),
     Case(torchvision.ops.roi_pool, IMAGE, (BOXES, 2), forward=False),
     Case(torchvision.ops.roi_pool, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]], (2, 3)), forward=False),
