@@ -446,6 +446,11 @@ CASES = [
     Case(F.max_unpool1d, shapes=((1, 1, 2),), args=(torch.tensor([[[1, 2]]]), 2)),
     Case(F.max_unpool2d, shapes=((1, 1, 1, 2),), args=(torch.tensor([[[[1, 2]]]]), 2)),
     Case(F.max_unpool3d, shapes=((1, 1, 1, 1, 2),), args=(torch.tensor([[[[[1, 2]]]]]), 2)),
+    # assignments
+    Case(assigned, ((3, 4), (3, 2)), (X, (slice(None), slice(1, 3)), X)),
+    Case(assigned, args=((..., 1), 2.0)),
+    Case(assigned, ((3, 4), ()), (X, torch.eye(3, 4, dtype=torch.bool), X)),
+    Case(overwritten, ((3, 4), (4,))),
     # torchvision
     Case(torchvision.ops.roi_align, IMAGE, (BOXES, 3, 0.8, 2, True), forward=False),
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),
