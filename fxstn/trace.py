@@ -22,10 +22,10 @@ from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Something that a symbolic trace would silently drop."""
 
     def __init__(self, where: str, what: str, remedy: str) -> None:
@@ -91,7 +91,7 @@ class _Tracer(fx.Tracer):
             last = next(iter(reversed(self.graph.nodes)))
             try:
                 return target(*args, **kwargs)
-            except _Refused:
+            except Refused:
                 raise
             except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
                 for node in reversed(list(self.graph.nodes)):
@@ -106,15 +106,15 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
             what = "a no_grad region, which a traced graph would lose,"
-            raise _Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
+            raise Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = tuple(self.calls)
         return node
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(module)
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise _Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
+        if any(getattr(module, hooks) for hooks in HOOKS):
+            raise Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
         self.number_of_calls += 1
         call = (self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
@@ -165,7 +165,7 @@ class _Watch(TorchFunctionMode):
         reads = any(isinstance(a, torch.Tensor) and id(a) in self.own for a in tree_leaves((args, kwargs)))
         if reads and (name in _READS or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))):
             what = f"{name} of a parameter or buffer that is not read as an attribute, which would be frozen,"
-            raise _Refused(self.tracer.path_of_current(), what, "read it as self.name in the forward")
+            raise Refused(self.tracer.path_of_current(), what, "read it as self.name in the forward")
         return result
 
 
@@ -174,7 +174,7 @@ _FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", 
 _READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
 
 
-def _state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+def module_state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     """Every attribute, parameter and buffer of every module, as references."""
 
     def of(module: nn.Module) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     return {module: of(module) for module in model.modules()}
 
 
-def _restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
+def restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
     """Undo what a forward assigned; returns the names of the attributes it assigned."""
     changed = []
     for module, before in state.items():
@@ -209,7 +209,7 @@ def _proxies(structure: Any) -> Iterator[fx.Proxy]:
 
 
 @contextmanager
-def _mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
+def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     try:
         model.train(training)
@@ -230,8 +230,74 @@ def frozen_modules(model: nn.Module) -> set[str]:
     """Modules that stay in eval mode when the model trains: batch norms frozen by hand or by an overridden train()."""
     if model.training:
         return {name for name, module in model.named_modules() if not module.training}
-    with _mode_of(model, True, ()):
+    with mode_of(model, True, ()):
         return {name for name, module in model.named_modules() if not module.training}
+
+
+@contextmanager
+def nothing_lost(
+    model: nn.Module, training: bool, frozen: Collection[str], follower: str, place: Callable[[], str]
+) -> Iterator[None]:
+    """The model in one mode, for the time that something follows its forward; it is left as it was.
+
+    Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
+    regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
+    else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running.
+    """
+
+    def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+        what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
+        raise Refused(place(), what, "write it with torch operations")
+
+    def refuse_autocast(_: Any) -> None:
+        what = "an autocast region, which a traced graph would lose,"
+        raise Refused(place(), what, "put autocast around the training step")
+
+    patches: list[Any] = [
+        mock.patch.object(original, "forward", decomposition)
+        for original, decomposition in DECOMPOSITIONS.items()
+        if isinstance(original, type)
+    ] + [
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
+        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
+    ]
+    with mode_of(model, training, frozen):
+        before, draws = module_state(model), _generators()
+        try:
+            if any(getattr(model, hooks) for hooks in HOOKS):
+                raise Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
+            with ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(patch)
+                yield
+            if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
+                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
+                remedy = "return the value, or keep it outside of the model"
+                if assigned[0].startswith("_tensor_constant"):
+                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
+                raise Refused("", what, remedy)
+            if _generators() != draws:
+                what = "a random draw in Python, which a traced graph would freeze,"
+                raise Refused("", what, "draw it with torch, from the input")
+        except Exception as error:
+            source = innermost_user_frame(traceback.format_exc())
+            refused = _refusal(error)
+            if refused is not None:
+                problem = Problem(refused.where, refused.what, source, refused.remedy)
+                raise TransformError([problem]) from None
+            message = str(error).strip().partition("\n")[0]
+            what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"
+            remedy = "replace the branch or loop that depends on data or shapes there"
+            raise TransformError([Problem(place(), what, source, remedy)]) from error
+        finally:
+            restore(before)
+
+
+def _refusal(error: BaseException | None) -> Refused | None:
+    """The refusal that an exception is, or that it was raised from."""
+    while error is not None and not isinstance(error, Refused):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), supplied: int = 0) -> fx.GraphModule:
@@ -243,63 +309,19 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
     functions, random draws, attributes that the forward assigns.
     """
     tracer = _Tracer(supplied)
-
-    def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
-        raise _Refused(tracer.path_of_current(), what, "write it with torch operations")
-
-    def refuse_autocast(_: Any) -> None:
-        what = "an autocast region, which a traced graph would lose,"
-        raise _Refused(tracer.path_of_current(), what, "put autocast around the training step")
-
-    forwards = [
-        mock.patch.object(original, "forward", decomposition)
-        for original, decomposition in DECOMPOSITIONS.items()
-        if isinstance(original, type)
-    ]
-    patches: tuple[Any, ...] = (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
-        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
-    )
-    with _mode_of(model, training, frozen):
-        before, draws = _state(model), _generators()
-        try:
-            if any(getattr(model, hooks) for hooks in _HOOKS):
-                raise _Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
-            with ExitStack() as stack:
-                for patch in (*patches, *forwards, _Watch(model, tracer)):
-                    stack.enter_context(patch)
-                graph = tracer.trace(model)
-            if assigned := sorted(set(_restore(before)) - {"_tensor_constants"}):
-                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
-                remedy = "return the value, or keep it outside of the model"
-                if assigned[0].startswith("_tensor_constant"):
-                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
-                raise _Refused("", what, remedy)
-            if _generators() != draws:
-                raise _Refused(
-                    "",
-                    "a random draw in Python, which a traced graph would freeze,",
-                    "draw it with torch, from the input",
-                )
-        except _Refused as refused:
-            source = innermost_user_frame(traceback.format_exc())
-            problem = Problem(refused.where, refused.what, source, refused.remedy)
-            raise TransformError([problem]) from None
-        except Exception as error:
-            source = innermost_user_frame(traceback.format_exc())
-            what = f"symbolic tracing cannot follow the forward ({type(error).__name__}: {error})"
-            remedy = "replace the branch or loop that depends on data or shapes there"
-            raise TransformError([Problem(tracer.path_of_current(), what, source, remedy)]) from error
-        finally:
-            _restore(before)
+    with nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current), _Watch(model, tracer):
+        graph = tracer.trace(model)
     return _under_root(model, graph)
 
 
+def first_names(model: nn.Module) -> dict[int, str]:
+    """{id of a parameter or buffer: the first of its names, as in named_parameters()}."""
+    return {id(value): name for name, value in (*model.named_buffers(), *model.named_parameters())}
+
+
 def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Targets become "model.…", and a tied parameter keeps the first of its names, as in named_parameters()."""
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    first = {id(value): name for name, value in named.items()}
+    """Targets become "model.…", and a tied parameter keeps the first of its names."""
+    first = first_names(model)
     for node in graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(model)
