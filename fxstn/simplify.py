@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
+from fxstn.layers.inputs import require_equal, require_sizes
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
 
 _EFFECTS = {dropout_mask, alpha_dropout_coefficients, row_mask, track_batch}
@@ -32,6 +33,11 @@ def _updates_statistics(node: fx.Node) -> bool:
         return False
     settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
     return settings.get("mean") is not None and bool(settings.get("training"))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    required = node.target in (require_sizes, require_equal)
+    return required or node.op in ("placeholder", "output") or _updates_statistics(node)
 
 
 def _key(node: fx.Node) -> Any:
@@ -63,7 +69,7 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _updates_statistics(node))
+    module.graph.eliminate_dead_code(_has_effect)
     module.graph.lint()
     module.recompile()
     return module

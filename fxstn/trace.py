@@ -28,9 +28,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Refused(Exception):
     """Something that a symbolic trace would silently drop."""
 
-    def __init__(self, where: str, what: str, remedy: str) -> None:
+    def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
         super().__init__(what)
-        self.where, self.what, self.remedy = where, what, remedy
+        self.where, self.what, self.remedy, self.source = where, what, remedy, source
 
 
 class _Proxy(fx.Proxy):
@@ -283,7 +283,7 @@ def nothing_lost(
             source = innermost_user_frame(traceback.format_exc())
             refused = _refusal(error)
             if refused is not None:
-                problem = Problem(refused.where, refused.what, source, refused.remedy)
+                problem = Problem(refused.where, refused.what, refused.source or source, refused.remedy)
                 raise TransformError([problem]) from None
             message = str(error).strip().partition("\n")[0]
             what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"

@@ -11,6 +11,8 @@ from torch import fx, nn
 
 from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
+from fxstn.errors import Problem, TransformError
+from fxstn.export import Examples, follow_by_export
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
@@ -20,6 +22,7 @@ from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
+RUNGS = ("fx", "export")  # ways to follow a forward, in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -29,30 +32,44 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
 }
 
 
-def followed(model: nn.Module, training: bool, frozen: Collection[str], supplied: int = 0) -> fx.GraphModule:
-    """trace → canonicalize."""
-    return canonicalize(trace_module(model, training, frozen, supplied))
+def followed(
+    model: nn.Module, training: bool, frozen: Collection[str], examples: Examples | None = None, trace: str = "auto"
+) -> fx.GraphModule:
+    """trace → canonicalize, by the first rung that can follow the forward. Raises TransformError with the problems of all."""
+    problems: list[Problem] = []
+    for rung in RUNGS if trace == "auto" else (trace,):
+        try:
+            if rung == "fx":
+                return canonicalize(trace_module(model, training, frozen, len(examples.inputs) if examples else 0))
+            if examples is not None:
+                return canonicalize(follow_by_export(model, training, frozen, examples))
+        except TransformError as error:
+            problems += error.problems
+    raise TransformError(list(dict.fromkeys(problems)))
 
 
-def inputs_supplied(example_inputs: Any) -> int:
-    """How many inputs callers pass, as far as the examples tell: a tuple of them, one, or none."""
-    return len(example_inputs) if isinstance(example_inputs, tuple) else int(example_inputs is not None)
+def examples_of(model: nn.Module, example_inputs: Any) -> Examples | None:
+    """A tuple of positional inputs, one input, or None for no examples."""
+    if example_inputs is None:
+        return None
+    return Examples.of(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    binding: which λ belongs where. frozen: modules that stay in eval mode. supplied: how many inputs callers pass.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, trace: how the forward is followed.
     """
 
     binding: Binding
     frozen: tuple[str, ...]
-    supplied: int
+    examples: Examples | None
+    trace: str
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
-        graph = followed(root.get_submodule("model"), training, self.frozen, self.supplied)
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.trace)
         return with_children(graph, root)
 
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
@@ -92,7 +109,9 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed; "fx" (symbolic tracing) is what there is, "auto" chooses it.
+    uncentred, one objective). trace: how the forward is followed: "fx", symbolic tracing; "export", torch.export with the
+    example_inputs, where Python may branch on sizes and later inputs must have the same ones, dimension 0 aside; "auto", the
+    first that can.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -101,12 +120,14 @@ def transform(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    if trace not in ("auto", "fx"):
-        raise ValueError(f"trace={trace!r} is neither 'auto' nor 'fx'")
+    if trace not in ("auto", *RUNGS):
+        raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
+    if trace == "export" and example_inputs is None:
+        raise ValueError("trace='export' needs example_inputs")
     model = copy.deepcopy(model)
     frozen = tuple(sorted(frozen_modules(model)))
-    supplied = inputs_supplied(example_inputs)
-    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
+    examples = examples_of(model, example_inputs)
+    graphs = [followed(model, training, frozen, examples, trace) for training in (True, False)]
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     found = responses(graphs)
@@ -123,7 +144,7 @@ def transform(
         space,
         binding.penalties,
         method,
-        Recipe(binding, frozen, supplied),
+        Recipe(binding, frozen, examples, trace),
     )
     for training, graph in zip((True, False), graphs, strict=True):
         network.keep_canonical(training, with_children(graph, network))
