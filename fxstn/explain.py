@@ -18,7 +18,7 @@ from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.trace import frozen_modules
-from fxstn.transform import followed, examples_of, transform
+from fxstn.transform import examples_of, followed, transform
 
 
 @dataclass(frozen=True)

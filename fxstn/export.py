@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxstn.exported import graph_of
-from fxstn.trace import HOOKS, Refused, nothing_lost
+from fxstn.trace import HOOKS, Refused, nothing_lost, same
 
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
@@ -65,7 +65,7 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
     forward depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
     """
     inputs = examples.like(model)
-    calls = _Calls()
+    calls = _Calls(model)
     with nothing_lost(model, training, frozen, "torch.export", calls.innermost):
         arguments = _arguments(model, inputs)
         hooked = next((name for name, module in model.named_modules() if any(getattr(module, h) for h in HOOKS)), None)
@@ -102,11 +102,11 @@ def _quiet() -> Iterator[None]:
 
 
 class _Calls:
-    """The paths of the modules whose forwards run, outermost first. They stay there when a forward raises."""
+    """The modules whose forwards run, outermost first; they stay there when a forward raises. Refuses their assignments."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
-        self.names: dict[nn.Module, str] = {}
+        self.names = {module: name for name, module in model.named_modules()}
 
     def innermost(self) -> str:
         return self.names.get(self.modules[-1], "") if self.modules else ""
@@ -114,8 +114,6 @@ class _Calls:
     @contextmanager
     def watched(self) -> Iterator[None]:
         def enter(module: nn.Module, args: Any) -> None:
-            if not self.modules:
-                self.names = {child: name for name, child in module.named_modules()}
             self.modules.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
@@ -125,9 +123,18 @@ class _Calls:
             alias = torch.ops.aten.alias.default
             return tree_map_only(Tensor, lambda value: alias(value) if id(value) in entered else value, output)
 
+        def assign(module: nn.Module, name: str, value: Any) -> None:
+            exports_own = name.startswith("_tensor_constant")
+            if self.modules and not exports_own and not same(getattr(module, name, None), value):
+                what = f"the forward assigns {name!r}, which a traced graph would lose,"
+                raise Refused(self.names.get(module, ""), what, "return the value, or keep it outside of the model")
+            set_attribute(module, name, value)
+
+        set_attribute: Any = nn.Module.__setattr__
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
-            yield
+            with mock.patch.object(nn.Module, "__setattr__", assign):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -135,13 +142,8 @@ class _Calls:
 
 def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any]) -> None:
     """Raise Refused where the program holds for some batch sizes only."""
-    first = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
-    batch = first.shape[0]
+    batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
     remedy = "write the forward so that it does the same for every batch size"
-    name = program.graph_signature.user_inputs[0]
-    node = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == name)
-    if not isinstance(node.meta["val"].shape[0], torch.SymInt):
-        raise Refused("", f"the forward fixes the batch size, here {batch},", remedy)
 
     def holds(guard: str, size: int) -> bool:
         def resized(x: Tensor) -> Tensor:

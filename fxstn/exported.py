@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +14,18 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import map_aggregate
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import GetAttrKey, TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import GetAttrKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from fxstn.errors import source_of
 from fxstn.graphs import assemble
-from fxstn.layers.inputs import require_equal, require_sizes
-from fxstn.layers.noise import track_batch
+from fxstn.layers.inputs import require_equal, require_full_precision, require_sizes
 from fxstn.trace import Refused, first_names
 
 aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
 _NOTHING = (aten.lift_fresh_copy.default, aten.detach_.default)  # on constants, which nothing changes by values
+_END = torch.iinfo(torch.int64).max
+_STORAGE = ("pin_memory", "layout")  # filled in by export; a graph's tensors are strided
 _SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
@@ -46,22 +45,20 @@ class _Rewriter:
         self.program, self.model = program, model
         self.graph = fx.Graph()
         self.root = nn.Module()
-        self.root.model, self.root.constants = model, nn.Module()
+        self.constants = nn.Module()
+        self.root.model, self.root.constants = model, self.constants
         self.values: dict[fx.Node, Any] = {}
         self.attributes: dict[fx.Node, str] = {}  # inputs of the program that are attributes of the root
         self.read: dict[tuple[str, tuple], fx.Node] = {}
         self.calls: dict[str, tuple[int, str, type]] = {}
         self.tensors: list[fx.Node] = []
-        first = {module: name for name, module in reversed([*model.named_modules(remove_duplicate=False)])}
+        first = {module: name for name, module in model.named_modules()}
         self.paths = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
-        self.counted: Counter[str] = Counter()
 
     def run(self, arguments: Mapping[str, Any]) -> fx.GraphModule:
         self._bind_attributes()
         self._bind_inputs(arguments)
         nodes = [node for node in self.program.graph.nodes if node.op != "placeholder"]
-        norms = [node for node in nodes if node.target is aten.batch_norm.default and node.args[5]]
-        self.tracking = {self._owner(node.args[3]) for node in norms if node.args[3] in self.attributes}
         for node in nodes:
             if node.op != "output":
                 self._visit(node)
@@ -93,7 +90,7 @@ class _Rewriter:
         except AttributeError:
             pass
         name = name.replace(".", "_")
-        self.root.constants.register_buffer(name, value.detach().clone())
+        self.constants.register_buffer(name, value.detach().clone())
         return f"constants.{name}"
 
     def _bind_inputs(self, arguments: Mapping[str, Any]) -> None:
@@ -112,9 +109,7 @@ class _Rewriter:
         for (placeholder, path, leaf), name in zip(leaves, names, strict=True):
             value, node = placeholder, by_name[name]
             for key in path:
-                by_attribute = isinstance(key, GetAttrKey)
-                entry = key.name if by_attribute else getattr(key, "idx", getattr(key, "key", None))
-                value = self.graph.call_function(getattr if by_attribute else operator.getitem, (value, entry))
+                value = self.graph.call_function(*_step(key, value))
             self.values[node] = value
             label = f"input '{placeholder.name}{''.join(map(str, path))}'"
             if isinstance(leaf, Tensor):
@@ -139,9 +134,6 @@ class _Rewriter:
             self._inline(node)
         elif isinstance(target, OpOverload) and target._schema.name.startswith(_CHECKS):
             pass
-        elif target is aten.add_.Tensor and self._counts(node):
-            self.counted[self._owner(node.args[0])] += 1
-            self.attributes[node] = self.attributes[node.args[0]]  # type: ignore[index]
         elif target is operator.getitem and isinstance(self.values.get(node.args[0]), list):  # type: ignore[arg-type]
             self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         elif target in _NOTHING or (target is aten.slice.Tensor and _is_whole(node)):
@@ -153,11 +145,9 @@ class _Rewriter:
         scope = self._scope(node)
         target: Any = node.target
         args, kwargs = self._value(node.args, scope), self._value(node.kwargs, scope)
-        kwargs = {key: value for key, value in kwargs.items() if (key, value) not in _DEFAULTS}
+        kwargs = {key: value for key, value in kwargs.items() if key not in _STORAGE}
         meta: dict[str, Any] = {"scope": scope, "stack_trace": node.meta.get("stack_trace")}
-        if target is aten.batch_norm.default:
-            target, args = F.batch_norm, self._batch_norm(node, args, scope)
-        elif target is aten.alias.default:
+        if target is aten.alias.default:
             target, meta["handed_through"] = torch.clone, True
         elif target is aten.feature_dropout.default:
             target = _SPATIAL_DROPOUT[node.args[0].meta["val"].dim()]  # type: ignore[union-attr]
@@ -192,34 +182,21 @@ class _Rewriter:
             self.read[target, scope] = node
         return self.read[target, scope]
 
-    def _owner(self, node: Any) -> str:
-        return self.attributes[node].rpartition(".")[0]
-
-    def _counts(self, node: fx.Node) -> bool:
-        """Whether an operation counts a batch of a batch norm, which it does before it normalises."""
-        counter, step = node.args
-        return counter in self.attributes and step == 1 and self._owner(counter) in self.tracking
-
-    def _batch_norm(self, node: fx.Node, args: tuple, scope: tuple) -> tuple:
-        x, weight, bias, mean, var, training, momentum, eps, _ = args
-        owner = self._owner(node.args[3]) if node.args[3] in self.attributes else ""
-        if training and self.counted[owner]:
-            self.counted[owner] -= 1
-            norm = operator.attrgetter(owner)(self.root)
-            momentum = norm.momentum if isinstance(norm, _BatchNorm) else momentum
-            counter = self._attribute(f"{owner}.num_batches_tracked", scope)
-            momentum = self.graph.call_function(track_batch, (counter, momentum))
-        return (x, mean, var, weight, bias, training, momentum, eps)
-
     def _inline(self, node: fx.Node) -> None:
         """A region of the forward that export has put into a graph of its own."""
         scope = self._scope(node)
-        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled or node.args[0]:
+        regions = torch.ops.higher_order
+        if node.target is regions.wrap_with_autocast and not node.args[2]:
+            self.graph.call_function(require_full_precision)
+            first = 4
+        elif node.target is regions.wrap_with_set_grad_enabled and not node.args[0]:
+            first = 1
+        else:
             what = f"{node.target}, a region that a traced graph would lose,"
             raise Refused(scope[-1][1] if scope else "", what, "write it with plain torch operations", source_of(node))
-        body: fx.GraphModule = self.values[node.args[1]]  # type: ignore[index, assignment]
+        body: fx.GraphModule = self.values[node.args[first]]  # type: ignore[index, assignment]
         inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        for inner, outer in zip(inputs, node.args[2:], strict=True):
+        for inner, outer in zip(inputs, node.args[first + 1 :], strict=True):
             if outer in self.attributes:
                 self.attributes[inner] = self.attributes[outer]  # type: ignore[index]
             else:
@@ -228,7 +205,7 @@ class _Rewriter:
             if inner.op not in ("placeholder", "output"):
                 self._visit(inner)
         results = self._value(next(reversed(body.graph.nodes)).args[0], scope)
-        self.values[node] = [self._detached(value, scope) for value in results]
+        self.values[node] = [self._detached(value, scope) if first == 1 else value for value in results]
 
     def _detached(self, value: Any, scope: tuple) -> Any:
         if not isinstance(value, fx.Node):
@@ -268,23 +245,29 @@ class _Rewriter:
         self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
 
 
-_DEFAULTS = {("pin_memory", False), ("pin_memory", None), ("layout", torch.strided), ("layout", None)}
-
-
 def _scope_of(node: fx.Node) -> tuple:
     return node.meta.get("scope", ())
 
 
+def _step(key: Any, value: fx.Node) -> tuple[Any, tuple]:
+    """The operation that takes one step into a structure of inputs."""
+    if isinstance(key, GetAttrKey):
+        return getattr, (value, key.name)
+    return operator.getitem, (value, key.idx if isinstance(key, SequenceKey) else key.key)
+
+
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
-    _, _, start, end, *step = (*node.args, *(0, 2**63 - 1)[max(0, len(node.args) - 2) :])
-    return start in (0, None) and end == 2**63 - 1 and step in ([], [1])
+    defaults = (None, 0, 0, _END, 1)  # input, dim, start, end, step
+    start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
+    return bool(start in (0, None) and end == _END and step == 1)
 
 
 def _require_plain(structure: TreeSpec) -> None:
     """Raise Refused where an output is in a structure that a graph cannot hold."""
-    if structure.type is not None and not issubclass(structure.type, (tuple, list, dict)):
-        what = f"the forward returns a {structure.type.__name__}, which a graph cannot hold,"
+    kind: Any = structure.type
+    if kind is not None and not issubclass(kind, (tuple, list, dict)):
+        what = f"the forward returns a {kind.__name__}, which a graph cannot hold,"
         raise Refused("", what, "return tensors in tuples, lists or dicts")
     for child in structure.children():
         _require_plain(child)

@@ -21,6 +21,8 @@ FRESH = {torch.cat, torch.stack, torch.mean, torch.sum, torch.cumsum, torch.clon
          operator.neg, torch.Tensor.repeat, torch.tile, F.batch_norm, F.pixel_shuffle, F.pixel_unshuffle, F.normalize,
          F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
          F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+         torch.Tensor.new_empty, torch.Tensor.new_full, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.zeros_like,
+         torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli,
          operator.truediv, operator.pow, track_batch}  # fmt: skip
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
 
@@ -77,9 +79,9 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
         pending += [user for user in value.users if may_share_memory(user) and user.args[0] is value]
 
 
-def by_value(node: fx.Node) -> Iterator[Problem]:
-    """Let later readers of a tensor that `node` mutates read node's result; yields what stands against it."""
-    mutated, name = node.args[0], operation_name(node.target)
+def by_value(node: fx.Node, position: int) -> Iterator[Problem]:
+    """Let later readers of the argument that `node` mutates read node's result; yields what stands against it."""
+    mutated, name = node.args[position], operation_name(node.target)
     if not isinstance(mutated, fx.Node):
         return
     for alias in (mutated, *_aliases(mutated)):

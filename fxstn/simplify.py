@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
-from fxstn.layers.inputs import require_equal, require_sizes
+from fxstn.layers.inputs import REQUIREMENTS
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
 
 _EFFECTS = {dropout_mask, alpha_dropout_coefficients, row_mask, track_batch}
@@ -36,8 +36,7 @@ def _updates_statistics(node: fx.Node) -> bool:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    required = node.target in (require_sizes, require_equal)
-    return required or node.op in ("placeholder", "output") or _updates_statistics(node)
+    return node.op in ("placeholder", "output") or node.target in REQUIREMENTS or _updates_statistics(node)
 
 
 def _key(node: fx.Node) -> Any:

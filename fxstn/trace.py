@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import random
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
+from fxstn.layers.inputs import require_full_precision
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -174,32 +177,51 @@ _FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", 
 _READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
 
 
-def module_state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
-    """Every attribute, parameter and buffer of every module, as references."""
+def module_state(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
+    """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change."""
 
-    def of(module: nn.Module) -> dict[str, Any]:
-        registered = {key: dict(module.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")}
-        return {**module.__dict__, **registered}
+    def held(value: Any) -> Any:
+        return copy.copy(value) if type(value) in _CONTAINERS else value
 
-    return {module: of(module) for module in model.modules()}
+    return {module: {name: (value, held(value)) for name, value in vars(module).items()} for module in model.modules()}
 
 
-def restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
-    """Undo what a forward assigned; returns the names of the attributes it assigned."""
+def restore(state: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> list[str]:
+    """Undo what a forward assigned; returns the names of the attributes that it changed."""
     changed = []
     for module, before in state.items():
-        for key in ("_parameters", "_buffers", "_modules"):
-            now = module.__dict__[key]
-            changed += [name for name in {*now, *before[key]} if now.get(name) is not before[key].get(name)]
-            now.clear()
-            now.update(before[key])
-        for name in {*module.__dict__, *before} - {"_parameters", "_buffers", "_modules"}:
-            if module.__dict__.get(name) is not before.get(name):
+        now = vars(module)
+        for name in {*now, *before}:
+            value, held = before.get(name, (_MISSING, _MISSING))
+            if name in _REGISTERED:
+                found = now[name]
+                changed += [key for key in {*found, *held} if found.get(key, _MISSING) is not held.get(key, _MISSING)]
+            elif not same(now.get(name, _MISSING), held):
                 changed.append(name)
-                module.__dict__.pop(name, None)
-                if name in before:
-                    module.__dict__[name] = before[name]
+            if type(value) in _CONTAINERS and not same(value, held):
+                value.clear()
+                value.extend(held) if isinstance(value, list) else value.update(held)
+            if value is _MISSING:
+                del now[name]
+            else:
+                now[name] = value
     return changed
+
+
+_MISSING = object()
+_CONTAINERS = (list, dict, OrderedDict, set)
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+
+
+def same(a: Any, b: Any) -> bool:
+    """The same object, or an equal plain value, or a container of the same; tensors and modules are never compared."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, (int, float, str, set)) and a == b
 
 
 def _proxies(structure: Any) -> Iterator[fx.Proxy]:
@@ -236,20 +258,30 @@ def frozen_modules(model: nn.Module) -> set[str]:
 
 @contextmanager
 def nothing_lost(
-    model: nn.Module, training: bool, frozen: Collection[str], follower: str, place: Callable[[], str]
+    model: nn.Module,
+    training: bool,
+    frozen: Collection[str],
+    follower: str,
+    place: Callable[[], str],
+    full_precision: Callable[[], Any] = lambda: None,
 ) -> Iterator[None]:
     """The model in one mode, for the time that something follows its forward; it is left as it was.
 
     Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
     regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
-    else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running.
+    else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running;
+    full_precision: called where a region without autocast begins.
     """
+    enter_autocast = torch.autocast.__enter__
 
     def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
         raise Refused(place(), what, "write it with torch operations")
 
-    def refuse_autocast(_: Any) -> None:
+    def refuse_autocast(region: Any) -> Any:
+        if not region._enabled:
+            full_precision()
+            return enter_autocast(region)
         what = "an autocast region, which a traced graph would lose,"
         raise Refused(place(), what, "put autocast around the training step")
 
@@ -309,7 +341,12 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
     functions, random draws, attributes that the forward assigns.
     """
     tracer = _Tracer(supplied)
-    with nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current), _Watch(model, tracer):
+
+    def full_precision() -> None:
+        tracer.create_proxy("call_function", require_full_precision, (), {})
+
+    watched = nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current, full_precision)
+    with watched, _Watch(model, tracer):
         graph = tracer.trace(model)
     return _under_root(model, graph)
 

@@ -140,14 +140,20 @@ def _rates(stn: SelfTuningNetwork) -> list[Tensor | None]:
 
 
 def verify(
-    model: nn.Module, *inputs: Any, hparams: Sequence[Spec] | None = None, tolerance: float = 1e-6, seeds: int = 3
+    model: nn.Module,
+    *inputs: Any,
+    hparams: Sequence[Spec] | None = None,
+    tolerance: float = 1e-6,
+    seeds: int = 3,
+    trace: str = "auto",
 ) -> Report:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
     inputs: as for the model, batch ≥ 2; converted to float64. The witness is a central difference of the *original*
     model along `best_response`; where hparams insert dropout, which the original does not have, the emitted training
     graph is compared with its own difference besides, and the original with a transform without the insertions. Points
-    are drawn from `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
+    are drawn from `seeds` seeds until one passes. trace: as for `transform`. The model is left as it was.
+    Raises what `transform` raises.
     """
     report = Report(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -156,7 +162,7 @@ def verify(
         for seed in range(seeds):
             torch.manual_seed(seed)
             original = _prepare(model, inputs, seed)
-            stn = transform(original, hparams, example_inputs=inputs)
+            stn = transform(original, hparams, example_inputs=inputs, trace=trace)
             delta = _randomize(stn, seed)
             for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed):
                 report.checks.append(Check(mode, against, seed, error))

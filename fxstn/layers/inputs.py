@@ -1,9 +1,10 @@
-"""What a graph that was made for one shape of inputs asks of every later batch."""
+"""What a graph that was made for one kind of inputs requires of every later batch. The graph's nodes for it have no readers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxstn.staging import staged
@@ -25,3 +26,13 @@ def require_equal(value: Any, expected: Any, name: str) -> None:
     if isinstance(value, Tensor) or type(value) is not type(expected) or value != expected:
         shown = "a tensor" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} is {shown}, but the network was exported with {expected!r}; {_REMEDY}")
+
+
+@staged
+def require_full_precision() -> None:
+    """Raise ValueError under autocast: the model has regions without it, which a graph runs in the surrounding precision."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ValueError("the model switches autocast off in places, which its graph cannot; train it without autocast")
+
+
+REQUIREMENTS = {require_sizes, require_equal, require_full_precision}
