@@ -106,6 +106,7 @@ class _Calls:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
+        self.entered: list[dict[int, int]] = []  # versions of their tensor inputs
         self.names = {module: name for name, module in model.named_modules()}
 
     def innermost(self) -> str:
@@ -115,13 +116,18 @@ class _Calls:
     def watched(self) -> Iterator[None]:
         def enter(module: nn.Module, args: Any) -> None:
             self.modules.append(module)
+            self.entered.append({id(leaf): leaf._version for leaf in tree_leaves(args) if isinstance(leaf, Tensor)})
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             self.modules.pop()
-            entered = {id(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-            # What is handed through, as nn.Identity does, gets an operation of its own: a module's output has a name.
-            alias = torch.ops.aten.alias.default
-            return tree_map_only(Tensor, lambda value: alias(value) if id(value) in entered else value, output)
+            entered = self.entered.pop()
+
+            def named(value: Tensor) -> Tensor:
+                """What is handed through, as nn.Identity does, gets an operation of its own."""
+                unchanged = entered.get(id(value)) == value._version
+                return torch.ops.aten.alias.default(value) if unchanged else value
+
+            return tree_map_only(Tensor, named, output)
 
         def assign(module: nn.Module, name: str, value: Any) -> None:
             exports_own = name.startswith("_tensor_constant")

@@ -153,6 +153,14 @@ def _copy(input, src, non_blocking=False):
     return spell(Tensor.expand_as, spell(Tensor.type_as, src, input), input)
 
 
+@_called(ANY, "bernoulli_")
+def _bernoulli(input, p=0.5, generator=None):
+    """In place p is the probability; torch.bernoulli(input) takes the input's entries for it."""
+    if isinstance(p, (int, float)):
+        return spell(torch.bernoulli, input, p)
+    return spell(torch.bernoulli, spell(Tensor.expand_as, p, input))
+
+
 @_called(ANY, "zero")
 def _zero(input):
     return spell(torch.zeros_like, input)
@@ -324,6 +332,21 @@ for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic
     RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")
     RAW[f"upsample_{_mode}{_k}d.vec"] = functools.partial(_smooth, _mode, False)
     RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
+
+
+_SAMPLING = ("bilinear", "nearest", "bicubic")
+_PADDING = ("zeros", "border", "reflection")
+
+
+@_called(RAW, "grid_sampler")
+def _grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners):
+    modes = _SAMPLING[interpolation_mode], _PADDING[padding_mode]
+    return spell(F.grid_sample, input, grid, *modes, align_corners)
+
+
+@_called(RAW, "affine_grid_generator")
+def _affine_grid(theta, size, align_corners):
+    return spell(F.affine_grid, theta, size, align_corners)
 
 
 @_called(RAW, "constant_pad_nd")
