@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import copied, rename
+from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS, by_value, dropout_settings, is_size
 from fxstn.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
@@ -46,7 +47,6 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
         if node.meta.get("exits") and node.op == "call_function":
             rename(node, node.meta["exits"][0][1].replace(".", "_") or node.name)
     module.graph.lint()
-    module.recompile()
     return module
 
 
@@ -141,6 +141,8 @@ def _simplify_structure(node: fx.Node) -> None:
             _bypass(node)
         else:
             node.args, node.kwargs = (node.args[0], p, True), {}
+    elif node.target is F.scaled_dot_product_attention:
+        _open_attention(node)
     elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
         arguments: Any = node.args
         structure: Any = node.target(*arguments, **node.kwargs)
@@ -149,6 +151,30 @@ def _simplify_structure(node: fx.Node) -> None:
                 user.args = (map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
         if not node.users:
             node.graph.erase_node(node)
+
+
+def _open_attention(node: fx.Node) -> None:
+    """Attention that drops its probabilities inside becomes scores, softmax, dropout and product."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    p, grouped = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
+    if not isinstance(p, fx.Node) and p == 0:
+        return
+    scored = (given.get("attn_mask"), given.get("is_causal", False), given.get("scale"), grouped)
+    meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+    weights: Any = None
+    for function, *arguments in (
+        (attention_scores, given["query"], given["key"], *scored),
+        (torch.softmax, -1),
+        (F.dropout, p, True),
+    ):
+        with node.graph.inserting_before(node):
+            arguments = arguments if weights is None else [weights, *arguments]
+            weights = node.graph.call_function(function, tuple(arguments))
+        weights.meta = dict(meta)
+    with node.graph.inserting_before(node):
+        values = node.graph.call_function(attention_values, (given["value"], given["query"], grouped))
+    node.target, node.args, node.kwargs = operator.matmul, (weights, values), {}
 
 
 _NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}
@@ -174,5 +200,4 @@ def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
         if node.meta.get("handed_through"):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    module.recompile()
     return module

@@ -31,7 +31,7 @@ SPATIAL: dict[Any, int] = {
     F.dropout3d: 3,
     F.feature_alpha_dropout: 2,
 }  # whole channels are dropped
-_ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
+ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,6 @@ def condition(module: fx.GraphModule, sites: Sequence[Site], layouts: Layouts = 
         if site.insert:
             _insert(graph, by_name[site.node], site, strength, last_input)
     graph.lint()
-    module.recompile()
     return module
 
 
@@ -242,12 +241,12 @@ def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -
     """Replace a dropout node by its noise and the product with it, in place, name kept."""
     x, spatial = node.args[0], SPATIAL.get(node.target, 0)
     with graph.inserting_before(node):
-        draw = alpha_dropout_coefficients if node.target in _ALPHA else dropout_mask
+        draw = alpha_dropout_coefficients if node.target in ALPHA else dropout_mask
         arguments: tuple = (x, p, spatial) if spatial or place != BATCH_FIRST else (x, p)
         arguments += ((place.axis, place.left, place.right),) if place != BATCH_FIRST else ()
         noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
         noise.meta = {"scope": node.meta.get("scope", ())}
-        if node.target in _ALPHA:
+        if node.target in ALPHA:
             multiplier = graph.call_function(operator.getitem, (noise, 0))
             shift = graph.call_function(operator.getitem, (noise, 1))
             product = graph.call_function(operator.mul, (x, multiplier))

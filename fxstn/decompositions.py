@@ -149,11 +149,9 @@ def window_attention(
     else:
         scores = torch.matmul(q * (q.shape[-1] ** -0.5), k.transpose(-2, -1))
     scores = mask_windows(scores + relative_position_bias, input, window_size, shift_size)
-    weights = F.softmax(scores, dim=-1)
-    weights = F.dropout(weights, attention_dropout, True) if training and attention_dropout else weights
+    weights = F.dropout(F.softmax(scores, dim=-1), attention_dropout, training)
     x = F.linear(join_heads(torch.matmul(weights, v), True), proj_weight, proj_bias)
-    x = F.dropout(x, dropout, True) if training and dropout else x
-    return join_windows(x, input, window_size, shift_size)
+    return join_windows(F.dropout(x, dropout, training), input, window_size, shift_size)
 
 
 @decomposes(stochastic_depth)

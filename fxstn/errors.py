@@ -14,16 +14,22 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing in the model that cannot be handled. where: module path; source: file:line: code; remedy: what to do."""
+    """One thing in the model that cannot be handled.
+
+    where: module path; source: file:line: code; remedy: what to do; rung: the way of following the forward that it stands
+    in, "" where only one was tried.
+    """
 
     where: str
     what: str
     source: str
     remedy: str
+    rung: str = ""
 
     def __str__(self) -> str:
         place = f"in module '{self.where}'" if self.where else "in the model itself"
-        return f"{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
+        rung = f"{self.rung}: " if self.rung else ""
+        return f"{rung}{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
 
 
 class TransformError(ValueError):
@@ -42,13 +48,13 @@ def module_path(node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
-_LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|^<")
+LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|/python3[.\d]*/\w+\.py$|^<")
 
 
 def innermost_user_frame(stack_trace: str) -> str:
     """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none."""
     frames = _FRAME.findall(stack_trace)
-    users = [frame for frame in frames if not _LIBRARY.search(frame[0])]
+    users = [frame for frame in frames if not LIBRARY.search(frame[0])]
     if not users:
         return ""
     file, line, code = users[-1]

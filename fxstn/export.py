@@ -40,12 +40,19 @@ class Examples:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: tuple) -> Examples:
-        return cls(tree_map_only(Tensor, lambda x: x.detach().to("meta"), inputs), next(model.parameters()).dtype)
+    def of(cls, model: nn.Module, example_inputs: Any) -> Examples | None:
+        """Of a tuple of positional inputs, or of one input; None for no examples."""
+        if example_inputs is None:
+            return None
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return cls(
+            tree_map_only(Tensor, lambda x: x.detach().to("meta"), inputs),
+            next(model.parameters(), torch.empty(0)).dtype,
+        )
 
     def like(self, model: nn.Module) -> tuple:
         """Inputs on the model's device, and in its dtype where they were so before; a batch of one becomes two."""
-        parameter = next(model.parameters())
+        parameter = next(model.parameters(), torch.empty(0))
         sizes = [leaf.shape[0] for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
 
         def real(x: Tensor) -> Tensor:

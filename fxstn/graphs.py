@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 
-def assemble(root: nn.Module, graph: fx.Graph, name: str = "Graph") -> fx.GraphModule:
-    """GraphModule over `graph` whose children are the very children of `root`: moving or loading one moves both."""
-    module = fx.GraphModule(root, graph, class_name=name)
+class Draft(fx.GraphModule):
+    """A graph between two passes: it is read and edited, never run, so that no code is generated for it."""
+
+    def recompile(self) -> Any:
+        return None
+
+
+def assemble(
+    root: nn.Module, graph: fx.Graph, name: str = "Draft", kind: type[fx.GraphModule] = Draft
+) -> fx.GraphModule:
+    """Module over `graph` whose children are the very children of `root`: moving or loading one moves both.
+
+    kind: Draft between passes, fx.GraphModule for what is to be run.
+    """
+    module = kind(nn.Module(), fx.Graph(), class_name=name)
     for child_name, child in root.named_children():
         module.add_module(child_name, child)
+    module.graph = graph
     return module
 
 
@@ -26,7 +41,7 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(result)
     output = next(iter(reversed(graph.nodes)))
     output.meta = dict(outputs[0].meta)
-    return assemble(module, graph, module.__class__.__name__)
+    return assemble(module, graph)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -11,7 +12,8 @@ from fxstn.errors import module_path, operation_name
 from fxstn.graphs import add_placeholder, copied, model_of
 from fxstn.layers.response import Response
 from fxstn.rules import RULES
-from fxstn.structure import Derived, consumers, structures
+from fxstn.rules.registry import Reads
+from fxstn.structure import Derived, consumers, from_parameters, structures
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,30 @@ class Responses:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def readings(module: fx.GraphModule, axis: int) -> list[Reading]:
-    """Every reading of every trainable parameter of a canonical graph, its tangent scaled along `axis`."""
-    trainable = [name for name, parameter in model_of(module).named_parameters() if parameter.requires_grad]
-    found = structures(module, trainable, axis)
+def readings(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Reading]:
+    """Every reading of the parameters `names` in a canonical graph, their tangents scaled along `axis`."""
+    names = list(names)
     result = []
+    reached = from_parameters(module.graph, {f"model.{name}": name for name in names})
+    for node, parameters in reached.items():
+        for user in consumers(node, reached):
+            if _reads(node, user) is None:
+                result.append(Reading(parameters, None, user))
+    hopeless = {name for reading in result for name in reading.parameters}
+    found = structures(module, [name for name in names if name not in hopeless], axis)
     for node, derived in found.items():
         for user in consumers(node, found):
             result.append(_reading(module, node, derived, user if derived.rows else _mixing(node, found, user)))
     return result
+
+
+def _reads(node: fx.Node, user: fx.Node) -> tuple[int, Reads] | None:
+    """(position, how it is read) where a layer takes the value of `node` as a parameter and in no other way."""
+    rule = RULES.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+    positions = [i for i, argument in enumerate(user.args) if argument is node]
+    if rule is None or len(positions) != 1 or positions[0] not in rule.reads or node in user.kwargs.values():
+        return None
+    return positions[0], rule.reads[positions[0]]
 
 
 def _mixing(node: fx.Node, found: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
@@ -53,19 +70,17 @@ def _mixing(node: fx.Node, found: Mapping[fx.Node, Derived], user: fx.Node) -> f
 
 
 def _reading(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.Node) -> Reading:
-    rule = RULES.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
-    positions = [i for i, argument in enumerate(user.args) if argument is node]
-    reads = rule.reads.get(positions[0]) if rule and len(positions) == 1 and node not in user.kwargs.values() else None
-    if reads is None or derived.rows is None or derived.rows.axis not in reads.axes:
+    read = _reads(node, user)
+    if read is None or derived.rows is None or derived.rows.axis not in read[1].axes:
         return Reading(derived.parameters, None, user)
+    position, reads = read
     parameters = [model_of(module).get_parameter(name) for name in derived.parameters]
     widest = max(p.dim() for p in parameters)
     if reads.role == "bias":
-        weight = user.args[positions[0] - 1]
-        owner = (
-            str(weight.target).removeprefix("model.") if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
-        )
-        own = dict(model_of(module).named_parameters()).get(owner, parameters[0])
+        weight = user.args[position - 1]
+        own = parameters[0]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            own = operator.attrgetter(str(weight.target))(module)
         return Reading(derived.parameters, "bias", user, own.numel() // max(1, own.shape[0]))
     if widest < 2:
         return Reading(derived.parameters, None, user)  # a vector has no rows to scale
@@ -75,7 +90,9 @@ def _reading(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.N
 
 def layer_weights(module: fx.GraphModule) -> list[str]:
     """Names of the parameters that are (part of) the weight of a layer, in execution order."""
-    weights = [r.parameters[0] for axis in (0, 1) for r in readings(module, axis) if r.role == "weight"]
+    names = [name for name, parameter in model_of(module).named_parameters() if parameter.requires_grad]
+    found = (reading for axis in (0, 1) for reading in readings(module, names, axis) if reading.role == "weight")
+    weights = [name for reading in found for name in reading.parameters]
     order = {name: i for i, (name, _) in enumerate(model_of(module).named_parameters())}
     executed = [str(node.target).removeprefix("model.") for node in module.graph.nodes if node.op == "get_attr"]
     first = {name: i for i, name in reversed(list(enumerate(executed)))}
@@ -92,7 +109,7 @@ def responses(graphs: Sequence[fx.GraphModule]) -> Responses:
     result = Responses()
     pending = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for axis in (0, 1):
-        found = [reading for graph in graphs for reading in readings(graph, axis)]
+        found = [reading for graph in graphs for reading in readings(graph, sorted(pending), axis)]
         groups = _groups(found, pending)
         good: dict[str, int] = {}
         for reading in found:
@@ -183,7 +200,6 @@ def hyperize(module: fx.GraphModule) -> fx.GraphModule:
         else:
             node.meta["scales"] = (scales[shared], None, ())
     graph.lint()
-    module.recompile()
     return module
 
 

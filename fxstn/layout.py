@@ -53,7 +53,7 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
                 break
             for values in runs:
                 if node not in values:
-                    torch.manual_seed(0)  # random draws are the same in the three runs
+                    torch.default_generator.manual_seed(0)  # random draws are the same in the three runs
                     values[node] = _value(module, node, values)
             base, *others = (values[node] for values in runs)
             if isinstance(base, Tensor):
@@ -87,7 +87,7 @@ def _variants(inputs: tuple, batch: int, examples: int) -> Iterator[tuple]:
 
     base = tree_map(first_few, inputs)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield base
         for index in (0, examples - 1):
             yield tree_map(lambda leaf, i=index: with_another(leaf, i), base)

@@ -13,6 +13,7 @@ from torch import fx
 from fxstn.errors import Problem, module_path, operation_name, source_of
 from fxstn.layers.noise import track_batch
 from fxstn.rules import RULES
+from fxstn.signatures import Spelled
 
 SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
@@ -43,7 +44,7 @@ def is_size(node: Any) -> bool:
     return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
 
 
-def dropout_settings(node: fx.Node) -> tuple[float, bool]:
+def dropout_settings(node: fx.Node | Spelled) -> tuple[float, bool]:
     """(p, training) of a dropout call."""
     settings: dict[str, Any] = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
     return settings.get("p", 0.5), bool(settings.get("training", True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
@@ -36,7 +37,8 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
-    recipe: builds the graphs from the children (fxstn.transform.Recipe).
+    recipe: builds the graphs from the children (fxstn.transform.Recipe). rung: how the forward is followed ("fx", "live");
+    refusals: what stood in the way of those before.
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -62,6 +64,8 @@ class SelfTuningNetwork(nn.Module):
         self._canonical: dict[bool, fx.GraphModule] = {}
         self._graphs: dict[str, fx.GraphModule] = {}
         self._places: dict[bool, dict[str, Any]] = {}
+        self.rung = "fx"
+        self.refusals: tuple[Problem, ...] = ()
         self.train(model.training)
 
     # Graphs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,8 @@ from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.staging import call
 from fxstn.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 
-_LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
-_VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
+LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
+VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
 class _Emitter(fx.proxy.GraphAppendingTracer):
@@ -98,11 +99,10 @@ class _Pushforward:
         self.values[node], self.tangents[node] = y, dy
 
     def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
-        if not all_zero(self.tangent(node.kwargs)):
-            raise NoRule("a value that varies is passed by keyword")
+        named: dict = self.tangent(dict(node.kwargs))
         if node.target is operator.getitem and isinstance(tangents[0], tuple):
             return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
-        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)))  # type: ignore[arg-type]
+        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
 
     def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:
         """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it."""
@@ -132,7 +132,7 @@ class _Pushforward:
                 raise TransformError(self.problems)
             output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
             output.meta = dict(node.meta)
-        return assemble(self.module, self.graph, "Pushforward")
+        return assemble(self.module, self.graph)
 
 
 def _no_rule(node: fx.Node, reason: str) -> Problem:
@@ -145,13 +145,18 @@ def _no_rule(node: fx.Node, reason: str) -> Problem:
 
 
 def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
-    """Training-mode batch norms stop updating their running statistics: only the general step does that (law 3)."""
+    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
     module = copied(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm and node.args[5]:
             x, _, _, weight, bias, training, _, eps = node.args
             node.args = (x, None, None, weight, bias, training, 0.0, eps)
-    module.recompile()
+        elif node.op == "call_function" and node.target is F.instance_norm:
+            bound = inspect.signature(F.instance_norm).bind(*node.args, **node.kwargs)
+            bound.apply_defaults()
+            if bound.arguments["use_input_stats"]:
+                bound.arguments.update(running_mean=None, running_var=None)
+            node.args, node.kwargs = bound.args, bound.kwargs
     return module
 
 
@@ -190,10 +195,10 @@ def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModu
                 return walk.values[leaf]
             link: Any = leaf
             views: list[Any] = []
-            while link.op == "call_function" and link.target in _VIEWS and isinstance(link.args[0], fx.Node):
+            while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
                 views.append(link)
                 link = link.args[0]
-            if link.op == "call_function" and link.target in _LINKS:
+            if link.op == "call_function" and link.target in LINKS:
                 z: Any = link.args[0]
                 result = walk.values[z] + walk.tangents[z]
                 for node in (link, *reversed(views)):

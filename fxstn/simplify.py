@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
+from fxstn.graphs import assemble
 from fxstn.layers.inputs import REQUIREMENTS
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
 
@@ -55,7 +56,7 @@ def _key(node: fx.Node) -> Any:
 
 
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
-    """Common subexpressions and dead values removed; an update of running statistics is never dead."""
+    """Common subexpressions and dead values removed; an update of running statistics is never dead. Generates the code."""
     module = drop_handed_through(module)
     seen: dict[Any, fx.Node] = {}
     for node in list(module.graph.nodes):
@@ -70,5 +71,4 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code(_has_effect)
     module.graph.lint()
-    module.recompile()
-    return module
+    return assemble(module, module.graph, "Graph", fx.GraphModule)

@@ -7,7 +7,7 @@ tangent on: g'(W)[s ⊙ R] = s ⊙ g'(W)[R]. Whether it does is found by trying:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def structures(module: fx.GraphModule, names: Iterable[str], axis: int) -> dict[
     Parameters that have no such axis count as mixed.
     """
     parameters = {f"model.{name}": name for name in names}
-    ancestors = _from_parameters(module.graph, parameters)
+    ancestors = from_parameters(module.graph, parameters)
     tried = [node for node in ancestors if node.op != "get_attr"]
     sizes = {name: _rows_of(model_of(module).get_parameter(name), axis) for name in parameters.values()}
     found = {node: Derived(names, None) for node, names in ancestors.items()}
@@ -69,8 +69,11 @@ def _rows_of(parameter: Tensor, axis: int) -> int:
     return parameter.shape[axis] if parameter.dim() > axis else 0
 
 
-def _from_parameters(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.Node, tuple[str, ...]]:
-    """{node: names of the parameters it depends on}, for nodes that depend on parameters, buffers and constants only."""
+def from_parameters(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.Node, tuple[str, ...]]:
+    """{node: names of the parameters it depends on}, for nodes that depend on parameters, buffers and constants only.
+
+    parameters: {target of a get_attr node: name}.
+    """
     constant: set[fx.Node] = set()
     found: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
@@ -95,14 +98,14 @@ def _probe(
     module: fx.GraphModule, nodes: Mapping[fx.Node, Any], parameters: Mapping[str, str], axis: int, rows: int
 ) -> dict[fx.Node, list[tuple[Tensor, Tensor]]]:
     """{node: for every bit of a row's number, where the value changes with the rows that have it set, and clear}."""
-    needed = _closure(nodes)
+    needed = _closure(node for node in nodes if node.op != "get_attr")
 
     def run(changed: Callable[[Tensor], Tensor]) -> dict[fx.Node, Any]:
+        torch.default_generator.manual_seed(0)  # a random draw is the same in every run
         values: dict[fx.Node, Any] = {}
         for node in module.graph.nodes:
             if node not in needed:
                 continue
-            torch.manual_seed(0)  # a random draw is the same in every run
             if node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(module).detach()
                 values[node] = changed(value) if node.target in parameters else value
@@ -110,7 +113,8 @@ def _probe(
                 lookup: Any = values.__getitem__
                 args, kwargs = map_arg((node.args, node.kwargs), lookup)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return {node: value for node, value in values.items() if node in nodes and isinstance(value, Tensor)}
+        derived = (node for node in values if node in nodes and node.op != "get_attr")
+        return {node: values[node] for node in derived if isinstance(values[node], Tensor)}
 
     def moved(bit: int, on: int) -> Callable[[Tensor], Tensor]:
         def change(value: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _probe(
     with torch.random.fork_rng(), torch.no_grad():
         base = run(lambda value: value)
         bits = max(1, (rows - 1).bit_length())
-        changes: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {node: [] for node in base if node.op != "get_attr"}
+        changes: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {node: [] for node in base}
         for bit in range(bits):
             both = [run(moved(bit, on)) for on in (1, 0)]
             for node, found in changes.items():
@@ -134,7 +138,7 @@ def _probe(
     return changes
 
 
-def _closure(nodes: Mapping[fx.Node, Any]) -> set[fx.Node]:
+def _closure(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and everything that they read."""
     needed: set[fx.Node] = set()
     pending = list(nodes)
@@ -179,6 +183,6 @@ def _runs(numbers: list[int], depends: list[bool], rows: int) -> tuple[tuple[int
     return tuple(runs) if len(runs) <= MOST_RUNS else None
 
 
-def consumers(node: fx.Node, found: Mapping[fx.Node, Derived]) -> Iterator[fx.Node]:
+def consumers(node: fx.Node, found: Container[fx.Node]) -> Iterator[fx.Node]:
     """The operations that read a derived value and are not derived themselves, sizes aside."""
     yield from (user for user in node.users if user not in found and not is_size(user))

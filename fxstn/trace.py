@@ -360,6 +360,9 @@ def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Targets become "model.…", and a tied parameter keeps the first of its names."""
     first = first_names(model)
     for node in graph.nodes:
+        node.meta.pop(
+            "is_wrapped", None
+        )  # else generated code declares the result of a function looked into as wrapped
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(model)
             node.target = f"model.{first.get(id(value), node.target)}"

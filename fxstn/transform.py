@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -16,13 +16,15 @@ from fxstn.export import Examples, follow_by_export
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
+from fxstn.live.emit import LiveRecipe, addresses
+from fxstn.live.tape import record
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
-RUNGS = ("fx", "export")  # ways to follow a forward, in the order that "auto" tries them
+RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -33,43 +35,30 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
 
 
 def followed(
-    model: nn.Module, training: bool, frozen: Collection[str], examples: Examples | None = None, trace: str = "auto"
+    model: nn.Module, training: bool, frozen: Collection[str], examples: Examples | None = None, rung: str = "fx"
 ) -> fx.GraphModule:
-    """trace → canonicalize, by the first rung that can follow the forward. Raises TransformError with the problems of all."""
-    problems: list[Problem] = []
-    for rung in RUNGS if trace == "auto" else (trace,):
-        try:
-            if rung == "fx":
-                return canonicalize(trace_module(model, training, frozen, len(examples.inputs) if examples else 0))
-            if examples is not None:
-                return canonicalize(follow_by_export(model, training, frozen, examples))
-        except TransformError as error:
-            problems += error.problems
-    raise TransformError(list(dict.fromkeys(problems)))
-
-
-def examples_of(model: nn.Module, example_inputs: Any) -> Examples | None:
-    """A tuple of positional inputs, one input, or None for no examples."""
-    if example_inputs is None:
-        return None
-    return Examples.of(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+    """trace → canonicalize, by rung "fx" or "export"."""
+    if rung == "export":
+        assert examples is not None
+        return canonicalize(follow_by_export(model, training, frozen, examples))
+    return canonicalize(trace_module(model, training, frozen, len(examples.inputs) if examples else 0))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, trace: how the forward is followed.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
     """
 
     binding: Binding
     frozen: tuple[str, ...]
     examples: Examples | None
-    trace: str
+    rung: str
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
-        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.trace)
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.rung)
         return with_children(graph, root)
 
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
@@ -109,9 +98,10 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed: "fx", symbolic tracing; "export", torch.export with the
-    example_inputs, where Python may branch on sizes and later inputs must have the same ones, dimension 0 aside; "auto", the
-    first that can.
+    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing. "export": torch.export, where
+    Python may branch on sizes, and later inputs have those of the examples, dimension 0 aside. "live": the forward runs as
+    it is, whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch. The last two
+    need example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -122,12 +112,28 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if trace not in ("auto", *RUNGS):
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
-    if trace == "export" and example_inputs is None:
-        raise ValueError("trace='export' needs example_inputs")
+    if trace in ("export", "live") and example_inputs is None:
+        raise ValueError(f"trace={trace!r} needs example_inputs")
     model = copy.deepcopy(model)
+    rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    problems: list[Problem] = []
+    for rung in rungs:
+        try:
+            network = _climbed(rung, model, hparams, example_inputs, method)
+            network.rung, network.refusals = rung, tuple(problems)
+            return network
+        except TransformError as error:
+            problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
+    raise TransformError(problems)
+
+
+def _climbed(
+    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str
+) -> SelfTuningNetwork:
+    """A network by one way of following the forward. Raises as `transform`."""
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     frozen = tuple(sorted(frozen_modules(model)))
-    examples = examples_of(model, example_inputs)
-    graphs = [followed(model, training, frozen, examples, trace) for training in (True, False)]
+    graphs = canonical_graphs(rung, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     found = responses(graphs)
@@ -138,18 +144,25 @@ def transform(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    network = SelfTuningNetwork(
-        model,
-        response_modules(model, found, len(space)),
-        space,
-        binding.penalties,
-        method,
-        Recipe(binding, frozen, examples, trace),
-    )
-    for training, graph in zip((True, False), graphs, strict=True):
-        network.keep_canonical(training, with_children(graph, network))
+    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung)
+    if rung == "live":
+        recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
+    modules = response_modules(model, found, len(space))
+    network = SelfTuningNetwork(model, modules, space, binding.penalties, method, recipe)
+    if rung != "live":
+        for training, graph in zip((True, False), graphs, strict=True):
+            network.keep_canonical(training, with_children(graph, network))
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
-        network.check(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        network.check(*inputs)
     return network
+
+
+def canonical_graphs(rung: str, model: nn.Module, frozen: tuple[str, ...], example_inputs: Any) -> list[Any]:
+    """The model's training and evaluation graph by one way of following it, as far as passes need them to decide."""
+    if rung == "live":
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return [record(model, training, frozen, inputs) for training in (True, False)]
+    examples = Examples.of(model, example_inputs)
+    return [followed(model, training, frozen, examples, rung) for training in (True, False)]

@@ -8,17 +8,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fxstn.condition import SPATIAL
 from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
+from fxstn.live.emit import located
+from fxstn.live.following import Sites
+from fxstn.live.structure import leaves
+from fxstn.live.witness import Witness
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
@@ -38,6 +43,8 @@ class ReplayedDropout(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         settings = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         if function not in DROPOUTS or not settings.get("training", True):
             return function(*args, **kwargs)
@@ -47,6 +54,19 @@ class ReplayedDropout(TorchFunctionMode):
         drawn = draw(x, p, SPATIAL.get(function, 0))
         multiplier, shift = drawn if isinstance(drawn, tuple) else (drawn, 0)
         return x.mul_(multiplier).add_(shift) if settings.get("inplace") else x * multiplier + shift
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                   dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                   enable_gqa: bool = False) -> Tensor:  # fmt: skip
+        """Attention that draws its dropout inside; torch's own otherwise."""
+        settings: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if not dropout_p:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, **settings)
+        eye = torch.eye(key.shape[-2], dtype=value.dtype).expand(*value.shape[:-1], key.shape[-2])
+        weights = F.scaled_dot_product_attention(query, key, eye, attn_mask, 0.0, **settings)
+        rate = next(self.rates, None)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if enable_gqa else value
+        return (weights * dropout_mask(weights, dropout_p if rate is None else rate)) @ value
 
 
 @dataclass(frozen=True)
@@ -83,8 +103,8 @@ class Report:
 
 
 def _flat(output: Any) -> Tensor:
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([leaf.flatten() for leaf in leaves])
+    floats = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.flatten() for leaf in floats])
 
 
 def central_difference(function: Callable[[float], Any]) -> list[Tensor]:
@@ -100,17 +120,17 @@ def relative_error(tangent: Any, differences: Sequence[Tensor]) -> float:
 
 
 def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
-    """A float64 copy at a generic point: norm affines shifted a little, running statistics those of one forward."""
+    """A float64 copy at a generic point: constant parameters shifted a little, running statistics those of one forward."""
     model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
     modes = [module.training for module in model.modules()]
     with torch.no_grad():
+        for parameter in model.parameters():
+            if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for module in norms:
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             module.momentum = 1.0
         model.train()(*inputs)
     for module, momentum in zip(norms, momenta, strict=True):
@@ -149,11 +169,12 @@ def verify(
 ) -> Report:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
-    inputs: as for the model, batch ≥ 2; converted to float64. The witness is a central difference of the *original*
-    model along `best_response`; where hparams insert dropout, which the original does not have, the emitted training
-    graph is compared with its own difference besides, and the original with a transform without the insertions. Points
-    are drawn from `seeds` seeds until one passes. trace: as for `transform`. The model is left as it was.
-    Raises what `transform` raises.
+    inputs: as for the model, batch ≥ 2; converted to float64. trace: as for `transform`. The witness is a central
+    difference of the *original* model along `best_response`; where hparams insert dropout, which the original does not
+    have, the emitted training graph is compared with its own difference besides, and the original with a transform
+    without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
+    is a constant of the difference, as it is for autograd. Points are drawn from `seeds` seeds until one passes. The model
+    is left as it was. Raises what `transform` raises.
     """
     report = Report(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -183,10 +204,32 @@ def _comparisons(
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
     binding, frozen = stn.recipe.binding, stn.recipe.frozen
-    rates = _rates(stn)
+    live = stn.rung == "live"
+    rates = [] if live else _rates(stn)
     inserts = any(site.insert for site in binding.sites)
 
+    constants: dict[tuple[bool, bool], list[Tensor]] = {}
+
+    def of_live(step: float, training: bool, inserting: bool) -> Any:
+        if (training, inserting) not in constants:
+            constants[training, inserting] = []
+            of_live(0.0, training, inserting)
+        module = copy.deepcopy(original).train(training).requires_grad_(False)
+        for name in frozen:
+            module.get_submodule(name).training = False
+        module.load_state_dict(stn.best_response(step * delta), strict=False)
+        chosen = replace(binding, sites=tuple(site for site in binding.sites if inserting or not site.insert))
+        sites = located(chosen, *stn.recipe.places) if training else Sites()
+        witness = Witness(module, sites, stn.hparams(), constants[training, inserting] if step else None)
+        torch.manual_seed(seed)
+        output = witness.run_constant(inputs)
+        if not step:
+            constants[training, inserting] = witness.kept
+        return output
+
     def of_original(step: float, training: bool) -> Any:
+        if live:
+            return of_live(step, training, False)
         torch.manual_seed(seed)
         module = copy.deepcopy(original).train(training)
         for name in frozen:
@@ -195,6 +238,8 @@ def _comparisons(
             return functional_call(module, stn.best_response(step * delta), inputs)
 
     def of_graph(step: float) -> Any:
+        if live:
+            return of_live(step, True, True)
         torch.manual_seed(seed)
         graph = stn.graph("train")
         weights = {f"model.{name}": value for name, value in stn.best_response(step * delta).items()}

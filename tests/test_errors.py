@@ -35,15 +35,15 @@ class Inner(nn.Module):
 
 
 def no_derivatives(y):
-    grid = F.grid_sample(y.view(1, 1, 4, -1), y.view(1, -1, 2, 2))
-    return grid.sum() + torch.bincount(y.flatten())
+    distances = torch.pdist(y)
+    return distances.sum() + torch.bincount(y.flatten())
 
 
 def test_operations_without_rule_and_derivative_are_listed_all_at_once():
     with pytest.raises(fxstn.TransformError) as caught:
         fxstn.transform(Around(no_derivatives), SCALAR)
     assert len(caught.value.problems) == 2
-    for problem, name in zip(caught.value.problems, ("F.grid_sample", "torch.bincount"), strict=True):
+    for problem, name in zip(caught.value.problems, ("torch.pdist", "torch.bincount"), strict=True):
         assert problem.where == "inner"
         assert problem.what.startswith(f"{name} has no tangent rule")
         assert "test_errors.py:" in problem.source
@@ -61,7 +61,7 @@ def test_a_custom_operator_without_forward_mode_is_refused():
 
 
 def test_an_operation_without_rule_falls_back_to_torchs_forward_mode():
-    net = Around(lambda y: torch.special.i0(y) + torch.logsumexp(y, 1, keepdim=True))
+    net = Around(lambda y: torch.special.i0(y) + torch.logcumsumexp(y, 1))
     assert fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok
     rules = [row.rule for row in fxstn.explain(net, SCALAR).rows]
     assert rules[:2] == ["fallback", "fallback"]
@@ -188,7 +188,7 @@ def test_a_parameter_that_something_else_reads_gets_no_response_and_explain_says
     stn = fxstn.transform(Normed(), SCALAR)
     assert {name.rpartition(".")[0] for name, _ in stn.response.named_parameters()} == {"a.bias", "b.weight"}
     notes = "\n".join(fxstn.explain(Normed(), SCALAR).notes)
-    assert "'a.weight': read by torch.sum" in notes
+    assert "'a.weight': read by operator.add" in notes
     assert "'b.bias': frozen" in notes
     assert fxstn.verify(Normed(), torch.randn(3, 4), hparams=SCALAR).ok
 

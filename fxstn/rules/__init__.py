@@ -1,6 +1,37 @@
 """The tangent rules. Importing this package fills `RULES`."""
 
-from fxstn.rules import layers, norm, pointwise, pool, shape
+from fxstn.rules import (
+    activation,
+    arithmetic,
+    assign,
+    attention,
+    complex,
+    constant,
+    detection,
+    index,
+    layers,
+    loss,
+    matmul,
+    norm,
+    pointwise,
+    pool,
+    reduce,
+    resample,
+    shape,
+)
 from fxstn.rules.registry import RULES, NoRule, Rule, apply_rule
 
-__all__ = ["RULES", "NoRule", "Rule", "apply_rule", "layers", "norm", "pointwise", "pool", "shape"]
+__all__ = [
+    "RULES",
+    "NoRule",
+    "Rule",
+    "activation",
+    "apply_rule",
+    "arithmetic",
+    "assign",
+    "attention",
+    "complex",
+    "constant",
+]
+__all__ += ["detection", "index", "layers", "loss", "matmul", "norm", "pointwise", "pool", "reduce", "resample"]
+__all__ += ["shape"]

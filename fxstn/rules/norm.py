@@ -1,25 +1,132 @@
-"""Batch norm: in training mode its Jacobian is symmetric up to the affine part, so the fused backward is the tangent."""
+"""Normalisations: dy = J dx · weight + x̂ · dweight + dbias, J by the fused backward where torch has one."""
 
 from __future__ import annotations
 
 import operator
+from types import SimpleNamespace
 
+import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import batch_norm_frozen_tangent, batch_norm_jacobian, batch_norm_with_statistics
-from fxstn.rules.registry import NoRule, rule
+from fxstn.layers.kernels import along_channels, expand_like
+from fxstn.layers.norms import (
+    batch_norm_frozen_tangent,
+    batch_norm_jacobian,
+    batch_norm_with_statistics,
+    group_norm_jacobian,
+    group_norm_with_statistics,
+    inverse_rms,
+    layer_norm_jacobian,
+    local_response_tangent,
+    rms_norm_jacobian,
+)
+from fxstn.rules.reduce import vector_norm_tangent
+from fxstn.rules.registry import rule, total
 from fxstn.tangents import ZERO
+
+
+def _affine(d, y, jacobian, plain):
+    """J dx + x̂ · dweight + dbias along the channels; plain: computes x̂, the norm of the input without weight and bias."""
+    return total(
+        (d.input, jacobian),
+        (d.weight, lambda dw: plain() * along_channels(dw, y)),
+        (d.bias, lambda db: expand_like(along_channels(db, y), y)),
+    )
 
 
 @rule(F.batch_norm)
 def batch_norm(
     d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):  # fmt: skip
-    if d.weight is not ZERO or d.bias is not ZERO:
-        raise NoRule("its affine parameters vary")
     if not training:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return y, batch_norm_frozen_tangent(d.input, running_mean, running_var, weight, eps)
+        jacobian = lambda dx: batch_norm_frozen_tangent(dx, running_mean, running_var, weight, eps)  # noqa: E731
+        plain = lambda: F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)  # noqa: E731
+        return y, _affine(d, y, jacobian, plain)
     results = batch_norm_with_statistics(input, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
-    return y, batch_norm_jacobian(d.input, input, weight, mean, inverse_std, eps)
+    jacobian = lambda dx: batch_norm_jacobian(dx, input, weight, mean, inverse_std, eps)  # noqa: E731
+    return y, _affine(d, y, jacobian, lambda: F.batch_norm(input, None, None, training=True, eps=eps))
+
+
+def _group_norm(d, input, groups, weight, bias, eps):
+    results = group_norm_with_statistics(input, groups, weight, bias, eps)
+    y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
+    jacobian = lambda dx: group_norm_jacobian(dx, input, weight, mean, inverse_std)  # noqa: E731
+    plain = lambda: operator.getitem(group_norm_with_statistics(input, groups, None, None, eps), 0)  # noqa: E731
+    return y, _affine(d, y, jacobian, plain)
+
+
+@rule(F.group_norm)
+def group_norm(d, input, num_groups, weight=None, bias=None, eps=1e-5):
+    return _group_norm(d, input, num_groups, weight, bias, eps)
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    d,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    if use_input_stats:
+        return _group_norm(d, input, 0, weight, bias, eps)
+    return batch_norm(d, input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+@rule(F.layer_norm)
+def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    results = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
+    return y, total(
+        (d.input, lambda dx: layer_norm_jacobian(dx, input, weight, mean, inverse_std, normalized_shape)),
+        (d.weight, lambda dw: F.layer_norm(input, normalized_shape, eps=eps) * dw),
+        (d.bias, lambda db: expand_like(db, y)),
+    )
+
+
+@rule(F.rms_norm)
+def rms_norm(d, input, normalized_shape, weight=None, eps=None):
+    inverse = inverse_rms(input, normalized_shape, eps)
+    normalized = input * inverse
+    y = normalized if weight is None else normalized * weight
+    scaled = lambda dx: dx if weight is None else dx * weight  # noqa: E731
+    return y, total(
+        (d.input, lambda dx: scaled(rms_norm_jacobian(dx, normalized, inverse, len(normalized_shape)))),
+        (d.weight, lambda dw: normalized * dw),
+    )
+
+
+@rule(F.local_response_norm)
+def local_response_norm(d, input, size, alpha=1e-4, beta=0.75, k=1.0):
+    y = F.local_response_norm(input, size, alpha, beta, k)
+    return y, local_response_tangent(d.input, input, size, alpha, beta, k)
+
+
+@rule(F.normalize)
+def normalize(d, input, p=2.0, dim=1, eps=1e-12):
+    """y = x/n with n = max(‖x‖, eps): dy = (dx − y dn)/n."""
+    norm = torch.linalg.vector_norm(input, p, dim, keepdim=True)
+    divisor = torch.clamp(norm, min=eps)
+    y = input / divisor
+    change = vector_norm_tangent(d.input, input, p, dim, True) * (norm >= eps)
+    return y, (d.input - y * change) / divisor
+
+
+@rule(F.cosine_similarity)
+def cosine_similarity(d, x1, x2, dim=1, eps=1e-8):
+    (u1, du1), (u2, du2) = (_unit(dx, x, dim, eps) for dx, x in ((d.x1, x1), (d.x2, x2)))
+    product = lambda a, b: (a * b).sum(dim)  # noqa: E731
+    return product(u1, u2), total((du1, lambda du: product(du, u2)), (du2, lambda du: product(u1, du)))
+
+
+def _unit(dx, x, dim, eps):
+    """(u, du) of u = x/max(‖x‖, eps)."""
+    if dx is ZERO:
+        return F.normalize(x, 2.0, dim, eps), ZERO
+    return normalize(SimpleNamespace(input=dx), x, 2.0, dim, eps)

@@ -15,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.fx.node import map_aggregate
 
 from fxstn.layers.kernels import expand_like, node_jvp
 from fxstn.staging import call
@@ -33,10 +34,12 @@ class Reads:
 
 @dataclass(frozen=True)
 class Rule:
-    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). reads: {position: Reads} of a hyperlayer."""
+    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known.
+    reads: {position: Reads} of a hyperlayer."""
 
     kind: str
     apply: Apply
+    signature: inspect.Signature | None = None
     reads: Mapping[int, Reads] = field(default_factory=dict)
 
 
@@ -48,15 +51,40 @@ class NoRule(Exception):
     """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
 
 
-def register(function: Callable[..., Any], kind: str, apply: Apply, reads: Mapping[int, Reads] = _NONE) -> None:
+def register(
+    function: Callable[..., Any],
+    kind: str,
+    apply: Apply,
+    signature: inspect.Signature | None = None,
+    reads: Mapping[int, Reads] = _NONE,
+) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule")
-    RULES[function] = Rule(kind, apply, reads)
+    RULES[function] = Rule(kind, apply, signature, reads)
 
 
-def linear(*functions: Callable[..., Any]) -> None:
-    """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent."""
+def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
+    """Σ term(tangent) over the pairs (tangent, term) whose tangent is not ZERO; ZERO where there is none."""
+    result: Any = ZERO
+    for tangent, term in terms:
+        if tangent is not ZERO:
+            result = term(tangent) if result is ZERO else result + term(tangent)
+    return result
+
+
+def filled(tangent: Any, primal: Any) -> Any:
+    """The tangent, or real zeros shaped like its primal where it is ZERO."""
+    if tangent is not ZERO:
+        return tangent
+    return 0 if isinstance(primal, (int, float)) else torch.zeros_like(primal)
+
+
+def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = None) -> None:
+    """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent.
+
+    tangent: another spelling of the operation for the tangent, whose memory format may differ from the primal's.
+    """
     for function in functions:
 
         def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
@@ -64,22 +92,28 @@ def linear(*functions: Callable[..., Any]) -> None:
                 return fallback(function, tangents, args, kwargs)
             dx = tangents[0]
             if isinstance(dx, (list, tuple)):
-                dx = [torch.zeros_like(x) if d is ZERO else d for d, x in zip(dx, args[0], strict=True)]
-            return call(function, *args, **kwargs), call(function, dx, *args[1:], **kwargs)
+                dx = [filled(d, x) for d, x in zip(dx, args[0], strict=True)]
+            return call(function, *args, **kwargs), call(tangent or function, dx, *args[1:], **kwargs)
 
         register(function, "linear", apply)
 
 
-def pointwise(function: Callable[..., Any], tangent: Callable[..., Any]) -> None:
-    """Depends on its first argument only: dy = tangent(dx, y, x, *further arguments). Symmetric Jacobians included."""
+def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> None:
+    """Elementwise in its first arguments, one partial each: dy = Σ partial(dx, y, *arguments).
+
+    With one partial also any other function of its first argument alone; each partial has the shape of y. Their
+    parameters after y have the names of torch's own arguments.
+    """
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-        if not all_zero(tangents[1:]):
+        if not all_zero(tangents[len(partials) :]):
             return fallback(function, tangents, args, kwargs)
         y = call(function, *args, **kwargs)
-        return y, tangent(tangents[0], y, *args, **kwargs)
+        terms = zip(tangents, partials, strict=False)
+        return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
-    register(function, "pointwise", apply)
+    parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
+    register(function, "pointwise", apply, inspect.Signature(parameters))
 
 
 def additive(function: Callable[..., Any]) -> None:
@@ -98,17 +132,19 @@ def additive(function: Callable[..., Any]) -> None:
     register(function, "additive", apply)
 
 
-def bilinear(*functions: Callable[..., Any]) -> None:
-    """Linear in each of two arguments: dy = f(da, b) + f(a, db)."""
+def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
+    """Linear in each of two arguments, input and `second`: dy = f(da, b) + f(a, db)."""
+    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", second)]
     for function in functions:
 
         def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
-            (a, b, *rest), (da, db, *_) = args, tangents
-            terms = [] if da is ZERO else [call(function, da, b, *rest, **kwargs)]
-            terms += [] if db is ZERO else [call(function, a, db, *rest, **kwargs)]
-            return call(function, *args, **kwargs), terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            rest = {name: value for name, value in kwargs.items() if name != second}
+            a, b, *more = args if len(args) > 1 else (*args, kwargs[second])
+            da, db = (*tangents, ZERO)[:2]
+            product = lambda a, b: call(function, a, b, *more, **rest)  # noqa: E731
+            return product(a, b), total((da, lambda da: product(da, b)), (db, lambda db: product(a, db)))
 
-        register(function, "bilinear", apply)
+        register(function, "bilinear", apply, inspect.Signature(names))
 
 
 def zero(*functions: Callable[..., Any]) -> None:
@@ -122,40 +158,42 @@ def zero(*functions: Callable[..., Any]) -> None:
 
 
 def rule(
-    *functions: Callable[..., Any], reads: Mapping[int, Reads] = _NONE
+    *functions: Callable[..., Any], kind: str = "own", reads: Mapping[int, Reads] = _NONE
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
-    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names.
+    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
+    `*tensors` a tuple of them.
     reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(body)
-        names = list(signature.parameters)[1:]
+        parameters = list(inspect.signature(body).parameters.values())[1:]
+        signature, names = inspect.Signature(parameters), [parameter.name for parameter in parameters]
 
         def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-            bound = signature.bind(None, *args, **kwargs)
-            d = SimpleNamespace(**dict.fromkeys(names, ZERO), **{})
-            d.__dict__.update(zip(names, tangents, strict=False))
-            d.__dict__.update(dict.fromkeys(kwargs, ZERO))
-            bound.arguments[next(iter(signature.parameters))] = d
-            return body(*bound.args, **bound.kwargs)
+            bound = signature.bind(*args, **kwargs)
+            d = SimpleNamespace(**dict.fromkeys(names, ZERO) | dict(zip(names, tangents, strict=False)))
+            for i, parameter in enumerate(parameters):
+                if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                    setattr(d, parameter.name, tangents[i:])
+            return body(d, *bound.args, **bound.kwargs)
 
         for function in functions:
-            register(function, "hyperlayer" if reads else "own", apply, reads)
+            register(function, "hyperlayer" if reads else kind, apply, signature, reads)
         return body
 
     return decorate
 
 
-# Operations whose forward mode torch does not have (checked with 2.9 to 2.14), so that a fallback would fail at run time.
-NO_FORWARD_MODE = {
-    torch.nn.functional.grid_sample: "torch has no forward-mode derivative of grid_sampler",
-    torch.nn.functional.scaled_dot_product_attention: "torch has no forward-mode derivative of fused attention",
+# What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
+NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
     torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
     torch.bincount: "counting has no derivative",
     torch.histc: "counting has no derivative",
+    torch.pdist: "torch has no forward-mode derivative of pdist; torch.cdist has a rule",
+    **dict.fromkeys([torch.Tensor.item, torch.Tensor.tolist], "a Python number made from it has no tangent"),
+    torch.Tensor.numpy: "a numpy array made from it has no tangent",
 }
 
 
@@ -171,26 +209,44 @@ def no_derivative(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def fallback(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+def fallback(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
+) -> tuple[Any, Any]:
     """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
     if reason := no_derivative(function):
         raise NoRule(reason)
-    if any(isinstance(tangent, (list, tuple, Scaled, dict)) and not all_zero(tangent) for tangent in tangents):
-        raise NoRule("its varying arguments are inside a list or are structured, which the fallback cannot pass on")
-    both = node_jvp(function)(args, kwargs, tuple(None if not _is_tangent(t) else t for t in tangents))
+
+    def given(tangent: Any) -> Any:
+        if isinstance(tangent, Scaled):
+            raise NoRule("the tangent of a parameter reaches it, which the fallback cannot pass on")
+        return None if tangent is ZERO else tangent
+
+    changes = map_aggregate((tangents, named or {}), given)
+    both = node_jvp(function)(args, kwargs, *changes)  # type: ignore[misc]
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 
-def _is_tangent(tangent: Any) -> bool:
-    return tangent is not ZERO and not isinstance(tangent, (list, tuple, dict))
-
-
-def apply_rule(function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+def apply_rule(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
+) -> tuple[Any, Any]:
     """(y, dy) of one operation; tangents: one entry per positional argument, ZERO where it does not vary.
 
+    named: tangents of keywords, which a rule with known parameters and the fallback can take.
     Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
     """
+    found = RULES.get(function)
+    varying = [name for name, tangent in (named or {}).items() if not all_zero(tangent)]
+    if varying:
+        parameters = list(found.signature.parameters.values()) if found and found.signature else []
+        last = max((i for i, parameter in enumerate(parameters) if parameter.name in varying), default=-1)
+        moved = parameters[len(args) : last + 1]
+        if not {parameter.name for parameter in moved if parameter.kind is parameter.POSITIONAL_OR_KEYWORD} >= {
+            *varying
+        }:
+            return fallback(function, tangents, args, kwargs, named)
+        kwargs = dict(kwargs)
+        args = (*args, *(kwargs.pop(parameter.name, parameter.default) for parameter in moved))
+        tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))  # type: ignore[union-attr]
     if all_zero(tangents):
         return call(function, *args, **kwargs), ZERO
-    found = RULES.get(function)
     return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)

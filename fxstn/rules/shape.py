@@ -1,4 +1,4 @@
-"""Views, copies, joins, splits and reductions that are linear; sizes and indices, whose tangent is ZERO."""
+"""Views, copies, joins and splits: linear."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.rules.registry import NoRule, linear, rule, zero
+from fxstn.rules.registry import NoRule, filled, linear, rule
 from fxstn.tangents import ZERO
 
 Tensor = torch.Tensor
 
-linear(torch.flatten, torch.reshape, Tensor.view, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze)
-linear(
-    Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.view_as, Tensor.reshape_as, Tensor.unfold, Tensor.unflatten
-)
-linear(
-    torch.unflatten,
-    torch.movedim,
-    torch.swapaxes,
-    torch.t,
-    torch.flip,
-    torch.roll,
-    torch.narrow,
-    torch.select,
-    torch.tile,
-)
-linear(torch.cat, torch.stack, torch.chunk, torch.split, torch.tensor_split, torch.unbind, operator.getitem)
-linear(torch.mean, torch.sum, torch.cumsum, torch.broadcast_to, F.pixel_shuffle, F.pixel_unshuffle)
-linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-linear(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+# A tangent may lie in memory in another order than its primal, or be expanded, where only a copy can be viewed.
+linear(Tensor.view, tangent=Tensor.reshape)
+linear(Tensor.view_as, tangent=Tensor.reshape_as)
+linear(torch.flatten, torch.ravel, torch.reshape, Tensor.reshape_as, torch.unflatten, Tensor.unflatten)
+linear(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t, torch.adjoint, torch.rot90)
+linear(torch.unsqueeze, torch.squeeze, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
+linear(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.repeat, torch.tile)
+linear(torch.flip, torch.fliplr, torch.flipud, torch.roll, torch.narrow, torch.select, Tensor.unfold, operator.getitem)
+linear(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack, torch.column_stack)
+linear(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.hsplit, torch.vsplit, torch.dsplit)
 
-zero(Tensor.size, Tensor.dim, Tensor.numel, torch.argmax, torch.argmin, torch.numel, Tensor.new_zeros, Tensor.new_ones)
+
+def _register_joint(function):
+    @rule(function)
+    def joint(d, *tensors, **settings):
+        """Linear in all tensors jointly, which stand side by side or in one list."""
+        packed = len(tensors) == 1 and isinstance(tensors[0], (list, tuple))
+        values, tangents = (tensors[0], d.tensors[0]) if packed else (tensors, d.tensors)
+        changes = [filled(dx, x) for dx, x in zip(tangents, values, strict=True)]
+        return function(*values, **settings), function(*changes, **settings)
+
+
+for function in (torch.block_diag, torch.broadcast_tensors, torch.meshgrid):
+    _register_joint(function)
 
 
 @rule(F.pad)
@@ -43,8 +46,8 @@ def pad(d, input, pad, mode="constant", value=None):
 
 @rule(getattr)
 def attribute(d, object, name):
-    if name in ("T", "mT"):
+    if name in ("T", "mT", "H", "mH", "real", "imag"):
         return getattr(object, name), getattr(d.object, name)
-    if name in ("shape", "dtype", "device", "ndim", "itemsize", "is_cuda", "layout"):
+    if name in ("shape", "dtype", "device", "ndim", "itemsize", "is_cuda", "layout", "data"):
         return getattr(object, name), ZERO
     raise NoRule(f"the attribute .{name} of a tensor that varies is not followed")

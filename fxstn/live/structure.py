@@ -1,0 +1,77 @@
+"""Structures that hold tensors: arguments of an operation, inputs and outputs of a model, a module's attributes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+def arguments_mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Arguments of one operation, or its results, with each tensor replaced: through tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(arguments_mapped(function, entry) for entry in value)
+    if kind is dict:
+        return {key: arguments_mapped(function, entry) for key, entry in value.items()}
+    if isinstance(value, tuple) and not hasattr(value, "numel"):  # named results; a torch.Size holds no tensor
+        entries = [arguments_mapped(function, entry) for entry in value]
+        return kind(*entries) if hasattr(value, "_fields") else kind(entries)  # type: ignore[call-arg]
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of one operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors_in(entry)
+
+
+def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
+    """A model's output with every leaf replaced, through whatever pytree knows and dataclasses besides."""
+
+    def leaf(value: Any) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return function(value)
+        result = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(result, field.name, mapped(function, getattr(value, field.name)))
+        return result
+
+    return tree_map(leaf, structure)
+
+
+def leaves(structure: Any) -> list[Any]:
+    """The leaves that `mapped` visits, in its order."""
+    found: list[Any] = []
+    mapped(found.append, structure)
+    return found
+
+
+def reachable(value: Any, name: str, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every tensor that can be reached from a value: containers, attributes, submodules excepted."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield name, value
+    elif id(value) not in seen and not isinstance(value, (nn.Module, type, str, bytes)):
+        seen.add(id(value))
+        entries: Any = ()
+        if isinstance(value, dict):
+            entries = value.items()
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            entries = enumerate(value)
+        elif hasattr(value, "__dict__") and not callable(value):
+            entries = vars(value).items()
+        for key, entry in list(entries):
+            yield from reachable(entry, f"{name}.{key}" if name else str(key), seen)

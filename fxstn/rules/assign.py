@@ -1,0 +1,20 @@
+"""Assignments: linear in the tensor that is written into and in the value together."""
+
+from __future__ import annotations
+
+import torch
+
+from fxstn.layers.assignment import assigned, overwritten
+from fxstn.rules.registry import rule
+from fxstn.tangents import ZERO
+
+
+@rule(assigned)
+def assign(d, x, index, value):
+    dx = torch.zeros_like(x) if d.x is ZERO else d.x
+    return assigned(x, index, value), assigned(dx, index, 0.0 if d.value is ZERO else d.value)
+
+
+@rule(overwritten)
+def overwrite(d, x, value):
+    return overwritten(x, value), ZERO if d.value is ZERO else overwritten(x, d.value)

@@ -1,0 +1,47 @@
+"""Losses and distances, where a forward computes them itself (detection, language models)."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+
+import torch
+import torch.nn.functional as F
+
+from fxstn.layers.kernels import separable_loss
+from fxstn.layers.reductions import distance_tangent, vector_norm_tangent
+from fxstn.rules.registry import filled, register, rule, total
+from fxstn.tangents import ZERO
+
+
+def _register_loss(function):
+    def apply(tangents, args, kwargs):
+        given = tuple(None if tangent is ZERO else tangent for tangent in tangents)
+        both = separable_loss(function)(args, kwargs, given)
+        return operator.getitem(both, 0), operator.getitem(both, 1)
+
+    register(function, "loss", apply, inspect.signature(function))
+
+
+for function in (
+    *(F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div),
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss),
+    *(F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss),
+    *(F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss),
+):
+    _register_loss(function)
+
+
+@rule(F.pairwise_distance)
+def pairwise_distance(d, x1, x2, p=2.0, eps=1e-6, keepdim=False):
+    y = F.pairwise_distance(x1, x2, p, eps, keepdim)
+    return y, vector_norm_tangent(filled(d.x1, x1) - filled(d.x2, x2), x1 - x2 + eps, p, -1, keepdim)
+
+
+@rule(torch.cdist)
+def cdist(d, x1, x2, p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary"):
+    y = torch.cdist(x1, x2, p, compute_mode)
+    return y, total(
+        (d.x1, lambda dx: distance_tangent(dx, x1, x2, y, p)),
+        (d.x2, lambda dx: distance_tangent(dx, x2, x1, y.mT, p).mT),
+    )

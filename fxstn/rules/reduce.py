@@ -1,0 +1,155 @@
+"""Reductions: sums, moments, norms, extrema, and what selects by order."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from fxstn.layers.reductions import (
+    attained_tangent,
+    product_tangent,
+    softmax_weighted,
+    variance_tangent,
+    vector_norm_tangent,
+)
+from fxstn.rules.registry import NoRule, apply_rule, fallback, linear, rule
+from fxstn.tangents import ZERO
+
+linear(torch.mean, torch.sum, torch.cumsum, torch.trace)
+
+
+def _moment_settings(dim=None, unbiased=None, keepdim=False, *, correction=None, axis=None):
+    """(dim, correction, keepdim) of the three ways to call var: (dim, correction=), (dim, unbiased), (unbiased)."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1 if unbiased is None else int(unbiased)
+    return axis if dim is None else dim, correction, keepdim
+
+
+def _register_moment(function, root, with_mean):
+    @rule(function)
+    def moment(d, input, *settings, **named):
+        y = function(input, *settings, **named)
+        dim, correction, keepdim = _moment_settings(*settings, **named)
+        dy = variance_tangent(d.input, input, dim, correction, keepdim)
+        spread = operator.getitem(y, 0) if with_mean else y
+        dy = dy / (2 * spread) if root else dy
+        return y, (dy, torch.mean(d.input, dim, keepdim=keepdim)) if with_mean else dy
+
+
+for function, root, with_mean in (
+    (torch.var, False, False),
+    (torch.std, True, False),
+    (torch.var_mean, False, True),
+    (torch.std_mean, True, True),
+):
+    _register_moment(function, root, with_mean)
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(d, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    y = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+    return y, vector_norm_tangent(d.x, x, ord, dim, keepdim)
+
+
+@rule(torch.norm)
+def norm(d, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
+    if p == "nuc":
+        raise NoRule("the nuclear norm has no rule")
+    y = torch.norm(input, p, dim, keepdim, dtype=dtype)
+    return y, vector_norm_tangent(d.input, input, 2 if p in ("fro", None) else p, dim, keepdim)
+
+
+@rule(torch.linalg.norm)
+def linalg_norm(d, A, ord=None, dim=None, keepdim=False, *, dtype=None):
+    if ord is None or isinstance(dim, int) or (ord == "fro" and dim is not None):
+        y = torch.linalg.norm(A, ord, dim, keepdim, dtype=dtype)
+        return y, vector_norm_tangent(d.A, A, 2 if ord in (None, "fro") else ord, dim, keepdim)
+    return fallback(torch.linalg.norm, (d.A,), (A, ord, dim, keepdim), {"dtype": dtype})
+
+
+@rule(torch.logsumexp)
+def logsumexp(d, input, dim, keepdim=False):
+    y = torch.logsumexp(input, dim, keepdim)
+    return y, softmax_weighted(d.input, input, y, dim, keepdim)
+
+
+@rule(torch.prod)
+def prod(d, input, dim=None, keepdim=False, *, dtype=None):
+    y = torch.prod(input, dtype=dtype) if dim is None else torch.prod(input, dim, keepdim, dtype=dtype)
+    return y, product_tangent(d.input, input, dim, keepdim)
+
+
+def _register_extremum(function):
+    @rule(function)
+    def extremum(d, input, dim=(), keepdim=False):
+        y = function(input, dim, keepdim)
+        return y, attained_tangent(d.input, input, y, dim, keepdim)
+
+
+_register_extremum(torch.amax)
+_register_extremum(torch.amin)
+
+
+def _along(dx, indices, dim, keepdim):
+    """The entries of a tangent that an operation along `dim` chose."""
+    if keepdim:
+        return torch.gather(dx, dim, indices)
+    return torch.gather(dx, dim, torch.unsqueeze(indices, dim)).squeeze(dim)
+
+
+def _register_choice(function, of_two):
+    @rule(function)
+    def choice(d, input, dim=None, keepdim=False):
+        """max(x), max(x, dim) → (values, indices), max(x, other tensor)."""
+        if dim is None:
+            y = function(input)
+            return y, attained_tangent(d.input, input, y, None, False)
+        if not isinstance(dim, int):
+            return apply_rule(of_two, (d.input, d.dim), (input, dim), {})
+        results = function(input, dim, keepdim)
+        return results, (_along(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
+
+
+_register_choice(torch.max, torch.maximum)
+_register_choice(torch.min, torch.minimum)
+
+
+def _register_selection(function, first):
+    """function(x, *first, dim=-1, keepdim=False) → (values, indices), one entry chosen along dim."""
+
+    @rule(function)
+    def selection(d, input, *settings, **named):
+        results = function(input, *settings, **named)
+        values = dict(zip((*first, "dim", "keepdim"), settings, strict=False)) | named
+        return results, (
+            _along(d.input, operator.getitem(results, 1), values.get("dim", -1), values.get("keepdim", False)),
+            ZERO,
+        )
+
+
+_register_selection(torch.kthvalue, ("k",))
+_register_selection(torch.mode, ())
+
+
+@rule(torch.median)
+def median(d, input, dim=None, keepdim=False):
+    if dim is None:
+        y = torch.median(input)
+        return y, attained_tangent(d.input, input, y, None, False)
+    results = torch.median(input, dim, keepdim)
+    return results, (_along(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
+
+
+@rule(torch.topk)
+def topk(d, input, k, dim=-1, largest=True, sorted=True):
+    results = torch.topk(input, k, dim, largest, sorted)
+    return results, (torch.gather(d.input, dim, operator.getitem(results, 1)), ZERO)
+
+
+@rule(torch.sort)
+def sort(d, input, dim=-1, descending=False, stable=False):
+    results = torch.sort(input, dim=dim, descending=descending, stable=stable)
+    return results, (torch.gather(d.input, dim, operator.getitem(results, 1)), ZERO)

@@ -1,0 +1,22 @@
+"""Resampling: interpolation, sampling on a grid, sliding windows, shuffles of pixels and channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fxstn.layers.sampling import grid_tangent
+from fxstn.rules.registry import linear, rule, total
+from fxstn.tangents import ZERO
+
+linear(F.interpolate, F.affine_grid, F.unfold, F.fold)
+linear(F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle)
+
+
+@rule(F.grid_sample)
+def grid_sample(d, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
+    sample = lambda x: F.grid_sample(x, grid, mode, padding_mode, bool(align_corners))  # noqa: E731
+    d_grid = ZERO if mode == "nearest" else d.grid
+    return sample(input), total(
+        (d.input, sample), (d_grid, lambda dg: grid_tangent(dg, input, grid, mode, padding_mode, bool(align_corners)))
+    )
