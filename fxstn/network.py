@@ -111,6 +111,12 @@ class SelfTuningNetwork(nn.Module):
         graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
         return not any(node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
 
+    def with_recipe(self, recipe: Any) -> SelfTuningNetwork:
+        """A network over the same modules and parameters whose graphs are built by another recipe."""
+        result = self.__class__.__new__(self.__class__)
+        result.__dict__ = {**self.__dict__, "recipe": recipe, "_graphs": {}}
+        return result
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": {}, "_canonical": {}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,16 +108,22 @@ def _flat(output: Any) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in floats])
 
 
-def central_difference(function: Callable[[float], Any]) -> list[Tensor]:
-    """(f(s) − f(−s)) / 2s for the steps s in STEPS, flattened."""
+def central_difference(function: Callable[[float], Any], step: float) -> Tensor:
+    """(f(s) − f(−s)) / 2s, flattened."""
     with torch.no_grad():
-        return [(_flat(function(step)) - _flat(function(-step))) / (2 * step) for step in STEPS]
+        return (_flat(function(step)) - _flat(function(-step))) / (2 * step)
 
 
-def relative_error(tangent: Any, differences: Sequence[Tensor]) -> float:
-    """Smallest relative error over the steps: too long a step crosses kinks, too short a one loses digits."""
-    flat = _flat(tangent)
-    return min(((flat - d).norm() / d.norm().clamp_min(1e-12)).item() for d in differences)
+def relative_error(tangent: Any, function: Callable[[float], Any], tolerance: float) -> float:
+    """The error of the first step that is within the tolerance, or the smallest: too long a step crosses kinks, too short
+    a one loses digits."""
+    flat, errors = _flat(tangent), []
+    for step in STEPS:
+        difference = central_difference(function, step)
+        errors.append(((flat - difference).norm() / difference.norm().clamp_min(1e-12)).item())
+        if errors[-1] <= tolerance:
+            break
+    return min(errors)
 
 
 def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
@@ -185,7 +192,7 @@ def verify(
             original = _prepare(model, inputs, seed)
             stn = transform(original, hparams, example_inputs=inputs, trace=trace)
             delta = _randomize(stn, seed)
-            for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed):
+            for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed, tolerance):
                 report.checks.append(Check(mode, against, seed, error))
                 if error <= tolerance:
                     passed.add((mode, against))
@@ -201,8 +208,10 @@ def _comparisons(
     delta: Tensor,
     seed: int,
     passed: set[tuple[str, str]],
+    tolerance: float,
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
+    error, witness = partial(relative_error, tolerance=tolerance), copy.deepcopy(original)
     binding, frozen = stn.recipe.binding, stn.recipe.frozen
     live = stn.rung == "live"
     rates = [] if live else _rates(stn)
@@ -231,19 +240,20 @@ def _comparisons(
         if live:
             return of_live(step, training, False)
         torch.manual_seed(seed)
-        module = copy.deepcopy(original).train(training)
+        witness.train(training)
         for name in frozen:
-            module.get_submodule(name).training = False
+            witness.get_submodule(name).training = False
+        buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
         with ReplayedDropout(rates if training else []):
-            return functional_call(module, stn.best_response(step * delta), inputs)
+            return functional_call(witness, buffers | stn.best_response(step * delta), inputs)
 
     def of_graph(step: float) -> Any:
         if live:
             return of_live(step, True, True)
         torch.manual_seed(seed)
         graph = stn.graph("train")
-        weights = {f"model.{name}": value for name, value in stn.best_response(step * delta).items()}
-        return functional_call(graph, weights, inputs)
+        state = {name: buffer.clone() for name, buffer in stn.model.named_buffers()} | stn.best_response(step * delta)
+        return functional_call(graph, {f"model.{name}": value for name, value in state.items()}, inputs)
 
     def tangent(network: SelfTuningNetwork, training: bool) -> Any:
         torch.manual_seed(seed)
@@ -251,21 +261,13 @@ def _comparisons(
             return network.train(training).pushforward(*inputs, delta=delta)[1]
 
     def without_insertions() -> SelfTuningNetwork:
-        plain = copy.deepcopy(stn)
         sites = tuple(site for site in binding.sites if not site.insert)
-        plain.recipe = replace(stn.recipe, binding=replace(binding, sites=sites))
-        return plain
+        return stn.with_recipe(replace(stn.recipe, binding=replace(binding, sites=sites)))
 
     if ("eval", "original model") not in passed:
-        differences = central_difference(lambda step: of_original(step, False))
-        yield "eval", "original model", relative_error(tangent(stn, False), differences)
+        yield "eval", "original model", error(tangent(stn, False), lambda step: of_original(step, False))
     if ("train", "original model") not in passed:
         network = without_insertions() if inserts else stn
-        differences = central_difference(lambda step: of_original(step, True))
-        yield "train", "original model", relative_error(tangent(network, True), differences)
+        yield "train", "original model", error(tangent(network, True), lambda step: of_original(step, True))
     if inserts and ("train", "training graph") not in passed:
-        buffers = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
-        differences = central_difference(of_graph)
-        for name, buffer in stn.model.named_buffers():
-            buffer.copy_(buffers[name])
-        yield "train", "training graph", relative_error(tangent(stn, True), differences)
+        yield "train", "training graph", error(tangent(stn, True), of_graph)
