@@ -18,7 +18,7 @@ from fxstn.errors import Problem, TransformError, module_path, operation_name, s
 from fxstn.graphs import copied, rename
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
-from fxstn.mutation import DROPOUTS, by_value, dropout_settings, is_size
+from fxstn.mutation import DROPOUTS, Parts, by_value, dropout_settings, is_size
 from fxstn.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 
 
@@ -36,9 +36,10 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
                 remedy = "write it without changing a tensor in place"
                 problems.append(Problem(module_path(node), mutation.reason, source_of(node), remedy))
     _count_batches(module)
+    parts: Parts = {}
     for node in list(module.graph.nodes):
         if "mutates" in node.meta:
-            problems.extend(by_value(node, node.meta.pop("mutates")))
+            problems.extend(by_value(node, node.meta.pop("mutates"), parts))
     if problems:
         raise TransformError(problems)
     for node in list(module.graph.nodes):

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxstn.layers.assignment import assigned, overwritten
+
 Tensor = torch.Tensor
 
 
@@ -150,7 +152,17 @@ def _norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
 
 @_called(ANY, "copy")
 def _copy(input, src, non_blocking=False):
-    return spell(Tensor.expand_as, spell(Tensor.type_as, src, input), input)
+    return spell(overwritten, input, src)
+
+
+@_called(ANY, "fill")
+def _fill(input, value):
+    return spell(torch.full_like, input, value) if isinstance(value, (int, float)) else spell(overwritten, input, value)
+
+
+@_called(ANY, "setitem", "__setitem__")
+def _setitem(input, index, value):
+    return spell(assigned, input, index, value)
 
 
 @_called(ANY, "bernoulli_")

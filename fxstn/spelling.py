@@ -172,6 +172,8 @@ def _origin(target: Any) -> tuple[str, str, bool]:
         origin = "operator" if module == "_operator" else "function" if inspect.isfunction(target) else "builtin"
     else:
         return "other", str(name), False
+    if name in ("setitem", "__setitem__"):
+        return origin, name, True
     if name in _IN_PLACE_METHODS:
         return origin, _IN_PLACE_METHODS[name], True
     if name.endswith("_") and not name.endswith("__"):
@@ -192,7 +194,7 @@ def _inplace_position(target: Any) -> int | None:
 def _signature(target: Any) -> Callable[..., Spelled] | None:
     """The signature of this spelling in fxstn.signatures, where it differs from the canonical function's."""
     origin, name, in_place = _origin(target)
-    if origin in ("operator", "other"):
+    if origin == "other" or (origin == "operator" and target is not operator.setitem):
         return None
     names = (f"{name}.{target._overloadname}", name) if isinstance(target, OpOverload) else (name,)
     names = (f"{name}_", *names) if in_place else names
@@ -208,7 +210,7 @@ _PREFIXES = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.f
 def _function(target: Any) -> Callable[..., Any] | None:
     """The canonical function with the arguments of this spelling; None for a mutation without one."""
     origin, name, in_place = _origin(target)
-    if name in ("setitem", "__setitem__") or (in_place and name in _OTHER_MEANING):
+    if in_place and name in _OTHER_MEANING:
         return None
     if origin == "operator":
         return NAMES.get(f"__{name.strip('_')}__", target)

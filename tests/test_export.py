@@ -84,6 +84,14 @@ def in_place(s, x):
     return s.b(h)
 
 
+def assigned(s, x):
+    h = s.a(x)
+    h[:, 0] = 0.5 if x.shape[1] == 6 else 1.0
+    h[..., 1:3] *= 2
+    h[:, 3:][x[:, 3:] > 0] = 0.1
+    return s.b(h)
+
+
 def outputs(s, x):
     h = torch.tanh(s.a(x)) if x.shape[1] == 6 else x
     return {"deep": [s.b(h), (h, s.mean)], "plain": x, "width": x.shape[1]}
@@ -130,7 +138,7 @@ class Dropped(nn.Module):
         return self.out(F.dropout(x, 0.1, self.training))
 
 
-FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, outputs, constants,
+FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, assigned, outputs, constants,
             without_autocast, flat]  # fmt: skip
 MODELS = {
     **{body.__name__: lambda body=body: Body(body) for body in FOLLOWED}, "tied": Tied, "dropped": Dropped,
