@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 
 from fxstn.errors import Problem, TransformError, module_path, source_of
 from fxstn.graphs import copied, rename
+from fxstn.layers.assignment import assigned
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS, by_value, dropout_settings, is_size
@@ -28,6 +29,8 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _expand_batch_norm(module, node)
+        elif node.target is operator.setitem:
+            node.target, node.meta["inplace"] = assigned, True
         elif node.op in ("call_method", "call_function"):
             try:
                 _respell(node)
