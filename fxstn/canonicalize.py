@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxstn.errors import Problem, TransformError, module_path, source_of
+from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import copied, rename
-from fxstn.layers.assignment import assigned
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
-from fxstn.mutation import DROPOUTS, by_value, dropout_settings, is_size
+from fxstn.mutation import DROPOUTS, Parts, by_value, dropout_settings, is_size
 from fxstn.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 
 
@@ -29,17 +29,17 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _expand_batch_norm(module, node)
-        elif node.target is operator.setitem:
-            node.target, node.meta["inplace"] = assigned, True
         elif node.op in ("call_method", "call_function"):
             try:
                 _respell(node)
             except Unspellable as mutation:
                 remedy = "write it without changing a tensor in place"
                 problems.append(Problem(module_path(node), mutation.reason, source_of(node), remedy))
+    _count_batches(module)
+    parts: Parts = {}
     for node in list(module.graph.nodes):
-        if node.meta.pop("inplace", False):
-            problems.extend(by_value(node))
+        if "mutates" in node.meta:
+            problems.extend(by_value(node, node.meta.pop("mutates"), parts))
     if problems:
         raise TransformError(problems)
     for node in list(module.graph.nodes):
@@ -74,6 +74,31 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", F.batch_norm, arguments, {}
 
 
+def _count_batches(module: fx.GraphModule) -> None:
+    """A batch norm's counter, added to in place before it normalises, becomes the `track_batch` of its momentum."""
+    counts: dict[str, list[fx.Node]] = {}
+    for node in list(module.graph.nodes):
+        if _adds_one(node) and all(map(_adds_one, node.users)) and (owner := _owner(node.args[0])):
+            counts.setdefault(owner, []).append(node)
+        elif node.target is F.batch_norm and node.args[5] and counts.get(owner := _owner(node.args[1])):
+            count, norm = counts[owner].pop(0), module.get_submodule(owner)
+            momentum = norm.momentum if isinstance(norm, _BatchNorm) else node.args[6]
+            with module.graph.inserting_before(node):
+                tracked = module.graph.call_function(track_batch, (count.args[0], momentum))
+            node.args = (*node.args[:6], tracked, node.args[7])
+            count.replace_all_uses_with(count.args[0])  # type: ignore[arg-type]
+            module.graph.erase_node(count)
+
+
+def _adds_one(node: fx.Node) -> bool:
+    return bool("mutates" in node.meta and node.target is operator.add and node.args[1] == 1)
+
+
+def _owner(value: Any) -> str:
+    """Path of the module that an attribute read by a node belongs to; "" for any other value."""
+    return str(value.target).rpartition(".")[0] if isinstance(value, fx.Node) and value.op == "get_attr" else ""
+
+
 def _respell(node: fx.Node) -> None:
     """Give a node its canonical function and arguments. Raises Unspellable."""
     if node.op == "call_function" and is_size(node):
@@ -91,8 +116,12 @@ def _respell(node: fx.Node) -> None:
 
     with node.graph.inserting_before(node):
         args, kwargs = map_aggregate((spelled.args, spelled.kwargs), emitted)
+    if spelled.in_place:
+        mutated = node.args[0] if node.args else node.all_input_nodes[0]
+        if mutated not in args:
+            raise Unspellable(f"{operation_name(node.target)} changes a tensor in place")
+        node.meta["mutates"] = args.index(mutated)
     node.op, node.target, node.args, node.kwargs = "call_function", spelled.function, args, kwargs
-    node.meta["inplace"] = spelled.in_place
 
 
 def _simplify_structure(node: fx.Node) -> None:

@@ -13,12 +13,13 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxstn.errors import Problem, TransformError, module_path
+from fxstn.export import Examples
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.trace import frozen_modules
-from fxstn.transform import followed, inputs_supplied, transform
+from fxstn.transform import followed, transform
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
 
 
 def _parameters(explanation: Explanation, model: nn.Module, example_inputs: Any) -> None:
-    frozen, supplied = frozen_modules(model), inputs_supplied(example_inputs)
-    graphs = [followed(model, training, frozen, supplied) for training in (True, False)]
+    frozen, examples = frozen_modules(model), Examples.of(model, example_inputs)
+    graphs = [followed(model, training, frozen, examples) for training in (True, False)]
     found = responses(graphs)
     chosen, left_out = found.axes, found.left_out
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")

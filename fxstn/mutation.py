@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxstn.errors import Problem, module_path, operation_name, source_of
-from fxstn.layers.assignment import assigned
+from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.noise import track_batch
 from fxstn.rules import RULES
 from fxstn.signatures import Spelled
@@ -23,7 +23,8 @@ DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dr
 # than a mutation overlooked.
 FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
          F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
-         F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, track_batch}  # fmt: skip
+         F.group_norm, operator.neg, operator.truediv, operator.pow, track_batch, assigned,
+         overwritten, torch.Tensor.new_empty, torch.Tensor.new_full, torch.Tensor.new_zeros, torch.Tensor.new_ones}  # fmt: skip
 UNDECLARED = {
     "einsum",
     "type_as",
@@ -90,17 +91,6 @@ def _later_users(node: fx.Node, point: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user is not point and point < user]
 
 
-def _read_later(alias: fx.Node, mutated: fx.Node, point: fx.Node) -> bool:
-    """Whether something reads an alias of `mutated` after `point` changed it.
-
-    Not what `x[i] += y` does: it changes the view x[i], and then assigns the result to x[i].
-    """
-    readers = sorted(user for user in _later_users(alias, point) if not is_size(user))
-    if readers and readers[0].target is assigned and readers[0].args == (alias, mutated.args[1], point):
-        return False
-    return bool(readers)
-
-
 def _aliases(node: fx.Node) -> Iterator[fx.Node]:
     """Every value that may share memory with `node`, itself excluded."""
     base = node
@@ -115,17 +105,53 @@ def _aliases(node: fx.Node) -> Iterator[fx.Node]:
         pending += [user for user in value.users if may_share_memory(user) and user.args[0] is value]
 
 
-def by_value(node: fx.Node) -> Iterator[Problem]:
-    """Let later readers of a tensor that `node` mutates read node's result; yields what stands against it."""
-    mutated, name = node.args[0], operation_name(node.target)
+Parts = dict[fx.Node, tuple[fx.Node, Any]]  # values that are in the memory of another one, at an index
+
+
+def by_value(node: fx.Node, position: int, parts: Parts) -> Iterator[Problem]:
+    """Let later readers of the argument that `node` mutates read node's result; yields what stands against it.
+
+    What is written into a part of a tensor, taken by an index, is written back into the tensor for its later readers.
+    parts: of earlier mutations, where this one adds its own.
+    """
+    mutated, name = node.args[position], operation_name(node.target)
     if not isinstance(mutated, fx.Node):
         return
-    for alias in (mutated, *_aliases(mutated)):
+    chain: list[tuple[fx.Node, Any]] = [
+        (mutated, None)
+    ]  # the part, what it is a part of, and so on, each with its index
+    while (whole := parts.get(chain[-1][0]) or _whole(chain[-1][0])) is not None:
+        chain.append(whole)
+    written = [value for value, _ in chain]
+    for alias in dict.fromkeys(alias for value in written for alias in (value, *_aliases(value))):
         if alias.op == "get_attr":
             what = f"{name} in place changes '{str(alias.target).removeprefix('model.')}', of the model itself,"
             yield Problem(module_path(node), what, source_of(node), "update it outside of the forward")
-        elif alias is not mutated and alias < node and _read_later(alias, mutated, node):
+        elif alias not in written and alias < node and any(not is_size(user) for user in _later_users(alias, node)):
             what = f"{name} in place on a tensor whose memory '{alias.name}' shares and reads later"
             yield Problem(module_path(node), what, source_of(node), "write it without changing a tensor in place")
-    for user in _later_users(mutated, node):
-        user.replace_input_with(mutated, node)
+    read = max((i for i, value in enumerate(written) if _later_users(value, node)), default=0)
+    result = node
+    for i, (value, index) in enumerate(chain[: read + 1]):
+        if i:
+            part = result
+            with node.graph.inserting_after(part):
+                result = node.graph.call_function(assigned, (value, index, part))
+            result.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+            parts[part] = (result, index)
+        for user in _later_users(value, node):
+            if user is not result:
+                user.replace_input_with(value, result)
+
+
+def _whole(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """(tensor, index) where a value is tensor[index] in the same memory."""
+    if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is torch.select and isinstance(node.args[1], int) and node.args[1] >= 0:
+        return node.args[0], (*[slice(None)] * node.args[1], node.args[2])
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):  # an integer may index a tuple of results
+        index = node.args[1]
+        basic = all(isinstance(entry, (int, slice, type(None), type(...))) or is_size(entry) for entry in index)
+        return (node.args[0], index) if basic else None
+    return None

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxstn.layers.assignment import assigned, overwritten
+
 Tensor = torch.Tensor
 
 
@@ -150,7 +152,25 @@ def _norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
 
 @_called(ANY, "copy")
 def _copy(input, src, non_blocking=False):
-    return spell(Tensor.expand_as, spell(Tensor.type_as, src, input), input)
+    return spell(overwritten, input, src)
+
+
+@_called(ANY, "fill")
+def _fill(input, value):
+    return spell(torch.full_like, input, value) if isinstance(value, (int, float)) else spell(overwritten, input, value)
+
+
+@_called(ANY, "setitem", "__setitem__")
+def _setitem(input, index, value):
+    return spell(assigned, input, index, value)
+
+
+@_called(ANY, "bernoulli_")
+def _bernoulli(input, p=0.5, generator=None):
+    """In place p is the probability; torch.bernoulli(input) takes the input's entries for it."""
+    if isinstance(p, (int, float)):
+        return spell(torch.bernoulli, input, p)
+    return spell(torch.bernoulli, spell(Tensor.expand_as, p, input))
 
 
 @_called(ANY, "zero")
@@ -324,6 +344,21 @@ for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic
     RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")
     RAW[f"upsample_{_mode}{_k}d.vec"] = functools.partial(_smooth, _mode, False)
     RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
+
+
+_SAMPLING = ("bilinear", "nearest", "bicubic")
+_PADDING = ("zeros", "border", "reflection")
+
+
+@_called(RAW, "grid_sampler")
+def _grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners):
+    modes = _SAMPLING[interpolation_mode], _PADDING[padding_mode]
+    return spell(F.grid_sample, input, grid, *modes, align_corners)
+
+
+@_called(RAW, "affine_grid_generator")
+def _affine_grid(theta, size, align_corners):
+    return spell(F.affine_grid, theta, size, align_corners)
 
 
 @_called(RAW, "constant_pad_nd")

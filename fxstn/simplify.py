@@ -9,6 +9,7 @@ from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
 from fxstn.graphs import assemble
+from fxstn.layers.inputs import REQUIREMENTS
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
 
 _EFFECTS = {dropout_mask, alpha_dropout_coefficients, row_mask, track_batch}
@@ -33,6 +34,10 @@ def _updates_statistics(node: fx.Node) -> bool:
         return False
     settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
     return settings.get("mean") is not None and bool(settings.get("training"))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or node.target in REQUIREMENTS or _updates_statistics(node)
 
 
 def _key(node: fx.Node) -> Any:
@@ -64,6 +69,6 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _updates_statistics(node))
+    module.graph.eliminate_dead_code(_has_effect)
     module.graph.lint()
     return assemble(module, module.graph, "Graph", fx.GraphModule)

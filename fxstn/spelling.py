@@ -59,12 +59,41 @@ NAMES: dict[str, Callable[..., Any]] = {
     "clip": torch.clamp,
     **dict.fromkeys(["concat", "concatenate"], torch.cat),
     "swapdims": torch.swapaxes,
-    **dict.fromkeys(["split", "split_with_sizes"], torch.split),
+    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"], torch.split),
+    "unsafe_chunk": torch.chunk,
+    "row_stack": torch.vstack,
+    "moveaxis": torch.movedim,
+    "ger": torch.outer,
+    "fix": torch.trunc,
+    "special_gammaln": torch.lgamma,
+    "special_psi": torch.digamma,
+    **{f"arc{name}": getattr(torch, f"a{name}") for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "tan2")},
+    **{
+        f"special_{name}": getattr(torch, name)
+        for name in (
+            "erf",
+            "erfc",
+            "erfinv",
+            "exp2",
+            "expm1",
+            "log1p",
+            "digamma",
+            "sinc",
+            "logit",
+            "xlogy",
+            "logsumexp",
+            "round",
+        )
+    },
+    "linalg_matmul": operator.matmul,
+    "linalg_diagonal": torch.diagonal,
+    "rrelu": F.rrelu,
     "meshgrid": torch.meshgrid,
     **dict.fromkeys(["size", "sym_size"], Tensor.size),
-    **dict.fromkeys(["numel", "sym_numel"], Tensor.numel),
+    **dict.fromkeys(["numel", "nelement", "sym_numel"], Tensor.numel),
     **dict.fromkeys(["stride", "sym_stride"], Tensor.stride),
-    **{name: getattr(Tensor, name) for name in ("dim", "ndimension", "is_floating_point")},
+    **dict.fromkeys(["dim", "ndimension"], Tensor.dim),
+    "is_floating_point": Tensor.is_floating_point,
 }
 # Modules in which a function's name says what it does.
 _KNOWN = {"_operator", "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "torch._C._special",
@@ -92,6 +121,8 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other":
         return Spelled(target, args, kwargs)
+    if "axis" in kwargs:
+        kwargs["dim"] = kwargs.pop("axis")
     if kwargs.pop("out", None) is not None:
         raise Unspellable(f"{operation_name(target)}(out=...) writes into a tensor")
     if not args:
@@ -141,6 +172,8 @@ def _origin(target: Any) -> tuple[str, str, bool]:
         origin = "operator" if module == "_operator" else "function" if inspect.isfunction(target) else "builtin"
     else:
         return "other", str(name), False
+    if name in ("setitem", "__setitem__"):
+        return origin, name, True
     if name in _IN_PLACE_METHODS:
         return origin, _IN_PLACE_METHODS[name], True
     if name.endswith("_") and not name.endswith("__"):
@@ -160,10 +193,11 @@ def _inplace_position(target: Any) -> int | None:
 @functools.cache
 def _signature(target: Any) -> Callable[..., Spelled] | None:
     """The signature of this spelling in fxstn.signatures, where it differs from the canonical function's."""
-    origin, name, _ = _origin(target)
-    if origin in ("operator", "other"):
+    origin, name, in_place = _origin(target)
+    if origin == "other" or (origin == "operator" and target is not operator.setitem):
         return None
     names = (f"{name}.{target._overloadname}", name) if isinstance(target, OpOverload) else (name,)
+    names = (f"{name}_", *names) if in_place else names
     own = METHODS if origin == "method" else {} if origin == "function" else RAW
     return next((table[key] for table in (own, ANY) for key in names if key in table), None)
 
@@ -176,7 +210,7 @@ _PREFIXES = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.f
 def _function(target: Any) -> Callable[..., Any] | None:
     """The canonical function with the arguments of this spelling; None for a mutation without one."""
     origin, name, in_place = _origin(target)
-    if name in ("setitem", "__setitem__") or (in_place and name in _OTHER_MEANING):
+    if in_place and name in _OTHER_MEANING:
         return None
     if origin == "operator":
         return NAMES.get(f"__{name.strip('_')}__", target)

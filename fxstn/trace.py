@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import random
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -21,17 +23,18 @@ from torch.utils._pytree import tree_leaves
 from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
+from fxstn.layers.inputs import require_full_precision
 from fxstn.rules.registry import is_opaque
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Something that a symbolic trace would silently drop."""
 
-    def __init__(self, where: str, what: str, remedy: str) -> None:
+    def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
         super().__init__(what)
-        self.where, self.what, self.remedy = where, what, remedy
+        self.where, self.what, self.remedy, self.source = where, what, remedy, source
 
 
 class _Results(tuple):
@@ -108,7 +111,7 @@ class _Tracer(fx.Tracer):
             last = next(iter(reversed(self.graph.nodes)))
             try:
                 return _as_result(target(*args, **kwargs))
-            except _Refused:
+            except Refused:
                 raise
             except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
                 for node in reversed(list(self.graph.nodes)):
@@ -123,15 +126,15 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
             what = "a no_grad region, which a traced graph would lose,"
-            raise _Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
+            raise Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = tuple(self.calls)
         return node
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(module)
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise _Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
+        if any(getattr(module, hooks) for hooks in HOOKS):
+            raise Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
         self.number_of_calls += 1
         call = (self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
@@ -176,7 +179,7 @@ class _Watch(TorchFunctionMode):
         reads = any(isinstance(a, torch.Tensor) and id(a) in self.own for a in tree_leaves((args, kwargs)))
         if reads and (name in _READS or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))):
             what = f"{name} of a parameter or buffer that is not read as an attribute, which would be frozen,"
-            raise _Refused(self.tracer.path_of_current(), what, "read it as self.name in the forward")
+            raise Refused(self.tracer.path_of_current(), what, "read it as self.name in the forward")
         return result
 
 
@@ -185,32 +188,51 @@ _FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", 
 _READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
 
 
-def module_state(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
-    """Every attribute, parameter and buffer of every module, as references."""
+def module_state(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
+    """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change."""
 
-    def of(module: nn.Module) -> dict[str, Any]:
-        registered = {key: dict(module.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")}
-        return {**module.__dict__, **registered}
+    def held(value: Any) -> Any:
+        return copy.copy(value) if type(value) in _CONTAINERS else value
 
-    return {module: of(module) for module in model.modules()}
+    return {module: {name: (value, held(value)) for name, value in vars(module).items()} for module in model.modules()}
 
 
-def restore(state: dict[nn.Module, dict[str, Any]]) -> list[str]:
-    """Undo what a forward assigned; returns the names of the attributes it assigned."""
+def restore(state: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> list[str]:
+    """Undo what a forward assigned; returns the names of the attributes that it changed."""
     changed = []
     for module, before in state.items():
-        for key in ("_parameters", "_buffers", "_modules"):
-            now = module.__dict__[key]
-            changed += [name for name in {*now, *before[key]} if now.get(name) is not before[key].get(name)]
-            now.clear()
-            now.update(before[key])
-        for name in {*module.__dict__, *before} - {"_parameters", "_buffers", "_modules"}:
-            if module.__dict__.get(name) is not before.get(name):
+        now = vars(module)
+        for name in {*now, *before}:
+            value, held = before.get(name, (_MISSING, _MISSING))
+            if name in _REGISTERED:
+                found = now[name]
+                changed += [key for key in {*found, *held} if found.get(key, _MISSING) is not held.get(key, _MISSING)]
+            elif not same(now.get(name, _MISSING), held):
                 changed.append(name)
-                module.__dict__.pop(name, None)
-                if name in before:
-                    module.__dict__[name] = before[name]
+            if type(value) in _CONTAINERS and not same(value, held):
+                value.clear()
+                value.extend(held) if isinstance(value, list) else value.update(held)
+            if value is _MISSING:
+                del now[name]
+            else:
+                now[name] = value
     return changed
+
+
+_MISSING = object()
+_CONTAINERS = (list, dict, OrderedDict, set)
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+
+
+def same(a: Any, b: Any) -> bool:
+    """The same object, or an equal plain value, or a container of the same; tensors and modules are never compared."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, (int, float, str, set)) and a == b
 
 
 def _proxies(structure: Any) -> Iterator[fx.Proxy]:
@@ -245,6 +267,82 @@ def frozen_modules(model: nn.Module) -> set[str]:
         return {name for name, module in model.named_modules() if not module.training}
 
 
+@contextmanager
+def nothing_lost(
+    model: nn.Module,
+    training: bool,
+    frozen: Collection[str],
+    follower: str,
+    place: Callable[[], str],
+    full_precision: Callable[[], Any] = lambda: None,
+) -> Iterator[None]:
+    """The model in one mode, for the time that something follows its forward; it is left as it was.
+
+    Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
+    regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
+    else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running;
+    full_precision: called where a region without autocast begins.
+    """
+    enter_autocast = torch.autocast.__enter__
+
+    def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+        what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
+        raise Refused(place(), what, "write it with torch operations")
+
+    def refuse_autocast(region: Any) -> Any:
+        if not region._enabled:
+            full_precision()
+            return enter_autocast(region)
+        what = "an autocast region, which a traced graph would lose,"
+        raise Refused(place(), what, "put autocast around the training step")
+
+    patches: list[Any] = [
+        mock.patch.object(original, "forward", decomposition)
+        for original, decomposition in DECOMPOSITIONS.items()
+        if isinstance(original, type)
+    ] + [
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
+        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
+    ]
+    with mode_of(model, training, frozen):
+        before, draws = module_state(model), _generators()
+        try:
+            if any(getattr(model, hooks) for hooks in HOOKS):
+                raise Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
+            with ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(patch)
+                yield
+            if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
+                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
+                remedy = "return the value, or keep it outside of the model"
+                if assigned[0].startswith("_tensor_constant"):
+                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
+                raise Refused("", what, remedy)
+            if _generators() != draws:
+                what = "a random draw in Python, which a traced graph would freeze,"
+                raise Refused("", what, "draw it with torch, from the input")
+        except Exception as error:
+            source = innermost_user_frame(traceback.format_exc())
+            refused = _refusal(error)
+            if refused is not None:
+                problem = Problem(refused.where, refused.what, refused.source or source, refused.remedy)
+                raise TransformError([problem]) from None
+            message = str(error).strip().partition("\n")[0]
+            what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"
+            remedy = "replace the branch or loop that depends on data or shapes there"
+            raise TransformError([Problem(place(), what, source, remedy)]) from error
+        finally:
+            restore(before)
+
+
+def _refusal(error: BaseException | None) -> Refused | None:
+    """The refusal that an exception is, or that it was raised from."""
+    while error is not None and not isinstance(error, Refused):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), supplied: int = 0) -> fx.GraphModule:
     """Follow model.forward with symbolic values, in train or in eval mode; the model is left as it was.
 
@@ -255,62 +353,23 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
     """
     tracer = _Tracer(supplied)
 
-    def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
-        raise _Refused(tracer.path_of_current(), what, "write it with torch operations")
+    def full_precision() -> None:
+        tracer.create_proxy("call_function", require_full_precision, (), {})
 
-    def refuse_autocast(_: Any) -> None:
-        what = "an autocast region, which a traced graph would lose,"
-        raise _Refused(tracer.path_of_current(), what, "put autocast around the training step")
-
-    forwards = [
-        mock.patch.object(original, "forward", decomposition)
-        for original, decomposition in DECOMPOSITIONS.items()
-        if isinstance(original, type)
-    ]
-    patches: tuple[Any, ...] = (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
-        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
-    )
-    with mode_of(model, training, frozen):
-        before, draws = module_state(model), _generators()
-        try:
-            if any(getattr(model, hooks) for hooks in _HOOKS):
-                raise _Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
-            with ExitStack() as stack:
-                for patch in (*patches, *forwards, _Watch(model, tracer)):
-                    stack.enter_context(patch)
-                graph = tracer.trace(model)
-            if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
-                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
-                remedy = "return the value, or keep it outside of the model"
-                if assigned[0].startswith("_tensor_constant"):
-                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
-                raise _Refused("", what, remedy)
-            if _generators() != draws:
-                raise _Refused(
-                    "",
-                    "a random draw in Python, which a traced graph would freeze,",
-                    "draw it with torch, from the input",
-                )
-        except _Refused as refused:
-            source = innermost_user_frame(traceback.format_exc())
-            problem = Problem(refused.where, refused.what, source, refused.remedy)
-            raise TransformError([problem]) from None
-        except Exception as error:
-            source = innermost_user_frame(traceback.format_exc())
-            what = f"symbolic tracing cannot follow the forward ({type(error).__name__}: {error})"
-            remedy = "replace the branch or loop that depends on data or shapes there"
-            raise TransformError([Problem(tracer.path_of_current(), what, source, remedy)]) from error
-        finally:
-            restore(before)
+    watched = nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current, full_precision)
+    with watched, _Watch(model, tracer):
+        graph = tracer.trace(model)
     return _under_root(model, graph)
 
 
+def first_names(model: nn.Module) -> dict[int, str]:
+    """{id of a parameter or buffer: the first of its names, as in named_parameters()}."""
+    return {id(value): name for name, value in (*model.named_buffers(), *model.named_parameters())}
+
+
 def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Targets become "model.…", and a tied parameter keeps the first of its names, as in named_parameters()."""
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    first = {id(value): name for name, value in named.items()}
+    """Targets become "model.…", and a tied parameter keeps the first of its names."""
+    first = first_names(model)
     for node in graph.nodes:
         node.meta.pop(
             "is_wrapped", None

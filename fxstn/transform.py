@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
 from fxstn.errors import Problem, TransformError
+from fxstn.export import Examples, follow_by_export
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
@@ -23,7 +24,7 @@ from fxstn.simplify import simplify
 from fxstn.trace import frozen_modules
 from fxstn.trace import trace as trace_module
 
-RUNGS = ("fx", "live")  # in the order that "auto" tries them
+RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -33,30 +34,31 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
 }
 
 
-def followed(model: nn.Module, training: bool, frozen: Collection[str], supplied: int = 0) -> fx.GraphModule:
-    """trace → canonicalize."""
-    return canonicalize(trace_module(model, training, frozen, supplied))
-
-
-def inputs_supplied(example_inputs: Any) -> int:
-    """How many inputs callers pass, as far as the examples tell: a tuple of them, one, or none."""
-    return len(example_inputs) if isinstance(example_inputs, tuple) else int(example_inputs is not None)
+def followed(
+    model: nn.Module, training: bool, frozen: Collection[str], examples: Examples | None = None, rung: str = "fx"
+) -> fx.GraphModule:
+    """trace → canonicalize, by rung "fx" or "export"."""
+    if rung == "export":
+        assert examples is not None
+        return canonicalize(follow_by_export(model, training, frozen, examples))
+    return canonicalize(trace_module(model, training, frozen, len(examples.inputs) if examples else 0))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    binding: which λ belongs where. frozen: modules that stay in eval mode. supplied: how many inputs callers pass.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
     """
 
     binding: Binding
     frozen: tuple[str, ...]
-    supplied: int
+    examples: Examples | None
+    rung: str
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
-        graph = followed(root.get_submodule("model"), training, self.frozen, self.supplied)
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.rung)
         return with_children(graph, root)
 
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
@@ -96,9 +98,10 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing; "live": the forward runs as it is,
-    whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch; it needs
-    example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
+    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing. "export": torch.export, where
+    Python may branch on sizes, and later inputs have those of the examples, dimension 0 aside. "live": the forward runs as
+    it is, whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch. The last two
+    need example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -109,8 +112,8 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if trace not in ("auto", *RUNGS):
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
-    if trace == "live" and example_inputs is None:
-        raise ValueError("trace='live' runs the model once: give example_inputs")
+    if trace in ("export", "live") and example_inputs is None:
+        raise ValueError(f"trace={trace!r} needs example_inputs")
     model = copy.deepcopy(model)
     rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
     problems: list[Problem] = []
@@ -129,7 +132,7 @@ def _climbed(
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    frozen, supplied = tuple(sorted(frozen_modules(model))), inputs_supplied(example_inputs)
+    frozen = tuple(sorted(frozen_modules(model)))
     graphs = canonical_graphs(rung, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
@@ -141,7 +144,7 @@ def _climbed(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    recipe: Any = Recipe(binding, frozen, supplied)
+    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung)
     if rung == "live":
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space))
@@ -161,5 +164,5 @@ def canonical_graphs(rung: str, model: nn.Module, frozen: tuple[str, ...], examp
     if rung == "live":
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         return [record(model, training, frozen, inputs) for training in (True, False)]
-    supplied = inputs_supplied(example_inputs)
-    return [followed(model, training, frozen, supplied) for training in (True, False)]
+    examples = Examples.of(model, example_inputs)
+    return [followed(model, training, frozen, examples, rung) for training in (True, False)]

@@ -177,13 +177,45 @@ def chunk_then_read(y):
     return y
 
 
-@pytest.mark.parametrize("body", [mutated_then_read, shared_iadd])
+def assigned_then_read(y):
+    y[:, 0] = 2.0
+    y[1] = y[:, 0].sum()
+    return y
+
+
+def assigned_by_mask(y):
+    y[y > 0] = 0.5
+    return y * 2
+
+
+def part_changed_in_place(y):
+    y[:, 1:][:, 0].mul_(y[:, 3]).add_(1)
+    y[:, :2] += y[:, 2:]
+    return y + 1
+
+
+@pytest.mark.parametrize(
+    "body", [mutated_then_read, shared_iadd, assigned_then_read, assigned_by_mask, part_changed_in_place]
+)
 def test_a_mutation_is_seen_by_later_readers(body):
     net, x = Aliased(body), torch.randn(3, 4)
     assert torch.equal(simplify(canonicalize(trace(net, True)))(x), net(x))
 
 
-@pytest.mark.parametrize("body", [view_then_read, chunk_then_read])
+def part_between_two_changes(y):
+    part = y[:, 0].mul_(2)
+    other = y[:, :2]
+    part.add_(1)
+    return other + y[:, 2:]
+
+
+def another_part_then_read(y):
+    part = y[:, :2]
+    y[:, 1] = 0.0
+    return part + y[:, 2:]
+
+
+@pytest.mark.parametrize("body", [view_then_read, chunk_then_read, another_part_then_read, part_between_two_changes])
 def test_a_mutation_through_shared_memory_is_refused(body):
     with pytest.raises(fxstn.TransformError, match="in place on a tensor whose memory"):
         canonicalize(trace(Aliased(body), True))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.errors import TransformError, operation_name
-from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.kernels import zeros_tangent
 from fxstn.live.following import Call, Sites
 from fxstn.live.memory import SharedMemory, Table, same_form, share_memory
@@ -160,7 +159,9 @@ class Duals(Watched):
 
     def _varying(self, call: Call) -> Any:
         """Carry out an operation that a tangent enters, by its rule."""
-        spelled = call.spelled or _by_values(call)
+        spelled = call.spelled
+        if spelled is None:
+            raise NoRule("it changes a tensor in place and has no counterpart by values")
         done = self._compute(spelled)
         if spelled.in_place:
             x = call.args[0]
@@ -273,13 +274,3 @@ def _is_about(call: Call, name: str) -> bool:
     if call.spelled is not None and call.spelled.function is getattr:
         return call.spelled.args[1] not in _VIEWED
     return name in _ABOUT
-
-
-def _by_values(call: Call) -> Spelled:
-    """Assignments in the form that has a rule. Raises NoRule for another mutation."""
-    name = getattr(call.original, "__name__", "")
-    if name == "__setitem__":
-        return Spelled(assigned, call.args, {}, in_place=True)
-    if name == "copy_":
-        return Spelled(overwritten, call.args[:2], {}, in_place=True)
-    raise NoRule("it changes a tensor in place and has no counterpart by values")
