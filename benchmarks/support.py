@@ -87,8 +87,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     return (
         "# Support matrix\n\n"
         f"{good} of {len(rows)} models of torchvision transform with `hparams=None` and pass: in float64, train and eval "
-        "mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two examples, "
-        "the smallest images that the models take. Nodes not by rule use `torch.func.jvp` of that node. Written by "
+        "mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two or four "
+        "examples, the smallest images that the models take. Nodes not by rule use `torch.func.jvp` of that node. Written by "
         f"`make support`; torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} CPU threads.\n\n{table}\n"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
@@ -32,6 +33,9 @@ SPATIAL: dict[Any, int] = {
     F.feature_alpha_dropout: 2,
 }  # whole channels are dropped
 ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
+
+
+_SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # results, none of which ends a stage
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     (user,) = node.users
     others = [source for source in user.all_input_nodes if source is not node]
     alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
-    return user if user.op == "call_function" and user.args[0] is node and alone else None
+    several = user.target in _SEVERAL
+    return user if user.op == "call_function" and user.args[0] is node and alone and not several else None
 
 
 def condition(module: fx.GraphModule, sites: Sequence[Site], layouts: Layouts = PLAIN) -> fx.GraphModule:

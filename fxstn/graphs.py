@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -42,6 +43,28 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     output = next(iter(reversed(graph.nodes)))
     output.meta = dict(outputs[0].meta)
     return assemble(module, graph)
+
+
+def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a call_function node computes from the values of other nodes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return values[value]
+        if isinstance(value, (list, tuple)):
+            entries = [plain(entry) for entry in value]
+            return (
+                type(value)(*entries)
+                if hasattr(value, "_fields")
+                else list(entries)
+                if isinstance(value, list)
+                else tuple(entries)
+            )
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return slice(plain(value.start), plain(value.stop), plain(value.step)) if isinstance(value, slice) else value
+
+    return node.target(*plain(node.args), **plain(node.kwargs))  # type: ignore[operator]
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.graphs import placeholders
+from fxstn.graphs import evaluated, placeholders
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS
 from fxstn.tangents import Examples
@@ -32,8 +32,9 @@ EXAMPLES = 3  # a prime: a size that is a multiple of it by accident is rare, an
 def layouts(module: fx.GraphModule, inputs: tuple) -> dict[str, Examples | None]:
     """The place of the examples in the value of each node, from one batch of inputs (any structure, batch first).
 
-    Batch norm and dropout are left out of the runs: they leave every entry in its place. Values that are no tensors are
-    left out of the result; a value that does not depend on the examples is None.
+    Dropout is left out of the runs, and batch norm takes its statistics from the first, so that it joins no examples and
+    keeps values in the range that activations are made for. Values that are no tensors are left out of the result; a value
+    that does not depend on the examples is None.
     """
     batch = next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
     try:
@@ -51,6 +52,9 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
         for node in module.graph.nodes:
             if node.op == "output":
                 break
+            if node.target is F.batch_norm:
+                for values, result in zip(runs, _normalised(module, node, runs), strict=True):
+                    values[node] = result
             for values in runs:
                 if node not in values:
                     torch.default_generator.manual_seed(0)  # random draws are the same in the three runs
@@ -107,17 +111,25 @@ def _bound(nodes: list[fx.Node], inputs: tuple) -> dict[fx.Node, Any]:
     return values
 
 
+def _normalised(module: fx.GraphModule, node: fx.Node, runs: list[dict[fx.Node, Any]]) -> Iterator[Tensor]:
+    """Batch norm of every run by the statistics of the first."""
+    lookup: Any = runs[0].__getitem__
+    x, _, _, weight, bias, _, _, eps = map_arg(node.args, lookup)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    var, mean = torch.var_mean(x, axes, correction=0)
+    for values in runs:
+        yield F.batch_norm(values[node.args[0]], mean, var, weight, bias, False, 0.0, eps)  # type: ignore[index]
+
+
 def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    lookup: Any = values.__getitem__
-    args, kwargs = map_arg((node.args, node.kwargs), lookup)
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
     if node.target is track_batch:
         return 0.0
-    if node.target is F.batch_norm or node.target in DROPOUTS:
-        return args[0]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.target in DROPOUTS or node.meta.get("handed_through"):
+        return values[node.args[0]]  # type: ignore[index]
+    return evaluated(node, values)
 
 
 def _place(base: Tensor, others: list[Tensor], examples: int) -> Examples | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +19,25 @@ from fxstn.signatures import Spelled
 
 SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
-# Results in memory of their own. Anything else may share its input's: better a refusal than a mutation overlooked.
-FRESH = {torch.cat, torch.stack, torch.mean, torch.sum, torch.cumsum, torch.clone, F.pad, torch.flip, torch.roll,
-         operator.neg, torch.Tensor.repeat, torch.tile, F.batch_norm, F.pixel_shuffle, F.pixel_unshuffle, F.normalize,
-         F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-         F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
-         torch.Tensor.new_empty, torch.Tensor.new_full, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.zeros_like,
-         torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli,
-         operator.truediv, operator.pow, track_batch, assigned, overwritten}  # fmt: skip
+# Results in memory of their own, beside what ATen's schemas say. Anything else may share its input's: better a refusal
+# than a mutation overlooked.
+FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
+         F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
+         F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
+UNDECLARED = {
+    "einsum",
+    "type_as",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "broadcast_tensors",
+    "meshgrid",
+    "tensordot",
+}  # that may return their input
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
 
 
@@ -51,6 +63,17 @@ def dropout_settings(node: fx.Node | Spelled) -> tuple[float, bool]:
     return settings.get("p", 0.5), bool(settings.get("training", True))
 
 
+@functools.cache
+def is_fresh(function: Any) -> bool:
+    """Whether the result of an operation never is (a view of) one of its arguments: by our list, or ATen's schemas."""
+    name = getattr(function, "__name__", "")
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and name not in UNDECLARED else None
+    if function in FRESH or packet is None:
+        return function in FRESH
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads() if "out" not in overload]
+    return all(result.alias_info is None for schema in schemas for result in schema.returns)
+
+
 def may_share_memory(node: fx.Node) -> bool:
     """Whether the result of an operation may be (a view of) its first argument."""
     if node.op != "call_function" or is_size(node) or not node.args or not isinstance(node.args[0], fx.Node):
@@ -60,7 +83,7 @@ def may_share_memory(node: fx.Node) -> bool:
     if node.target in DROPOUTS:
         return not dropout_settings(node)[1]
     kind = RULES[node.target].kind if node.target in RULES else None
-    return not (node.target in FRESH or kind in FRESH_KINDS)
+    return not (is_fresh(node.target) or kind in FRESH_KINDS)
 
 
 def _later_users(node: fx.Node, point: fx.Node) -> list[fx.Node]:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from fxstn.graphs import model_of
+from fxstn.graphs import evaluated, model_of
 from fxstn.mutation import is_size
 
 MOST_RUNS = 64
@@ -110,9 +109,7 @@ def _probe(
                 value = operator.attrgetter(str(node.target))(module).detach()
                 values[node] = changed(value) if node.target in parameters else value
             else:
-                lookup: Any = values.__getitem__
-                args, kwargs = map_arg((node.args, node.kwargs), lookup)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = evaluated(node, values)
         derived = (node for node in values if node in nodes and node.op != "get_attr")
         return {node: values[node] for node in derived if isinstance(values[node], Tensor)}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 import random
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,7 @@ from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, innermost_user_frame
 from fxstn.graphs import assemble
 from fxstn.layers.inputs import require_full_precision
+from fxstn.rules.registry import is_opaque
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,6 +35,22 @@ class Refused(Exception):
     def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
         super().__init__(what)
         self.where, self.what, self.remedy, self.source = where, what, remedy, source
+
+
+class _Results(tuple):
+    """Several results of a function that fx was told not to follow; fx marks the node of its one result."""
+
+    @property
+    def node(self) -> SimpleNamespace:
+        return SimpleNamespace(meta={})
+
+
+def _as_result(value: Any) -> Any:
+    if isinstance(value, fx.Proxy):
+        return value
+    if type(value) in (tuple, list):
+        return _Results(value)
+    raise TypeError(f"a {type(value).__name__} cannot stand for the result of a function in a graph")
 
 
 class _Proxy(fx.Proxy):
@@ -90,10 +107,10 @@ class _Tracer(fx.Tracer):
         """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
         if kind == "call_function" and target in DECOMPOSITIONS:
             return DECOMPOSITIONS[target](*args, **kwargs)
-        if kind == "call_function" and _is_opaque(target):
+        if kind == "call_function" and is_opaque(target):
             last = next(iter(reversed(self.graph.nodes)))
             try:
-                return target(*args, **kwargs)
+                return _as_result(target(*args, **kwargs))
             except Refused:
                 raise
             except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
@@ -137,12 +154,6 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(module, call[1]):
             value.node.meta["training"] = module.training
         return value
-
-
-def _is_opaque(function: Any) -> bool:
-    """A Python function that is neither torch's nor a helper of ours: one that user code asked fx not to look into."""
-    module = (getattr(function, "__module__", None) or "").partition(".")[0]
-    return inspect.isfunction(function) and module not in ("torch", "fxstn", "_operator", "math", "builtins")
 
 
 class _Watch(TorchFunctionMode):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.live.emit import located
-from fxstn.live.following import Sites
+from fxstn.live.following import Sites, opened
 from fxstn.live.structure import leaves
 from fxstn.live.witness import Witness
 from fxstn.mutation import DROPOUTS
@@ -46,6 +47,10 @@ class ReplayedDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        composite = isinstance(function, FunctionType) and function.__module__ == F.__name__
+        if composite and function not in DROPOUTS and (body := opened(function)):
+            with self:  # attention, say, which drops inside
+                return body(*args, **kwargs)
         settings = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         if function not in DROPOUTS or not settings.get("training", True):
             return function(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.heads import (
     attention_scores,
     attention_values,
@@ -315,6 +316,11 @@ CASES = [
     Case(torch.slice_scatter, shapes=((3, 4), (3, 2)), kwargs={"dim": 1, "start": 1, "end": 3}),
     Case(torch.select_scatter, shapes=((3, 4), (3,)), args=(1, 2)),
     Case(torch.diagonal_scatter, shapes=((3, 4), (3,))),
+    Case(assigned, shapes=((3, 4), (3,)), args=(X, (slice(None), 1), X)),
+    Case(assigned, shapes=((3, 4), (3,)), args=(X, (slice(None), 1), X), varying=(1,)),
+    Case(assigned, args=(MASK, 0.5)),
+    Case(overwritten, shapes=((3, 4), (4,))),
+    Case(overwritten, shapes=((3, 4), (4,)), varying=(1,)),
     *(Case(f, args=(1,)) for f in (torch.tril, torch.triu, torch.diag, torch.diagonal)),
     Case(torch.diag_embed),
     Case(torch.repeat_interleave, args=(2,), kwargs={"dim": 1}),
@@ -440,6 +446,11 @@ CASES = [
     Case(F.max_unpool1d, shapes=((1, 1, 2),), args=(torch.tensor([[[1, 2]]]), 2)),
     Case(F.max_unpool2d, shapes=((1, 1, 1, 2),), args=(torch.tensor([[[[1, 2]]]]), 2)),
     Case(F.max_unpool3d, shapes=((1, 1, 1, 1, 2),), args=(torch.tensor([[[[[1, 2]]]]]), 2)),
+    # assignments
+    Case(assigned, ((3, 4), (3, 2)), (X, (slice(None), slice(1, 3)), X)),
+    Case(assigned, args=((..., 1), 2.0)),
+    Case(assigned, ((3, 4), ()), (X, torch.eye(3, 4, dtype=torch.bool), X)),
+    Case(overwritten, ((3, 4), (4,))),
     # torchvision
     Case(torchvision.ops.roi_align, IMAGE, (BOXES, 3, 0.8, 2, True), forward=False),
     Case(torchvision.ops.roi_align, IMAGE, ([BOXES[:2, 1:], BOXES[2:, 1:]],), {"output_size": (2, 3)}, forward=False),

@@ -91,6 +91,12 @@ class Double(torch.autograd.Function):
         return 3 * g
 
 
+def assigned(y):
+    view = y[:, 1:]
+    y[:, 0] = 0
+    return view
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [
@@ -98,6 +104,7 @@ class Double(torch.autograd.Function):
         (in_no_grad, "a no_grad region"),
         (in_autocast, "an autocast region"),
         (lambda y: Double.apply(y), "custom autograd function Double"),
+        (assigned, "on a tensor whose memory 'getitem' shares"),
         (lambda y: torch.exp(y, out=y), "writes into a tensor"),
         (lambda y: y.uniform_(), "in place"),
     ],

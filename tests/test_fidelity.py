@@ -35,6 +35,10 @@ def into(f):
     return lambda s, x: (lambda h: (f(s, h), s.b(h) + h)[1])(s.a(x))
 
 
+def assign_part(h):
+    h[:, 1:3] += h[:, :2].exp()
+
+
 SAME = {
     "buffer": lambda s, x: (s.a(x) - s.mean.view(1, -1)) * (s.mean.exp() + 1e-5).rsqrt(),
     "constant": lambda s, x: s.a(x) + torch.tensor([1.0]) * torch.arange(6),
@@ -52,6 +56,8 @@ SAME = {
     "modulo": lambda s, x: s.a(x) % 2.0,
     "two draws": lambda s, x: F.rrelu(s.a(x), training=True) - F.rrelu(s.a(x), training=True),
     "augmented": into(lambda s, h: h.add_(1)),
+    "assigned": into(lambda s, h: h.__setitem__((slice(None), 0), h.sum(1))),
+    "assigned in part": into(lambda s, h: assign_part(h)),
 }
 
 

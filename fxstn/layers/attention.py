@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxstn.layers.kernels import softmax_jacobian
 from fxstn.staging import staged
 
 
@@ -28,7 +29,9 @@ def attention_with_probabilities(
         scores = scores.masked_fill(future, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    probabilities = torch.ops.aten._safe_softmax(scores, -1)
+    probabilities = torch.softmax(scores, -1)
+    if mask is not None:
+        probabilities = probabilities.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0)
     return torch.matmul(probabilities, value), probabilities
 
 
@@ -40,32 +43,32 @@ def attention_tangent(
     value: Tensor,
     scale: float | None,
     grouped: bool,
-    output: Tensor,
     probabilities: Tensor,
 ) -> Tensor:
-    """dy = P ⊙ (dS − Σ P dS) V + P dV with dS = scale · (dQ Kᵀ + Q dKᵀ) + dmask; tangents: of Q, K, V and the mask, None
-    for those that do not vary.
+    """dy = dP V + P dV, dP the softmax's Jacobian applied to dS = scale · (dQ Kᵀ + Q dKᵀ) + dmask.
 
-    The row sums Σ P dS multiply y rather than P, so that one (..., L, S) product is all there is besides dS.
+    tangents: of Q, K, V and the mask, None for those that do not vary.
     """
     dq, dk, dv, dmask = tangents
-    key, value = share_heads(key, query, grouped), share_heads(value, query, grouped)
-    terms = []
+    scaled = query * softmax_scale(query, scale)
+    result = scores = None
     if dq is not None:
-        terms.append(torch.matmul(dq * softmax_scale(query, scale), key.mT))
+        scores = torch.matmul(dq * softmax_scale(query, scale), share_heads(key, query, grouped).mT)
     if dk is not None:
-        terms.append(torch.matmul(query * softmax_scale(query, scale), share_heads(dk, query, grouped).mT))
+        scores = _plus(scores, torch.matmul(scaled, share_heads(dk, query, grouped).mT))
     if dmask is not None:
-        terms.append(dmask)
-    result = None
-    if terms:
-        weighted = probabilities * sum(terms[1:], start=terms[0])
-        result = torch.matmul(weighted, value) - weighted.sum(-1, keepdim=True) * output
+        scores = _plus(scores, dmask)
+    if scores is not None:
+        change = softmax_jacobian(scores.expand_as(probabilities), probabilities, -1)
+        result = torch.matmul(change, share_heads(value, query, grouped))
     if dv is not None:
-        moved = torch.matmul(probabilities, share_heads(dv, query, grouped))
-        result = moved if result is None else result + moved
+        result = _plus(result, torch.matmul(probabilities, share_heads(dv, query, grouped)))
     assert result is not None
     return result
+
+
+def _plus(sum_so_far: Tensor | None, term: Tensor) -> Tensor:
+    return term if sum_so_far is None else sum_so_far + term
 
 
 def softmax_scale(query: Tensor, scale: float | None) -> float:

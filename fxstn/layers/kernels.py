@@ -57,6 +57,12 @@ def self_adjoint(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return linear_map(kernel)(kernel)
 
 
+@self_adjoint
+def softmax_jacobian(tangent: Tensor, y: Tensor, dim: int) -> Tensor:
+    """y ⊙ (dx − Σ y dx) along `dim`: the symmetric Jacobian of a softmax whose result is y."""
+    return torch.ops.aten._softmax_backward_data(tangent.to(y.dtype), y, dim, y.dtype)
+
+
 @staged
 def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
     """Entries of `tangent` that max pooling chose: indices into its last `spatial` dimensions, flattened."""

@@ -7,7 +7,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import along_channels, self_adjoint
+from fxstn.layers.kernels import along_channels, self_adjoint, softmax_jacobian
 from fxstn.rules.registry import fallback, pointwise, rule
 
 aten = torch.ops.aten
@@ -27,11 +27,6 @@ def elu_jacobian(dx, x, alpha, scale, input_scale):
 @self_adjoint
 def gelu_jacobian(dx, x, approximate):
     return aten.gelu_backward(dx, x, approximate=approximate)
-
-
-@self_adjoint
-def softmax_jacobian(dx, y, dim):
-    return aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
 
 
 pointwise(torch.sigmoid, lambda dx, y, x: sigmoid_jacobian(dx, y))

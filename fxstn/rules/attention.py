@@ -30,7 +30,7 @@ def attention(
     results = attention_with_probabilities(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     y, probabilities = operator.getitem(results, 0), operator.getitem(results, 1)
     tangents = tuple(None if t is ZERO else t for t in (d.query, d.key, d.value, d.attn_mask))
-    return y, attention_tangent(tangents, query, key, value, scale, enable_gqa, y, probabilities)
+    return y, attention_tangent(tangents, query, key, value, scale, enable_gqa, probabilities)
 
 
 linear(split_heads, join_heads, split_windows, join_windows, attention_values)

@@ -1,4 +1,4 @@
-"""torchvision's operators: linear in the features, maxima by the indices chosen; positions have no tangent rule."""
+"""torchvision's operators: linear in the features, maxima by the indices chosen; positions have a tangent in RoIAlign only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from fxstn.layers.kernels import expand_like, pick_regions, regions
+from fxstn.layers.regions import region_shift
 from fxstn.rules.registry import NoRule, rule, total, zero
 from fxstn.staging import call
 from fxstn.tangents import ZERO, all_zero
@@ -28,9 +29,15 @@ def _register_average(function, with_map):
 
 for function in (torchvision.ops.roi_align, torchvision.ops.ps_roi_align, torchvision.ops.ps_roi_pool):
     _register_average(function, with_map=False)
-_register_average(operators.roi_align, with_map=False)
 _register_average(operators.ps_roi_align, with_map=True)
 _register_average(operators.ps_roi_pool, with_map=True)
+
+
+@rule(operators.roi_align, kind="region")
+def region_align(d, input, rois, *settings):
+    """Linear in the features; moves with the boxes, for which torch has no derivative of its own."""
+    pooled = lambda x: call(operators.roi_align, x, rois, *settings)  # noqa: E731
+    return pooled(input), total((d.input, pooled), (d.rois, lambda dr: region_shift(dr, input, rois, *settings)))
 
 
 @rule(operators.roi_pool, kind="region")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.layers.kernels import pick
-from fxstn.rules.registry import linear, rule
+from fxstn.rules.registry import fallback, linear, rule
 from fxstn.tangents import ZERO
 
 linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -61,6 +61,8 @@ def _register_power_pool(function, spatial):
 
     @rule(function)
     def power_pool(d, input, norm_type, kernel_size, stride=None, ceil_mode=False):
+        if math.isinf(norm_type):
+            return fallback(function, (d.input,), (input, norm_type, kernel_size, stride, ceil_mode), {})
         y = function(input, norm_type, kernel_size, stride, ceil_mode)
         pooled = lambda v: average(v, kernel_size, stride, 0, ceil_mode)  # noqa: E731
         size = kernel_size**spatial if isinstance(kernel_size, int) else math.prod(kernel_size)

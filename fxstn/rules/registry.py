@@ -197,6 +197,12 @@ NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
 }
 
 
+def is_opaque(function: Any) -> bool:
+    """A Python function that is neither torch's nor a helper of ours: one that user code asked fx not to look into."""
+    module = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return inspect.isfunction(function) and module not in ("torch", "fxstn", "_operator", "math", "builtins")
+
+
 def no_derivative(function: Callable[..., Any]) -> str | None:
     """Why torch.func.jvp cannot differentiate `function`, or None when nothing is known against it."""
     if function in NO_FORWARD_MODE:
@@ -212,7 +218,8 @@ def no_derivative(function: Callable[..., Any]) -> str | None:
 def fallback(
     function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
 ) -> tuple[Any, Any]:
-    """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
+    """(y, dy) by torch.func.jvp of this one operation, or by live duals through a Python function that fx does not look
+    into. Raises NoRule where that cannot work."""
     if reason := no_derivative(function):
         raise NoRule(reason)
 
@@ -222,7 +229,12 @@ def fallback(
         return None if tangent is ZERO else tangent
 
     changes = map_aggregate((tangents, named or {}), given)
-    both = node_jvp(function)(args, kwargs, *changes)  # type: ignore[misc]
+    if is_opaque(function):
+        from fxstn.live.functions import function_jvp  # which follows the function by this very table
+
+        both = function_jvp(function)(args, kwargs, *changes)
+    else:
+        both = node_jvp(function)(args, kwargs, *changes)  # type: ignore[misc]
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 

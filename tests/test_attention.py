@@ -1,0 +1,182 @@
+"""Attention and transformers: the same outputs as the original, exact tangents, every projection responds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import randomize_response
+from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+
+import fxstn
+from fxstn import hp
+
+SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+D, HEADS = 8, 2
+
+
+def causal(x):
+    return torch.full((6, 6), -torch.inf, dtype=x.dtype).triu(1)
+
+
+def padding():
+    return torch.arange(6) >= torch.tensor([[6], [5], [3]])
+
+
+class Attend(nn.Module):
+    """nn.MultiheadAttention called in one way, then a linear layer. weights: return the weights as well."""
+
+    def __init__(self, call, **settings):
+        super().__init__()
+        self.call = call
+        self.attention, self.head = nn.MultiheadAttention(D, HEADS, **settings), nn.Linear(D, 3)
+
+    def forward(self, x):
+        y, weights = self.call(self.attention, x)
+        return self.head(y) if weights is None else (self.head(y), weights)
+
+
+class Functional(nn.Module):
+    """scaled_dot_product_attention on projections, as most code outside of torch writes it."""
+
+    def __init__(self, dropout=0.0, **settings):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.dropout, self.settings = dropout, settings
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, **self.settings)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def encoder(**settings):
+    layer = nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True, **settings)
+    return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(D), enable_nested_tensor=False)
+
+
+class Pair(nn.Module):
+    """A transformer with source and target made from one input."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        layers = {"custom_encoder": encoder(**settings)}  # torch's own warns of nested tensors
+        self.net = nn.Transformer(D, HEADS, 1, 1, 16, batch_first=True, **layers, **settings)
+
+    def forward(self, x):
+        return self.net(x, torch.cos(x), tgt_mask=causal(x))
+
+
+def itself(a, x, **kwargs):
+    return a(x, x, x, **kwargs)
+
+
+NETS = {
+    "self": lambda: Attend(lambda a, x: itself(a, x, need_weights=False), batch_first=True),
+    "time-major": lambda: Attend(
+        lambda a, x: (itself(a, x.transpose(0, 1), need_weights=False)[0].transpose(0, 1), None)
+    ),
+    "weights": lambda: Attend(itself, batch_first=True),
+    "weights of each head": lambda: Attend(
+        lambda a, x: itself(a, x, average_attn_weights=False), batch_first=True, bias=False
+    ),
+    "cross": lambda: Attend(lambda a, x: a(x, x.cos(), x.sin(), need_weights=False), batch_first=True),
+    "other dimensions": lambda: Attend(
+        lambda a, x: a(x, x[..., :3], x[..., :5], need_weights=False), batch_first=True, kdim=3, vdim=5
+    ),
+    "causal": lambda: Attend(
+        lambda a, x: itself(a, x, attn_mask=causal(x), is_causal=True, need_weights=False), batch_first=True
+    ),
+    "mask of each head": lambda: Attend(
+        lambda a, x: itself(a, x, attn_mask=causal(x).expand(3 * HEADS, 6, 6), need_weights=False),
+        batch_first=True,
+    ),
+    "padding": lambda: Attend(
+        lambda a, x: itself(a, x, key_padding_mask=padding(), need_weights=False), batch_first=True
+    ),
+    "both masks": lambda: Attend(
+        lambda a, x: itself(a, x, key_padding_mask=padding(), attn_mask=causal(x).isinf()), batch_first=True
+    ),
+    "dropout": lambda: Attend(lambda a, x: itself(a, x, need_weights=False), batch_first=True, dropout=0.3),
+    "dropout of weights": lambda: Attend(itself, batch_first=True, dropout=0.3),
+    "functional": Functional,
+    "functional with dropout": lambda: Functional(0.3, is_causal=True, scale=0.4),
+    "grouped heads": Grouped,
+    "encoder": encoder,
+    "encoder, norm first": lambda: encoder(norm_first=True, activation="gelu"),
+    "transformer": Pair,
+    "transformer, norm first": lambda: Pair(norm_first=True, dropout=0.2),
+    "windows": lambda: nn.Sequential(
+        nn.Unflatten(1, (6, 1)), ShiftedWindowAttention(D, [4, 1], [2, 0], HEADS, dropout=0.1)
+    ),
+    "windows, version 2": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), ShiftedWindowAttentionV2(D, [2, 2], [1, 1], HEADS, attention_dropout=0.1)
+    ),
+}
+FIXED_BATCH = {"padding", "both masks", "mask of each head"}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_tangent_of_attention_is_the_derivative_of_the_original(name):
+    net, x = NETS[name](), torch.randn(3, 6, D)
+    for specs in ([hp.Scalar("a", 0.5, 0, 1)], None):
+        report = fxstn.verify(net, x, hparams=specs)
+        assert report.ok, f"{specs}\n{report}"
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if "dropout" not in name])
+def test_the_graph_computes_what_the_original_does(name):
+    net, x = NETS[name]().train(), torch.randn(3, 6, D)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, (nn.MultiheadAttention, ShiftedWindowAttention)):
+            module.dropout = 0.0
+        if isinstance(module, ShiftedWindowAttention):
+            module.attention_dropout = 0.0
+    expected = copy.deepcopy(net)(x)
+    stn = fxstn.transform(net, SCALAR).train()
+    torch.testing.assert_close(stn(x), expected)
+    torch.testing.assert_close(stn.graph("eval")(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if name not in FIXED_BATCH and name != "windows, version 2"])
+def test_rows_of_a_per_example_delta_are_the_shared_results(name):
+    stn = fxstn.transform(NETS[name]().double(), SCALAR).eval()
+    randomize_response(stn)
+    x, delta = torch.randn(4, 6, D).double(), torch.randn(4, 1).double()
+    assert stn.per_example(x)
+    _, rows = stn.pushforward(x, delta=delta)
+    for i in range(4):
+        _, shared = stn.pushforward(x, delta=delta[i])
+        for row, one in zip(*(y if isinstance(y, tuple) else (y,) for y in (rows, shared)), strict=True):
+            torch.testing.assert_close(row[i], one[i], rtol=1e-9, atol=1e-12)
+
+
+def test_every_projection_responds():
+    stn = fxstn.transform(encoder(), SCALAR)
+    assert {name for name, p in stn.model.named_parameters() if p.dim() > 1} == {
+        name.removesuffix(".R") for name, p in stn.response.named_parameters() if name.endswith("R") and p.dim() > 1
+    }
+
+
+def test_probabilities_of_attention_are_dropped_at_a_rate_from_lambda():
+    stn = fxstn.transform(NETS["dropout"]())
+    assert stn.hparams.names == ("attention.scaled_dot_product_attention.dropout",) or len(stn.hparams) == 1
+    assert next(iter(stn.hparams.values().values())) == pytest.approx(0.3)
