@@ -118,6 +118,20 @@ def test_what_a_trace_would_lose_is_refused_with_its_module(body, what):
     assert str(explanation).startswith("PROBLEMS (1)")
 
 
+def test_everything_that_a_trace_would_lose_is_listed_at_once():
+    net = nn.Sequential(Around(in_no_grad), Around(in_autocast), Around(lambda y: Double.apply(y)), nn.Tanh())
+    net[3].register_forward_hook(lambda *_: None)
+    with pytest.raises(fxstn.TransformError) as caught:
+        fxstn.transform(net, SCALAR)
+    assert [(problem.where, problem.what.split(",")[0]) for problem in caught.value.problems] == [
+        ("0.inner", "a no_grad region"),
+        ("1.inner", "an autocast region"),
+        ("2.inner", "custom autograd function Double"),
+        ("3", "a hook"),
+    ]
+    assert all("test_errors.py" in problem.source for problem in caught.value.problems[:3])
+
+
 def test_hooks_are_refused():
     net = mlp()
     net[1].register_forward_hook(lambda *_: None)
