@@ -21,7 +21,7 @@ from fxstn.live.tape import record
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
-from fxstn.trace import frozen_modules
+from fxstn.trace import frozen_modules, module_state, restore
 from fxstn.trace import trace as trace_module
 
 RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
@@ -155,7 +155,9 @@ def _climbed(
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
+        before = module_state(model)
         network.check(*inputs)
+        restore(before)
     return network
 
 

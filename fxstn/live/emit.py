@@ -64,18 +64,19 @@ def borrowed(
     keep: whether buffers and attributes that the forward assigns stay assigned, as after a training step.
     """
     with mode_of(model, training, frozen):
-        before = module_state(model)
+        before = {} if keep else module_state(model)
+        swapped: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for module in model.modules():
                 for held in (module._parameters, module._buffers):
-                    held.update({name: replaced[id(x)] for name, x in held.items() if id(x) in replaced})  # type: ignore[misc]
+                    own = [(held, name, x) for name, x in held.items() if x is not None and id(x) in replaced]
+                    swapped += own
+                    held.update({name: replaced[id(x)] for _, name, x in own})  # type: ignore[misc]
             yield
         finally:
-            if not keep:
-                restore(before)
-            elif replaced:
-                for module, state in before.items():
-                    module._parameters.update(state["_parameters"])
+            for held, name, x in swapped:
+                held[name] = x
+            restore(before)
 
 
 class LiveGraph:
