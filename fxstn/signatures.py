@@ -1,7 +1,8 @@
 """Spellings whose arguments differ from the canonical function's, each written as a function with its own signature.
 
 Three tables by name: METHODS, of Tensor methods alone; RAW, of ATen and of the builtins in `torch` that share ATen's
-signatures; ANY, wherever the name comes from.
+signatures; ANY, wherever the name comes from. An ATen overload may have an entry of its own, "to.dtype"; so may a name with
+an underscore, which works in place.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ class Unspellable(Exception):
         self.reason = reason
 
 
-Table = dict[str, Callable[..., Spelled]]
-METHODS: Table = {}
-RAW: Table = {}
-ANY: Table = {}
+Signature = Callable[..., Spelled]
+METHODS: dict[str, Signature] = {}
+RAW: dict[str, Signature] = {}
+ANY: dict[str, Signature] = {}
 
 
 def spell(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Spelled:
     return Spelled(function, args, kwargs)
 
 
-def _called(table: Table, *names: str) -> Callable[[Callable[..., Spelled]], Callable[..., Spelled]]:
-    def enter(signature: Callable[..., Spelled]) -> Callable[..., Spelled]:
+def _called(table: dict[str, Signature], *names: str) -> Callable[[Signature], Signature]:
+    def enter(signature: Signature) -> Signature:
         table.update(dict.fromkeys(names, signature))
         return signature
 
@@ -66,19 +67,8 @@ def _times(factor: Any, value: Any) -> Any:
     return value if isinstance(factor, (int, float)) and factor == 1 else spell(operator.mul, value, factor)
 
 
-@_called(ANY, "add", "__add__")
-def _add(input, other, alpha=1):
-    return spell(operator.add, input, _times(alpha, other))
-
-
-@_called(ANY, "sub", "subtract", "__sub__")
-def _sub(input, other, alpha=1):
-    return spell(operator.sub, input, _times(alpha, other))
-
-
-@_called(ANY, "rsub")
-def _rsub(input, other, alpha=1):
-    return spell(operator.sub, other, _times(alpha, input))
+def _sum(first: Any, second: Any, beta: Any = 1, alpha: Any = 1) -> Spelled:
+    return spell(operator.add, _times(beta, first), _times(alpha, second))
 
 
 @_called(ANY, "div", "divide", "true_divide")
@@ -88,55 +78,9 @@ def _div(input, other, rounding_mode=None):
     return spell(torch.div, input, other, rounding_mode=rounding_mode)
 
 
-@_called(ANY, "mul", "multiply")
-def _mul(input, other):
-    return spell(operator.mul, input, other)
-
-
-@_called(ANY, "pow")
-def _pow(input, exponent):
-    return spell(operator.pow, input, exponent)
-
-
-@_called(ANY, "matmul")
-def _matmul(input, other):
-    return spell(operator.matmul, input, other)
-
-
-@_called(ANY, "addmm")
-def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
-    return spell(operator.add, _times(beta, input), _times(alpha, spell(torch.mm, mat1, mat2)))
-
-
-@_called(ANY, "baddbmm")
-def _baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
-    return spell(operator.add, _times(beta, input), _times(alpha, spell(torch.bmm, batch1, batch2)))
-
-
-@_called(ANY, "addcmul")
-def _addcmul(input, tensor1, tensor2, *, value=1):
-    return spell(operator.add, input, _times(value, spell(operator.mul, tensor1, tensor2)))
-
-
-@_called(ANY, "addcdiv")
-def _addcdiv(input, tensor1, tensor2, *, value=1):
-    return spell(operator.add, input, _times(value, spell(operator.truediv, tensor1, tensor2)))
-
-
-@_called(ANY, "clamp_min")
-def _clamp_min(input, min):
-    return spell(torch.clamp, input, min, None)
-
-
-@_called(ANY, "clamp_max")
-def _clamp_max(input, max):
-    return spell(torch.clamp, input, None, max)
-
-
 @_called(ANY, "einsum")
 def _einsum(equation, *operands, tensors=None, path=None):
-    if tensors is not None:
-        operands = (tensors,)
+    operands = operands if tensors is None else (tensors,)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     return spell(torch.einsum, equation, *operands)
@@ -150,9 +94,35 @@ def _norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     return spell(torch.linalg.vector_norm, input, 2.0 if p in ("fro", None) else p, dim, keepdim, **kwargs)
 
 
-@_called(ANY, "copy")
-def _copy(input, src, non_blocking=False):
-    return spell(overwritten, input, src)
+ANY |= {
+    "mul": lambda input, other: spell(operator.mul, input, other),
+    "multiply": lambda input, other: spell(operator.mul, input, other),
+    "pow": lambda input, exponent: spell(operator.pow, input, exponent),
+    "matmul": lambda input, other: spell(operator.matmul, input, other),
+    "add": lambda input, other, alpha=1: spell(operator.add, input, _times(alpha, other)),
+    **dict.fromkeys(
+        ["sub", "subtract"], lambda input, other, alpha=1: spell(operator.sub, input, _times(alpha, other))
+    ),
+    "rsub": lambda input, other, alpha=1: spell(operator.sub, other, _times(alpha, input)),
+    "addmm": lambda input, mat1, mat2, **scales: _sum(input, spell(torch.mm, mat1, mat2), **scales),
+    "baddbmm": lambda input, batch1, batch2, **scales: _sum(input, spell(torch.bmm, batch1, batch2), **scales),
+    "addcmul": lambda input, tensor1, tensor2, value=1: _sum(input, spell(operator.mul, tensor1, tensor2), 1, value),
+    "addcdiv": lambda input, tensor1, tensor2, value=1: _sum(
+        input, spell(operator.truediv, tensor1, tensor2), 1, value
+    ),
+    "clamp_min": lambda input, min: spell(torch.clamp, input, min, None),
+    "clamp_max": lambda input, max: spell(torch.clamp, input, None, max),
+}
+
+# Assignments
+
+
+@_called(ANY, "bernoulli_")
+def _bernoulli(input, p=0.5, generator=None):
+    """In place p is the probability; torch.bernoulli(input) takes the input's entries for it."""
+    if isinstance(p, (int, float)):
+        return spell(torch.bernoulli, input, p)
+    return spell(torch.bernoulli, spell(Tensor.expand_as, p, input))
 
 
 @_called(ANY, "fill")
@@ -165,25 +135,10 @@ def _setitem(input, index, value):
     return spell(assigned, input, index, value)
 
 
-@_called(ANY, "bernoulli_")
-def _bernoulli(input, p=0.5, generator=None):
-    """In place p is the probability; torch.bernoulli(input) takes the input's entries for it."""
-    if isinstance(p, (int, float)):
-        return spell(torch.bernoulli, input, p)
-    return spell(torch.bernoulli, spell(Tensor.expand_as, p, input))
-
-
-@_called(ANY, "zero")
-def _zero(input):
-    return spell(torch.zeros_like, input)
-
+ANY["copy"] = lambda input, src, non_blocking=False: spell(overwritten, input, src)
+ANY["zero"] = lambda input: spell(torch.zeros_like, input)
 
 # Layers and functions that torch has in several argument orders
-
-
-@_called(ANY, "linear")
-def _linear(input, weight, bias=None):
-    return spell(F.linear, input, weight, bias)
 
 
 def _convolution(function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -197,15 +152,12 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
 
 @_called(RAW, "batch_norm")
 def _raw_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True):
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return spell(F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @_called(RAW, "instance_norm")
-def _instance_norm(
-    input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True
-):  # fmt: skip
-    order = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return spell(F.instance_norm, *order)
+def _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True):
+    return spell(F.instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 @_called(ANY, "layer_norm")
@@ -224,51 +176,6 @@ def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse
     return spell(F.embedding, indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
 
 
-@_called(ANY, "softmax", "special_softmax")
-def _softmax(input, dim=None, _stacklevel=3, dtype=None):
-    return _over(torch.softmax, F.softmax, input, dim, dtype)
-
-
-@_called(ANY, "log_softmax", "special_log_softmax")
-def _log_softmax(input, dim=None, _stacklevel=3, dtype=None):
-    return _over(torch.log_softmax, F.log_softmax, input, dim, dtype)
-
-
-@_called(RAW, "softmax", "special_softmax")
-def _raw_softmax(input, dim, dtype=None):
-    return _over(torch.softmax, F.softmax, input, dim, dtype)
-
-
-@_called(RAW, "log_softmax", "special_log_softmax")
-def _raw_log_softmax(input, dim, dtype=None):
-    return _over(torch.log_softmax, F.log_softmax, input, dim, dtype)
-
-
-METHODS.update({name: RAW[name] for name in ("softmax", "log_softmax")})
-
-
-def _over(function, ranked, input, dim, dtype):
-    """Without a dimension it depends on the rank, which `ranked` knows."""
-    if dim is None:
-        return spell(ranked, input) if dtype is None else spell(ranked, input, dtype=dtype)
-    return spell(function, input, dim) if dtype is None else spell(function, input, dim, dtype=dtype)
-
-
-@_called(RAW, "dropout")
-def _dropout(input, p, train):
-    return spell(F.dropout, input, p, train)
-
-
-@_called(RAW, "alpha_dropout")
-def _alpha_dropout(input, p, train):
-    return spell(F.alpha_dropout, input, p, train)
-
-
-@_called(RAW, "feature_alpha_dropout")
-def _feature_alpha_dropout(input, p, train):
-    return spell(F.feature_alpha_dropout, input, p, train)
-
-
 @_called(RAW, "elu")
 def _elu(input, alpha=1.0, scale=1, input_scale=1):
     if scale == 1 and input_scale == 1:
@@ -276,9 +183,25 @@ def _elu(input, alpha=1.0, scale=1, input_scale=1):
     return spell(torch.ops.aten.elu.default, input, alpha, scale, input_scale)
 
 
-@_called(RAW, "rrelu")
-def _rrelu(input, lower=0.125, upper=1 / 3, training=False, generator=None):
-    return spell(F.rrelu, input, lower, upper, training)
+def _over(function, ranked, input, dim, dtype=None):
+    """A softmax; without a dimension it depends on the rank, which `ranked` knows."""
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    return spell(ranked, input, **kwargs) if dim is None else spell(function, input, dim, **kwargs)
+
+
+def _over_with_level(function, ranked, input, dim=None, _stacklevel=3, dtype=None):
+    return _over(function, ranked, input, dim, dtype)
+
+
+for _name in ("softmax", "log_softmax"):
+    for _key in (_name, f"special_{_name}"):
+        ANY[_key] = functools.partial(_over_with_level, getattr(torch, _name), getattr(F, _name))
+        RAW[_key] = METHODS[_key] = functools.partial(_over, getattr(torch, _name), getattr(F, _name))
+for _name in ("dropout", "alpha_dropout", "feature_alpha_dropout"):
+    RAW[_name] = functools.partial(
+        lambda function, input, p, train: spell(function, input, p, train), getattr(F, _name)
+    )
+ANY["linear"] = lambda input, weight, bias=None: spell(F.linear, input, weight, bias)
 
 
 def _max_pool(
@@ -288,14 +211,8 @@ def _max_pool(
     return spell(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
-def _max_pool_with_indices(
-    function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=True
-):  # fmt: skip
-    return _max_pool(function, input, kernel_size, stride, padding, dilation, ceil_mode, True)
-
-
-def _adaptive_max_pool(function, input, output_size, return_indices=False):
-    return spell(function, input, output_size, return_indices)
+def _max_pool_with_indices(function, *args, **kwargs):
+    return _max_pool(function, *args[:6], **{**kwargs, "return_indices": True})
 
 
 def _adaptive_max_pool_with_indices(function, input, output_size, return_indices=True):
@@ -303,31 +220,22 @@ def _adaptive_max_pool_with_indices(function, input, output_size, return_indices
 
 
 for _k in (1, 2, 3):
-    ANY[f"conv{_k}d"] = functools.partial(_convolution, getattr(torch, f"conv{_k}d"))
     _pool, _adaptive = getattr(F, f"max_pool{_k}d"), getattr(F, f"adaptive_max_pool{_k}d")
+    ANY[f"conv{_k}d"] = functools.partial(_convolution, getattr(torch, f"conv{_k}d"))
     ANY[f"max_pool{_k}d"] = functools.partial(_max_pool, _pool)
     ANY[f"max_pool{_k}d_with_indices"] = functools.partial(_max_pool_with_indices, _pool)
-    ANY[f"adaptive_max_pool{_k}d"] = functools.partial(_adaptive_max_pool, _adaptive)
-    RAW[f"adaptive_max_pool{_k}d"] = functools.partial(_adaptive_max_pool_with_indices, _adaptive)
-    ANY[f"adaptive_max_pool{_k}d_with_indices"] = RAW[f"adaptive_max_pool{_k}d"]
+    for _table, _key in ((RAW, f"adaptive_max_pool{_k}d"), (ANY, f"adaptive_max_pool{_k}d_with_indices")):
+        _table[_key] = functools.partial(_adaptive_max_pool_with_indices, _adaptive)
 
+# Resizing, sampling and padding
 
-# Resizing and padding
+_SAMPLING = ("bilinear", "nearest", "bicubic")
+_PADDING = ("zeros", "border", "reflection")
 
 
 @_called(ANY, "upsample")
 def _upsample(input, size=None, scale_factor=None, mode="nearest", align_corners=None):
     return spell(F.interpolate, input, size, scale_factor, mode, align_corners)
-
-
-@_called(ANY, "upsample_nearest")
-def _upsample_nearest(input, size=None, scale_factor=None):
-    return spell(F.interpolate, input, size, scale_factor, "nearest")
-
-
-@_called(ANY, "upsample_bilinear")
-def _upsample_bilinear(input, size=None, scale_factor=None):
-    return spell(F.interpolate, input, size, scale_factor, "bilinear", True)
 
 
 def _nearest(mode, input, output_size, scale_factors=None):
@@ -339,50 +247,27 @@ def _smooth(mode, antialias, input, output_size, align_corners, scale_factors=No
     return spell(F.interpolate, *arguments, antialias=True) if antialias else spell(F.interpolate, *arguments)
 
 
-for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic")):
-    RAW[f"upsample_nearest{_k}d.vec"] = functools.partial(_nearest, "nearest")
-    RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")
-    RAW[f"upsample_{_mode}{_k}d.vec"] = functools.partial(_smooth, _mode, False)
-    RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
-
-
-_SAMPLING = ("bilinear", "nearest", "bicubic")
-_PADDING = ("zeros", "border", "reflection")
-
-
 @_called(RAW, "grid_sampler")
 def _grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners):
     modes = _SAMPLING[interpolation_mode], _PADDING[padding_mode]
     return spell(F.grid_sample, input, grid, *modes, align_corners)
 
 
-@_called(RAW, "affine_grid_generator")
-def _affine_grid(theta, size, align_corners):
-    return spell(F.affine_grid, theta, size, align_corners)
-
-
-@_called(RAW, "constant_pad_nd")
-def _constant_pad(input, pad, value=0):
-    return spell(F.pad, input, pad, "constant", value)
-
-
-for _k in (1, 2, 3):
+ANY["upsample_nearest"] = lambda input, size=None, scale_factor=None: _nearest("nearest", input, size, scale_factor)
+ANY["upsample_bilinear"] = lambda input, size=None, scale_factor=None: _upsample(
+    input, size, scale_factor, "bilinear", True
+)
+RAW["affine_grid_generator"] = lambda theta, size, align_corners: spell(F.affine_grid, theta, size, align_corners)
+RAW["constant_pad_nd"] = lambda input, pad, value=0: spell(F.pad, input, pad, "constant", value)
+for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic")):
+    RAW[f"upsample_nearest{_k}d.vec"] = functools.partial(_nearest, "nearest")
+    RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")
+    RAW[f"upsample_{_mode}{_k}d.vec"] = functools.partial(_smooth, _mode, False)
+    RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
     for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
-        RAW[f"{_name}_pad{_k}d"] = functools.partial(
-            lambda mode, input, padding: spell(F.pad, input, padding, mode), _mode
-        )
-
+        RAW[f"{_name}_pad{_k}d"] = functools.partial(lambda mode, input, pad: spell(F.pad, input, pad, mode), _mode)
 
 # Views, indices and conversions
-
-
-def _without_change(input, **_):
-    return spell(torch.clone, input)
-
-
-RAW.update(dict.fromkeys(("alias", "lift_fresh_copy", "lift_fresh", "lift"), _without_change))
-RAW["numpy_T"] = lambda input: spell(getattr, input, "T")
-RAW["mT"] = lambda input: spell(getattr, input, "mT")
 
 
 @_called(RAW, "slice")
@@ -400,43 +285,24 @@ def _index(input, indices):
     return spell(operator.getitem, input, tuple(slice(None) if index is None else index for index in indices))
 
 
-@_called(RAW, "to.dtype")
-def _to_dtype(input, dtype, non_blocking=False, copy=False, memory_format=None):
-    return spell(Tensor.to, input, dtype)
-
-
-@_called(RAW, "to.device")
-def _to_device(input, device, dtype, non_blocking=False, copy=False, memory_format=None):
-    return spell(Tensor.to, input, device, dtype)
-
-
-@_called(RAW, "to.other")
-def _to_other(input, other, non_blocking=False, copy=False, memory_format=None):
-    return spell(Tensor.to, input, other)
-
-
 @_called(RAW, "to.dtype_layout", "_to_copy")
 def _to_layout(input, *, dtype=None, layout=None, device=None, **_):
     return spell(Tensor.to, input, *(value for value in (device, dtype) if value is not None))
 
 
-@_called(METHODS, "where")
-def _where(input, condition, other):
-    return spell(torch.where, condition, input, other)
-
-
-@_called(METHODS, "__len__")
-def _len(input):
-    return spell(Tensor.size, input, 0)
-
-
-def _reflected(function, input, other):
-    return spell(function, other, input)
-
-
+RAW |= {
+    **dict.fromkeys(["alias", "lift_fresh_copy", "lift_fresh", "lift"], lambda input: spell(torch.clone, input)),
+    "numpy_T": lambda input: spell(getattr, input, "T"),
+    "mT": lambda input: spell(getattr, input, "mT"),
+    "to.dtype": lambda input, dtype, *_, **__: spell(Tensor.to, input, dtype),
+    "to.device": lambda input, device, dtype, *_, **__: spell(Tensor.to, input, device, dtype),
+    "to.other": lambda input, other, *_, **__: spell(Tensor.to, input, other),
+}
+METHODS["where"] = lambda input, condition, other: spell(torch.where, condition, input, other)
+METHODS["__len__"] = lambda input: spell(Tensor.size, input, 0)
 for _name, _function in {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "div": operator.truediv,
     "floordiv": operator.floordiv, "mod": torch.remainder, "pow": operator.pow, "matmul": operator.matmul,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor,
 }.items():  # fmt: skip
-    METHODS[f"__r{_name}__"] = functools.partial(_reflected, _function)
+    METHODS[f"__r{_name}__"] = functools.partial(lambda f, input, other: spell(f, other, input), _function)
