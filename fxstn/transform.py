@@ -17,7 +17,9 @@ from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
 from fxstn.live.emit import LiveRecipe, addresses
+from fxstn.live.structure import reachable
 from fxstn.live.tape import record
+from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
@@ -156,7 +158,8 @@ def _climbed(
         network.graph(name)
     if example_inputs is not None:
         before = module_state(model)
-        network.check(*inputs)
+        with unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model))):
+            network.check(*inputs)
         restore(before)
     return network
 

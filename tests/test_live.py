@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxstn
 from fxstn import hp
@@ -321,6 +322,55 @@ def test_the_response_step_leaves_weights_statistics_and_attributes_alone():
     assert stn.model.calls == calls + 1
     assert not torch.equal(stn.model.bn.running_mean, before["bn.running_mean"])
     assert all(parameter.grad is not None for parameter in stn.general_parameters())
+
+
+def test_transform_and_the_response_step_write_into_nothing_that_they_were_given():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.memory = nn.Linear(6, 6), [torch.zeros(6)]
+
+        def forward(self, x):
+            x.mul_(2)
+            self.memory[0].add_(x.mean(0))
+            h = self.fc(x) * self.memory[0]
+            x.sub_(h)
+            return x
+
+    x, delta = torch.randn(4, 6), torch.ones(2)
+    given = x.clone()
+    stn = live(Memory(), x)
+    y, dy = stn.pushforward(x, delta=delta)
+    torch.testing.assert_close(x, given, rtol=0, atol=0)
+    assert not stn.model.memory[0].any()
+    assert not torch.equal(y, given)
+    torch.testing.assert_close(stn.graph("linearized")(x, delta=delta), y + dy)
+    torch.testing.assert_close(stn(x), y)
+    assert stn.model.memory[0].any()
+    torch.testing.assert_close(x, y)  # as the original does
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_regions_train_as_without_checkpoints(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, checkpoints):
+            super().__init__()
+            self.inner, self.outer, self.checkpoints = mlp(0.4), nn.Linear(3, 3), checkpoints
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            if self.checkpoints:
+                return self.outer(checkpoint(self.inner, x, use_reentrant=reentrant))
+            return self.outer(self.inner(x))
+
+    x, results = torch.randn(4, 6), []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        stn = live(Checkpointed(checkpoints), x, hparams=[hp.Dropout()]).train()
+        for loss in (fxstn.general_loss, fxstn.response_loss):
+            seeded(loss, stn, cross, x, torch.arange(4) % 3).backward()
+        results.append([parameter.grad for parameter in stn.parameters()])
+    torch.testing.assert_close(*results)
 
 
 def test_hooks_fire_and_their_changes_are_followed():

@@ -107,7 +107,7 @@ class Table:
             raise SharedMemory("changes a detached alias of a tensor in place, whose derivative is undefined")
         if dy is not ZERO and dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
-        members = [member for member in others if member.is_floating_point() and not self.entries[member].cut]
+        members = [member for member in others if differentiable(member) and not self.entries[member].cut]
         if members and (varying or dy is not ZERO):
             self._spread(x, dy, members)
         entry.tangent = dy
@@ -140,6 +140,11 @@ def _written(image: Tensor, place: Tensor, value: Tensor) -> Tensor:
     numbers = torch.arange(len(image), device=image.device)
     positions = numbers.as_strided(place.size(), place.stride(), place.storage_offset())
     return image.scatter(0, positions.reshape(-1), value.reshape(-1))
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether a tensor of this type can have a tangent."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def same_form(x: Tensor, y: Tensor) -> bool:
