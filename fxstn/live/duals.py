@@ -233,7 +233,7 @@ class Duals(Watched):
             if not differentiable(y):
                 dy = ZERO
             elif dy is not ZERO and dy.dtype != y.dtype:
-                dy = dy.to(y.dtype)
+                dy = dy.to(y)
             self._record(result, dy, sources, cut)
             return result
         if isinstance(y, (tuple, list)) and not isinstance(y, torch.Size):
