@@ -17,11 +17,13 @@ from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
 from fxstn.live.emit import LiveRecipe, addresses
+from fxstn.live.structure import reachable
 from fxstn.live.tape import record
+from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
-from fxstn.trace import frozen_modules
+from fxstn.trace import frozen_modules, module_state, restore
 from fxstn.trace import trace as trace_module
 
 RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
@@ -155,7 +157,10 @@ def _climbed(
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
-        network.check(*inputs)
+        before = module_state(model)
+        with unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model))):
+            network.check(*inputs)
+        restore(before)
     return network
 
 

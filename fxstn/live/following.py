@@ -24,6 +24,7 @@ from fxstn.errors import operation_name
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
+from fxstn.live.checkpoints import runs_again, without_checkpoints
 from fxstn.live.structure import mapped, tensors_in
 from fxstn.mutation import DROPOUTS, dropout_settings
 from fxstn.rules import RULES
@@ -149,12 +150,11 @@ class Following(TorchFunctionMode):
 
     def run(self, inputs: tuple, named: dict[str, Any]) -> Any:
         """The model's output."""
-        given = [
-            mapped(lambda leaf, index=self.sites.arguments[name]: self.dropped(leaf, index), value)  # type: ignore[misc]
-            if name in self.sites.arguments
-            else value
-            for (name, _), value in zip(argument_names(self.model, inputs), inputs, strict=False)
-        ]
+        given = list(inputs)
+        for i, (name, _) in enumerate(argument_names(self.model, inputs)[: len(inputs)]):
+            if name in self.sites.arguments:
+                index = self.sites.arguments[name]
+                given[i] = mapped(lambda leaf, index=index: self.dropped(leaf, index), given[i])  # type: ignore[misc]
         with self.following():
             return self.model(*given, **named)
 
@@ -166,6 +166,9 @@ class Following(TorchFunctionMode):
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             if _get_current_function_mode() is not self:
                 return function.__get__(None, cls)(*args, **kwargs)
+            if runs_again(cls):
+                run, _, *inputs = args
+                return run(*inputs)
             before, self.inside_function = self.inside_function, not self.disabled()
             try:
                 output = function.__get__(None, cls)(*args, **kwargs)
@@ -179,7 +182,7 @@ class Following(TorchFunctionMode):
             register_module_forward_hook(self._leave, always_call=True),
         )
         try:
-            with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)), self:
+            with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)), without_checkpoints(), self:
                 yield
         finally:
             for hook in hooks:

@@ -15,7 +15,7 @@ from fxstn.errors import Problem, TransformError, innermost_user_frame, operatio
 from fxstn.graphs import rename
 from fxstn.live.following import Call, ModuleCall, argument_names
 from fxstn.live.structure import arguments_mapped, leaves, reachable, tensors_in
-from fxstn.live.watched import Watched, attributes, mutated, user_frame
+from fxstn.live.watched import Watched, attributes, mutated, unchanged, user_frame
 from fxstn.mutation import dropout_settings
 from fxstn.spelling import Spelled
 from fxstn.trace import mode_of, module_state, restore
@@ -141,16 +141,17 @@ class Tape(Watched):
 def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recorded:
     """Run model(*inputs) once in train or in eval mode and return its canonical graph.
 
-    Running statistics, attributes and random generators are left as they were. Raises TransformError where the forward
+    Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
     fails or computes with a tensor that cannot be followed.
     """
     tape = Tape(model, inputs)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = module_state(model)
+    held = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(model))}
     try:
-        with mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad(), tape.following():
-            output = model(*inputs)
-        return tape.finish(output)
+        with unchanged(held.values()), mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad():
+            with tape.following():
+                output = model(*inputs)
+            return tape.finish(output)
     except TransformError:
         raise
     except Exception as error:
@@ -160,6 +161,3 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
         raise TransformError([*tape.problems, Problem(tape.path, what, source, remedy)]) from error
     finally:
         restore(before)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
