@@ -152,8 +152,23 @@ class Dropped(nn.Module):
 
 FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, assigned, sizes, outputs,
             constants, attributes, without_autocast, flat]  # fmt: skip
+class Shared(nn.Module):
+    """A module under two names, and an assignment-free forward that branches on sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.steps = nn.ModuleList([self.first, nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for step in self.steps if x.shape[1] == 6 else []:
+            x = step(x)
+        return self.first(x)
+
+
 MODELS = {
     **{body.__name__: lambda body=body: Body(body) for body in FOLLOWED}, "tied": Tied, "dropped": Dropped,
+    "shared": Shared,
 }  # fmt: skip
 
 
