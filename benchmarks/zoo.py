@@ -16,7 +16,8 @@ from torchvision.models.video import mvit
 _mvit = mvit._mvit
 CLASSES = 5
 LARGE = 200_000_000  # parameters; above it, repeated blocks are left out
-SIZES = {"alexnet": 64, "inception": 300, "maxvit": 224, "vit_h": 28, "lraspp": 64, "s3d": 196, "raft": 128}
+SIZES = {"alexnet": 64, "efficientnet": 64, "inception": 299, "lraspp": 64, "maxvit": 224, "mnasnet": 64, "raft": 128,
+         "regnet": 64, "s3d": 224, "shufflenet": 64, "vit_h": 28}  # fmt: skip
 BATCHES = {"maxvit": 2, "s3d": 2, "inception": 2}  # else 4: batch norm of two values has next to no derivative
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit_h": {"image_size": 28},

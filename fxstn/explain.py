@@ -6,20 +6,22 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import fx, nn
 
 from fxstn.errors import Problem, TransformError, module_path
-from fxstn.export import Examples
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
+from fxstn.live.duals import Note
+from fxstn.network import SelfTuningNetwork
 from fxstn.trace import frozen_modules
-from fxstn.transform import followed, transform
+from fxstn.transform import RUNGS, canonical_graphs, transform
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,45 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     """
     explanation = Explanation()
     model = copy.deepcopy(model)
+    stn = None
     try:
-        _parameters(explanation, model, example_inputs)
         stn = transform(model, hparams, example_inputs=example_inputs)
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         if example_inputs is not None:
-            stn.locate_examples(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-        _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
+            stn.locate_examples(*inputs)
+        if stn.rung == "live":
+            _operations(explanation, stn, inputs)
+        else:
+            _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
     except TransformError as error:
         explanation.problems += error.problems
     except Exception as error:
         explanation.problems.append(Problem("", f"{type(error).__name__}: {error}", "", "see above for what was found"))
+    _rungs(explanation, stn)
+    available = RUNGS if example_inputs is not None else RUNGS[:1]
+    for rung in (stn.rung,) if stn else available:
+        try:
+            _parameters(explanation, model, canonical_graphs(rung, model, tuple(frozen_modules(model)), example_inputs))
+            break
+        except TransformError:  # listed already
+            continue
     return explanation
 
 
-def _parameters(explanation: Explanation, model: nn.Module, example_inputs: Any) -> None:
-    frozen, examples = frozen_modules(model), Examples.of(model, example_inputs)
-    graphs = [followed(model, training, frozen, examples) for training in (True, False)]
+def _rungs(explanation: Explanation, stn: SelfTuningNetwork | None) -> None:
+    """How the forward is followed, and why not in the ways that come before."""
+    if stn is None:
+        return
+    explanation.notes.append(f"the forward is followed by trace={stn.rung!r}")
+    refused: dict[str, list[Problem]] = {}
+    for problem in stn.refusals:
+        refused.setdefault(problem.rung, []).append(problem)
+    for rung, problems in refused.items():
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        explanation.notes.append(f"not by trace={rung!r}: {replace(problems[0], rung='')}{more}")
+
+
+def _parameters(explanation: Explanation, model: nn.Module, graphs: Sequence[Any]) -> None:
     found = responses(graphs)
     chosen, left_out = found.axes, found.left_out
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
@@ -92,6 +117,25 @@ def _parameters(explanation: Explanation, model: nn.Module, example_inputs: Any)
     unread = [name for name, _ in model.named_parameters() if name not in chosen and name not in left_out]
     if unread:
         explanation.notes.append(f"{len(unread)} parameters are read by no operation, such as '{unread[0]}'")
+
+
+def _operations(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple) -> None:
+    """One run of a forward that is no graph."""
+    log: list[Note] = []
+    graph: Any = stn.graph("pushforward")
+    with torch.random.fork_rng(), torch.no_grad():
+        graph.duals(inputs, {}, None, torch.zeros_like(stn.hparams.unconstrained), log)
+    for note in log:
+        if note.kind == "dropout":
+            tuned = isinstance(note.strength, int)
+            became = f"strength from λ: {stn.hparams.names[note.strength]}" if tuned else f"kept, p = {note.strength}"  # type: ignore[index]
+            row = Row(note.module, "dropout", became, "conditioned" if tuned else "fixed noise")
+        else:
+            became = "responds to λ" if note.kind == "hyperlayer" else "carries a tangent"
+            row = Row(note.module, note.operation, became, note.kind)
+        explanation.rows.append(row)
+    explanation.rows.sort(key=lambda row: row.rule != "fallback")
+    explanation.notes.append("one perturbation for the whole batch only, not per example: the forward runs as it is")
 
 
 def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ...]) -> None:

@@ -114,11 +114,12 @@ def _bound(nodes: list[fx.Node], inputs: tuple) -> dict[fx.Node, Any]:
 def _normalised(module: fx.GraphModule, node: fx.Node, runs: list[dict[fx.Node, Any]]) -> Iterator[Tensor]:
     """Batch norm of every run by the statistics of the first."""
     lookup: Any = runs[0].__getitem__
-    x, _, _, weight, bias, _, _, eps = map_arg(node.args, lookup)
+    arguments: Any = node.args
+    x, _, _, weight, bias, _, _, eps = map_arg(arguments, lookup)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x, axes, correction=0)
     for values in runs:
-        yield F.batch_norm(values[node.args[0]], mean, var, weight, bias, False, 0.0, eps)  # type: ignore[index]
+        yield F.batch_norm(values[arguments[0]], mean, var, weight, bias, False, 0.0, eps)
 
 
 def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

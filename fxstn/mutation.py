@@ -24,20 +24,23 @@ DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dr
 FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
          F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
          F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
-UNDECLARED = {
-    "einsum",
-    "type_as",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "atleast_1d",
-    "atleast_2d",
-    "atleast_3d",
-    "broadcast_tensors",
-    "meshgrid",
-    "tensordot",
-}  # that may return their input
+# Operations that may return their input, or views of it, though their schemas do not say so.
+UNDECLARED = frozenset(
+    [
+        "einsum",
+        "type_as",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "broadcast_tensors",
+        "meshgrid",
+        "tensordot",
+    ]
+)
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
 
 

@@ -118,7 +118,7 @@ class _Pushforward:
     def _structured(self, node: fx.Node, response: Any) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""
         name, axis, runs = node.meta["scales"]
-        scale = self.named[name]
+        scale: Any = self.named[name]
         return Scaled(pick_rows(scale, runs) if runs else scale, response, axis)
 
     def run(self, finish: Callable[[_Pushforward, Any], Any]) -> fx.GraphModule:

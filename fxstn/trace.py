@@ -78,13 +78,13 @@ class _Tracer(fx.Tracer):
     """
 
     record_stack_traces = True
-    proxy_buffer_attributes = True
 
     def __init__(self, supplied: int) -> None:
         super().__init__()
         self.calls: list[tuple[int, str, type]] = []
         self.number_of_calls = 0
         self.supplied = supplied
+        self.own: dict[int, str] = {}
         self.grad_enabled = torch.is_grad_enabled()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -121,6 +121,18 @@ class _Tracer(fx.Tracer):
                         break
                     self.graph.erase_node(node)
         return super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer becomes one node; fx would look for its name in the whole model at every reading."""
+        if not self.own:
+            registered = [*self.root.named_parameters(), *self.root.named_buffers()]
+            self.own = {id(value): name for name, value in reversed(registered)}
+        name = self.own.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def path_of_current(self) -> str:
         return self.calls[-1][1] if self.calls else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -19,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fxstn.condition import SPATIAL
+from fxstn.errors import TransformError
 from fxstn.hp import Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.live.emit import located
 from fxstn.live.following import Sites, opened
 from fxstn.live.structure import leaves
-from fxstn.live.witness import Witness
+from fxstn.live.witness import Widened, Witness
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
@@ -185,8 +187,8 @@ def verify(
     difference of the *original* model along `best_response`; where hparams insert dropout, which the original does not
     have, the emitted training graph is compared with its own difference besides, and the original with a transform
     without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
-    is a constant of the difference, as it is for autograd. Points are drawn from `seeds` seeds until one passes. The model
-    is left as it was. Raises what `transform` raises.
+    is a constant of the difference, as it is for autograd, and what asks for float32 gets float64. Points are drawn from
+    `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
     """
     report = Report(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -194,16 +196,37 @@ def verify(
     with torch.random.fork_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
-            original = _prepare(model, inputs, seed)
-            stn = transform(original, hparams, example_inputs=inputs, trace=trace)
+            with Widened():
+                original = _prepare(model, inputs, seed)
+            stn = _transformed(original, hparams, inputs, trace)
             delta = _randomize(stn, seed)
-            for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed, tolerance):
-                report.checks.append(Check(mode, against, seed, error))
-                if error <= tolerance:
-                    passed.add((mode, against))
+            with Widened() if stn.rung == "live" else nullcontext():
+                for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed, tolerance):
+                    report.checks.append(Check(mode, against, seed, error))
+                    if error <= tolerance:
+                        passed.add((mode, against))
             if report.ok:
                 break
     return report
+
+
+def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: tuple, trace: str) -> SelfTuningNetwork:
+    """transform(original); a forward that runs as it is runs in float64 throughout, whatever types it asks for."""
+    refused = None
+    if trace != "live":
+        try:
+            network = transform(original, hparams, example_inputs=inputs, trace=trace)
+            if network.rung != "live":
+                return network
+        except TransformError as error:
+            if trace != "auto":
+                raise
+            refused = error
+    with Widened():
+        try:
+            return transform(original, hparams, example_inputs=inputs, trace="live")
+        except TransformError as error:
+            raise refused or error from None
 
 
 def _comparisons(

@@ -61,7 +61,9 @@ def loop(s, x):
 
 def pieces(s, x):
     h = torch.tanh(s.a(x))
-    return s.b(torch.cat([h[:, i : i + n] * (i + 1) for i, n in zip((0, 2, 4), [2] * (x.shape[1] // 2), strict=True)], 1))
+    return s.b(
+        torch.cat([h[:, i : i + n] * (i + 1) for i, n in zip((0, 2, 4), [2] * (x.shape[1] // 2), strict=True)], 1)
+    )
 
 
 def while_loop(s, x):
@@ -270,7 +272,9 @@ def test_dropout_is_taken_over_and_inserted_after_modules():
     stn = fxstn.transform(Dropped(), example_inputs=x)
     assert stn.hparams.names == ("stem.2.dropout", "dropout_1.dropout")
     stn = fxstn.transform(Dropped(), [hp.Dropout("stem", "block")], example_inputs=x)
-    assert sum(n.target is dropout_mask for n in stn.graph("train").graph.nodes) == 5  # block twice, stem, two of its own
+    assert (
+        sum(n.target is dropout_mask for n in stn.graph("train").graph.nodes) == 5
+    )  # block twice, stem, two of its own
     assert fxstn.verify(Dropped(), x, hparams=[hp.Dropout("block", init=0.2)]).ok
     net = Body(lambda s, x: s.b(s.same(s.a(x))) if x.shape[1] == 6 else x)
     stn = fxstn.transform(net, [hp.Dropout("same", init=0.9)], example_inputs=x, trace="export").train()
@@ -358,7 +362,9 @@ def test_an_example_batch_of_one_stands_for_any():
 
 def test_other_sizes_and_other_constants_than_the_examples_are_refused_at_run_time():
     stn = fxstn.transform(MODELS["loop"](), SCALAR, example_inputs=torch.randn(4, 6), trace="export")
-    with pytest.raises(ValueError, match=r"input 'x' has shape \(4, 5\), but the network was exported with \(batch, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"input 'x' has shape \(4, 5\), but the network was exported with \(batch, 6\)"
+    ):
         stn(torch.randn(4, 5))
 
     class Scaled(nn.Module):

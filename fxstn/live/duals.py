@@ -35,6 +35,16 @@ _LEAVES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__co
 
 
 @dataclass(frozen=True)
+class Note:
+    """An operation in a module. kind: of its rule, or "dropout", with an index into λ or a rate as its strength."""
+
+    module: str
+    operation: str
+    kind: str
+    strength: float | int | None
+
+
+@dataclass(frozen=True)
 class Computed:
     """Results of a rule, the primal values and tangents it got, and whose alias each of its arguments is."""
 
@@ -58,8 +68,8 @@ class Duals(Watched):
     """The original forward with a tangent for every tensor.
 
     parameters: structured tangents by name. Primal values are constants, also for autograd; tangents are computed under
-    the grad mode that is on when this is made. log: None, or a list that gets (module path, operation, kind of rule) of
-    each operation that a tangent goes through.
+    the grad mode that is on when this is made. log: None, or a list that gets a note of each operation that a tangent goes
+    through and of each dropout.
     """
 
     def __init__(
@@ -68,7 +78,7 @@ class Duals(Watched):
         parameters: dict[str, Scaled],
         sites: Sites | None = None,
         strengths: Tensor | None = None,
-        log: list[tuple[str, str, str]] | None = None,
+        log: list[Note] | None = None,
     ) -> None:
         super().__init__(model, sites, strengths)
         self.recording = torch.is_grad_enabled()
@@ -99,6 +109,10 @@ class Duals(Watched):
         if isinstance(value, (tuple, list)):
             return (list if isinstance(value, list) else tuple)(map(self._tangents, value))
         return ZERO
+
+    def note(self, operation: str, kind: str, strength: float | int | None = None) -> None:
+        if self.log is not None:
+            self.log.append(Note(self.path, operation, kind, strength))
 
     # Operations
 
@@ -198,8 +212,8 @@ class Duals(Watched):
                 tangents.append(self._tangents(value, reads.axes if reads else ()))
         named = {name: self._tangents(value) for name, value in spelled.kwargs.items()}
         kwargs = {name: arguments_mapped(alias, value) for name, value in spelled.kwargs.items()}
-        if self.log is not None and not (all_zero(tangents) and all_zero(named)):
-            self.log.append((self.path, operation_name(spelled.function), rule.kind if rule else "fallback"))
+        if not (all_zero(tangents) and all_zero(named)):
+            self.note(operation_name(spelled.function), rule.kind if rule else "fallback")
         y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), kwargs, named)
         return Computed(y, dy, args, tangents, originals)
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxstn.condition import Binding
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
-from fxstn.live.duals import Duals
+from fxstn.live.duals import Duals, Note
 from fxstn.live.following import Following, Place, Sites
 from fxstn.live.structure import reachable
 from fxstn.live.tape import Recorded
@@ -99,7 +99,7 @@ class LiveGraph:
     def graph(self) -> fx.Graph:
         """What can be said without running it: the inputs, and that the perturbation is for the whole batch."""
         graph = fx.Graph()
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         parameters = inspect.signature(self.model.forward).parameters.values()
         inputs = [graph.placeholder(stars.get(p.kind, "") + p.name) for p in parameters]
         moved = [graph.placeholder(name, default_value=None) for name in ("condition", "delta")]
@@ -133,7 +133,7 @@ class LiveGraph:
         named: dict[str, Any],
         condition: Tensor | None,
         delta: Tensor | None,
-        log: list[tuple[str, str, str]] | None = None,
+        log: list[Note] | None = None,
     ) -> Any:
         """(y, dy), or y + dy; log as for `Duals`."""
         buffers = {id(buffer): buffer.clone() for buffer in self.model.buffers()}

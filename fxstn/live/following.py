@@ -251,7 +251,7 @@ class Following(TorchFunctionMode):
         call = replace(call, order=self.calls[-1].counts[name])
         self.calls[-1].counts[name] += 1
         taken = self._find(self.sites.taken, call, name)
-        result = self.drop(call, taken and taken.index) if dropout else self.apply(call)
+        result = self.drop(call, taken.index if taken else None) if dropout else self.apply(call)
         inserted = self._find(self.sites.inserted, call, name)
         if inserted is None:
             return result
@@ -282,6 +282,9 @@ class Following(TorchFunctionMode):
         """Carry out one operation."""
         return call.run()
 
+    def note(self, operation: str, kind: str, strength: float | int | None = None) -> None:
+        """Something that explain lists: an operation by its kind of rule, or a dropout by λ's index or its own rate."""
+
     # Dropout
 
     def strength(self, index: int) -> Tensor:
@@ -292,6 +295,7 @@ class Following(TorchFunctionMode):
         """A value with a dropout inserted after it; unchanged when it is not a float tensor."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
+        self.note("dropout", "dropout", index)
         return self._multiplied(x, (dropout_mask(x, self.strength(index)), None), in_place=False)
 
     def drop(self, call: Call, index: int | None) -> Any:
@@ -301,9 +305,10 @@ class Following(TorchFunctionMode):
         p, training = dropout_settings(call.spelled)
         if not training:
             return x
-        p = p if index is None else self.strength(index)
+        self.note("dropout", "dropout", float(p) if index is None else index)
+        strength = p if index is None else self.strength(index)
         draw: Any = alpha_dropout_coefficients if call.function in ALPHA else dropout_mask
-        drawn = draw(x, p, SPATIAL.get(call.function, 0))
+        drawn = draw(x, strength, SPATIAL.get(call.function, 0))
         return self._multiplied(x, drawn if isinstance(drawn, tuple) else (drawn, None), call.spelled.in_place)
 
     def _multiplied(self, x: Tensor, noise: tuple[Any, Any], in_place: bool) -> Any:

@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fxstn.live.following import Call, Following, Sites
 from fxstn.live.structure import arguments_mapped
 from fxstn.live.watched import mutated
 
 
+class Widened(TorchFunctionMode):
+    """Operations asked for float32 keep float64: differences need its digits, and some models ask for it everywhere."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        function = Tensor.double if function is Tensor.float else function
+        return function(*_widened(args), **_widened(kwargs or {}))
+
+
 def _widened(value: Any) -> Any:
-    """Arguments with float64 in place of float32."""
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+    if type(value) in (tuple, list):
         return type(value)(map(_widened, value))
     if isinstance(value, dict):
         return {key: _widened(entry) for key, entry in value.items()}
@@ -23,9 +31,7 @@ def _widened(value: Any) -> Any:
 
 
 class Witness(Following):
-    """Knows no tangent and no rule. Conversions to float32 that the forward asks for keep float64: differences need it.
-
-    Results of detach and of no_grad regions keep the values that they had in the first run.
+    """Knows no tangent and no rule. Results of detach and of no_grad regions keep the values that they had in the first run.
 
     constants: those values, in order; None in the first run, which collects them in `kept`.
     """
@@ -38,8 +44,7 @@ class Witness(Following):
         self.constants: Iterator[Tensor] | None = None if constants is None else iter(constants)
 
     def apply(self, call: Call) -> Any:
-        original = Tensor.double if call.function is Tensor.float else call.original
-        changed, result = mutated(call), original(*_widened(call.args), **_widened(call.kwargs))
+        changed, result = mutated(call), call.run()
         if not (self.disabled() or call.function is torch.detach):
             return result
         held = arguments_mapped(self._held, result)
