@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fxstn.exported import graph_of
 from fxstn.trace import HOOKS, Refused, nothing_lost, same
 
+_BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
 
@@ -140,8 +141,7 @@ class _Calls:
             return tree_map_only(Tensor, named, output)
 
         def assign(module: nn.Module, name: str, value: Any) -> None:
-            exports_own = name == "__dict__" or name.startswith("_tensor_constant")
-            if self.modules and not exports_own and not same(getattr(module, name, None), value):
+            if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
                 what = f"the forward assigns {name!r}, which a traced graph would lose,"
                 raise Refused(self.name(module), what, "return the value, or keep it outside of the model")
             set_attribute(module, name, value)

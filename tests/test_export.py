@@ -332,6 +332,22 @@ def test_attention_drops_as_by_symbolic_tracing():
     torch.testing.assert_close(*outputs)
 
 
+def test_recurrent_layers_are_followed_and_left_as_they_were():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0] if x.shape[1] > 2 else x
+
+    net, x = Recurrent(), torch.randn(4, 3, 6)
+    weights = list(net.lstm._flat_weights)
+    graph = simplify(canonicalize(follow_by_export(net, True, (), Examples.of(net, x[:2]))))
+    torch.testing.assert_close(graph(x), net(x))
+    assert all(a is b for a, b in zip(net.lstm._flat_weights, weights, strict=True))
+
+
 class Structured(nn.Module):
     def __init__(self):
         super().__init__()
