@@ -25,22 +25,8 @@ FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg
          F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
          F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
 # Operations that may return their input, or views of it, though their schemas do not say so.
-UNDECLARED = frozenset(
-    [
-        "einsum",
-        "type_as",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
-        "broadcast_tensors",
-        "meshgrid",
-        "tensordot",
-    ]
-)
+UNDECLARED = {"einsum", "type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
+              "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "tensordot"}  # fmt: skip
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
 
 
