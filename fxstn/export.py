@@ -27,6 +27,7 @@ from fxstn.errors import TransformError
 from fxstn.exported import graph_of
 from fxstn.trace import HOOKS, Losses, Refused, nothing_lost, same
 
+_BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
 
@@ -118,10 +119,13 @@ class _Calls:
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
         self.entered: list[dict[int, int]] = []  # versions of their tensor inputs
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names = {id(vars(module)): name for name, module in model.named_modules()}  # export's stand-ins share vars
 
     def innermost(self) -> str:
-        return self.names.get(self.modules[-1], "") if self.modules else ""
+        return self.name(self.modules[-1]) if self.modules else ""
+
+    def name(self, module: nn.Module) -> str:
+        return self.names.get(id(vars(module)), "")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -141,10 +145,9 @@ class _Calls:
             return tree_map_only(Tensor, named, output)
 
         def assign(module: nn.Module, name: str, value: Any) -> None:
-            exports_own = name.startswith("_tensor_constant")
-            if self.modules and not exports_own and not same(getattr(module, name, None), value):
+            if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
                 what = f"the forward assigns {name!r}, which a traced graph would lose,"
-                raise Refused(self.names.get(module, ""), what, "return the value, or keep it outside of the model")
+                raise Refused(self.name(module), what, "return the value, or keep it outside of the model")
             set_attribute(module, name, value)
 
         set_attribute: Any = nn.Module.__setattr__

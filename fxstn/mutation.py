@@ -42,7 +42,8 @@ def is_size(node: Any) -> bool:
         return True
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
-    arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "")
+    arithmetic = module in ("_operator", "math") or (module.startswith("torch") and name.lstrip("_").startswith("sym_"))
     return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
 
 

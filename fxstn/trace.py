@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import random
 import traceback
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -284,7 +286,7 @@ def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterat
 
 
 def _generators() -> tuple[Any, ...]:
-    return random.getstate(), bytes(torch.get_rng_state().numpy())
+    return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
 def frozen_modules(model: nn.Module) -> set[str]:
