@@ -47,9 +47,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
         "hyperparameters": len(stn.hparams),
         "responding": responding,
         "parameters": sum(1 for _ in model.parameters()),
-        "by_rule": sum(
-            count for kind, count in rules.items() if kind not in ("fallback", "conditioned", "fixed noise")
-        ),
+        "by_rule": rules.total() - rules["fallback"],
         "fallback": rules["fallback"],
         "per_example": stn.rung != "live" and stn.per_example(*inputs),
         "max_error": report.max_error,
