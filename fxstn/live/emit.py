@@ -35,7 +35,9 @@ def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str,
         if kind == "argument":
             sites.arguments[address[0]] = site.index
         elif site.insert and (site.outside is not None or not site.path):
-            sites.exits[site.path] = site.index
+            sites.exits.setdefault(site.path, []).append(Place(site.index))
+        elif kind == "exit":
+            sites.exits.setdefault(address[0], []).append(Place(site.index, address[1]))
         else:
             path, operation, order, occurrence, element = address
             places = sites.inserted if site.insert else sites.taken

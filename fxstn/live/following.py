@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import types
 from collections import Counter
@@ -37,7 +38,7 @@ _SWITCHES = {torch._C._set_grad_enabled}
 
 @dataclass(frozen=True)
 class Place:
-    """λ[index], for the result of an operation or for one element of it."""
+    """λ[index], for the result of an operation or of a module, or for one element of it."""
 
     index: int
     element: int | None = None
@@ -49,7 +50,7 @@ class Sites:
     module that was recorded, dropouts that are taken over and values that get one; last: of these calls, by module."""
 
     arguments: dict[str, int] = field(default_factory=dict)
-    exits: dict[str, int] = field(default_factory=dict)
+    exits: dict[str, list[Place]] = field(default_factory=dict)
     taken: dict[Address, dict[int, Place]] = field(default_factory=dict)
     inserted: dict[Address, dict[int, Place]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
@@ -217,8 +218,19 @@ class Following(TorchFunctionMode):
                 break
         with torch._C.DisableTorchFunction():
             self.leave(call, output)
-            index = self.sites.exits.get(call.path)
-            return output if index is None else mapped(lambda leaf: self.dropped(leaf, index), output)
+            for place in self.sites.exits.get(call.path, ()):
+                output = self._dropped_leaves(output, place)
+            return output
+
+    def _dropped_leaves(self, output: Any, place: Place) -> Any:
+        """A module's output with a dropout after one of its leaves, or after all of them."""
+        position = itertools.count()
+
+        def leaf(value: Any) -> Any:
+            chosen = place.element in (None, next(position))
+            return self.dropped(value, place.index) if chosen else value
+
+        return mapped(leaf, output)
 
     def enter(self, call: ModuleCall, inputs: Any) -> None:
         """A call of one of the model's modules begins."""

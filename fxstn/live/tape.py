@@ -32,8 +32,9 @@ class Recorded(nn.Module):
 class Tape(Watched):
     """Appends every operation, in the canonical spelling, to `graph`.
 
-    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, and meta["address"]: ("argument", name), or
-    ("operation", module path, operation, which one within its call, which call of the module).
+    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, and meta["address"]: ("argument", name),
+    ("exit", module path, which leaf of its output), or ("operation", module path, operation, which one within its call,
+    which call of the module, which element of the result or None).
     """
 
     def __init__(self, model: nn.Module, inputs: tuple) -> None:
@@ -119,13 +120,13 @@ class Tape(Watched):
 
     def leave(self, call: ModuleCall, output: Any) -> None:
         entered = self.entered.pop(call.number)
-        for leaf in leaves(output):
+        for position, leaf in enumerate(leaves(output)):
             node = self.nodes.get(leaf) if isinstance(leaf, Tensor) and call.path else None
             if node is None:
                 continue
             if node in entered:  # handed through, as nn.Identity does: its output needs a node of its own
                 node = self.node(torch.clone, (leaf,), {})
-                node.meta["handed_through"] = True
+                node.meta |= {"handed_through": True, "address": ("exit", call.path, position)}
                 self.nodes[leaf] = node
             if node.op == "call_function" and not node.meta.get("exits"):
                 rename(node, call.path.replace(".", "_"))
