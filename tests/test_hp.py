@@ -93,7 +93,8 @@ def test_entropy_is_that_of_a_gaussian():
         (lambda: fxstn.transform(mlp(), [hp.WeightDecay("0"), hp.WeightDecay("0", shared=True)]), "asked for twice"),
         (lambda: fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1)] * 2), "two hyperparameters are called 'a'"),
         (lambda: fxstn.transform(mlp(), method="best"), "method='best' is not one of delta, centered, stn"),
-        (lambda: fxstn.transform(mlp(), trace="export"), "trace='export' is neither 'auto' nor 'fx'"),
+        (lambda: fxstn.transform(mlp(), trace="jit"), "trace='jit' is not one of auto, fx, export, live"),
+        (lambda: fxstn.transform(mlp(), trace="export"), "trace='export' needs example_inputs"),
         (lambda: fxstn.transform(nn.Sequential(nn.ReLU()), [hp.Scalar("a", 0.5, 0, 1)]), "no parameter can respond"),
     ],
 )
