@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.optical_flow import raft
 from torchvision.ops import MultiScaleRoIAlign
 
 import fxstn
@@ -91,3 +92,32 @@ def test_a_detector_trains_and_tunes():
     scores = lambda output, target: sum(o["scores"].square().sum() for o in output)  # noqa: E731
     fxstn.hyper_loss(stn.eval(), scores, inputs, None).backward()
     assert stn.hparams.unconstrained.grad.abs().sum() > 0
+
+
+class Flow(raft.RAFT):
+    """Tiny RAFT (Teed & Deng 2020): a recurrence whose positions are detached in each step, with a list of outputs."""
+
+    def __init__(self):
+        super().__init__(
+            feature_encoder=nn.Conv2d(3, 4, 8, stride=8),
+            context_encoder=nn.Conv2d(3, 8, 8, stride=8),
+            corr_block=raft.CorrBlock(num_levels=2, radius=1),
+            update_block=raft.UpdateBlock(
+                motion_encoder=raft.MotionEncoder(
+                    in_channels_corr=18, corr_layers=(4,), flow_layers=(4, 4), out_channels=6
+                ),
+                recurrent_block=raft.RecurrentBlock(input_size=10, hidden_size=4, kernel_size=(3,), padding=(1,)),
+                flow_head=raft.FlowHead(in_channels=4, hidden_size=4),
+            ),
+            mask_predictor=raft.MaskPredictor(in_channels=4, hidden_size=4),
+        )
+
+    def forward(self, first, second):
+        return super().forward(first, second, num_flow_updates=2)
+
+
+def test_the_tangent_of_optical_flow_is_the_derivative_of_the_original():
+    torch.manual_seed(0)
+    frames = (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128))
+    report = fxstn.verify(Flow(), *frames, hparams=[hp.Scalar("a", 0.5, 0, 1)], trace="live", seeds=6)
+    assert report.ok, str(report)
