@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEVICE ?= cuda
 
-.PHONY: demo test bench gpu figures
+.PHONY: demo test nightly bench support gpu figures
 
 demo: $(READY)  ## tune resnet18 on real data, against the same network untuned
 	$(BIN)/python examples/demo.py --out out/demo
@@ -15,6 +15,12 @@ test: $(READY)  ## tests, then lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+nightly: $(READY)  ## the tests that take hours: every model of torchvision
+	$(BIN)/python -m pytest -m nightly
+
+support: $(READY)  ## docs/support.md: which models transform, how, and with what error; goes on where it stopped
+	$(BIN)/python -m benchmarks.support
 
 bench: $(READY)  ## overhead against plain training, three processes, their medians
 	$(BIN)/python -m benchmarks.overhead

@@ -18,7 +18,12 @@ CLASSES = 5
 LARGE = 200_000_000  # parameters; above it, repeated blocks are left out
 SIZES = {"alexnet": 64, "efficientnet": 64, "inception": 299, "lraspp": 64, "maxvit": 224, "mnasnet": 64, "raft": 128,
          "regnet": 64, "s3d": 224, "shufflenet": 64, "vit_h": 28}  # fmt: skip
-BATCHES = {"maxvit": 2, "s3d": 2, "inception": 2}  # else 4: batch norm of two values has next to no derivative
+BATCHES = {
+    "maxvit": 2,
+    "s3d": 2,
+    "inception": 2,
+    "ssdlite": 4,
+}  # else 4: batch norm of two values has next to no derivative
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit_h": {"image_size": 28},
     "vit": {"image_size": 32},
@@ -101,7 +106,7 @@ def _flow_images(size: int) -> Iterator[Tensor]:
 
 
 def _detector(name: str) -> tuple[nn.Module, tuple]:
-    """A detector that finds something with random weights, and two images with a box each."""
+    """A detector that finds something with random weights, and a few images with a box each."""
     settings: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 3}
     if name.startswith(("fasterrcnn", "maskrcnn", "keypointrcnn")):
         settings |= {"box_score_thresh": 0.0, "box_detections_per_img": 4, "rpn_pre_nms_top_n_train": 20,
@@ -114,7 +119,7 @@ def _detector(name: str) -> tuple[nn.Module, tuple]:
     if name.startswith("keypointrcnn"):
         settings |= {"num_classes": 2, "num_keypoints": 3}
     model = models.get_model(name, **settings)
-    images = [torch.rand(3, 64, 72), torch.rand(3, 64, 64)]
+    images = [torch.rand(3, 64, size) for size in (72, 64, 68, 80)[: _of(BATCHES, name, 2)]]
     targets = []
     for image in images:
         target: dict[str, Tensor] = {"boxes": torch.tensor([[8.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}

@@ -23,9 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxstn.errors import TransformError
 from fxstn.exported import graph_of
-from fxstn.trace import HOOKS, Refused, nothing_lost, same
+from fxstn.trace import HOOKS, Losses, Refused, nothing_lost, same
 
+_BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
 
@@ -73,11 +75,12 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
     """
     inputs = examples.like(model)
     calls = _Calls(model)
-    with nothing_lost(model, training, frozen, "torch.export", calls.innermost):
+    losses = Losses(calls.innermost)
+    with nothing_lost(model, training, frozen, "torch.export", calls.innermost, losses=losses):
         arguments = _arguments(model, inputs)
-        hooked = next((name for name, module in model.named_modules() if any(getattr(module, h) for h in HOOKS)), None)
-        if hooked is not None:
-            raise Refused(hooked, "a hook, which a traced graph would lose,", "remove it before transform")
+        for name, module in model.named_modules():
+            if any(getattr(module, hooks) for hooks in HOOKS):
+                losses.add("a hook, which a traced graph would lose,", "remove it before transform", name)
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(calls.watched())
@@ -86,6 +89,8 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
             sizes = tree_map(lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None, arguments)
             program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+        if losses.problems:
+            raise TransformError(losses.problems)
         _require_any_batch(program, arguments)
         return graph_of(program, model, arguments)
 
@@ -114,10 +119,13 @@ class _Calls:
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
         self.entered: list[dict[int, int]] = []  # versions of their tensor inputs
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names = {id(vars(module)): name for name, module in model.named_modules()}  # export's stand-ins share vars
 
     def innermost(self) -> str:
-        return self.names.get(self.modules[-1], "") if self.modules else ""
+        return self.name(self.modules[-1]) if self.modules else ""
+
+    def name(self, module: nn.Module) -> str:
+        return self.names.get(id(vars(module)), "")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -137,10 +145,9 @@ class _Calls:
             return tree_map_only(Tensor, named, output)
 
         def assign(module: nn.Module, name: str, value: Any) -> None:
-            exports_own = name.startswith("_tensor_constant")
-            if self.modules and not exports_own and not same(getattr(module, name, None), value):
+            if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
                 what = f"the forward assigns {name!r}, which a traced graph would lose,"
-                raise Refused(self.names.get(module, ""), what, "return the value, or keep it outside of the model")
+                raise Refused(self.name(module), what, "return the value, or keep it outside of the model")
             set_attribute(module, name, value)
 
         set_attribute: Any = nn.Module.__setattr__

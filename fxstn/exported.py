@@ -219,13 +219,13 @@ class _Rewriter:
     def _scope(self, node: fx.Node) -> tuple:
         """The module calls that a node belongs to, outermost first, the model's own left out."""
         scope = []
-        for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
             if path == "" or path == key:  # the model itself, or nothing
                 continue
             if key not in self.calls:
                 path = self.paths.get(path, path)
-                module = self.model.get_submodule(path) if path in self.paths else kind
-                self.calls[key] = (len(self.calls) + 1, path, type(module))
+                kind = type(self.model.get_submodule(path)) if path in self.paths else nn.Module
+                self.calls[key] = (len(self.calls) + 1, path, kind)
             scope.append(self.calls[key])
         return tuple(scope)
 

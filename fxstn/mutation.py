@@ -25,22 +25,8 @@ FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg
          F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
          F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
 # Operations that may return their input, or views of it, though their schemas do not say so.
-UNDECLARED = frozenset(
-    [
-        "einsum",
-        "type_as",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
-        "broadcast_tensors",
-        "meshgrid",
-        "tensordot",
-    ]
-)
+UNDECLARED = {"einsum", "type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
+              "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "tensordot"}  # fmt: skip
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
 
 
@@ -56,7 +42,8 @@ def is_size(node: Any) -> bool:
         return True
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
-    arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "")
+    arithmetic = module in ("_operator", "math") or (module.startswith("torch") and name.lstrip("_").startswith("sym_"))
     return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
 
 

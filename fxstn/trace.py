@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import random
 import traceback
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -35,6 +37,22 @@ class Refused(Exception):
     def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
         super().__init__(what)
         self.where, self.what, self.remedy, self.source = where, what, remedy, source
+
+
+class Losses:
+    """What a graph would lose of a forward, found while it is followed; each once, with its line.
+
+    place: the path of the module whose forward is running.
+    """
+
+    def __init__(self, place: Callable[[], str]) -> None:
+        self.place, self.problems = place, list[Problem]()
+
+    def add(self, what: str, remedy: str, where: str | None = None) -> None:
+        where = self.place() if where is None else where
+        if all((problem.where, problem.what) != (where, what) for problem in self.problems):
+            source = innermost_user_frame("".join(traceback.format_stack()))
+            self.problems.append(Problem(where, what, source, remedy))
 
 
 class _Results(tuple):
@@ -79,6 +97,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, supplied: int) -> None:
         super().__init__()
+        self.losses = Losses(self.path_of_current)
         self.calls: list[tuple[int, str, type]] = []
         self.number_of_calls = 0
         self.supplied = supplied
@@ -137,8 +156,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
-            what = "a no_grad region, which a traced graph would lose,"
-            raise Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
+            self.losses.add("a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = tuple(self.calls)
         return node
@@ -146,7 +164,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(module)
         if any(getattr(module, hooks) for hooks in HOOKS):
-            raise Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
+            self.losses.add("a hook, which a traced graph would lose,", "remove it before transform", path)
         self.number_of_calls += 1
         call = (self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
@@ -268,7 +286,7 @@ def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterat
 
 
 def _generators() -> tuple[Any, ...]:
-    return random.getstate(), bytes(torch.get_rng_state().numpy())
+    return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
 def frozen_modules(model: nn.Module) -> set[str]:
@@ -287,26 +305,31 @@ def nothing_lost(
     follower: str,
     place: Callable[[], str],
     full_precision: Callable[[], Any] = lambda: None,
+    losses: Losses | None = None,
 ) -> Iterator[None]:
     """The model in one mode, for the time that something follows its forward; it is left as it was.
 
     Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
     regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
     else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running;
-    full_precision: called where a region without autocast begins.
+    full_precision: called where a region without autocast begins. losses: found so far; what is found here is added, and
+    the forward followed on, so that they are raised together.
     """
+    losses = losses or Losses(place)
     enter_autocast = torch.autocast.__enter__
 
     def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
-        raise Refused(place(), what, "write it with torch operations")
+        losses.add(what, "write it with torch operations")
+        alone = cls.setup_context is not torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+        return cls.forward(*([] if alone else [mock.MagicMock()]), *args, **kwargs)  # type: ignore[attr-defined]
 
     def refuse_autocast(region: Any) -> Any:
         if not region._enabled:
             full_precision()
             return enter_autocast(region)
-        what = "an autocast region, which a traced graph would lose,"
-        raise Refused(place(), what, "put autocast around the training step")
+        losses.add("an autocast region, which a traced graph would lose,", "put autocast around the training step")
+        return enter_autocast(region)
 
     patches: list[Any] = [
         mock.patch.object(original, "forward", decomposition)
@@ -320,7 +343,7 @@ def nothing_lost(
         before, draws = module_state(model), _generators()
         try:
             if any(getattr(model, hooks) for hooks in HOOKS):
-                raise Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
+                losses.add("a hook, which a traced graph would lose,", "remove it before transform", "")
             with ExitStack() as stack:
                 for patch in patches:
                     stack.enter_context(patch)
@@ -334,18 +357,22 @@ def nothing_lost(
             if _generators() != draws:
                 what = "a random draw in Python, which a traced graph would freeze,"
                 raise Refused("", what, "draw it with torch, from the input")
+        except TransformError:
+            raise
         except Exception as error:
             source = innermost_user_frame(traceback.format_exc())
             refused = _refusal(error)
             if refused is not None:
                 problem = Problem(refused.where, refused.what, refused.source or source, refused.remedy)
-                raise TransformError([problem]) from None
+                raise TransformError([*losses.problems, problem]) from None
             message = str(error).strip().partition("\n")[0]
             what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"
             remedy = "replace the branch or loop that depends on data or shapes there"
-            raise TransformError([Problem(place(), what, source, remedy)]) from error
+            raise TransformError([*losses.problems, Problem(place(), what, source, remedy)]) from error
         finally:
             restore(before)
+        if losses.problems:
+            raise TransformError(losses.problems)
 
 
 def _refusal(error: BaseException | None) -> Refused | None:
@@ -368,7 +395,8 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
     def full_precision() -> None:
         tracer.create_proxy("call_function", require_full_precision, (), {})
 
-    watched = nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current, full_precision)
+    place, losses = tracer.path_of_current, tracer.losses
+    watched = nothing_lost(model, training, frozen, "symbolic tracing", place, full_precision, losses)
     with watched, _Watch(model, tracer):
         graph = tracer.trace(model)
     return _under_root(model, graph)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,12 @@ def assigned(s, x):
     return s.b(h)
 
 
+def sizes(s, x):
+    n = x.shape[0]
+    h = s.a(x).reshape(n, 3, -1) if x.shape[1] % 3 == 0 else x
+    return s.b(h.flatten(1)) * (n * 2 // 3) / (1.5 * n) ** 0.5 + torch.sym_max(n, 3)
+
+
 def outputs(s, x):
     h = torch.tanh(s.a(x)) if x.shape[1] == 6 else x
     return {"deep": [s.b(h), (h, s.mean)], "plain": x, "width": x.shape[1]}
@@ -101,7 +109,11 @@ def outputs(s, x):
 
 def constants(s, x):
     table = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=x.dtype) if x.shape[1] == 6 else 1
-    return s.b(s.a(x) * table + s.constant.to(x.dtype) + s.mean + torch.arange(6) + torch.ones(x.shape[0], 1))
+    return s.b(s.a(x) * table + s.mean + torch.arange(6, device=x.device) + x.new_ones(x.shape[0], 1))
+
+
+def attributes(s, x):
+    return s.b(s.a(x) + s.constant.to(x.dtype)) if x.shape[1] == 6 else x
 
 
 def without_autocast(s, x):
@@ -140,10 +152,27 @@ class Dropped(nn.Module):
         return self.out(F.dropout(x, 0.1, self.training))
 
 
-FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, assigned, outputs, constants,
-            without_autocast, flat]  # fmt: skip
+FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, assigned, sizes, outputs,
+            constants, attributes, without_autocast, flat]  # fmt: skip
+
+
+class Shared(nn.Module):
+    """A module under two names, and an assignment-free forward that branches on sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.steps = nn.ModuleList([self.first, nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for step in self.steps if x.shape[1] == 6 else []:
+            x = step(x)
+        return self.first(x)
+
+
 MODELS = {
     **{body.__name__: lambda body=body: Body(body) for body in FOLLOWED}, "tied": Tied, "dropped": Dropped,
+    "shared": Shared,
 }  # fmt: skip
 
 
@@ -154,9 +183,8 @@ def by_both_modes(net):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_symbolic_tracing_refuses_it(name):
-    if name not in ("without_autocast", "constants", "in_place", "outputs", "tied"):  # followed, or only with keywords
-        with pytest.raises(fxstn.TransformError):
-            fxstn.transform(MODELS[name](), SCALAR)
+    with pytest.raises(fxstn.TransformError):
+        fxstn.transform(MODELS[name](), SCALAR)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -306,6 +334,22 @@ def test_attention_drops_as_by_symbolic_tracing():
     torch.testing.assert_close(*outputs)
 
 
+def test_recurrent_layers_are_followed_and_left_as_they_were():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0] if x.shape[1] > 2 else x
+
+    net, x = Recurrent(), torch.randn(4, 3, 6)
+    weights = list(net.lstm._flat_weights)
+    graph = simplify(canonicalize(follow_by_export(net, True, (), Examples.of(net, x[:2]))))
+    torch.testing.assert_close(graph(x), net(x))
+    assert all(a is b for a, b in zip(net.lstm._flat_weights, weights, strict=True))
+
+
 class Structured(nn.Module):
     def __init__(self):
         super().__init__()
@@ -360,10 +404,16 @@ def test_other_sizes_and_other_constants_than_the_examples_are_refused_at_run_ti
 
 
 def test_graphs_are_made_again_after_a_copy_in_another_precision():
-    stn = fxstn.transform(MODELS["constants"](), SCALAR, example_inputs=torch.randn(4, 6), trace="export")
-    twin = copy.deepcopy(stn).double()
+    stn = fxstn.transform(MODELS["dropped"](), SCALAR, example_inputs=torch.randn(4, 6), trace="export").eval()
+    twin = pickle.loads(pickle.dumps(stn)).double()
     x = torch.randn(3, 6).double()
     torch.testing.assert_close(twin(x), twin.model(x))
+
+
+@pytest.mark.parametrize("name", ["constants", "dropped", "twice_normalised"])
+def test_a_graph_follows_its_inputs_to_another_device(name):
+    stn = fxstn.transform(MODELS[name](), SCALAR, example_inputs=torch.randn(4, 6), trace="export").to("meta")
+    assert stn(torch.randn(5, 6, device="meta")).device.type == "meta"
 
 
 def test_autocast_around_a_model_that_switches_it_off_is_refused_at_run_time():
@@ -446,6 +496,7 @@ REFUSED = {
     "custom function": (lambda s, x: Double.apply(s.a(x)), "custom autograd function Double"),
     "autocast": (in_autocast, "an autocast region"),
     "python's random": (lambda s, x: s.a(x) * random.random(), "a random draw in Python"),
+    "numpy's random": (lambda s, x: s.a(x) * float(numpy.random.rand()), "a random draw in Python"),
     "assignment": (assigns, "the forward assigns 'last'"),
     "buffer assignment": (replaces, "the forward assigns 'mean'"),
     "tensor assignment": (reassigns, "the forward assigns 'constant'"),

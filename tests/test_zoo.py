@@ -1,0 +1,58 @@
+"""Law 1 on torchvision's models: one of each family here, all of them with `pytest -m nightly`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxstn
+from benchmarks import zoo
+
+WHOLE = ["resnet18", "alexnet", "squeezenet1_0", "densenet121", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small",
+         "efficientnet_b0", "lraspp_mobilenet_v3_large", "r3d_18"]  # fmt: skip
+SHORTENED = ["vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "swin3d_t", "mvit_v1_b", "regnet_y_400mf"]
+LIVE = ["fcos_resnet50_fpn", "raft_small"]
+
+
+def check(model, inputs, trace="auto"):
+    report = fxstn.verify(model, *inputs, trace=trace)
+    assert {check.mode for check in report.checks} == {"train", "eval"}
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_tangent_of_a_model_is_the_derivative_of_the_original(name):
+    model, inputs, _ = zoo.build(name)
+    check(model, inputs)
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_the_tangent_of_a_model_without_its_repeated_blocks(name):
+    model, inputs, _ = zoo.build(name)
+    check(zoo.shortened(model), inputs)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_the_tangent_of_a_model_that_only_runs_as_it_is(name):
+    model, inputs, _ = zoo.build(name)
+    with pytest.raises(fxstn.TransformError):
+        fxstn.transform(model)
+    check(model, inputs, trace="live")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model(name):
+    torch.manual_seed(0)
+    model, inputs, _ = zoo.build(name)
+    check(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "mvit_v1_b", "lraspp_mobilenet_v3_large", "r3d_18"])
+def test_examples_are_found_in_attention_windows_and_video(name):
+    model, inputs, _ = zoo.build(name)
+    assert fxstn.transform(zoo.shortened(model)).per_example(*inputs)
+
+
+def test_vision_transformers_tune_the_dropouts_they_have():
+    assert len(fxstn.transform(zoo.build("vit_b_16")[0]).hparams) == 37
