@@ -20,7 +20,7 @@ import fxstn
 from fxstn import hp
 from fxstn.layers.regions import region_shift
 from fxstn.live.structure import leaves
-from fxstn.rules import apply_rule
+from fxstn.rules import RULES, Rule, apply_rule
 from fxstn.tangents import ZERO
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]
@@ -171,6 +171,18 @@ def custom_autograd_function(net, x):
 @pytest.mark.parametrize("function", BODIES, ids=lambda function: function.__name__)
 def test_the_tangent_is_the_derivative_of_the_original_forward(function):
     checked(Net(function), torch.randn(4, 6))
+
+
+def test_verify_finds_a_wrong_rule_and_a_lost_tangent(monkeypatch):
+    right = RULES[torch.tanh]
+
+    def wrong(tangents, args, kwargs):
+        y, dy = right.apply(tangents, args, kwargs)
+        return y, dy * 1.001
+
+    for broken in (wrong, RULES[torch.detach].apply):
+        monkeypatch.setitem(RULES, torch.tanh, Rule("pointwise", broken))
+        assert not fxstn.verify(Net(loop_until_small), torch.randn(4, 6), hparams=SCALAR, trace="live").ok
 
 
 def live(model, *inputs, hparams=None, method="delta"):
