@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxstn.condition import Binding
+from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.live.duals import Duals, Note
 from fxstn.live.following import Following, Place, Sites
 from fxstn.live.structure import reachable
 from fxstn.live.tape import Recorded
 from fxstn.tangents import Scaled
-from fxstn.trace import mode_of, module_state, restore
 
 _WHERE = "a forward that runs as it is"
 
