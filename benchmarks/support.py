@@ -38,7 +38,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     stn = fxstn.transform(model, example_inputs=inputs if live else None)
     seconds = time.perf_counter() - start
     responding = sum(1 for key, _ in stn.response.named_parameters() if key.endswith(".R"))
-    rules = Counter(row.rule for row in fxstn.explain(model, None, inputs).rows)
+    rules = _rules(stn, inputs)
     report = fxstn.verify(model, *inputs, seeds=seeds)
     return {
         "family": zoo.family(name),
@@ -47,15 +47,24 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
         "hyperparameters": len(stn.hparams),
         "responding": responding,
         "parameters": sum(1 for _ in model.parameters()),
-        "by_rule": sum(
-            count for kind, count in rules.items() if kind not in ("fallback", "conditioned", "fixed noise")
-        ),
+        "by_rule": rules.total() - rules["fallback"],
         "fallback": rules["fallback"],
         "per_example": stn.rung != "live" and stn.per_example(*inputs),
         "max_error": report.max_error,
         "ok": report.ok,
         "transform_s": round(seconds, 1),
     }
+
+
+def _rules(stn: fxstn.SelfTuningNetwork, inputs: tuple) -> Counter[str]:
+    """How many operations that a tangent goes through are done by which kind of rule."""
+    graph: Any = stn.graph("pushforward")
+    if stn.rung != "live":
+        return Counter(node.meta["rule"] for node in graph.graph.nodes if "rule" in node.meta)
+    log: list[Any] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        graph.duals(inputs, {}, None, torch.zeros_like(stn.hparams.unconstrained), log)
+    return Counter(note.kind for note in log if note.kind != "dropout")
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from fxstn.bilevel import BilevelRunner, DivergedError, History, accuracy, gener
 from fxstn.errors import Problem, TransformError
 from fxstn.explain import Explanation, explain
 from fxstn.network import SelfTuningNetwork
+from fxstn.rules.own import register_rule
 from fxstn.transform import transform
 from fxstn.verify import Report, verify
 
@@ -22,6 +23,7 @@ __all__ = [
     "general_loss",
     "hp",
     "hyper_loss",
+    "register_rule",
     "response_loss",
     "transform",
     "verify",

@@ -23,8 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxstn.errors import TransformError
 from fxstn.exported import graph_of
-from fxstn.fidelity import HOOKS, Refused, nothing_lost, same
+from fxstn.fidelity import HOOKS, Losses, Refused, nothing_lost, same
 
 _BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
@@ -74,11 +75,12 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
     """
     inputs = examples.like(model)
     calls = _Calls(model)
-    with nothing_lost(model, training, frozen, "torch.export", calls.innermost):
+    losses = Losses(calls.innermost)
+    with nothing_lost(model, training, frozen, "torch.export", calls.innermost, losses=losses):
         arguments = _arguments(model, inputs)
-        hooked = next((name for name, module in model.named_modules() if any(getattr(module, h) for h in HOOKS)), None)
-        if hooked is not None:
-            raise Refused(hooked, "a hook, which a traced graph would lose,", "remove it before transform")
+        for name, module in model.named_modules():
+            if any(getattr(module, hooks) for hooks in HOOKS):
+                losses.add("a hook, which a traced graph would lose,", "remove it before transform", name)
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(calls.watched())
@@ -88,6 +90,8 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
             batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
             sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
             program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+        if losses.problems:
+            raise TransformError(losses.problems)
         _require_any_batch(program, arguments, batch)
         return graph_of(program, model, arguments)
 

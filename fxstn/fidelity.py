@@ -30,6 +30,22 @@ class Refused(Exception):
         self.where, self.what, self.remedy, self.source = where, what, remedy, source
 
 
+class Losses:
+    """What a graph would lose of a forward, found while it is followed; each once, with its line.
+
+    place: the path of the module whose forward is running.
+    """
+
+    def __init__(self, place: Callable[[], str]) -> None:
+        self.place, self.problems = place, list[Problem]()
+
+    def add(self, what: str, remedy: str, where: str | None = None) -> None:
+        where = self.place() if where is None else where
+        if all((problem.where, problem.what) != (where, what) for problem in self.problems):
+            source = innermost_user_frame("".join(traceback.format_stack()))
+            self.problems.append(Problem(where, what, source, remedy))
+
+
 def module_state(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
     """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change."""
 
@@ -111,26 +127,31 @@ def nothing_lost(
     follower: str,
     place: Callable[[], str],
     full_precision: Callable[[], Any] = lambda: None,
+    losses: Losses | None = None,
 ) -> Iterator[None]:
     """The model in one mode, for the time that something follows its forward; it is left as it was.
 
     Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
     regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
     else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running;
-    full_precision: called where a region without autocast begins.
+    full_precision: called where a region without autocast begins. losses: found so far; what is found here is added, and
+    the forward followed on, so that they are raised together.
     """
+    losses = losses or Losses(place)
     enter_autocast = torch.autocast.__enter__
 
     def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
-        raise Refused(place(), what, "write it with torch operations")
+        losses.add(what, "write it with torch operations")
+        alone = cls.setup_context is not torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+        return cls.forward(*([] if alone else [mock.MagicMock()]), *args, **kwargs)  # type: ignore[attr-defined]
 
     def refuse_autocast(region: Any) -> Any:
         if not region._enabled:
             full_precision()
             return enter_autocast(region)
-        what = "an autocast region, which a traced graph would lose,"
-        raise Refused(place(), what, "put autocast around the training step")
+        losses.add("an autocast region, which a traced graph would lose,", "put autocast around the training step")
+        return enter_autocast(region)
 
     patches: list[Any] = [
         mock.patch.object(original, "forward", decomposition)
@@ -144,7 +165,7 @@ def nothing_lost(
         before, draws = module_state(model), _generators()
         try:
             if any(getattr(model, hooks) for hooks in HOOKS):
-                raise Refused("", "a hook, which a traced graph would lose,", "remove it before transform")
+                losses.add("a hook, which a traced graph would lose,", "remove it before transform", "")
             with ExitStack() as stack:
                 for patch in patches:
                     stack.enter_context(patch)
@@ -158,18 +179,22 @@ def nothing_lost(
             if _generators() != draws:
                 what = "a random draw in Python, which a traced graph would freeze,"
                 raise Refused("", what, "draw it with torch, from the input")
+        except TransformError:
+            raise
         except Exception as error:
             source = innermost_user_frame(traceback.format_exc())
             refused = _refusal(error)
             if refused is not None:
                 problem = Problem(refused.where, refused.what, refused.source or source, refused.remedy)
-                raise TransformError([problem]) from None
+                raise TransformError([*losses.problems, problem]) from None
             message = str(error).strip().partition("\n")[0]
             what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"
             remedy = "replace the branch or loop that depends on data or shapes there"
-            raise TransformError([Problem(place(), what, source, remedy)]) from error
+            raise TransformError([*losses.problems, Problem(place(), what, source, remedy)]) from error
         finally:
             restore(before)
+        if losses.problems:
+            raise TransformError(losses.problems)
 
 
 def _refusal(error: BaseException | None) -> Refused | None:

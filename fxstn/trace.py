@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxstn.decompositions import DECOMPOSITIONS
-from fxstn.fidelity import HOOKS, Refused, nothing_lost
+from fxstn.fidelity import HOOKS, Losses, Refused, nothing_lost
 from fxstn.graphs import assemble
 from fxstn.layers.inputs import require_full_precision
 from fxstn.rules.registry import is_opaque
@@ -63,6 +63,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, supplied: int) -> None:
         super().__init__()
+        self.losses = Losses(self.path_of_current)
         self.calls: list[tuple[int, str, type]] = []
         self.number_of_calls = 0
         self.supplied = supplied
@@ -121,8 +122,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
-            what = "a no_grad region, which a traced graph would lose,"
-            raise Refused(self.path_of_current(), what, "use .detach() in place of no_grad")
+            self.losses.add("a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = tuple(self.calls)
         return node
@@ -130,7 +130,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(module)
         if any(getattr(module, hooks) for hooks in HOOKS):
-            raise Refused(path, "a hook, which a traced graph would lose,", "remove it before transform")
+            self.losses.add("a hook, which a traced graph would lose,", "remove it before transform", path)
         self.number_of_calls += 1
         call = (self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
@@ -203,7 +203,8 @@ def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), suppli
     def full_precision() -> None:
         tracer.create_proxy("call_function", require_full_precision, (), {})
 
-    watched = nothing_lost(model, training, frozen, "symbolic tracing", tracer.path_of_current, full_precision)
+    place, losses = tracer.path_of_current, tracer.losses
+    watched = nothing_lost(model, training, frozen, "symbolic tracing", place, full_precision, losses)
     with watched, _Watch(model, tracer):
         graph = tracer.trace(model)
     return _under_root(model, graph)

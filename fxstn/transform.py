@@ -13,12 +13,14 @@ from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
 from fxstn.errors import Problem, TransformError
 from fxstn.export import Examples, follow_by_export
-from fxstn.fidelity import frozen_modules
+from fxstn.fidelity import frozen_modules, module_state, restore
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
 from fxstn.live.emit import LiveRecipe, addresses
+from fxstn.live.structure import reachable
 from fxstn.live.tape import record
+from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
@@ -155,7 +157,10 @@ def _climbed(
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
-        network.check(*inputs)
+        before = module_state(model)
+        with unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model))):
+            network.check(*inputs)
+        restore(before)
     return network
 
 

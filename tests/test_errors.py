@@ -10,6 +10,7 @@ from torch import nn
 
 import fxstn
 from fxstn import hp
+from fxstn.rules import RULES
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 
@@ -58,6 +59,43 @@ def test_a_custom_operator_without_forward_mode_is_refused():
 
     with pytest.raises(fxstn.TransformError, match=r"plus_one\.default has no tangent rule"):
         fxstn.transform(Around(torch.ops.fxstn_tests.plus_one.default), SCALAR)
+
+
+@pytest.fixture
+def square(request):
+    """A custom operator without a derivative; its rule is forgotten after the test."""
+    name = "square_" + "".join(letter for letter in request.node.name if letter.isalnum())
+
+    @torch.library.custom_op(f"fxstn_tests::{name}", mutates_args=())
+    def operator(x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+    before = set(RULES)
+    yield operator
+    for key in set(RULES) - before:
+        del RULES[key]
+
+
+def test_a_rule_of_ones_own_is_one_call_and_verified(square):
+    net = Around(lambda y: square(y))
+    with pytest.raises(fxstn.TransformError, match="has no tangent rule"):
+        fxstn.transform(net, SCALAR)
+    fxstn.register_rule(square, lambda dx, y, x: 2 * x * dx)
+    assert fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok
+    with pytest.raises(ValueError, match="already has a"):
+        fxstn.register_rule(square, kind="linear")
+
+
+def test_a_wrong_rule_of_ones_own_is_found(square):
+    fxstn.register_rule(square, lambda dx, y, x: 2.01 * x * dx)
+    assert not fxstn.verify(Around(lambda y: square(y)), torch.randn(3, 4), hparams=SCALAR).ok
+
+
+def test_a_rule_needs_partials_or_a_kind(square):
+    with pytest.raises(ValueError, match="got 0 partials, kind=None"):
+        fxstn.register_rule(square)
+    with pytest.raises(ValueError, match="kind='smooth'"):
+        fxstn.register_rule(square, kind="smooth")
 
 
 def test_an_operation_without_rule_falls_back_to_torchs_forward_mode():
@@ -116,6 +154,20 @@ def test_what_a_trace_would_lose_is_refused_with_its_module(body, what):
     explanation = fxstn.explain(Around(body), SCALAR)
     assert not explanation.ok
     assert str(explanation).startswith("PROBLEMS (1)")
+
+
+def test_everything_that_a_trace_would_lose_is_listed_at_once():
+    net = nn.Sequential(Around(in_no_grad), Around(in_autocast), Around(lambda y: Double.apply(y)), nn.Tanh())
+    net[3].register_forward_hook(lambda *_: None)
+    with pytest.raises(fxstn.TransformError) as caught:
+        fxstn.transform(net, SCALAR)
+    assert [(problem.where, problem.what.split(",")[0]) for problem in caught.value.problems] == [
+        ("0.inner", "a no_grad region"),
+        ("1.inner", "an autocast region"),
+        ("2.inner", "custom autograd function Double"),
+        ("3", "a hook"),
+    ]
+    assert all("test_errors.py" in problem.source for problem in caught.value.problems[:3])
 
 
 def test_hooks_are_refused():

@@ -154,6 +154,8 @@ class Dropped(nn.Module):
 
 FOLLOWED = [branch, asserted, loop, pieces, while_loop, normalised, twice_normalised, in_place, assigned, sizes, outputs,
             constants, attributes, without_autocast, flat]  # fmt: skip
+
+
 class Shared(nn.Module):
     """A module under two names, and an assignment-free forward that branches on sizes."""
 

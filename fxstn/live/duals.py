@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxstn.errors import TransformError, operation_name
 from fxstn.layers.kernels import zeros_tangent
 from fxstn.live.following import Call, Sites
-from fxstn.live.memory import SharedMemory, Table, same_form, share_memory
+from fxstn.live.memory import SharedMemory, Table, differentiable, same_form, share_memory
 from fxstn.live.structure import arguments_mapped, leaves, mapped, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated
 from fxstn.pushforward import LINKS, VIEWS
@@ -126,7 +126,7 @@ class Duals(Watched):
         varying = [x for x in tensors_in((call.args, call.kwargs)) if self.tangent(x) is not ZERO]
         if not varying or self.disabled() or name in _FILLS or _is_about(call, name):
             return self._constant(call, changed)
-        if name in _LEAVES and any(x.is_floating_point() for x in varying):
+        if name in _LEAVES and any(map(differentiable, varying)):
             what = f"{name} of a value that varies with the weights, which then has no tangent,"
             raise self.refuse(what, "write x.detach() first where a constant is meant; else compute with tensors")
         try:
@@ -176,6 +176,8 @@ class Duals(Watched):
         spelled = call.spelled
         if spelled is None:
             raise NoRule("it changes a tensor in place and has no counterpart by values")
+        if spelled.in_place and not isinstance(call.args[0], Tensor):
+            raise NoRule("it changes several tensors in place")
         done = self._compute(spelled)
         if spelled.in_place:
             x = call.args[0]
@@ -214,7 +216,12 @@ class Duals(Watched):
         kwargs = {name: arguments_mapped(alias, value) for name, value in spelled.kwargs.items()}
         if not (all_zero(tangents) and all_zero(named)):
             self.note(operation_name(spelled.function), rule.kind if rule else "fallback")
-        y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), kwargs, named)
+        try:
+            y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), kwargs, named)
+        except (RuntimeError, NotImplementedError) as error:
+            if rule is not None:
+                raise
+            raise NoRule(f"torch.func.jvp fails on it: {str(error).partition(chr(10))[0]}") from error
         return Computed(y, dy, args, tangents, originals)
 
     def _delivered(self, y: Any, dy: Any, originals: dict[int, Tensor], sources: list[Tensor], cut: bool) -> Any:
@@ -223,10 +230,10 @@ class Duals(Watched):
             if id(y) in originals:
                 return originals[id(y)]
             result = y.data
-            if not (y.is_floating_point() or y.is_complex()):
+            if not differentiable(y):
                 dy = ZERO
             elif dy is not ZERO and dy.dtype != y.dtype:
-                dy = dy.to(y.dtype)
+                dy = dy.to(y)
             self._record(result, dy, sources, cut)
             return result
         if isinstance(y, (tuple, list)) and not isinstance(y, torch.Size):

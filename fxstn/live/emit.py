@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.live.duals import Duals, Note
 from fxstn.live.following import Following, Place, Sites
-from fxstn.live.structure import reachable
+from fxstn.live.structure import mapped, reachable
 from fxstn.live.tape import Recorded
+from fxstn.live.watched import attributes
 from fxstn.tangents import Scaled
 
 _WHERE = "a forward that runs as it is"
@@ -34,7 +35,9 @@ def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str,
         if kind == "argument":
             sites.arguments[address[0]] = site.index
         elif site.insert and (site.outside is not None or not site.path):
-            sites.exits[site.path] = site.index
+            sites.exits.setdefault(site.path, []).append(Place(site.index))
+        elif kind == "exit":
+            sites.exits.setdefault(address[0], []).append(Place(site.index, address[1]))
         else:
             path, operation, order, occurrence, element = address
             places = sites.inserted if site.insert else sites.taken
@@ -64,18 +67,30 @@ def borrowed(
     keep: whether buffers and attributes that the forward assigns stay assigned, as after a training step.
     """
     with mode_of(model, training, frozen):
-        before = module_state(model)
+        before = {} if keep else module_state(model)
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for module in model.modules():
                 for held in (module._parameters, module._buffers):
-                    held.update({name: replaced[id(x)] for name, x in held.items() if id(x) in replaced})  # type: ignore[misc]
+                    own = [(held, name, x) for name, x in held.items() if x is not None and id(x) in replaced]
+                    swapped += own
+                    held.update({name: replaced[id(x)] for _, name, x in own})  # type: ignore[misc]
             yield
         finally:
-            if not keep:
-                restore(before)
-            elif replaced:
-                for module, state in before.items():
-                    module._parameters.update(state["_parameters"])
+            for held, name, x in swapped:
+                held[name] = x
+            restore(before)
+
+
+@contextmanager
+def lent(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """These tensors have their memory back afterwards, which live duals leave as it was: they write into a copy."""
+    before = [(x, x.data) for x in tensors if not isinstance(x, nn.Parameter)]
+    try:
+        yield
+    finally:
+        for x, alias in before:
+            x.data = alias
 
 
 class LiveGraph:
@@ -141,11 +156,13 @@ class LiveGraph:
         strengths = None if strengths is None else strengths.detach()
         with borrowed(self.model, self.training, self.frozen, buffers, keep=False):
             mode = Duals(self.model, parameters, self.sites, strengths, log)
-            mode.made(tensor for _, tensor in reachable((inputs, named), ""))
-            with torch.enable_grad():
+            given = {id(x): x for _, x in (*reachable((inputs, named), ""), *attributes(self.model))}
+            mode.made(given.values())
+            with lent(given.values()), torch.enable_grad():
                 output = mode.run(inputs, named)
-            mode.finish(output)
-            return mode.linearized(output) if self.kind == "linearized" else (output, mode.tangents_of(output))
+                mode.finish(output)
+                result = mode.linearized(output) if self.kind == "linearized" else (output, mode.tangents_of(output))
+                return mapped(lambda leaf: leaf.data if id(leaf) in given else leaf, result)
 
     def _strengths(self, condition: Tensor | None) -> Tensor | None:
         return self.root.get_submodule("hparams")(condition) if self.training else None

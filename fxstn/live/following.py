@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import types
 from collections import Counter
@@ -24,6 +25,7 @@ from fxstn.errors import operation_name
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
+from fxstn.live.checkpoints import runs_again, without_checkpoints
 from fxstn.live.structure import mapped, tensors_in
 from fxstn.mutation import DROPOUTS, dropout_settings
 from fxstn.rules import RULES
@@ -36,7 +38,7 @@ _SWITCHES = {torch._C._set_grad_enabled}
 
 @dataclass(frozen=True)
 class Place:
-    """λ[index], for the result of an operation or for one element of it."""
+    """λ[index], for the result of an operation or of a module, or for one element of it."""
 
     index: int
     element: int | None = None
@@ -48,7 +50,7 @@ class Sites:
     module that was recorded, dropouts that are taken over and values that get one; last: of these calls, by module."""
 
     arguments: dict[str, int] = field(default_factory=dict)
-    exits: dict[str, int] = field(default_factory=dict)
+    exits: dict[str, list[Place]] = field(default_factory=dict)
     taken: dict[Address, dict[int, Place]] = field(default_factory=dict)
     inserted: dict[Address, dict[int, Place]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
@@ -149,12 +151,11 @@ class Following(TorchFunctionMode):
 
     def run(self, inputs: tuple, named: dict[str, Any]) -> Any:
         """The model's output."""
-        given = [
-            mapped(lambda leaf, index=self.sites.arguments[name]: self.dropped(leaf, index), value)  # type: ignore[misc]
-            if name in self.sites.arguments
-            else value
-            for (name, _), value in zip(argument_names(self.model, inputs), inputs, strict=False)
-        ]
+        given = list(inputs)
+        for i, (name, _) in enumerate(argument_names(self.model, inputs)[: len(inputs)]):
+            if name in self.sites.arguments:
+                index = self.sites.arguments[name]
+                given[i] = mapped(lambda leaf, index=index: self.dropped(leaf, index), given[i])  # type: ignore[misc]
         with self.following():
             return self.model(*given, **named)
 
@@ -166,6 +167,9 @@ class Following(TorchFunctionMode):
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             if _get_current_function_mode() is not self:
                 return function.__get__(None, cls)(*args, **kwargs)
+            if runs_again(cls):
+                run, _, *inputs = args
+                return run(*inputs)
             before, self.inside_function = self.inside_function, not self.disabled()
             try:
                 output = function.__get__(None, cls)(*args, **kwargs)
@@ -179,7 +183,7 @@ class Following(TorchFunctionMode):
             register_module_forward_hook(self._leave, always_call=True),
         )
         try:
-            with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)), self:
+            with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)), without_checkpoints(), self:
                 yield
         finally:
             for hook in hooks:
@@ -214,8 +218,19 @@ class Following(TorchFunctionMode):
                 break
         with torch._C.DisableTorchFunction():
             self.leave(call, output)
-            index = self.sites.exits.get(call.path)
-            return output if index is None else mapped(lambda leaf: self.dropped(leaf, index), output)
+            for place in self.sites.exits.get(call.path, ()):
+                output = self._dropped_leaves(output, place)
+            return output
+
+    def _dropped_leaves(self, output: Any, place: Place) -> Any:
+        """A module's output with a dropout after one of its leaves, or after all of them."""
+        position = itertools.count()
+
+        def leaf(value: Any) -> Any:
+            chosen = place.element in (None, next(position))
+            return self.dropped(value, place.index) if chosen else value
+
+        return mapped(leaf, output)
 
     def enter(self, call: ModuleCall, inputs: Any) -> None:
         """A call of one of the model's modules begins."""

@@ -81,7 +81,7 @@ class Table:
         memory = x.untyped_storage().clone()
         for member in members:
             place = (member.storage_offset(), member.size(), member.stride())
-            member.data = torch.empty(0, dtype=member.dtype, device=member.device).set_(memory, *place)
+            member.data = member.new_empty(0).set_(memory, *place)
             self.join(member)
 
     def write(self, x: Tensor, y: Tensor, dy: Any) -> None:
@@ -106,8 +106,8 @@ class Table:
         if entry.cut and others and (varying or dy is not ZERO):
             raise SharedMemory("changes a detached alias of a tensor in place, whose derivative is undefined")
         if dy is not ZERO and dy.dtype != x.dtype:
-            dy = dy.to(x.dtype)
-        members = [member for member in others if member.is_floating_point() and not self.entries[member].cut]
+            dy = dy.to(x)
+        members = [member for member in others if differentiable(member) and not self.entries[member].cut]
         if members and (varying or dy is not ZERO):
             self._spread(x, dy, members)
         entry.tangent = dy
@@ -118,7 +118,7 @@ class Table:
         if any(member.dtype != x.dtype for member in members):
             raise SharedMemory("changes memory in place that is also viewed with another dtype")
         size = x.untyped_storage().nbytes() // x.element_size()
-        image = torch.zeros(size, dtype=x.dtype, device=x.device)
+        image = x.new_zeros(size)
         cover = [m for m in members if m.numel() == size and m.is_contiguous() and m.storage_offset() == 0]
         for member in cover[:1] or members:
             tangent = self.entries[member].tangent
@@ -140,6 +140,11 @@ def _written(image: Tensor, place: Tensor, value: Tensor) -> Tensor:
     numbers = torch.arange(len(image), device=image.device)
     positions = numbers.as_strided(place.size(), place.stride(), place.storage_offset())
     return image.scatter(0, positions.reshape(-1), value.reshape(-1))
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether a tensor of this type can have a tangent."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def same_form(x: Tensor, y: Tensor) -> bool:

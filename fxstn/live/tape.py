@@ -16,7 +16,7 @@ from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.graphs import rename
 from fxstn.live.following import Call, ModuleCall, argument_names
 from fxstn.live.structure import arguments_mapped, leaves, reachable, tensors_in
-from fxstn.live.watched import Watched, attributes, mutated, user_frame
+from fxstn.live.watched import Watched, attributes, mutated, unchanged, user_frame
 from fxstn.mutation import dropout_settings
 from fxstn.spelling import Spelled
 
@@ -32,8 +32,9 @@ class Recorded(nn.Module):
 class Tape(Watched):
     """Appends every operation, in the canonical spelling, to `graph`.
 
-    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, and meta["address"]: ("argument", name), or
-    ("operation", module path, operation, which one within its call, which call of the module).
+    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, and meta["address"]: ("argument", name),
+    ("exit", module path, which leaf of its output), or ("operation", module path, operation, which one within its call,
+    which call of the module, which element of the result or None).
     """
 
     def __init__(self, model: nn.Module, inputs: tuple) -> None:
@@ -119,13 +120,13 @@ class Tape(Watched):
 
     def leave(self, call: ModuleCall, output: Any) -> None:
         entered = self.entered.pop(call.number)
-        for leaf in leaves(output):
+        for position, leaf in enumerate(leaves(output)):
             node = self.nodes.get(leaf) if isinstance(leaf, Tensor) and call.path else None
             if node is None:
                 continue
             if node in entered:  # handed through, as nn.Identity does: its output needs a node of its own
                 node = self.node(torch.clone, (leaf,), {})
-                node.meta["handed_through"] = True
+                node.meta |= {"handed_through": True, "address": ("exit", call.path, position)}
                 self.nodes[leaf] = node
             if node.op == "call_function" and not node.meta.get("exits"):
                 rename(node, call.path.replace(".", "_"))
@@ -141,16 +142,17 @@ class Tape(Watched):
 def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recorded:
     """Run model(*inputs) once in train or in eval mode and return its canonical graph.
 
-    Running statistics, attributes and random generators are left as they were. Raises TransformError where the forward
+    Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
     fails or computes with a tensor that cannot be followed.
     """
     tape = Tape(model, inputs)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = module_state(model)
+    held = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(model))}
     try:
-        with mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad(), tape.following():
-            output = model(*inputs)
-        return tape.finish(output)
+        with unchanged(held.values()), mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad():
+            with tape.following():
+                output = model(*inputs)
+            return tape.finish(output)
     except TransformError:
         raise
     except Exception as error:
@@ -160,6 +162,3 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
         raise TransformError([*tape.problems, Problem(tape.path, what, source, remedy)]) from error
     finally:
         restore(before)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])

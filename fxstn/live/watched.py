@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from fxstn.errors import LIBRARY, Problem, TransformError, innermost_user_frame, operation_name
 from fxstn.live.following import Call, Following
@@ -40,13 +43,44 @@ def attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def mutated(call: Call) -> list[Tensor]:
-    """The tensors that an operation writes into, as far as its spelling tells."""
-    if call.spelled is not None:
-        return [call.args[0]] if call.spelled.in_place and call.args else []
+    """The tensors that an operation writes into, as far as its spelling or its schema tells."""
+    if call.spelled is not None and call.spelled.in_place:
+        return list(tensors_in(call.args[:1]))
     if call.kwargs.get("out") is not None:
         return list(tensors_in(call.kwargs["out"]))
-    name = getattr(call.original, "__name__", "")
-    return [] if name in _HARMLESS else list(tensors_in(call.args[:1]))
+    if isinstance(call.original, (OpOverload, OpOverloadPacket)):
+        return list(tensors_in(_written(call)))
+    if call.spelled is not None or getattr(call.original, "__name__", "") in _HARMLESS:
+        return []
+    return list(tensors_in(call.args[:1]))
+
+
+def _written(call: Call) -> list[Any]:
+    """Arguments that an operator's schema marks as written into."""
+    operator: Any = call.original
+    schemas = (
+        [operator._schema]
+        if isinstance(operator, OpOverload)
+        else [getattr(operator, name)._schema for name in operator.overloads()]
+    )
+    for schema in schemas:
+        names = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        if names:
+            given = dict(zip((a.name for a in schema.arguments), call.args, strict=False)) | call.kwargs
+            return [value for name, value in given.items() if name in names]
+    return []
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What is written into these tensors inside is undone after it."""
+    before = [(x, x.detach().clone()) for x in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, value in before:
+                x.copy_(value)
 
 
 class Watched(Following):
