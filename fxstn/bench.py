@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.runner import DEFAULT_RESPONSE_FRACTION
 from fxstn.condition import bind
+from fxstn.fidelity import frozen_modules
 from fxstn.layers.response import parameter_changes
 from fxstn.network import SelfTuningNetwork, held
-from fxstn.trace import frozen_modules
 from fxstn.transform import followed, transform
 
 VARIANTS = ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")

@@ -14,13 +14,13 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxstn.errors import Problem, TransformError, module_path
+from fxstn.fidelity import frozen_modules
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.live.duals import Note
 from fxstn.network import SelfTuningNetwork
-from fxstn.trace import frozen_modules
 from fxstn.transform import RUNGS, canonical_graphs, transform
 
 

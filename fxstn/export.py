@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxstn.errors import TransformError
 from fxstn.exported import graph_of
-from fxstn.trace import HOOKS, Losses, Refused, nothing_lost, same
+from fxstn.fidelity import HOOKS, Losses, Refused, nothing_lost, same
 
 _BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
@@ -87,11 +87,12 @@ def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], 
             for norm in model.modules():
                 if isinstance(norm, _BatchNorm) and norm.momentum is None:  # its average reads the counter's value
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
-            sizes = tree_map(lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None, arguments)
+            batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
+            sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
             program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
         if losses.problems:
             raise TransformError(losses.problems)
-        _require_any_batch(program, arguments)
+        _require_any_batch(program, arguments, batch)
         return graph_of(program, model, arguments)
 
 
@@ -160,14 +161,17 @@ class _Calls:
                 handle.remove()
 
 
-def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any]) -> None:
+def _is_batch(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+
+def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any], batch: int) -> None:
     """Raise Refused where the program holds for some batch sizes only."""
-    batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
     remedy = "write the forward so that it does the same for every batch size"
 
     def holds(guard: str, size: int) -> bool:
         def resized(x: Tensor) -> Tensor:
-            return torch.empty(size, *x.shape[1:], device="meta") if x.dim() and x.shape[0] == batch else x.to("meta")
+            return torch.empty(size, *x.shape[1:], device="meta") if _is_batch(x, batch) else x.to("meta")
 
         return bool(eval(guard, {"L": tree_map_only(Tensor, resized, arguments), "math": math, "torch": torch}))
 

@@ -17,13 +17,13 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import GetAttrKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from fxstn.errors import source_of
+from fxstn.fidelity import Refused
 from fxstn.graphs import assemble
 from fxstn.layers.inputs import require_equal, require_full_precision, require_sizes
-from fxstn.trace import Refused, first_names
+from fxstn.trace import first_names
 
 aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
-_NOTHING = (aten.lift_fresh_copy.default, aten.detach_.default)  # on constants, which nothing changes by values
 _END = torch.iinfo(torch.int64).max
 _STORAGE = ("pin_memory", "layout")  # filled in by export; a graph's tensors are strided
 _SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
@@ -136,7 +136,7 @@ class _Rewriter:
             pass
         elif target is operator.getitem and isinstance(self.values.get(node.args[0]), list):  # type: ignore[arg-type]
             self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif target in _NOTHING or (target is aten.slice.Tensor and _is_whole(node)):
+        elif _does_nothing(node):
             self.values[node] = self._value(node.args[0], self._scope(node))
         else:
             self._emit(node)
@@ -256,11 +256,14 @@ def _step(key: Any, value: fx.Node) -> tuple[Any, tuple]:
     return operator.getitem, (value, key.idx if isinstance(key, SequenceKey) else key.key)
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Whether a slice takes everything."""
-    defaults = (None, 0, 0, _END, 1)  # input, dim, start, end, step
-    start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
-    return bool(start in (0, None) and end == _END and step == 1)
+def _does_nothing(node: fx.Node) -> bool:
+    """Slices of everything, and what export does to constants, which nothing changes by values."""
+    if node.target is aten.slice.Tensor:
+        defaults = (None, 0, 0, _END, 1)  # input, dim, start, end, step
+        start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
+        return bool(start in (0, None) and end == _END and step == 1)
+    constant = aten.lift_fresh_copy.default
+    return node.target is constant or (node.target is aten.detach_.default and node.args[0].target is constant)  # type: ignore[union-attr]
 
 
 def _require_plain(structure: TreeSpec) -> None:

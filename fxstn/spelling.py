@@ -177,7 +177,7 @@ def _origin(target: Any) -> tuple[str, str, bool]:
     if name in _IN_PLACE_METHODS:
         return origin, _IN_PLACE_METHODS[name], True
     if name.endswith("_") and not name.endswith("__"):
-        return origin, name[:-1], name != "detach_"
+        return origin, name[:-1], True
     return origin, name, False
 
 

@@ -13,6 +13,7 @@ from fxstn.canonicalize import canonicalize
 from fxstn.condition import Binding, bind, condition
 from fxstn.errors import Problem, TransformError
 from fxstn.export import Examples, follow_by_export
+from fxstn.fidelity import frozen_modules, module_state, restore
 from fxstn.hp import HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
@@ -23,7 +24,6 @@ from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.simplify import simplify
-from fxstn.trace import frozen_modules, module_state, restore
 from fxstn.trace import trace as trace_module
 
 RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them

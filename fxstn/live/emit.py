@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxstn.condition import Binding
+from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.live.duals import Duals, Note
 from fxstn.live.following import Following, Place, Sites
@@ -19,7 +20,6 @@ from fxstn.live.structure import mapped, reachable
 from fxstn.live.tape import Recorded
 from fxstn.live.watched import attributes
 from fxstn.tangents import Scaled
-from fxstn.trace import mode_of, module_state, restore
 
 _WHERE = "a forward that runs as it is"
 

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.errors import Problem, TransformError, innermost_user_frame, operation_name
+from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.graphs import rename
 from fxstn.live.following import Call, ModuleCall, argument_names
 from fxstn.live.structure import arguments_mapped, leaves, reachable, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated, unchanged, user_frame
 from fxstn.mutation import dropout_settings
 from fxstn.spelling import Spelled
-from fxstn.trace import mode_of, module_state, restore
 
 
 class Recorded(nn.Module):
