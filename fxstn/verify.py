@@ -32,7 +32,7 @@ from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
 
-STEPS = (1e-6, 3e-7, 1e-7)
+STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8)
 
 
 class ReplayedDropout(TorchFunctionMode):
