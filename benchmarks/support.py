@@ -39,7 +39,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     responding = sum(1 for key, _ in stn.response.named_parameters() if key.endswith(".R"))
     rules = _rules(stn, inputs)
-    report = fxstn.verify(model, *inputs, seeds=seeds)
+    report = fxstn.verify(model, *inputs, seeds=seeds, trace=stn.rung)
     return {
         "family": zoo.family(name),
         "shortened": short,

@@ -8,7 +8,7 @@ from typing import Any
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
 from fxstn.spelling import respell
 
-_KINDS = {"linear": linear, "bilinear": bilinear, "zero": zero}
+_KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear, "zero": zero}
 
 
 def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], kind: str | None = None) -> None:
@@ -25,7 +25,7 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
     canonical = respell(operator, (), {}).function if operator not in RULES else operator
     if partials and kind is None:
         pointwise(canonical, *partials)
-    elif kind in _KINDS and not partials:
+    elif kind is not None and kind in _KINDS and not partials:
         _KINDS[kind](canonical)
     else:
         raise ValueError(
