@@ -60,7 +60,7 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
                     torch.default_generator.manual_seed(0)  # random draws are the same in the three runs
                     values[node] = _value(module, node, values)
             base, *others = (values[node] for values in runs)
-            if isinstance(base, Tensor):
+            if isinstance(base, Tensor) and node.op != "get_attr":
                 found[node.name] = _place(base, others, examples)
             for source in node.all_input_nodes:
                 readers[source] -= 1

@@ -64,6 +64,7 @@ class SelfTuningNetwork(nn.Module):
         self._canonical: dict[bool, fx.GraphModule] = {}
         self._graphs: dict[str, fx.GraphModule] = {}
         self._places: dict[bool, dict[str, Any]] = {}
+        self._per_example: bool | None = None
         self.rung = "fx"
         self.refusals: tuple[Problem, ...] = ()
         self.train(model.training)
@@ -107,9 +108,12 @@ class SelfTuningNetwork(nn.Module):
 
     def per_example(self, *inputs: Any) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
-        self.locate_examples(*inputs)
-        graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
-        return not any(node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
+        if self._per_example is None:
+            self.locate_examples(*inputs)
+            graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
+            lost = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
+            self._per_example = not any(lost)
+        return self._per_example
 
     def with_recipe(self, recipe: Any) -> SelfTuningNetwork:
         """A network over the same modules and parameters whose graphs are built by another recipe."""

@@ -222,6 +222,13 @@ def test_a_moved_batch_dimension_is_followed():
     assert fxstn.transform(Classifier()).per_example(torch.randn(2, 1, 8, 8))
 
 
+def test_a_plain_batch_leaves_the_graphs_as_they_are():
+    stn = fxstn.transform(SmallConv())
+    graph = stn.graph("pushforward")
+    assert stn.per_example(torch.randn(2, 3, 8, 8))
+    assert stn.graph("pushforward") is graph
+
+
 def test_mixed_examples_refuse_per_example_deltas_and_allow_shared_ones():
     class Mixing(nn.Module):
         def __init__(self):
