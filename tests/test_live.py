@@ -151,6 +151,17 @@ def composite_functions(net, x):
     return loss + F.gaussian_nll_loss(h, x, h.exp()) + F.cosine_similarity(h, x) + grid.mean() + h.norm(dim=1)
 
 
+@body
+def conversions(net, x):
+    h = net.a(x).type(torch.float64).to(x).type_as(x)
+    assert h.type() == "torch.DoubleTensor"
+    if torch.is_grad_enabled():
+        h.retain_grad()
+        h.register_hook(lambda gradient: gradient * 2).remove()
+    assert h.shape == x.shape
+    return torch.view_as_real(torch.complex(h.T, h.mT.exp()))
+
+
 class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
@@ -468,7 +479,9 @@ def test_a_copy_of_a_live_network_computes_the_same(how):
 def test_one_perturbation_per_example_is_refused():
     x = torch.randn(4, 6)
     stn = live(mlp(0.3), x, hparams=[hp.Dropout()]).train()
-    h = len(stn.hparams)
+    h, graph = len(stn.hparams), stn.graph("pushforward")
+    assert "tangents carried beside it" in repr(graph)
+    assert "def forward(self, input)" in graph.code
     assert not stn.per_example(x)
     with pytest.raises(ValueError, match="one perturbation per example is refused"):
         stn.pushforward(x, delta=torch.zeros(4, h))

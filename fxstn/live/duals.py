@@ -27,7 +27,7 @@ _IN_PLACE = "write it without changing a tensor in place"
 # What a tensor says about itself, and values that leave torch without a derivative of their own: no tangent comes out.
 _ABOUT = {"__bool__", "__index__", "__hash__", "__repr__", "__format__", "stride", "storage_offset", "untyped_storage",
           "is_contiguous", "is_floating_point", "is_complex", "is_signed", "data_ptr", "element_size", "get_device",
-          "requires_grad_", "register_hook", "retain_grad", "type", "__contains__", "storage", "nelement", "ndimension",
+          "type", "__contains__", "storage", "nelement", "ndimension",
           "is_same_size", "_assert", "is_tensor", "result_type", "can_cast", "is_inference", "is_nonzero"}  # fmt: skip
 _VIEWED = {"T", "mT", "H", "mH", "real", "imag"}
 _FILLS = {"zero_", "normal_", "uniform_", "random_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
@@ -124,8 +124,12 @@ class Duals(Watched):
             self.table.record(call.args[0], ZERO, cut=True)
             return call.run()
         varying = [x for x in tensors_in((call.args, call.kwargs)) if self.tangent(x) is not ZERO]
-        if not varying or self.disabled() or name in _FILLS or _is_about(call, name):
+        if not varying or self.disabled() or name in _FILLS:
             return self._constant(call, changed)
+        if _is_about(call, name):
+            result = call.run()
+            if all(self.known(y) for y in tensors_in(result)):
+                return result
         if name in _LEAVES and any(map(differentiable, varying)):
             what = f"{name} of a value that varies with the weights, which then has no tangent,"
             raise self.refuse(what, "write x.detach() first where a constant is meant; else compute with tensors")

@@ -122,6 +122,11 @@ class LiveGraph:
         graph.output(graph.call_function(self.__call__, (*inputs, *shared)))
         return graph
 
+    @property
+    def code(self) -> str:
+        """What runs: the source of the model's own forward. Raises OSError where Python does not have it."""
+        return inspect.getsource(type(self.model).forward)
+
     def __repr__(self) -> str:
         beside = {"pushforward": ", tangents carried beside it", "linearized": ", tangents carried beside it and added"}
         weights = ", at the weights that the response predicts" if self.kind in ("perturbed", "trained") else ""

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import operator
 import types
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils.hooks import RemovableHandle
 
 from fxstn.condition import ALPHA, SPATIAL
 from fxstn.errors import operation_name
@@ -33,6 +34,7 @@ from fxstn.spelling import Spelled, Unspellable, respell
 
 Address = tuple[str, str, int]  # module path, operation, which call of it within one call of the module
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_FOR_BACKWARD = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
 _SWITCHES = {torch._C._set_grad_enabled}
 
 
@@ -251,6 +253,8 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if original in _SWITCHES:
             return original(*args, **kwargs)
+        if getattr(original, "__name__", "") in _FOR_BACKWARD:
+            return original(*args, **kwargs) if args[0].requires_grad else RemovableHandle(OrderedDict())
         try:
             call = Call(original, args, kwargs, respell(original, args, kwargs))
         except Unspellable:
