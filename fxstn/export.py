@@ -7,11 +7,12 @@ symbolic. Its program (ATen operations, parameters as inputs) is rewritten to a 
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -103,11 +104,17 @@ def _arguments(model: nn.Module, inputs: tuple) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export logs and warns about what is reported here as a problem."""
+    """Export logs, warns about and prints what is reported here as a problem."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(), torch.enable_grad():
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(),
+            torch.enable_grad(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -126,6 +126,9 @@ def transform(
             return network
         except TransformError as error:
             problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
+    if trace == "auto" and example_inputs is None:
+        more = "; or give example_inputs: then torch.export, and after it the forward as it is, are tried"
+        problems = [replace(problem, remedy=problem.remedy + more) for problem in problems]
     raise TransformError(problems)
 
 

@@ -156,6 +156,14 @@ def test_what_a_trace_would_lose_is_refused_with_its_module(body, what):
     assert str(explanation).startswith("PROBLEMS (1)")
 
 
+def test_without_example_inputs_the_remedy_names_them(capfd):
+    net = Around(lambda y: y if y.sum() > 0 else -y)
+    with pytest.raises(fxstn.TransformError, match="or give example_inputs"):
+        fxstn.transform(net, SCALAR)
+    assert fxstn.transform(net, SCALAR, example_inputs=torch.randn(2, 4)).rung == "live"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_everything_that_a_trace_would_lose_is_listed_at_once():
     net = nn.Sequential(Around(in_no_grad), Around(in_autocast), Around(lambda y: Double.apply(y)), nn.Tanh())
     net[3].register_forward_hook(lambda *_: None)
