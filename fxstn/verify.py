@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -187,8 +186,8 @@ def verify(
     difference of the *original* model along `best_response`; where hparams insert dropout, which the original does not
     have, the emitted training graph is compared with its own difference besides, and the original with a transform
     without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
-    is a constant of the difference, as it is for autograd, and what asks for float32 gets float64. Points are drawn from
-    `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
+    is a constant of the difference, as it is for autograd. What asks for float32 gets float64 on both sides. Points are
+    drawn from `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
     """
     report = Report(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -200,7 +199,7 @@ def verify(
                 original = _prepare(model, inputs, seed)
             stn = _transformed(original, hparams, inputs, trace)
             delta = _randomize(stn, seed)
-            with Widened() if stn.rung == "live" else nullcontext():
+            with Widened():
                 for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed, tolerance):
                     report.checks.append(Check(mode, against, seed, error))
                     if error <= tolerance:

@@ -264,3 +264,18 @@ def test_a_response_starts_at_zero_and_has_the_papers_structure():
         responses["0.weight"].U.fill_(2.0)
     change = stn.best_response(delta)["0.weight"] - stn.model[0].weight
     torch.testing.assert_close(change, -1.0 * responses["0.weight"].R)
+
+
+def test_a_forward_that_rounds_to_float32_is_checked_without_the_rounding():
+    class Rounding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.softmax(self.a(x).float(), -1).to(torch.float32)
+            return self.b(h.to(x.dtype))
+
+    for trace in ("fx", "export", "live"):
+        report = fxstn.verify(Rounding(), torch.randn(3, 4), hparams=[hp.Scalar("a", 0.5, 0, 1)], trace=trace)
+        assert report.ok, str(report)
