@@ -129,4 +129,17 @@ def _detector(name: str) -> tuple[nn.Module, tuple]:
         if name.startswith("keypointrcnn"):
             target["keypoints"] = torch.tensor([[[12.0, 10.0, 1.0], [20.0, 30.0, 1.0], [33.0, 41.0, 1.0]]])
         targets.append(target)
+    if name.startswith("keypointrcnn"):
+        return WithTargets(model, targets), (images,)
     return model, (images, targets)
+
+
+class WithTargets(nn.Module):
+    """A detector and its targets: some refuse targets in float64, in which inputs are differentiated."""
+
+    def __init__(self, model: nn.Module, targets: list[dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.targets = model, targets
+
+    def forward(self, images: list[Tensor]) -> Any:
+        return self.model(images, self.targets if self.training else None)
