@@ -10,6 +10,8 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
+from fxstn.rules import apply_rule
+from fxstn.tangents import ZERO
 
 pytestmark = [
     pytest.mark.cuda,
@@ -25,6 +27,38 @@ def test_tangents_on_cuda_equal_those_on_the_cpu():
     found = stn.cuda().pushforward(x.cuda(), delta=delta.cuda())
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10)
+
+
+QKV = ((2, 4, 8, 16), (2, 4, 8, 16), (2, 4, 8, 16))
+OPERATIONS = {
+    "attention": (F.scaled_dot_product_attention, QKV, ()),
+    "causal attention": (F.scaled_dot_product_attention, QKV, (None, 0.0, True)),
+    "layer norm": (F.layer_norm, ((4, 16),), ((16,),)),
+    "group norm": (F.group_norm, ((4, 8, 5),), (2,)),
+    "rms norm": (F.rms_norm, ((4, 16),), ((16,),)),
+    "instance norm": (F.instance_norm, ((4, 8, 5),), ()),
+    "softmax": (torch.softmax, ((4, 16),), (-1,)),
+}
+
+
+def check_precision(name, precision, device):
+    """A rule in low precision on a device against itself in float64 on the CPU, relative to the rounding of the type."""
+    function, shapes, rest = OPERATIONS[name]
+    values = [torch.randn(shape).to(precision) for shape in shapes]
+    directions = [torch.randn(shape).to(precision) for shape in shapes]
+    results = []
+    for kind, where in ((precision, device), (torch.float64, "cpu")):
+        x, dx = ([value.to(where, kind) for value in tensors] for tensors in (values, directions))
+        results.append(apply_rule(function, (*dx, *[ZERO] * len(rest)), (*x, *rest), {}))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == precision
+        assert (found.cpu().double() - expected).norm() <= 30 * torch.finfo(precision).eps * expected.norm()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_attention_and_norms_on_cuda_in_low_precision(name, precision):
+    check_precision(name, precision, "cuda")
 
 
 def test_every_step_of_resnet18_runs_on_cuda():
