@@ -8,8 +8,8 @@ import torch
 import fxstn
 from benchmarks import zoo
 
-WHOLE = ["resnet18", "alexnet", "squeezenet1_0", "densenet121", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small",
-         "efficientnet_b0", "lraspp_mobilenet_v3_large", "r3d_18"]  # fmt: skip
+WHOLE = ["resnet18", "squeezenet1_0", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small",
+         "densenet121", "efficientnet_b0", "lraspp_mobilenet_v3_large"]  # fmt: skip
 SHORTENED = ["vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "swin3d_t", "mvit_v1_b", "regnet_y_400mf"]
 LIVE = ["raft_small"]  # small detectors: test_detection.py
 
