@@ -91,12 +91,13 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         )
     headers = ["model", "task", "rung", "parameters that respond", "hyperparameters", "nodes by rule", "ε per example",
                "transform, s", "largest relative error"]  # fmt: skip
-    good = sum(row.get("ok", False) for row in rows.values())
+    good, missing = sum(row.get("ok", False) for row in rows.values()), len(zoo.names()) - len(rows)
+    left = f" ({missing} have not been run)" if missing else ""
     table = tabulate(cells, headers=headers, tablefmt="github")
     return (
         "# Support matrix\n\n"
-        f"{good} of {len(rows)} models of torchvision transform with `hparams=None` and pass: in float64, train and eval "
-        "mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two or four "
+        f"{good} of torchvision's {len(zoo.names())} models transform with `hparams=None` and pass{left}: in float64, train and "
+        "eval mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two or four "
         "examples, the smallest images that the models take. Nodes not by rule use `torch.func.jvp` of that node. Written by "
         f"`make support`; torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} CPU threads.\n\n{table}\n"
     )
