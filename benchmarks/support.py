@@ -96,9 +96,10 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     table = tabulate(cells, headers=headers, tablefmt="github")
     return (
         "# Support matrix\n\n"
-        f"{good} of torchvision's {len(zoo.names())} models transform with `hparams=None` and pass{left}: in float64, train and "
-        "eval mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two or four "
-        "examples, the smallest images that the models take. Nodes not by rule use `torch.func.jvp` of that node. Written by "
+        f"{good} of torchvision's {len(zoo.names())} models transform with `hparams=None` and pass{left}: in float64, train "
+        "and eval mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two or "
+        "four examples, the smallest images that the models take. Nodes not by rule use `torch.func.jvp` of that node, or live "
+        "duals through a Python function that fx was told not to follow. Written by "
         f"`make support`; torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} CPU threads.\n\n{table}\n"
     )
 
