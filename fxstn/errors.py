@@ -84,4 +84,5 @@ def operation_name(function: Callable[..., Any] | str) -> str:
         return f"Tensor.{name}"
     if module == "_operator":
         return f"operator.{name}"
-    return f"torch.{name}" if module.startswith("torch") or not module else f"{module}.{name}"
+    in_torch = not module or module.partition(".")[0] == "torch"  # torchvision is not
+    return f"torch.{name}" if in_torch else f"{module}.{name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 
@@ -43,6 +44,14 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     output = next(iter(reversed(graph.nodes)))
     output.meta = dict(outputs[0].meta)
     return assemble(module, graph)
+
+
+def reseed() -> None:
+    """Let the next random draws be those after the last call of this; what torch.manual_seed does, without its bookkeeping
+    for devices that nothing has used yet."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.graphs import evaluated, placeholders
+from fxstn.graphs import evaluated, placeholders, reseed
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS
 from fxstn.tangents import Examples
@@ -57,7 +57,7 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
                     values[node] = result
             for values in runs:
                 if node not in values:
-                    torch.default_generator.manual_seed(0)  # random draws are the same in the three runs
+                    reseed()  # random draws are the same in the three runs
                     values[node] = _value(module, node, values)
             base, *others = (values[node] for values in runs)
             if isinstance(base, Tensor) and node.op != "get_attr":
@@ -91,7 +91,7 @@ def _variants(inputs: tuple, batch: int, examples: int) -> Iterator[tuple]:
 
     base = tree_map(first_few, inputs)
     with torch.random.fork_rng():
-        torch.default_generator.manual_seed(0)
+        reseed()
         yield base
         for index in (0, examples - 1):
             yield tree_map(lambda leaf, i=index: with_another(leaf, i), base)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxstn.graphs import evaluated, model_of
+from fxstn.graphs import evaluated, model_of, reseed
 from fxstn.mutation import is_size
 
 MOST_RUNS = 64
@@ -100,7 +100,7 @@ def _probe(
     needed = _closure(node for node in nodes if node.op != "get_attr")
 
     def run(changed: Callable[[Tensor], Tensor]) -> dict[fx.Node, Any]:
-        torch.default_generator.manual_seed(0)  # a random draw is the same in every run
+        reseed()  # a random draw is the same in every run
         values: dict[fx.Node, Any] = {}
         for node in module.graph.nodes:
             if node not in needed:

@@ -94,7 +94,7 @@ def transform(
 ) -> SelfTuningNetwork:
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
-    model: any module that symbolic tracing can follow; it is copied, not modified, and keeps its weights. hparams: a
+    model: any module that one of the ways below can follow; it is copied, not modified, and keeps its weights. hparams: a
     list of specs from `fxstn.hp`; None tunes every dropout found, starting at its own strength moved just inside the
     range, or, where the model has none, inserts dropout at the input and after each top-level stage but the last.
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, randomize_response
+from nets import Double, mlp, randomize_response
 from torch import nn
 
 import fxstn
@@ -117,16 +117,6 @@ def in_no_grad(y):
 def in_autocast(y):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return y * 2
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g
 
 
 def assigned(y):

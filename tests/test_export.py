@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, randomize_response
+from nets import Double, SmallConv, randomize_response
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -445,16 +445,6 @@ def test_a_region_without_gradient_is_detached(body):
         module(x).sum().backward()
     assert stn.model.a.weight.grad is None
     torch.testing.assert_close(stn.model.b.weight.grad, net.b.weight.grad)
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g
 
 
 def in_autocast(s, x):
