@@ -104,6 +104,10 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def _read() -> dict[str, dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of model names")
@@ -111,19 +115,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="points to try (default: 3)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = _read()
     chosen = [name for name in zoo.names() if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)]
     todo = [name for name in chosen if arguments.again or not rows.get(name, {}).get("ok")]
     for name in (progress := tqdm(todo)):
         progress.set_description(name)
         try:
-            rows[name] = measure(name, arguments.seeds)
+            row = measure(name, arguments.seeds)
         except Exception as error:  # a row of the table
-            rows[name] = {
+            row = {
                 "family": zoo.family(name),
                 "failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200],
             }
             tqdm.write(f"{name}: {type(error).__name__}: {error}")
+        rows = _read() | {name: row}  # another process may have added some
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(rows))
 

@@ -18,11 +18,14 @@ CLASSES = 5
 LARGE = 200_000_000  # parameters; above it, repeated blocks are left out
 SIZES = {"alexnet": 64, "efficientnet": 64, "inception": 299, "lraspp": 64, "maxvit": 224, "mnasnet": 64, "raft": 128,
          "regnet": 64, "s3d": 224, "shufflenet": 64, "vit_h": 28}  # fmt: skip
+DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")
 BATCHES = {
     "maxvit": 2,
     "s3d": 2,
-    "inception": 2,
+    **dict.fromkeys(DETECTION, 2),
     "ssdlite": 4,
+    "fasterrcnn_resnet50_fpn_v2": 4,
+    "maskrcnn_resnet50_fpn_v2": 4,
 }  # else 4: batch norm of two values has next to no derivative
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit_h": {"image_size": 28},
@@ -32,7 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FRAMES = {"s3d": 16, "mvit": 4}
 VIDEO = ("s3d", "mvit", "r3d", "mc3", "r2plus1d", "swin3d")
-DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")
 
 
 def names() -> list[str]:
@@ -119,7 +121,7 @@ def _detector(name: str) -> tuple[nn.Module, tuple]:
     if name.startswith("keypointrcnn"):
         settings |= {"num_classes": 2, "num_keypoints": 3}
     model = models.get_model(name, **settings)
-    images = [torch.rand(3, 64, size) for size in (72, 64, 68, 80)[: _of(BATCHES, name, 2)]]
+    images = [torch.rand(3, 64, size) for size in (72, 64, 68, 80)[: _of(BATCHES, name, 4)]]
     targets = []
     for image in images:
         target: dict[str, Tensor] = {"boxes": torch.tensor([[8.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}

@@ -48,7 +48,8 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
     runs = [_bound(own, variant) for variant in _variants(inputs, batch, examples)]
     readers = {node: len(node.users) for node in module.graph.nodes}
     found: dict[str, Examples | None] = {}
-    with torch.random.fork_rng(), torch.no_grad():
+    device = next((leaf.device.type for leaf in tree_leaves(runs[0]) if isinstance(leaf, Tensor)), "cpu")
+    with torch.random.fork_rng(), torch.no_grad(), torch.autocast(device, enabled=False):
         for node in module.graph.nodes:
             if node.op == "output":
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -65,6 +66,8 @@ class SelfTuningNetwork(nn.Module):
         self._graphs: dict[str, fx.GraphModule] = {}
         self._places: dict[bool, dict[str, Any]] = {}
         self._per_example: bool | None = None
+        self._compiled: dict[str, Any] = {}
+        self._compile_options: dict[str, Any] | None = None
         self.rung = "fx"
         self.refusals: tuple[Problem, ...] = ()
         self.train(model.training)
@@ -105,6 +108,7 @@ class SelfTuningNetwork(nn.Module):
             self._places[training] = self.recipe.locate(self.canonical(training), inputs)
         if any(place != BATCH_FIRST for places in self._places.values() for place in places.values()):
             self._graphs.clear()
+            self._compiled.clear()
 
     def per_example(self, *inputs: Any) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
@@ -115,14 +119,31 @@ class SelfTuningNetwork(nn.Module):
             self._per_example = not any(lost)
         return self._per_example
 
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on.
+
+        A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
+        in eval mode are not touched. Raises ValueError for a network on rung "live", which has no graph to compile.
+        """
+        if self.rung == "live":
+            raise ValueError(
+                'a network that runs as it is (rung "live") cannot be compiled; see `refusals` for the reasons'
+            )
+        self._compile_options, self._compiled = {"fullgraph": True} | options, {}
+
+    def _compiled_graph(self, name: str) -> Any:
+        if name not in self._compiled:
+            self._compiled[name] = torch.compile(self.graph(name), **self._compile_options)  # type: ignore[arg-type]
+        return self._compiled[name]
+
     def with_recipe(self, recipe: Any) -> SelfTuningNetwork:
         """A network over the same modules and parameters whose graphs are built by another recipe."""
         result = self.__class__.__new__(self.__class__)
-        result.__dict__ = {**self.__dict__, "recipe": recipe, "_graphs": {}}
+        result.__dict__ = {**self.__dict__, "recipe": recipe, "_graphs": {}, "_compiled": {}}
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}, "_canonical": {}}
+        return {**self.__dict__, "_graphs": {}, "_canonical": {}, "_compiled": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfTuningNetwork:
         result = self.__class__.__new__(self.__class__)
@@ -185,7 +206,11 @@ class SelfTuningNetwork(nn.Module):
                 f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
                 "example_inputs with all the inputs you pass"
             )
-        return graph(*inputs, **named)
+        if self._compile_options is None:
+            return graph(*inputs, **named)
+        with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            return self._compiled_graph(name)(*inputs, **named)
 
     def conditioned_output(self, *inputs: Any) -> Any:
         """The output of the training graph at λ₀ and w₀, whatever the module's mode."""

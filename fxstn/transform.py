@@ -23,6 +23,7 @@ from fxstn.live.tape import record
 from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
+from fxstn.recompute import recompute as recompute_pass
 from fxstn.simplify import simplify
 from fxstn.trace import trace as trace_module
 
@@ -51,12 +52,14 @@ class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
     binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
+    recompute: whether the response and hyper steps keep their activations or compute them again.
     """
 
     binding: Binding
     frozen: tuple[str, ...]
     examples: Examples | None
     rung: str
+    recompute: bool = False
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
@@ -66,14 +69,16 @@ class Recipe:
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
         """Build one graph by name: "train", "eval", "trained", "pushforward", "linearized", "perturbed", or with "_eval".
 
-        The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify.
+        The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify
+        (→ recompute).
         places: where the examples are, from `layouts`; empty for a plain batch.
         """
         graph = condition(canonical, () if name.endswith("eval") else self.binding.sites, places)
         kind = name.removesuffix("_eval")
         if kind in LAST_PASS:
             graph = LAST_PASS[kind](hyperize(graph), places)
-        return simplify(graph)
+        graph = simplify(graph)
+        return recompute_pass(graph) if self.recompute and kind == "linearized" else graph
 
     locate = staticmethod(layouts)
 
@@ -91,6 +96,7 @@ def transform(
     example_inputs: Any = None,
     method: str = "delta",
     trace: str = "auto",
+    recompute: bool = False,
 ) -> SelfTuningNetwork:
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
@@ -104,6 +110,8 @@ def transform(
     Python may branch on sizes, and later inputs have those of the examples, dimension 0 aside. "live": the forward runs as
     it is, whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch. The last two
     need example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
+    recompute: activation checkpointing for the response and hyper steps of method "delta": their activations are computed
+    again in the backward pass, which costs time and saves memory in deep networks; not for "live".
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -114,14 +122,17 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if trace not in ("auto", *RUNGS):
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
+    if recompute and (method != "delta" or trace == "live"):
+        raise ValueError(f"recompute=True is for method 'delta', traced by fx or export; got {method!r} and {trace!r}")
     if trace in ("export", "live") and example_inputs is None:
         raise ValueError(f"trace={trace!r} needs example_inputs")
     model = copy.deepcopy(model)
-    rungs = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    rungs = [rung for rung in tried if not (recompute and rung == "live")]
     problems: list[Problem] = []
     for rung in rungs:
         try:
-            network = _climbed(rung, model, hparams, example_inputs, method)
+            network = _climbed(rung, model, hparams, example_inputs, method, recompute)
             network.rung, network.refusals = rung, tuple(problems)
             return network
         except TransformError as error:
@@ -133,7 +144,7 @@ def transform(
 
 
 def _climbed(
-    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str
+    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str, recompute: bool
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -149,7 +160,7 @@ def _climbed(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung)
+    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, recompute)
     if rung == "live":
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space))

@@ -31,6 +31,7 @@ from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
 
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8)
 
 
@@ -133,13 +134,20 @@ def relative_error(tangent: Any, function: Callable[[float], Any], tolerance: fl
 
 
 def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
-    """A float64 copy at a generic point: constant parameters shifted a little, running statistics those of one forward."""
+    """A float64 copy at a generic point: constant parameters shifted a little, running statistics those of one forward.
+
+    After the first seed, biases of norms are shifted by three standard deviations too, up or down: then few of the values
+    that a ReLU after them gets are near its kink.
+    """
     model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
     modes = [module.training for module in model.modules()]
     with torch.no_grad():
+        for module in model.modules() if seed else ():
+            if isinstance(module, NORMS) and module.bias is not None:
+                module.bias.add_(3 * torch.randn(module.bias.shape, generator=generator, dtype=torch.float64).sign())
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))

@@ -16,6 +16,7 @@ from torchvision import models
 import fxstn
 from fxstn import cli, hp
 from fxstn.bench import bench
+from fxstn.bilevel import runner as steps
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
 
@@ -172,10 +173,58 @@ def test_weight_decay_set_twice_is_a_warning():
         make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4))
 
 
-@pytest.mark.parametrize("bad", [{"train_steps": 0}, {"response_fraction": 0.0}, {"entropy_weight": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"train_steps": 0}, {"response_every": 0}, {"response_fraction": 0.0}, {"hyper_fraction": 1.5},
+            {"entropy_weight": -1.0}]
+)  # fmt: skip
 def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="need train_steps >= 1"):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"^{name}={value} must "):
         make(**bad)
+
+
+def test_the_response_step_is_taken_when_due_on_its_part_of_the_batch(monkeypatch):
+    seen = {"response": [], "hyper": []}
+    for kind, batches in seen.items():
+        original = getattr(steps, f"{kind}_loss")
+
+        def counted(stn, loss_fn, inputs, target, original=original, batches=batches, **settings):
+            batches.append((len(inputs), len(target)))
+            return original(stn, loss_fn, inputs, target, **settings)
+
+        monkeypatch.setattr(steps, f"{kind}_loss", counted)
+    history = make(response_every=2, response_fraction=0.3, hyper_fraction=0.5, train_steps=5).fit(2)
+    assert seen == {"response": [(3, 3)] * 5, "hyper": [(4, 4)] * 2}  # 10 inner steps of 8 examples
+    assert all(math.isfinite(loss) for loss in history["response_loss"])
+
+
+def test_a_compiled_run_is_the_same_run():
+    plain = without_times(make().fit(2))
+    compiled = make(compile={"backend": "aot_eager"})
+    for a, b in zip(plain, without_times(compiled.fit(2)), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert set(compiled.stn._compiled) == {"train", "linearized", "linearized_eval"}
+
+
+def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
+    def run(**settings):
+        torch.manual_seed(0)
+        stn = fxstn.transform(models.resnet18(num_classes=3), [hp.Dropout("layer1", init=0.2)])
+        data = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 3)
+        seen = []
+        stn.model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # in evaluation
+        runner = fxstn.BilevelRunner(
+            stn, F.cross_entropy, DataLoader(data, 8), DataLoader(data, 8), train_steps=1, progress=False, **settings
+        )
+        return runner, runner.fit(1).rows[0], seen[0]
+
+    (_, plain, _), (runner, low, images) = run(), run(autocast=torch.bfloat16, memory_format=torch.channels_last)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert runner.stn.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert runner.stn.model.conv1.weight.dtype == torch.float32
+    assert low["train_loss"] != plain["train_loss"]
+    for name in ("train_loss", "response_loss"):
+        assert low[name] == pytest.approx(plain[name], rel=0.05)
 
 
 def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):

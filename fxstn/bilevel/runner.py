@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.checkpoint import (
     Cycle,
     loader_state,
@@ -29,7 +29,7 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
-DEFAULT_RESPONSE_FRACTION = 1.0  # the paper's
+DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 1  # the paper's
 _sgd = partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 
@@ -81,7 +81,11 @@ class BilevelRunner:
     optimizer, response_optimizer (default SGD, momentum 0.9, lr 1e-2), hyper_optimizer, scale_optimizer (default RMSprop,
     lr 1e-2): a factory, or an optimizer that holds exactly those parameters. tune_scale: False keeps σ fixed.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
-    response_fraction: part of each batch that the response step sees, in (0, 1]; unbiased but for batch statistics.
+    response_fraction, hyper_fraction: part of each batch, in (0, 1], that the response and the hyper step see; unbiased
+    but for batch statistics. response_every ≥ 1: inner steps from one response step to the next; each is unbiased, Θ moves
+    less often. compile: run the graphs through torch.compile; a dict gives its options. autocast: a dtype, such as
+    torch.bfloat16, for the losses' forward; parameters stay as they are. memory_format: of weights and 4-d (5-d) inputs,
+    such as torch.channels_last.
     perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
     metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs
     without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
@@ -109,36 +113,44 @@ class BilevelRunner:
         warmup_epochs: int = 0,
         entropy_weight: float = 1e-3,
         response_fraction: float = DEFAULT_RESPONSE_FRACTION,
+        response_every: int = DEFAULT_RESPONSE_EVERY,
+        hyper_fraction: float = 1.0,
         perturb: str | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
         patience: int | None = None,
         device: torch.device | str | None = None,
         out_dir: str | Path | None = None,
         progress: bool | None = None,
+        compile: bool | dict[str, Any] = False,
+        autocast: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
     ) -> None:
         for name, loader in (("train_loader", train_loader), ("valid_loader", valid_loader)):
             if _length(loader) == 0:
                 raise ValueError(
                     f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)"
                 )
-        if (
-            train_steps < 1
-            or valid_steps < 1
-            or warmup_epochs < 0
-            or entropy_weight < 0
-            or not 0 < response_fraction <= 1
-        ):
-            raise ValueError(
-                f"need train_steps >= 1, valid_steps >= 1, warmup_epochs >= 0, entropy_weight >= 0 and 0 < "
-                f"response_fraction <= 1; got {train_steps}, {valid_steps}, {warmup_epochs}, {entropy_weight}, "
-                f"{response_fraction}"
-            )
+        counts = {"train_steps": train_steps, "valid_steps": valid_steps, "response_every": response_every}
+        fractions = {"response_fraction": response_fraction, "hyper_fraction": hyper_fraction}
+        wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
+        wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
+        floors = {"warmup_epochs": warmup_epochs, "entropy_weight": entropy_weight}
+        wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         self.device = torch.device(device) if device is not None else next(stn.parameters()).device
         self.stn = stn.to(self.device)
+        self.autocast, self.memory_format = autocast, memory_format
+        if memory_format is not None:
+            self.stn.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if compile:
+            self.stn.compile(**(compile if isinstance(compile, dict) else {}))
         self.loss_fn, self.valid_loss_fn = loss_fn, valid_loss_fn or loss_fn
         self.train_loader, self.valid_loader = train_loader, valid_loader
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
-        self.entropy_weight, self.response_fraction, self.perturb = entropy_weight, response_fraction, perturb
+        self.entropy_weight, self.perturb = entropy_weight, perturb
+        self.response_fraction, self.response_every = response_fraction, response_every
+        self.hyper_fraction = hyper_fraction
         self.metrics, self.patience, self.progress = metrics or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
         general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
@@ -190,11 +202,12 @@ class BilevelRunner:
         start, number = time.perf_counter(), len(self.history) + 1
         self.stn.train()
         totals: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
         steps = 0
         for batch in self.train_loader:
-            inputs, target = self._to_device(batch)
-            for name, loss in self._inner_step(inputs, target).items():
+            for name, loss in self._inner_step(self._placed(batch)).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
+                counts[name] += 1
             steps += 1
             self.steps += 1
             if self.steps % self.train_steps == 0 or steps == 1:
@@ -205,7 +218,11 @@ class BilevelRunner:
         if not steps:
             raise ValueError("train_loader is empty: it yielded no batch")
         self._check_finite(totals, number, steps)
-        row = {"epoch": number, **{name: (total / steps).item() for name, total in totals.items()}, **self.evaluate()}
+        row = {
+            "epoch": number,
+            **{name: (total / counts[name]).item() for name, total in totals.items()},
+            **self.evaluate(),
+        }
         self._check_finite({"valid_loss": torch.tensor(row["valid_loss"])}, number, steps)
         scales = self.stn.hparams.scale.tolist()
         row |= self.stn.hparams.values() | {SCALE + n: s for n, s in zip(self.stn.hparams.names, scales, strict=True)}
@@ -220,24 +237,35 @@ class BilevelRunner:
             self.history.to_csv(self.out_dir / "history.csv")
             self.save(self.out_dir / "last.pt")
 
-    def _inner_step(self, inputs: Any, target: Any) -> dict[str, Tensor]:
-        """One step of w₀ and one of Θ on a training batch; of both at once for method "stn"."""
+    def _inner_step(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
+        """One step of w₀ and, when it is due, one of Θ on a training batch; of both at once for method "stn"."""
         if self.stn.method == "stn":
-            return {"train_loss": self._step(general_loss(self.stn, self.loss_fn, inputs, target, perturb=self.perturb),
-                                             "optimizer", "response_optimizer")}  # fmt: skip
-        general = self._step(general_loss(self.stn, self.loss_fn, inputs, target), "optimizer")
-        if self.response_fraction < 1:
-            inputs, target = self._part((inputs, target))
-        loss = response_loss(self.stn, self.loss_fn, inputs, target, perturb=self.perturb)
-        return {"train_loss": general, "response_loss": self._step(loss, "response_optimizer")}
+            with self._precision():
+                loss = general_loss(self.stn, self.loss_fn, *batch, perturb=self.perturb)
+            return {"train_loss": self._step(loss, "optimizer", "response_optimizer")}
+        with self._precision():
+            loss = general_loss(self.stn, self.loss_fn, *batch)
+        losses = {"train_loss": self._step(loss, "optimizer")}
+        if self.steps % self.response_every == 0:
+            with self._precision():
+                loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction), perturb=self.perturb)
+            losses["response_loss"] = self._step(loss, "response_optimizer")
+        return losses
 
     def _hyper_step(self, epoch: int, step: int) -> None:
-        inputs, target = self._to_device(self._validation.next())
-        loss = hyper_loss(
-            self.stn, self.valid_loss_fn, inputs, target, entropy_weight=self.entropy_weight, perturb=self.perturb
-        )
+        batch = part(self._placed(self._validation.next()), self.hyper_fraction)
+        with self._precision():
+            loss = hyper_loss(
+                self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=self.perturb
+            )
         self._check_finite({"hyper_loss": loss.detach()}, epoch, step)
         self._step(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _placed(self, batch: Any) -> tuple[Any, Any]:
+        return placed(batch, self.device, self.memory_format)
 
     def _step(self, loss: Tensor, *names: str) -> Tensor:
         loss.backward()
@@ -245,24 +273,6 @@ class BilevelRunner:
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return loss.detach()
-
-    def _part(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-        """The first examples of a (shuffled) batch, `response_fraction` of them."""
-        examples = batch_size(batch[0])
-        count = max(1, math.ceil(examples * self.response_fraction))
-
-        def cut(leaf: Any) -> Any:
-            return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
-
-        return tree_map(cut, batch)
-
-    def _to_device(self, batch: Any) -> tuple[Any, Any]:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(f"a loader must yield (inputs, target), got {type(batch).__name__} of length "
-                             f"{len(batch) if hasattr(batch, '__len__') else '?'}")  # fmt: skip
-        move = lambda leaf: leaf.to(self.device, non_blocking=True) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        inputs, target = tree_map(move, tuple(batch))
-        return inputs, target
 
     def _check_finite(self, losses: dict[str, Tensor], epoch: int, step: int) -> None:
         for name, loss in losses.items():
@@ -284,8 +294,9 @@ class BilevelRunner:
         totals: dict[str, float] = {}
         examples = 0
         for batch in loader if loader is not None else self.valid_loader:
-            inputs, target = self._to_device(batch)
-            loss, output = validation_loss(self.stn, self.valid_loss_fn, inputs, target)
+            inputs, target = self._placed(batch)
+            with self._precision():
+                loss, output = validation_loss(self.stn, self.valid_loss_fn, inputs, target)
             count = batch_size(inputs)
             values = {"valid_loss": loss.item()} | {name: float(f(output, target)) for name, f in self.metrics.items()}
             for name, value in values.items():

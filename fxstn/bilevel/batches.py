@@ -1,0 +1,46 @@
+"""What happens to a batch before a step: moved to the device, laid out, cut to a part of its examples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fxstn.network import batch_size
+
+_DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def placed(batch: Any, device: torch.device, memory_format: torch.memory_format | None) -> tuple[Any, Any]:
+    """(inputs, target) on the device, images in the memory format. Raises ValueError for anything but such a pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(f"a loader must yield (inputs, target), got {type(batch).__name__} of length "
+                         f"{len(batch) if hasattr(batch, '__len__') else '?'}")  # fmt: skip
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.to(device, non_blocking=True)
+        if memory_format is not None and leaf.dim() == _DIMENSIONS.get(memory_format):
+            return leaf.contiguous(memory_format=memory_format)
+        return leaf
+
+    inputs, target = tree_map(move, tuple(batch))
+    return inputs, target
+
+
+def part(batch: tuple[Any, Any], fraction: float) -> tuple[Any, Any]:
+    """The first ⌈fraction · examples⌉ examples of a (shuffled) batch; fraction in (0, 1]."""
+    if fraction == 1:
+        return batch
+    examples = batch_size(batch[0])
+    count = math.ceil(examples * fraction)
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
+
+    inputs, target = tree_map(cut, batch)
+    return inputs, target
