@@ -116,6 +116,10 @@ def page(rows: dict[str, dict[str, Any]], total: int) -> str:
     )
 
 
+def _read() -> dict[str, dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of family names")
@@ -128,16 +132,17 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.seeds)))
         return
-    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = _read()
     every = families()
     chosen = [family for family in every if any(fnmatch.fnmatchcase(family, pattern) for pattern in arguments.only)]
     todo = [family for family in chosen if arguments.again or not rows.get(family, {}).get("ok")]
     for family in (progress := tqdm(todo)):
         progress.set_description(family)
         name = rows[family]["model"] if family in rows else smallest(every[family])
-        rows[family] = {"model": name} | apart(name, arguments.seeds, arguments.limit)
-        if "failed" in rows[family]:
-            tqdm.write(f"{family}: {rows[family]['failed']}")
+        row = {"model": name} | apart(name, arguments.seeds, arguments.limit)
+        if "failed" in row:
+            tqdm.write(f"{family}: {row['failed']}")
+        rows = _read() | {family: row}  # another process may have added some
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(rows, len(every)))
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
-import statistics
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,69 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from tqdm.auto import tqdm
 
+from fxstn import hp
+from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_FRACTION
+from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, sgd
 from fxstn.condition import bind
 from fxstn.fidelity import frozen_modules
-from fxstn.layers.response import parameter_changes
-from fxstn.network import SelfTuningNetwork, held
+from fxstn.measure import peak_memory, step_times
+from fxstn.rivals import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
 from fxstn.transform import followed, transform
 
-VARIANTS = ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")
+VARIANTS = (
+    "plain",
+    "general",
+    "response",
+    "schedule",
+    "schedule-default",
+    "func-jvp",
+    "func-jvp-batch",
+    "double-backward",
+)
 TRAIN_STEPS = 5
+Steps = dict[str, tuple[Callable[[], None], int]]  # name → (what to run, inner steps that it does)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: a model by name (or 'package.module:function'), its input, and how it is run.
+
+    tuned: "dropout" (hparams=None), "weight-decay" (one per layer), or a number of hyperparameters that only the loss could
+    read, which cost what any cost in the response. compile, bf16, channels_last: for every variant, plain too. recompute:
+    activation checkpointing in the response and hyper steps.
+    """
+
+    model: str
+    batch_size: int = 64
+    image_size: int = 32
+    classes: int = 10
+    device: str = "cpu"
+    tuned: str | int = "dropout"
+    compile: bool = False
+    bf16: bool = False
+    channels_last: bool = False
+    recompute: bool = False
+
+    def hparams(self) -> list[hp.Spec] | None:
+        if self.tuned == "weight-decay":
+            return [hp.WeightDecay("*")]
+        return None if self.tuned == "dropout" else [hp.Scalar(f"s{i}", 0.5, 0, 1) for i in range(int(self.tuned))]
+
+    def built(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """(model in train mode, a batch of images, its classes)."""
+        from fxstn.cli import build_model
+
+        torch.manual_seed(0)
+        model = build_model(self.model, self.classes).to(self.device).train()
+        x = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
+        target = torch.randint(self.classes, (self.batch_size,))
+        layout = torch.channels_last if self.channels_last else None
+        if layout:
+            model = model.to(memory_format=layout)  # type: ignore[call-overload]
+        return model, *placed((x, target), torch.device(self.device), layout)
 
 
 class _FixedDropout:
@@ -44,11 +91,11 @@ class _FixedDropout:
         return F.dropout(output, self.p, module.training) if isinstance(output, Tensor) else output
 
 
-def plain_baseline(model: nn.Module) -> nn.Module:
-    """The original model with torch's own dropout, at fixed rates, wherever `hparams=None` tunes one."""
+def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -> nn.Module:
+    """The original model with torch's own dropout, at fixed rates, wherever `hparams` tunes one."""
     model = copy.deepcopy(model)
     graph = followed(model, True, frozen_modules(model))
-    binding = bind(graph, None)
+    binding = bind(graph, hparams)
     rates = {site.path: binding.quantities[site.index].init for site in binding.sites}
     for path, p in rates.items():
         if path == "input":
@@ -59,206 +106,109 @@ def plain_baseline(model: nn.Module) -> nn.Module:
         module = model.get_submodule(path)
         if isinstance(module, _DropoutNd):
             module.p = p
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = p
         else:
             module.register_forward_hook(_FixedDropout(p))
     return model
 
 
-def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
-    def step(loss: Tensor) -> None:
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def variants(setup: Setup, names: Sequence[str]) -> Steps:
+    """The named variants, each with its optimizer's step: SGD with momentum for all weights, RMSprop for λ and σ."""
+    model, x, target = setup.built()
+    stn = transform(model, setup.hparams(), recompute=setup.recompute).train()
+    precision = partial(torch.autocast, setup.device, torch.bfloat16, enabled=setup.bf16)
+    if setup.compile:
+        stn.compile()
 
-    return step
+    def stepper(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+        def step(loss_of: Callable[..., Tensor], *arguments: Any) -> None:
+            with precision():
+                loss = loss_of(*arguments)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
+        return step
 
-def variants(model: nn.Module, x: Tensor, target: Tensor, names: Sequence[str]) -> dict[str, Callable[[], None]]:
-    """name → one inner step, optimizer included. A schedule's step is a whole cycle of TRAIN_STEPS inner steps."""
-    sgd = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
-    stn = transform(model).train()
-    general = _stepper(sgd(stn.general_parameters()))
-    response = _stepper(sgd(stn.response_parameters()))
-    hyper = _stepper(torch.optim.RMSprop(stn.hparams.parameters(), lr=1e-3))
-    made: dict[str, Callable[[], None]] = {}
+    general, response = stepper(sgd(list(stn.general_parameters()))), stepper(sgd(list(stn.response_parameters())))
+    hyper = stepper(torch.optim.RMSprop(stn.hparams.parameters(), lr=1e-3))
 
-    def cycle(fraction: float) -> None:
-        part = max(1, int(len(x) * fraction))
-        for _ in range(TRAIN_STEPS):
-            general(general_loss(stn, F.cross_entropy, x, target))
-            response(response_loss(stn, F.cross_entropy, x[:part], target[:part]))
-        hyper(hyper_loss(stn, F.cross_entropy, x, target))
+    def cycle(steps: int, fraction: float, every: int) -> None:
+        for number in range(steps):
+            general(general_loss, stn, F.cross_entropy, x, target)
+            if number % every == 0:
+                response(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
+            if (number + 1) % TRAIN_STEPS == 0:
+                hyper(hyper_loss, stn, F.cross_entropy, x, target)
 
+    made: Steps = {}
     if "plain" in names:
-        plain = plain_baseline(model).train()
-        plain_step = _stepper(sgd(plain.parameters()))
-        made["plain"] = lambda: plain_step(F.cross_entropy(plain(x), target))
-    made["general"] = lambda: general(general_loss(stn, F.cross_entropy, x, target))
-    made["response"] = lambda: response(response_loss(stn, F.cross_entropy, x, target))
-    made["schedule"] = lambda: cycle(1.0)
-    made["schedule-default"] = lambda: cycle(DEFAULT_RESPONSE_FRACTION)
-    if "func-jvp" in names:
-        made["func-jvp"] = lambda: response(_func_jvp_per_example(stn, x, target))
-    if "func-jvp-batch" in names:
-        functional = _functional_copy(model)
-        made["func-jvp-batch"] = lambda: response(_func_jvp_per_batch(stn, functional, x, target))
+        plain = plain_baseline(model, setup.hparams()).train()
+        run = torch.compile(plain) if setup.compile else plain
+        plain_step = stepper(sgd(list(plain.parameters())))
+        made["plain"] = lambda: plain_step(lambda: F.cross_entropy(run(x), target)), 1
+    made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
+    made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
+    made["schedule"] = partial(cycle, TRAIN_STEPS, 1.0, 1), TRAIN_STEPS
+    whole = math.lcm(TRAIN_STEPS, DEFAULT_RESPONSE_EVERY)
+    made["schedule-default"] = partial(cycle, whole, DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY), whole
+    if not {"func-jvp", "func-jvp-batch", "double-backward"}.isdisjoint(names):
+        original = without_statistics(plain_baseline(model, setup.hparams()))
+        made["func-jvp"] = partial(response, func_jvp_per_example, stn, x, target), 1
+        made["func-jvp-batch"] = partial(response, func_jvp_per_batch, stn, original, x, target), 1
+        made["double-backward"] = partial(response, double_backward, stn, original, x, target), 1
     return {name: made[name] for name in VARIANTS if name in names}
 
 
-def _func_jvp_per_example(stn: SelfTuningNetwork, x: Tensor, target: Tensor) -> Tensor:
-    """The response loss with ε per example, by torch.func.jvp in δ at 0 of the network with hyperlayers."""
-    epsilon = stn.hparams.sample(len(x)).detach()
-    graph = stn.graph("perturbed")  # batch statistics recomputed, none updated: torch.func.jvp refuses the update
-    with held(stn.general_parameters()):
-        y, dy = torch.func.jvp(  # type: ignore[misc]
-            lambda delta: graph(x, condition=epsilon, delta=delta), (torch.zeros_like(epsilon),), (epsilon,)
-        )
-    return F.cross_entropy(y + dy, target)
+def memory_of(setup: Setup, variant: str) -> float:
+    """Peak MB of one variant in this process."""
+    return peak_memory(variants(setup, [variant])[variant][0], setup.device)
 
 
-def _functional_copy(model: nn.Module) -> nn.Module:
-    copied = plain_baseline(model).train()
-    for module in copied.modules():
-        if isinstance(module, _NormBase):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-            module.track_running_stats = False
-    return copied
-
-
-def _func_jvp_per_batch(stn: SelfTuningNetwork, functional: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """The same with one ε for the batch, so that Θε can be materialised and the original network used as it is."""
-    weights = {name: parameter.detach() for name, parameter in functional.named_parameters()}
-    changes = parameter_changes(stn.response, stn.hparams.sample(1)[0].detach())
-    tangents = {name: changes.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
-    y, dy = torch.func.jvp(lambda w: functional_call(functional, w, (x,)), (weights,), (tangents,))  # type: ignore[misc]
-    return F.cross_entropy(y + dy, target)
-
-
-def _inputs(batch_size: int, image_size: int, classes: int, device: str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
-    return x.to(device), torch.randint(classes, (batch_size,), generator=generator).to(device)
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def step_times(
-    steps: dict[str, Callable[[], None]], rounds: int, warmup: int, device: str, quiet: bool
-) -> dict[str, float]:
-    """Median seconds per inner step; the variants alternate within each round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in tqdm(range(warmup + rounds), desc="rounds", disable=True if quiet else None):
-        for name, step in steps.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            if number >= warmup:
-                inner = TRAIN_STEPS if name.startswith("schedule") else 1
-                times[name].append((time.perf_counter() - start) / inner)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory(step: Callable[[], None], device: str, steps: int = 3) -> float:
-    """Peak MB over a few steps, minus what was held before the first. Meant for a fresh process."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for _ in range(steps):
-            step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before_kb = _reset_peak()
-    for _ in range(steps):
-        step()
-    return (_peak_kb() - before_kb) / 1e3
-
-
-def _status_kb(key: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return None
-
-
-def _peak_kb() -> int:
-    return _status_kb("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _reset_peak() -> int:
-    """Resident kB now; Linux is asked to forget the peak of building the model."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak_kb()
-    return _status_kb("VmRSS:") or _peak_kb()
-
-
-def _memory_in_fresh_process(settings: dict[str, Any], variant: str) -> float:
-    code = f"from fxstn.bench import memory_of; print(memory_of({settings!r}, {variant!r}))"
+def _memory_in_fresh_process(setup: Setup, variant: str) -> float:
+    code = f"from fxstn.bench import Setup, memory_of; print(memory_of(Setup(**{asdict(setup)!r}), {variant!r}))"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"measuring the memory of {variant} failed:\n{result.stderr[-2000:]}")
     return float(result.stdout.split()[-1])
 
 
-def memory_of(settings: dict[str, Any], variant: str) -> float:
-    """Peak MB of one variant in this process."""
-    from fxstn.cli import build_model
-
-    torch.manual_seed(0)
-    device = settings["device"]
-    model = build_model(settings["model"], settings["classes"]).to(device)
-    x, target = _inputs(settings["batch_size"], settings["image_size"], settings["classes"], device)
-    return peak_memory(variants(model, x, target, [variant])[variant], device)
-
-
 def bench(
-    model: nn.Module,
-    name: str,
+    setup: Setup,
     *,
-    batch_size: int = 64,
-    image_size: int = 32,
-    classes: int = 10,
     names: Sequence[str] = VARIANTS,
     rounds: int = 15,
     warmup: int = 3,
     memory: bool = True,
-    device: str = "cpu",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows {'variant', 'step_ms', 'ratio', 'peak_mb'}, ratio against plain in the same run.
+    """Rows {'variant', 'step_ms', 'ratio', 'peak_mb'} and the setup; ratio against plain in the same run.
 
     Median over `rounds` rounds in which the variants alternate, optimiser steps included; a schedule's step is its mean
-    over a cycle of 5 inner steps and one hyper step. peak_mb: from a fresh process each (None where memory=False).
+    over whole cycles of inner and hyper steps. peak_mb: from a fresh process each (None where memory=False).
     A variant that cannot run is reported with step_ms None and the reason.
     """
-    if "plain" not in names:
-        names = ("plain", *names)
-    x, target = _inputs(batch_size, image_size, classes, device)
-    steps = variants(model.to(device), x, target, names)
+    steps = variants(setup, ("plain", *names))
     failures: dict[str, str] = {}
     for variant in list(steps):
         try:
-            steps[variant]()
+            steps[variant][0]()
         except Exception as error:  # torch.func.jvp cannot run every model; the others must not suffer for it
             failures[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del steps[variant]
-    times = step_times(steps, rounds, warmup, device, quiet)
-    settings = {"model": name, "batch_size": batch_size, "image_size": image_size, "classes": classes, "device": device}
+    times = step_times(steps, rounds, warmup, setup.device, quiet)
+    shared = asdict(setup) | environment(setup.device)
     rows: list[dict[str, Any]] = []
-    for variant, seconds in times.items():
-        peak = round(_memory_in_fresh_process(settings, variant), 1) if memory else None
-        ratio = round(seconds / times["plain"], 3)
-        rows.append({"variant": variant, "step_ms": round(1e3 * seconds, 2), "ratio": ratio, "peak_mb": peak})
-    rows += [
-        {"variant": v, "step_ms": None, "ratio": None, "peak_mb": None, "failed": why} for v, why in failures.items()
-    ]
+    for variant in [name for name in VARIANTS if name in (*times, *failures)]:
+        row: dict[str, Any] = {"variant": variant, "step_ms": None, "ratio": None, "peak_mb": None}
+        if variant in failures:
+            row["failed"] = failures[variant]
+        else:
+            row["step_ms"] = round(1e3 * times[variant], 2)
+            row["ratio"] = round(times[variant] / times["plain"], 3)
+            row["peak_mb"] = round(_memory_in_fresh_process(setup, variant), 1) if memory else None
+        rows.append(row | shared)
     return rows
 
 

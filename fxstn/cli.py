@@ -87,17 +87,17 @@ def tune(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     from fxstn import bench as benchmark
 
-    torch.manual_seed(0)
-    model = build_model(args.model, args.num_classes)
-    rows = benchmark.bench(
-        model, args.model, batch_size=args.batch_size, image_size=args.image_size, classes=args.num_classes,
-        names=args.variants, rounds=args.rounds, memory=not args.no_memory, device=args.device,
+    tuned = args.tuned if args.tuned in ("dropout", "weight-decay") else int(args.tuned)
+    setup = benchmark.Setup(
+        args.model, args.batch_size, args.image_size, args.num_classes, args.device, tuned, args.compile, args.bf16,
+        args.channels_last, args.recompute,
     )  # fmt: skip
-    settings = benchmark.environment(args.device) | {"batch_size": args.batch_size, "image_size": args.image_size}
-    print(f"{args.model}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    print(tabulate([list(row.values()) for row in rows], ["variant", "step ms", "ratio", "peak MB", "failed"]))
+    rows = benchmark.bench(setup, names=args.variants, rounds=args.rounds, memory=not args.no_memory)
+    shown = ("variant", "step_ms", "ratio", "peak_mb", "failed")
+    print(", ".join(f"{key} {value}" for key, value in rows[0].items() if key not in shown))
+    print(tabulate([[row.get(key) for key in shown] for row in rows], ["variant", "step ms", "ratio", "peak MB", ""]))
     if args.json:
-        benchmark.write_json(args.json, [row | {"model": args.model} | settings for row in rows])
+        benchmark.write_json(args.json, rows)
         print(f"written to {args.json}")
     return 0
 
@@ -156,11 +156,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=64, help="examples per step")
     command.add_argument("--image-size", type=int, default=32, help="pixels")
     command.add_argument("--num-classes", type=int, default=10, help="of the model")
-    names = ("plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch")
+    names = (
+        "plain",
+        "general",
+        "response",
+        "schedule",
+        "schedule-default",
+        "func-jvp",
+        "func-jvp-batch",
+        "double-backward",
+    )
     command.add_argument("--variants", nargs="+", default=names, choices=names, help="plain always runs")
     command.add_argument("--rounds", type=int, default=15, help="alternating rounds, of which the median is taken")
     command.add_argument("--no-memory", action="store_true", help="skip peak memory (a fresh process per variant)")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument(
+        "--tuned", default="dropout", help="dropout, weight-decay (per layer), or a number of other hyperparameters"
+    )
+    command.add_argument("--compile", action="store_true", help="through torch.compile, plain training too")
+    command.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    command.add_argument("--channels-last", action="store_true", help="images and weights with channels last")
+    command.add_argument(
+        "--recompute", action="store_true", help="activation checkpointing in response and hyper steps"
+    )
     command.add_argument("--json", help="also write the rows to this file")
 
     command = commands.add_parser("explain", help="show what transform makes of a model", formatter_class=show_defaults)

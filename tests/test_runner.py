@@ -15,7 +15,7 @@ from torchvision import models
 
 import fxstn
 from fxstn import cli, hp
-from fxstn.bench import bench
+from fxstn.bench import Setup, bench
 from fxstn.bilevel import runner as steps
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
@@ -278,7 +278,8 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--no-memory") == 0
     rows = json.loads(file.read_text())
     assert [row["variant"] for row in rows] == [
-        "plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch"
+        "plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch",
+        "double-backward",
     ]  # fmt: skip
     assert {"variant", "step_ms", "ratio", "peak_mb"} <= set(rows[0])
     assert rows[0]["ratio"] == 1
@@ -286,10 +287,7 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
 
 
 def test_bench_measures_memory_in_a_fresh_process():
-    rows = bench(
-        models.squeezenet1_0(num_classes=10), "squeezenet1_0", batch_size=4, image_size=48, names=("plain",), rounds=1,
-        quiet=True,
-    )  # fmt: skip
+    rows = bench(Setup("squeezenet1_0", batch_size=4, image_size=48), names=("plain",), rounds=1, quiet=True)
     assert rows[0]["peak_mb"] > 1
 
 

@@ -1,0 +1,73 @@
+"""Step times that alternate in one process, and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def step_times(
+    steps: Mapping[str, tuple[Callable[[], None], int]], rounds: int, warmup: int, device: str, quiet: bool
+) -> dict[str, float]:
+    """Median seconds per inner step; the variants alternate within each round.
+
+    steps: name → (what to run, how many inner steps it does).
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(warmup + rounds), desc="rounds", disable=True if quiet else None):
+        for name, (step, inner) in steps.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            step()
+            _synchronize(device)
+            if number >= warmup:
+                times[name].append((time.perf_counter() - start) / inner)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(step: Callable[[], None], device: str, steps: int = 3) -> float:
+    """Peak MB over a few steps, minus what was held before the first. Meant for a fresh process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(steps):
+            step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before_kb = _reset_peak()
+    for _ in range(steps):
+        step()
+    return (_peak_kb() - before_kb) / 1e3
+
+
+def _status_kb(key: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return None
+
+
+def _peak_kb() -> int:
+    return _status_kb("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _reset_peak() -> int:
+    """Resident kB now; Linux is asked to forget the peak of building the model."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak_kb()
+    return _status_kb("VmRSS:") or _peak_kb()
