@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fxstn
 from fxstn import data, hp
+from fxstn.bench import VARIANTS, Setup, write_json
+from fxstn.bench import bench as measure
 
 
 def build_model(name: str, classes: int) -> nn.Module:
@@ -85,19 +87,17 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from fxstn import bench as benchmark
-
     tuned = args.tuned if args.tuned in ("dropout", "weight-decay") else int(args.tuned)
-    setup = benchmark.Setup(
+    setup = Setup(
         args.model, args.batch_size, args.image_size, args.num_classes, args.device, tuned, args.compile, args.bf16,
         args.channels_last, args.recompute,
     )  # fmt: skip
-    rows = benchmark.bench(setup, names=args.variants, rounds=args.rounds, memory=not args.no_memory)
+    rows = measure(setup, names=args.variants, rounds=args.rounds, memory=not args.no_memory)
     shown = ("variant", "step_ms", "ratio", "peak_mb", "failed")
     print(", ".join(f"{key} {value}" for key, value in rows[0].items() if key not in shown))
     print(tabulate([[row.get(key) for key in shown] for row in rows], ["variant", "step ms", "ratio", "peak MB", ""]))
     if args.json:
-        benchmark.write_json(args.json, rows)
+        write_json(args.json, rows)
         print(f"written to {args.json}")
     return 0
 
@@ -156,17 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=64, help="examples per step")
     command.add_argument("--image-size", type=int, default=32, help="pixels")
     command.add_argument("--num-classes", type=int, default=10, help="of the model")
-    names = (
-        "plain",
-        "general",
-        "response",
-        "schedule",
-        "schedule-default",
-        "func-jvp",
-        "func-jvp-batch",
-        "double-backward",
-    )
-    command.add_argument("--variants", nargs="+", default=names, choices=names, help="plain always runs")
+    command.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="plain always runs")
     command.add_argument("--rounds", type=int, default=15, help="alternating rounds, of which the median is taken")
     command.add_argument("--no-memory", action="store_true", help="skip peak memory (a fresh process per variant)")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
