@@ -144,13 +144,18 @@ def _no_rule(node: fx.Node, reason: str) -> Problem:
     )
 
 
-def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
-    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
+def hold_statistics(module: fx.GraphModule, running: bool = False) -> fx.GraphModule:
+    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3).
+
+    running: batch norms that have running statistics normalise by them, as in eval mode.
+    """
     module = copied(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm and node.args[5]:
-            x, _, _, weight, bias, training, _, eps = node.args
-            node.args = (x, None, None, weight, bias, training, 0.0, eps)
+            x, mean, variance, weight, bias, _, _, eps = node.args
+            by_batch = not running or mean is None
+            kept = (None, None) if by_batch else (mean, variance)
+            node.args = (x, *kept, weight, bias, by_batch, 0.0, eps)
         elif node.op == "call_function" and node.target is F.instance_norm:
             bound = inspect.signature(F.instance_norm).bind(*node.args, **node.kwargs)
             bound.apply_defaults()
@@ -179,11 +184,11 @@ def pushforward(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphMod
     return _Pushforward(hold_statistics(module), layouts, fold=False).run(pair)
 
 
-def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
+def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN, running_statistics: bool = False) -> fx.GraphModule:
     """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
 
-    An output that ends in softmax, log-softmax or sigmoid is linearised before it: link(z + dz). Otherwise the loss of
-    y + dy has no lower bound.
+    running_statistics: batch norms normalise by those, in train mode too. An output that ends in softmax, log-softmax or
+    sigmoid is linearised before it: link(z + dz). Otherwise the loss of y + dy has no lower bound.
     """
 
     def add(walk: _Pushforward, output: fx.Node) -> Any:
@@ -208,7 +213,7 @@ def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModu
 
         return map_aggregate(output.args[0], leaf_sum)
 
-    return _Pushforward(hold_statistics(module), layouts, fold=False).run(add)
+    return _Pushforward(hold_statistics(module, running_statistics), layouts, fold=False).run(add)
 
 
 def perturbed(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:

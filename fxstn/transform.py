@@ -31,7 +31,6 @@ RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
-    "linearized": linearized,
     "perturbed": perturbed,
     "trained": trained,
 }
@@ -52,7 +51,8 @@ class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
     binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
-    recompute: whether the response and hyper steps keep their activations or compute them again.
+    recompute: whether the response and hyper steps keep their activations or compute them again. statistics: what batch
+    norms normalise by in the response step, "batch" or "running".
     """
 
     binding: Binding
@@ -60,6 +60,7 @@ class Recipe:
     examples: Examples | None
     rung: str
     recompute: bool = False
+    statistics: str = "batch"
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
@@ -75,10 +76,12 @@ class Recipe:
         """
         graph = condition(canonical, () if name.endswith("eval") else self.binding.sites, places)
         kind = name.removesuffix("_eval")
+        if kind == "linearized":
+            graph = simplify(linearized(hyperize(graph), places, self.statistics == "running"))
+            return recompute_pass(graph) if self.recompute else graph
         if kind in LAST_PASS:
             graph = LAST_PASS[kind](hyperize(graph), places)
-        graph = simplify(graph)
-        return recompute_pass(graph) if self.recompute and kind == "linearized" else graph
+        return simplify(graph)
 
     locate = staticmethod(layouts)
 
@@ -97,6 +100,7 @@ def transform(
     method: str = "delta",
     trace: str = "auto",
     recompute: bool = False,
+    statistics: str = "batch",
 ) -> SelfTuningNetwork:
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
@@ -111,7 +115,9 @@ def transform(
     it is, whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch. The last two
     need example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
     recompute: activation checkpointing for the response and hyper steps of method "delta": their activations are computed
-    again in the backward pass, which costs time and saves memory in deep networks; not for "live".
+    again in the backward pass, which costs time and saves memory in deep networks; not for "live". statistics: what batch
+    norms normalise by in the response step of method "delta": those of the "batch", as while w₀ is trained, or the
+    "running" ones, as in the hyper step and for any user of the trained network; not for "live" either.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
@@ -122,17 +128,22 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if trace not in ("auto", *RUNGS):
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
-    if recompute and (method != "delta" or trace == "live"):
-        raise ValueError(f"recompute=True is for method 'delta', traced by fx or export; got {method!r} and {trace!r}")
+    if statistics not in ("batch", "running"):
+        raise ValueError(f"statistics={statistics!r} is neither 'batch' nor 'running'")
+    graphs_only = recompute or statistics != "batch"
+    if graphs_only and (method != "delta" or trace == "live"):
+        what = "recompute=True" if recompute else f"statistics={statistics!r}"
+        raise ValueError(f"{what} is for method 'delta', traced by fx or export; got {method!r} and {trace!r}")
     if trace in ("export", "live") and example_inputs is None:
         raise ValueError(f"trace={trace!r} needs example_inputs")
     model = copy.deepcopy(model)
     tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
-    rungs = [rung for rung in tried if not (recompute and rung == "live")]
+    emission = {"recompute": recompute, "statistics": statistics}
+    rungs = [rung for rung in tried if not (graphs_only and rung == "live")]
     problems: list[Problem] = []
     for rung in rungs:
         try:
-            network = _climbed(rung, model, hparams, example_inputs, method, recompute)
+            network = _climbed(rung, model, hparams, example_inputs, method, emission)
             network.rung, network.refusals = rung, tuple(problems)
             return network
         except TransformError as error:
@@ -144,7 +155,12 @@ def transform(
 
 
 def _climbed(
-    rung: str, model: nn.Module, hparams: Sequence[Spec] | None, example_inputs: Any, method: str, recompute: bool
+    rung: str,
+    model: nn.Module,
+    hparams: Sequence[Spec] | None,
+    example_inputs: Any,
+    method: str,
+    emission: dict[str, Any],
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -160,7 +176,7 @@ def _climbed(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, recompute)
+    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, **emission)
     if rung == "live":
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space))

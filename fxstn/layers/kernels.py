@@ -37,13 +37,14 @@ class _LinearMap(torch.autograd.Function):
 def linear_map(transpose: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorator: stage kernel(tangent, *saved), linear in `tangent`, with transpose(cotangent, *saved) as its gradient.
 
-    The primal values in `saved` are taken as constants: a response never needs a gradient through the primal stream.
+    The primal values in `saved`, the first of which has the tangent's type (autocast may have left another), are taken as
+    constants: a response never needs a gradient through the primal stream.
     """
 
     def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(kernel)
         def apply(tangent: Tensor, *saved: Any) -> Tensor:
-            return _LinearMap.apply(tangent, kernel, transpose, *saved)
+            return _LinearMap.apply(tangent.to(saved[0].dtype), kernel, transpose, *saved)
 
         apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
         apply.__module__ = __name__

@@ -56,8 +56,10 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
 def align(scale: Tensor, output: Tensor, dim: int, place: Place = FIRST) -> Tensor:
     """View scales, (n,) or (batch, n), so that they broadcast over `output` along channel `dim` (negative).
 
-    place: where the examples are in `output`. Raises ValueError when the rows of a per-example scale are not there.
+    In the type of `output`, which autocast may have lowered. place: where the examples are in `output`. Raises ValueError
+    when the rows of a per-example scale are not there.
     """
+    scale = scale.to(output.dtype)
     shape = [1] * output.dim()
     shape[dim] = scale.shape[-1]
     if scale.dim() == 1:
