@@ -13,7 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 import fxstn
+from benchmarks.overhead import NETWORKS
 from fxstn import hp
+from fxstn.cli import build_model
 from fxstn.recompute import Recomputed
 
 HPARAMS = [hp.Dropout("bn1", init=0.3), hp.WeightDecay()]
@@ -127,6 +129,32 @@ def test_compiled_graphs_have_no_break_and_give_the_same_numbers(batch, recomput
         torch.testing.assert_close(dict(twin.named_buffers()), dict(stn.named_buffers()))
         stn.zero_grad(), twin.zero_grad()
     assert pickle.loads(pickle.dumps(twin))._compile_options == {"fullgraph": True, "backend": "aot_eager"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_benchmark_networks_compile_and_give_the_same_numbers(name, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the draws of eager mode
+    network, _, image = NETWORKS[name]
+    torch.manual_seed(0)
+    stn = fxstn.transform(build_model(network, 10)).train()
+    randomize_response(stn, 0.01)
+    batch = torch.randn(4, 3, image, image), torch.randint(10, (4,))
+    twin = copy.deepcopy(stn)
+    twin.compile()
+    for loss in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+        results = []
+        for network in (stn, twin):
+            torch.manual_seed(1)
+            value = loss(network, F.cross_entropy, *batch)
+            value.backward()
+            results.append((value.detach(), {n: p.grad for n, p in network.named_parameters() if p.grad is not None}))
+            network.zero_grad()
+        (expected, gradients), (found, other) = results
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert gradients.keys() == other.keys()
+        for key, gradient in gradients.items():
+            assert (other[key] - gradient).norm() <= 2e-2 * gradient.norm() + 1e-5, key  # float32, batch norm of 4
 
 
 def test_what_runs_as_it_is_cannot_be_compiled():
