@@ -31,7 +31,7 @@ NETWORKS = {
     "vgg16": ("vgg16", 32, 32),
     "alexnet": ("alexnet", 64, 64),
     "mobilenet_v3_small": ("mobilenet_v3_small", 64, 64),
-    "convnext_tiny": ("convnext_tiny", 16, 32),
+    "convnext_tiny": ("convnext_tiny", 16, 64),
     "vit_b_16": ("benchmarks.networks:vit_b_16", 16, 64),
     "mlp": ("benchmarks.networks:mlp", 128, 32),
 }

@@ -1,4 +1,4 @@
-"""Write the tables of the README from the JSON files under benchmarks/results.
+"""Write the tables of README.md and docs/overhead.md, and docs/scaling.png, from the files under benchmarks/results.
 
     python -m benchmarks.tables
 
@@ -14,13 +14,18 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from benchmarks import schedules
+from benchmarks.overhead import NETWORKS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "overhead.md")
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
     "general": "general step: the same training, conditioned on λ",
     "response": "response step, by the emitted tangent",
     "schedule": "whole schedule of the paper, per inner step",
+    "schedule-default": "whole schedule, the default",
     "func-jvp": "response step by `torch.func.jvp`, ε per example",
     "func-jvp-batch": "response step by `torch.func.jvp`, one ε per batch",
 }
@@ -44,19 +49,59 @@ def demo() -> str:
     )
 
 
-TABLES = {"overhead": overhead, "demo": demo}
+def suite() -> str:
+    """Every network of the suite: ratios to plain training, and peak memory as a ratio too."""
+    columns = ["general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch", "double-backward"]
+    cells = []
+    for name, (_, batch, image) in NETWORKS.items():
+        rows = {row["variant"]: row for row in json.loads((RESULTS / f"overhead-{name}-cpu.json").read_text())}
+        ratios = [f"{rows[c]['ratio']:.2f}" if rows[c]["ratio"] is not None else "fails" for c in columns]
+        peaks = [f"{rows[c]['peak_mb'] / rows['plain']['peak_mb']:.2f}" for c in ("schedule", "schedule-default")]
+        cells.append([name, f"{batch} × {image}²", f"{rows['plain']['step_ms']:.0f}", *ratios, *peaks])
+    headers = ["network", "batch × image", "plain, ms", *columns, "memory, schedule", "memory, default"]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def peer() -> str:
+    rows = json.loads((RESULTS / "peer-cpu.json").read_text())["rows"]
+    cells = [(row["variant"], f"{row['ratio']:.2f}") for row in rows]
+    return tabulate(cells, ["one weight decay per layer of resnet18", "time / plain"], tablefmt="github")
+
+
+def chosen() -> str:
+    return schedules.table(json.loads(schedules.RESULTS.read_text()))
+
+
+def plot_scaling(path: Path) -> None:
+    """One panel per axis: ratios to plain training."""
+    import matplotlib.pyplot as plt
+
+    points = json.loads((RESULTS / "scaling-cpu.json").read_text())
+    figure, panels = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharey=True, layout="constrained")
+    for panel, (axis, values) in zip(panels, points.items(), strict=True):
+        labels = [str(point["at"]).removeprefix("resnet") for point in values]
+        for variant in ("response", "schedule", "schedule-default"):
+            panel.plot(labels, [point[variant] for point in values], marker="o", label=variant)
+        panel.set_xlabel(f"{axis} (resnet)" if axis == "depth" else axis)
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set_ylim(0, None)
+    panels[0].set_ylabel("time per step / plain training")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+TABLES = {"overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "schedules": chosen}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        assert re.search(pattern, text, re.DOTALL), name
-        new = table()
-        text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
-    readme.write_text(text)
-    print(f"written to {readme}")
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"<!-- table (\w+) -->", text):
+            new, pattern = TABLES[name](), rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
+        page.write_text(text)
+        print(f"written to {page}")
+    plot_scaling(ROOT / "docs" / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
-DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 1  # the paper's
+DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.25, 2  # docs/overhead.md; the paper: 1.0, 1
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 
 
