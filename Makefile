@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEVICE ?= cuda
+SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
+FAST := --bf16 --channels-last --processes 1 --variants general response schedule schedule-default
 
 .PHONY: demo test nightly bench support gpu figures
 
@@ -22,8 +24,12 @@ nightly: $(READY)  ## the tests that take hours: every model of torchvision
 support: $(READY)  ## docs/support.md: which models transform, how, and with what error; goes on where it stopped
 	$(BIN)/python -m benchmarks.support
 
-bench: $(READY)  ## overhead against plain training, three processes, their medians
+bench: $(READY)  ## overhead against plain training: resnet18 in three processes, the suite, growth, a peer (an hour)
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overhead --networks $(SUITE) --processes 1 --rounds 5
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/pip install --quiet betty-ml
+	$(BIN)/python -m benchmarks.peer
 
 figures: $(READY)  ## the figures and tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.ridge
@@ -32,6 +38,10 @@ figures: $(READY)  ## the figures and tables of README and docs from benchmarks/
 gpu:  ## on a machine with CUDA and the dependencies installed; nothing is downloaded
 	PYTHONPATH=. $(PYTHON) -m pytest -m cuda tests
 	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --device $(DEVICE) --batch-size 128
+	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --device $(DEVICE) --batch-size 128 --compile $(FAST)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --networks resnet18 resnet50 --device $(DEVICE) \
+		--batch-size 128 --image-size 224 --compile $(FAST)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.scaling --device $(DEVICE)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -55,15 +55,15 @@ def smallest(names: list[str]) -> str:
 
 
 def _images(model: Any) -> torch.Tensor:
-    """Two images: half as large as the model's own, which costs a quarter, where it takes that."""
+    """Four images of a quarter of the model's own height and width, or two of half or all of it: the first it takes."""
     settings = model.default_cfg
-    whole = torch.randn(2, *settings["input_size"])
-    if not settings.get("fixed_input_size"):
-        half = whole[..., : whole.shape[-2] // 2, : whole.shape[-1] // 2]
+    channels, height, width = settings["input_size"]
+    for share, batch in () if settings.get("fixed_input_size") else ((4, 4), (2, 2)):
+        images = torch.randn(batch, channels, height // share, width // share)
         with contextlib.suppress(Exception), torch.no_grad():
-            model.eval()(half)
-            return half
-    return whole
+            model.eval()(images)
+            return images
+    return torch.randn(2, channels, height, width)
 
 
 def measure(name: str, seeds: int) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def page(rows: dict[str, dict[str, Any]], total: int) -> str:
         "# Beyond torchvision\n\n"
         f"{good} of timm's {total} families pass, by their smallest model with `hparams=None`{left}: in float64, train and "
         "eval mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two "
-        f"examples of the model's own image size or half of it. Written by `python -m benchmarks.families`; torch "
+        f"or four images, a quarter, half or all of the model's own size. Written by `python -m benchmarks.families`; torch "
         f"{torch.__version__.partition('+')[0]}.\n\n{tabulate(cells, headers=headers, tablefmt='github')}\n"
     )
 

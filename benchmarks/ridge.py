@@ -174,6 +174,8 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
         hyper_optimizer=partial(adam, lr=settings.hyper_lr, betas=settings.hyper_betas),
         tune_scale=False,
         train_steps=settings.train_steps,
+        response_fraction=1.0,
+        response_every=1,
         warmup_epochs=settings.warmup_epochs,
         progress=False,
     )

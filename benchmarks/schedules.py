@@ -34,6 +34,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "every step, whole batch": FULL,
     "every 2nd step, 1/4": {"response_fraction": 0.25, "response_every": 2},
     "every 4th step, 1/2": CHEAP,
+    "every 4th step, 1/2, no momentum": CHEAP | {"momentum": 0.0},
 }
 NORMS: dict[str, dict[str, Any]] = {
     f"{schedule}; {statistics}, ε per {perturb}": settings | {"statistics": statistics, "perturb": perturb}
@@ -67,10 +68,12 @@ def run(task: str, settings: dict[str, Any], seed: int, root: str | None) -> dic
     model, hparams = network(task)
     settings = dict(settings)
     untuned, statistics = settings.pop("untuned", False), settings.pop("statistics", "batch")
+    momentum = settings.pop("momentum", 0.9)
+    rate = 5e-2 if momentum else 0.25
     runner = fxstn.BilevelRunner(
         fxstn.transform(model, hparams, statistics=statistics), F.cross_entropy,
         loader(split.train, 128, seed), loader(split.valid, 128, seed + 1),
-        response_optimizer=lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
+        response_optimizer=lambda p: torch.optim.SGD(p, lr=rate, momentum=momentum),
         hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=3e-2),
         warmup_epochs=epochs if untuned else 2, progress=False, **(settings or CHEAP),
     )  # fmt: skip

@@ -82,6 +82,8 @@ def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
         hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=args.hyper_lr),
         train_steps=args.train_steps,
         warmup_epochs=args.warmup_epochs,
+        response_fraction=1.0,  # the paper's: in so few steps every one is needed
+        response_every=1,
         perturb=args.perturb,
         metrics={"accuracy": fxstn.accuracy},
         out_dir=out,

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn import hp
 from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, sgd
+from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, response_sgd, sgd
 from fxstn.condition import bind
 from fxstn.fidelity import frozen_modules
 from fxstn.measure import peak_memory, step_times
@@ -114,7 +114,8 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
 
 
 def variants(setup: Setup, names: Sequence[str]) -> Steps:
-    """The named variants, each with its optimizer's step: SGD with momentum for all weights, RMSprop for λ and σ."""
+    """The named variants, each with its optimizer's step: SGD with momentum for all weights, RMSprop for λ and σ; the
+    default schedule with the runner's optimizer for Θ."""
     model, x, target = setup.built()
     stn = transform(model, setup.hparams(), recompute=setup.recompute).train()
     precision = partial(torch.autocast, setup.device, torch.bfloat16, enabled=setup.bf16)
@@ -132,13 +133,14 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         return step
 
     general, response = stepper(sgd(list(stn.general_parameters()))), stepper(sgd(list(stn.response_parameters())))
+    cheap_response = stepper(response_sgd(list(stn.response_parameters())))
     hyper = stepper(torch.optim.RMSprop(stn.hparams.parameters(), lr=1e-3))
 
-    def cycle(steps: int, fraction: float, every: int) -> None:
+    def cycle(steps: int, learn: Callable[..., None], fraction: float, every: int) -> None:
         for number in range(steps):
             general(general_loss, stn, F.cross_entropy, x, target)
             if number % every == 0:
-                response(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
+                learn(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
             if (number + 1) % TRAIN_STEPS == 0:
                 hyper(hyper_loss, stn, F.cross_entropy, x, target)
 
@@ -150,9 +152,10 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         made["plain"] = lambda: plain_step(lambda: F.cross_entropy(run(x), target)), 1
     made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
     made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
-    made["schedule"] = partial(cycle, TRAIN_STEPS, 1.0, 1), TRAIN_STEPS
+    made["schedule"] = partial(cycle, TRAIN_STEPS, response, 1.0, 1), TRAIN_STEPS
+    default = (DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY)
     whole = math.lcm(TRAIN_STEPS, DEFAULT_RESPONSE_EVERY)
-    made["schedule-default"] = partial(cycle, whole, DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY), whole
+    made["schedule-default"] = partial(cycle, whole, cheap_response, *default), whole
     if not {"func-jvp", "func-jvp-batch", "double-backward"}.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))
         made["func-jvp"] = partial(response, func_jvp_per_example, stn, x, target), 1

@@ -110,17 +110,6 @@ def test_patience_stops_a_run_that_does_not_improve():
     assert len(runner.fit(50)) == 3
 
 
-def test_a_part_of_the_batch_serves_the_response_step():
-    seen = []
-
-    def loss_fn(output, target):
-        seen.append(len(target))
-        return F.cross_entropy(output, target)
-
-    make(response_fraction=0.25, loss_fn=loss_fn, train=16, valid_loss_fn=F.cross_entropy).fit(1)
-    assert seen == [8, 2, 8, 2]
-
-
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
     calls = []
@@ -130,7 +119,7 @@ def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
         broken = len(calls) > 2 * 5 * 2 + step
         return F.cross_entropy(output, target) * (math.nan if broken else 1)
 
-    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
+    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy, response_every=1)
     with pytest.raises(fxstn.DivergedError, match=r"became nan in epoch 3, step \d.*dropout=.*best.pt.*learning rate"):
         runner.fit(9)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] in (1, 2)
@@ -214,7 +203,14 @@ def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
         seen = []
         stn.model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # in evaluation
         runner = fxstn.BilevelRunner(
-            stn, F.cross_entropy, DataLoader(data, 8), DataLoader(data, 8), train_steps=1, progress=False, **settings
+            stn,
+            F.cross_entropy,
+            DataLoader(data, 8),
+            DataLoader(data, 8),
+            train_steps=1,
+            response_fraction=1.0,
+            progress=False,
+            **settings,
         )
         return runner, runner.fit(1).rows[0], seen[0]
 
