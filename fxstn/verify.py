@@ -32,7 +32,7 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.transform import transform
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8)
+STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 1e-9, 1e-10)
 
 
 class ReplayedDropout(TorchFunctionMode):
@@ -89,10 +89,12 @@ class Check:
 
 @dataclass
 class Report:
-    """What `verify` found. ok: every mode has a point with relative error ≤ tolerance. print() shows a table."""
+    """What `verify` found. ok: every mode has a point with relative error ≤ tolerance. rung: how the forward was followed.
+    print() shows a table."""
 
     tolerance: float
     checks: list[Check] = field(default_factory=list)
+    rung: str = ""
 
     @property
     def max_error(self) -> float:
@@ -206,6 +208,7 @@ def verify(
             with Widened():
                 original = _prepare(model, inputs, seed)
             stn = _transformed(original, hparams, inputs, trace)
+            report.rung = stn.rung
             delta = _randomize(stn, seed)
             with Widened():
                 for mode, against, error in _comparisons(stn, original, inputs, delta, seed, passed, tolerance):
