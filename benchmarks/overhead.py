@@ -38,12 +38,12 @@ NETWORKS = {
 OPTIONS = ("compile", "bf16", "channels-last", "recompute")
 
 
-def one_process(network: str, options: list[str], memory: bool) -> list[dict[str, Any]]:
-    """Rows of one `fxstn bench` in a process of its own."""
+def one_process(network: str, options: list[str], memory: list[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of one `fxstn bench` in a process of its own. memory: variants whose peak is measured."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
         command = [sys.executable, "-W", "ignore", "-m", "fxstn.cli", "bench", network, "--json", str(file), *options]
-        subprocess.run(command + ([] if memory else ["--no-memory"]), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--memory", *(memory or [])], check=True, stdout=subprocess.DEVNULL)
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
 
@@ -68,7 +68,9 @@ def measure(name: str, args: argparse.Namespace) -> Path:
     options = ["--batch-size", args.batch_size or batch, "--image-size", args.image_size or image]
     options += ["--rounds", args.rounds, "--device", args.device, *(f"--{option}" for option in chosen)]
     options += ["--variants", *args.variants] if args.variants else []
-    runs = [one_process(network, [str(o) for o in options], memory=i == 0) for i in range(args.processes)]
+    runs = [
+        one_process(network, [str(o) for o in options], args.memory if i == 0 else None) for i in range(args.processes)
+    ]
     rows = medians(runs)
     shown = [[r["variant"], r["step_ms"], r["ratio"], r["processes"], r["peak_mb"]] for r in rows]
     tqdm.write(f"{name}\n" + tabulate(shown, ["variant", "step ms", "ratio", "each process", "peak MB"]))
@@ -90,6 +92,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds in each process")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--memory",
+        nargs="*",
+        default=["plain", "general", "response", "schedule", "schedule-default", "func-jvp"],
+        help="variants whose peak memory is measured",
+    )
     for option in OPTIONS:
         parser.add_argument(f"--{option}", action="store_true", help="as for `fxstn bench`")
     args = parser.parse_args()

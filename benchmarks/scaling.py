@@ -21,9 +21,9 @@ from benchmarks.overhead import RESULTS, one_process
 VARIANTS = ("response", "schedule", "schedule-default")
 BASE = {"model": "resnet18", "batch-size": 32, "image-size": 32, "tuned": "dropout"}
 AXES: dict[str, tuple[str, list[Any]]] = {
-    "batch size": ("batch-size", [8, 16, 32, 64, 128]),
-    "depth": ("model", ["resnet18", "resnet34", "resnet50", "resnet101"]),
-    "image size": ("image-size", [32, 48, 64, 96]),
+    "batch size": ("batch-size", [8, 32, 128]),
+    "depth": ("model", ["resnet18", "resnet34", "resnet50"]),
+    "image size": ("image-size", [32, 64, 96]),
     "hyperparameters": ("tuned", [1, 10, 100, 1000]),
 }
 
@@ -43,7 +43,7 @@ def main() -> None:
         settings = BASE | {key: value}
         options = [str(part) for name, own in settings.items() if name != "model" for part in (f"--{name}", own)]
         options += ["--rounds", str(args.rounds), "--device", args.device, "--variants", *VARIANTS]
-        rows = one_process(settings["model"], options, memory=False)
+        rows = one_process(settings["model"], options)
         points.setdefault(axis, []).append(
             {"at": value, "torch": rows[0]["torch"], "device": rows[0]["device"]}
             | {row["variant"]: row["ratio"] for row in rows}

@@ -183,13 +183,13 @@ def bench(
     names: Sequence[str] = VARIANTS,
     rounds: int = 15,
     warmup: int = 3,
-    memory: bool = True,
+    memory: Sequence[str] = VARIANTS,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows {'variant', 'step_ms', 'ratio', 'peak_mb'} and the setup; ratio against plain in the same run.
 
     Median over `rounds` rounds in which the variants alternate, optimiser steps included; a schedule's step is its mean
-    over whole cycles of inner and hyper steps. peak_mb: from a fresh process each (None where memory=False).
+    over whole cycles of inner and hyper steps. peak_mb: from a fresh process each, for the variants in `memory`, else None.
     A variant that cannot run is reported with step_ms None and the reason.
     """
     steps = variants(setup, ("plain", *names))
@@ -210,7 +210,7 @@ def bench(
         else:
             row["step_ms"] = round(1e3 * times[variant], 2)
             row["ratio"] = round(times[variant] / times["plain"], 3)
-            row["peak_mb"] = round(_memory_in_fresh_process(setup, variant), 1) if memory else None
+            row["peak_mb"] = round(_memory_in_fresh_process(setup, variant), 1) if variant in memory else None
         rows.append(row | shared)
     return rows
 

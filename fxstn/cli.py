@@ -92,7 +92,7 @@ def bench(args: argparse.Namespace) -> int:
         args.model, args.batch_size, args.image_size, args.num_classes, args.device, tuned, args.compile, args.bf16,
         args.channels_last, args.recompute,
     )  # fmt: skip
-    rows = measure(setup, names=args.variants, rounds=args.rounds, memory=not args.no_memory)
+    rows = measure(setup, names=args.variants, rounds=args.rounds, warmup=min(3, args.rounds), memory=args.memory)
     shown = ("variant", "step_ms", "ratio", "peak_mb", "failed")
     print(", ".join(f"{key} {value}" for key, value in rows[0].items() if key not in shown))
     print(tabulate([[row.get(key) for key in shown] for row in rows], ["variant", "step ms", "ratio", "peak MB", ""]))
@@ -158,7 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num-classes", type=int, default=10, help="of the model")
     command.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="plain always runs")
     command.add_argument("--rounds", type=int, default=15, help="alternating rounds, of which the median is taken")
-    command.add_argument("--no-memory", action="store_true", help="skip peak memory (a fresh process per variant)")
+    command.add_argument(
+        "--memory",
+        nargs="*",
+        default=VARIANTS,
+        choices=VARIANTS,
+        help="variants whose peak memory is measured, in a fresh process each",
+    )
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument(
         "--tuned", default="dropout", help="dropout, weight-decay (per layer), or a number of other hyperparameters"

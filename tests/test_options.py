@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from nets import SmallConv, mlp, randomize_response
 from torch import nn
@@ -133,8 +134,8 @@ def test_compiled_graphs_have_no_break_and_give_the_same_numbers(batch, recomput
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_benchmark_networks_compile_and_give_the_same_numbers(name, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the draws of eager mode
+@torch._inductor.config.patch(fallback_random=True)  # the draws of eager mode
+def test_the_benchmark_networks_compile_and_give_the_same_numbers(name):
     network, _, image = NETWORKS[name]
     torch.manual_seed(0)
     stn = fxstn.transform(build_model(network, 10)).train()

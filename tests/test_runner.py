@@ -271,7 +271,7 @@ def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, caps
 
 def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--no-memory") == 0
+    assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--memory") == 0
     rows = json.loads(file.read_text())
     assert [row["variant"] for row in rows] == [
         "plain", "general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch",
