@@ -139,7 +139,7 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
     def cycle(steps: int, learn: Callable[..., None], fraction: float, every: int) -> None:
         for number in range(steps):
             general(general_loss, stn, F.cross_entropy, x, target)
-            if number % every == 0:
+            if (number + 1) % every == 0:
                 learn(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
             if (number + 1) % TRAIN_STEPS == 0:
                 hyper(hyper_loss, stn, F.cross_entropy, x, target)

@@ -29,7 +29,7 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
-DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.5, 4  # docs/overhead.md; the paper: 1.0, 1
+DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.5, 5  # docs/overhead.md; the paper: 1.0, 1
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 
 
@@ -232,11 +232,10 @@ class BilevelRunner:
         if not steps:
             raise ValueError("train_loader is empty: it yielded no batch")
         self._check_finite(totals, number, steps)
-        row = {
-            "epoch": number,
-            **{name: (total / counts[name]).item() for name, total in totals.items()},
-            **self.evaluate(),
-        }
+        losses = {name: (total / counts[name]).item() for name, total in totals.items()}
+        if self.stn.method != "stn":
+            losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
+        row: dict[str, Any] = {"epoch": number, **losses, **self.evaluate()}
         self._check_finite({"valid_loss": torch.tensor(row["valid_loss"])}, number, steps)
         scales = self.stn.hparams.scale.tolist()
         row |= self.stn.hparams.values() | {SCALE + n: s for n, s in zip(self.stn.hparams.names, scales, strict=True)}
@@ -260,7 +259,7 @@ class BilevelRunner:
         with self._precision():
             loss = general_loss(self.stn, self.loss_fn, *batch)
         losses = {"train_loss": self._step(loss, "optimizer")}
-        if self.steps % self.response_every == 0:
+        if (self.steps + 1) % self.response_every == 0:  # with the default train_steps: just before a hyper step
             with self._precision():
                 loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction), perturb=self.perturb)
             losses["response_loss"] = self._step(loss, "response_optimizer")
