@@ -205,10 +205,11 @@ def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
         runner = fxstn.BilevelRunner(
             stn,
             F.cross_entropy,
-            DataLoader(data, 8),
-            DataLoader(data, 8),
+            DataLoader(data, 16),
+            DataLoader(data, 16),
             train_steps=1,
             response_fraction=1.0,
+            response_every=1,
             progress=False,
             **settings,
         )
