@@ -86,7 +86,7 @@ def plot_scaling(path: Path) -> None:
             panel.plot(labels, [point[variant] for point in values], marker="o", label=variant)
         panel.set_xlabel(f"{axis} (resnet)" if axis == "depth" else axis)
         panel.axhline(1, color="grey", linewidth=0.8)
-        panel.set_ylim(0, None)
+    panels[0].set_ylim(0, 1.08 * panels[0].get_ylim()[1])  # shared by all
     panels[0].set_ylabel("time per step / plain training")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
