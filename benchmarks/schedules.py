@@ -28,18 +28,19 @@ from fxstn.cli import loader
 RESULTS = Path(__file__).parent / "results" / "schedules.json"
 TASKS = {"mlp": ("mnist", 40), "conv": ("fashion-mnist", 20)}
 FULL: dict[str, Any] = {"response_fraction": 1.0, "response_every": 1}
-CHEAP: dict[str, Any] = {"response_fraction": 0.5, "response_every": 5, "momentum": 0.0}
+CHEAP: dict[str, Any] = {"response_fraction": 0.5, "response_every": 4, "momentum": 0.0}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "untuned": {"untuned": True},
     "every step, whole batch": FULL,
     "every 2nd step, 1/4": {"response_fraction": 0.25, "response_every": 2},
     "every 4th step, 1/2": {"response_fraction": 0.5, "response_every": 4},
-    "every 4th step, 1/2, no momentum": {"response_fraction": 0.5, "response_every": 4, "momentum": 0.0},
-    "every 5th step, 1/2, no momentum (default)": CHEAP,
+    "every 4th step, 1/2, no momentum": CHEAP,
+    "every 5th step, 1/2, no momentum": {"response_fraction": 0.5, "response_every": 5, "momentum": 0.0},
+    "every 4th step, 1/3, no momentum": CHEAP | {"response_fraction": 1 / 3},
 }
 NORMS: dict[str, dict[str, Any]] = {
     f"{schedule}; {statistics}, ε per {perturb}": settings | {"statistics": statistics, "perturb": perturb}
-    for schedule, settings in (("every step, whole batch", FULL), ("every 5th step, 1/2, no momentum", CHEAP))
+    for schedule, settings in (("every step, whole batch", FULL), ("every 4th step, 1/2", CHEAP | {"momentum": 0.9}))
     for statistics in ("batch", "running")
     for perturb in (("example", "batch") if schedule.startswith("every step") else ("example",))
 }

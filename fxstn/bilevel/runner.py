@@ -29,7 +29,7 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
-DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.5, 5  # docs/overhead.md; the paper: 1.0, 1
+DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.5, 4  # docs/overhead.md; the paper: 1.0, 1
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 
 
@@ -259,7 +259,7 @@ class BilevelRunner:
         with self._precision():
             loss = general_loss(self.stn, self.loss_fn, *batch)
         losses = {"train_loss": self._step(loss, "optimizer")}
-        if (self.steps + 1) % self.response_every == 0:  # with the default train_steps: just before a hyper step
+        if (self.steps + 1) % self.response_every == 0:
             with self._precision():
                 loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction), perturb=self.perturb)
             losses["response_loss"] = self._step(loss, "response_optimizer")
