@@ -93,7 +93,7 @@ def run(task: str, settings: dict[str, Any], seed: int, root: str | None) -> dic
 def table(results: dict[str, Any]) -> str:
     """Mean ± standard deviation over seeds, Markdown."""
     rows = []
-    for key, runs in results.items():
+    for key, runs in sorted(results.items(), key=lambda item: list(TASKS).index(item[0].split(":")[0])):
         task, label = key.split(": ", 1)
         best = [run["best"] for run in runs]
         spread = statistics.stdev(best) if len(best) > 1 else 0.0
