@@ -77,7 +77,6 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     if count > LARGE:
         model = shortened(model)
     start = time.perf_counter()
-    start = time.perf_counter()
     report = fxstn.verify(model.train(), inputs, seeds=seeds)
     return {
         "parameters": count,

@@ -4,7 +4,9 @@ from fxstn import hp
 from fxstn.bilevel import BilevelRunner, DivergedError, History, accuracy, general_loss, hyper_loss, response_loss
 from fxstn.errors import Problem, TransformError
 from fxstn.explain import Explanation, explain
+from fxstn.losses import cross_entropy
 from fxstn.network import SelfTuningNetwork
+from fxstn.operations import register_operation
 from fxstn.rules.own import register_rule
 from fxstn.transform import transform
 from fxstn.verify import Report, verify
@@ -19,10 +21,12 @@ __all__ = [
     "SelfTuningNetwork",
     "TransformError",
     "accuracy",
+    "cross_entropy",
     "explain",
     "general_loss",
     "hp",
     "hyper_loss",
+    "register_operation",
     "register_rule",
     "response_loss",
     "transform",

@@ -1,4 +1,4 @@
-"""Pass 3, condition: dropout reads its strength from λ, and new dropout is inserted where the specs ask for it.
+"""Pass 3, condition: random operations read their strengths from λ, and new ones are inserted where the specs ask.
 
 `bind` decides, once, which λ belongs to which site of the training graph; `condition` rewrites a graph accordingly.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn.errors import module_path
 from fxstn.graphs import add_placeholder, copied, model_of, placeholders
-from fxstn.hp import Dropout, Quantity, Scalar, Spec, WeightDecay, start_inside
+from fxstn.hp import OPERATIONS, DropConnect, Dropout, Operation, Quantity, Scalar, Spec, WeightDecay
 from fxstn.hyperize import layer_weights
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch
+from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, track_batch, weight_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.layout import PLAIN, Layouts
 from fxstn.mutation import DROPOUTS
@@ -40,101 +40,135 @@ _SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # resul
 
 @dataclass(frozen=True)
 class Site:
-    """Where the training graph reads λ[index].
+    """Where the training graph reads λ[indices], the strengths of one operation.
 
-    node: the dropout that is taken over; or, with insert=True, the value that gets a dropout of its own, for those of
-    its readers that lie outside module call number `outside` (None: for all of them).
+    node: the operation that is taken over; or, with insert=True, the value that gets one of its own, for those of its
+    readers that lie outside module call number `outside` (None: for all of them). spec: whose operation; `hp.Dropout`'s
+    depends on the node that is taken over.
     """
 
-    index: int
+    indices: tuple[int, ...]
     path: str
     node: str
+    spec: Spec
     insert: bool = False
     outside: int | None = None
+
+    @property
+    def index(self) -> int:
+        """The one strength of a dropout."""
+        (index,) = self.indices
+        return index
 
 
 @dataclass(frozen=True)
 class Binding:
-    """quantities: what is tuned, in the order of λ. penalties: (parameter name, index of its weight decay)."""
+    """quantities: what is tuned, in the order of λ. penalties: (parameter name, index of its weight decay, norm). dropped:
+    (parameter name, index of its DropConnect rate)."""
 
     quantities: tuple[Quantity, ...]
     sites: tuple[Site, ...]
-    penalties: tuple[tuple[str, int], ...]
+    penalties: tuple[tuple[str, int, int], ...]
+    dropped: tuple[tuple[str, int], ...] = ()
 
 
-def dropout_path(node: fx.Node) -> str:
+def operation_path(node: fx.Node) -> str:
     """What patterns are matched against: the module's path, or 'path.node' for a functional call inside a module."""
     scope = node.meta.get("scope", ())
-    if scope and issubclass(scope[-1][2], _DropoutNd):
-        return scope[-1][1]
+    if node.target in OPERATIONS or (scope and issubclass(scope[-1][2], _DropoutNd)):
+        return module_path(node)
     return f"{module_path(node)}.{node.name}".lstrip(".")
 
 
 def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
-    """Match specs (None: every dropout found, or inserted by stages) with the sites of a canonical training graph.
+    """Match specs (None: every random operation found, or else dropout inserted by stages) with a canonical training graph.
 
     Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
     """
     quantities: list[Quantity] = []
     sites: list[Site] = []
-    penalties: list[tuple[str, int]] = []
+    penalties: list[tuple[str, int, int]] = []
+    dropped: list[tuple[str, int]] = []
 
-    def add(spec: Spec, path: str, init: float | None = None) -> int:
+    def add(spec: Spec, path: str, starts: Mapping[str, float] | None = None) -> tuple[int, ...]:
         if not (spec.shared and len(quantities) > first):
-            quantities.append(spec.quantity(path, init))
-        return len(quantities) - 1
+            quantities.extend(spec.quantities(path, starts))
+        return tuple(range(len(quantities) - len(spec.numbers), len(quantities)))
 
-    for spec in [Dropout()] if specs is None else specs:
+    for spec in _found(module) if specs is None else specs:
         first = len(quantities)
-        if isinstance(spec, Dropout):
-            for path, found, init in _dropout_sites(module, spec):
-                index = add(spec, path, init)
-                sites += [Site(index, path, *place) for place in found]
-        elif isinstance(spec, WeightDecay):
-            weights = layer_weights(module)
+        if isinstance(spec, (Dropout, Operation)):
+            for path, found, starts in _sites(module, spec):
+                indices = add(spec, path, starts)
+                sites += [Site(indices, path, place[0], spec, *place[1:]) for place in found]
+        elif isinstance(spec, (WeightDecay, DropConnect)):
             owners: dict[str, list[str]] = {}
-            for name in weights:
+            for name in layer_weights(module):
                 owners.setdefault(name.rpartition(".")[0], []).append(name)
-            for path in spec.match(owners):
-                index = add(spec, path)
-                penalties += [(name, index) for name in owners[path]]
+            for path in spec.match(owners) if spec.where else owners:
+                (index,) = add(spec, path)
+                if isinstance(spec, WeightDecay):
+                    penalties += [(name, index, spec.norm) for name in owners[path]]
+                else:
+                    dropped += [(name, index) for name in owners[path]]
         elif isinstance(spec, Scalar):
             add(spec, "")
         else:
             raise TypeError(f"{spec!r} is not a spec of fxstn.hp")
-    dropped = [path for _, path in dict.fromkeys((site.index, site.path) for site in sites)]
-    for kind, taken in (("dropout", dropped), ("weight decay", [name for name, _ in penalties])):
-        if repeated := sorted({name for name in taken if taken.count(name) > 1}):
-            raise ValueError(f"{kind} is asked for twice at {', '.join(map(repr, repeated))}; match each site once")
-    return Binding(tuple(quantities), tuple(sites), tuple(penalties))
+    asked = [
+        (type(site.spec).__name__, site.path) for site in {(site.indices, site.path): site for site in sites}.values()
+    ]
+    asked += [(f"WeightDecay with norm {norm}", name) for name, _, norm in penalties]
+    asked += [("DropConnect", name) for name, _ in dropped]
+    if repeated := sorted({place for place in asked if asked.count(place) > 1}):
+        places = ", ".join(f"{kind} is asked for twice at {path!r}" for kind, path in repeated)
+        raise ValueError(f"{places}; match each site once")
+    return Binding(tuple(quantities), tuple(sites), tuple(penalties), tuple(dropped))
 
 
-def _dropout_sites(module: fx.GraphModule, spec: Dropout) -> Iterator[tuple[str, list[tuple], float | None]]:
-    """(path, its places as Site fields, start or None for the spec's own) for each hyperparameter of one spec."""
+def _found(module: fx.GraphModule) -> list[Spec]:
+    """A spec for every kind of random operation in the model, in the order they act; dropout where there is none."""
+    targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    kinds = dict.fromkeys(OPERATIONS[target] for target in targets if target in OPERATIONS)
+    specs: list[Spec] = [kind() for kind in kinds]
+    return [*specs, Dropout()] if not specs or not DROPOUTS.isdisjoint(targets) else specs
+
+
+def _strengths(node: fx.Node) -> tuple:
+    """The strengths that an operation of the model has itself."""
+    return node.args[1:2] if node.target in DROPOUTS else node.args[1:]
+
+
+def _sites(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[tuple], Mapping[str, float] | None]]:
+    """(path, its places as Site fields, starts or None for the spec's own) for each match of one spec."""
     existing: dict[str, list[fx.Node]] = {}
+    dropout, inserts = isinstance(spec, Dropout), getattr(spec, "inserts", True)
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in DROPOUTS:
-            existing.setdefault(dropout_path(node), []).append(node)
+        own = node.target in DROPOUTS if dropout else OPERATIONS.get(node.target) is type(spec)
+        if node.op == "call_function" and own:
+            existing.setdefault(operation_path(node), []).append(node)
     if not spec.where:
-        if existing:
-            for path, nodes in existing.items():
-                yield path, [(node.name,) for node in nodes], start_inside(float(nodes[0].args[1]), spec)  # type: ignore[arg-type]
-        else:
-            yield "input", _input_places(module), None
-            for path, node in _stages(module):
+        for path, nodes in existing.items():
+            starts = dict(zip(spec.numbers, map(float, _strengths(nodes[0])), strict=True))
+            yield path, [(node.name,) for node in nodes], starts
+        if not existing and inserts:
+            yield "input", _input_places(module)[: None if dropout else 1], None
+            for path, node in _stages(module) if dropout else ():
                 yield path, [(node.name, True)], None
+        elif not existing:
+            raise ValueError(f"{spec!r}: the model has no such operation, and none is inserted")
         return
-    names = ["input", *(name for name, _ in model_of(module).named_modules())]
-    matched = spec.match([*names, *(path for path in existing if path not in names)])
+    modules = ["input", *(name for name, _ in model_of(module).named_modules())] if inserts else []
+    matched = spec.match([*modules, *(path for path in existing if path not in modules)])
     to_insert = [path for path in matched if path not in existing and path != "input"]
     outermost = [p for p in to_insert if not any(_contains(q, p) for q in to_insert)]
     for path in matched:
         if path == "input":
-            yield path, _input_places(module), None
+            yield path, _input_places(module)[: None if dropout else 1], None
         elif path in existing:
             yield path, [(node.name,) for node in existing[path]], None
         elif path in outermost:
-            yield path, _exits(module, path), None
+            yield path, _exits(module, path, spec), None
 
 
 def _contains(outer: str, inner: str) -> bool:
@@ -145,7 +179,7 @@ def _input_places(module: fx.GraphModule) -> list[tuple]:
     return [(node.name, True) for node in placeholders(module.graph) if not node.args]
 
 
-def _exits(module: fx.GraphModule, path: str) -> list[tuple]:
+def _exits(module: fx.GraphModule, path: str, spec: Spec) -> list[tuple]:
     """Places after every call of the module at `path`; for the root, its outputs."""
     if path == "":
         output = next(node for node in module.graph.nodes if node.op == "output")
@@ -157,7 +191,7 @@ def _exits(module: fx.GraphModule, path: str) -> list[tuple]:
         if called == path
     ]
     if not places:
-        raise ValueError(f"hp.Dropout: the module '{path}' is not called when the model trains; name another")
+        raise ValueError(f"{spec!r}: the module '{path}' is not called when the model trains; name another")
     return places
 
 
@@ -204,46 +238,77 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     return user if user.op == "call_function" and user.args[0] is node and alone and not several else None
 
 
-def condition(module: fx.GraphModule, sites: Sequence[Site], layouts: Layouts = PLAIN) -> fx.GraphModule:
-    """Dropout as an explicit draw of noise and a product, with strengths from `hparams(condition)` where tuned.
+def condition(module: fx.GraphModule, binding: Binding | None, layouts: Layouts = PLAIN) -> fx.GraphModule:
+    """Random operations as an explicit draw and what is done with it, with strengths from `hparams(condition)` where tuned.
 
-    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units. layouts: where the examples are.
+    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units. binding: None for an evaluation graph, which
+    tunes nothing. layouts: where the examples are.
     """
     module = copied(module)
     graph = module.graph
+    sites = binding.sites if binding else ()
     by_name = {node.name: node for node in graph.nodes}
     placeholder = add_placeholder(graph, "condition")
-    strengths: fx.Node | None = None
+    hparams: fx.Node | None = None
     last_input = placeholders(graph)[-1]
 
-    def strength(site: Site, before: fx.Node) -> tuple[fx.Node, Examples]:
-        nonlocal strengths
-        if strengths is None:
+    def read(index: int, name: str, before: fx.Node) -> fx.Node:
+        nonlocal hparams
+        if hparams is None:
             with graph.inserting_after(last_input):
-                strengths = graph.create_node("call_module", "hparams", (placeholder,), name="strengths")
+                hparams = graph.create_node("call_module", "hparams", (placeholder,), name="strengths")
         with graph.inserting_before(before):
-            name = f"{site.path or 'output'}_p".replace(".", "_")
-            index: Any = (..., site.index)
-            p = graph.create_node("call_function", operator.getitem, (strengths, index), name=name)
-            place = layouts.get(site.node, BATCH_FIRST)
-            if place is None:
-                p = graph.call_function(for_all_examples, (p, 0, f"dropout at '{site.path}'"))
-            return p, place or BATCH_FIRST
+            entry: Any = (..., index)
+            return graph.create_node("call_function", operator.getitem, (hparams, entry), name=name.replace(".", "_"))
+
+    def strengths(site: Site, before: fx.Node) -> tuple[tuple[Any, ...], Examples]:
+        place = layouts.get(site.node, BATCH_FIRST)
+        dropout = isinstance(site.spec, Dropout)
+        known = place is not None and (dropout or place == BATCH_FIRST)
+        found = []
+        for index, number in zip(site.indices, site.spec.numbers, strict=True):
+            value = read(index, f"{site.path or 'output'}_{'p' if dropout else number}", before)
+            with graph.inserting_before(before):
+                what = f"{'dropout' if dropout else number} at '{site.path}'"
+                found.append(value if known else graph.call_function(for_all_examples, (value, 0, what)))
+        return tuple(found), (place or BATCH_FIRST) if known else BATCH_FIRST
 
     taken = {site.node: site for site in sites if not site.insert}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in DROPOUTS:
+        if node.op == "call_function" and (node.target in DROPOUTS or node.target in OPERATIONS):
             site = taken.get(node.name)
-            _draw(graph, node, *(strength(site, node) if site else (node.args[1], BATCH_FIRST)))  # type: ignore[arg-type]
-    for site in sites:
-        if site.insert:
-            _insert(graph, by_name[site.node], site, strength, last_input)
+            _draw(graph, node, *(strengths(site, node) if site else (_strengths(node), BATCH_FIRST)))
+    for site in reversed(
+        [site for site in sites if site.insert]
+    ):  # of two after one value the first asked for acts first
+        _insert(graph, by_name[site.node], site, strengths, last_input)
+    for name, index in binding.dropped if binding else ():
+        for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == f"model.{name}"]:
+            _drop_weights(graph, node, read(index, f"{name}_p", node.next), name)
     graph.lint()
     return module
 
 
-def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -> None:
-    """Replace a dropout node by its noise and the product with it, in place, name kept."""
+def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: Examples) -> None:
+    """Replace a random operation by its draw and what is done with it, in place, name kept."""
+    x, operation = node.args[0], OPERATIONS.get(node.target)  # type: ignore[arg-type]
+    if operation is None:
+        _draw_dropout(graph, node, strengths[0], place)
+    elif all(strength == 0 for strength in strengths):
+        node.target, node.args, node.kwargs = torch.clone, (x,), {}
+        node.meta["handed_through"] = True
+    else:
+        with graph.inserting_before(node):
+            arguments: tuple = (x, *strengths)
+            drawn = graph.create_node(
+                "call_function", operation.draw, arguments, dict(node.kwargs), f"{node.name}_draw"
+            )
+        drawn.meta = {"scope": node.meta.get("scope", ())}
+        node.target, node.args = operation.apply, (x, drawn)
+        node.kwargs = {} if operation.apply is operator.mul else node.kwargs
+
+
+def _draw_dropout(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -> None:
     x, spatial = node.args[0], SPATIAL.get(node.target, 0)
     with graph.inserting_before(node):
         draw = alpha_dropout_coefficients if node.target in ALPHA else dropout_mask
@@ -260,8 +325,23 @@ def _draw(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -
             node.target, node.args, node.kwargs = operator.mul, (x, noise), {}
 
 
-def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_input: fx.Node) -> None:
-    """Give a value a dropout of its own for its readers outside of one module call."""
+def _drop_weights(graph: fx.Graph, weight: fx.Node, p: fx.Node, name: str) -> None:
+    """Give a parameter's value one mask for the whole batch; a copy of the parameter's node later in the graph gets another."""
+    readers = list(weight.users)
+    with graph.inserting_after(p):
+        mask = graph.create_node("call_function", weight_mask, (weight, p), name=f"{name}_mask".replace(".", "_"))
+    with graph.inserting_after(mask):
+        product = graph.create_node(
+            "call_function", operator.mul, (weight, mask), name=f"{name}_kept".replace(".", "_")
+        )
+    for node in (p, mask, product):
+        node.meta = {"scope": weight.meta.get("scope", ())}
+    for reader in readers:
+        reader.replace_input_with(weight, product)
+
+
+def _insert(graph: fx.Graph, value: fx.Node, site: Site, strengths: Any, last_input: fx.Node) -> None:
+    """Give a value an operation of its own for its readers outside of one module call."""
     after = last_input if value.op == "placeholder" else value
     readers = [
         user
@@ -272,10 +352,14 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strength: object, last_
     anchor = after.next
     while anchor.op == "placeholder" or anchor.target == "hparams":
         anchor = anchor.next
+    spec = site.spec
+    own = isinstance(spec, Operation)
+    function = spec.function if isinstance(spec, Operation) else F.dropout
+    arguments: Any = (value, *[0.0] * len(spec.numbers)) if own else (value, 0.0, True)
     with graph.inserting_before(anchor):
-        name = f"{site.path or 'output'}_dropout".replace(".", "_")
-        result = graph.create_node("call_function", F.dropout, (value, 0.0, True), name=name)
+        name = f"{site.path or 'output'}_{function.__name__}".replace(".", "_")
+        result = graph.create_node("call_function", function, arguments, getattr(spec, "settings", {}), name)
     result.meta = {"scope": scope, "stack_trace": value.meta.get("stack_trace")}
-    _draw(graph, result, *strength(site, result))  # type: ignore[operator]
+    _draw(graph, result, *strengths(site, result))
     for reader in readers:
         reader.replace_input_with(value, result)

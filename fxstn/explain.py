@@ -13,11 +13,11 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from fxstn.errors import Problem, TransformError, module_path
+from fxstn.errors import Problem, TransformError, module_path, operation_name
 from fxstn.fidelity import frozen_modules
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.layers.noise import alpha_dropout_coefficients, draws, dropout_mask
 from fxstn.layers.response import for_all_examples
 from fxstn.live.duals import Note
 from fxstn.network import SelfTuningNetwork
@@ -138,16 +138,24 @@ def _operations(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple)
     explanation.notes.append("one perturbation for the whole batch only, not per example: the forward runs as it is")
 
 
+def _index(strength: Any) -> int | None:
+    """Which λ an argument of a draw is; None for a number of its own."""
+    while isinstance(strength, fx.Node) and strength.target is for_all_examples:
+        strength = strength.args[0]
+    of_lambda = isinstance(strength, fx.Node) and strength.target is operator.getitem
+    return strength.args[1][1] if of_lambda else None
+
+
 def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ...]) -> None:
     rows: list[Row] = []
     for node in graph.graph.nodes:
-        if node.target in (dropout_mask, alpha_dropout_coefficients):
-            p = node.args[1]
-            while isinstance(p, fx.Node) and p.target is for_all_examples:
-                p = p.args[0]
-            tuned = isinstance(p, fx.Node) and p.target is operator.getitem
-            became = f"strength from λ: {names[p.args[1][1]]}" if tuned else f"kept, p = {p}"
-            rows.append(Row(module_path(node), "dropout", became, "conditioned" if tuned else "fixed noise"))
+        if draws(node.target):
+            tuned = [names[index] for index in map(_index, node.args[1:]) if index is not None]
+            kept = "kept, p = " if "mask" in operation_name(node.target) else "kept, strengths "
+            became = f"strength from λ: {', '.join(tuned)}" if tuned else kept + ", ".join(map(str, node.args[1:]))
+            dropout = node.target in (dropout_mask, alpha_dropout_coefficients)
+            name = "dropout" if dropout else node.target.__name__.removeprefix("draw_")  # type: ignore[union-attr]
+            rows.append(Row(module_path(node), name, became, "conditioned" if tuned else "fixed noise"))
         elif "rule" in node.meta:
             became = "responds to λ" if node.meta["rule"] == "hyperlayer" else "carries a tangent"
             rows.append(Row(module_path(node), node.meta["operation"], became, node.meta["rule"]))

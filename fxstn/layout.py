@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.graphs import evaluated, placeholders, reseed
+from fxstn.hp import OPERATIONS
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS
 from fxstn.tangents import Examples
@@ -129,7 +130,7 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any])
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
     if node.target is track_batch:
         return 0.0
-    if node.target in DROPOUTS or node.meta.get("handed_through"):
+    if node.target in DROPOUTS or node.target in OPERATIONS or node.meta.get("handed_through"):
         return values[node.args[0]]  # type: ignore[index]
     return evaluated(node, values)
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
-from fxstn.layers.penalty import l2_penalty, l2_penalty_perturbed
+from fxstn.layers.penalty import penalty, penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.tangents import BATCH_FIRST
 
@@ -39,7 +39,8 @@ class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
     recipe: builds the graphs from the children (fxstn.transform.Recipe). rung: how the forward is followed ("fx", "live");
-    refusals: what stood in the way of those before.
+    refusals: what stood in the way of those before. augments: whether the model has modules that stay random in eval mode,
+    as torchvision's transforms do, so that its evaluation graph runs in its place.
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -54,7 +55,7 @@ class SelfTuningNetwork(nn.Module):
         model: nn.Module,
         response: nn.Module,
         hparams: HyperparameterSpace,
-        penalties: Sequence[tuple[str, int]],
+        penalties: Sequence[tuple[str, int, int]],
         method: str,
         recipe: Any,
     ) -> None:
@@ -68,7 +69,7 @@ class SelfTuningNetwork(nn.Module):
         self._per_example: bool | None = None
         self._compiled: dict[str, Any] = {}
         self._compile_options: dict[str, Any] | None = None
-        self.rung = "fx"
+        self.rung, self.augments = "fx", False
         self.refusals: tuple[Problem, ...] = ()
         self.train(model.training)
 
@@ -195,7 +196,9 @@ class SelfTuningNetwork(nn.Module):
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
             return self._call("trained" if self.training else "perturbed_eval", inputs, delta=delta, **named)
-        return self._call("train", inputs, **named) if self.training else self.model(*inputs, **named)
+        if self.training or self.augments:
+            return self._call("train" if self.training else "eval", inputs, **named)
+        return self.model(*inputs, **named)
 
     def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
         graph = self.graph(name)
@@ -266,22 +269,22 @@ class SelfTuningNetwork(nn.Module):
         return value
 
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:
-        """Σ ½ λ ‖w‖² over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the mean
-        over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
+        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the
+        mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
         if not self.penalties:
             return 0.0
         strengths = self.hparams(condition)
         parameters = dict(self.model.named_parameters())
         total: Tensor | float = 0.0
-        for name, index in self.penalties:
+        for name, index, norm in self.penalties:
             response = self._response(name)
             if condition is None or response is None:
-                total = total + l2_penalty(parameters[name], strengths[..., index].mean())
+                total = total + penalty(parameters[name], strengths[..., index].mean(), norm)
                 continue
             delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
             scale = response(delta)
             weight = parameters[name] if self.method == "stn" else parameters[name].detach()
-            total = total + l2_penalty_perturbed(weight, strengths[..., index], scale, response.R, response.axis)
+            total = total + penalty_perturbed(weight, strengths[..., index], scale, response.R, response.axis, norm)
         return total
 
     def _response(self, name: str) -> Response | None:

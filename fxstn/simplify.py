@@ -10,10 +10,7 @@ from torch import fx
 from fxstn.canonicalize import drop_handed_through
 from fxstn.graphs import assemble
 from fxstn.layers.inputs import REQUIREMENTS
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask, track_batch
-
-_EFFECTS = {dropout_mask, alpha_dropout_coefficients, row_mask, track_batch}
-
+from fxstn.layers.noise import draws, track_batch
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
            "attention", "stochastic", "uniform", "exponential")  # fmt: skip
@@ -23,7 +20,7 @@ def _may_merge(node: fx.Node) -> bool:
     """Reading an attribute, and calls whose result depends on their arguments alone."""
     if node.op in ("get_attr", "call_module"):
         return True
-    if node.op != "call_function" or node.target in _EFFECTS or _updates_statistics(node):
+    if node.op != "call_function" or draws(node.target) or node.target is track_batch or _updates_statistics(node):
         return False
     name = getattr(node.target, "__name__", "")
     return not any(word in name for word in _RANDOM)

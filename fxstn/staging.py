@@ -40,4 +40,5 @@ def staged(function: F) -> F:
             return function(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
 
+    wrapper.staged = True  # type: ignore[attr-defined]
     return wrapper  # type: ignore[return-value]

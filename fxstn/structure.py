@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxstn.graphs import evaluated, model_of, reseed
+from fxstn.layers.noise import draws
 from fxstn.mutation import is_size
 
 MOST_RUNS = 64
@@ -73,7 +74,7 @@ def from_parameters(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.N
 
     parameters: {target of a get_attr node: name}.
     """
-    constant: set[fx.Node] = set()
+    constant: set[fx.Node] = set()  # random draws of a parameter's shape included
     found: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -81,6 +82,8 @@ def from_parameters(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.N
                 found[node] = (parameters[str(node.target)],)
             else:
                 constant.add(node)
+        elif node.op == "call_function" and draws(node.target) and node.args[0] in found:
+            constant.add(node)
         elif node.op == "call_function" and all(s in found or s in constant for s in node.all_input_nodes):
             names = dict.fromkeys(name for source in node.all_input_nodes for name in found.get(source, ()))
             if names and not is_size(node):
@@ -108,6 +111,8 @@ def _probe(
             if node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(module).detach()
                 values[node] = changed(value) if node.target in parameters else value
+            elif draws(node.target):
+                values[node] = torch.ones_like(values[node.args[0]])
             else:
                 values[node] = evaluated(node, values)
         derived = (node for node in values if node in nodes and node.op != "get_attr")
@@ -143,7 +148,8 @@ def _closure(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending += node.all_input_nodes
+            shaped = draws(node.target)  # by its first argument, and nothing else is needed of it
+            pending += node.all_input_nodes[:1] if shaped else node.all_input_nodes
     return needed
 
 

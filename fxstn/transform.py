@@ -14,7 +14,7 @@ from fxstn.condition import Binding, bind, condition
 from fxstn.errors import Problem, TransformError
 from fxstn.export import Examples, follow_by_export
 from fxstn.fidelity import frozen_modules, module_state, restore
-from fxstn.hp import HyperparameterSpace, Spec
+from fxstn.hp import Dropout, HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
 from fxstn.live.emit import LiveRecipe, addresses
@@ -22,6 +22,7 @@ from fxstn.live.structure import reachable
 from fxstn.live.tape import record
 from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
+from fxstn.operations import AUGMENTING
 from fxstn.pushforward import linearized, perturbed, pushforward, trained
 from fxstn.recompute import recompute as recompute_pass
 from fxstn.simplify import simplify
@@ -74,7 +75,7 @@ class Recipe:
         (→ recompute).
         places: where the examples are, from `layouts`; empty for a plain batch.
         """
-        graph = condition(canonical, () if name.endswith("eval") else self.binding.sites, places)
+        graph = condition(canonical, None if name.endswith("eval") else self.binding, places)
         kind = name.removesuffix("_eval")
         if kind == "linearized":
             graph = simplify(linearized(hyperize(graph), places, self.statistics == "running"))
@@ -105,8 +106,9 @@ def transform(
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
     model: any module that one of the ways below can follow; it is copied, not modified, and keeps its weights. hparams: a
-    list of specs from `fxstn.hp`; None tunes every dropout found, starting at its own strength moved just inside the
-    range, or, where the model has none, inserts dropout at the input and after each top-level stage but the last.
+    list of specs from `fxstn.hp`; None tunes every dropout, stochastic depth and augmentation found, starting at its own
+    strength moved just inside the range, or, where the model has none, inserts dropout at the input and after each
+    top-level stage but the last.
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
@@ -145,6 +147,7 @@ def transform(
         try:
             network = _climbed(rung, model, hparams, example_inputs, method, emission)
             network.rung, network.refusals = rung, tuple(problems)
+            network.augments = rung != "live" and any(type(module) in AUGMENTING for module in model.modules())
             return network
         except TransformError as error:
             problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
@@ -178,6 +181,10 @@ def _climbed(
     space.to(device=reference.device, dtype=reference.dtype)
     recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, **emission)
     if rung == "live":
+        if binding.dropped or any(not isinstance(site.spec, Dropout) for site in binding.sites):
+            raise TransformError(
+                [Problem("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
+            )
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space))
     network = SelfTuningNetwork(model, modules, space, binding.penalties, method, recipe)

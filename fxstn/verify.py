@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fxstn.condition import SPATIAL
+from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import TransformError
-from fxstn.hp import Spec
+from fxstn.hp import OPERATIONS, Operation, Spec
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.layers.response import Response
 from fxstn.live.emit import located
@@ -29,6 +32,7 @@ from fxstn.live.structure import leaves
 from fxstn.live.witness import Widened, Witness
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
+from fxstn.operations import RANDOM
 from fxstn.transform import transform
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -75,6 +79,29 @@ class ReplayedDropout(TorchFunctionMode):
         rate = next(self.rates, None)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if enable_gqa else value
         return (weights * dropout_mask(weights, dropout_p if rate is None else rate)) @ value
+
+
+@contextmanager
+def replayed_operations(strengths: Sequence[tuple | None]) -> Iterator[None]:
+    """The same for modules that are random operations: they draw what an emitted graph draws.
+
+    strengths: those of one call each, in execution order; the module's own where None.
+    """
+    remaining = iter(strengths)
+
+    def call(operation: type[Operation], module: Any, x: Any) -> Any:
+        starts, settings = operation.read(module)
+        taken = next(remaining, None) if module.training else ()
+        given: Any = [starts.get(name, 0.0) for name in operation.numbers] if taken is None else taken
+        if not any(map(float, given)):  # such a call is no part of a graph
+            return x
+        return operation.function(x, *given, **{**operation.defaults, **settings})
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Operation, "call", classmethod(call)))
+        for kind in RANDOM:
+            stack.enter_context(mock.patch.object(kind, "forward", DECOMPOSITIONS[kind]))
+        yield
 
 
 @dataclass(frozen=True)
@@ -174,12 +201,14 @@ def _randomize(stn: SelfTuningNetwork, seed: int) -> Tensor:
     return delta / delta.norm()
 
 
-def _rates(stn: SelfTuningNetwork) -> list[Tensor | None]:
-    """Rates of the dropout calls of the original model, in execution order: tuned ones at λ₀."""
+def _strengths(stn: SelfTuningNetwork) -> tuple[list[Tensor | None], list[tuple | None]]:
+    """Rates of the dropout calls, and strengths of the other random operations, of the original model, in execution order:
+    tuned ones at λ₀, None for others."""
     strengths = stn.hparams()
-    taken = {site.node: strengths[site.index] for site in stn.recipe.binding.sites if not site.insert}
-    graph = stn.canonical(True).graph
-    return [taken.get(node.name) for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
+    taken = {s.node: tuple(strengths[i] for i in s.indices) for s in stn.recipe.binding.sites if not s.insert}
+    nodes = [node for node in stn.canonical(True).graph.nodes if node.op == "call_function"]
+    rates = [taken.get(node.name, (None,))[0] for node in nodes if node.target in DROPOUTS]
+    return rates, [taken.get(node.name) for node in nodes if node.target in OPERATIONS]
 
 
 def verify(
@@ -193,7 +222,7 @@ def verify(
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
     inputs: as for the model, batch ≥ 2; converted to float64. trace: as for `transform`. The witness is a central
-    difference of the *original* model along `best_response`; where hparams insert dropout, which the original does not
+    difference of the *original* model along `best_response`; where hparams insert an operation, which the original does not
     have, the emitted training graph is compared with its own difference besides, and the original with a transform
     without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
     is a constant of the difference, as it is for autograd. What asks for float32 gets float64 on both sides. Points are
@@ -252,8 +281,8 @@ def _comparisons(
     error, witness = partial(relative_error, tolerance=tolerance), copy.deepcopy(original)
     binding, frozen = stn.recipe.binding, stn.recipe.frozen
     live = stn.rung == "live"
-    rates = [] if live else _rates(stn)
-    inserts = any(site.insert for site in binding.sites)
+    rates, operations = ([], []) if live else _strengths(stn)
+    inserts = bool(binding.dropped) or any(site.insert for site in binding.sites)
 
     constants: dict[tuple[bool, bool], list[Tensor]] = {}
 
@@ -282,7 +311,7 @@ def _comparisons(
         for name in frozen:
             witness.get_submodule(name).training = False
         buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
-        with ReplayedDropout(rates if training else []):
+        with ReplayedDropout(rates if training else []), replayed_operations(operations):
             return functional_call(witness, buffers | stn.best_response(step * delta), inputs)
 
     def of_graph(step: float) -> Any:
@@ -300,7 +329,7 @@ def _comparisons(
 
     def without_insertions() -> SelfTuningNetwork:
         sites = tuple(site for site in binding.sites if not site.insert)
-        return stn.with_recipe(replace(stn.recipe, binding=replace(binding, sites=sites)))
+        return stn.with_recipe(replace(stn.recipe, binding=replace(binding, sites=sites, dropped=())))
 
     if ("eval", "original model") not in passed:
         yield "eval", "original model", error(tangent(stn, False), lambda step: of_original(step, False))

@@ -12,6 +12,7 @@ import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.layers.assignment import assigned, overwritten
+from fxstn.layers.geometry import resample
 from fxstn.layers.heads import (
     attention_scores,
     attention_values,
@@ -22,7 +23,6 @@ from fxstn.layers.heads import (
     split_heads,
     split_windows,
 )
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
@@ -76,6 +76,8 @@ CLASSES = torch.tensor([1, 3, 0])
 MASK = torch.tensor([[True, False, False, True], [False, True, False, False], [True, True, True, True]])
 KEPT = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])  # the second query sees nothing
 BOXES = torch.tensor([[0, 0.6, 0.4, 4.1, 3.3], [0, 1.2, 1.1, 5.2, 4.6], [1, 0.3, 2.1, 3.9, 5.4]], dtype=torch.float64)
+
+TURNED = torch.tensor([[[0.9, 0.3, 0.7], [-0.2, 1.1, -0.4]], [[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64)
 
 CASES = [
     # elementwise
@@ -418,6 +420,11 @@ CASES = [
         for padding in ("zeros", "reflection")
     ),
     Case(F.grid_sample, shapes=(*IMAGE, (2, 4, 5, 2)), kwargs=ALIGNED, domain=NARROW, varying=(1,), forward=False),
+    *(
+        Case(resample, IMAGE, (TURNED,), {"mode": mode, "fill": fill}, forward=False)
+        for mode in ("nearest", "bilinear")
+        for fill in (None, (0.5, 1.0, -1.0))
+    ),
     Case(F.grid_sample, shapes=(*IMAGE, (2, 4, 5, 2)), kwargs=ALIGNED, domain=NARROW, varying=(0,), forward=False),
     Case(F.affine_grid, shapes=((2, 2, 3),), args=((2, 3, 4, 5),), kwargs=ALIGNED),
     Case(F.unfold, shapes=IMAGE, args=(3,), kwargs={"padding": 1, "stride": 2}),
@@ -559,8 +566,6 @@ ZERO_CASES = [
     *(Case(f, args=((2,),)) for f in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty)),
     Case(Tensor.new_full, args=((2,), 1.0)),
     Case(Tensor.new_tensor, args=([1.0],)),
-    *(Case(f, args=(0.3,)) for f in (dropout_mask, alpha_dropout_coefficients)),
-    Case(row_mask, args=(0.3, False)),
     Case(joint_mask, ((2, 4, 3, 2),), (None, torch.zeros(2, 5))),
     Case(torch.where),
     *(

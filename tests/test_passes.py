@@ -68,7 +68,7 @@ def conditioned(net: nn.Module, specs=None) -> fx.GraphModule:
     binding = bind(graph, specs)
     for child in ("hparams", "response"):
         graph.add_module(child, stn.get_submodule(child))
-    return condition(graph, binding.sites)
+    return condition(graph, binding)
 
 
 def hyperized(net: nn.Module) -> fx.GraphModule:

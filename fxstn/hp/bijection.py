@@ -15,7 +15,8 @@ class Quantity:
     """One tunable number: its name, start, range [low, high], σ at the start, and the map to the real line.
 
     log: the range is stretched in log space, so that equal steps multiply (low > 0). high = inf (with low = 0) gives
-    exp. integer: the constrained value is floored. Raises ValueError when the start is not strictly inside the range,
+    exp. integer: the constrained value is floored; a whole start stands for the middle of [init, init + 1). by_batch: all
+    examples of a batch get the same perturbation. Raises ValueError when the start is not strictly inside the range,
     when the range is empty, or when scale ≤ 0.
     """
 
@@ -26,6 +27,7 @@ class Quantity:
     scale: float = 1.0
     log: bool = False
     integer: bool = False
+    by_batch: bool = False
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -48,6 +50,8 @@ class Quantity:
         if math.isinf(self.high):
             return math.log(self.init)
         low, high, init = self.low, self.high, self.init
+        if self.integer and init == int(init):
+            init = min(init + 0.5, (init + high) / 2)
         if self.log:
             low, high, init = math.log(low), math.log(high), math.log(init)
         share = (init - low) / (high - low)

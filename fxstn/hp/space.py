@@ -18,6 +18,8 @@ class HyperparameterSpace(nn.Module):
     Raises ValueError when there is nothing to tune or two hyperparameters have one name.
     """
 
+    by_batch: Tensor | None
+
     def __init__(self, quantities: Sequence[Quantity]) -> None:
         super().__init__()
         names = [quantity.name for quantity in quantities]
@@ -30,6 +32,8 @@ class HyperparameterSpace(nn.Module):
         self.unconstrained = nn.Parameter(torch.tensor([q.unconstrained for q in quantities]))
         self.raw_scale = nn.Parameter(torch.tensor([math.log(math.expm1(q.scale)) for q in quantities]))
         self.bijection = Bijection(quantities)
+        by_batch = torch.tensor([q.by_batch for q in quantities])
+        self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,8 +60,13 @@ class HyperparameterSpace(nn.Module):
         return dict(zip(self.names, strengths.unbind(-1), strict=True))
 
     def sample(self, n: int) -> Tensor:
-        """n perturbations ε ~ N(0, diag σ²), (n, h), differentiable in σ (paper, Sec. 2.2)."""
+        """n perturbations ε ~ N(0, diag σ²), (n, h), differentiable in σ (paper, Sec. 2.2).
+
+        Columns of hyperparameters that have one strength for all examples have one value.
+        """
         noise = torch.randn(n, len(self), device=self.raw_scale.device, dtype=self.raw_scale.dtype)
+        if self.by_batch is not None:
+            noise = torch.where(self.by_batch, noise[:1], noise)
         return self.scale * noise
 
     def entropy(self) -> Tensor:

@@ -5,38 +5,100 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from fxstn.hp.bijection import Quantity
+
+Choice = float | Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number that a spec tunes: start and range of the constrained value, low < init < high, and the first σ, > 0.
+
+    log: the range is stretched in log space. integer: the value is floored. by_batch: one perturbation for the whole batch,
+    because its operation has one strength for all examples.
+    """
+
+    init: float
+    low: float
+    high: float
+    scale: float = 1.0
+    log: bool = False
+    integer: bool = False
+    by_batch: bool = False
+
+    def inside(self, start: float) -> float:
+        """A module's own strength moved just inside the range: by 1 % of its width at either end."""
+        margin = 0.01 * (self.high - self.low)
+        return min(max(start, self.low + margin), self.high - margin)
+
+    def __str__(self) -> str:
+        return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"
 
 
 class Spec:
     """Base of all specs.
 
-    where: fnmatch patterns over full module names, the root "" included (`*` crosses dots). init, low, high: start and
-    range of the constrained value, low < init < high. scale: σ at the start, > 0, in unconstrained units. shared: one λ
-    for all matches in place of one each.
+    where: fnmatch patterns over full module names, the root "" included (`*` crosses dots). init, low, high, scale: in place
+    of the numbers' own, for all of them or by name, {"hue": 0.1}. shared: one λ for all matches in place of one each.
+
+    Raises ValueError for a name that is none of its numbers, and where a number's range is impossible.
     """
 
-    kind = ""
-    log = False
+    numbers: Mapping[str, Number] = {}
 
-    def __init__(self, *where: str, init: float, low: float, high: float, scale: float, shared: bool) -> None:
+    def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
+                 shared: bool = False) -> None:  # fmt: skip
         if not all(isinstance(pattern, str) for pattern in where):
             raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
-        self.where, self.init, self.low, self.high = where, init, low, high
-        self.scale, self.shared = scale, shared
+        self.where, self.shared = where, shared
+        for key, choice in {"init": init, "low": low, "high": high, "scale": scale}.items():
+            if choice is not None:
+                self.numbers = self._changed(key, choice)
+        self.check()
+
+    def _changed(self, key: str, choice: float | Mapping[str, float]) -> dict[str, Number]:
+        by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
+        if unknown := [name for name in by_name if name not in self.numbers]:
+            known = ", ".join(map(repr, self.numbers))
+            raise ValueError(f"hp.{type(self).__name__}: {key} is given for {unknown[0]!r}; its numbers are {known}")
+        return {
+            name: replace(number, **{key: by_name[name]}) if name in by_name else number  # type: ignore[arg-type]
+            for name, number in self.numbers.items()
+        }
+
+    def check(self) -> None:
+        """Raise ValueError where a range is impossible for the operation: what its own limits leave."""
+        own = type(self).numbers
+        for name, number in self.numbers.items():
+            if name in own and not own[name].low <= number.low < number.high <= own[name].high:
+                raise ValueError(
+                    f"hp.{type(self).__name__}: need {own[name].low:g} <= low < high <= {own[name].high:g} for {name}, got "
+                    f"low={number.low:g}, high={number.high:g}"
+                )
 
     def __repr__(self) -> str:
         patterns = "".join(f"{pattern!r}, " for pattern in self.where)
-        return f"hp.{type(self).__name__}({patterns}init={self.init:g}, low={self.low:g}, high={self.high:g})"
+        several = len(self.numbers) > 1
+        numbers = ", ".join(f"{name}: {number}" if several else str(number) for name, number in self.numbers.items())
+        return f"hp.{type(self).__name__}({patterns}{numbers})"
 
-    def quantity(self, path: str, init: float | None = None) -> Quantity:
-        """The tunable number at one match: 'path.kind'; 'kind' when shared or at the root; 'path' where it ends so."""
-        named_so = path.rpartition(".")[2] == self.kind
-        name = self.kind if self.shared or not path else path if named_so else f"{path}.{self.kind}"
-        return Quantity(name, self.init if init is None else init, self.low, self.high, self.scale, self.log)
+    def quantities(self, path: str, starts: Mapping[str, float] | None = None) -> list[Quantity]:
+        """The tunable numbers at one match: 'path.name'; 'name' when shared or at the root; 'path' where it ends so.
+
+        starts: a module's own strengths by name, taken in place of init, moved inside the range.
+        """
+        result = []
+        for kind, number in self.numbers.items():
+            named_so = path.rpartition(".")[2] == kind
+            name = kind if self.shared or not path else path if named_so else f"{path}.{kind}"
+            init = number.inside(starts[kind]) if starts and kind in starts else number.init
+            result.append(
+                Quantity(name, init, number.low, number.high, number.scale, number.log, number.integer, number.by_batch)
+            )
+        return result
 
     def match(self, names: Iterable[str]) -> list[str]:
         """The names that a pattern matches, in the order given. Raises ValueError for a pattern that matches none."""
@@ -58,30 +120,36 @@ class Dropout(Spec):
     pattern it acts where `hparams=None` would. Masks are per element, or per channel on a Dropout1d/2d/3d it takes over.
     """
 
-    kind = "dropout"
+    numbers: Mapping[str, Number] = {"dropout": Number(0.05, 0.0, 0.95)}
 
-    def __init__(self, *where: str, init: float = 0.05, low: float = 0.0, high: float = 0.95, scale: float = 1.0,
-                 shared: bool = False) -> None:  # fmt: skip
-        if not 0 <= low < high < 1:
-            raise ValueError(f"hp.Dropout: need 0 <= low < high < 1, got low={low}, high={high}")
-        super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared)
+    def check(self) -> None:
+        (number,) = self.numbers.values()
+        if not 0 <= number.low < number.high < 1:
+            raise ValueError(f"hp.Dropout: need 0 <= low < high < 1, got low={number.low}, high={number.high}")
 
 
 class WeightDecay(Spec):
-    """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale.
+    """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale; of λ ‖w‖₁ with norm=1.
 
     Applies to the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern.
     The penalty enters the training objectives in closed form on the structured response.
     """
 
-    kind = "weight_decay"
-    log = True
+    numbers: Mapping[str, Number] = {"weight_decay": Number(1e-4, 1e-7, 1e-1, log=True)}
 
-    def __init__(self, *where: str, init: float = 1e-4, low: float = 1e-7, high: float = 1e-1, scale: float = 1.0,
-                 shared: bool = False) -> None:  # fmt: skip
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"hp.WeightDecay: need 0 < low < high < inf, got low={low}, high={high}")
+    def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
+                 shared: bool = False, norm: int = 2) -> None:  # fmt: skip
+        if norm not in (1, 2):
+            raise ValueError(f"hp.WeightDecay: norm={norm!r} is neither 1 nor 2")
+        self.norm = norm
+        if norm == 1:
+            self.numbers = {"l1_decay": self.numbers["weight_decay"]}
         super().__init__(*(where or ("*",)), init=init, low=low, high=high, scale=scale, shared=shared)
+
+    def check(self) -> None:
+        (number,) = self.numbers.values()
+        if not 0 < number.low < number.high < math.inf:
+            raise ValueError(f"hp.WeightDecay: need 0 < low < high < inf, got low={number.low}, high={number.high}")
 
 
 class Scalar(Spec):
@@ -92,14 +160,14 @@ class Scalar(Spec):
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
                  integer: bool = False) -> None:  # fmt: skip
-        super().__init__(init=init, low=low, high=high, scale=scale, shared=True)
-        self.kind, self.log, self.integer = name, log, integer
-
-    def quantity(self, path: str, init: float | None = None) -> Quantity:
-        return Quantity(self.kind, self.init, self.low, self.high, self.scale, self.log, self.integer)
+        self.numbers = {name: Number(init, low, high, scale, log, integer)}
+        super().__init__(shared=True)
 
 
-def start_inside(p: float, spec: Any) -> float:
-    """A module's own strength moved just inside the spec's range: by 1 % of its width at either end."""
-    margin = 0.01 * (spec.high - spec.low)
-    return min(max(p, spec.low + margin), spec.high - margin)
+class LabelSmoothing(Scalar):
+    """Label smoothing, in [0, 1): `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7)."""
+
+    def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0) -> None:
+        if not 0 <= low < high < 1:
+            raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
+        super().__init__("label_smoothing", init, low, high, scale=scale)

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from fxstn.layers.examples import FIRST, Place, along_examples
 from fxstn.staging import staged
 
+F = TypeVar("F", bound=Callable)
 
-@staged
+
+def draw(function: F) -> F:
+    """Decorator: a staged function that draws random numbers. Two calls are never merged, and its tangent is ZERO."""
+    result = staged(function)
+    result.draws = True  # type: ignore[attr-defined]
+    return result
+
+
+def draws(function: object) -> bool:
+    """Whether a node's target draws random numbers by `draw`."""
+    return getattr(function, "draws", False) is True
+
+
+def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
+    """A strength, or (batch,) of them, as (batch or 1, 1, ..., 1): it broadcasts with x (batch, ...). At least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    strength = torch.as_tensor(strength, dtype=dtype, device=x.device)
+    return strength.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """One draw per example of x (batch, ...) from [low, high): (batch, 1, ..., 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    shape = (x.shape[0], *[1] * (x.dim() - 1))
+    return low + (high - low) * torch.rand(shape, device=x.device, dtype=dtype)
+
+
+@draw
 def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: Place = FIRST) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
 
@@ -38,7 +69,7 @@ def _by_example(p: Tensor, x: Tensor, place: Place) -> Tensor:
     return along_examples(p, x, place).view([-1 if i == place[0] else 1 for i in range(x.dim())])
 
 
-@staged
+@draw
 def alpha_dropout_coefficients(
     x: Tensor, p: Tensor | float, spatial: int = 0, place: Place = FIRST
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +86,7 @@ def alpha_dropout_coefficients(
     return kept * gain, (1 - kept) * (gain * limit) - gain * p * limit
 
 
-@staged
+@draw
 def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
 
@@ -63,6 +94,16 @@ def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     """
     mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
     return mask.div_(1 - p) if p < 1 else mask
+
+
+@draw
+def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
+    """Multiplier of DropConnect, shaped like the weight: 0 with probability p, else 1/(1 − p), one for the whole batch.
+
+    p: in [0, 1), 0-d, or (batch,) with one value in all rows.
+    """
+    p = p.to(weight.dtype).reshape(-1)[0]
+    return (torch.rand_like(weight) >= p) / (1 - p)
 
 
 @staged

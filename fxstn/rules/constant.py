@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.layers.heads import joint_mask
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask, row_mask
 from fxstn.rules.registry import zero
 
 Tensor = torch.Tensor
@@ -29,4 +28,4 @@ zero(torch.is_floating_point, torch.is_complex, Tensor.is_floating_point, Tensor
 zero(torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like, torch.full_like)
 zero(torch.randint_like)
 zero(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor)
-zero(dropout_mask, alpha_dropout_coefficients, row_mask, joint_mask)
+zero(joint_mask)

@@ -18,6 +18,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from fxstn.layers.kernels import expand_like, node_jvp
+from fxstn.layers.noise import draws
 from fxstn.staging import call
 from fxstn.tangents import ZERO, Scaled, all_zero
 
@@ -259,6 +260,6 @@ def apply_rule(
         kwargs = dict(kwargs)
         args = (*args, *(kwargs.pop(parameter.name, parameter.default) for parameter in moved))
         tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))  # type: ignore[union-attr]
-    if all_zero(tangents):
+    if all_zero(tangents) or draws(function):
         return call(function, *args, **kwargs), ZERO
     return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fxstn.layers.geometry import resample
 from fxstn.layers.sampling import grid_tangent
 from fxstn.rules.registry import linear, rule, total
 from fxstn.tangents import ZERO
@@ -20,3 +21,10 @@ def grid_sample(d, input, grid, mode="bilinear", padding_mode="zeros", align_cor
     return sample(input), total(
         (d.input, sample), (d_grid, lambda dg: grid_tangent(dg, input, grid, mode, padding_mode, bool(align_corners)))
     )
+
+
+@rule(resample)
+def affine_map(d, x, matrices, **settings):
+    """Affine in x: outside of the image nothing moves."""
+    fill = None if settings["fill"] is None else (0.0,)
+    return resample(x, matrices, **settings), resample(d.x, matrices, **(settings | {"fill": fill}))
