@@ -35,32 +35,31 @@ def gray(x: Tensor) -> Tensor:
         raise ValueError(
             f"colour operations need images of 1 or 3 channels, (batch, channels, H, W); got {tuple(x.shape)}"
         )
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    weights = torch.tensor([[0.2989, 0.587, 0.114]], dtype=x.dtype, device=x.device)
+    return (weights @ x.flatten(2)).view(len(x), 1, *x.shape[2:])
 
 
 def blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    """factor · x + (1 − factor) · other, in [0, 1]; x itself where factor is 1. factor: (batch, 1, 1, 1)."""
-    return torch.where(factor == 1, x, (factor * x + (1 - factor) * other).clamp(0, 1))
+    """factor · x + (1 − factor) · other, in [0, 1]. factor: (batch, 1, 1, 1)."""
+    return torch.addcmul((1 - factor) * other, x, factor).clamp_(0, 1)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """RGB images with their hue turned by `shift` of a full circle, (batch, 1, 1, 1), in [-0.5, 0.5].
 
-    With value V, chroma C and hue H in sixths, channel n is V − C · clip(min(k, 4 − k), 0, 1) at k = (n + H) mod 6, n = 5,
-    3, 1 for red, green, blue.
+    With the smallest channel m, chroma C and hue H in sixths, red is m + C · clip(|H − 3| − 1, 0, 1), green and blue
+    m + C · clip(2 − |H − k|, 0, 1) with k = 2 and 4.
     """
     if x.shape[1] == 1:
         return x
     r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    safe = torch.where(chroma == 0, 1, chroma)
-    of_green_blue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    hue = torch.where(value == r, (g - b) / safe, of_green_blue)
-    start = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
-    k = torch.remainder(start + hue + 6 * shift, 6)
-    turned = value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-    return torch.where(shift == 0, x, turned)
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    hue = torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
+    hue = torch.where(value == r, g - b, hue) / chroma.clamp_min(1e-30)  # 0 without chroma
+    hue.add_(6 * shift).remainder_(6)
+    ramps = torch.cat([(hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)], 1)
+    return torch.addcmul(low, chroma, ramps.clamp_(0, 1))
 
 
 def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement: Tensor) -> Tensor:
@@ -70,30 +69,28 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     arrangement: a permutation of the batch, whose quarters have the hue first, second, third, last.
 
     All three blend with a grey image: black, the mean luma, or the luma of each pixel. So one blend whose weights depend on
-    the example does each of them, and no example is computed four times.
+    the example does each of them, and the hue of each example is turned once.
     """
-    images, factors, shift, order = (value[arrangement] for value in (as_float(x), factors, shift, order))
+    images = as_float(x)
+    result = torch.empty_like(images)
     in_order = factors.gather(1, order)
-    parts = []
-    whole = images.shape[0]
-    for hue_at, part in enumerate(torch.arange(whole, device=x.device).tensor_split(4)):
-        y = images[part]
-        for place in range(4):
-            if place == hue_at:
-                y = shift_hue(y, shift[part].view(-1, 1, 1, 1))
-            else:
-                y = _blend_at(y, in_order[part], order[part], place - (place > hue_at))
-        parts.append(y)
-    back = torch.empty_like(arrangement).scatter_(0, arrangement, torch.arange(whole, device=x.device))
-    return like_before(torch.cat(parts)[back], x)
+    still = ((factors == 1).all(1) & (shift == 0)).view(-1, 1, 1, 1)
+    for hue_at, rows in enumerate(arrangement.tensor_split(4)):
+        before = y = images[rows]
+        factor, which, turn = in_order[rows], order[rows], shift[rows].view(-1, 1, 1, 1)
+        for place in range(3):
+            y = shift_hue(y, turn) if place == hue_at else y
+            y = _blend_at(y, factor[:, place], which[:, place])
+        y = shift_hue(y, turn) if hue_at == 3 else y
+        result = result.index_copy_(0, rows, torch.where(still[rows], before, y))
+    return like_before(result, x)
 
 
-def _blend_at(y: Tensor, factors: Tensor, order: Tensor, place: int) -> Tensor:
-    """The blend that each example has at this place of its order: 0 brightness, 1 contrast, 2 saturation."""
-    which, factor = order[:, place].view(-1, 1, 1, 1), factors[:, place].view(-1, 1, 1, 1)
-    luma = gray(y)
-    other = torch.where(which == 2, luma, torch.where(which == 1, luma.mean((1, 2, 3), keepdim=True), 0))
-    return blend(y, other, factor)
+def _blend_at(y: Tensor, factor: Tensor, which: Tensor) -> Tensor:
+    """The blend that each example has at one place of its order, (batch,): 0 brightness, 1 contrast, 2 saturation."""
+    which, luma = which.view(-1, 1, 1, 1), gray(y)
+    other = luma * (which == 2) + luma.mean((1, 2, 3), keepdim=True) * (which == 1)
+    return blend(y, other, factor.view(-1, 1, 1, 1))
 
 
 @staged

@@ -13,9 +13,9 @@ def boxes_mask(top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: t
     covered = []
     for start, length, total in ((top, height, size[0]), (left, width, size[1])):
         position = torch.arange(total, device=start.device)
-        covered.append((position >= start[..., None]) & (position < (start + length)[..., None]))
+        covered.append(((position >= start[..., None]) & (position < (start + length)[..., None])).float())
     rows, columns = covered
-    return (rows[..., :, None] & columns[..., None, :]).any(1, keepdim=True)
+    return (rows.mT @ columns > 0)[:, None]  # in how many boxes each pixel is
 
 
 def cutout_mask(x: Tensor, holes: Tensor, length: Tensor, most: int) -> Tensor:
