@@ -24,10 +24,11 @@ nightly: $(READY)  ## the tests that take hours: every model of torchvision
 support: $(READY)  ## docs/support.md: which models transform, how, and with what error; goes on where it stopped
 	$(BIN)/python -m benchmarks.support
 
-bench: $(READY)  ## overhead against plain training: resnet18 in three processes, the suite, growth, a peer (an hour)
+bench: $(READY)  ## overhead against plain training: resnet18 in three processes, the suite, growth, a peer, augmentations (an hour)
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --networks $(SUITE) --processes 1 --rounds 5
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.augment
 	$(BIN)/pip install --quiet betty-ml
 	$(BIN)/python -m benchmarks.peer
 
@@ -42,6 +43,7 @@ gpu:  ## on a machine with CUDA and the dependencies installed; nothing is downl
 	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --networks resnet18 resnet50 --device $(DEVICE) \
 		--batch-size 128 --image-size 224 --compile $(FAST)
 	PYTHONPATH=. $(PYTHON) -m benchmarks.scaling --device $(DEVICE)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.augment --device $(DEVICE)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/overhead.md, and docs/scaling.png, from the files under benchmarks/results.
+"""Write the tables of README.md and of pages under docs, and docs/scaling.png, from the files under benchmarks/results.
 
     python -m benchmarks.tables
 
@@ -19,7 +19,7 @@ from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "overhead.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "overhead.md", ROOT / "docs" / "augmentations.md")
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
     "general": "general step: the same training, conditioned on λ",
@@ -70,6 +70,16 @@ def peer() -> str:
     return tabulate(cells, ["one weight decay per layer of resnet18", "time / plain"], tablefmt="github")
 
 
+def augment() -> str:
+    measured = json.loads((RESULTS / "augment-cpu.json").read_text())
+    cells = [
+        (row["way"], f"{row['ms']:.1f}", f"{row['times fxstn']:.2f}", f"{row['of a step']:.2f}")
+        for row in measured["rows"]
+    ]
+    headers = [f"{measured['batch']} images of 32×32", "ms", "time / fxstn", "time / a training step of resnet18"]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
 def chosen() -> str:
     return schedules.table(json.loads(schedules.RESULTS.read_text()))
 
@@ -92,7 +102,7 @@ def plot_scaling(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-TABLES = {"overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "schedules": chosen}
+TABLES = {"overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "schedules": chosen, "augment": augment}
 
 
 def main() -> None:

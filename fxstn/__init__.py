@@ -8,6 +8,7 @@ from fxstn.losses import cross_entropy
 from fxstn.network import SelfTuningNetwork
 from fxstn.operations import register_operation
 from fxstn.rules.own import register_rule
+from fxstn.show import show
 from fxstn.transform import transform
 from fxstn.verify import Report, verify
 
@@ -29,6 +30,7 @@ __all__ = [
     "register_operation",
     "register_rule",
     "response_loss",
+    "show",
     "transform",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: fxstn tune | bench | explain | verify."""
+"""The command line: fxstn tune | bench | explain | verify | show."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import fxstn
 from fxstn import data, hp
 from fxstn.bench import VARIANTS, Setup, write_json
 from fxstn.bench import bench as measure
+
+AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.inserts and cls.__name__[0] != "_"}
 
 
 def build_model(name: str, classes: int) -> nn.Module:
@@ -108,6 +110,15 @@ def explain(args: argparse.Namespace) -> int:
     return 0 if explanation.ok else 1
 
 
+def show(args: argparse.Namespace) -> int:
+    if unknown := [name for name in args.specs if name not in AUGMENTATIONS]:
+        raise ValueError(f"{unknown[0]!r} is no augmentation; there are {', '.join(AUGMENTATIONS)}")
+    images = data.photographs(args.image_size).flip(0)  # the colourful one first
+    fxstn.show([AUGMENTATIONS[name]() for name in args.specs], images, args.out, columns=args.columns, seed=args.seed)
+    print(f"written to {args.out}")
+    return 0
+
+
 def verify(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
@@ -181,6 +192,19 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=explain)
     command.add_argument("model", help=model_help)
     command.add_argument("--num-classes", type=int, default=10, help="of the model")
+
+    command = commands.add_parser(
+        "show", help="draw what the ranges of augmentations mean", formatter_class=show_defaults
+    )
+    command.set_defaults(run=show)
+    command.add_argument(
+        "specs", nargs="*", default=["ColorJitter", "Affine", "Cutout"], metavar="SPEC",
+        help=f"of {', '.join(AUGMENTATIONS)}",
+    )  # fmt: skip
+    command.add_argument("--image-size", type=int, default=96, help="pixels")
+    command.add_argument("--columns", type=int, default=7, help="strengths from low to high")
+    command.add_argument("--seed", type=int, default=0, help="of the draws, one in each row")
+    command.add_argument("--out", default="augmentations.png", help="image to write")
 
     command = commands.add_parser("verify", help="check the emitted tangent in float64", formatter_class=show_defaults)
     command.set_defaults(run=verify)

@@ -68,6 +68,17 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1), torch.tensor(digits.target)
 
 
+def photographs(size: int = 96) -> Tensor:
+    """scikit-learn's two photographs, their middle square scaled to (2, 3, size, size), in [0, 1]."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ImportError("the photographs come with scikit-learn: pip install 'fxstn[data]'") from error
+    images = torch.stack([torch.tensor(image) for image in load_sample_images().images]).movedim(-1, 1) / 255
+    side, left = images.shape[2], (images.shape[3] - images.shape[2]) // 2
+    return F.interpolate(images[..., left : left + side], size=(size, size), mode="area")
+
+
 def _torchvision(
     name: str, train: int | None, valid: int | None, seed: int, root: str | None
 ) -> list[tuple[Tensor, Tensor]]:

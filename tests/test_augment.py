@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import fxstn
 from fxstn import hp
+from fxstn.cli import main
 from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.hp.augment import spread
 from fxstn.layers.color import jitter
@@ -23,6 +24,7 @@ from fxstn.layers.geometry import inverse_affine, resample
 from fxstn.layers.noise import by_example, draws, weight_mask
 from fxstn.layers.penalty import penalty, penalty_perturbed
 from fxstn.operations import AUGMENTING, RANDOM
+from fxstn.show import strengths_of
 
 AUGMENTATIONS = [hp.ColorJitter, hp.Affine, hp.Rotation, hp.Cutout, hp.Erasing, hp.Flip, hp.VerticalFlip, hp.Grayscale,
                  hp.GaussianNoise, hp.GaussianBlur]  # fmt: skip
@@ -421,3 +423,25 @@ def test_the_recipe_of_contributing_works():
         for now, was in zip((DECOMPOSITIONS, RANDOM, AUGMENTING, hp.OPERATIONS), before, strict=True):
             now.clear()
             now.update(was)  # type: ignore[arg-type]
+
+
+# The picture
+
+
+def test_show_draws_a_row_for_each_number(tmp_path):
+    pytest.importorskip("matplotlib")
+    specs = [hp.ColorJitter(), hp.Cutout(), hp.Flip()]
+    fxstn.show(specs, images(2), tmp_path / "grid.png", columns=3)
+    header = (tmp_path / "grid.png").read_bytes()[:24]
+    assert int.from_bytes(header[20:]) > 7 * 80  # the height of seven rows, in pixels
+    assert strengths_of(specs[1], "holes", 3) == [[0, 4], [2, 4], [5, 4]]
+    with pytest.raises(ValueError, match="at least 2 columns"):
+        fxstn.show([], images(2), tmp_path / "none.png")
+
+
+def test_the_command_that_draws_says_what_there_is(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["show", "Flip", "--columns", "2", "--image-size", "16", "--out", str(tmp_path / "flip.png")]) == 0
+    assert (tmp_path / "flip.png").exists()
+    assert main(["show", "Flop"]) == 2
+    assert "'Flop' is no augmentation; there are ColorJitter" in capsys.readouterr().err
