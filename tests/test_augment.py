@@ -267,6 +267,18 @@ def test_a_module_is_taken_over_at_its_own_strength(module):
     assert torch.equal(first, stn(x))
 
 
+def test_images_of_bytes_are_augmented_converted_and_normalised():
+    before = (
+        v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.25] * 3),
+    )
+    x, model = images(dtype=torch.uint8), classifier(*before)
+    stn = fxstn.transform(model, example_inputs=x)
+    torch.testing.assert_close(stn.eval()(x), stn.model[3:]((x / 255 - 0.5) / 0.25))
+    assert not torch.allclose(stn.train()(x), stn.model[3:]((x / 255 - 0.5) / 0.25))
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -417,6 +429,8 @@ def test_the_recipe_of_contributing_works():
         assert "solarize" in str(fxstn.explain(model))
         inserted = fxstn.transform(classifier(), [names["Solarize"]("input")])
         assert inserted.hparams.names == ("input.solarize",)
+        with pytest.raises(ValueError, match="RandomSolarize is followed already"):
+            fxstn.register_operation(names["Solarize"], v2.RandomSolarize)
         x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
         assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])
     finally:
