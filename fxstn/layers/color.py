@@ -14,9 +14,9 @@ from fxstn.staging import staged
 
 
 def as_float(x: Tensor) -> Tensor:
-    """Images with values in [0, 1]. Raises TypeError for other types than uint8 and floating point."""
+    """Images with values in [0, 1], at least float32. Raises TypeError for other types than uint8 and floating point."""
     if x.is_floating_point():
-        return x
+        return x.to(torch.promote_types(x.dtype, torch.float32))
     if x.dtype != torch.uint8:
         raise TypeError(f"images are floating point in [0, 1] or uint8, got {x.dtype}")
     return x.float() / 255
@@ -55,11 +55,17 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
-    hue = torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    hue = torch.where(value == r, g - b, hue) / chroma.clamp_min(1e-30)  # 0 without chroma
-    hue.add_(6 * shift).remainder_(6)
+    hue = torch.lerp((b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4), _apart(value, g))
+    hue = torch.lerp(g - b, hue, _apart(value, r)) / chroma.clamp_min(1e-30)  # 0 without chroma
+    hue.add_(6 * shift)
+    hue = hue.sub(torch.floor(hue / 6), alpha=6)
     ramps = torch.cat([(hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)], 1)
     return torch.addcmul(low, chroma, ramps.clamp_(0, 1))
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a > b and 0 where they are equal, several times as fast as comparing and torch.where on a CPU."""
+    return ((a - b).detach() * 1e30).clamp_(max=1)
 
 
 def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
             y = shift_hue(y, turn) if place == hue_at else y
             y = _blend_at(y, factor[:, place], which[:, place])
         y = shift_hue(y, turn) if hue_at == 3 else y
-        result = result.index_copy_(0, rows, torch.where(still[rows], before, y))
+        result = result.index_copy_(0, rows, torch.lerp(y, before, still[rows].to(y.dtype)))
     return like_before(result, x)
 
 

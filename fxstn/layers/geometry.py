@@ -58,8 +58,7 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
         inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
         outside = torch.tensor(fill, dtype=y.dtype, device=y.device).view(1, -1, 1, 1)
         y = inside * (y - outside) + outside
-    if not x.is_floating_point():
-        y = y.round().to(x.dtype)
     identity = torch.eye(2, 3, dtype=matrices.dtype, device=x.device)
     still = (matrices == identity).all(-1).all(-1).view(-1, 1, 1, 1)
-    return torch.where(still, x, y)
+    y = torch.lerp(y, images[:, : x.shape[1]], still.to(y.dtype))
+    return y if x.is_floating_point() else y.round().to(x.dtype)
