@@ -305,7 +305,7 @@ def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: Examples) -> 
             )
         drawn.meta = {"scope": node.meta.get("scope", ())}
         node.target, node.args = operation.apply, (x, drawn)
-        node.kwargs = {} if operation.apply is operator.mul else node.kwargs
+        node.kwargs = node.kwargs if getattr(operation.apply, "staged", False) else {}  # torch's own take no settings
 
 
 def _draw_dropout(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Examples) -> None:
