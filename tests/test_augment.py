@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -386,6 +387,21 @@ def test_a_strength_for_the_whole_batch_has_one_perturbation():
     loss = fxstn.response_loss(stn, F.cross_entropy, images(), torch.zeros(6, dtype=torch.long))
     loss.backward()
     assert all(parameter.grad is not None for parameter in stn.response_parameters())
+
+
+def test_the_graphs_compile_with_every_operation_and_survive_pickling():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 7 * 9, 5))
+    specs = [spec() for spec in AUGMENTATIONS if spec is not hp.Rotation]  # its number is called as one of Affine
+    stn = fxstn.transform(model, [*specs, hp.DropConnect("2"), hp.LabelSmoothing()])
+    twin = pickle.loads(pickle.dumps(stn))
+    twin.compile(backend="aot_eager")  # fullgraph=True
+    for loss in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+        values = []
+        for network in (stn, twin):
+            torch.manual_seed(1)
+            values.append(loss(network, fxstn.cross_entropy, images(), torch.tensor([0, 1, 2, 3, 4, 0])))
+        torch.testing.assert_close(values[1], values[0])
 
 
 # Losses and penalties
