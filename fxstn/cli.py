@@ -20,7 +20,7 @@ from fxstn import data, hp
 from fxstn.bench import VARIANTS, Setup, write_json
 from fxstn.bench import bench as measure
 
-AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.inserts and cls.__name__[0] != "_"}
+AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.inserts}
 
 
 def build_model(name: str, classes: int) -> nn.Module:

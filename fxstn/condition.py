@@ -278,9 +278,8 @@ def condition(module: fx.GraphModule, binding: Binding | None, layouts: Layouts 
         if node.op == "call_function" and (node.target in DROPOUTS or node.target in OPERATIONS):
             site = taken.get(node.name)
             _draw(graph, node, *(strengths(site, node) if site else (_strengths(node), BATCH_FIRST)))
-    for site in reversed(
-        [site for site in sites if site.insert]
-    ):  # of two after one value the first asked for acts first
+    inserted = [site for site in sites if site.insert]
+    for site in reversed(inserted):  # of two after one value the first asked for acts first
         _insert(graph, by_name[site.node], site, strengths, last_input)
     for name, index in binding.dropped if binding else ():
         for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == f"model.{name}"]:
@@ -353,12 +352,14 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strengths: Any, last_in
     while anchor.op == "placeholder" or anchor.target == "hparams":
         anchor = anchor.next
     spec = site.spec
-    own = isinstance(spec, Operation)
-    function = spec.function if isinstance(spec, Operation) else F.dropout
-    arguments: Any = (value, *[0.0] * len(spec.numbers)) if own else (value, 0.0, True)
+    function: Any = F.dropout
+    arguments: tuple[Any, ...] = (value, 0.0, True)
+    settings: dict[str, Any] = {}
+    if isinstance(spec, Operation):
+        function, arguments, settings = spec.function, (value, *[0.0] * len(spec.numbers)), spec.settings
     with graph.inserting_before(anchor):
         name = f"{site.path or 'output'}_{function.__name__}".replace(".", "_")
-        result = graph.create_node("call_function", function, arguments, getattr(spec, "settings", {}), name)
+        result = graph.create_node("call_function", function, arguments, settings, name)
     result.meta = {"scope": scope, "stack_trace": value.meta.get("stack_trace")}
     _draw(graph, result, *strengths(site, result))
     for reader in readers:

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from fxstn.errors import Problem, TransformError, module_path, operation_name
+from fxstn.errors import Problem, TransformError, module_path
 from fxstn.fidelity import frozen_modules
 from fxstn.hp import Spec
 from fxstn.hyperize import responses
@@ -151,9 +151,9 @@ def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ..
     for node in graph.graph.nodes:
         if draws(node.target):
             tuned = [names[index] for index in map(_index, node.args[1:]) if index is not None]
-            kept = "kept, p = " if "mask" in operation_name(node.target) else "kept, strengths "
-            became = f"strength from λ: {', '.join(tuned)}" if tuned else kept + ", ".join(map(str, node.args[1:]))
             dropout = node.target in (dropout_mask, alpha_dropout_coefficients)
+            kept = f"kept, p = {node.args[1]}" if dropout else f"kept, {', '.join(map(str, node.args[1:]))}"
+            became = f"strength from λ: {', '.join(tuned)}" if tuned else kept
             name = "dropout" if dropout else node.target.__name__.removeprefix("draw_")  # type: ignore[union-attr]
             rows.append(Row(module_path(node), name, became, "conditioned" if tuned else "fixed noise"))
         elif "rule" in node.meta:

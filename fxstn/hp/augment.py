@@ -194,25 +194,21 @@ class Erasing(Operation):
 
 
 class _Chosen(Operation):
-    """Something done to an example with a tuned probability."""
+    """Something done to an example with a tuned probability, a module's `p`."""
+
+    @classmethod
+    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+        return dict.fromkeys(cls.numbers, module.p), {}
 
     @staticmethod
     def draw(x: Tensor, probability: Tensor | float) -> Tensor:
         return uniform(x) < by_example(probability, x)
-
-    @staticmethod
-    def apply(x: Tensor, drawn: Tensor) -> Tensor:
-        return x
 
 
 class Flip(_Chosen):
     """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`."""
 
     numbers: Mapping[str, Number] = {"flip": Number(0.05, 0, 1)}
-
-    @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-        return {"flip": module.p}, {}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -224,10 +220,6 @@ class VerticalFlip(_Chosen):
 
     numbers: Mapping[str, Number] = {"vertical_flip": Number(0.05, 0, 1)}
 
-    @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-        return {"vertical_flip": module.p}, {}
-
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
         return torch.where(drawn, x.flip(-2), x)
@@ -237,10 +229,6 @@ class Grayscale(_Chosen):
     """Probability, in [0, 1], of a grey image. Takes over `v2.RandomGrayscale`."""
 
     numbers: Mapping[str, Number] = {"grayscale": Number(0.05, 0, 1)}
-
-    @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-        return {"grayscale": module.p}, {}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:

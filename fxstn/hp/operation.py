@@ -44,9 +44,10 @@ class Operation(Spec):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not cls.numbers:  # a base of others
+            return
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
         drawing, applying = cls.draw, cls.apply
-
         of_torch = getattr(applying, "__module__", "") in ("_operator", "torch")  # has a rule, and takes no settings
 
         def run(x: Any, *strengths: Any, **settings: Any) -> Any:

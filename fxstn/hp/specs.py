@@ -94,10 +94,9 @@ class Spec:
         for kind, number in self.numbers.items():
             named_so = path.rpartition(".")[2] == kind
             name = kind if self.shared or not path else path if named_so else f"{path}.{kind}"
-            init = number.inside(starts[kind]) if starts and kind in starts else number.init
-            result.append(
-                Quantity(name, init, number.low, number.high, number.scale, number.log, number.integer, number.by_batch)
-            )
+            if starts and kind in starts:
+                number = replace(number, init=number.inside(starts[kind]))
+            result.append(Quantity(name, **vars(number)))
         return result
 
     def match(self, names: Iterable[str]) -> list[str]:
