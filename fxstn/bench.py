@@ -22,7 +22,7 @@ from fxstn import hp
 from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, response_sgd, sgd
-from fxstn.condition import bind
+from fxstn.bind import bind
 from fxstn.fidelity import frozen_modules
 from fxstn.measure import peak_memory, step_times
 from fxstn.rivals import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
+from fxstn.hp.terms import Terms
 from fxstn.layers.penalty import penalty, penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.tangents import BATCH_FIRST
@@ -55,13 +56,13 @@ class SelfTuningNetwork(nn.Module):
         model: nn.Module,
         response: nn.Module,
         hparams: HyperparameterSpace,
-        penalties: Sequence[tuple[str, int, int]],
+        terms: Terms,
         method: str,
         recipe: Any,
     ) -> None:
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
-        self.penalties, self.method = tuple(penalties), method
+        self.terms, self.method = terms, method
         self.recipe = recipe
         self._canonical: dict[bool, fx.GraphModule] = {}
         self._graphs: dict[str, fx.GraphModule] = {}
@@ -76,12 +77,13 @@ class SelfTuningNetwork(nn.Module):
     # Graphs
 
     def graph(self, name: str) -> fx.GraphModule:
-        """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval" (also "linearized", "perturbed").
+        """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives,
+        "general", "linearized", "perturbed", "trained", which return (output, asides) where there are any.
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
         bases = ("pushforward", "linearized", "perturbed")
-        known = ("train", "eval", "trained", *bases, *(f"{base}_eval" for base in bases))
+        known = ("train", "eval", "general", "trained", *bases, *(f"{base}_eval" for base in bases))
         if name not in known:
             raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
         if name not in self._graphs:
@@ -124,12 +126,15 @@ class SelfTuningNetwork(nn.Module):
         """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on.
 
         A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
-        in eval mode are not touched. Raises ValueError for a network on rung "live", which has no graph to compile.
+        in eval mode are not touched. Raises ValueError for a network on rung "live", which has no graph to compile, and with
+        hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
         """
         if self.rung == "live":
             raise ValueError(
                 'a network that runs as it is (rung "live") cannot be compiled; see `refusals` for the reasons'
             )
+        if self.terms.jacobian:
+            raise ValueError("a network with hp.JacobianNorm cannot be compiled: its gradient is differentiated again")
         self._compile_options, self._compiled = {"fullgraph": True} | options, {}
 
     def _compiled_graph(self, name: str) -> Any:
@@ -195,7 +200,9 @@ class SelfTuningNetwork(nn.Module):
         """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
-            return self._call("trained" if self.training else "perturbed_eval", inputs, delta=delta, **named)
+            if self.training:
+                return self._beside(self._call("trained", inputs, delta=delta, **named))[0]
+            return self._call("perturbed_eval", inputs, delta=delta, **named)
         if self.training or self.augments:
             return self._call("train" if self.training else "eval", inputs, **named)
         return self.model(*inputs, **named)
@@ -215,9 +222,13 @@ class SelfTuningNetwork(nn.Module):
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             return self._compiled_graph(name)(*inputs, **named)
 
-    def conditioned_output(self, *inputs: Any) -> Any:
-        """The output of the training graph at λ₀ and w₀, whatever the module's mode."""
-        return self._call("train", inputs)
+    def conditioned_output(self, *inputs: Any) -> tuple[Any, tuple]:
+        """(output, asides) of the training graph at λ₀ and w₀, whatever the module's mode. asides: a value for each of
+        `terms.asides`."""
+        return self._beside(self._call("general" if self.terms.asides else "train", inputs))
+
+    def _beside(self, result: Any) -> tuple[Any, tuple]:
+        return result if self.terms.asides else (result, ())
 
     def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
@@ -237,18 +248,21 @@ class SelfTuningNetwork(nn.Module):
         condition: Tensor | None = None,
         training: bool | None = None,
         update_statistics: bool = False,
-    ) -> Any:
-        """The output that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
+    ) -> tuple[Any, tuple]:
+        """(output, asides) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
         "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
         "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too. training: None for the
-        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only).
+        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only). asides: as in
+        `conditioned_output`; none in eval mode.
         """
         kind = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
         evaluating = not (self.training if training is None else training)
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained.detach()
-        return self._run(f"{kind}_eval" if evaluating else kind, inputs, delta, condition)
+        if evaluating:
+            return self._run(f"{kind}_eval", inputs, delta, condition), ()
+        return self._beside(self._run(kind, inputs, delta, condition))
 
     def _run(self, name: str, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
         moved = {"delta": self._checked(delta, "delta", inputs)}
@@ -271,12 +285,12 @@ class SelfTuningNetwork(nn.Module):
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:
         """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the
         mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
-        if not self.penalties:
+        if not self.terms.penalties:
             return 0.0
         strengths = self.hparams(condition)
         parameters = dict(self.model.named_parameters())
         total: Tensor | float = 0.0
-        for name, index, norm in self.penalties:
+        for name, index, norm in self.terms.penalties:
             response = self._response(name)
             if condition is None or response is None:
                 total = total + penalty(parameters[name], strengths[..., index].mean(), norm)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxstn.bind import Binding, bind
 from fxstn.canonicalize import canonicalize
-from fxstn.condition import Binding, bind, condition
+from fxstn.condition import condition
 from fxstn.errors import Problem, TransformError
 from fxstn.export import Examples, follow_by_export
 from fxstn.fidelity import frozen_modules, module_state, restore
@@ -69,14 +70,16 @@ class Recipe:
         return with_children(graph, root)
 
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
-        """Build one graph by name: "train", "eval", "trained", "pushforward", "linearized", "perturbed", or with "_eval".
+        """Build one graph by name: "train", "eval", "pushforward", or those of the training objectives, "general",
+        "linearized", "perturbed", "trained", which return the asides too; all but the first and last also with "_eval".
 
         The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify
         (→ recompute).
         places: where the examples are, from `layouts`; empty for a plain batch.
         """
-        graph = condition(canonical, None if name.endswith("eval") else self.binding, places)
         kind = name.removesuffix("_eval")
+        asides = kind not in ("train", "pushforward")
+        graph = condition(canonical, None if name.endswith("eval") else self.binding, places, asides)
         if kind == "linearized":
             graph = simplify(linearized(hyperize(graph), places, self.statistics == "running"))
             return recompute_pass(graph) if self.recompute else graph
@@ -181,13 +184,13 @@ def _climbed(
     space.to(device=reference.device, dtype=reference.dtype)
     recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, **emission)
     if rung == "live":
-        if binding.dropped or any(not isinstance(site.spec, Dropout) for site in binding.sites):
+        if binding.dropped or binding.terms.jacobian or any(type(site.spec) is not Dropout for site in binding.sites):
             raise TransformError(
                 [Problem("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
             )
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space))
-    network = SelfTuningNetwork(model, modules, space, binding.penalties, method, recipe)
+    network = SelfTuningNetwork(model, modules, space, binding.terms, method, recipe)
     if rung != "live":
         for training, graph in zip((True, False), graphs, strict=True):
             network.keep_canonical(training, with_children(graph, network))

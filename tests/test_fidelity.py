@@ -237,7 +237,7 @@ def test_a_link_under_a_view_is_linearised_before_it():
 
     stn = fxstn.transform(Probability(), SCALAR)
     randomize_response(stn, 50.0)
-    output = stn.perturbed_output(torch.randn(20, 6), delta=torch.randn(20, 1))
+    output, _ = stn.perturbed_output(torch.randn(20, 6), delta=torch.randn(20, 1))
     assert ((output >= 0) & (output <= 1)).all()
 
 

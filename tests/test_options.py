@@ -90,7 +90,7 @@ def test_with_running_statistics_examples_do_not_see_each_other(batch):
 
     def output(x):
         torch.manual_seed(0)
-        return stn.perturbed_output(x, delta=delta, condition=delta)
+        return stn.perturbed_output(x, delta=delta, condition=delta)[0]
 
     changed = batch[0].clone()
     changed[0] += 1

@@ -16,8 +16,9 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
+from fxstn.bind import bind
 from fxstn.canonicalize import canonicalize
-from fxstn.condition import bind, condition
+from fxstn.condition import condition
 from fxstn.graphs import assemble
 from fxstn.hyperize import hyperize
 from fxstn.layers.noise import dropout_mask
@@ -29,6 +30,7 @@ PACKAGE = Path(fxstn.__file__).parent
 PASSES = {
     "trace",
     "canonicalize",
+    "bind",
     "condition",
     "hyperize",
     "pushforward",

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from fxstn.layers.penalty import squared_jacobian
 from fxstn.network import SelfTuningNetwork, batch_size, held
 
 LossFunction = Callable[..., Tensor]
@@ -63,13 +65,9 @@ def general_loss(
     """
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, update_statistics=True)
-    inputs = _as_tuple(inputs)
-    examples = batch_size(inputs)
-    output = stn.conditioned_output(*inputs)
-    hparams = None
-    if takes_hparams(loss_fn):
-        hparams = stn.hparams.named(stn.hparams().expand(examples, -1))
-    return evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty()
+    inputs = _watched(stn, inputs)
+    output, asides = stn.conditioned_output(*inputs)
+    return _training_loss(stn, loss_fn, inputs, target, output, asides, None)
 
 
 def response_loss(
@@ -91,16 +89,42 @@ def _perturbed_loss(
     perturb: str | None,
     update_statistics: bool,
 ) -> Tensor:
-    inputs = _as_tuple(inputs)
-    examples = batch_size(inputs)
+    inputs = _watched(stn, inputs)
     epsilon = _perturbation(stn, inputs, perturb).detach()
-    output = stn.perturbed_output(
+    output, asides = stn.perturbed_output(
         *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )
-    hparams = None
-    if takes_hparams(loss_fn):
-        hparams = stn.hparams.named(stn.hparams(epsilon).expand(examples, -1))
-    return evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
+    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon)
+
+
+def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
+    """The inputs as a tuple; where the Jacobian is penalised, so that derivatives with respect to them are recorded."""
+    inputs = _as_tuple(inputs)
+    if not stn.terms.jacobian:
+        return inputs
+    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+
+
+def _training_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: tuple,
+    target: Any,
+    output: Any,
+    asides: tuple,
+    epsilon: Tensor | None,
+) -> Tensor:
+    """L_T of an output at λ₀ + ε (None: λ₀): the loss function and every penalty."""
+    examples, strengths = batch_size(inputs), stn.hparams(epsilon)
+    for spec, value in zip(stn.terms.asides, asides, strict=True):
+        target = spec.retarget(target, output, value)
+    hparams = stn.hparams.named(strengths.expand(examples, -1)) if takes_hparams(loss_fn) else None
+    loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
+    for spec, value in zip(stn.terms.asides, asides, strict=True):
+        loss = loss + spec.penalty(value)
+    for index, projections in stn.terms.jacobian:
+        loss = loss + (strengths[..., index] * squared_jacobian(output, inputs, projections)).mean()
+    return loss
 
 
 def hyper_loss(
@@ -122,7 +146,7 @@ def hyper_loss(
     unconstrained = stn.hparams.unconstrained
     delta = (unconstrained - unconstrained.detach()) + _perturbation(stn, inputs, perturb)
     with held((*stn.response_parameters(), *stn.general_parameters())):
-        output = stn.perturbed_output(*inputs, delta=delta, training=False)
+        output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()
 
 

@@ -180,7 +180,7 @@ class BilevelRunner:
                 scale_optimizer, _rmsprop, [stn.hparams.raw_scale], "scale_optimizer"
             )
         for name in ("optimizer", "response_optimizer"):
-            if stn.penalties and any(group.get("weight_decay") for group in self.optimizers[name].param_groups):
+            if stn.terms.penalties and any(group.get("weight_decay") for group in self.optimizers[name].param_groups):
                 warnings.warn(
                     f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", stacklevel=2
                 )

@@ -17,16 +17,22 @@ from fxstn.hp.augment import (
     VerticalFlip,
 )
 from fxstn.hp.bijection import Bijection, Quantity
+from fxstn.hp.mix import CutMix, Mixing, MixUp
 from fxstn.hp.operation import OPERATIONS, Operation
-from fxstn.hp.regularize import DropConnect, StochasticDepth
+from fxstn.hp.regularize import ActivationDecay, Activity, DropConnect, JacobianNorm, StochasticDepth
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.specs import Dropout, LabelSmoothing, Number, Scalar, Spec, WeightDecay
+from fxstn.hp.terms import Aside, Terms
 
 __all__ = [
     "OPERATIONS",
+    "ActivationDecay",
+    "Activity",
     "Affine",
+    "Aside",
     "Bijection",
     "ColorJitter",
+    "CutMix",
     "Cutout",
     "DropConnect",
     "Dropout",
@@ -36,7 +42,10 @@ __all__ = [
     "GaussianNoise",
     "Grayscale",
     "HyperparameterSpace",
+    "JacobianNorm",
     "LabelSmoothing",
+    "MixUp",
+    "Mixing",
     "Number",
     "Operation",
     "Quantity",
@@ -44,6 +53,7 @@ __all__ = [
     "Scalar",
     "Spec",
     "StochasticDepth",
+    "Terms",
     "VerticalFlip",
     "WeightDecay",
 ]

@@ -35,12 +35,13 @@ class Operation(Spec):
     function: ClassVar[Callable[..., Any]]  # the node of a canonical graph: (x, *strengths, **settings) → y
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 shared: bool = False, **settings: Any) -> None:  # fmt: skip
+                 shared: bool = False, perturb: str | Mapping[str, str] | None = None,
+                 **settings: Any) -> None:  # fmt: skip
         if unknown := sorted(set(settings) - set(self.defaults)):
             known = ", ".join(self.defaults) or "none"
             raise TypeError(f"hp.{type(self).__name__} has no setting {unknown[0]!r}; it has {known}")
         self.settings = {**self.defaults, **settings}
-        super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared)
+        super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared, perturb=perturb)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

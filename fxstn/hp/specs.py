@@ -42,22 +42,38 @@ class Spec:
     """Base of all specs.
 
     where: fnmatch patterns over full module names, the root "" included (`*` crosses dots). init, low, high, scale: in place
-    of the numbers' own, for all of them or by name, {"hue": 0.1}. shared: one λ for all matches in place of one each.
+    of the numbers' own, for all of them or by name, {"hue": 0.1}. shared: one λ for all matches in place of one each. perturb:
+    "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by name too.
 
-    Raises ValueError for a name that is none of its numbers, and where a number's range is impossible.
+    Raises ValueError for a name that is none of its numbers, where a number's range is impossible, for another `perturb`.
     """
 
     numbers: Mapping[str, Number] = {}
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 shared: bool = False) -> None:  # fmt: skip
+                 shared: bool = False, perturb: str | Mapping[str, str] | None = None) -> None:  # fmt: skip
         if not all(isinstance(pattern, str) for pattern in where):
             raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
         self.where, self.shared = where, shared
         for key, choice in {"init": init, "low": low, "high": high, "scale": scale}.items():
             if choice is not None:
                 self.numbers = self._changed(key, choice)
+        if perturb is not None:
+            self._perturb(perturb)
         self.check()
+
+    def _perturb(self, choice: str | Mapping[str, str]) -> None:
+        by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
+        if wrong := [value for value in by_name.values() if value not in ("example", "batch")]:
+            raise ValueError(f"hp.{type(self).__name__}: perturb={wrong[0]!r} is neither 'example' nor 'batch'")
+        shared = {name: value == "batch" for name, value in by_name.items()}
+        if alike := [
+            name for name in shared if name in self.numbers and self.numbers[name].by_batch and not shared[name]
+        ]:
+            raise ValueError(
+                f"hp.{type(self).__name__}: {alike[0]} has one value for all examples of a batch, perturb='batch'"
+            )
+        self.numbers = self._changed("by_batch", shared)
 
     def _changed(self, key: str, choice: float | Mapping[str, float]) -> dict[str, Number]:
         by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
@@ -127,7 +143,18 @@ class Dropout(Spec):
             raise ValueError(f"hp.Dropout: need 0 <= low < high < 1, got low={number.low}, high={number.high}")
 
 
-class WeightDecay(Spec):
+class Coefficient(Spec):
+    """Base of the specs of a penalty's coefficient: any positive range, on a log scale."""
+
+    def check(self) -> None:
+        ((name, number),) = self.numbers.items()
+        if not 0 < number.low < number.high < math.inf:
+            raise ValueError(
+                f"hp.{type(self).__name__}: need 0 < low < high < inf for {name}, got low={number.low}, high={number.high}"
+            )
+
+
+class WeightDecay(Coefficient):
     """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale; of λ ‖w‖₁ with norm=1.
 
     Applies to the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern.
@@ -137,18 +164,13 @@ class WeightDecay(Spec):
     numbers: Mapping[str, Number] = {"weight_decay": Number(1e-4, 1e-7, 1e-1, log=True)}
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 shared: bool = False, norm: int = 2) -> None:  # fmt: skip
+                 shared: bool = False, perturb: str | None = None, norm: int = 2) -> None:  # fmt: skip
         if norm not in (1, 2):
             raise ValueError(f"hp.WeightDecay: norm={norm!r} is neither 1 nor 2")
         self.norm = norm
         if norm == 1:
             self.numbers = {"l1_decay": self.numbers["weight_decay"]}
-        super().__init__(*(where or ("*",)), init=init, low=low, high=high, scale=scale, shared=shared)
-
-    def check(self) -> None:
-        (number,) = self.numbers.values()
-        if not 0 < number.low < number.high < math.inf:
-            raise ValueError(f"hp.WeightDecay: need 0 < low < high < inf, got low={number.low}, high={number.high}")
+        super().__init__(*(where or ("*",)), init=init, low=low, high=high, scale=scale, shared=shared, perturb=perturb)
 
 
 class Scalar(Spec):
@@ -158,15 +180,16 @@ class Scalar(Spec):
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
-                 integer: bool = False) -> None:  # fmt: skip
+                 integer: bool = False, perturb: str | None = None) -> None:  # fmt: skip
         self.numbers = {name: Number(init, low, high, scale, log, integer)}
-        super().__init__(shared=True)
+        super().__init__(shared=True, perturb=perturb)
 
 
 class LabelSmoothing(Scalar):
     """Label smoothing, in [0, 1): `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7)."""
 
-    def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0) -> None:
+    def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
+                 perturb: str | None = None) -> None:  # fmt: skip
         if not 0 <= low < high < 1:
             raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
-        super().__init__("label_smoothing", init, low, high, scale=scale)
+        super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb)

@@ -1,9 +1,12 @@
-"""Penalties on the weights, in closed form on the structured response."""
+"""Penalties on the weights, in closed form on the structured response, and on the Jacobian."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
@@ -28,3 +31,31 @@ def penalty_perturbed(
     cross, square = torch.linalg.vecdot(w, r), torch.linalg.vecdot(r, r)
     norms = torch.linalg.vecdot(w, w).sum() + 2 * scale @ cross + scale.square() @ square
     return 0.5 * (strength * norms).mean()
+
+
+def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tensor:
+    """‖∂y_i/∂x‖², the squared Frobenius norm, of each example i: (batch,), to be differentiated again.
+
+    output: (batch, ...), or a structure of such; inputs: tensors that require a gradient, others are passed over.
+    projections: n vectors of random signs, whose mean is an unbiased estimate; None: a backward pass per output, exact.
+    Where examples see each other (batch norm in train mode) row i also has what x_i does to the others.
+
+    Raises ValueError without floating point inputs or outputs, RuntimeError where an operation has no second derivative.
+    """
+    wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    leaves = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+    if not wanted or not leaves:
+        raise ValueError("the Jacobian's norm needs floating point inputs and outputs, (batch, ...)")
+    y = torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], 1)
+    if projections is None:
+        directions = [one.expand_as(y) for one in torch.eye(y.shape[1], dtype=y.dtype, device=y.device)]
+    else:
+        directions = [torch.randint_like(y, 0, 2).mul_(2).sub_(1) for _ in range(projections)]
+    total = y.new_zeros(len(y))
+    for u in directions:
+        try:
+            found = torch.autograd.grad(y, wanted, u, create_graph=True, materialize_grads=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"hp.JacobianNorm differentiates the output by the inputs, twice: {error}") from error
+        total = total + sum(gradient.square().flatten(1).sum(1) for gradient in found)
+    return total / (len(directions) if projections is not None else 1)

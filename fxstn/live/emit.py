@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxstn.condition import Binding
+from fxstn.bind import Binding
 from fxstn.fidelity import mode_of, module_state, restore
 from fxstn.layers.response import Response, for_all_examples, parameter_changes
 from fxstn.live.duals import Duals, Note

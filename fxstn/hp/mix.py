@@ -1,0 +1,68 @@
+"""Augmentations that combine two examples of a batch; the objectives give the loss a target combined alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxstn.hp.operation import Operation
+from fxstn.hp.specs import Number
+from fxstn.hp.terms import Aside
+from fxstn.layers.color import as_float, like_before
+from fxstn.layers.erase import boxes_mask
+from fxstn.layers.mixing import lesser_share, mixed_target
+from fxstn.layers.noise import by_example
+
+
+class Mixing(Aside, Operation):
+    """Base of operations whose draw ends with (partner, share): the example mixed in, (batch,), and its share, (batch,).
+
+    A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes; one
+    of floating point numbers is mixed as it is. Evaluation and the hyper step see plain examples.
+    """
+
+    def retarget(self, target: Any, output: Any, value: Any) -> Any:
+        return mixed_target(target, output, *value[-2:])
+
+
+class MixUp(Mixing):
+    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Zhang et al. 2018, arXiv 1710.09412): examples become
+    x + share · (x' − x), with x' another of the batch. The example keeps the larger share, so that α = 0 mixes nothing."""
+
+    numbers: Mapping[str, Number] = {"mixup": Number(0.1, 0, 2)}
+
+    @staticmethod
+    def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
+        return torch.randperm(len(x), device=x.device), lesser_share(x, alpha)
+
+    @staticmethod
+    def apply(x: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
+        partner, share = drawn
+        values = as_float(x)
+        return like_before(values + by_example(share, values) * (values[partner] - values), x)
+
+
+class CutMix(Mixing):
+    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Yun et al. 2019, arXiv 1905.04899): a box of that share
+    of the area comes from another image of the batch; at most half the area, so that α = 0 mixes nothing."""
+
+    numbers: Mapping[str, Number] = {"cutmix": Number(0.1, 0, 2)}
+
+    @staticmethod
+    def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        half = 0.5 * lesser_share(x, alpha).sqrt()[:, None]
+        starts, lengths = [], []
+        for size in x.shape[-2:]:
+            reach = (half * size).floor()
+            starts.append((torch.rand(len(x), 1, device=x.device) * size).floor() - reach)
+            lengths.append(2 * reach)
+        box = boxes_mask(starts[0], starts[1], lengths[0], lengths[1], (x.shape[-2], x.shape[-1]))
+        return box, torch.randperm(len(x), device=x.device), box.float().mean((1, 2, 3))
+
+    @staticmethod
+    def apply(x: Tensor, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        box, partner, _ = drawn
+        return torch.where(box, x[partner], x)
