@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,7 +128,8 @@ def transform(
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
     Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
-    matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method.
+    matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method. Warns
+    where hparams=None leaves an augmentation of the model at its own strength, because the model is not followed by "fx".
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
@@ -150,7 +152,14 @@ def transform(
         try:
             network = _climbed(rung, model, hparams, example_inputs, method, emission)
             network.rung, network.refusals = rung, tuple(problems)
-            network.augments = rung != "live" and any(type(module) in AUGMENTING for module in model.modules())
+            found = [name for name, module in model.named_modules() if type(module) in AUGMENTING]
+            network.augments = rung != "live" and bool(found)
+            if found and hparams is None and rung != "fx":
+                warnings.warn(
+                    f"the augmentation '{found[0]}' keeps its strength: it is tuned where symbolic tracing follows the "
+                    f"model, and this one is followed by trace={rung!r}; on 'export' a spec such as hp.ColorJitter() "
+                    "inserts one that is tuned", stacklevel=2,
+                )  # fmt: skip
             return network
         except TransformError as error:
             problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]

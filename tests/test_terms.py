@@ -422,3 +422,42 @@ def test_each_hyperparameter_is_perturbed_as_its_spec_says():
     assert shared == {"input.hue", "1.dropout", "0.weight_decay", "3.weight_decay", "temperature"}
     assert all(distinct[name] == 6 for name in set(distinct) - shared)
     assert sample[0, stn.hparams.names.index("input.hue")] != 0
+
+
+class Branching(nn.Module):
+    """Only torch.export follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        h = self.conv(x).relu()
+        return self.head((h * 2 if h.shape[2] > 3 else h).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "spec", [hp.Cutout, hp.MixUp, hp.JacobianNorm, hp.DropConnect, lambda: hp.ActivationDecay("conv")],
+    ids=["cutout", "mixup", "jacobian", "drop_connect", "activation"],
+)  # fmt: skip
+def test_every_term_works_where_export_follows_the_model(spec):
+    stn = moved(fxstn.transform(Branching(), [spec()], example_inputs=images())).train()
+    assert stn.rung == "export"
+    labels = torch.arange(8) % 5
+    fxstn.general_loss(stn, F.cross_entropy, images(), labels).backward()
+    fxstn.response_loss(stn, F.cross_entropy, images(), labels).backward()
+    fxstn.hyper_loss(stn, F.cross_entropy, images(), labels).backward()
+    assert stn.hparams.unconstrained.grad.abs().sum() > 0
+    assert any(parameter.grad.abs().sum() > 0 for parameter in stn.response_parameters())
+
+
+def test_a_model_that_only_runs_as_it_is_refuses_what_needs_a_graph():
+    for spec in (hp.MixUp(), hp.ActivationDecay("conv"), hp.JacobianNorm()):
+        with pytest.raises(fxstn.TransformError, match="which needs a graph"):
+            fxstn.transform(Branching(), [spec], example_inputs=images(), trace="live")
+
+
+def test_an_augmentation_that_keeps_its_strength_is_warned_of():
+    with pytest.warns(UserWarning, match=r"the augmentation '0' keeps its strength: .* trace='export'"):
+        stn = fxstn.transform(nn.Sequential(v2.RandomHorizontalFlip(0.5), Branching()), example_inputs=images())
+    assert stn.hparams.names == ("input.dropout",)

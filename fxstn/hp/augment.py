@@ -6,6 +6,7 @@ draw; 0 leaves images as they are, bit for bit. They act in train mode only.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,14 +157,11 @@ class Cutout(Operation):
     arXiv 1708.04552); both whole numbers, by floor."""
 
     numbers: Mapping[str, Number] = {"holes": Number(1, 0, 5, integer=True), "length": Number(4, 2, 24, integer=True)}
+    apply = operator.mul
 
     @staticmethod
     def draw(x: Tensor, holes: Tensor | float, length: Tensor | float) -> Tensor:
-        return cutout_mask(x, by_example(holes, x), by_example(length, x), most=5)
-
-    @staticmethod
-    def apply(x: Tensor, drawn: Tensor) -> Tensor:
-        return x.masked_fill(drawn, 0)
+        return (~cutout_mask(x, by_example(holes, x), by_example(length, x), most=5)).to(x.dtype)
 
 
 class Erasing(Operation):

@@ -35,13 +35,8 @@ def gray(x: Tensor) -> Tensor:
         raise ValueError(
             f"colour operations need images of 1 or 3 channels, (batch, channels, H, W); got {tuple(x.shape)}"
         )
-    weights = torch.tensor([[0.2989, 0.587, 0.114]], dtype=x.dtype, device=x.device)
-    return (weights @ x.flatten(2)).view(len(x), 1, *x.shape[2:])
-
-
-def blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    """factor · x + (1 − factor) · other, in [0, 1]. factor: (batch, 1, 1, 1)."""
-    return torch.addcmul((1 - factor) * other, x, factor).clamp_(0, 1)
+    r, g, b = x.split(1, 1)
+    return torch.add(0.2989 * r, g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -59,8 +54,9 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.lerp(g - b, hue, _apart(value, r)) / chroma.clamp_min(1e-30)  # 0 without chroma
     hue.add_(6 * shift)
     hue = hue.sub(torch.floor(hue / 6), alpha=6)
-    ramps = torch.cat([(hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)], 1)
-    return torch.addcmul(low, chroma, ramps.clamp_(0, 1))
+    middle, sign, top = x.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]]).view(3, 1, 3, 1, 1).unbind(0)
+    ramps = torch.addcmul(top, (hue - middle).abs_(), sign).clamp_(0, 1)
+    return torch.addcmul(low, chroma, ramps)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -79,24 +75,25 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     """
     images = as_float(x)
     result = torch.empty_like(images)
-    in_order = factors.gather(1, order)
-    still = ((factors == 1).all(1) & (shift == 0)).view(-1, 1, 1, 1)
-    for hue_at, rows in enumerate(arrangement.tensor_split(4)):
-        before = y = images[rows]
-        factor, which, turn = in_order[rows], order[rows], shift[rows].view(-1, 1, 1, 1)
-        for place in range(3):
-            y = shift_hue(y, turn) if place == hue_at else y
-            y = _blend_at(y, factor[:, place], which[:, place])
-        y = shift_hue(y, turn) if hue_at == 3 else y
-        result = result.index_copy_(0, rows, torch.lerp(y, before, still[rows].to(y.dtype)))
+    factor = factors.gather(1, order)
+    of_mean, of_luma = ((1 - factor) * (order == kind) for kind in (1, 2))
+    still = ((factors == 1).all(1) & (shift == 0)).to(images.dtype)
+    columns = torch.cat([factor, of_mean, of_luma, shift[:, None], still[:, None]], 1)[arrangement]
+    for quarter, (rows, own) in enumerate(zip(arrangement.tensor_split(4), columns.tensor_split(4), strict=True)):
+        weights = own[:, :, None, None, None].unbind(1)
+        before = y = images.index_select(0, rows)
+        for place in range(4):
+            y = shift_hue(y, weights[9]) if place == quarter else y
+            y = _blend(y, *weights[place:9:3]) if place < 3 else y
+        result.index_copy_(0, rows, torch.lerp(y, before, weights[10]))
     return like_before(result, x)
 
 
-def _blend_at(y: Tensor, factor: Tensor, which: Tensor) -> Tensor:
-    """The blend that each example has at one place of its order, (batch,): 0 brightness, 1 contrast, 2 saturation."""
-    which, luma = which.view(-1, 1, 1, 1), gray(y)
-    other = luma * (which == 2) + luma.mean((1, 2, 3), keepdim=True) * (which == 1)
-    return blend(y, other, factor.view(-1, 1, 1, 1))
+def _blend(y: Tensor, factor: Tensor, of_mean: Tensor, of_luma: Tensor) -> Tensor:
+    """factor · y + of_luma · (luma of each pixel) + of_mean · (mean luma), in [0, 1]; weights (batch, 1, 1, 1)."""
+    luma = gray(y)
+    other = torch.addcmul(luma.mean((1, 2, 3), keepdim=True) * of_mean, luma, of_luma)
+    return torch.addcmul(other, y, factor).clamp_(0, 1)
 
 
 @staged

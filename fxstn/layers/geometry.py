@@ -49,7 +49,7 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
         [columns.expand(height, -1), rows[:, None].expand(-1, width), torch.ones(height, width).to(columns)]
     )
     half = torch.tensor([width / 2, height / 2], dtype=images.dtype, device=x.device)
-    grid = (matrices @ pixels.flatten(1)).mT / half
+    grid = pixels.flatten(1).mT @ (matrices / half[:, None]).mT
     if fill is not None:
         images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
     y = F.grid_sample(images, grid.unflatten(1, (height, width)), mode, "zeros", align_corners=False)
@@ -60,5 +60,5 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
         y = inside * (y - outside) + outside
     identity = torch.eye(2, 3, dtype=matrices.dtype, device=x.device)
     still = (matrices == identity).all(-1).all(-1).view(-1, 1, 1, 1)
-    y = torch.lerp(y, images[:, : x.shape[1]], still.to(y.dtype))
+    y = y.lerp_(images[:, : x.shape[1]], still.to(y.dtype))
     return y if x.is_floating_point() else y.round().to(x.dtype)
