@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxstn.hp import Operation
+from fxstn.hp import Mixing, Operation
 
 
 def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
@@ -19,13 +19,13 @@ def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
     return [[value if other == name else n.init for other, n in spec.numbers.items()] for value in values.tolist()]
 
 
-def _row(spec: Operation, image: Tensor, strengths: list[list[float]], seed: int) -> Tensor:
-    """One image at each of the strengths, with one random draw: the clearest of eight."""
+def _row(spec: Operation, batch: Tensor, strengths: list[list[float]], seed: int) -> Tensor:
+    """The first image of a batch at each of the strengths, with one random draw: the clearest of eight."""
 
     def drawn(number: int, given: list[float]) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(8 * seed + number)
-            return spec.function(image[None], *given, **spec.settings)[0]
+            return spec.function(batch, *given, **spec.settings)[0]
 
     change = [
         (drawn(i, strengths[-1]).float() - drawn(i, strengths[0]).float()).square().sum().item() for i in range(8)
@@ -51,7 +51,8 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for place, (spec, name) in enumerate(rows):
         strengths = strengths_of(spec, name, columns)
-        row = _row(spec, images[place % len(images)], strengths, seed + place)
+        batch = images.roll(-(place % len(images)), 0)
+        row = _row(spec, batch if isinstance(spec, Mixing) else batch[:1], strengths, seed + place)
         at = list(spec.numbers).index(name)
         for axis, image, given in zip(axes[place], row, strengths, strict=True):
             axis.imshow(image.movedim(0, -1).expand(-1, -1, 3).cpu().numpy())
