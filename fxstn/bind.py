@@ -51,7 +51,7 @@ class Site:
 
     @property
     def index(self) -> int:
-        """The one strength of a dropout."""
+        """The one strength of a dropout or a penalty."""
         (index,) = self.indices
         return index
 

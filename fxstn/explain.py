@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxstn.errors import Problem, TransformError, module_path
 from fxstn.fidelity import frozen_modules
-from fxstn.hp import Spec
+from fxstn.hp import Activity, Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, draws, dropout_mask
 from fxstn.layers.response import for_all_examples
@@ -78,6 +78,7 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
             _operations(explanation, stn, inputs)
         else:
             _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
+        _penalties(explanation, stn)
     except TransformError as error:
         explanation.problems += error.problems
     except Exception as error:
@@ -91,6 +92,16 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
         except TransformError:  # listed already
             continue
     return explanation
+
+
+def _penalties(explanation: Explanation, stn: SelfTuningNetwork) -> None:
+    """What the training objectives add to the loss."""
+    found = [(name, f"L{norm} penalty", index) for name, index, norm in stn.terms.penalties]
+    sites = (site for site in stn.recipe.binding.asides if isinstance(site.spec, Activity))
+    found += [(site.path, "activation penalty", site.index) for site in sites]
+    found += [("", "Jacobian penalty", index) for index, _ in stn.terms.jacobian]
+    for path, what, index in found:
+        explanation.rows.append(Row(path, what, f"strength from λ: {stn.hparams.names[index]}", "conditioned"))
 
 
 def _rungs(explanation: Explanation, stn: SelfTuningNetwork | None) -> None:

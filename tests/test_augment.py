@@ -28,7 +28,7 @@ from fxstn.operations import AUGMENTING, RANDOM
 from fxstn.show import strengths_of
 
 AUGMENTATIONS = [hp.ColorJitter, hp.Affine, hp.Rotation, hp.Cutout, hp.Erasing, hp.Flip, hp.VerticalFlip, hp.Grayscale,
-                 hp.GaussianNoise, hp.GaussianBlur]  # fmt: skip
+                 hp.GaussianNoise, hp.GaussianBlur, hp.MixUp, hp.CutMix]  # fmt: skip
 MODULES = {
     v2.ColorJitter(0.3, 0.4, 0.5, 0.1): [0.3, 0.4, 0.5, 0.1],
     v2.RandomAffine(10, (0.1, 0.2), (0.9, 1.1), 5): [10, 0.2, 0.1, 5],

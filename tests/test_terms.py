@@ -461,3 +461,14 @@ def test_an_augmentation_that_keeps_its_strength_is_warned_of():
     with pytest.warns(UserWarning, match=r"the augmentation '0' keeps its strength: .* trace='export'"):
         stn = fxstn.transform(nn.Sequential(v2.RandomHorizontalFlip(0.5), Branching()), example_inputs=images())
     assert stn.hparams.names == ("input.dropout",)
+
+
+def test_explain_lists_the_penalties():
+    specs = [hp.WeightDecay("3"), hp.ActivationDecay("1"), hp.JacobianNorm(), hp.MixUp()]
+    rows = [row for row in fxstn.explain(classifier(), specs).rows if row.rule == "conditioned"]
+    assert [(row.module, row.operation, row.became) for row in rows] == [
+        ("", "mix_up", "strength from λ: input.mixup"),
+        ("3.weight", "L2 penalty", "strength from λ: 3.weight_decay"),
+        ("1", "activation penalty", "strength from λ: 1.activation_decay"),
+        ("", "Jacobian penalty", "strength from λ: jacobian_norm"),
+    ]
