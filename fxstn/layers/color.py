@@ -77,15 +77,15 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     result = torch.empty_like(images)
     factor = factors.gather(1, order)
     of_mean, of_luma = ((1 - factor) * (order == kind) for kind in (1, 2))
-    still = ((factors == 1).all(1) & (shift == 0)).to(images.dtype)
-    columns = torch.cat([factor, of_mean, of_luma, shift[:, None], still[:, None]], 1)[arrangement]
+    unchanged = ((factors == 1).all(1) & (shift == 0)).to(images.dtype)
+    columns = torch.cat([factor, of_mean, of_luma, shift[:, None], unchanged[:, None]], 1)[arrangement]
     for quarter, (rows, own) in enumerate(zip(arrangement.tensor_split(4), columns.tensor_split(4), strict=True)):
-        weights = own[:, :, None, None, None].unbind(1)
+        *blends, turn, still = own[:, :, None, None, None].unbind(1)
         before = y = images.index_select(0, rows)
         for place in range(4):
-            y = shift_hue(y, weights[9]) if place == quarter else y
-            y = _blend(y, *weights[place:9:3]) if place < 3 else y
-        result.index_copy_(0, rows, torch.lerp(y, before, weights[10]))
+            y = shift_hue(y, turn) if place == quarter else y
+            y = _blend(y, *blends[place::3]) if place < 3 else y
+        result.index_copy_(0, rows, torch.lerp(y, before, still))
     return like_before(result, x)
 
 
