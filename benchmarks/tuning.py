@@ -1,0 +1,224 @@
+"""Does tuning in one run pay? Tasks × methods × starts × seeds: best validation loss against time, and the test loss there.
+
+    python -m benchmarks.tuning [--tasks mnist-mlp diabetes-mlp] [--methods ...] [--seeds 3] [--trials 30] [--data-root DIR]
+    python -m benchmarks.tuning --report
+
+Methods: "untuned" trains at the start; "random" trains from scratch at random strengths, trial after trial; "stn", "centered"
+and "delta" have the paper's settings, "default" the runner's own. A task's optimiser of the weights serves them all. Writes
+benchmarks/results/tuning-TASK.json as it goes and goes on where it stopped; the report reads these files alone: it compares
+methods with random search at the time that "default" took, and with the best of all its trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+import fxstn
+from benchmarks.ridge import load_arrays
+from fxstn import data, hp
+from fxstn.cli import loader
+
+ROOT = Path(__file__).parent
+STARTS = {"low": 0.05, "middle": 0.3, "high": 0.7}  # of dropout; as shares of the range in log space for weight decay
+PAPER: dict[str, Any] = {"response_fraction": 1.0, "response_every": 1}
+METHODS = ("untuned", "default", "delta", "centered", "stn", "random")
+
+
+@dataclass(frozen=True)
+class Task:
+    """sets(seed, data root): training, validation and test set. specs(start): what is tuned, from STARTS[start]."""
+
+    sets: Callable[[int, str | None], Sequence[TensorDataset]]
+    model: Callable[[TensorDataset], nn.Module]
+    specs: Callable[[float], list[hp.Spec]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    epochs: int
+    batch: int = 128
+
+
+def _mnist(seed: int, root: str | None) -> Sequence[TensorDataset]:
+    split = data.load("mnist", 28, 5000, 2000, seed, root)
+    return [TensorDataset(part.tensors[0][:, :1], part.tensors[1]) for part in (split.train, split.valid, split.test)]
+
+
+def _regression(name: str, seed: int, root: str | None) -> Sequence[TensorDataset]:
+    """60 % to train, 20 % to validate, 20 % to test, standardised by the training part."""
+    X, y = (torch.as_tensor(values, dtype=torch.float32) for values in load_arrays(name, root))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split([int(0.6 * len(y)), int(0.8 * len(y))])
+    X, y = ((values - values[parts[0]].mean(0)) / values[parts[0]].std(0) for values in (X, y))
+    return [TensorDataset(X[part], y[part, None]) for part in parts]
+
+
+def _mlp(train: TensorDataset, widths: Sequence[int], outputs: int) -> nn.Module:
+    sizes = [train.tensors[0][0].numel(), *widths]
+    hidden = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs))
+
+
+def _weight_decay(start: float) -> hp.Spec:
+    return hp.WeightDecay(init=1e-6 * 1e5**start, low=1e-7, high=1e-1)
+
+
+TASKS = {
+    "mnist-mlp": Task(
+        _mnist, partial(_mlp, widths=(600, 600), outputs=10), lambda start: [hp.Dropout("input", "2", "4", init=start)],
+        F.cross_entropy, partial(torch.optim.Adam, lr=1e-3), 40,
+    ),
+    "diabetes-mlp": Task(
+        partial(_regression, "diabetes"), partial(_mlp, widths=(64, 64), outputs=1),
+        lambda start: [hp.Dropout("input", "2", "4", init=start), _weight_decay(start)],
+        F.mse_loss, partial(torch.optim.Adam, lr=1e-3), 100, 32,
+    ),
+}  # fmt: skip
+
+
+def train(task: Task, method: str, start: str, seed: int, root: str | None, trial: int = 0) -> dict[str, Any]:
+    """One run: {"curve": [[seconds, best validation loss so far], ...], "valid", "test", "epoch", "found"}."""
+    train_set, valid_set, test_set = task.sets(seed, root)
+    torch.manual_seed(1000 * trial + seed)
+    model = task.model(train_set)
+    kind = method if method in ("centered", "stn") else "delta"
+    stn = fxstn.transform(model, task.specs(STARTS[start]), method=kind)
+    settings: dict[str, Any] = {}
+    if method in ("untuned", "random"):
+        settings = {"warmup_epochs": task.epochs, "response_every": 10**9}
+    elif method != "default":
+        settings = PAPER | {"response_optimizer": task.optimizer}
+    if method == "random":  # uniform in each range, in log space where the range is
+        stn.hparams.unconstrained.data.copy_(torch.rand(len(stn.hparams)).clamp(1e-3, 1 - 1e-3).logit())
+    runner = fxstn.BilevelRunner(
+        stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
+        optimizer=task.optimizer, progress=False, **settings,
+    )  # fmt: skip
+    diverged = False
+    try:
+        runner.fit(task.epochs)
+    except fxstn.DivergedError:
+        diverged = True
+    rows = runner.history.rows
+    best = min(rows, key=lambda row: row["valid_loss"])
+    seconds, least, curve = 0.0, float("inf"), []
+    for row in rows:
+        seconds, least = seconds + row["seconds"], min(least, row["valid_loss"])
+        curve.append([round(seconds, 2), round(least, 5)])
+    plain = copy.deepcopy(model).eval()
+    plain.load_state_dict(runner.best["model"])  # type: ignore[index]
+    with torch.no_grad():
+        test = task.loss(plain(test_set.tensors[0]), test_set.tensors[1]).item()
+    found = {name: round(best[name], 6) for name in stn.hparams.names}
+    return {"curve": curve, "valid": best["valid_loss"], "test": test, "epoch": best["epoch"], "found": found,
+            "diverged": diverged}  # fmt: skip
+
+
+# The report
+
+
+def joined(trials: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """A search's curve over all of its trials, and the best trial known after each of them."""
+    curve: list[list[float]] = []
+    best: list[dict[str, Any]] = []
+    for trial in trials:
+        offset, least = curve[-1] if curve else (0.0, float("inf"))
+        curve += [[offset + seconds, min(least, loss)] for seconds, loss in trial["curve"]]
+        best.append(min([*best[-1:], trial], key=lambda one: one["valid"]))
+    return curve, best
+
+
+def at(trials: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The best of the trials that a search starts within a time; at least the first, whole."""
+    ends = [0.0]
+    for trial in trials:
+        ends.append(ends[-1] + trial["curve"][-1][0])
+    count = max(1, sum(end < seconds for end in ends[:-1]))
+    return joined(trials)[1][count - 1]
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line for each method and start: means ± standard deviations over seeds."""
+    rows = []
+    own = [cell for key, cell in results.items() if key.startswith("default")]
+    time = statistics.mean(cell["curve"][-1][0] for cell in own) if own else 0.0
+    for method in METHODS[:-1]:
+        for start in STARTS:
+            cells = [cell for key, cell in results.items() if key.startswith(f"{method} {start} ")]
+            if cells:
+                seconds = statistics.mean(cell["curve"][-1][0] for cell in cells)
+                lost = sum(cell["diverged"] for cell in cells)
+                rows.append([method, start, _mean([c["valid"] for c in cells]), _mean([c["test"] for c in cells]),
+                             f"{seconds:.0f}", len(cells), lost or ""])  # fmt: skip
+    searches = [cell for key, cell in results.items() if key.startswith("random")]
+    if searches:
+        for label, pick in (
+            ("random search, same time", lambda trials: at(trials, time)),
+            ("random search, all trials", lambda trials: joined(trials)[1][-1]),
+        ):
+            cells = [pick(trials) for trials in searches]
+            total = statistics.mean(joined(trials)[0][-1][0] for trials in searches)
+            rows.append([label, "", _mean([c["valid"] for c in cells]), _mean([c["test"] for c in cells]),
+                         f"{time if 'same' in label else total:.0f}", len(cells), ""])  # fmt: skip
+    headers = ["method", "start", "best validation loss", "test loss there", "seconds", "seeds", "diverged"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def path_of(task: str) -> Path:
+    return ROOT / "results" / f"tuning-{task}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="which tasks")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which methods")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), help="which starts")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--trials", type=int, default=30, help="of random search, for each seed")
+    parser.add_argument("--data-root", help="where torchvision's data lies (default: the variable FXSTN_DATA)")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is there, and run nothing")
+    args = parser.parse_args()
+    todo = [] if args.report else [
+        (seed, task, method, start, trial)
+        for task in args.tasks for seed in range(args.seeds) for method in args.methods
+        for start in (args.starts if method != "random" else ["middle"])
+        for trial in range(args.trials if method == "random" else 1)
+    ]  # fmt: skip
+    for seed, task, method, start, trial in (bar := tqdm(todo, disable=None)):
+        path, key = path_of(task), f"{method} {start} {seed}"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if len(results.get(key, [])) > trial if method == "random" else key in results:
+            continue
+        bar.set_description(f"{task}: {method}, {start}, seed {seed}")
+        cell = train(TASKS[task], method, start, seed, args.data_root, trial)
+        if method == "random":
+            results.setdefault(key, []).append(cell)
+        else:
+            results[key] = cell
+        path.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+    for task in args.tasks:
+        if path_of(task).exists():
+            print(f"\n{task}\n\n{table(json.loads(path_of(task).read_text()))}")
+
+
+if __name__ == "__main__":
+    main()
