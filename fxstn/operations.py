@@ -21,8 +21,13 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
     """Let a spec take over modules of these classes: `hparams=None` tunes each it finds, from the module's own strengths.
 
     The module's forward is not run: `operation.read(module)` says with which strengths and settings to draw in its place,
-    and in eval mode it does nothing. Raises ValueError for a class that is followed in another way already.
+    and in eval mode it does nothing. Raises ValueError for a class that is followed in another way already, and for an
+    `hp.Mixing`, which is inserted only: a module of the model would have mixed inputs without their targets.
     """
+    if issubclass(operation, hp.Mixing):
+        raise ValueError(
+            f"hp.{operation.__name__} mixes targets, too, and cannot stand for a module; insert it by a spec"
+        )
     for module in modules:
         if module in DECOMPOSITIONS:
             raise ValueError(f"{module.__name__} is followed already, by {DECOMPOSITIONS[module]}")

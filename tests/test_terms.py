@@ -399,6 +399,7 @@ def test_the_graphs_with_asides_compile(name):
             ValueError,
             "MixUp is asked for twice",
         ),
+        (lambda: fxstn.register_operation(hp.MixUp, v2.MixUp), ValueError, "cannot stand for a module"),
     ],
 )
 def test_a_bad_request_is_refused(make, error, message):
