@@ -12,7 +12,6 @@ methods with random search at the time that "default" took, and with the best of
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import statistics
@@ -113,16 +112,14 @@ def train(task: Task, method: str, start: str, seed: int, root: str | None, tria
         runner.fit(task.epochs)
     except fxstn.DivergedError:
         diverged = True
-    rows = runner.history.rows
-    best = min(rows, key=lambda row: row["valid_loss"])
+    best = runner.history.best()
     seconds, least, curve = 0.0, float("inf"), []
-    for row in rows:
+    for row in runner.history.rows:
         seconds, least = seconds + row["seconds"], min(least, row["valid_loss"])
         curve.append([round(seconds, 2), round(least, 5)])
-    plain = copy.deepcopy(model).eval()
-    plain.load_state_dict(runner.best["model"])  # type: ignore[index]
+    model.load_state_dict(runner.best["model"])  # type: ignore[index]
     with torch.no_grad():
-        test = task.loss(plain(test_set.tensors[0]), test_set.tensors[1]).item()
+        test = task.loss(model.eval()(test_set.tensors[0]), test_set.tensors[1]).item()
     found = {name: round(best[name], 6) for name in stn.hparams.names}
     return {"curve": curve, "valid": best["valid_loss"], "test": test, "epoch": best["epoch"], "found": found,
             "diverged": diverged}  # fmt: skip
@@ -131,54 +128,45 @@ def train(task: Task, method: str, start: str, seed: int, root: str | None, tria
 # The report
 
 
-def joined(trials: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """A search's curve over all of its trials, and the best trial known after each of them."""
-    curve: list[list[float]] = []
-    best: list[dict[str, Any]] = []
-    for trial in trials:
-        offset, least = curve[-1] if curve else (0.0, float("inf"))
-        curve += [[offset + seconds, min(least, loss)] for seconds, loss in trial["curve"]]
-        best.append(min([*best[-1:], trial], key=lambda one: one["valid"]))
-    return curve, best
+def seconds_of(cell: dict[str, Any]) -> float:
+    return cell["curve"][-1][0]
 
 
-def at(trials: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The best of the trials that a search starts within a time; at least the first, whole."""
-    ends = [0.0]
-    for trial in trials:
-        ends.append(ends[-1] + trial["curve"][-1][0])
-    count = max(1, sum(end < seconds for end in ends[:-1]))
-    return joined(trials)[1][count - 1]
+def best_within(trials: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The best of the trials that a search starts within a time; the first in any case. All are run to their end."""
+    starts = itertools.accumulate(map(seconds_of, trials), initial=0.0)
+    begun = [trial for trial, start in zip(trials, starts, strict=False) if start < seconds]
+    return min(begun or trials[:1], key=lambda trial: trial["valid"])
 
 
 def _mean(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def table(results: dict[str, Any]) -> str:
     """A line for each method and start: means ± standard deviations over seeds."""
     rows = []
-    own = [cell for key, cell in results.items() if key.startswith("default")]
-    time = statistics.mean(cell["curve"][-1][0] for cell in own) if own else 0.0
+
+    def line(label: str, start: str, cells: Sequence[dict[str, Any]], seconds: float) -> None:
+        lost = sum(cell["diverged"] for cell in cells)
+        losses = [_mean([cell[part] for cell in cells]) for part in ("valid", "test")]
+        rows.append([label, start, *losses, f"{seconds:.0f}", len(cells), lost or ""])
+
+    def mean_seconds(cells: Sequence[dict[str, Any]]) -> float:
+        return statistics.mean(map(seconds_of, cells)) if cells else 0.0
+
     for method in METHODS[:-1]:
         for start in STARTS:
             cells = [cell for key, cell in results.items() if key.startswith(f"{method} {start} ")]
             if cells:
-                seconds = statistics.mean(cell["curve"][-1][0] for cell in cells)
-                lost = sum(cell["diverged"] for cell in cells)
-                rows.append([method, start, _mean([c["valid"] for c in cells]), _mean([c["test"] for c in cells]),
-                             f"{seconds:.0f}", len(cells), lost or ""])  # fmt: skip
-    searches = [cell for key, cell in results.items() if key.startswith("random")]
+                line(method, start, cells, mean_seconds(cells))
+    searches = [trials for key, trials in results.items() if key.startswith("random")]
     if searches:
-        for label, pick in (
-            ("random search, same time", lambda trials: at(trials, time)),
-            ("random search, all trials", lambda trials: joined(trials)[1][-1]),
-        ):
-            cells = [pick(trials) for trials in searches]
-            total = statistics.mean(joined(trials)[0][-1][0] for trials in searches)
-            rows.append([label, "", _mean([c["valid"] for c in cells]), _mean([c["test"] for c in cells]),
-                         f"{time if 'same' in label else total:.0f}", len(cells), ""])  # fmt: skip
+        time = mean_seconds([cell for key, cell in results.items() if key.startswith("default")])
+        line("random search, same time", "", [best_within(trials, time) for trials in searches], time)
+        total = statistics.mean(sum(map(seconds_of, trials)) for trials in searches)
+        line("random search, all trials", "", [best_within(trials, float("inf")) for trials in searches], total)
     headers = ["method", "start", "best validation loss", "test loss there", "seconds", "seeds", "diverged"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 

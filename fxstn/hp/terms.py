@@ -28,6 +28,6 @@ class Terms:
     """penalties: (parameter name, index of its weight decay, norm). asides: the specs behind the values that graphs return
     beside their output, in the order they act. jacobian: (index of the coefficient, number of projections or None)."""
 
-    penalties: tuple[tuple[str, int, int], ...] = ()
-    asides: tuple[Aside, ...] = ()
-    jacobian: tuple[tuple[int, int | None], ...] = ()
+    penalties: tuple[tuple[str, int, int], ...]
+    asides: tuple[Aside, ...]
+    jacobian: tuple[tuple[int, int | None], ...]

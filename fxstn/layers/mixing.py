@@ -28,7 +28,8 @@ def mixed_target(target: Any, output: Any, partner: Tensor, share: Tensor) -> An
     """target + share · (target of the partner − target), in every tensor of it.
 
     target: classes (batch, ...), for an output (batch, classes, ...), become probabilities in the output's shape; anything
-    else is mixed as it is. partner, share: (batch,). Raises ValueError for targets that cannot be mixed.
+    else is mixed as it is. partner, share: (batch,). Raises ValueError for targets that cannot be mixed; classes out of range
+    are looked for on the CPU only, where that waits for nothing.
     """
 
     def mixed(leaf: Any) -> Any:
