@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -52,9 +53,14 @@ class Task:
     batch: int = 128
 
 
-def _mnist(seed: int, root: str | None) -> Sequence[TensorDataset]:
-    split = data.load("mnist", 28, 5000, 2000, seed, root)
-    return [TensorDataset(part.tensors[0][:, :1], part.tensors[1]) for part in (split.train, split.valid, split.test)]
+def _images(name: str, size: int, train: int, valid: int, seed: int, root: str | None) -> Sequence[TensorDataset]:
+    split = data.load(name, size, train, valid, seed, root)
+    return split.train, split.valid, split.test
+
+
+def _grey(name: str, train: int, valid: int, seed: int, root: str | None) -> Sequence[TensorDataset]:
+    sets = _images(name, 28, train, valid, seed, root)
+    return [TensorDataset(part.tensors[0][:, :1].contiguous(), part.tensors[1]) for part in sets]
 
 
 def _regression(name: str, seed: int, root: str | None) -> Sequence[TensorDataset]:
@@ -72,19 +78,54 @@ def _mlp(train: TensorDataset, widths: Sequence[int], outputs: int) -> nn.Module
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs))
 
 
+class SimpleCNN(nn.Sequential):
+    """The paper's network for FashionMNIST: two 5×5 convolutions with 16 and 32 filters, pools, two linear layers."""
+
+    def __init__(self) -> None:
+        blocks = [
+            layer
+            for inputs, filters in ((1, 16), (16, 32))
+            for layer in (nn.Conv2d(inputs, filters, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.0))
+        ]
+        super().__init__(
+            *blocks, nn.Flatten(), nn.Linear(1568, 1568), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1568, 10)
+        )
+
+
+def _small_resnet18() -> nn.Module:
+    """torchvision's ResNet-18 with a stem for small images: a 3×3 convolution of stride 1 and no pooling."""
+    model = torchvision.models.resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
 def _weight_decay(start: float) -> hp.Spec:
-    return hp.WeightDecay(init=1e-6 * 1e5**start, low=1e-7, high=1e-1)
+    return hp.WeightDecay("*", shared=True, init=1e-6 * 1e5**start, low=1e-7, high=1e-1)
 
 
 TASKS = {
     "mnist-mlp": Task(
-        _mnist, partial(_mlp, widths=(600, 600), outputs=10), lambda start: [hp.Dropout("input", "2", "4", init=start)],
+        partial(_grey, "mnist", 5000, 2000), partial(_mlp, widths=(600, 600), outputs=10), lambda start: [hp.Dropout("input", "2", "4", init=start)],
         F.cross_entropy, partial(torch.optim.Adam, lr=1e-3), 40,
     ),
     "diabetes-mlp": Task(
         partial(_regression, "diabetes"), partial(_mlp, widths=(64, 64), outputs=1),
         lambda start: [hp.Dropout("input", "2", "4", init=start), _weight_decay(start)],
         F.mse_loss, partial(torch.optim.Adam, lr=1e-3), 100, 32,
+    ),
+    "fashion-cnn": Task(
+        partial(_grey, "fashion-mnist", 5000, 2000), lambda train: SimpleCNN(),
+        lambda start: [
+            hp.Dropout("input", "3", "7", "11", init=start),
+            hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
+        ],
+        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 40,
+    ),
+    "digits-resnet18": Task(
+        partial(_images, "digits", 8, 500, 500), lambda train: _small_resnet18(),
+        lambda start: [hp.Dropout(init=start), _weight_decay(start)],
+        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 40, 64,
     ),
 }  # fmt: skip
 
