@@ -165,7 +165,7 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
     spec = hp.WeightDecay("*", init=start, low=settings.low, high=settings.high, scale=settings.scale)
     adam = partial(torch.optim.Adam, fused=True)
     return fxstn.BilevelRunner(
-        fxstn.transform(model, [spec], method=method),
+        fxstn.transform(model, [spec], method=method, response="structured"),
         nn.MSELoss(),
         full_batches(problem.X, problem.y, settings.copies, settings.train_steps),
         full_batches(problem.X_valid, problem.y_valid, settings.valid_copies, 1),
@@ -176,6 +176,7 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
         train_steps=settings.train_steps,
         response_fraction=1.0,
         response_every=1,
+        response_scale=1.0,
         warmup_epochs=settings.warmup_epochs,
         progress=False,
     )

@@ -87,9 +87,7 @@ class SimpleCNN(nn.Sequential):
             for inputs, filters in ((1, 16), (16, 32))
             for layer in (nn.Conv2d(inputs, filters, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.0))
         ]
-        super().__init__(
-            *blocks, nn.Flatten(), nn.Linear(1568, 1568), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1568, 10)
-        )
+        super().__init__(*blocks, nn.Flatten(), nn.Linear(1568, 1568), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1568, 10))
 
 
 def _small_resnet18() -> nn.Module:
@@ -106,7 +104,8 @@ def _weight_decay(start: float) -> hp.Spec:
 
 TASKS = {
     "mnist-mlp": Task(
-        partial(_grey, "mnist", 5000, 2000), partial(_mlp, widths=(600, 600), outputs=10), lambda start: [hp.Dropout("input", "2", "4", init=start)],
+        partial(_grey, "mnist", 5000, 2000), partial(_mlp, widths=(600, 600), outputs=10),
+        lambda start: [hp.Dropout("input", "2", "4", init=start)],
         F.cross_entropy, partial(torch.optim.Adam, lr=1e-3), 40,
     ),
     "diabetes-mlp": Task(

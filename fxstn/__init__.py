@@ -1,7 +1,16 @@
 """fxstn: tune dozens of regularisation hyperparameters in one training run (Δ-STN, Bae & Grosse 2020)."""
 
 from fxstn import hp
-from fxstn.bilevel import BilevelRunner, DivergedError, History, accuracy, general_loss, hyper_loss, response_loss
+from fxstn.bilevel import (
+    PAPER,
+    BilevelRunner,
+    DivergedError,
+    History,
+    accuracy,
+    general_loss,
+    hyper_loss,
+    response_loss,
+)
 from fxstn.errors import Problem, TransformError
 from fxstn.explain import Explanation, explain
 from fxstn.losses import cross_entropy
@@ -13,6 +22,7 @@ from fxstn.transform import transform
 from fxstn.verify import Report, verify
 
 __all__ = [
+    "PAPER",
     "BilevelRunner",
     "DivergedError",
     "Explanation",

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn import hp
 from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, response_sgd, sgd
+from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, adam, sgd
 from fxstn.bind import bind
 from fxstn.fidelity import frozen_modules
 from fxstn.measure import peak_memory, step_times
@@ -115,35 +115,39 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
 
 
 def variants(setup: Setup, names: Sequence[str]) -> Steps:
-    """The named variants, each with its optimizer's step: SGD with momentum for all weights, RMSprop for λ and σ; the
-    default schedule with the runner's optimizer for Θ."""
+    """The named variants, each with its optimizer's step: a structured response, SGD with momentum and the paper's settings;
+    for "schedule-default" those of the runner."""
     model, x, target = setup.built()
-    stn = transform(model, setup.hparams(), recompute=setup.recompute).train()
     precision = partial(torch.autocast, setup.device, torch.bfloat16, enabled=setup.bf16)
-    if setup.compile:
-        stn.compile()
 
     def stepper(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
-        def step(loss_of: Callable[..., Tensor], *arguments: Any) -> None:
+        def step(loss_of: Callable[..., Tensor], *arguments: Any, **settings: Any) -> None:
             with precision():
-                loss = loss_of(*arguments)
+                loss = loss_of(*arguments, **settings)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
-    general, response = stepper(sgd(list(stn.general_parameters()))), stepper(sgd(list(stn.response_parameters())))
-    cheap_response = stepper(response_sgd(list(stn.response_parameters())))
-    hyper = stepper(torch.optim.RMSprop(stn.hparams.parameters(), lr=1e-3))
+    def steps_of(kind: str, learn: Callable[..., torch.optim.Optimizer]) -> tuple[Any, ...]:
+        stn = transform(model, setup.hparams(), response=kind, recompute=setup.recompute).train()
+        if setup.compile:
+            stn.compile()
+        parameters = list(stn.general_parameters()), list(stn.response_parameters()), list(stn.hparams.parameters())
+        optimizers = sgd(parameters[0]), learn(parameters[1]), torch.optim.RMSprop(parameters[2], lr=1e-3)
+        return stn, *map(stepper, optimizers)
 
-    def cycle(steps: int, learn: Callable[..., None], fraction: float, every: int) -> None:
-        for number in range(steps):
+    def cycle(
+        stn: Any, general: Any, response: Any, hyper: Any, fraction: float, every: int, perturb: str | None
+    ) -> None:
+        stn, general, response, hyper = made
+        for number in range(math.lcm(TRAIN_STEPS, every)):
             general(general_loss, stn, F.cross_entropy, x, target)
             if (number + 1) % every == 0:
-                learn(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
+                response(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
             if (number + 1) % TRAIN_STEPS == 0:
-                hyper(hyper_loss, stn, F.cross_entropy, x, target)
+                hyper(hyper_loss, stn, F.cross_entropy, x, target, perturb=perturb)
 
     made: Steps = {}
     if "plain" in names:
@@ -151,12 +155,15 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         run = torch.compile(plain) if setup.compile else plain
         plain_step = stepper(sgd(list(plain.parameters())))
         made["plain"] = lambda: plain_step(lambda: F.cross_entropy(run(x), target)), 1
-    made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
-    made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
-    made["schedule"] = partial(cycle, TRAIN_STEPS, response, 1.0, 1), TRAIN_STEPS
-    default = (DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY)
-    whole = math.lcm(TRAIN_STEPS, DEFAULT_RESPONSE_EVERY)
-    made["schedule-default"] = partial(cycle, whole, cheap_response, *default), whole
+    if not {"plain", "schedule-default"}.issuperset(names):
+        faithful = stn, general, response, _ = steps_of("structured", sgd)
+        made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
+        made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
+        made["schedule"] = partial(cycle, faithful, 1.0, 1, None), TRAIN_STEPS
+    if "schedule-default" in names:
+        every = DEFAULT_RESPONSE_EVERY
+        settings = (DEFAULT_RESPONSE_FRACTION, every, "none")
+        made["schedule-default"] = partial(cycle, steps_of("scaled", adam), *settings), math.lcm(TRAIN_STEPS, every)
     if not {"func-jvp", "func-jvp-batch", "double-backward"}.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))
         made["func-jvp"] = partial(response, func_jvp_per_example, stn, x, target), 1

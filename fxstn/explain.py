@@ -118,7 +118,7 @@ def _rungs(explanation: Explanation, stn: SelfTuningNetwork | None) -> None:
 
 
 def _parameters(explanation: Explanation, model: nn.Module, graphs: Sequence[Any]) -> None:
-    found = responses(graphs)
+    found = responses(graphs, structured=False)
     chosen, left_out = found.axes, found.left_out
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
     reasons = Counter(reason.partition(" in '")[0] for reason in left_out.values())

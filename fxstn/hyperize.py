@@ -99,18 +99,21 @@ def layer_weights(module: fx.GraphModule) -> list[str]:
     return sorted(set(weights), key=lambda name: (first.get(name, len(first)), order[name]))
 
 
-def responses(graphs: Sequence[fx.GraphModule]) -> Responses:
+def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     """Which parameters respond.
 
     A parameter needs every operation that reads it, in every graph, to be a layer in which one Δw along one axis is
-    possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible.
+    possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible, and
+    where a weight that is only scaled has a single one.
     """
     parameters = dict(model_of(graphs[0]).named_parameters())
     result = Responses()
     pending = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    for axis in (0, 1):
-        found = [reading for graph in graphs for reading in readings(graph, sorted(pending), axis)]
-        groups = _groups(found, pending)
+    single = {name for name in pending if parameters[name].dim() == 2 and len(parameters[name]) == 1 and not structured}
+    for axis, later in ((0, single), (1, set()), (0, set())):
+        tried = pending - later
+        found = [reading for graph in graphs for reading in readings(graph, sorted(tried), axis)]
+        groups = _groups(found, tried)
         good: dict[str, int] = {}
         for reading in found:
             for name in reading.parameters:
@@ -145,7 +148,7 @@ def _groups(found: Sequence[Reading], pending: set[str]) -> list[list[str]]:
     return list({id(group): group for group in leader.values()}.values())
 
 
-def response_modules(model: nn.Module, found: Responses, hyperparameters: int) -> nn.Module:
+def response_modules(model: nn.Module, found: Responses, hyperparameters: int, structured: bool) -> nn.Module:
     """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
     tree = nn.Module()
     made: dict[str, Response] = {}
@@ -158,7 +161,8 @@ def response_modules(model: nn.Module, found: Responses, hyperparameters: int) -
             owner = owner.get_submodule(part)
         first = next((made[other] for other in made if found.leaders[other] == found.leaders[name]), None)
         shared = first.U if first is not None else None
-        made[name] = Response(model.get_parameter(name), found.fan_ins[name], hyperparameters, axis, shared)
+        parameter = model.get_parameter(name)
+        made[name] = Response(parameter, found.fan_ins[name], hyperparameters, axis, shared, structured)
         owner.add_module(leaf, made[name])
     return tree
 
@@ -166,8 +170,9 @@ def response_modules(model: nn.Module, found: Responses, hyperparameters: int) -
 def hyperize(module: fx.GraphModule) -> fx.GraphModule:
     """Add the input `delta` and, beside each parameter with a Response, its scales U δ and its response R.
 
-    Nodes remember by name what the pushforward pass needs: meta["response"] of a parameter, the name of R;
-    meta["scales"] of it and of every value computed from it row by row, (name of the scales, axis, runs of rows).
+    Nodes remember by name what the pushforward pass needs: meta["response"] of a parameter, the name of R (its own where R
+    is the parameter); meta["scales"] of it and of every value computed from it row by row, (name of the scales, axis, runs
+    of rows).
     """
     module = copied(module)
     graph = module.graph
@@ -189,7 +194,9 @@ def hyperize(module: fx.GraphModule) -> fx.GraphModule:
                 scale = graph.create_node("call_module", f"response.{name}", (delta,), name=f"{label}_scale")
                 scales[shared] = scale.name
             if node.op == "get_attr":
-                if name not in made:
+                if responding[name].R is None:
+                    made[name] = node.name
+                elif name not in made:
                     made[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
                 node.meta["response"] = made[name]
         rows = derived[node].rows

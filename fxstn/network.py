@@ -164,8 +164,13 @@ class SelfTuningNetwork(nn.Module):
         return self.model.parameters()
 
     def response_parameters(self) -> Iterator[nn.Parameter]:
-        """Θ: U and R of every parameter that responds."""
+        """Θ: U, and R where the response is structured, of every parameter that responds."""
         return self.response.parameters()
+
+    @property
+    def structured(self) -> bool:
+        """Whether R is learned (paper, Eq. 3.14), or every unit of the weights only scaled."""
+        return any(m.R is not None for m in self.response.modules() if isinstance(m, Response))
 
     def best_response(self, delta: Tensor) -> dict[str, Tensor]:
         """Weights that the response predicts at λ₀ + delta: w₀ + Θ·delta (paper, Eq. 3.1; Φλ + φ₀ for "stn").
@@ -178,7 +183,7 @@ class SelfTuningNetwork(nn.Module):
             raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained
-        changes = parameter_changes(self.response, delta)
+        changes = parameter_changes(self.response, self.model, delta)
         return {
             name: parameter + changes[name] if name in changes else parameter
             for name, parameter in self.model.named_parameters()
@@ -298,7 +303,9 @@ class SelfTuningNetwork(nn.Module):
             delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
             scale = response(delta)
             weight = parameters[name] if self.method == "stn" else parameters[name].detach()
-            total = total + penalty_perturbed(weight, strengths[..., index], scale, response.R, response.axis, norm)
+            total = total + penalty_perturbed(
+                weight, strengths[..., index], scale, response.direction(weight), response.axis, norm
+            )
         return total
 
     def _response(self, name: str) -> Response | None:

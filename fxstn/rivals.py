@@ -34,7 +34,8 @@ def without_statistics(model: nn.Module) -> nn.Module:
 
 def _weights_and_tangents(stn: SelfTuningNetwork, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    changes = parameter_changes(stn.response, stn.hparams.sample(1)[0].detach())
+    with held(stn.general_parameters()):
+        changes = parameter_changes(stn.response, stn.model, stn.hparams.sample(1)[0].detach())
     return weights, {name: changes.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
 
 

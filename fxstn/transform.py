@@ -103,6 +103,7 @@ def transform(
     *,
     example_inputs: Any = None,
     method: str = "delta",
+    response: str | None = None,
     trace: str = "auto",
     recompute: bool = False,
     statistics: str = "batch",
@@ -116,10 +117,13 @@ def transform(
     example_inputs: a tensor or a tuple of them; when given, every graph is run once on it, so that whatever fails does
     so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them. method: "delta"
     (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et al. 2019:
-    uncentred, one objective). trace: how the forward is followed. "fx": symbolic tracing. "export": torch.export, where
-    Python may branch on sizes, and later inputs have those of the examples, dimension 0 aside. "live": the forward runs as
-    it is, whatever its Python does, with tangents carried beside it, and one perturbation for the whole batch. The last two
-    need example_inputs. "auto": the first that works; `rung` of the network tells which, `refusals` why not those before.
+    uncentred, one objective). response: what the weights can do when λ moves by δ. "scaled": (1 + U δ) ⊙ w, every unit
+    is scaled; little to learn, so that it is learned soon. "structured": w + (U δ) ⊙ R with R learned too (the paper, Eq.
+    3.14), which takes many times the examples. None: "scaled" for method "delta", "structured" for the others.
+    trace: how the forward is followed. "fx": symbolic tracing. "export": torch.export, where Python may branch on sizes, and
+    later inputs have those of the examples, dimension 0 aside. "live": the forward runs as it is, whatever its Python does,
+    with tangents carried beside it, and one perturbation for the whole batch. The last two need example_inputs. "auto": the
+    first that works; `rung` of the network tells which, `refusals` why not those before.
     recompute: activation checkpointing for the response and hyper steps of method "delta": their activations are computed
     again in the backward pass, which costs time and saves memory in deep networks; not for "live". statistics: what batch
     norms normalise by in the response step of method "delta": those of the "batch", as while w₀ is trained, or the
@@ -133,6 +137,8 @@ def transform(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    if response not in (None, "scaled", "structured") or (response == "scaled" and method == "stn"):
+        raise ValueError(f"response={response!r} is neither 'scaled' (not for method 'stn') nor 'structured'")
     if trace not in ("auto", *RUNGS):
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
     if statistics not in ("batch", "running"):
@@ -146,11 +152,12 @@ def transform(
     model = copy.deepcopy(model)
     tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
     emission = {"recompute": recompute, "statistics": statistics}
+    structured = response == "structured" or (response is None and method != "delta")
     rungs = [rung for rung in tried if not (graphs_only and rung == "live")]
     problems: list[Problem] = []
     for rung in rungs:
         try:
-            network = _climbed(rung, model, hparams, example_inputs, method, emission)
+            network = _climbed(rung, model, hparams, example_inputs, method, structured, emission)
             network.rung, network.refusals = rung, tuple(problems)
             found = [name for name, module in model.named_modules() if type(module) in AUGMENTING]
             network.augments = rung != "live" and bool(found)
@@ -175,6 +182,7 @@ def _climbed(
     hparams: Sequence[Spec] | None,
     example_inputs: Any,
     method: str,
+    structured: bool,
     emission: dict[str, Any],
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
@@ -183,7 +191,7 @@ def _climbed(
     graphs = canonical_graphs(rung, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
-    found = responses(graphs)
+    found = responses(graphs, structured)
     if not found.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
@@ -198,7 +206,7 @@ def _climbed(
                 [Problem("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
             )
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
-    modules = response_modules(model, found, len(space))
+    modules = response_modules(model, found, len(space), structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, method, recipe)
     if rung != "live":
         for training, graph in zip((True, False), graphs, strict=True):

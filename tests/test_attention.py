@@ -170,7 +170,7 @@ def test_rows_of_a_per_example_delta_are_the_shared_results(name):
 
 
 def test_every_projection_responds():
-    stn = fxstn.transform(encoder(), SCALAR)
+    stn = fxstn.transform(encoder(), SCALAR, response="structured")
     assert {name for name, p in stn.model.named_parameters() if p.dim() > 1} == {
         name.removesuffix(".R") for name, p in stn.response.named_parameters() if name.endswith("R") and p.dim() > 1
     }

@@ -253,7 +253,7 @@ def test_the_fallback_is_differentiable_in_the_response():
         def forward(self, x):
             return self.b(torch.special.i0(self.a(x)))
 
-    stn = fxstn.transform(Net().double(), SCALAR)
+    stn = fxstn.transform(Net().double(), SCALAR, response="structured")
     randomize_response(stn)
     x, delta, g = torch.randn(3, 4).double(), torch.ones(1).double(), torch.randn(3, 2).double()
     response = stn.response.get_submodule("a.weight").R

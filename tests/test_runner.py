@@ -49,7 +49,7 @@ def without_times(history):
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])
 def test_training_learns_and_the_history_has_every_column(method, tmp_path):
-    runner = make(tmp_path, method=method)
+    runner = make(tmp_path, method=method, **({} if method == "delta" else fxstn.PAPER))
     history = runner.fit(8)
     assert history["epoch"] == list(range(1, 9))
     assert history["valid_loss"][-1] < history["valid_loss"][0]

@@ -165,7 +165,7 @@ def test_moving_and_loading_reach_every_graph(stn, batch):
 def test_primal_and_tangent_share_one_draw():
     """In a linear network with input dropout, dy is the response applied to the very input that y saw."""
     net = nn.Sequential(nn.Linear(50, 1, bias=False)).double()
-    stn = fxstn.transform(net, [hp.Dropout("input", init=0.5)]).train()
+    stn = fxstn.transform(net, [hp.Dropout("input", init=0.5)], response="structured").train()
     randomize_response(stn)
     response = stn.response.get_submodule("0.weight")
     with torch.no_grad():

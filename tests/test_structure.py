@@ -99,7 +99,7 @@ NETS = {
 def test_every_parameter_responds_and_the_tangent_is_exact(name):
     make, x = NETS[name]
     net = make()
-    stn = fxstn.transform(net, SCALAR)
+    stn = fxstn.transform(net, SCALAR, response="structured")
     assert {n.removesuffix(".R") for n, _ in stn.response.named_parameters() if n.endswith(".R")} == dict(
         net.named_parameters()
     ).keys()
@@ -121,7 +121,7 @@ def test_rows_of_a_per_example_delta_are_the_shared_results(name):
 
 
 def test_parameters_of_one_weight_share_their_scales():
-    stn = fxstn.transform(nn.Sequential(weight_norm(nn.Linear(3, 4))), SCALAR)
+    stn = fxstn.transform(nn.Sequential(weight_norm(nn.Linear(3, 4))), SCALAR, response="structured")
     direction, length = stn.response.get_submodule("0.parametrizations.weight").children()
     assert direction.U is length.U
     assert direction.R.shape != length.R.shape
@@ -141,6 +141,6 @@ def test_a_weight_whose_rows_are_mixed_gets_no_response():
         def forward(self, x):
             return self.b(F.linear(x, self.mix @ self.a.weight, self.a.bias))
 
-    stn = fxstn.transform(Mixed(), SCALAR)
+    stn = fxstn.transform(Mixed(), SCALAR, response="structured")
     assert {n for n, _ in stn.response.named_parameters() if n.endswith("R")} == {"a.bias.R", "b.weight.R", "b.bias.R"}
     assert "operator.matmul" in str(fxstn.explain(Mixed(), SCALAR))

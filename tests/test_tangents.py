@@ -251,7 +251,7 @@ def test_mixed_examples_refuse_per_example_deltas_and_allow_shared_ones():
 
 
 def test_a_response_starts_at_zero_and_has_the_papers_structure():
-    stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)])
+    stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)], response="structured")
     responses = {name: m for name, m in stn.response.named_modules() if isinstance(m, Response)}
     assert responses.keys() == dict(stn.model.named_parameters()).keys()
     for name, module in responses.items():
@@ -264,6 +264,45 @@ def test_a_response_starts_at_zero_and_has_the_papers_structure():
         responses["0.weight"].U.fill_(2.0)
     change = stn.best_response(delta)["0.weight"] - stn.model[0].weight
     torch.testing.assert_close(change, -1.0 * responses["0.weight"].R)
+
+
+def test_a_scaled_response_moves_the_units_and_holds_nothing_but_their_scales():
+    stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)])
+    assert not stn.structured
+    assert all(p.shape[1] == 2 and not p.any() for p in stn.response_parameters())
+    with torch.no_grad():
+        stn.response.get_submodule("0.weight").U.fill_(2.0)
+    moved = stn.best_response(torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(moved["0.weight"], 0.0 * stn.model[0].weight)
+    torch.testing.assert_close(moved["6.weight"], stn.model[6].weight)
+
+
+@pytest.mark.parametrize("settings", [{"method": "stn", "response": "scaled"}, {"response": "rows"}])
+def test_a_scaled_response_is_refused_where_it_makes_no_sense(settings):
+    with pytest.raises(ValueError, match="is neither 'scaled' .not for method 'stn'. nor 'structured'"):
+        fxstn.transform(mlp(), **settings)
+
+
+def test_a_layer_with_one_unit_is_scaled_by_its_inputs():
+    """A linear model with one output: any Δw can be told, not only a multiple of w."""
+    net = nn.Linear(5, 1).double()
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1)]).eval()
+    U = stn.response.get_submodule("weight").U
+    assert U.shape == (5, 1)
+    randomize_response(stn)
+    x, delta = torch.randn(4, 5).double(), torch.tensor([0.3]).double()
+    step = 1e-6 * delta
+    high, low = (torch.func.functional_call(net, stn.best_response(s), (x,)) for s in (step, -step))
+    torch.testing.assert_close(stn.pushforward(x, delta=delta)[1], (high - low) / 2e-6)
+    rows = stn.pushforward(x, delta=delta.expand(4, 1))[1]
+    torch.testing.assert_close(rows, stn.pushforward(x, delta=delta)[1])
+
+
+def test_the_scaled_response_of_a_linear_layer_takes_no_product_of_its_own():
+    stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1)])
+    products = [n for n in stn.graph("linearized").graph.nodes if n.target is F.linear]
+    layers = [m for m in stn.model if isinstance(m, nn.Linear)]
+    assert len(products) == 2 * len(layers) - 1  # y, and J dx but in the first layer
 
 
 def test_a_forward_that_rounds_to_float32_is_checked_without_the_rounding():

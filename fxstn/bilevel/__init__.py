@@ -2,6 +2,15 @@
 
 from fxstn.bilevel.history import History
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import BilevelRunner, DivergedError, accuracy
+from fxstn.bilevel.runner import PAPER, BilevelRunner, DivergedError, accuracy
 
-__all__ = ["BilevelRunner", "DivergedError", "History", "accuracy", "general_loss", "hyper_loss", "response_loss"]
+__all__ = [
+    "PAPER",
+    "BilevelRunner",
+    "DivergedError",
+    "History",
+    "accuracy",
+    "general_loss",
+    "hyper_loss",
+    "response_loss",
+]

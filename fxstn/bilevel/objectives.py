@@ -46,6 +46,7 @@ def evaluate_loss(
 
 
 def _perturbation(stn: SelfTuningNetwork, inputs: tuple, perturb: str | None) -> Tensor:
+    """ε of a step, (batch, h) or (h,)."""
     if perturb not in (None, "example", "batch"):
         raise ValueError(
             f"perturb={perturb!r} is neither 'example' nor 'batch' (nor None, for what the network allows)"
@@ -64,21 +65,23 @@ def general_loss(
     draw no perturbation here.
     """
     if stn.method == "stn":
-        return _perturbed_loss(stn, loss_fn, inputs, target, perturb, update_statistics=True)
+        return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _watched(stn, inputs)
     output, asides = stn.conditioned_output(*inputs)
     return _training_loss(stn, loss_fn, inputs, target, output, asides, None)
 
 
 def response_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None
-) -> Tensor:
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
     Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all;
-    None: per example, unless the network moves the batch dimension where it cannot be followed.
+    None: per example, unless the network moves the batch dimension where it cannot be followed. scale: > 0, ε has scale · σ
+    (the paper: 1); what Θ learns from a step rises with its square, the noise as it does.
     """
-    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, update_statistics=False)
+    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, scale, update_statistics=False)
 
 
 def _perturbed_loss(
@@ -87,10 +90,11 @@ def _perturbed_loss(
     inputs: Any,
     target: Any,
     perturb: str | None,
+    scale: float,
     update_statistics: bool,
 ) -> Tensor:
     inputs = _watched(stn, inputs)
-    epsilon = _perturbation(stn, inputs, perturb).detach()
+    epsilon = scale * _perturbation(stn, inputs, perturb).detach()
     output, asides = stn.perturbed_output(
         *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )
@@ -139,12 +143,15 @@ def hyper_loss(
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
     Arguments as in `response_loss`, on validation data; the network is in eval mode. entropy_weight: τ ≥ 0. A loss_fn
-    that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly.
+    that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
+    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
     """
     inputs = _as_tuple(inputs)
     examples = batch_size(inputs)
     unconstrained = stn.hparams.unconstrained
-    delta = (unconstrained - unconstrained.detach()) + _perturbation(stn, inputs, perturb)
+    delta = unconstrained - unconstrained.detach()
+    if perturb != "none":
+        delta = delta + _perturbation(stn, inputs, perturb)
     with held((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()

@@ -29,8 +29,11 @@ from fxstn.network import SelfTuningNetwork, batch_size
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 FORMAT = 1
-DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 0.5, 4  # docs/overhead.md; the paper: 1.0, 1
+DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
+PAPER: dict[str, Any] = {
+    "response_every": 1, "response_fraction": 1.0, "response_scale": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
+}  # fmt: skip
 
 
 def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -38,9 +41,9 @@ def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
 
 
-def response_sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD without momentum, learning rate 1e-1: as far a step as `sgd` in the long run, and nothing kept beside Θ."""
-    return torch.optim.SGD(parameters, lr=1e-1, fused=_fusible(parameters))
+def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
+    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
 
 
 def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
@@ -91,9 +94,10 @@ class BilevelRunner:
     `hparams` it gets {name: (batch,) constrained values} in training and None in the hyper step and in evaluation
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
-    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (SGD without momentum, lr 1e-1; the paper: as for the
-    weights), hyper_optimizer, scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds exactly those
-    parameters. tune_scale: False keeps σ fixed.
+    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
+    weights'), hyper_optimizer (RMSprop, lr 3e-2), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
+    exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ,
+    and the hyper step takes the gradient at λ itself. response_scale: > 0, the response step perturbs with that many σ.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
     response_fraction, hyper_fraction: part of each batch, in (0, 1], that the response and the hyper step see; unbiased
     but for batch statistics. response_every ≥ 1: inner steps from one response step to the next; each is unbiased, Θ moves
@@ -121,13 +125,14 @@ class BilevelRunner:
         response_optimizer: OptimizerLike = None,
         hyper_optimizer: OptimizerLike = None,
         scale_optimizer: OptimizerLike = None,
-        tune_scale: bool = True,
+        tune_scale: bool = False,
         train_steps: int = 5,
         valid_steps: int = 1,
         warmup_epochs: int = 0,
         entropy_weight: float = 1e-3,
         response_fraction: float = DEFAULT_RESPONSE_FRACTION,
         response_every: int = DEFAULT_RESPONSE_EVERY,
+        response_scale: float = 2.0,
         hyper_fraction: float = 1.0,
         perturb: str | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
@@ -148,6 +153,7 @@ class BilevelRunner:
         fractions = {"response_fraction": response_fraction, "hyper_fraction": hyper_fraction}
         wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
         wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
+        wrong += [f"response_scale={response_scale} must be positive"] if not response_scale > 0 else []
         floors = {"warmup_epochs": warmup_epochs, "entropy_weight": entropy_weight}
         wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
         if wrong:
@@ -164,16 +170,21 @@ class BilevelRunner:
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.entropy_weight, self.perturb = entropy_weight, perturb
         self.response_fraction, self.response_every = response_fraction, response_every
-        self.hyper_fraction = hyper_fraction
+        self.response_scale, self.hyper_fraction = response_scale, hyper_fraction
         self.metrics, self.patience, self.progress = metrics or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
         general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
         self.optimizers = {
             "optimizer": _optimizer(optimizer, sgd, general, "optimizer"),
             "response_optimizer": _optimizer(
-                response_optimizer, response_sgd, list(stn.response_parameters()), "response_optimizer"
+                response_optimizer,
+                sgd if stn.structured else adam,
+                list(stn.response_parameters()),
+                "response_optimizer",
             ),
-            "hyper_optimizer": _optimizer(hyper_optimizer, _rmsprop, [stn.hparams.unconstrained], "hyper_optimizer"),
+            "hyper_optimizer": _optimizer(
+                hyper_optimizer, partial(_rmsprop, lr=3e-2), [stn.hparams.unconstrained], "hyper_optimizer"
+            ),
         }
         if tune_scale:
             self.optimizers["scale_optimizer"] = _optimizer(
@@ -261,16 +272,16 @@ class BilevelRunner:
         losses = {"train_loss": self._step(loss, "optimizer")}
         if (self.steps + 1) % self.response_every == 0:
             with self._precision():
-                loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction), perturb=self.perturb)
+                loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction),
+                                     perturb=self.perturb, scale=self.response_scale)  # fmt: skip
             losses["response_loss"] = self._step(loss, "response_optimizer")
         return losses
 
     def _hyper_step(self, epoch: int, step: int) -> None:
         batch = part(self._placed(self._validation.next()), self.hyper_fraction)
         with self._precision():
-            loss = hyper_loss(
-                self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=self.perturb
-            )
+            perturb = self.perturb if "scale_optimizer" in self.optimizers else "none"
+            loss = hyper_loss(self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=perturb)
         self._check_finite({"hyper_loss": loss.detach()}, epoch, step)
         self._step(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
 

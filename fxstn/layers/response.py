@@ -15,32 +15,43 @@ class Response(nn.Module):
     """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
     U: (n, h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
-    parameters that w is combined with row by row. R: shaped like w, drawn from the uniform distribution that torch's
-    linear and convolution layers start from, ±1/√fan_in.
+    parameters that w is combined with row by row. R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w; or a
+    parameter of its own, shaped like w, drawn from the uniform distribution that torch's linear and convolution layers
+    start from, ±1/√fan_in.
     """
 
     def __init__(
-        self, parameter: Tensor, fan_in: int, hyperparameters: int, axis: int = 0, U: nn.Parameter | None = None
+        self,
+        parameter: Tensor,
+        fan_in: int,
+        hyperparameters: int,
+        axis: int = 0,
+        U: nn.Parameter | None = None,
+        structured: bool = True,
     ) -> None:
         super().__init__()
         zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=parameter.dtype, device=parameter.device)
         self.U = nn.Parameter(zeros) if U is None else U
         bound = 1 / math.sqrt(fan_in)
-        self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound))
+        self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound)) if structured else None
         self.axis = axis
 
     def forward(self, delta: Tensor) -> Tensor:
         """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
         return nn.functional.linear(delta, self.U)
 
-    def change(self, delta: Tensor) -> Tensor:
-        """Δw for one delta of shape (h,), shaped like the parameter."""
-        return materialised(self(delta), self.R, self.axis)
+    def direction(self, parameter: Tensor) -> Tensor:
+        """R, given w."""
+        return parameter if self.R is None else self.R
 
 
-def parameter_changes(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
-    """{parameter name: Δw} for one delta of shape (h,), over a tree of Response modules."""
-    return {name: module.change(delta) for name, module in tree.named_modules() if isinstance(module, Response)}
+def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
+    """{parameter name: Δw} for one delta of shape (h,), over a tree of Response modules of the model's parameters."""
+    return {
+        name: materialised(module(delta), module.direction(model.get_parameter(name)), module.axis)
+        for name, module in tree.named_modules()
+        if isinstance(module, Response)
+    }
 
 
 @staged
@@ -91,6 +102,12 @@ def pick_rows(scale: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
     """Entries start..stop of the last dimension for each of `runs`, joined: the scales of a slice, or of a join."""
     parts = [scale[..., start:stop] for start, stop in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@staged
+def without_bias(output: Tensor, bias: Tensor, dim: int) -> Tensor:
+    """`output` of a layer less its bias (channels,) along channel `dim`: the product of its input and its weight."""
+    return output - align(bias, output, dim)
 
 
 @staged

@@ -181,14 +181,15 @@ class LiveGraph:
         if delta is None:
             raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
-        return {name: Scaled(response(delta), response.R, response.axis) for name, response in self._responses()}
+        find = self.model.get_parameter
+        return {name: Scaled(r(delta), r.direction(find(name)), r.axis) for name, r in self._responses()}
 
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
         """Weights w₀ + Θ·delta, by the id of w₀."""
         if delta is None:
             raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
-        changes = parameter_changes(self.root.get_submodule("response"), delta)
+        changes = parameter_changes(self.root.get_submodule("response"), self.model, delta)
         parameters = dict(self.model.named_parameters())
         return {id(parameters[name]): parameters[name] + change for name, change in changes.items()}
 

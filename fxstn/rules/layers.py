@@ -16,6 +16,7 @@ from fxstn.layers.response import (
     materialised,
     pick_rows,
     scale_channels,
+    without_bias,
 )
 from fxstn.rules.registry import NoRule, Reads, rule
 from fxstn.tangents import BATCH_FIRST, ZERO, Scaled
@@ -39,7 +40,10 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
         term = operation(scale_channels(input, d.weight.scale, -1, *_place(d.weight)), d.weight.response, None)
         dy = term if dy is ZERO else dy + term
     elif isinstance(d.weight, Scaled):
-        product = operation(input, d.weight.response, None)
+        if d.weight.response is not weight:
+            product = operation(input, d.weight.response, None)
+        else:
+            product = y if bias is None else without_bias(y, bias, channel)
         scale = pick_rows(d.weight.scale, ((0, None),) * repeats) if repeats > 1 else d.weight.scale
         scaled = (scale, channel, *_place(d.weight))
         dy = scale_channels(product, *scaled) if dy is ZERO else add_scaled(dy, product, *scaled)
