@@ -176,7 +176,7 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
         train_steps=settings.train_steps,
         response_fraction=1.0,
         response_every=1,
-        response_scale=1.0,
+        response_widening=1.0,
         warmup_epochs=settings.warmup_epochs,
         progress=False,
     )

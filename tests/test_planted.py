@@ -123,7 +123,7 @@ def test_the_runner_finds_the_planted_strength(plant: Plant, side: str) -> None:
     adam, rmsprop = partial(torch.optim.Adam, lr=1e-2), partial(torch.optim.RMSprop, lr=3e-2)
     runner = fxstn.BilevelRunner(
         stn, nn.MSELoss(), train, valid, optimizer=adam, response_optimizer=adam, hyper_optimizer=rmsprop, tune_scale=False,
-        response_fraction=1.0, response_every=1, train_steps=2, warmup_epochs=10, progress=False,
+        response_fraction=1.0, response_every=1, response_widening=1.0, train_steps=2, warmup_epochs=10, progress=False,
     )  # fmt: skip
     rows = runner.fit(48).rows
     found = sum(row[plant.name] for row in rows[-8:]) / 8

@@ -279,7 +279,7 @@ def test_a_scaled_response_moves_the_units_and_holds_nothing_but_their_scales():
 
 @pytest.mark.parametrize("settings", [{"method": "stn", "response": "scaled"}, {"response": "rows"}])
 def test_a_scaled_response_is_refused_where_it_makes_no_sense(settings):
-    with pytest.raises(ValueError, match="is neither 'scaled' .not for method 'stn'. nor 'structured'"):
+    with pytest.raises(ValueError, match=r"is neither 'scaled' \(not for method 'stn'\) nor"):
         fxstn.transform(mlp(), **settings)
 
 

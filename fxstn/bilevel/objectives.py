@@ -73,15 +73,15 @@ def general_loss(
 
 def response_loss(
     stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None,
-    scale: float = 1.0,
+    widening: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
     Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all;
-    None: per example, unless the network moves the batch dimension where it cannot be followed. scale: > 0, ε has scale · σ
-    (the paper: 1); what Θ learns from a step rises with its square, the noise as it does.
+    None: per example, unless the network moves the batch dimension where it cannot be followed. widening: ≥ 1, how many times σ
+    at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
     """
-    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, scale, update_statistics=False)
+    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, widening, update_statistics=False)
 
 
 def _perturbed_loss(
@@ -90,11 +90,13 @@ def _perturbed_loss(
     inputs: Any,
     target: Any,
     perturb: str | None,
-    scale: float,
+    widening: float,
     update_statistics: bool,
 ) -> Tensor:
     inputs = _watched(stn, inputs)
-    epsilon = scale * _perturbation(stn, inputs, perturb).detach()
+    epsilon = _perturbation(stn, inputs, perturb).detach()
+    if widening > 1:
+        epsilon = epsilon * stn.hparams.widening(widening)
     output, asides = stn.perturbed_output(
         *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )

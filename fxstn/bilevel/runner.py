@@ -32,7 +32,7 @@ FORMAT = 1
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 PAPER: dict[str, Any] = {
-    "response_every": 1, "response_fraction": 1.0, "response_scale": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
+    "response_every": 1, "response_fraction": 1.0, "response_widening": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
 }  # fmt: skip
 
 
@@ -97,7 +97,8 @@ class BilevelRunner:
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
     weights'), hyper_optimizer (RMSprop, lr 3e-2), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ,
-    and the hyper step takes the gradient at λ itself. response_scale: > 0, the response step perturbs with that many σ.
+    and the hyper step takes the gradient at λ itself. response_widening: ≥ 1, how many σ at most
+    the response step perturbs with near the ends of a range.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
     response_fraction, hyper_fraction: part of each batch, in (0, 1], that the response and the hyper step see; unbiased
     but for batch statistics. response_every ≥ 1: inner steps from one response step to the next; each is unbiased, Θ moves
@@ -132,7 +133,7 @@ class BilevelRunner:
         entropy_weight: float = 1e-3,
         response_fraction: float = DEFAULT_RESPONSE_FRACTION,
         response_every: int = DEFAULT_RESPONSE_EVERY,
-        response_scale: float = 2.0,
+        response_widening: float = 2.0,
         hyper_fraction: float = 1.0,
         perturb: str | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
@@ -153,7 +154,7 @@ class BilevelRunner:
         fractions = {"response_fraction": response_fraction, "hyper_fraction": hyper_fraction}
         wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
         wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
-        wrong += [f"response_scale={response_scale} must be positive"] if not response_scale > 0 else []
+        wrong += [f"response_widening={response_widening} must be at least 1"] if not response_widening >= 1 else []
         floors = {"warmup_epochs": warmup_epochs, "entropy_weight": entropy_weight}
         wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
         if wrong:
@@ -170,7 +171,7 @@ class BilevelRunner:
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.entropy_weight, self.perturb = entropy_weight, perturb
         self.response_fraction, self.response_every = response_fraction, response_every
-        self.response_scale, self.hyper_fraction = response_scale, hyper_fraction
+        self.response_widening, self.hyper_fraction = response_widening, hyper_fraction
         self.metrics, self.patience, self.progress = metrics or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
         general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
@@ -273,7 +274,7 @@ class BilevelRunner:
         if (self.steps + 1) % self.response_every == 0:
             with self._precision():
                 loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction),
-                                     perturb=self.perturb, scale=self.response_scale)  # fmt: skip
+                                     perturb=self.perturb, widening=self.response_widening)  # fmt: skip
             losses["response_loss"] = self._step(loss, "response_optimizer")
         return losses
 

@@ -69,6 +69,13 @@ class HyperparameterSpace(nn.Module):
             noise = torch.where(self.by_batch, noise[:1], noise)
         return self.scale * noise
 
+    def widening(self, most: float) -> Tensor:
+        """What σ is multiplied by, (h,), for about equal perturbations of the constrained value wherever λ is in its range:
+        ¼ / s(1 - s), s its share of the range, that is 1 in the middle and more near the ends; at most `most`, ≥ 1."""
+        share = torch.sigmoid(self.unconstrained.detach())
+        factor = (0.25 / (share * (1 - share))).clamp(max=most)
+        return torch.where(self.bijection.unbounded, 1.0, factor)
+
     def entropy(self) -> Tensor:
         """H[ε] of the perturbation, Σ ½ log(2πe σ²), a scalar (paper, Eq. 2.7)."""
         return (0.5 * math.log(2 * math.pi * math.e) + self.scale.log()).sum()
