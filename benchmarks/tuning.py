@@ -1,12 +1,12 @@
 """Does tuning in one run pay? Tasks × methods × starts × seeds: best validation loss against time, and the test loss there.
 
     python -m benchmarks.tuning [--tasks mnist-mlp diabetes-mlp] [--methods ...] [--seeds 3] [--trials 30] [--data-root DIR]
-    python -m benchmarks.tuning --report
+    python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
 
-Methods: "untuned" trains at the start; "random" trains from scratch at random strengths, trial after trial; "stn", "centered"
-and "delta" have the paper's settings, "default" the runner's own. A task's optimiser of the weights serves them all. Writes
-benchmarks/results/tuning-TASK.json as it goes and goes on where it stopped; the report reads these files alone: it compares
-methods with random search at the time that "default" took, and with the best of all its trials.
+One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own.
+Searches, of `--trials` runs each: "random", "tpe" (Optuna), and both with successive halving, which stops a run that falls
+behind. A task's optimiser of the weights serves all. Writes benchmarks/results/tuning-TASK.json as it goes and goes on where
+it stopped; the report (benchmarks/tuned.py) reads these files alone.
 """
 
 from __future__ import annotations
@@ -14,30 +14,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import fxstn
 from benchmarks.ridge import load_arrays
+from benchmarks.tuned import SEARCHES, STARTS, path_of, report
 from fxstn import data, hp
 from fxstn.cli import loader
 
-ROOT = Path(__file__).parent
-STARTS = {"low": 0.05, "middle": 0.3, "high": 0.7}  # of dropout; as shares of the range in log space for weight decay
-PAPER: dict[str, Any] = {"response_fraction": 1.0, "response_every": 1}
-METHODS = ("untuned", "default", "delta", "centered", "stn", "random")
+RUNS = ("untuned", "default", "delta", "centered", "stn")
+EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
 
 @dataclass(frozen=True)
@@ -129,123 +125,126 @@ TASKS = {
 }  # fmt: skip
 
 
-def train(task: Task, method: str, start: str, seed: int, root: str | None, trial: int = 0) -> dict[str, Any]:
-    """One run: {"curve": [[seconds, best validation loss so far], ...], "valid", "test", "epoch", "found"}."""
+def prepared(
+    task: Task, method: str, start: str, seed: int, root: str | None
+) -> tuple[fxstn.BilevelRunner, TensorDataset]:
+    """A runner of one method, and the test set. Weights and order of the data depend on the torch seed and `seed`."""
     train_set, valid_set, test_set = task.sets(seed, root)
-    torch.manual_seed(1000 * trial + seed)
-    model = task.model(train_set)
-    kind = method if method in ("centered", "stn") else "delta"
-    stn = fxstn.transform(model, task.specs(STARTS[start]), method=kind)
+    model, specs = task.model(train_set), task.specs(STARTS[start])
     settings: dict[str, Any] = {}
-    if method in ("untuned", "random"):
+    if method in ("delta", "centered", "stn"):
+        settings = fxstn.PAPER | {"response_optimizer": task.optimizer}
+        stn = fxstn.transform(model, specs, method=method, response="structured")
+    else:
+        stn = fxstn.transform(model, specs)
+    if method in ("untuned", *SEARCHES):
         settings = {"warmup_epochs": task.epochs, "response_every": 10**9}
-    elif method != "default":
-        settings = PAPER | {"response_optimizer": task.optimizer}
-    if method == "random":  # uniform in each range, in log space where the range is
-        stn.hparams.unconstrained.data.copy_(torch.rand(len(stn.hparams)).clamp(1e-3, 1 - 1e-3).logit())
     runner = fxstn.BilevelRunner(
         stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
         optimizer=task.optimizer, progress=False, **settings,
     )  # fmt: skip
-    diverged = False
-    try:
-        runner.fit(task.epochs)
-    except fxstn.DivergedError:
-        diverged = True
-    best = runner.history.best()
-    seconds, least, curve = 0.0, float("inf"), []
-    for row in runner.history.rows:
-        seconds, least = seconds + row["seconds"], min(least, row["valid_loss"])
-        curve.append([round(seconds, 2), round(least, 5)])
-    model.load_state_dict(runner.best["model"])  # type: ignore[index]
+    return runner, test_set
+
+
+def outcome(task: Task, runner: fxstn.BilevelRunner, test_set: TensorDataset, diverged: bool) -> dict[str, Any]:
+    """{"curve": [[seconds, best validation loss so far], ...], "valid", "test", "epoch", "found", "diverged"}."""
+    if runner.best is None:  # a loss was not finite in the first epoch
+        return {"curve": [], "valid": float("inf"), "test": float("inf"), "epoch": 0, "found": {}, "diverged": True}
+    best, rows = runner.history.best(), runner.history.rows
+    seconds = itertools.accumulate(row["seconds"] for row in rows)
+    least = itertools.accumulate((row["valid_loss"] for row in rows), min)
+    model = runner.best_model().eval()
     with torch.no_grad():
-        test = task.loss(model.eval()(test_set.tensors[0]), test_set.tensors[1]).item()
-    found = {name: round(best[name], 6) for name in stn.hparams.names}
+        test = task.loss(model(test_set.tensors[0]), test_set.tensors[1]).item()
+    curve = [[round(time, 2), round(loss, 5)] for time, loss in zip(seconds, least, strict=True)]
+    found = {name: float(f"{best[name]:.4g}") for name in runner.stn.hparams.names}
     return {"curve": curve, "valid": best["valid_loss"], "test": test, "epoch": best["epoch"], "found": found,
             "diverged": diverged}  # fmt: skip
 
 
-# The report
+def train(task: Task, method: str, start: str, seed: int, root: str | None) -> dict[str, Any]:
+    """One run of a method that needs one."""
+    torch.manual_seed(seed)
+    runner, test_set = prepared(task, method, start, seed, root)
+    try:
+        runner.fit(task.epochs)
+        diverged = False
+    except fxstn.DivergedError:
+        diverged = True
+    return outcome(task, runner, test_set, diverged)
 
 
-def seconds_of(cell: dict[str, Any]) -> float:
-    return cell["curve"][-1][0]
+def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The next trial of a search that has made the `earlier` ones: a run from scratch, with its "shares" of the ranges."""
+    import optuna
 
-
-def best_within(trials: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The best of the trials that a search starts within a time; the first in any case. All are run to their end."""
-    starts = itertools.accumulate(map(seconds_of, trials), initial=0.0)
-    begun = [trial for trial, start in zip(trials, starts, strict=False) if start < seconds]
-    return min(begun or trials[:1], key=lambda trial: trial["valid"])
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
-
-
-def table(results: dict[str, Any]) -> str:
-    """A line for each method and start: means ± standard deviations over seeds."""
-    rows = []
-
-    def line(label: str, start: str, cells: Sequence[dict[str, Any]], seconds: float) -> None:
-        lost = sum(cell["diverged"] for cell in cells)
-        losses = [_mean([cell[part] for cell in cells]) for part in ("valid", "test")]
-        rows.append([label, start, *losses, f"{seconds:.0f}", len(cells), lost or ""])
-
-    def mean_seconds(cells: Sequence[dict[str, Any]]) -> float:
-        return statistics.mean(map(seconds_of, cells)) if cells else 0.0
-
-    for method in METHODS[:-1]:
-        for start in STARTS:
-            cells = [cell for key, cell in results.items() if key.startswith(f"{method} {start} ")]
-            if cells:
-                line(method, start, cells, mean_seconds(cells))
-    searches = [trials for key, trials in results.items() if key.startswith("random")]
-    if searches:
-        time = mean_seconds([cell for key, cell in results.items() if key.startswith("default")])
-        line("random search, same time", "", [best_within(trials, time) for trials in searches], time)
-        total = statistics.mean(sum(map(seconds_of, trials)) for trials in searches)
-        line("random search, all trials", "", [best_within(trials, float("inf")) for trials in searches], total)
-    headers = ["method", "start", "best validation loss", "test loss there", "seconds", "seeds", "diverged"]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def path_of(task: str) -> Path:
-    return ROOT / "results" / f"tuning-{task}.json"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, task.epochs // 9), reduction_factor=3)
+    sampler_seed = 10_000 * seed + len(earlier)
+    study = optuna.create_study(
+        sampler=(optuna.samplers.TPESampler if method.startswith("tpe") else optuna.samplers.RandomSampler)(seed=sampler_seed),
+        pruner=halving if method.endswith("halving") else optuna.pruners.NopPruner(),
+    )  # fmt: skip
+    torch.manual_seed(1000 * (len(earlier) + 1) + seed)
+    runner, test_set = prepared(task, method, "middle", seed, root)
+    space = runner.stn.hparams
+    ranges = dict.fromkeys(space.names, optuna.distributions.FloatDistribution(EDGE, 1 - EDGE))
+    for number, cell in enumerate(earlier):
+        state = optuna.trial.TrialState.PRUNED if cell["pruned"] else optuna.trial.TrialState.COMPLETE
+        done = optuna.trial.create_trial(
+            params=cell["shares"], distributions=ranges, value=min(cell["valid"], 1e6), state=state,
+            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])},
+            system_attrs=earlier[number]["rungs"],
+        )  # fmt: skip
+        study.add_trial(done)
+    trial = study.ask(ranges)
+    with torch.no_grad():
+        space.unconstrained.copy_(torch.tensor([trial.params[name] for name in space.names]).logit())
+    diverged = pruned = False
+    for epoch in range(1, task.epochs + 1):
+        try:
+            runner.fit(epoch)
+        except fxstn.DivergedError:
+            diverged = True
+            break
+        trial.report(runner.history.best()["valid_loss"], epoch)
+        if pruned := trial.should_prune():
+            break
+    rungs = study._storage.get_trial_system_attrs(trial._trial_id)  # what the pruner noted, so that a search can go on
+    return outcome(task, runner, test_set, diverged) | {"shares": trial.params, "pruned": pruned, "rungs": rungs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="which tasks")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="which methods")
-    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), help="which starts")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*RUNS, *SEARCHES], choices=[*RUNS, *SEARCHES], help="which methods"
+    )
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), help="of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--trials", type=int, default=30, help="of random search, for each seed")
+    parser.add_argument("--trials", type=int, default=30, help="of each search, for each seed")
     parser.add_argument("--data-root", help="where torchvision's data lies (default: the variable FXSTN_DATA)")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is there, and run nothing")
+    parser.add_argument("--report", action="store_true", help="print and draw what is there, and run nothing")
     args = parser.parse_args()
     todo = [] if args.report else [
         (seed, task, method, start, trial)
         for task in args.tasks for seed in range(args.seeds) for method in args.methods
-        for start in (args.starts if method != "random" else ["middle"])
-        for trial in range(args.trials if method == "random" else 1)
+        for start in (args.starts if method in RUNS else ["any"])
+        for trial in range(1 if method in RUNS else args.trials)
     ]  # fmt: skip
     for seed, task, method, start, trial in (bar := tqdm(todo, disable=None)):
         path, key = path_of(task), f"{method} {start} {seed}"
         results = json.loads(path.read_text()) if path.exists() else {}
-        if len(results.get(key, [])) > trial if method == "random" else key in results:
+        if key in results if method in RUNS else len(results.get(key, [])) > trial:
             continue
         bar.set_description(f"{task}: {method}, {start}, seed {seed}")
-        cell = train(TASKS[task], method, start, seed, args.data_root, trial)
-        if method == "random":
-            results.setdefault(key, []).append(cell)
+        if method in RUNS:
+            results[key] = train(TASKS[task], method, start, seed, args.data_root)
         else:
-            results[key] = cell
+            earlier = results.setdefault(key, [])
+            earlier.append(search(TASKS[task], method, seed, args.data_root, earlier))
         path.write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    for task in args.tasks:
-        if path_of(task).exists():
-            print(f"\n{task}\n\n{table(json.loads(path_of(task).read_text()))}")
+    report([task for task in args.tasks if path_of(task).exists()])
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class BilevelRunner:
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
-    weights'), hyper_optimizer (RMSprop, lr 3e-2), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
+    weights'), hyper_optimizer (Adam, lr 6e-2), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ,
     and the hyper step takes the gradient at λ itself. response_widening: ≥ 1, how many σ at most
     the response step perturbs with near the ends of a range.
@@ -184,7 +184,7 @@ class BilevelRunner:
                 "response_optimizer",
             ),
             "hyper_optimizer": _optimizer(
-                hyper_optimizer, partial(_rmsprop, lr=3e-2), [stn.hparams.unconstrained], "hyper_optimizer"
+                hyper_optimizer, partial(torch.optim.Adam, lr=6e-2), [stn.hparams.unconstrained], "hyper_optimizer"
             ),
         }
         if tune_scale:
