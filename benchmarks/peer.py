@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.overhead import RESULTS
 from fxstn.bench import TRAIN_STEPS, Setup, Steps, environment, variants
-from fxstn.bilevel.runner import sgd
+from fxstn.bilevel.optimizers import sgd
 from fxstn.measure import step_times
 
 

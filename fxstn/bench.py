@@ -21,7 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn import hp
 from fxstn.bilevel.batches import part, placed
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION, adam, sgd
+from fxstn.bilevel.optimizers import adam, sgd
+from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION
 from fxstn.bind import bind
 from fxstn.fidelity import frozen_modules
 from fxstn.measure import peak_memory, step_times

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxstn.errors import module_path, operation_name
 from fxstn.graphs import add_placeholder, copied, model_of
 from fxstn.layers.response import Response
+from fxstn.mutation import DROPOUTS, is_size
 from fxstn.rules import RULES
 from fxstn.rules.registry import Reads
 from fxstn.structure import Derived, consumers, from_parameters, structures
 
+NORM_ROLES = ("gain", "shift")
+SCALE_KEEPING = {*DROPOUTS, torch.cat, F.avg_pool2d, F.max_pool2d}  # what a channel is multiplied by passes through
+
 
 @dataclass(frozen=True)
 class Reading:
-    """One operation that reads values computed from parameters: in a role of a layer, or otherwise (role None)."""
+    """One operation that reads values computed from parameters: in a role of a layer or a norm, or otherwise (role None)."""
 
     parameters: tuple[str, ...]
     role: str | None
@@ -76,6 +83,8 @@ def _reading(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.N
     position, reads = read
     parameters = [model_of(module).get_parameter(name) for name in derived.parameters]
     widest = max(p.dim() for p in parameters)
+    if reads.role in NORM_ROLES:
+        return Reading(derived.parameters, reads.role if widest == 1 else None, user)
     if reads.role == "bias":
         weight = user.args[position - 1]
         own = parameters[0]
@@ -99,12 +108,34 @@ def layer_weights(module: fx.GraphModule) -> list[str]:
     return sorted(set(weights), key=lambda name: (first.get(name, len(first)), order[name]))
 
 
+def _renormalised(node: fx.Node) -> bool:
+    """Whether the scale of a layer's channels is lost on every way on: batch norm divides by it. The norm's own affine
+    parameters are what can scale these units."""
+    users = [user for user in node.users if not is_size(user)]
+    return bool(users) and all(
+        _divides(user) or (user.target in SCALE_KEEPING and _renormalised(user)) for user in users
+    )
+
+
+def _scaleless(trained: Sequence[Reading]) -> set[str]:
+    """Parameters that the training graph reads only where a norm takes the scale away."""
+    keeping = {name for reading in trained if not _renormalised(reading.node) for name in reading.parameters}
+    return {name for reading in trained for name in reading.parameters} - keeping
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether an operation normalises each channel by what is in the batch, not by running statistics."""
+    position = {F.batch_norm: 5, F.instance_norm: 5}.get(node.target)  # type: ignore[arg-type]
+    return position is not None and (node.args[position] if len(node.args) > position else True) is True
+
+
 def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     """Which parameters respond.
 
     A parameter needs every operation that reads it, in every graph, to be a layer in which one Δw along one axis is
     possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible, and
-    where a weight that is only scaled has a single one.
+    where a weight that is only scaled has a single one. Where weights are only scaled, affine parameters of norms respond
+    too, and layers before a batch norm, which takes their scale away, do not.
     """
     parameters = dict(model_of(graphs[0]).named_parameters())
     result = Responses()
@@ -112,12 +143,17 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     single = {name for name in pending if parameters[name].dim() == 2 and len(parameters[name]) == 1 and not structured}
     for axis, later in ((0, single), (1, set()), (0, set())):
         tried = pending - later
-        found = [reading for graph in graphs for reading in readings(graph, sorted(tried), axis)]
+        trained, *others = (readings(graph, sorted(tried), axis) for graph in graphs)
+        found = [*trained, *itertools.chain(*others)]
         groups = _groups(found, tried)
         good: dict[str, int] = {}
+        scaleless = set() if structured else _scaleless(trained)
         for reading in found:
             for name in reading.parameters:
-                if reading.role is None:
+                if name in scaleless:
+                    result.left_out.setdefault(name, "a batch norm after it takes its scale away")
+                    good[name] = 0
+                elif reading.role is None or (structured and reading.role in NORM_ROLES):
                     why = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
                     result.left_out.setdefault(name, why)
                     good[name] = 0

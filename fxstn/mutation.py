@@ -27,7 +27,7 @@ FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg
 # Operations that may return their input, or views of it, though their schemas do not say so.
 UNDECLARED = {"einsum", "type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
               "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "tensordot"}  # fmt: skip
-FRESH_KINDS = {"pointwise", "additive", "bilinear", "hyperlayer"}
+FRESH_KINDS = {"pointwise", "additive", "bilinear", "layer"}
 
 
 def is_size(node: Any) -> bool:

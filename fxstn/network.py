@@ -17,7 +17,7 @@ from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import Terms
 from fxstn.layers.penalty import penalty, penalty_perturbed
-from fxstn.layers.response import Response, for_all_examples, parameter_changes
+from fxstn.layers.response import Response, for_all_examples, parameter_changes, pulled_back
 from fxstn.tangents import BATCH_FIRST
 
 METHODS = ("delta", "centered", "stn")
@@ -189,6 +189,15 @@ class SelfTuningNetwork(nn.Module):
             for name, parameter in self.model.named_parameters()
         }
 
+    @torch.no_grad()
+    def hypergradient(self) -> Tensor:
+        """Θᵀ g, (h,): the derivative in λ, through the response, of the loss whose gradient g the general parameters hold.
+
+        After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
+        best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn".
+        """
+        return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
+
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
         plain = copy.deepcopy(self.model)
@@ -297,12 +306,14 @@ class SelfTuningNetwork(nn.Module):
         total: Tensor | float = 0.0
         for name, index, norm in self.terms.penalties:
             response = self._response(name)
+            weight: Tensor = parameters[name]
+            if condition is not None and self.method != "stn":
+                weight = weight.detach()
             if condition is None or response is None:
-                total = total + penalty(parameters[name], strengths[..., index].mean(), norm)
+                total = total + penalty(weight, strengths[..., index].mean(), norm)
                 continue
             delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
             scale = response(delta)
-            weight = parameters[name] if self.method == "stn" else parameters[name].detach()
             total = total + penalty_perturbed(
                 weight, strengths[..., index], scale, response.direction(weight), response.axis, norm
             )

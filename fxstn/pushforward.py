@@ -18,7 +18,7 @@ from fxstn.graphs import assemble, copied
 from fxstn.layers.kernels import zeros_tangent
 from fxstn.layers.response import for_all_examples, pick_rows
 from fxstn.layout import PLAIN, Layouts
-from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.rules import NoRule, apply_rule, kind_of
 from fxstn.staging import call
 from fxstn.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 
@@ -85,7 +85,7 @@ class _Pushforward:
         except NoRule as reason:
             self.problems.append(_no_rule(node, str(reason)))
             y, dy = self.copy(node), ZERO
-        kind = RULES[node.target].kind if node.target in RULES else "fallback"
+        kind = kind_of(node.target, tangents)  # type: ignore[arg-type]
         y.node.meta = dict(node.meta) | {"rule": kind, "operation": operation_name(node.target)}
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):

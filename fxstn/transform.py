@@ -195,7 +195,9 @@ def _climbed(
     if not found.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
-            "whose parameters it uses directly; fxstn.explain(model) lists why"
+            "whose parameters it uses directly"
+            + ("" if structured else ", and whose scale no batch norm takes away")
+            + "; fxstn.explain(model) lists why"
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)

@@ -221,7 +221,8 @@ def verify(
 ) -> Report:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
-    inputs: as for the model, batch ≥ 2; converted to float64. trace: as for `transform`. The witness is a central
+    inputs: as for the model, batch ≥ 2; converted to float64. trace: as for `transform`. The response is a structured one,
+    with R drawn at random, so that every weight moves in a direction that no norm takes away. The witness is a central
     difference of the *original* model along `best_response`; where hparams insert an operation, which the original does not
     have, the emitted training graph is compared with its own difference besides, and the original with a transform
     without the insertions. Where the forward runs as it is (trace="live"), what it detaches or computes without gradients
@@ -254,7 +255,7 @@ def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: tu
     refused = None
     if trace != "live":
         try:
-            network = transform(original, hparams, example_inputs=inputs, trace=trace)
+            network = transform(original, hparams, example_inputs=inputs, trace=trace, response="structured")
             if network.rung != "live":
                 return network
         except TransformError as error:
@@ -263,7 +264,7 @@ def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: tu
             refused = error
     with Widened():
         try:
-            return transform(original, hparams, example_inputs=inputs, trace="live")
+            return transform(original, hparams, example_inputs=inputs, trace="live", response="structured")
         except TransformError as error:
             raise refused or error from None
 

@@ -65,7 +65,7 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_the_train_graph_computes_and_differentiates_as_the_original(name):
     net = Body(SAME[name]).train()
-    stn = fxstn.transform(net, SCALAR).train()
+    stn = fxstn.transform(net, SCALAR, response="structured").train()
     with torch.no_grad():  # weights and buffers may change after transform
         for tensor, twin in zip((*net.parameters(), net.mean), (*stn.model.parameters(), stn.model.mean), strict=True):
             twin.copy_(tensor.add_(0.1))

@@ -75,11 +75,13 @@ def test_running_statistics_in_the_response_step_are_those_of_a_frozen_batch_nor
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    running, witness = made(model, statistics="running"), made(frozen)
+    running, witness = (
+        made(m, response="structured", statistics=s) for m, s in ((model, "running"), (frozen, "batch"))
+    )
     (losses, gradients), (expected, expected_gradients) = (losses_and_gradients(s, batch) for s in (running, witness))
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradients, expected_gradients)
-    other, _ = losses_and_gradients(made(model), batch)
+    other, _ = losses_and_gradients(made(model, response="structured"), batch)
     assert abs(other[0] - losses[0]) > 1e-4 * losses[0]
     torch.testing.assert_close(other[1], losses[1])  # the hyper step always uses the running ones
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
+from nets import mlp, randomize_response
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
@@ -97,6 +99,37 @@ def test_warm_up_epochs_leave_lambda_alone():
     history = runner.fit(3)
     name = runner.stn.hparams.names[0]
     assert history[name][0] == history[name][1] != history[name][2]
+
+
+@pytest.mark.parametrize("correction", [0.0, 1.0, 0.5])
+def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along_the_response(correction):
+    net, (x, y), (xv, yv) = mlp(0.0), *((torch.randn(16, 6), torch.randint(3, (16,))) for _ in "tv")
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)])
+    randomize_response(stn)
+    columns = torch.eye(2)
+    before = [{n: p.detach().clone() for n, p in stn.best_response(c).items()} for c in (0 * columns[0], *columns)]
+    loaders = ([(a, b)] for a, b in ((x, y), (xv, yv)))
+    runner = fxstn.BilevelRunner(
+        stn, F.cross_entropy, *loaders, train_steps=1, response_every=9, inner_correction=correction,
+        hyper_optimizer=partial(torch.optim.SGD, lr=1.0), progress=False,
+    )  # fmt: skip
+    runner.fit(1)
+    after = [{n: p.detach() for n, p in stn.best_response(c).items()} for c in (0 * columns[0], *columns)]
+
+    def along(weights, inputs, target):
+        """Derivatives of a loss in the two directions of the response."""
+        live = {n: p.clone().requires_grad_() for n, p in weights[0].items()}
+        gradients = torch.autograd.grad(
+            F.cross_entropy(functional_call(net, live, (inputs,)), target), [*live.values()]
+        )
+        return torch.stack([
+            sum((g * (moved[n] - weights[0][n])).sum() for n, g in zip(live, gradients, strict=True))
+            for moved in weights[1:]
+        ])  # fmt: skip
+
+    expected = along(after, xv, yv) - correction * along(before, x, y)
+    start = torch.zeros(2)  # the middle of the range
+    torch.testing.assert_close(start - stn.hparams.unconstrained.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_fixed_scale_stays():

@@ -244,6 +244,29 @@ def test_the_hypergradient_is_the_derivative_of_the_validation_loss_along_the_re
         assert stn.hparams.unconstrained.grad[i].item() == pytest.approx(difference, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("specs", [[hp.Dropout("2"), hp.WeightDecay()], [hp.WeightDecay(shared=True)]])
+@pytest.mark.parametrize("response", ["scaled", "structured"])
+def test_the_pulled_back_gradient_is_the_derivative_of_the_training_loss_along_the_response(response, specs):
+    net = mlp(0.0).double()
+    stn = fxstn.transform(net, specs, response=response).train()
+    randomize_response(stn)
+    x, target = torch.randn(16, 6).double(), torch.randint(3, (16,))
+    stn.hparams.double()
+
+    def loss(weights):
+        torch.manual_seed(2)
+        twin = copy.deepcopy(stn)
+        twin.model.load_state_dict(weights)
+        return fxstn.general_loss(twin, F.cross_entropy, x, target)
+
+    torch.manual_seed(2)
+    fxstn.general_loss(stn, F.cross_entropy, x, target).backward()
+    found = stn.hypergradient()
+    for i, direction in enumerate(torch.eye(len(stn.hparams), dtype=torch.float64)):
+        up, down = (loss(stn.best_response(step * direction)) for step in (1e-6, -1e-6))
+        torch.testing.assert_close(found[i], (up - down) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
 def test_the_entropy_term_widens_the_perturbation_and_only_that():
     stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.4, 0, 1)])
     loss = [fxstn.hyper_loss(stn, lambda y, t: y.sum() * 0, torch.randn(4, 6), None, entropy_weight=w) for w in (0, 2)]

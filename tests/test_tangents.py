@@ -26,6 +26,9 @@ def bottleneck_net() -> nn.Module:
     return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
 
 
+SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0)]
+
+
 @pytest.mark.parametrize("make", [bottleneck_net, SmallConv], ids=["bottleneck", "small"])
 def test_the_tangent_of_a_network_of_blocks_is_the_derivative_of_the_original(make):
     report = fxstn.verify(make(), torch.randn(4, 3, 32, 32))
@@ -275,6 +278,67 @@ def test_a_scaled_response_moves_the_units_and_holds_nothing_but_their_scales():
     moved = stn.best_response(torch.tensor([0.5, -1.0]))
     torch.testing.assert_close(moved["0.weight"], 0.0 * stn.model[0].weight)
     torch.testing.assert_close(moved["6.weight"], stn.model[6].weight)
+
+
+class Norms(nn.Module):
+    """Every norm, the batch norm after a convolution, which it robs of its scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.batch = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.group, self.instance = nn.GroupNorm(2, 4), nn.ParameterList([torch.ones(4), torch.zeros(4)])
+        self.layer, self.rms, self.head = nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.batch(F.avg_pool2d(self.conv(x), 2)))
+        x = torch.tanh(F.instance_norm(torch.tanh(self.group(x)), None, None, *self.instance)).mean((2, 3))
+        return self.head(torch.tanh(self.rms(torch.tanh(self.layer(x)))))
+
+
+def norms_and_inputs():
+    net = Norms().double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(5, 3, 6, 6).double()
+    net(x)  # running statistics that are not their start
+    return net, x
+
+
+def test_where_units_are_scaled_norms_respond_and_what_they_normalise_does_not():
+    net, _ = norms_and_inputs()
+    scaled, structured = (fxstn.transform(net, SCALAR, response=kind) for kind in ("scaled", "structured"))
+    named = [{n.rpartition(".")[0] for n, _ in stn.response.named_parameters()} for stn in (scaled, structured)]
+    layers = {"conv.weight", "conv.bias", "head.weight", "head.bias"}
+    assert named[0] == dict(net.named_parameters()).keys() - {"conv.weight", "conv.bias"}
+    assert named[1] == layers
+    assert "a batch norm after it takes its scale away" in str(fxstn.explain(net, SCALAR))
+
+
+def test_a_batch_norm_that_is_frozen_takes_no_scale_away():
+    net, _ = norms_and_inputs()
+    net.batch.eval()
+    stn = fxstn.transform(net, SCALAR)
+    assert {"conv.weight", "batch.weight"} <= {n.rpartition(".")[0] for n, _ in stn.response.named_parameters()}
+
+
+@pytest.mark.parametrize("trace", ["fx", "live"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_tangent_of_scaled_norms_is_the_derivative_of_the_original(trace, training):
+    net, x = norms_and_inputs()
+    stn = fxstn.transform(net, SCALAR, trace=trace, example_inputs=x).train(training)
+    randomize_response(stn)
+    delta, step = torch.tensor([0.3]).double(), 1e-6
+
+    def moved(amount):
+        return functional_call(copy.deepcopy(net).train(training), stn.best_response(amount * delta), (x,))
+
+    dy = stn.pushforward(x, delta=delta)[1]
+    difference = (moved(step) - moved(-step)) / (2 * step)
+    assert (dy - difference).norm() <= 1e-6 * difference.norm()
+    if trace == "fx" and not training:
+        rows = stn.pushforward(x, delta=torch.linspace(-1, 1, 5).double()[:, None])[1]
+        torch.testing.assert_close(rows, torch.linspace(-1, 1, 5).double()[:, None] * dy / 0.3)
 
 
 @pytest.mark.parametrize("settings", [{"method": "stn", "response": "scaled"}, {"response": "rows"}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,16 @@ from fxstn.bilevel.checkpoint import (
 )
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.objectives import LossFunction, general_loss, hyper_loss, response_loss, validation_loss
+from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.network import SelfTuningNetwork, batch_size
 
-OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
-FORMAT = 1
+FORMAT = 2
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 PAPER: dict[str, Any] = {
     "response_every": 1, "response_fraction": 1.0, "response_widening": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
+    "inner_correction": 0.0,
 }  # fmt: skip
-
-
-def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, learning rate 1e-2; one fused kernel per step where the device has it."""
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
-
-
-def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
-    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
-
-
-def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
 class DivergedError(RuntimeError):
@@ -57,26 +44,6 @@ class DivergedError(RuntimeError):
 def accuracy(output: Tensor, target: Tensor) -> float:
     """Share of examples whose largest logit is the target class; in [0, 1]. output: (batch, classes), target: (batch,)."""
     return (output.argmax(-1) == target).float().mean().item()
-
-
-def _optimizer(given: OptimizerLike, default: Any, parameters: Sequence[nn.Parameter], name: str) -> Any:
-    """An optimizer over exactly `parameters`: the one given, or made by the factory given, or the default."""
-    if isinstance(given, torch.optim.Optimizer):
-        made = given
-    elif given is None or callable(given):
-        made = (given or default)(parameters)
-    else:
-        raise TypeError(
-            f"{name} must be an optimizer or a factory such as lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
-    held = {id(parameter) for group in made.param_groups for parameter in group["params"]}
-    wanted = {id(parameter) for parameter in parameters}
-    if held != wanted:
-        raise ValueError(
-            f"{name} holds {len(held - wanted)} parameters that are not its own and lacks {len(wanted - held)} of its "
-            f"{len(wanted)}; pass a factory, lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
-    return made
 
 
 def _length(loader: Any) -> int | None:
@@ -95,16 +62,20 @@ class BilevelRunner:
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
-    weights'), hyper_optimizer (Adam, lr 6e-2), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
-    exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ,
-    and the hyper step takes the gradient at λ itself. response_widening: ≥ 1, how many σ at most
-    the response step perturbs with near the ends of a range.
+    weights'), hyper_optimizer (Adam, whose rate falls from 0.2: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer
+    (RMSprop, lr 1e-2): a factory, or an optimizer that holds exactly those parameters. tune_scale: True learns σ, on a hyper
+    step that is perturbed with it (Eq. 2.7); False keeps σ, and the hyper step takes the gradient at λ itself.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
-    response_fraction, hyper_fraction: part of each batch, in (0, 1], that the response and the hyper step see; unbiased
-    but for batch statistics. response_every ≥ 1: inner steps from one response step to the next; each is unbiased, Θ moves
-    less often. compile: run the graphs through torch.compile; a dict gives its options. autocast: a dtype, such as
-    torch.bfloat16, for the losses' forward; parameters stay as they are. memory_format: of weights and 4-d (5-d) inputs,
-    such as torch.channels_last.
+    inner_correction: c ≥ 0; the hypergradient is Θᵀ(∇L_V − c ∇L_T), ∇L_T the mean over the inner steps since the last hyper
+    step. Where the weights are at their best ∇L_T is zero and c says nothing. Before that Θᵀ∇L_V also asks for what training
+    does anyway, and c = 1 takes that out: to first order ∇L_V − ∇L_T is ∇L_V after a Newton step of the training loss, as
+    long as both losses have about the same curvature. The paper: 0. Unused by method "stn".
+    response_every ≥ 1: inner steps from one response step to the next; each is unbiased, Θ moves less often.
+    response_widening: ≥ 1, how many σ at most the response step perturbs with near the ends of a range. response_fraction,
+    hyper_fraction: part of each batch, in (0, 1], that the response and the hyper step see; unbiased but for batch statistics.
+    compile: run the graphs through torch.compile; a dict gives its options. autocast: a dtype, such as torch.bfloat16, for
+    the losses' forward; parameters stay as they are. memory_format: of weights and 4-d (5-d) inputs, such as
+    torch.channels_last.
     perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
     metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs
     without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
@@ -135,6 +106,7 @@ class BilevelRunner:
         response_every: int = DEFAULT_RESPONSE_EVERY,
         response_widening: float = 2.0,
         hyper_fraction: float = 1.0,
+        inner_correction: float = 1.0,
         perturb: str | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
         patience: int | None = None,
@@ -155,7 +127,11 @@ class BilevelRunner:
         wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
         wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
         wrong += [f"response_widening={response_widening} must be at least 1"] if not response_widening >= 1 else []
-        floors = {"warmup_epochs": warmup_epochs, "entropy_weight": entropy_weight}
+        floors = {
+            "warmup_epochs": warmup_epochs,
+            "entropy_weight": entropy_weight,
+            "inner_correction": inner_correction,
+        }
         wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -172,23 +148,22 @@ class BilevelRunner:
         self.entropy_weight, self.perturb = entropy_weight, perturb
         self.response_fraction, self.response_every = response_fraction, response_every
         self.response_widening, self.hyper_fraction = response_widening, hyper_fraction
+        self.inner_correction = inner_correction
         self.metrics, self.patience, self.progress = metrics or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
         general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
         self.optimizers = {
-            "optimizer": _optimizer(optimizer, sgd, general, "optimizer"),
-            "response_optimizer": _optimizer(
+            "optimizer": made(optimizer, sgd, general, "optimizer"),
+            "response_optimizer": made(
                 response_optimizer,
                 sgd if stn.structured else adam,
                 list(stn.response_parameters()),
                 "response_optimizer",
             ),
-            "hyper_optimizer": _optimizer(
-                hyper_optimizer, partial(torch.optim.Adam, lr=6e-2), [stn.hparams.unconstrained], "hyper_optimizer"
-            ),
+            "hyper_optimizer": made(hyper_optimizer, SettlingAdam, [stn.hparams.unconstrained], "hyper_optimizer"),
         }
         if tune_scale:
-            self.optimizers["scale_optimizer"] = _optimizer(
+            self.optimizers["scale_optimizer"] = made(
                 scale_optimizer, _rmsprop, [stn.hparams.raw_scale], "scale_optimizer"
             )
         for name in ("optimizer", "response_optimizer"):
@@ -200,6 +175,7 @@ class BilevelRunner:
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self._validation = Cycle(valid_loader)
+        self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
 
     # Training
 
@@ -238,9 +214,10 @@ class BilevelRunner:
             self.steps += 1
             if self.steps % self.train_steps == 0 or steps == 1:
                 self._check_finite(totals, number, steps)
-            if self.steps % self.train_steps == 0 and number > self.warmup_epochs:
-                for _ in range(self.valid_steps):
+            if self.steps % self.train_steps == 0:
+                for _ in range(self.valid_steps if number > self.warmup_epochs else 0):
                     self._hyper_step(number, steps)
+                self._inner.clear()
         if not steps:
             raise ValueError("train_loader is empty: it yielded no batch")
         self._check_finite(totals, number, steps)
@@ -267,15 +244,20 @@ class BilevelRunner:
         if self.stn.method == "stn":
             with self._precision():
                 loss = general_loss(self.stn, self.loss_fn, *batch, perturb=self.perturb)
-            return {"train_loss": self._step(loss, "optimizer", "response_optimizer")}
+            loss.backward()
+            return {"train_loss": self._stepped(loss, "optimizer", "response_optimizer")}
         with self._precision():
             loss = general_loss(self.stn, self.loss_fn, *batch)
-        losses = {"train_loss": self._step(loss, "optimizer")}
+        loss.backward()
+        if self.inner_correction and len(self.history) >= self.warmup_epochs:
+            self._inner.append(self.stn.hypergradient())
+        losses = {"train_loss": self._stepped(loss, "optimizer")}
         if (self.steps + 1) % self.response_every == 0:
             with self._precision():
                 loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction),
                                      perturb=self.perturb, widening=self.response_widening)  # fmt: skip
-            losses["response_loss"] = self._step(loss, "response_optimizer")
+            loss.backward()
+            losses["response_loss"] = self._stepped(loss, "response_optimizer")
         return losses
 
     def _hyper_step(self, epoch: int, step: int) -> None:
@@ -284,7 +266,12 @@ class BilevelRunner:
             perturb = self.perturb if "scale_optimizer" in self.optimizers else "none"
             loss = hyper_loss(self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=perturb)
         self._check_finite({"hyper_loss": loss.detach()}, epoch, step)
-        self._step(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
+        loss.backward()
+        if self._inner:
+            gradient = self.stn.hparams.unconstrained.grad
+            assert gradient is not None
+            gradient -= self.inner_correction * torch.stack(self._inner).mean(0)
+        self._stepped(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
@@ -292,8 +279,7 @@ class BilevelRunner:
     def _placed(self, batch: Any) -> tuple[Any, Any]:
         return placed(batch, self.device, self.memory_format)
 
-    def _step(self, loss: Tensor, *names: str) -> Tensor:
-        loss.backward()
+    def _stepped(self, loss: Tensor, *names: str) -> Tensor:
         for name in names:  # gradients are freed at once: w₀'s and Θ's never take memory together
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
@@ -347,6 +333,7 @@ class BilevelRunner:
                 "names": list(self.stn.hparams.names),
                 "method": self.stn.method,
                 "steps": self.steps,
+                "inner": self._inner,
                 "stn": self.stn.state_dict(),
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "random": random_state(),
@@ -380,7 +367,7 @@ class BilevelRunner:
             self.stn.load_state_dict(state["stn"])
         except RuntimeError as error:
             raise ValueError(f"{path} is a run of another model; choose another out_dir") from error
-        self.steps = state["steps"]
+        self.steps, self._inner = state["steps"], state["inner"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.history.rows, self.best = state["history"], state["best"]

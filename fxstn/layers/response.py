@@ -54,6 +54,16 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
     }
 
 
+def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
+    """Θᵀ g, (h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
+    total: Tensor | float = 0.0
+    for name, module in tree.named_modules():
+        if isinstance(module, Response) and (parameter := model.get_parameter(name)).grad is not None:
+            products = parameter.grad * module.direction(parameter)
+            total = total + products.movedim(module.axis, 0).reshape(len(module.U), -1).sum(1) @ module.U
+    return total
+
+
 @staged
 def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
     """response ⊙ scale along `axis`, for one perturbation of the whole batch. Raises ValueError for (batch, n) scales."""
@@ -65,7 +75,7 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
 
 
 def align(scale: Tensor, output: Tensor, dim: int, place: Place = FIRST) -> Tensor:
-    """View scales, (n,) or (batch, n), so that they broadcast over `output` along channel `dim` (negative).
+    """View scales, (n,) or (batch, n), so that they broadcast over `output` along its channels, dimension `dim`.
 
     In the type of `output`, which autocast may have lowered. place: where the examples are in `output`. Raises ValueError
     when the rows of a per-example scale are not there.
@@ -75,7 +85,7 @@ def align(scale: Tensor, output: Tensor, dim: int, place: Place = FIRST) -> Tens
     shape[dim] = scale.shape[-1]
     if scale.dim() == 1:
         return scale.view(shape)
-    axis, channel = place[0], output.dim() + dim
+    axis, channel = place[0], dim % output.dim()
     if axis == channel:
         raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
     scale = along_examples(scale, output, place)

@@ -17,7 +17,7 @@ from fxstn.live.memory import SharedMemory, Table, differentiable, same_form, sh
 from fxstn.live.structure import arguments_mapped, leaves, mapped, tensors_in
 from fxstn.live.watched import Watched, attributes, mutated
 from fxstn.pushforward import LINKS, VIEWS
-from fxstn.rules import RULES, NoRule, apply_rule
+from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.rules.layers import dense
 from fxstn.spelling import Spelled
 from fxstn.tangents import ZERO, Scaled, all_zero
@@ -219,7 +219,7 @@ class Duals(Watched):
         named = {name: self._tangents(value) for name, value in spelled.kwargs.items()}
         kwargs = {name: arguments_mapped(alias, value) for name, value in spelled.kwargs.items()}
         if not (all_zero(tangents) and all_zero(named)):
-            self.note(operation_name(spelled.function), rule.kind if rule else "fallback")
+            self.note(operation_name(spelled.function), kind_of(spelled.function, tangents))
         try:
             y, dy = apply_rule(spelled.function, tuple(tangents), tuple(args), kwargs, named)
         except (RuntimeError, NotImplementedError) as error:

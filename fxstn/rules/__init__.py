@@ -19,7 +19,7 @@ from fxstn.rules import (
     resample,
     shape,
 )
-from fxstn.rules.registry import RULES, NoRule, Rule, apply_rule
+from fxstn.rules.registry import RULES, NoRule, Rule, apply_rule, kind_of
 
 __all__ = [
     "RULES",
@@ -34,4 +34,4 @@ __all__ = [
     "constant",
 ]
 __all__ += ["detection", "index", "layers", "loss", "matmul", "norm", "pointwise", "pool", "reduce", "resample"]
-__all__ += ["shape"]
+__all__ += ["kind_of", "shape"]

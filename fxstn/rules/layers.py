@@ -30,6 +30,19 @@ def _place(tangent):
     return () if where == BATCH_FIRST else ((where.axis, where.left, where.right),)
 
 
+def with_scaled(dy, product, tangent, channel, repeats=1):
+    """dy + the tangent of a weight: what its response makes of the input, each channel times its scale."""
+    scale = pick_rows(tangent.scale, ((0, None),) * repeats) if repeats > 1 else tangent.scale
+    scaled = (scale, channel, *_place(tangent))
+    return scale_channels(product, *scaled) if dy is ZERO else add_scaled(dy, product, *scaled)
+
+
+def with_shifted(dy, y, tangent, channel):
+    """dy + the tangent of a bias of y."""
+    change = (tangent.scale, tangent.response, channel, *_place(tangent))
+    return bias_tangent(y, *change) if dy is ZERO else add_bias(dy, *change)
+
+
 def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     """(y, dy) of operation(input, weight) + bias; the response's product shares the input of the general one."""
     y = operation(input, weight, bias)
@@ -44,26 +57,23 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
             product = operation(input, d.weight.response, None)
         else:
             product = y if bias is None else without_bias(y, bias, channel)
-        scale = pick_rows(d.weight.scale, ((0, None),) * repeats) if repeats > 1 else d.weight.scale
-        scaled = (scale, channel, *_place(d.weight))
-        dy = scale_channels(product, *scaled) if dy is ZERO else add_scaled(dy, product, *scaled)
+        dy = with_scaled(dy, product, d.weight, channel, repeats)
     elif d.weight is not ZERO:
         term = operation(input, d.weight, None)
         dy = term if dy is ZERO else dy + term
     if isinstance(d.bias, Scaled):
-        change = (d.bias.scale, d.bias.response, channel, *_place(d.bias))
-        dy = bias_tangent(y, *change) if dy is ZERO else add_bias(dy, *change)
+        dy = with_shifted(dy, y, d.bias, channel)
     elif d.bias is not ZERO:
         dy = add_channels(torch.zeros_like(y) if dy is ZERO else dy, d.bias, channel)
     return y, dy
 
 
-@rule(F.linear, reads={1: Reads("weight", (0, 1)), 2: BIAS})
+@rule(F.linear, kind="layer", reads={1: Reads("weight", (0, 1)), 2: BIAS})
 def linear_layer(d, input, weight, bias=None):
     return _hyperlayer(d, F.linear, input, weight, bias, channel=-1)
 
 
-@rule(F.bilinear, reads={2: Reads("weight", (0,)), 3: BIAS})
+@rule(F.bilinear, kind="layer", reads={2: Reads("weight", (0,)), 3: BIAS})
 def bilinear_layer(d, input1, input2, weight, bias=None):
     d.input = ZERO
     y, dy = _hyperlayer(d, lambda _, w, b: F.bilinear(input1, input2, w, b), None, weight, bias, channel=-1)
@@ -73,12 +83,12 @@ def bilinear_layer(d, input1, input2, weight, bias=None):
 
 
 def _register_convolution(function, transposed, spatial):
-    @rule(function, reads={1: Reads("weight", (0,)), 2: BIAS})
+    @rule(function, kind="layer", reads={1: Reads("weight", (0,)), 2: BIAS})
     def convolution(d, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return _hyperlayer(d, partial(function, **settings), input, weight, bias, channel=-1 - spatial)
 
-    @rule(transposed, reads={1: Reads("weight", (1,)), 2: BIAS})
+    @rule(transposed, kind="layer", reads={1: Reads("weight", (1,)), 2: BIAS})
     def transposed_convolution(
         d, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
     ):  # fmt: skip
@@ -100,14 +110,14 @@ def _looked_up(d, operation, weight):
     return y, operation(d.weight)
 
 
-@rule(F.embedding, reads={1: Reads("table", (1,))})
+@rule(F.embedding, kind="layer", reads={1: Reads("table", (1,))})
 def embedding(d, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     if max_norm is not None:
         raise NoRule("max_norm changes the table in place")
     return _looked_up(d, lambda table: F.embedding(input, table, padding_idx), weight)
 
 
-@rule(F.embedding_bag, reads={1: Reads("table", (1,))})
+@rule(F.embedding_bag, kind="layer", reads={1: Reads("table", (1,))})
 def embedding_bag(
     d, input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
     per_sample_weights=None, include_last_offset=False, padding_idx=None,

@@ -20,21 +20,33 @@ from fxstn.layers.norms import (
     local_response_tangent,
     rms_norm_jacobian,
 )
+from fxstn.layers.response import without_bias
+from fxstn.rules.layers import with_scaled, with_shifted
 from fxstn.rules.reduce import vector_norm_tangent
-from fxstn.rules.registry import rule, total
-from fxstn.tangents import ZERO
+from fxstn.rules.registry import Reads, rule, total
+from fxstn.tangents import ZERO, Scaled
+
+GAIN, SHIFT = Reads("gain", (0,)), Reads("shift", (0,))
 
 
-def _affine(d, y, jacobian, plain):
+def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     """J dx + x̂ · dweight + dbias along the channels; plain: computes x̂, the norm of the input without weight and bias."""
-    return total(
-        (d.input, jacobian),
-        (d.weight, lambda dw: plain() * along_channels(dw, y)),
-        (d.bias, lambda db: expand_like(along_channels(db, y), y)),
-    )
+    along = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
+    dy = total((d.input, jacobian))
+    if isinstance(d.weight, Scaled):
+        own = d.weight.response is weight  # then weight · x̂ is at hand
+        product = (
+            plain() * along(d.weight.response) if not own else y if bias is None else without_bias(y, bias, channel)
+        )
+        dy = with_scaled(dy, product, d.weight, channel)
+    elif d.weight is not ZERO:
+        dy = total((dy, lambda dy: dy), (d.weight, lambda dw: plain() * along(dw)))
+    if isinstance(d.bias, Scaled):
+        return with_shifted(dy, y, d.bias, channel)
+    return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(along(db), y)))
 
 
-@rule(F.batch_norm)
+@rule(F.batch_norm, reads={3: GAIN, 4: SHIFT})
 def batch_norm(
     d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):  # fmt: skip
@@ -42,11 +54,12 @@ def batch_norm(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         jacobian = lambda dx: batch_norm_frozen_tangent(dx, running_mean, running_var, weight, eps)  # noqa: E731
         plain = lambda: F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)  # noqa: E731
-        return y, _affine(d, y, jacobian, plain)
+        return y, _affine(d, y, jacobian, plain, weight, bias)
     results = batch_norm_with_statistics(input, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
     jacobian = lambda dx: batch_norm_jacobian(dx, input, weight, mean, inverse_std, eps)  # noqa: E731
-    return y, _affine(d, y, jacobian, lambda: F.batch_norm(input, None, None, training=True, eps=eps))
+    plain = lambda: F.batch_norm(input, None, None, training=True, eps=eps)  # noqa: E731
+    return y, _affine(d, y, jacobian, plain, weight, bias)
 
 
 def _group_norm(d, input, groups, weight, bias, eps):
@@ -54,15 +67,15 @@ def _group_norm(d, input, groups, weight, bias, eps):
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
     jacobian = lambda dx: group_norm_jacobian(dx, input, weight, mean, inverse_std)  # noqa: E731
     plain = lambda: operator.getitem(group_norm_with_statistics(input, groups, None, None, eps), 0)  # noqa: E731
-    return y, _affine(d, y, jacobian, plain)
+    return y, _affine(d, y, jacobian, plain, weight, bias)
 
 
-@rule(F.group_norm)
+@rule(F.group_norm, reads={2: GAIN, 3: SHIFT})
 def group_norm(d, input, num_groups, weight=None, bias=None, eps=1e-5):
     return _group_norm(d, input, num_groups, weight, bias, eps)
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, reads={3: GAIN, 4: SHIFT})
 def instance_norm(
     d,
     input,
@@ -79,27 +92,23 @@ def instance_norm(
     return batch_norm(d, input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, reads={2: GAIN, 3: SHIFT})
 def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     results = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
-    return y, total(
-        (d.input, lambda dx: layer_norm_jacobian(dx, input, weight, mean, inverse_std, normalized_shape)),
-        (d.weight, lambda dw: F.layer_norm(input, normalized_shape, eps=eps) * dw),
-        (d.bias, lambda db: expand_like(db, y)),
-    )
+    jacobian = lambda dx: layer_norm_jacobian(dx, input, weight, mean, inverse_std, normalized_shape)  # noqa: E731
+    return y, _affine(d, y, jacobian, lambda: F.layer_norm(input, normalized_shape, eps=eps), weight, bias, channel=-1)
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, reads={2: GAIN})
 def rms_norm(d, input, normalized_shape, weight=None, eps=None):
     inverse = inverse_rms(input, normalized_shape, eps)
     normalized = input * inverse
     y = normalized if weight is None else normalized * weight
     scaled = lambda dx: dx if weight is None else dx * weight  # noqa: E731
-    return y, total(
-        (d.input, lambda dx: scaled(rms_norm_jacobian(dx, normalized, inverse, len(normalized_shape)))),
-        (d.weight, lambda dw: normalized * dw),
-    )
+    jacobian = lambda dx: scaled(rms_norm_jacobian(dx, normalized, inverse, len(normalized_shape)))  # noqa: E731
+    d.bias = ZERO
+    return y, _affine(d, y, jacobian, lambda: normalized, weight, None, channel=-1)
 
 
 @rule(F.local_response_norm)

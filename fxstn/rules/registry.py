@@ -27,7 +27,8 @@ Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Reads:
-    """How a layer reads a parameter. role: "weight", "bias" or "table"; axes: along which its tangent may be scaled."""
+    """How a layer reads a parameter. axes: along which its tangent may be scaled. role: "weight", "bias" or "table" of a layer,
+    "gain" or "shift" of a norm."""
 
     role: str
     axes: tuple[int, ...]
@@ -181,10 +182,17 @@ def rule(
             return body(d, *bound.args, **bound.kwargs)
 
         for function in functions:
-            register(function, "hyperlayer" if reads else kind, apply, signature, reads)
+            register(function, kind, apply, signature, reads)
         return body
 
     return decorate
+
+
+def kind_of(function: Callable[..., Any], tangents: Any) -> str:
+    """What `explain` calls an operation: a hyperlayer where it reads a parameter that responds, else the kind of its rule."""
+    if any(isinstance(tangent, Scaled) for tangent in tangents):
+        return "hyperlayer"
+    return RULES[function].kind if function in RULES else "fallback"
 
 
 # What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
