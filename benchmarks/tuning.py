@@ -94,33 +94,47 @@ def _small_resnet18() -> nn.Module:
     return model
 
 
-def _weight_decay(start: float) -> hp.Spec:
-    return hp.WeightDecay("*", shared=True, init=1e-6 * 1e5**start, low=1e-7, high=1e-1)
+def _weight_decay(start: float, shared: bool = True) -> hp.Spec:
+    return hp.WeightDecay("*", shared=shared, init=1e-6 * 1e5**start, low=1e-7, high=1e-1)
+
+
+def _regression_task(name: str) -> Task:
+    """An MLP of two hidden layers on a regression set: three dropouts and one weight decay."""
+    return Task(
+        partial(_regression, name), partial(_mlp, widths=(64, 64), outputs=1),
+        lambda start: [hp.Dropout("input", "2", "4", init=start), _weight_decay(start)],
+        F.mse_loss, partial(torch.optim.Adam, lr=1e-3), 100, 32,
+    )  # fmt: skip
+
+
+def _mnist_task(decay: bool) -> Task:
+    """An MLP on 5,000 digits: three dropouts, and on demand a weight decay for each layer."""
+    return Task(
+        partial(_grey, "mnist", 5000, 2000), partial(_mlp, widths=(600, 600), outputs=10),
+        lambda start: [
+            hp.Dropout("input", "2", "4", init=start), *([_weight_decay(start, shared=False)] if decay else [])
+        ],
+        F.cross_entropy, partial(torch.optim.Adam, lr=1e-3), 40,
+    )  # fmt: skip
 
 
 TASKS = {
-    "mnist-mlp": Task(
-        partial(_grey, "mnist", 5000, 2000), partial(_mlp, widths=(600, 600), outputs=10),
-        lambda start: [hp.Dropout("input", "2", "4", init=start)],
-        F.cross_entropy, partial(torch.optim.Adam, lr=1e-3), 40,
-    ),
-    "diabetes-mlp": Task(
-        partial(_regression, "diabetes"), partial(_mlp, widths=(64, 64), outputs=1),
-        lambda start: [hp.Dropout("input", "2", "4", init=start), _weight_decay(start)],
-        F.mse_loss, partial(torch.optim.Adam, lr=1e-3), 100, 32,
-    ),
+    "mnist-mlp": _mnist_task(decay=False),
+    "mnist-mlp-decay": _mnist_task(decay=True),
+    "diabetes-mlp": _regression_task("diabetes"),
+    "concrete-mlp": _regression_task("concrete"),
     "fashion-cnn": Task(
         partial(_grey, "fashion-mnist", 5000, 2000), lambda train: SimpleCNN(),
         lambda start: [
             hp.Dropout("input", "3", "7", "11", init=start),
             hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
         ],
-        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 40,
+        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20,
     ),
     "digits-resnet18": Task(
         partial(_images, "digits", 8, 500, 500), lambda train: _small_resnet18(),
         lambda start: [hp.Dropout(init=start), _weight_decay(start)],
-        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 40, 64,
+        F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20, 32,
     ),
 }  # fmt: skip
 
@@ -138,7 +152,7 @@ def prepared(
     else:
         stn = fxstn.transform(model, specs)
     if method in ("untuned", *SEARCHES):
-        settings = {"warmup_epochs": task.epochs, "response_every": 10**9}
+        settings = {"warmup_epochs": task.epochs, "response_every": 10**9}  # no step of Θ or λ
     runner = fxstn.BilevelRunner(
         stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
         optimizer=task.optimizer, progress=False, **settings,
