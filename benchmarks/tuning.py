@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -237,7 +238,11 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), help="of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--trials", type=int, default=30, help="of each search, for each seed")
-    parser.add_argument("--data-root", help="where torchvision's data lies (default: the variable FXSTN_DATA)")
+    parser.add_argument(
+        "--data-root",
+        default=os.environ.get("FXSTN_DATA"),
+        help="where torchvision's data and uci/NAME.npz lie (default: the variable FXSTN_DATA)",
+    )
     parser.add_argument("--report", action="store_true", help="print and draw what is there, and run nothing")
     args = parser.parse_args()
     todo = [] if args.report else [

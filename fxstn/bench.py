@@ -122,10 +122,14 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
     precision = partial(torch.autocast, setup.device, torch.bfloat16, enabled=setup.bf16)
 
     def stepper(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
-        def step(loss_of: Callable[..., Tensor], *arguments: Any, **settings: Any) -> None:
+        def step(
+            loss_of: Callable[..., Tensor], *arguments: Any, before: Callable[[], Any] | None = None, **settings: Any
+        ) -> None:
             with precision():
                 loss = loss_of(*arguments, **settings)
             loss.backward()
+            if before is not None:
+                before()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -139,12 +143,10 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         optimizers = sgd(parameters[0]), learn(parameters[1]), torch.optim.RMSprop(parameters[2], lr=1e-3)
         return stn, *map(stepper, optimizers)
 
-    def cycle(
-        stn: Any, general: Any, response: Any, hyper: Any, fraction: float, every: int, perturb: str | None
-    ) -> None:
+    def cycle(made: tuple[Any, ...], fraction: float, every: int, perturb: str | None, corrected: bool) -> None:
         stn, general, response, hyper = made
         for number in range(math.lcm(TRAIN_STEPS, every)):
-            general(general_loss, stn, F.cross_entropy, x, target)
+            general(general_loss, stn, F.cross_entropy, x, target, before=stn.hypergradient if corrected else None)
             if (number + 1) % every == 0:
                 response(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
             if (number + 1) % TRAIN_STEPS == 0:
@@ -160,10 +162,10 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         faithful = stn, general, response, _ = steps_of("structured", sgd)
         made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
         made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
-        made["schedule"] = partial(cycle, faithful, 1.0, 1, None), TRAIN_STEPS
+        made["schedule"] = partial(cycle, faithful, 1.0, 1, None, False), TRAIN_STEPS
     if "schedule-default" in names:
         every = DEFAULT_RESPONSE_EVERY
-        settings = (DEFAULT_RESPONSE_FRACTION, every, "none")
+        settings = (DEFAULT_RESPONSE_FRACTION, every, "none", True)
         made["schedule-default"] = partial(cycle, steps_of("scaled", adam), *settings), math.lcm(TRAIN_STEPS, every)
     if not {"func-jvp", "func-jvp-batch", "double-backward"}.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))
