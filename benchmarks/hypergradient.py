@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,9 @@ def plain_loss(stn: fxstn.SelfTuningNetwork, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(stn.eval()(batch[0]), batch[1])
 
 
-def pulled_back(stn: fxstn.SelfTuningNetwork, loss: Callable[[], Tensor]) -> Tensor:
+def pulled_back(stn: fxstn.SelfTuningNetwork, loss: Tensor) -> Tensor:
     """Θᵀ∇ of a loss; leaves no gradient behind."""
-    loss().backward()
+    loss.backward()
     result = stn.hypergradient()
     stn.zero_grad()
     return result
@@ -183,10 +183,10 @@ def learned(name: str, seed: int, train: TensorDataset, valid: TensorDataset) ->
     for epoch in EPOCHS:
         runner.fit(epoch)
         many = [t.repeat(64, *[1] * (t.dim() - 1)) for t in train.tensors]
-        inner = pulled_back(stn, lambda: fxstn.general_loss(stn.train(), F.cross_entropy, *many))  # noqa: B023
-        found = {name: pulled_back(stn, lambda: plain_loss(stn, valid.tensors))}
+        inner = pulled_back(stn, fxstn.general_loss(stn.train(), F.cross_entropy, *many))
+        found = {name: pulled_back(stn, plain_loss(stn, valid.tensors))}
         if name == "default":
-            found["batch"] = pulled_back(stn, lambda: plain_loss(stn, valid[:128]))
+            found["batch"] = pulled_back(stn, plain_loss(stn, valid[:128]))
         row = found | {f"{key}, corrected": value - inner for key, value in found.items()}
         if name == "default":
             row |= implicit([p.detach() for p in stn.general_parameters()], train, valid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +162,17 @@ def hold_statistics(module: fx.GraphModule, running: bool = False) -> fx.GraphMo
             if bound.arguments["use_input_stats"]:
                 bound.arguments.update(running_mean=None, running_var=None)
             node.args, node.kwargs = bound.args, bound.kwargs
+    return module
+
+
+def normalise_by_batch(module: fx.GraphModule, frozen: Collection[str]) -> fx.GraphModule:
+    """Batch norms of an evaluation graph use the statistics of the batch, as in training; not the `frozen` ones."""
+    module = copied(module)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is F.batch_norm and not node.args[5]:
+            x, mean, _, weight, bias, _, _, eps = node.args
+            if str(mean.target).removeprefix("model.").rpartition(".")[0] not in frozen:
+                node.args = (x, None, None, weight, bias, True, 0.0, eps)
     return module
 
 

@@ -25,7 +25,7 @@ from fxstn.live.tape import record
 from fxstn.live.watched import attributes, unchanged
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.operations import AUGMENTING
-from fxstn.pushforward import linearized, perturbed, pushforward, trained
+from fxstn.pushforward import linearized, normalise_by_batch, perturbed, pushforward, trained
 from fxstn.recompute import recompute as recompute_pass
 from fxstn.simplify import simplify
 from fxstn.trace import trace as trace_module
@@ -55,7 +55,7 @@ class Recipe:
 
     binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
     recompute: whether the response and hyper steps keep their activations or compute them again. statistics: what batch
-    norms normalise by in the response step, "batch" or "running".
+    norms normalise by in these steps, "batch" or "running".
     """
 
     binding: Binding
@@ -82,6 +82,8 @@ class Recipe:
         asides = kind not in ("train", "pushforward")
         graph = condition(canonical, None if name.endswith("eval") else self.binding, places, asides)
         if kind == "linearized":
+            if name.endswith("eval") and self.statistics == "batch":
+                graph = normalise_by_batch(graph, self.frozen)
             graph = simplify(linearized(hyperize(graph), places, self.statistics == "running"))
             return recompute_pass(graph) if self.recompute else graph
         if kind in LAST_PASS:
@@ -126,8 +128,8 @@ def transform(
     first that works; `rung` of the network tells which, `refusals` why not those before.
     recompute: activation checkpointing for the response and hyper steps of method "delta": their activations are computed
     again in the backward pass, which costs time and saves memory in deep networks; not for "live". statistics: what batch
-    norms normalise by in the response step of method "delta": those of the "batch", as while w₀ is trained, or the
-    "running" ones, as in the hyper step and for any user of the trained network; not for "live" either.
+    norms normalise by in the response and hyper steps of method "delta": those of the "batch", as while w₀ is trained, or
+    the "running" ones, as for any user of the trained network, which lag behind the weights; not for "live" either.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 

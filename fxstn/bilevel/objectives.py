@@ -144,7 +144,8 @@ def hyper_loss(
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
-    Arguments as in `response_loss`, on validation data; the network is in eval mode. entropy_weight: τ ≥ 0. A loss_fn
+    Arguments as in `response_loss`, on validation data; the network is in eval mode, but that with method "delta" batch norms
+    normalise by this batch, as where Θ was learned (`transform`, statistics). entropy_weight: τ ≥ 0. A loss_fn
     that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
     gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
     """

@@ -261,7 +261,10 @@ class BilevelRunner:
         return losses
 
     def _hyper_step(self, epoch: int, step: int) -> None:
-        batch = part(self._placed(self._validation.next()), self.hyper_fraction)
+        batch = self._placed(self._validation.next())
+        if batch_size(batch[0]) == 1:  # a rest of the set that has no batch statistics
+            batch = self._placed(self._validation.next())
+        batch = part(batch, self.hyper_fraction)
         with self._precision():
             perturb = self.perturb if "scale_optimizer" in self.optimizers else "none"
             loss = hyper_loss(self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=perturb)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.bind import Binding
 from fxstn.fidelity import mode_of, module_state, restore
@@ -160,6 +161,9 @@ class LiveGraph:
         parameters, strengths = self._tangents(delta), self._strengths(condition)
         strengths = None if strengths is None else strengths.detach()
         with borrowed(self.model, self.training, self.frozen, buffers, keep=False):
+            if self.name == "linearized_eval":
+                for name, module in self.model.named_modules():  # as fxstn.pushforward.normalise_by_batch
+                    module.training = isinstance(module, _BatchNorm) and name not in self.frozen
             mode = Duals(self.model, parameters, self.sites, strengths, log)
             given = {id(x): x for _, x in (*reachable((inputs, named), ""), *attributes(self.model))}
             mode.made(given.values())
