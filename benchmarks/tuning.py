@@ -3,7 +3,8 @@
     python -m benchmarks.tuning [--tasks mnist-mlp diabetes-mlp] [--methods ...] [--seeds 3] [--trials 30] [--data-root DIR]
     python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
 
-One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own.
+One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own,
+"every-step" (a response step at every inner step) and "uncorrected" (without inner_correction) all but one of these.
 Searches, of `--trials` runs each: "random", "tpe" (Optuna), and both with successive halving, which stops a run that falls
 behind. A task's optimiser of the weights serves all. Writes benchmarks/results/tuning-TASK.json as it goes and goes on where
 it stopped; the report (benchmarks/tuned.py) reads these files alone.
@@ -33,7 +34,11 @@ from benchmarks.tuned import SEARCHES, STARTS, path_of, report
 from fxstn import data, hp
 from fxstn.cli import loader
 
-RUNS = ("untuned", "default", "delta", "centered", "stn")
+PAPERS = ("delta", "centered", "stn")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "every-step": {"response_every": 1}, "uncorrected": {"inner_correction": 0.0},
+}  # fmt: skip
+RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
 
@@ -147,11 +152,11 @@ def prepared(
     train_set, valid_set, test_set = task.sets(seed, root)
     model, specs = task.model(train_set), task.specs(STARTS[start])
     settings: dict[str, Any] = {}
-    if method in ("delta", "centered", "stn"):
+    if method in PAPERS:
         settings = fxstn.PAPER | {"response_optimizer": task.optimizer}
         stn = fxstn.transform(model, specs, method=method, response="structured")
     else:
-        stn = fxstn.transform(model, specs)
+        stn, settings = fxstn.transform(model, specs), ABLATIONS.get(method, {})
     if method in ("untuned", *SEARCHES):
         settings = {"warmup_epochs": task.epochs, "response_every": 10**9}  # no step of Θ or λ
     runner = fxstn.BilevelRunner(
