@@ -11,15 +11,17 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import schedules
+from benchmarks import hypergradient, tuned, tuning
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "overhead.md", ROOT / "docs" / "augmentations.md")
+DOCS = ("overhead", "augmentations", "tuning", "hypergradient")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
     "general": "general step: the same training, conditioned on λ",
@@ -80,8 +82,23 @@ def augment() -> str:
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
-def chosen() -> str:
-    return schedules.table(json.loads(schedules.RESULTS.read_text()))
+def _tuned() -> dict[str, dict[str, Any]]:
+    """{task: its results}, of those that are there."""
+    return {task: json.loads(tuned.path_of(task).read_text()) for task in tuning.TASKS if tuned.path_of(task).exists()}
+
+
+def tuning_overview() -> str:
+    return tuned.overview(_tuned())
+
+
+def tasks() -> str:
+    """Every task of the tuning benchmark, with a heading."""
+    parts = (f"### {task}\n\n{tuned.table(found)}\n\n{tuned.gap_closed(found)}." for task, found in _tuned().items())
+    return "\n\n".join(parts) + "\n"
+
+
+def hypergradients() -> str:
+    return hypergradient.table(json.loads(hypergradient.RESULTS.read_text()))
 
 
 def plot_scaling(path: Path) -> None:
@@ -102,7 +119,10 @@ def plot_scaling(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-TABLES = {"overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "schedules": chosen, "augment": augment}
+TABLES = {
+    "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
+    "tasks": tasks, "hypergradient": hypergradients,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -114,6 +134,8 @@ def main() -> None:
         page.write_text(text)
         print(f"written to {page}")
     plot_scaling(ROOT / "docs" / "scaling.png")
+    tuned.plot(list(_tuned()), ROOT / "docs" / "tuning.png")
+    hypergradient.draw(json.loads(hypergradient.RESULTS.read_text()), hypergradient.FIGURE)
 
 
 if __name__ == "__main__":

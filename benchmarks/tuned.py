@@ -32,57 +32,96 @@ def best_within(trials: Sequence[Cell], seconds: float) -> Cell:
     return min(begun or trials[:1], key=lambda trial: trial["valid"])
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], sign: str = "") -> str:
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+    return f"{statistics.mean(values):{sign}.4f}{spread}" if values else ""
 
 
-def cells_of(results: dict[str, Any], method: str, start: str) -> list[Any]:
-    """One for each seed: a cell, or the trials of a search (start "any")."""
-    return [cell for key, cell in results.items() if key.startswith(f"{method} {start} ")]
+def cells_of(results: dict[str, Any], method: str, start: str) -> dict[str, Any]:
+    """{seed: a cell, or the trials of a search (start "any")}."""
+    keys = [key.split() for key in results]
+    return {seed: results[f"{m} {s} {seed}"] for m, s, seed in keys if (m, s) == (method, start)}
 
 
 def default_seconds(results: dict[str, Any]) -> float:
     """Mean time of a run with the default settings; of any run where there is none."""
-    runs = [cell for key, cell in results.items() if isinstance(cell, dict)]
-    defaults = [cell for start in STARTS for cell in cells_of(results, "default", start)]
+    runs = [cell for cell in results.values() if isinstance(cell, dict)]
+    defaults = [cell for start in STARTS for cell in cells_of(results, "default", start).values()]
     return statistics.mean(map(seconds_of, defaults or runs))
+
+
+def searched(results: dict[str, Any], method: str, seconds: float = float("inf"), trials: int = 0) -> dict[str, Cell]:
+    """{seed: the best trial of a search that begins within a time}, of the seeds with at least so many trials."""
+    found = cells_of(results, method, "any")
+    return {seed: best_within(cells, seconds) for seed, cells in found.items() if len(cells) >= trials}
+
+
+def _paired(cells: dict[str, Cell], others: dict[str, Cell]) -> str:
+    """Mean and deviation of the differences in validation loss over the seeds that both have: these share their data."""
+    return _mean([cell["valid"] - others[seed]["valid"] for seed, cell in cells.items() if seed in others], "+")
 
 
 def table(results: dict[str, Any]) -> str:
     """A line for each method and start: means ± standard deviations over seeds; searches at "default"'s time and in all."""
+    time = default_seconds(results)
+    rivals = searched(results, "random", time)
     rows = []
 
-    def line(label: str, start: str, cells: Sequence[Cell], seconds: float) -> None:
-        losses = [_mean([cell[part] for cell in cells]) for part in ("valid", "test")]
-        rows.append([label, start, *losses, f"{seconds:.0f}", len(cells)])
+    def line(label: str, start: str, cells: dict[str, Cell], seconds: float, untuned: dict[str, Cell]) -> None:
+        losses = [_mean([cell[part] for cell in cells.values()]) for part in ("valid", "test")]
+        differences = [_paired(cells, others) for others in (untuned, rivals)]
+        rows.append([label, start, *losses, *differences, f"{seconds:.0f}", len(cells)])
 
     for method in dict.fromkeys(key.split()[0] for key in results):
         for start in STARTS:
             if cells := cells_of(results, method, start):
-                line(method, start, cells, statistics.mean(map(seconds_of, cells)))
-    time = default_seconds(results)
+                seconds = statistics.mean(map(seconds_of, cells.values()))
+                line(method, start, cells, seconds, cells_of(results, "untuned", start) if method != "untuned" else {})
     for method in SEARCHES:
         if searches := cells_of(results, method, "any"):
-            line(f"{method}, same time", "", [best_within(trials, time) for trials in searches], time)
-            total = statistics.mean(sum(map(seconds_of, trials)) for trials in searches)
-            count = min(map(len, searches))
-            line(f"{method}, {count} trials", "", [best_within(trials, float("inf")) for trials in searches], total)
-    headers = ["method", "start", "best validation loss", "test loss there", "seconds", "seeds"]
+            line(f"{method}, same time", "", searched(results, method, time), time, {})
+            most = max(map(len, searches.values()))
+            whole = [sum(map(seconds_of, trials)) for trials in searches.values() if len(trials) == most]
+            line(f"{method}, {most} trials", "", searched(results, method, trials=most), statistics.mean(whole), {})
+    headers = ["method", "start", "best validation loss", "test loss there", "less untuned", "less random, same time",
+               "seconds", "seeds"]  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def overview(results: dict[str, dict[str, Any]]) -> str:
+    """A line for each task: best validation losses, means over seeds."""
+    rows = []
+    for task, found in results.items():
+        time, most = default_seconds(found), max(map(len, cells_of(found, "random", "any").values()))
+        by_start = [
+            " / ".join(
+                f"{statistics.mean(c['valid'] for c in cells_of(found, method, start).values()):.3f}"
+                for start in STARTS
+            )
+            for method in ("untuned", "default")
+        ]
+        rivals = [searched(found, method, time) for method in ("random", "tpe")]
+        best = searched(found, "random", trials=most)
+        losses = [f"{statistics.mean(cell['valid'] for cell in cells.values()):.3f}" for cells in (*rivals, best)]
+        rows.append([task, *by_start, *losses[:2], f"{losses[2]} ({most})"])
+    headers = ["task", "untuned: low / middle / high start", "fxstn, from these", "random search, same time",
+               "TPE, same time", "best random trial (of)"]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def gap_closed(results: dict[str, Any]) -> str:
-    """How much of the way from "untuned" to the best of all trials of random search "default" goes, from each start."""
-    searches = cells_of(results, "random", "any")
+    """How much of the way from "untuned" to the best of a long random search "default" goes, from each start."""
+    most = max((len(trials) for trials in cells_of(results, "random", "any").values()), default=0)
+    best = searched(results, "random", trials=most)
     parts = []
     for start in STARTS:
         ours, plain = (cells_of(results, method, start) for method in ("default", "untuned"))
-        if ours and plain and searches:
-            best = statistics.mean(best_within(trials, float("inf"))["valid"] for trials in searches)
-            from_, to = (statistics.mean(cell["valid"] for cell in cells) for cells in (plain, ours))
-            parts.append(f"{start} {100 * (from_ - to) / (from_ - best):.0f} % of {from_ - best:.4f}")
-    return "Gap between untuned and the best of random search that the default settings close: " + ", ".join(parts)
+        if seeds := [seed for seed in best if seed in ours and seed in plain]:
+            from_, to, goal = (statistics.mean(c[seed]["valid"] for seed in seeds) for c in (plain, ours, best))
+            parts.append(f"{start} {100 * (from_ - to) / (from_ - goal):.0f} % of {from_ - goal:.4f}")
+    return f"Of the gap between untuned and the best of {most} random trials the default settings close: " + ", ".join(
+        parts
+    )
 
 
 def best_so_far(trials: Sequence[Cell], times: Sequence[float]) -> list[float]:
@@ -105,7 +144,7 @@ def plot(tasks: Sequence[str], path: Path) -> None:
         times = np.geomspace(time / 20, 10 * time, 200)
         for method, color in colors.items():
             for start, style in {**dict(zip(STARTS, (":", "--", "-"), strict=True)), "any": "-"}.items():
-                runs = [cell if start == "any" else [cell] for cell in cells_of(results, method, start)]
+                runs = [cell if start == "any" else [cell] for cell in cells_of(results, method, start).values()]
                 if runs:
                     losses = np.mean([best_so_far(trials, times) for trials in runs], axis=0)
                     total = min(sum(map(seconds_of, trials)) for trials in runs)
