@@ -244,22 +244,26 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for name, (cosine, size) in compared(found).items():
         base, _, corrected = name.partition(", ")
-        style = {"color": colors[base], "ls": "-" if corrected else ":", "label": name}
+        if corrected and base not in ("default", "implicit"):
+            continue
+        style = {"color": colors[base], "ls": ":" if corrected else "-", "label": name}
         left.plot(EPOCHS, cosine.mean(0), **style)
         middle.plot(EPOCHS, size.median(0).values, **style)
-    left.set(xscale="log", xlabel="epoch", title="cosine with the effect of retraining", ylim=(-1.05, 1.05))
-    middle.set(xscale="log", yscale="log", xlabel="epoch", title="size, over that of retraining")
+    left.set(title="cosine with the effect of retraining", ylim=(-0.4, 1.05))
+    middle.set(yscale="log", title="size, over that of retraining")
     middle.axhline(1, color="0.7", zorder=0)
     left.legend(fontsize=8)
-    names = [*(f"dropout {i}" for i in (1, 2, 3)), *(f"decay {i}" for i in (1, 2, 3))]
-    bars = {"truth": torch.tensor(found["truth"][-1])} | {
-        name: torch.tensor(found[f"{name}, corrected"]).mean(0)[-1] for name in colors
+    for axis in (left, middle):
+        axis.set(xscale="log", xlabel="epoch", xticks=EPOCHS, xticklabels=EPOCHS)
+        axis.minorticks_off()
+    at = EPOCHS.index(20)
+    bars = {"truth": torch.tensor(found["truth"][at])} | {
+        name: torch.tensor(found[name]).mean(0)[at] for name in ("units", "default", "paper")
     }
     for i, (name, values) in enumerate(bars.items()):
-        places = torch.arange(6) + 0.16 * (i - 2)
-        right.bar(places, values, 0.16, color={"truth": "0.7"}.get(name) or colors[name], label=name)
-    right.set(title=f"each λ, at epoch {EPOCHS[-1]} (corrected)", xticks=range(6), ylabel="d L_V / dλ")
-    right.set_xticklabels(names, rotation=30)
+        right.bar(torch.arange(6) + 0.2 * (i - 1.5), values, 0.2, color=colors.get(name, "0.6"), label=name)
+    right.set(title=f"d L_V / dλ at epoch {EPOCHS[at]}", xticks=range(6))
+    right.set_xticklabels([f"{kind} {i}" for kind in ("dropout", "decay") for i in (1, 2, 3)], rotation=30)
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

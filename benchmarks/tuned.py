@@ -89,29 +89,33 @@ def table(results: dict[str, Any]) -> str:
 
 
 def overview(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each task: best validation losses, means over seeds."""
+    """A line for each task: best validation losses, means over seeds; blank where nothing was run."""
+
+    def loss(cells: dict[str, Cell]) -> str:
+        return f"{statistics.mean(cell['valid'] for cell in cells.values()):.3f}" if cells else ""
+
     rows = []
     for task, found in results.items():
-        time, most = default_seconds(found), max(map(len, cells_of(found, "random", "any").values()))
+        time, most = default_seconds(found), most_trials(found)
         by_start = [
-            " / ".join(
-                f"{statistics.mean(c['valid'] for c in cells_of(found, method, start).values()):.3f}"
-                for start in STARTS
-            )
-            for method in ("untuned", "default")
+            " / ".join(loss(cells_of(found, method, start)) for start in STARTS) for method in ("untuned", "default")
         ]
-        rivals = [searched(found, method, time) for method in ("random", "tpe")]
-        best = searched(found, "random", trials=most)
-        losses = [f"{statistics.mean(cell['valid'] for cell in cells.values()):.3f}" for cells in (*rivals, best)]
-        rows.append([task, *by_start, *losses[:2], f"{losses[2]} ({most})"])
+        best = loss(searched(found, "random", trials=most))
+        same_time = [loss(searched(found, method, time)) for method in ("random", "tpe")]
+        rows.append([task, *by_start, *same_time, f"{best} ({most})" if best else ""])
     headers = ["task", "untuned: low / middle / high start", "fxstn, from these", "random search, same time",
                "TPE, same time", "best random trial (of)"]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def most_trials(results: dict[str, Any]) -> int:
+    """Of random search, for the seed that has most."""
+    return max(map(len, cells_of(results, "random", "any").values()), default=0)
+
+
 def gap_closed(results: dict[str, Any]) -> str:
     """How much of the way from "untuned" to the best of a long random search "default" goes, from each start."""
-    most = max((len(trials) for trials in cells_of(results, "random", "any").values()), default=0)
+    most = most_trials(results)
     best = searched(results, "random", trials=most)
     parts = []
     for start in STARTS:
@@ -132,31 +136,48 @@ def best_so_far(trials: Sequence[Cell], times: Sequence[float]) -> list[float]:
 
 
 def plot(tasks: Sequence[str], path: Path) -> None:
-    """Best validation loss against time, mean over seeds, a panel for each task."""
+    """Best validation loss against time in plain training runs, mean over seeds, a panel for each task."""
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained")
-    colors = {"untuned": "0.6", "default": "C3", "delta": "C0", "random": "k", "tpe": "C2", "tpe-halving": "C1"}
-    for axis, task in zip(axes[0], tasks, strict=True):
+    columns = min(3, len(tasks))
+    figure, axes = plt.subplots(
+        -(-len(tasks) // columns), columns, figsize=(4.6 * columns, 3.4 * -(-len(tasks) // columns)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    colors = {"untuned": "0.6", "default": "C3", "random": "k"}
+    styles = {"low": ":", "middle": "--", "high": "-", "any": "-"}
+    for axis, task in zip(axes.flat, tasks, strict=False):
         results = json.loads(path_of(task).read_text())
-        time = default_seconds(results)
-        times = np.geomspace(time / 20, 10 * time, 200)
-        for method, color in colors.items():
-            for start, style in {**dict(zip(STARTS, (":", "--", "-"), strict=True)), "any": "-"}.items():
-                runs = [cell if start == "any" else [cell] for cell in cells_of(results, method, start).values()]
-                if runs:
-                    losses = np.mean([best_so_far(trials, times) for trials in runs], axis=0)
-                    total = min(sum(map(seconds_of, trials)) for trials in runs)
-                    label = method if start == "any" else f"{method}, from {start}"
-                    axis.plot(times[times <= total], losses[times <= total], style, color=color, label=label)
-        axis.set(xscale="log", xlabel="seconds", ylabel="best validation loss so far", title=task)
-        least = min(
-            trial["valid"] for cell in results.values() for trial in (cell if isinstance(cell, list) else [cell])
-        )
-        axis.set_ylim(0.95 * least, 2 * least)
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+        plain = statistics.mean(seconds_of(c) for start in STARTS for c in cells_of(results, "untuned", start).values())
+        times, ends = np.geomspace(0.1, 30, 300), []
+        for method, start in ((m, s) for m in colors for s in styles):
+            cells = cells_of(results, method, start).values()
+            runs = [cell if start == "any" else [cell] for cell in cells]
+            if start == "any":  # those with most trials, so that all last as long
+                runs = [trials for trials in runs if len(trials) == most_trials(results)]
+            if not runs:
+                continue
+            losses = np.mean([best_so_far(trials, plain * times) for trials in runs], axis=0)
+            until = times <= statistics.mean(sum(map(seconds_of, trials)) for trials in runs) / plain
+            label = (
+                "random search" if start == "any" else f"{'fxstn' if method == 'default' else method}, {start} start"
+            )
+            axis.plot(times[until], losses[until], styles[start], color=colors[method], label=label)
+            ends.append(losses[until][-1])
+        axis.set(xscale="log", title=task, xticks=(0.1, 0.3, 1, 3, 10, 30), xlim=(0.1, 30))
+        axis.set_xticklabels(["0.1", "0.3", "1", "3", "10", "30"])
+        axis.minorticks_off()
+        axis.set_ylim(0.9 * min(ends), 2.2 * min(ends))
+    for axis in list(axes.flat)[len(tasks) :]:
+        axis.remove()
+    for axis in axes[-1]:
+        axis.set_xlabel("time, in plain training runs")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("best validation loss so far")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
