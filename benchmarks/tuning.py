@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import fxstn
@@ -57,8 +58,10 @@ class Task:
     batch: int = 128
 
 
-def _images(name: str, size: int, train: int, valid: int, seed: int, root: str | None) -> Sequence[TensorDataset]:
-    split = data.load(name, size, train, valid, seed, root)
+def _images(
+    name: str, size: int, train: int, valid: int, seed: int, root: str | None, normalise: bool = True
+) -> Sequence[TensorDataset]:
+    split = data.load(name, size, train, valid, seed, root, normalise)
     return split.train, split.valid, split.test
 
 
@@ -138,6 +141,17 @@ TASKS = {
             hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
         ],
         F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20,
+    ),
+    "cifar10-resnet18": Task(
+        partial(_images, "cifar10", 32, 10_000, 2000, normalise=False),
+        lambda train: nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), _small_resnet18()),
+        lambda start: [  # the paper's 19
+            hp.ColorJitter("input", init={name: n.high * start for name, n in hp.ColorJitter.numbers.items()}),
+            hp.Affine("input", init={name: n.high * start for name, n in hp.Affine.numbers.items()}),
+            hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
+            hp.Dropout("input", "1.layer?.?", init=start),
+        ],
+        F.cross_entropy, partial(torch.optim.SGD, lr=3e-2, momentum=0.9), 20,
     ),
     "digits-resnet18": Task(
         partial(_images, "digits", 8, 500, 500), lambda train: _small_resnet18(),

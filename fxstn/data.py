@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,13 @@ class Split:
 
 def load(
     name: str, image_size: int = 32, train: int | None = None, valid: int | None = None, seed: int = 0,
-    root: str | None = None,
+    root: str | None = None, normalise: bool = True,
 ) -> Split:  # fmt: skip
-    """Images of a data set, shuffled by seed and split; three channels, normalised to mean 0 and variance 1.
+    """Images of a data set, shuffled by seed and split; three channels, normalised to mean 0 and variance 1, or in [0, 1].
 
     digits: 1,797 images; train and valid (default 500 each) are taken, the rest is the test set. The others come from
-    torchvision under `root` (default: the variable FXSTN_DATA), downloaded there when missing; valid (default 15 %) is
+    torchvision under `root` (default: the variable FXSTN_DATA), downloaded there when missing; of CIFAR-10 the binary version
+    (root/cifar-10-batches-bin) is read too. valid (default 15 %) is
     split off their training set. Raises ValueError for another name or sizes that do not fit.
     """
     if name == "digits":
@@ -47,7 +49,7 @@ def load(
         sets = _torchvision(name, train, valid, seed, root or os.environ.get("FXSTN_DATA"))
     else:
         raise ValueError(f"data set {name!r} is not one of {', '.join(NAMES)}")
-    mean, std = sets[0][0].mean(), sets[0][0].std()
+    mean, std = (sets[0][0].mean(), sets[0][0].std()) if normalise else (torch.zeros(()), torch.ones(()))
     prepared = [TensorDataset(_prepare(x, image_size, mean, std), y) for x, y in sets]
     return Split(prepared[0], prepared[1], prepared[2], classes=10)
 
@@ -79,6 +81,23 @@ def photographs(size: int = 96) -> Tensor:
     return F.interpolate(images[..., left : left + side], size=(size, size), mode="area")
 
 
+def _cifar10_binary(folder: Path, training: bool) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 32, 32) in [0, 1] and classes from CIFAR-10's binary version: a byte of class and 3,072 of pixels each.
+
+    Raises ValueError where a file is missing or not made of whole records.
+    """
+    records = []
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] if training else ["test_batch.bin"]:
+        try:
+            records.append(torch.from_file(str(folder / name), size=(folder / name).stat().st_size, dtype=torch.uint8))
+        except OSError as error:
+            raise ValueError(f"{folder} lacks {name}: {error}") from error
+        if records[-1].numel() % 3073:
+            raise ValueError(f"{folder / name} is not CIFAR-10's binary version: its size is no multiple of 3,073")
+    rows = torch.cat(records).view(-1, 3073)
+    return rows[:, 1:].view(-1, 3, 32, 32) / 255, rows[:, 0].long()
+
+
 def _torchvision(
     name: str, train: int | None, valid: int | None, seed: int, root: str | None
 ) -> list[tuple[Tensor, Tensor]]:
@@ -91,6 +110,8 @@ def _torchvision(
     dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
 
     def tensors(training: bool) -> tuple[Tensor, Tensor]:
+        if name == "cifar10" and (folder := Path(root) / "cifar-10-batches-bin").is_dir():
+            return _cifar10_binary(folder, training)
         try:
             part = dataset(root, train=training, download=True)
         except (RuntimeError, OSError) as error:

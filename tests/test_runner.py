@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
 import fxstn
-from fxstn import cli, hp
+from fxstn import cli, data, hp
 from fxstn.bench import Setup, bench
 from fxstn.bilevel import runner as steps
 
@@ -342,6 +342,26 @@ def test_a_users_mistake_is_one_line_on_stderr(tmp_path, capsys, monkeypatch):
 
 def broken_download(self):
     raise RuntimeError("no network")
+
+
+def test_the_binary_version_of_cifar10_is_read(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    records = torch.randint(256, (6, 4, 3073), dtype=torch.uint8)
+    records[..., 0] %= 10
+    for name, part in zip([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], records, strict=True):
+        (folder / f"{name}.bin").write_bytes(part.numpy().tobytes())
+    split = data.load("cifar10", 32, 12, 8, root=str(tmp_path), normalise=False)
+    assert [len(part) for part in (split.train, split.valid, split.test)] == [12, 8, 4]
+    x, y = split.test.tensors
+    assert torch.equal(y, records[5, :, 0].long())
+    torch.testing.assert_close(x[1, 2, 3, 4], records[5, 1, 1 + 2 * 1024 + 3 * 32 + 4] / 255)
+    (folder / "data_batch_3.bin").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin is not CIFAR-10's binary version"):
+        data.load("cifar10", root=str(tmp_path))
+    (folder / "data_batch_3.bin").unlink()
+    with pytest.raises(ValueError, match=r"lacks data_batch_3\.bin"):
+        data.load("cifar10", root=str(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["tune", "bench", "explain", "verify"])
