@@ -14,6 +14,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 STARTS = {"low": 0.05, "middle": 0.3, "high": 0.7}  # of dropout; as shares of the range in log space for weight decay
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
+LONG = 10  # trials of a search worth a line of its own
 Cell = dict[str, Any]
 
 
@@ -81,6 +82,8 @@ def table(results: dict[str, Any]) -> str:
         if searches := cells_of(results, method, "any"):
             line(f"{method}, same time", "", searched(results, method, time), time, {})
             most = max(map(len, searches.values()))
+            if most < LONG:
+                continue
             whole = [sum(map(seconds_of, trials)) for trials in searches.values() if len(trials) == most]
             line(f"{method}, {most} trials", "", searched(results, method, trials=most), statistics.mean(whole), {})
     headers = ["method", "start", "best validation loss", "test loss there", "less untuned", "less random, same time",
@@ -118,14 +121,16 @@ def gap_closed(results: dict[str, Any]) -> str:
     most = most_trials(results)
     best = searched(results, "random", trials=most)
     parts = []
-    for start in STARTS:
+    for start in STARTS if most >= LONG else ():
         ours, plain = (cells_of(results, method, start) for method in ("default", "untuned"))
         if seeds := [seed for seed in best if seed in ours and seed in plain]:
             from_, to, goal = (statistics.mean(c[seed]["valid"] for seed in seeds) for c in (plain, ours, best))
-            parts.append(f"{start} {100 * (from_ - to) / (from_ - goal):.0f} % of {from_ - goal:.4f}")
-    return f"Of the gap between untuned and the best of {most} random trials the default settings close: " + ", ".join(
-        parts
-    )
+            share = f"{100 * (from_ - to) / (from_ - goal):.0f} %" if from_ > goal else "no gap"
+            parts.append(f"{start} {share} ({from_:.4f}, {to:.4f}, {goal:.4f})")
+    if not parts:
+        return "No long search was run"
+    return (f"Share of the gap between untuned and the best of {most} random trials that the default settings close, and in brackets "
+            f"untuned, default and that best, over the seeds with so long a search: {'; '.join(parts)}")  # fmt: skip
 
 
 def best_so_far(trials: Sequence[Cell], times: Sequence[float]) -> list[float]:

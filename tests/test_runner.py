@@ -19,6 +19,7 @@ import fxstn
 from fxstn import cli, data, hp
 from fxstn.bench import Setup, bench
 from fxstn.bilevel import runner as steps
+from fxstn.bilevel.optimizers import SettlingAdam
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
 
@@ -130,6 +131,23 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
     expected = along(after, xv, yv) - correction * along(before, x, y)
     start = torch.zeros(2)  # the middle of the range
     torch.testing.assert_close(start - stn.hparams.unconstrained.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_of_lambda_falls_with_the_steps_done_and_a_resumed_run_goes_on_where_it_was():
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def rate_of_step(optimizer, number, done=0):
+        for _ in range(number - done + 1):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+        return optimizer.param_groups[0]["lr"]
+
+    first = SettlingAdam([weight], lr=0.2, settle=25)
+    assert rate_of_step(first, 0) == 0.2
+    assert rate_of_step(first, 75, done=1) == pytest.approx(0.1)
+    other = SettlingAdam([weight])
+    other.load_state_dict(first.state_dict())
+    assert rate_of_step(other, 200, done=76) == pytest.approx(0.2 / 3)
 
 
 def test_a_fixed_scale_stays():
