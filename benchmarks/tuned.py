@@ -129,8 +129,10 @@ def gap_closed(results: dict[str, Any]) -> str:
             parts.append(f"{start} {share} ({from_:.4f}, {to:.4f}, {goal:.4f})")
     if not parts:
         return "No long search was run"
-    return (f"Share of the gap between untuned and the best of {most} random trials that the default settings close, and in brackets "
-            f"untuned, default and that best, over the seeds with so long a search: {'; '.join(parts)}")  # fmt: skip
+    return (
+        f"Share of the gap between untuned and the best of {most} random trials that the default settings close (in brackets "
+        f"untuned, default and that best; seeds with so long a search only): {'; '.join(parts)}"
+    )
 
 
 def best_so_far(trials: Sequence[Cell], times: Sequence[float]) -> list[float]:
