@@ -7,6 +7,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import fxstn
 from fxstn import data, hp
 from fxstn.bench import VARIANTS, Setup, write_json
 from fxstn.bench import bench as measure
+from fxstn.bilevel.optimizers import SettlingAdam
 
 AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.inserts}
 
@@ -52,7 +54,13 @@ def tune(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     split = data.load(args.data, args.image_size, args.train_size, args.valid_size, args.seed, args.data_root)
     model = build_model(args.model, split.classes)
-    stn = fxstn.transform(model, _hparams(args), method=args.method)
+    sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9)
+    paper = args.paper or args.method != "delta"
+    settings = fxstn.PAPER | {"response_optimizer": sgd} if paper else {}
+    if args.hyper_lr is not None:
+        settings["hyper_optimizer"] = partial(torch.optim.RMSprop if paper else SettlingAdam, lr=args.hyper_lr)
+    response = "structured" if paper else None
+    stn = fxstn.transform(model, _hparams(args), method=args.method, response=response)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     runner = fxstn.BilevelRunner(
@@ -60,14 +68,13 @@ def tune(args: argparse.Namespace) -> int:
         F.cross_entropy,
         loader(split.train, args.batch_size, args.seed),
         loader(split.valid, args.batch_size, args.seed + 1),
-        optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
-        response_optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
-        hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=args.hyper_lr),
+        optimizer=sgd,
         metrics={"accuracy": fxstn.accuracy},
         warmup_epochs=args.warmup_epochs,
         patience=args.patience,
         device=args.device,
         out_dir=out,
+        **settings,
     )
     history = runner.fit(args.epochs)
     torch.save(runner.best_model().state_dict(), out / "weights.pt")
@@ -151,8 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none"
     )
-    command.add_argument("--lr", type=float, default=1e-2, help="of SGD with momentum 0.9, for weights and response")
-    command.add_argument("--hyper-lr", type=float, default=1e-2, help="of RMSprop for λ")
+    command.add_argument("--paper", action="store_true", help="the paper's settings, as with the other methods")
+    command.add_argument("--lr", type=float, default=1e-2, help="of SGD with momentum 0.9 (the paper's response too)")
+    command.add_argument("--hyper-lr", type=float, help="for λ: Adam's first (0.2), or the paper's RMSprop's (1e-2)")
     command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
     command.add_argument("--patience", type=int, help="stop after that many epochs without improvement")
     command.add_argument("--seed", type=int, default=0, help="of the split, the weights and all noise")
