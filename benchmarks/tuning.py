@@ -4,8 +4,8 @@
     python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
 
 One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own,
-"every-step" (a response step at every inner step), "uncorrected" (without inner_correction) and "constant-rate" (λ by Adam at
-6e-2) all but one of these.
+and four change one of these: "every-step" (a response step at every inner step), "uncorrected" (no inner_correction),
+"constant-rate" (λ by Adam at 6e-2), "unwidened" (no response_widening).
 Searches, of `--trials` runs each: "random", "tpe" (Optuna), and both with successive halving, which stops a run that falls
 behind. A task's optimiser of the weights serves all. Writes benchmarks/results/tuning-TASK.json as it goes and goes on where
 it stopped; the report (benchmarks/tuned.py) reads these files alone.
@@ -38,9 +38,11 @@ from fxstn.cli import loader
 
 PAPERS = ("delta", "centered", "stn")
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "every-step": {"response_every": 1}, "uncorrected": {"inner_correction": 0.0},
+    "every-step": {"response_every": 1},
+    "uncorrected": {"inner_correction": 0.0},
     "constant-rate": {"hyper_optimizer": partial(torch.optim.Adam, lr=6e-2)},
-}  # fmt: skip
+    "unwidened": {"response_widening": 1.0},
+}
 RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
