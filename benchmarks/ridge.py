@@ -177,6 +177,7 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
         response_fraction=1.0,
         response_every=1,
         response_widening=1.0,
+        inner_correction=0.0,
         warmup_epochs=settings.warmup_epochs,
         progress=False,
     )
