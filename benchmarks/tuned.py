@@ -103,7 +103,7 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
         by_start = [
             " / ".join(loss(cells_of(found, method, start)) for start in STARTS) for method in ("untuned", "default")
         ]
-        best = loss(searched(found, "random", trials=most))
+        best = loss(searched(found, "random", trials=most)) if most >= LONG else ""
         same_time = [loss(searched(found, method, time)) for method in ("random", "tpe")]
         rows.append([task, *by_start, *same_time, f"{best} ({most})" if best else ""])
     headers = ["task", "untuned: low / middle / high start", "fxstn, from these", "random search, same time",

@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of each run")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind; the table shows their mean")
     parser.add_argument("--train-size", type=int, default=300, help="training images")
-    parser.add_argument("--start", type=float, default=0.3, help="dropout rate that both begin with")
+    parser.add_argument(
+        "--start", type=float, default=0.5, help="dropout rate that both begin with (torch's own default)"
+    )
     parser.add_argument("--out", default="out/demo", help="folder for the results, emptied of earlier ones")
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {"untuned": [], "tuned": []}
