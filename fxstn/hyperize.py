@@ -125,8 +125,8 @@ def _scaleless(trained: Sequence[Reading]) -> set[str]:
 
 def _divides(node: fx.Node) -> bool:
     """Whether an operation normalises each channel by what is in the batch, not by running statistics."""
-    position = {F.batch_norm: 5, F.instance_norm: 5}.get(node.target)  # type: ignore[arg-type]
-    return position is not None and (node.args[position] if len(node.args) > position else True) is True
+    by_batch = node.args[5] if len(node.args) > 5 else True  # training, use_input_stats
+    return node.target in (F.batch_norm, F.instance_norm) and by_batch is True
 
 
 def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
