@@ -99,10 +99,10 @@ class SimpleCNN(nn.Sequential):
         super().__init__(*blocks, nn.Flatten(), nn.Linear(1568, 1568), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1568, 10))
 
 
-def _small_resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with a stem for small images: a 3×3 convolution of stride 1 and no pooling."""
+def _small_resnet18(stride: int = 1) -> nn.Module:
+    """torchvision's ResNet-18 with a stem for small images: a 3×3 convolution and no pooling."""
     model = torchvision.models.resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(3, 64, 3, stride, padding=1, bias=False)
     model.maxpool = nn.Identity()  # type: ignore[assignment]
     return model
 
@@ -145,8 +145,8 @@ TASKS = {
         F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20,
     ),
     "cifar10-resnet18": Task(
-        partial(_images, "cifar10", 32, 10_000, 2000, normalise=False),
-        lambda train: nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), _small_resnet18()),
+        partial(_images, "cifar10", 32, 5000, 2000, normalise=False),
+        lambda train: nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), _small_resnet18(stride=2)),
         lambda start: [  # the paper's 19
             hp.ColorJitter("input", init={name: n.high * start for name, n in hp.ColorJitter.numbers.items()}),
             hp.Affine("input", init={name: n.high * start for name, n in hp.Affine.numbers.items()}),

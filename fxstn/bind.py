@@ -10,6 +10,7 @@ from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from fxstn.decompositions.recurrent import STATEFUL
 from fxstn.errors import module_path
 from fxstn.graphs import model_of, placeholders
 from fxstn.hp import (
@@ -183,15 +184,22 @@ def _input_places(module: fx.GraphModule) -> list[tuple]:
 
 
 def _exits(module: fx.GraphModule, path: str, spec: Spec) -> list[tuple]:
-    """Places after every call of the module at `path`; for the root, its outputs."""
+    """Places after every call of the module at `path`, of a recurrent one after the first result that is used; for the root,
+    its outputs."""
     if path == "":
         output = next(node for node in module.graph.nodes if node.op == "output")
         return [(node.name, True) for node in output.all_input_nodes]
+    left = [
+        (node, call, kind)
+        for node in module.graph.nodes
+        for call, called, kind in node.meta.get("exits", ())
+        if called == path
+    ]
+    output = {call: node for node, call, _ in reversed(left) if node.users}
     places = [
         (node.name, True, call)
-        for node in module.graph.nodes
-        for call, called, _ in node.meta.get("exits", ())
-        if called == path
+        for node, call, kind in left
+        if not issubclass(kind, STATEFUL) or output.get(call) is node
     ]
     if not places:
         raise ValueError(f"{spec!r}: the module '{path}' is not called when the model trains; name another")

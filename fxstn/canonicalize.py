@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import Problem, TransformError, module_path, operation_name, source_of
 from fxstn.graphs import copied, rename
 from fxstn.layers.heads import attention_scores, attention_values
@@ -26,6 +27,8 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     """One spelling per operation. Raises TransformError that lists every mutation it cannot express by values."""
     module = copied(module)
     problems: list[Problem] = []
+    for node in list(module.graph.nodes):
+        _open(node)
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _expand_batch_norm(module, node)
@@ -49,6 +52,43 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
             rename(node, node.meta["exits"][0][1].replace(".", "_") or node.name)
     module.graph.lint()
     return module
+
+
+class _Opener(fx.proxy.GraphAppendingTracer):
+    """Gives the nodes of a decomposition the place of the node that it stands for."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node.graph)
+        self.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta = dict(self.meta)
+        return node
+
+
+def _open(node: fx.Node) -> None:
+    """Write a function that has a decomposition as what it computes; of several results each by its number."""
+    if node.op != "call_function" or is_size(node):
+        return
+    try:
+        spelled = respell(node.target, node.args, node.kwargs)
+    except Unspellable:  # says why when it is respelled
+        return
+    if spelled.function not in DECOMPOSITIONS:
+        return
+    opener = _Opener(node)
+    with node.graph.inserting_before(node):
+        args, kwargs = map_arg((spelled.args, spelled.kwargs), lambda value: fx.Proxy(value, opener))
+        results = DECOMPOSITIONS[spelled.function](*args, **kwargs)
+    single = isinstance(results, fx.Proxy)
+    for user in [node] if single else list(node.users):
+        result = results if single else results[user.args[1]]  # type: ignore[index]
+        user.replace_all_uses_with(result.node)
+        result.node.meta |= {"exits": user.meta["exits"]} if "exits" in user.meta else {}
+        node.graph.erase_node(user)
+    if not single:
+        node.graph.erase_node(node)
 
 
 def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:

@@ -62,6 +62,10 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
                     reseed()  # random draws are the same in the three runs
                     values[node] = _value(module, node, values)
             base, *others = (values[node] for values in runs)
+            if (
+                isinstance(base, tuple) and base and isinstance(base[0], Tensor)
+            ):  # as its first value, that of a recurrent layer
+                base, *others = (values[node][0] for values in runs)
             if isinstance(base, Tensor) and node.op != "get_attr":
                 found[node.name] = _place(base, others, examples)
             for source in node.all_input_nodes:

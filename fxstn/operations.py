@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from fxstn import hp
-from fxstn.decompositions import DECOMPOSITIONS, decomposes, row_dropout
+from fxstn.decompositions import DECOMPOSITIONS, decomposes
+from fxstn.decompositions.attention import row_dropout
 from fxstn.layers.color import convert, normalize_channels
 
 # Modules that are not run themselves, but by `Operation.call`; and those of them that are random in eval mode too.

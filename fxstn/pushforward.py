@@ -18,7 +18,7 @@ from fxstn.graphs import assemble, copied
 from fxstn.layers.kernels import zeros_tangent
 from fxstn.layers.response import for_all_examples, pick_rows
 from fxstn.layout import PLAIN, Layouts
-from fxstn.rules import NoRule, apply_rule, kind_of
+from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.staging import call
 from fxstn.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 
@@ -102,6 +102,9 @@ class _Pushforward:
         named: dict = self.tangent(dict(node.kwargs))
         if node.target is operator.getitem and isinstance(tangents[0], tuple):
             return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
+        found = RULES.get(node.target)  # type: ignore[arg-type]
+        if self.fold and found and found.finite:
+            return found.finite(tangents, self.value(node.args), self.value(dict(node.kwargs))), ZERO
         return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
 
     def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import fx
+from torch.overrides import handle_torch_function, has_torch_function
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +40,22 @@ def staged(function: F) -> F:
         if proxy is None:
             return function(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
+
+    wrapper.staged = True  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
+
+
+def operation(function: F) -> F:
+    """A staged function that function modes see as one operation of its own, as they see torch's."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        proxy = _proxy_in((*args, *kwargs.values()))
+        if proxy is not None:
+            return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
+        if has_torch_function(args):
+            return handle_torch_function(wrapper, args, *args, **kwargs)
+        return function(*args, **kwargs)
 
     wrapper.staged = True  # type: ignore[attr-defined]
     return wrapper  # type: ignore[return-value]

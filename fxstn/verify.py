@@ -53,6 +53,9 @@ class ReplayedDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if function in DECOMPOSITIONS:
+            with self:
+                return DECOMPOSITIONS[function](*args, **kwargs)
         composite = isinstance(function, FunctionType) and function.__module__ == F.__name__
         if composite and function not in DROPOUTS and (body := opened(function)):
             with self:  # attention, say, which drops inside

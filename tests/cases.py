@@ -23,6 +23,7 @@ from fxstn.layers.heads import (
     split_heads,
     split_windows,
 )
+from fxstn.layers.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
@@ -68,6 +69,7 @@ NARROW = (-0.9, 0.9)
 ALIGNED = {"align_corners": False}
 QKV = ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 2))
 GROUPED = ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 2))
+LSTM = ((16, 3), (16,), (16, 4), (16,))
 WINDOW = torch.hann_window(16, dtype=torch.float64)
 MOMENTS = (torch.var, torch.std, torch.var_mean, torch.std_mean)
 INDEX = torch.tensor([2, 0, 3])
@@ -518,6 +520,20 @@ CASES = [
     Case(split_heads, ((3, 8),), (4, False)),
     Case(join_heads, ((2, 4, 3, 2),), (False,)),
     Case(attention_scores, QKV[:2], (None, False, None, False)),
+    # recurrent: (mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    Case(recurrent_layer, ((5, 2, 3), *[(2, 4)] * 2, *LSTM), ("lstm", *[X] * 7)),
+    Case(recurrent_layer, ((5, 2, 3), (2, 2), (2, 4), (16, 3), (16,), (16, 2), (16,), (2, 4)), ("lstm", *[X] * 8)),
+    Case(recurrent_layer, ((5, 2, 3), (2, 4), (12, 3), (12,), (12, 4), (12,)), ("gru", X, X, None, *[X] * 4)),
+    Case(recurrent_layer, ((5, 2, 3), (2, 4), (4, 3), (4, 4)), ("rnn_tanh", X, X, None, X, None, X, None)),
+    Case(recurrent_layer, ((1, 2, 3), (2, 4), (4, 3), (4, 4)), ("rnn_relu", X, X, None, X, None, X, None)),
+    Case(time_major, ((2, 3, 4),), (True,)),
+    Case(time_major, ((3, 4),), (False,)),
+    Case(from_time_major, ((3, 2, 4),), (3, True)),
+    Case(from_time_major, ((3, 1, 4),), (2, False)),
+    Case(state_of, ((3, 2, 4),), (1,)),
+    Case(state_of, ((3, 4),), (2,)),
+    Case(joined_states, ((2, 4), (2, 4)), ([X, X], 3)),
+    Case(joined_states, ((1, 4), (1, 4)), ([X, X], 2)),
     Case(attention_scores, (*GROUPED[:2], (3, 5)), (X, False, 0.3, True), varying=(1, 2)),
     Case(attention_values, GROUPED[2:], (torch.ones(1, 4, 1, 1), True)),
     Case(split_windows, ((2, 5, 6, 3),), ([2, 4], [1, 2])),
@@ -544,6 +560,7 @@ ZERO_CASES = [
         for f in (torch.isnan, torch.isinf, torch.isfinite, torch.isneginf, torch.isposinf, torch.any, torch.all)
     ),
     *(Case(f, args=(0.3,)) for f in (*COMPARISONS, operator.floordiv, torch.floor_divide, torch.bernoulli)),
+    Case(zero_state, ((5, 2, 3),), (4,)),
     *(Case(f, shapes=PAIR) for f in (torch.isclose, torch.allclose, torch.equal, torch.isin, torch.heaviside)),
     Case(torch.div, args=(0.3,), kwargs={"rounding_mode": "floor"}),
     *(Case(f, **BITS) for f in (operator.and_, operator.or_, operator.xor)),

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fxstn
 from fxstn import hp
 from fxstn.layers.regions import region_shift
+from fxstn.live import following
 from fxstn.live.structure import leaves
 from fxstn.rules import RULES, Rule, apply_rule
 from fxstn.tangents import ZERO
@@ -579,3 +580,33 @@ def test_roi_align_moves_with_its_boxes():
         shift = lambda t: region_shift(t, image, boxes, *settings)  # noqa: B023, E731
         assert torch.autograd.gradcheck(shift, (tangent.requires_grad_(),))
         tangent = tangent.detach()
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_each_result_of_a_module_is_dropped_once(calls, monkeypatch):
+    """A module with two results, or called twice, has two places for one dropout, and each draws its own mask."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return (self.layer(x), 2 * self.layer(x)) if calls == 1 else self.layer(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two, self.head = Two(), nn.Linear(4, 1)
+
+        def forward(self, x):
+            a, b = self.two(x) if calls == 1 else (self.two(x), self.two(2 * x))
+            return self.head(a + b)
+
+    drawn = []
+    x = torch.randn(5, 4)
+    stn = fxstn.transform(Net(), [hp.Dropout("two")], example_inputs=x, trace="live")
+    mask = following.dropout_mask
+    monkeypatch.setattr(following, "dropout_mask", lambda *given: drawn.append(mask(*given)) or drawn[-1])
+    stn(x)
+    assert len(drawn) == 2

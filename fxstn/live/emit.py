@@ -25,10 +25,13 @@ from fxstn.tangents import Scaled
 _WHERE = "a forward that runs as it is"
 
 
-def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str, int]) -> Sites:
+def located(
+    binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str, int], positions: Mapping[tuple[str, int], int]
+) -> Sites:
     """The sites of a recorded graph by address, which other runs of the same Python have too.
 
-    addresses: of the nodes that sites name; last: number of the last call of each of their modules, from 0.
+    addresses: of the nodes that sites name; last: number of the last call of each of their modules, from 0; positions:
+    {(node, number of a module call): which leaf of its output the node is}.
     """
     sites = Sites()
     for site in binding.sites:
@@ -36,7 +39,9 @@ def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str,
         if kind == "argument":
             sites.arguments[address[0]] = site.index
         elif site.insert and (site.outside is not None or not site.path):
-            sites.exits.setdefault(site.path, []).append(Place(site.index))
+            leaf = None if site.outside is None else positions.get((site.node, site.outside))
+            if (place := Place(site.index, leaf)) not in sites.exits.setdefault(site.path, []):  # once for all calls
+                sites.exits[site.path].append(place)
         elif kind == "exit":
             sites.exits.setdefault(address[0], []).append(Place(site.index, address[1]))
         else:
@@ -47,8 +52,11 @@ def located(binding: Binding, addresses: Mapping[str, tuple], last: Mapping[str,
     return sites
 
 
-def addresses(recorded: Recorded, binding: Binding) -> tuple[dict[str, tuple], dict[str, int]]:
-    """What `located` takes: addresses of the nodes that the binding's sites name, and the last calls of their modules."""
+def addresses(
+    recorded: Recorded, binding: Binding
+) -> tuple[dict[str, tuple], dict[str, int], dict[tuple[str, int], int]]:
+    """What `located` takes: addresses of the nodes that the binding's sites name, the last calls of their modules, and which
+    leaves of module outputs they are."""
     names = {site.node for site in binding.sites}
     known = {node.name: node.meta["address"] for node in recorded.graph.nodes if "address" in node.meta}
     last: dict[str, int] = {}
@@ -56,7 +64,9 @@ def addresses(recorded: Recorded, binding: Binding) -> tuple[dict[str, tuple], d
         if kind == "operation":
             last[path] = max(last.get(path, 0), rest[2])
     found = {name: known[name] for name in names}
-    return found, {path: last[path] for kind, path, *_ in found.values() if kind == "operation"}
+    nodes = [node for node in recorded.graph.nodes if node.name in names]
+    positions = {(n.name, call): leaf for n in nodes for call, leaf in n.meta.get("positions", {}).items()}
+    return found, {path: last[path] for kind, path, *_ in found.values() if kind == "operation"}, positions
 
 
 @contextmanager
@@ -207,7 +217,7 @@ class LiveRecipe:
 
     binding: Binding
     frozen: tuple[str, ...]
-    places: tuple[Mapping[str, tuple], Mapping[str, int]]
+    places: tuple[Mapping[str, tuple], Mapping[str, int], Mapping[tuple[str, int], int]]
 
     def canonical(self, root: nn.Module, training: bool) -> nn.Module:
         """There is no graph of the model itself: it runs as it is."""

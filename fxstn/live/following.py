@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.condition import ALPHA, SPATIAL
+from fxstn.decompositions import DECOMPOSITIONS
 from fxstn.errors import operation_name
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
@@ -286,6 +287,8 @@ class Following(TorchFunctionMode):
             names = ("query", "key", "value", "attn_mask", "dropout_p")
             given = dict(zip(names, call.args, strict=False)) | call.kwargs
             return attention_with_dropout if given.get("dropout_p") else None
+        if call.spelled is not None and call.function in DECOMPOSITIONS:
+            return lambda *_, **__: DECOMPOSITIONS[call.function](*call.spelled.args, **call.spelled.kwargs)
         if isinstance(call.original, types.FunctionType) and call.function not in RULES:
             return opened(call.original)
         return None

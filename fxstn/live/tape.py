@@ -32,7 +32,8 @@ class Recorded(nn.Module):
 class Tape(Watched):
     """Appends every operation, in the canonical spelling, to `graph`.
 
-    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, and meta["address"]: ("argument", name),
+    Nodes carry meta["scope"] and meta["exits"] as `fxstn.trace` makes them, meta["positions"], {number of
+    such a call: position among the leaves of its output}, and meta["address"]: ("argument", name),
     ("exit", module path, which leaf of its output), or ("operation", module path, operation, which one within its call,
     which call of the module, which element of the result or None).
     """
@@ -131,6 +132,7 @@ class Tape(Watched):
             if node.op == "call_function" and not node.meta.get("exits"):
                 rename(node, call.path.replace(".", "_"))
             node.meta.setdefault("exits", []).append((call.number, call.path, call.kind))
+            node.meta.setdefault("positions", {})[call.number] = position
 
     def finish(self, output: Any) -> Recorded:
         """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""

@@ -15,6 +15,7 @@ from fxstn.rules import (
     norm,
     pointwise,
     pool,
+    recurrent,
     reduce,
     resample,
     shape,
@@ -33,5 +34,17 @@ __all__ = [
     "complex",
     "constant",
 ]
-__all__ += ["detection", "index", "layers", "loss", "matmul", "norm", "pointwise", "pool", "reduce", "resample"]
+__all__ += [
+    "detection",
+    "index",
+    "layers",
+    "loss",
+    "matmul",
+    "norm",
+    "pointwise",
+    "pool",
+    "recurrent",
+    "reduce",
+    "resample",
+]
 __all__ += ["kind_of", "shape"]

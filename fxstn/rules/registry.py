@@ -37,12 +37,14 @@ class Reads:
 @dataclass(frozen=True)
 class Rule:
     """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known.
-    reads: {position: Reads} of a hyperlayer."""
+    reads: {position: Reads} of a hyperlayer. finite: as apply, but y at weights moved by a finite step; None where that is
+    y + dy, because the operation is linear in them."""
 
     kind: str
     apply: Apply
     signature: inspect.Signature | None = None
     reads: Mapping[int, Reads] = field(default_factory=dict)
+    finite: Callable[[tuple, tuple, dict], Any] | None = None
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -59,11 +61,12 @@ def register(
     apply: Apply,
     signature: inspect.Signature | None = None,
     reads: Mapping[int, Reads] = _NONE,
+    finite: Callable[[tuple, tuple, dict], Any] | None = None,
 ) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule")
-    RULES[function] = Rule(kind, apply, signature, reads)
+    RULES[function] = Rule(kind, apply, signature, reads, finite)
 
 
 def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
@@ -160,29 +163,36 @@ def zero(*functions: Callable[..., Any]) -> None:
 
 
 def rule(
-    *functions: Callable[..., Any], kind: str = "own", reads: Mapping[int, Reads] = _NONE
+    *functions: Callable[..., Any],
+    kind: str = "own",
+    reads: Mapping[int, Reads] = _NONE,
+    finite: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
     The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
     `*tensors` a tuple of them.
-    reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled.
+    reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled. finite: of a layer
+    that is not linear in them, finite(d, *arguments) → y where they are moved by all of `d`.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         parameters = list(inspect.signature(body).parameters.values())[1:]
         signature, names = inspect.Signature(parameters), [parameter.name for parameter in parameters]
 
-        def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-            bound = signature.bind(*args, **kwargs)
-            d = SimpleNamespace(**dict.fromkeys(names, ZERO) | dict(zip(names, tangents, strict=False)))
-            for i, parameter in enumerate(parameters):
-                if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                    setattr(d, parameter.name, tangents[i:])
-            return body(d, *bound.args, **bound.kwargs)
+        def applied(function: Callable[..., Any]) -> Callable[[tuple, tuple, dict], Any]:
+            def apply(tangents: tuple, args: tuple, kwargs: dict) -> Any:
+                bound = signature.bind(*args, **kwargs)
+                d = SimpleNamespace(**dict.fromkeys(names, ZERO) | dict(zip(names, tangents, strict=False)))
+                for i, parameter in enumerate(parameters):
+                    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                        setattr(d, parameter.name, tangents[i:])
+                return function(d, *bound.args, **bound.kwargs)
+
+            return apply
 
         for function in functions:
-            register(function, kind, apply, signature, reads)
+            register(function, kind, applied(body), signature, reads, finite and applied(finite))
         return body
 
     return decorate

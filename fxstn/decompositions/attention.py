@@ -1,12 +1,8 @@
-"""Modules and functions whose own code a symbolic trace cannot follow, written as the operations that they compute.
-
-The tracer calls these in place of the original: their operations become nodes, so that parameters inside them respond and
-dropout inside them is conditioned. Add one with `@decomposes(module class or function)`; a module's takes the module first.
-"""
+"""Attention modules and functions, and stochastic depth, as the operations that they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,20 +12,9 @@ from torchvision.models.swin_transformer import shifted_window_attention
 from torchvision.models.video.swin_transformer import shifted_window_attention_3d
 from torchvision.ops import stochastic_depth
 
+from fxstn.decompositions.registry import decomposes
 from fxstn.layers.heads import join_heads, join_windows, joint_mask, mask_windows, split_heads, split_windows
 from fxstn.layers.noise import row_mask
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-
-
-def decomposes(*originals: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: use the function in place of a module class's forward, or of a function that fx does not look into."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        DECOMPOSITIONS.update(dict.fromkeys(originals, function))
-        return function
-
-    return register
 
 
 @decomposes(nn.MultiheadAttention)

@@ -1,0 +1,22 @@
+"""Modules and functions whose own code a symbolic trace cannot follow, written as the operations that they compute.
+
+These are called in place of the original: their operations become nodes, so that parameters inside them respond and dropout
+inside them is conditioned. Add one with `@decomposes(module class or function)`; a module's takes the module first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def decomposes(*originals: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: use the function in place of a module class's forward, or of a function that fx does not look into."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        DECOMPOSITIONS.update(dict.fromkeys(originals, function))
+        return function
+
+    return register

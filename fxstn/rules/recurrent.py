@@ -1,0 +1,77 @@
+"""Recurrent layers: the gates' tangents for the whole sequence at once, then a linear recurrence through time."""
+
+from __future__ import annotations
+
+import operator
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from fxstn.layers.recurrent import (
+    Steps,
+    entering,
+    from_time_major,
+    joined_states,
+    perturbed_layer,
+    recurrence_tangent,
+    recurrent_layer,
+    state_of,
+    steps,
+    time_major,
+    zero_state,
+)
+from fxstn.rules.layers import BIAS, linear_layer, with_scaled, with_shifted
+from fxstn.rules.registry import Reads, linear, rule, zero
+from fxstn.tangents import ZERO, Scaled
+
+WEIGHT = Reads("weight", (0,))
+
+linear(time_major, from_time_major, state_of, joined_states)
+zero(zero_state)
+
+
+def _change(tangent):
+    """The tangent of a weight as `perturbed_layer` takes it."""
+    if tangent is ZERO:
+        return None
+    return tangent.scale, tangent.response, tangent.examples.left, tangent.examples.right
+
+
+def _moved(d, mode, x, h, c, *weights):
+    """The layer at weights moved by a finite step."""
+    weights = (*weights, None)[:5]
+    changes = (d.weight_ih, d.bias_ih, d.weight_hh, d.bias_hh, d.weight_hr)
+    return perturbed_layer(mode, x, h, c, weights, tuple(map(_change, changes)))
+
+
+def _through(d_weight, product, value, weight):
+    """The tangent of weight · value in the weight alone; product: weight · value. ZERO where it does not vary."""
+    if isinstance(d_weight, Scaled):
+        of_response = product if d_weight.response is weight else F.linear(value, d_weight.response)
+        return with_scaled(ZERO, of_response, d_weight, -1)
+    return ZERO if d_weight is ZERO else F.linear(value, d_weight)
+
+
+@rule(
+    recurrent_layer,
+    kind="layer",
+    reads={4: WEIGHT, 5: BIAS, 6: WEIGHT, 7: BIAS, 8: WEIGHT},
+    finite=_moved,
+)
+def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None):
+    of_input = SimpleNamespace(input=d.x, weight=d.weight_ih, bias=d.bias_ih)
+    products, dx = linear_layer(of_input, x, weight_ih, bias_ih)
+    did = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)
+    results, previous, hidden, full, by_input, by_hidden = (operator.getitem(did, i) for i in range(6))
+    dv = _through(d.weight_hh, hidden, previous, weight_hh)
+    if isinstance(d.bias_hh, Scaled):
+        dv = with_shifted(dv, hidden, d.bias_hh, -1)
+    elif d.bias_hh is not ZERO:
+        dv = d.bias_hh.expand_as(hidden) if dv is ZERO else dv + d.bias_hh
+    y = operator.getitem(results, 0)
+    projected = ZERO if weight_hr is None else _through(d.weight_hr, y, full, weight_hr)
+    dx, dv, dh, dc, projected = (None if t is ZERO else t for t in (dx, dv, d.h, d.c, projected))
+    gates = entering(by_input, by_hidden, dx, dv)
+    tangent = recurrence_tangent(mode, gates, dh, dc, projected, did, weight_hh, weight_hr)
+    return results, tuple(operator.getitem(tangent, i) for i in range(3 if mode == "lstm" else 2))
