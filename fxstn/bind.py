@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn.decompositions.recurrent import STATEFUL
-from fxstn.errors import module_path
+from fxstn.errors import module_path, operation_name
 from fxstn.graphs import model_of, placeholders
 from fxstn.hp import (
     OPERATIONS,
@@ -101,15 +101,12 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
                 indices = add(spec, path, starts)
                 sites += [Site(indices, path, place[0], spec, *place[1:]) for place in found]
         elif isinstance(spec, (WeightDecay, DropConnect)):
-            owners: dict[str, list[str]] = {}
-            for name in layer_weights(module):
-                owners.setdefault(name.rpartition(".")[0], []).append(name)
-            for path in spec.match(owners) if spec.where else owners:
+            for path, names in _weights(module, spec):
                 (index,) = add(spec, path)
                 if isinstance(spec, WeightDecay):
-                    penalties += [(name, index, spec.norm) for name in owners[path]]
+                    penalties += [(name, index, spec.norm) for name in names]
                 else:
-                    dropped += [(name, index) for name in owners[path]]
+                    dropped += [(name, index) for name in names]
         elif isinstance(spec, JacobianNorm):
             jacobian.append((add(spec, "")[0], spec.projections))
         elif isinstance(spec, Scalar):
@@ -143,8 +140,31 @@ def own_strengths(node: fx.Node) -> tuple:
     return node.args[1:2] if node.target in DROPOUTS else node.args[1:]
 
 
+def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str]]]:
+    """(path, its weights) for each match of one spec: a layer, or one weight of a layer that is not matched itself."""
+    layers: dict[str, list[str]] = {}
+    for name in layer_weights(module):
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    paths = [path for layer, names in layers.items() for path in (layer, *names)]
+    matched = spec.match(paths) if spec.where else list(layers)
+    for path in matched:
+        if path in layers:
+            yield path, layers[path]
+        elif path.rpartition(".")[0] not in matched:
+            yield path, [path]
+
+
 def _sites(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[tuple], Mapping[str, float] | None]]:
     """(path, its places as Site fields, starts or None for the spec's own) for each match of one spec."""
+    if isinstance(spec, Operation) and spec.follows:
+        results = _results(module, spec.follows)
+        function = operation_name(spec.follows)
+        if not results:
+            raise ValueError(f"{spec!r}: the model calls no {function} when it trains, and it acts on nothing else")
+        what = f", a module whose output is the result of {function}"
+        for path in spec.match(results, what) if spec.where else results:
+            yield path, [(node.name, True) for node in results[path]], None
+        return
     existing: dict[str, list[fx.Node]] = {}
     dropout, inserts = isinstance(spec, Dropout), getattr(spec, "inserts", True)
     for node in module.graph.nodes:
@@ -173,6 +193,17 @@ def _sites(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[tuple
             yield path, [(node.name,) for node in existing[path]], None
         elif path in outermost:
             yield path, _exits(module, path, spec), None
+
+
+def _results(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
+    """Where a function is called, by the module whose output is its result; by 'path.node' where it is not."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is function:
+            path = module_path(node)
+            ends = any(called == path for _, called, _ in node.meta.get("exits", ()))
+            found.setdefault(path if ends else operation_path(node), []).append(node)
+    return found
 
 
 def _contains(outer: str, inner: str) -> bool:

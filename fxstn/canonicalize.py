@@ -59,7 +59,7 @@ class _Opener(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__(node.graph)
-        self.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+        self.meta: dict[str, Any] = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -79,7 +79,8 @@ def _open(node: fx.Node) -> None:
         return
     opener = _Opener(node)
     with node.graph.inserting_before(node):
-        args, kwargs = map_arg((spelled.args, spelled.kwargs), lambda value: fx.Proxy(value, opener))
+        proxy: Any = lambda value: fx.Proxy(value, opener)  # noqa: E731
+        args, kwargs = map_arg((spelled.args, spelled.kwargs), proxy)
         results = DECOMPOSITIONS[spelled.function](*args, **kwargs)
     single = isinstance(results, fx.Proxy)
     for user in [node] if single else list(node.users):

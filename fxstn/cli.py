@@ -22,7 +22,9 @@ from fxstn.bench import VARIANTS, Setup, write_json
 from fxstn.bench import bench as measure
 from fxstn.bilevel.optimizers import SettlingAdam
 
-AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.inserts}
+AUGMENTATIONS = {
+    cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.__module__ in ("fxstn.hp.augment", "fxstn.hp.mix")
+}
 
 
 def build_model(name: str, classes: int) -> nn.Module:

@@ -56,7 +56,8 @@ def condition(
     def strengths(site: Site, before: fx.Node) -> tuple[tuple[Any, ...], Examples]:
         place = layouts.get(site.node, BATCH_FIRST)
         dropout = isinstance(site.spec, Dropout)
-        known = place is not None and (dropout or place == BATCH_FIRST)
+        expected = site.spec.examples
+        known = place is not None and (expected is None or place == Examples(expected))
         found = []
         for index, number in zip(site.indices, site.spec.numbers, strict=True):
             value = read(index, f"{site.path or 'output'}_{'p' if dropout else number}", before)
@@ -98,8 +99,11 @@ def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: Examples) -> 
         node.meta["handed_through"] = True
         return node
     with graph.inserting_before(node):
-        arguments: tuple = (x, *strengths)
-        drawn = graph.create_node("call_function", operation.draw, arguments, dict(node.kwargs), f"{node.name}_draw")
+        arguments: tuple = (x.args if operation.follows else x, *strengths)  # type: ignore[union-attr]
+        settings = dict(node.kwargs)
+        if operation.examples is None and place != BATCH_FIRST:
+            settings["place"] = (place.axis, place.left, place.right)
+        drawn = graph.create_node("call_function", operation.draw, arguments, settings, f"{node.name}_draw")
     drawn.meta = {"scope": node.meta.get("scope", ())}
     node.target, node.args = operation.apply, (x, drawn)
     node.kwargs = node.kwargs if getattr(operation.apply, "staged", False) else {}  # torch's own take no settings

@@ -98,9 +98,8 @@ def built(configuration, training=True):
 def test_a_tangent_equals_a_central_difference_of_the_original(configuration, training, rung, response):
     """Law 1, and that every parameter of the module responds, under its own name."""
     model, inputs = built(configuration, training)
-    stn = fxstn.transform(
-        model, [hp.Scalar("a", 1.0, 0.0, 2.0), hp.Scalar("b", 1.0, 0.0, 2.0)], example_inputs=inputs, trace=rung, response=response
-    )  # fmt: skip
+    specs = [hp.Scalar("a", 1.0, 0.0, 2.0), hp.Scalar("b", 1.0, 0.0, 2.0)]
+    stn = fxstn.transform(model, specs, example_inputs=inputs, trace=rung, response=response)
     shuffled(stn).train(training)
     delta = torch.randn(2)
     y, dy = stn.pushforward(*inputs, delta=delta)

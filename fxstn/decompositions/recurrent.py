@@ -17,8 +17,8 @@ from fxstn.staging import call
 
 STATEFUL = (nn.RNNBase, nn.LSTMCell)  # return a state beside their output, which is what a spec that names them acts on
 PACKED = (
-    "packed sequences are not followed: pass the padded batch itself to the recurrent layer; in one direction the outputs up to a "
-    "length do not depend on what comes after it, and the loss can leave the rest out (ignore_index)"
+    "packed sequences are not followed: pass the padded batch itself to the recurrent layer; in one direction the outputs up "
+    "to a length do not depend on what comes after it, and the loss can leave the rest out (ignore_index)"
 )
 
 

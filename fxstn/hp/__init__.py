@@ -19,7 +19,16 @@ from fxstn.hp.augment import (
 from fxstn.hp.bijection import Bijection, Quantity
 from fxstn.hp.mix import CutMix, Mixing, MixUp
 from fxstn.hp.operation import OPERATIONS, Operation
-from fxstn.hp.regularize import ActivationDecay, Activity, DropConnect, JacobianNorm, StochasticDepth
+from fxstn.hp.regularize import (
+    ActivationDecay,
+    Activity,
+    DropConnect,
+    EmbeddingDropout,
+    JacobianNorm,
+    LockedDropout,
+    StochasticDepth,
+    TemporalDecay,
+)
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.specs import Dropout, LabelSmoothing, Number, Scalar, Spec, WeightDecay
 from fxstn.hp.terms import Aside, Terms
@@ -36,6 +45,7 @@ __all__ = [
     "Cutout",
     "DropConnect",
     "Dropout",
+    "EmbeddingDropout",
     "Erasing",
     "Flip",
     "GaussianBlur",
@@ -44,6 +54,7 @@ __all__ = [
     "HyperparameterSpace",
     "JacobianNorm",
     "LabelSmoothing",
+    "LockedDropout",
     "MixUp",
     "Mixing",
     "Number",
@@ -53,6 +64,7 @@ __all__ = [
     "Scalar",
     "Spec",
     "StochasticDepth",
+    "TemporalDecay",
     "Terms",
     "VerticalFlip",
     "WeightDecay",

@@ -25,11 +25,15 @@ class Operation(Spec):
     bit for bit, at strengths 0.
 
     settings are fixed: `read` takes them from a module, the constructor from the user. inserts: whether "input" is the
-    place without a pattern and without such a module in the model; otherwise only what is there is taken over.
+    place without a pattern and without such a module in the model; otherwise only what is there is taken over. examples:
+    None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.layers.examples`).
+    follows: a function, F.embedding say, whose results alone are matched, all of them without a pattern; draw gets the tuple
+    of its arguments, in their canonical order, in place of x.
     """
 
     defaults: Mapping[str, Any] = {}
     inserts: bool = True
+    follows: ClassVar[Callable[..., Any] | None] = None
     draw: ClassVar[Callable[..., Any]]
     apply: ClassVar[Callable[..., Any]]
     function: ClassVar[Callable[..., Any]]  # the node of a canonical graph: (x, *strengths, **settings) → y

@@ -6,12 +6,14 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.hp.operation import Operation
 from fxstn.hp.specs import Choice, Coefficient, Number, Spec
 from fxstn.hp.terms import Aside
-from fxstn.layers.noise import by_example, uniform
+from fxstn.layers.examples import FIRST, Place
+from fxstn.layers.noise import by_example, locked_mask, uniform, word_mask
 
 
 class StochasticDepth(Operation):
@@ -34,9 +36,45 @@ class StochasticDepth(Operation):
         return ((uniform(x) >= p) / (1 - p)).to(x.dtype)
 
 
+class LockedDropout(Operation):
+    """Rate, in [0, 0.95], of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287): the mask of an example is the
+    same at all times. axis: that of time; 1 for values (batch, time, ...), 0 for (time, batch, ...).
+
+    Inserted after the matched modules; values that are not floating point, such as words, are left alone.
+    """
+
+    numbers: Mapping[str, Number] = {"locked_dropout": Number(0.05, 0, 0.95)}
+    defaults: Mapping[str, Any] = {"axis": 1}
+    examples = None
+    apply = operator.mul
+
+    @staticmethod
+    def draw(x: Tensor, p: Tensor | float, axis: int, place: Place = FIRST) -> Tensor | int:
+        return locked_mask(x, p, axis, place)
+
+
+class EmbeddingDropout(Operation):
+    """Rate, in [0, 0.95], at which words are dropped, rows of an embedding's table, each wherever it occurs in the batch
+    (Gal & Ghahramani 2016; Merity et al. 2017, arXiv 1708.02182). Examples at a higher rate drop more of the same words.
+
+    Acts on the lookups of the matched modules, of all without a pattern, a draw for each; not on a layer whose weight is tied
+    to the table.
+    """
+
+    numbers: Mapping[str, Number] = {"embedding_dropout": Number(0.05, 0, 0.95)}
+    examples = None
+    follows = staticmethod(F.embedding)
+    apply = operator.mul
+
+    @staticmethod
+    def draw(lookup: tuple[Any, ...], p: Tensor | float, place: Place = FIRST) -> Tensor:
+        return word_mask(lookup[0], lookup[1], p, place)
+
+
 class DropConnect(Spec):
     """Probability, in [0, 0.95], that a weight is dropped (Wan et al. 2013): one mask for the whole batch, and so one
-    perturbation, on the weights (no biases, no norms) of the matched linear and convolution layers."""
+    perturbation, on the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern. A
+    pattern may also match a weight by its full name, where the layer that owns it is not matched."""
 
     numbers: Mapping[str, Number] = {"drop_connect": Number(0.05, 0, 0.95, by_batch=True)}
 
@@ -44,8 +82,8 @@ class DropConnect(Spec):
 class Activity(Aside, Coefficient):
     """Base of penalties λ · measure(h) on what the matched modules put out, the outermost of the matches.
 
-    A subclass has `numbers`, one coefficient, and a static function measure(h) → (batch,), of h (batch, ...); in the
-    response step h is the linearised output of the module, h + dh. Raises TypeError without a pattern.
+    A subclass has `numbers`, one coefficient, and a function measure(h) → (batch,), of h (batch, ...) or with the batch
+    along `examples`; in the response step h is the linearised output of the module, h + dh. Raises TypeError without a pattern.
     """
 
     measure: ClassVar[Callable[..., Tensor]]
@@ -68,6 +106,24 @@ class ActivationDecay(Activity):
     @staticmethod
     def measure(h: Tensor) -> Tensor:
         return h.square().flatten(1).mean(1)
+
+
+class TemporalDecay(Activity):
+    """Coefficient of the mean square of the change of a module's output from one time to the next, on a log scale (Merity et
+    al. 2017, arXiv 1708.01009); 0 for a single time. axis: that of time; 1 for outputs (batch, time, ...), 0 for
+    (time, batch, ...). Raises ValueError for one counted from the end."""
+
+    numbers: Mapping[str, Number] = {"temporal_decay": Number(1e-3, 1e-6, 10, log=True)}
+
+    def __init__(self, *where: str, axis: int = 1, **choices: Any) -> None:
+        if axis < 0:
+            raise ValueError(f"hp.TemporalDecay: axis={axis} must be counted from the front, 0 or more")
+        self.axis, self.examples = axis, int(axis == 0)
+        super().__init__(*where, **choices)
+
+    def measure(self, h: Tensor) -> Tensor:
+        change = h.diff(dim=self.axis).movedim(int(self.axis == 0), 0).flatten(1)
+        return change.square().sum(1) / max(1, change.shape[1])
 
 
 class JacobianNorm(Coefficient):

@@ -45,10 +45,14 @@ class Spec:
     of the numbers' own, for all of them or by name, {"hue": 0.1}. shared: one λ for all matches in place of one each. perturb:
     "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by name too.
 
+    A subclass has `numbers` and `examples`, the dimension of a value along which it expects the examples where strengths
+    differ between them; None: any, as it is told.
+
     Raises ValueError for a name that is none of its numbers, where a number's range is impossible, for another `perturb`.
     """
 
     numbers: Mapping[str, Number] = {}
+    examples: int | None = 0
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | Mapping[str, str] | None = None) -> None:  # fmt: skip
@@ -115,14 +119,15 @@ class Spec:
             result.append(Quantity(name, **vars(number)))
         return result
 
-    def match(self, names: Iterable[str]) -> list[str]:
-        """The names that a pattern matches, in the order given. Raises ValueError for a pattern that matches none."""
+    def match(self, names: Iterable[str], what: str = "") -> list[str]:
+        """The names that a pattern matches, in the order given. Raises ValueError for a pattern that matches none; what:
+        they are, for the message."""
         names = list(names)
         for pattern in self.where:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 raise ValueError(
-                    f"{self!r}: the pattern {pattern!r} matches nothing it could tune; nearest module names: "
+                    f"{self!r}: the pattern {pattern!r} matches nothing it could tune{what}; nearest module names: "
                     + ", ".join(map(repr, close))
                 )
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.where)]
@@ -136,6 +141,7 @@ class Dropout(Spec):
     """
 
     numbers: Mapping[str, Number] = {"dropout": Number(0.05, 0.0, 0.95)}
+    examples = None
 
     def check(self) -> None:
         (number,) = self.numbers.values()
@@ -157,7 +163,8 @@ class Coefficient(Spec):
 class WeightDecay(Coefficient):
     """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale; of λ ‖w‖₁ with norm=1.
 
-    Applies to the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern.
+    Applies to the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern. A
+    pattern may also match a weight by its full name, where the layer that owns it is not matched.
     The penalty enters the training objectives in closed form on the structured response.
     """
 

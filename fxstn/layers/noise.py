@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -54,7 +54,11 @@ def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: Place = 
     if not x.is_floating_point():
         return 1
     leading = x.dim() if not spatial else max(1, min(2, x.dim() - spatial))  # (channels, ...) is an unbatched value
-    shape = x.shape[:leading] + (1,) * (x.dim() - leading)
+    return _inverted(x, x.shape[:leading] + (1,) * (x.dim() - leading), p, place)
+
+
+def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, place: Place) -> Tensor:
+    """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
     noise = torch.rand(shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if isinstance(p, Tensor):
         p = _by_example(p.to(noise.dtype), x, place)
@@ -67,6 +71,36 @@ def _by_example(p: Tensor, x: Tensor, place: Place) -> Tensor:
     if not p.dim():
         return p
     return along_examples(p, x, place).view([-1 if i == place[0] else 1 for i in range(x.dim())])
+
+
+def locked_mask(x: Tensor, p: Tensor | float, axis: int, place: Place = FIRST) -> Tensor | int:
+    """Multiplier of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287): x's shape, but 1 along `axis`, time.
+
+    x, p, place, what is returned: as in `dropout_mask`. Raises ValueError where x has no such axis, or its examples there.
+    """
+    if not x.is_floating_point():
+        return 1
+    time = axis % x.dim() if -x.dim() <= axis < x.dim() else None
+    located = place != FIRST or (isinstance(p, Tensor) and p.dim() > 0)
+    if time is None or (located and time == place[0]):
+        raise ValueError(
+            f"hp.LockedDropout: axis={axis} cannot be that of time in a value of shape {tuple(x.shape)}"
+            + (f", whose examples are along dimension {place[0]}" if located else "")
+            + "; pass axis=1 for (batch, time, ...), axis=0 for (time, batch, ...)"
+        )
+    return _inverted(x, [1 if i == time else size for i, size in enumerate(x.shape)], p, place)
+
+
+def word_mask(index: Tensor, table: Tensor, p: Tensor | float, place: Place = FIRST) -> Tensor:
+    """Multiplier of a lookup whose words, rows of the table, are dropped wherever they occur (Gal & Ghahramani 2016):
+    (*index.shape, 1), 1[u_index ≥ p]/(1 − p), with one u per row for the whole batch.
+
+    index: whole numbers. table: (words, features). p: in [0, 1), as in `dropout_mask`, rates per example at `place` in index.
+    """
+    noise = torch.rand(len(table), device=index.device, dtype=torch.promote_types(table.dtype, torch.float32))
+    if isinstance(p, Tensor):
+        p = _by_example(p.to(noise.dtype), index, place)
+    return ((noise[index] >= p) / (1 - p)).to(table.dtype).unsqueeze(-1)
 
 
 @draw

@@ -137,8 +137,8 @@ def steps(
 
 @staged
 def entering(by_input: Tensor, by_hidden: Tensor, dx: Tensor | None, dv: Tensor | None) -> Tensor:
-    """What changes dx and dv (time, batch, gates · n) of the two products give to each gate, (time, batch, gates, n); either may
-    be None."""
+    """What changes dx and dv (time, batch, gates · n) of the two products give to each gate, (time, batch, gates, n); either
+    may be None."""
     terms = [gain * d.view_as(gain) for gain, d in ((by_input, dx), (by_hidden, dv)) if d is not None]
     return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else torch.zeros_like(by_input)
 
@@ -195,14 +195,15 @@ def recurrence_tangent(
     mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, did: Steps,
     weight_hh: Tensor, weight_hr: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Tangents of the results of `recurrent_layer`, from those of what enters the gates and of the state before (None: zero)."""
+    """Tangents of the results of `recurrent_layer`, from those of what enters the gates and of the state before (None:
+    zero)."""
     lstm = mode == "lstm"
     dh = torch.zeros_like(did.previous[0]) if dh is None else dh.to(entering.dtype)
     state = dh if not lstm else entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
     coefficients = (did.by_hidden, did.carry, did.output)
     weights = [w if w is None else w.to(entering.dtype) for w in (weight_hh, weight_hr)]
     constant = not any(value is not None and value.requires_grad for value in (*coefficients, *weights))
-    run = _Recurrence.apply if constant else recurrence
+    run: Any = _Recurrence.apply if constant else recurrence
     dy, last = run(entering, dh, state, projected, *coefficients, *weights)
     return (dy, dy[-1], last) if lstm else (dy, dy[-1])
 
@@ -211,11 +212,11 @@ def recurrence_tangent(
 def perturbed_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple
 ) -> tuple[Tensor, ...]:
-    """`recurrent_layer` with weights moved by a finite step. weights: its last five. changes: for each None, or (scale, response,
-    left, right): by one row of scales for the whole batch, or one per example, left · batch · right (`Examples`) in dimension 1."""
+    """`recurrent_layer` with weights moved by a finite step. weights: its last five. changes: for each None, or (scale,
+    response, left, right): one row of scales for the whole batch, or one per example, left · batch · right in dimension 1."""
     if all(change is None or change[0].dim() == 1 for change in changes):
         pairs = zip(weights, changes, strict=True)
-        moved = [w if change is None else w + materialised(*change[:2], 0) for w, change in pairs]
+        moved = [w if change is None else w + materialised(change[0], change[1], 0) for w, change in pairs]
         return recurrent_layer(mode, x, h, c, *moved)
     weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = weights
     on_input, on_shift, on_hidden, on_bias, on_projection = changes

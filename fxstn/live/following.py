@@ -287,8 +287,9 @@ class Following(TorchFunctionMode):
             names = ("query", "key", "value", "attn_mask", "dropout_p")
             given = dict(zip(names, call.args, strict=False)) | call.kwargs
             return attention_with_dropout if given.get("dropout_p") else None
-        if call.spelled is not None and call.function in DECOMPOSITIONS:
-            return lambda *_, **__: DECOMPOSITIONS[call.function](*call.spelled.args, **call.spelled.kwargs)
+        spelled = call.spelled
+        if spelled is not None and spelled.function in DECOMPOSITIONS:
+            return lambda *_, **__: DECOMPOSITIONS[spelled.function](*spelled.args, **spelled.kwargs)
         if isinstance(call.original, types.FunctionType) and call.function not in RULES:
             return opened(call.original)
         return None

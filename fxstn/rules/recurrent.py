@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import operator
 from types import SimpleNamespace
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from fxstn.layers.recurrent import (
-    Steps,
     entering,
     from_time_major,
     joined_states,
@@ -29,6 +28,10 @@ WEIGHT = Reads("weight", (0,))
 
 linear(time_major, from_time_major, state_of, joined_states)
 zero(zero_state)
+
+
+def _given(tangent: Any) -> Any:
+    return None if tangent is ZERO else tangent
 
 
 def _change(tangent):
@@ -62,7 +65,7 @@ def _through(d_weight, product, value, weight):
 def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None):
     of_input = SimpleNamespace(input=d.x, weight=d.weight_ih, bias=d.bias_ih)
     products, dx = linear_layer(of_input, x, weight_ih, bias_ih)
-    did = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)
+    did: Any = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)
     results, previous, hidden, full, by_input, by_hidden = (operator.getitem(did, i) for i in range(6))
     dv = _through(d.weight_hh, hidden, previous, weight_hh)
     if isinstance(d.bias_hh, Scaled):
@@ -71,7 +74,7 @@ def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_h
         dv = d.bias_hh.expand_as(hidden) if dv is ZERO else dv + d.bias_hh
     y = operator.getitem(results, 0)
     projected = ZERO if weight_hr is None else _through(d.weight_hr, y, full, weight_hr)
-    dx, dv, dh, dc, projected = (None if t is ZERO else t for t in (dx, dv, d.h, d.c, projected))
-    gates = entering(by_input, by_hidden, dx, dv)
+    gates = entering(by_input, by_hidden, _given(dx), _given(dv))  # type: ignore[arg-type]
+    dh, dc, projected = map(_given, (d.h, d.c, projected))
     tangent = recurrence_tangent(mode, gates, dh, dc, projected, did, weight_hh, weight_hr)
     return results, tuple(operator.getitem(tangent, i) for i in range(3 if mode == "lstm" else 2))
