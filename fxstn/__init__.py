@@ -4,6 +4,7 @@ from fxstn import hp
 from fxstn.bilevel import (
     PAPER,
     BilevelRunner,
+    Carried,
     DivergedError,
     History,
     accuracy,
@@ -24,6 +25,7 @@ from fxstn.verify import Report, verify
 __all__ = [
     "PAPER",
     "BilevelRunner",
+    "Carried",
     "DivergedError",
     "Explanation",
     "History",

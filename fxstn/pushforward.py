@@ -92,7 +92,8 @@ class _Pushforward:
             dy.node._rename(f"d_{node.name}")
         if derived and dy is not ZERO:
             dy = self._structured(node, dy)
-            if self.fold and kind != "linear":
+            one = sum(not all_zero((tangent,)) for tangent in tangents) == 1
+            if self.fold and kind != "linear" and not (kind == "bilinear" and one):
                 self.problems.append(_no_rule(node, "on a weight that moves by a finite step: only method 'delta' can"))
         if self.fold and isinstance(dy, fx.Proxy):
             y, dy = y + dy, ZERO

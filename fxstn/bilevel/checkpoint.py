@@ -60,6 +60,7 @@ class Cycle:
         self._batches: Iterator[Any] | None = None
         self._start: dict[str, Any] = {}
         self._taken = 0
+        self.restarted = False  # with the batch that came last
 
     def _restart(self) -> None:
         self._start = {"random": random_state(), "loader": loader_state(self.loader)}
@@ -72,6 +73,7 @@ class Cycle:
         for _ in range(2):
             assert self._batches is not None
             for batch in self._batches:
+                self.restarted = not self._taken
                 self._taken += 1
                 return batch
             self._restart()

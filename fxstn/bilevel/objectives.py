@@ -16,7 +16,8 @@ from fxstn.network import SelfTuningNetwork, batch_size, held
 LossFunction = Callable[..., Tensor]
 
 
-def _as_tuple(inputs: Any) -> tuple:
+def as_tuple(inputs: Any) -> tuple:
+    """Inputs as a tuple of them."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
@@ -105,7 +106,7 @@ def _perturbed_loss(
 
 def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
     """The inputs as a tuple; where the Jacobian is penalised, so that derivatives with respect to them are recorded."""
-    inputs = _as_tuple(inputs)
+    inputs = as_tuple(inputs)
     if not stn.terms.jacobian:
         return inputs
     return tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
@@ -149,7 +150,7 @@ def hyper_loss(
     that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
     gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
     """
-    inputs = _as_tuple(inputs)
+    inputs = as_tuple(inputs)
     examples = batch_size(inputs)
     unconstrained = stn.hparams.unconstrained
     delta = unconstrained - unconstrained.detach()
@@ -162,7 +163,7 @@ def hyper_loss(
 
 def validation_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> tuple[Tensor, Any]:
     """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
-    inputs = _as_tuple(inputs)
+    inputs = as_tuple(inputs)
     was_training = stn.training
     stn.eval()
     try:

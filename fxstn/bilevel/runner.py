@@ -26,9 +26,10 @@ from fxstn.bilevel.checkpoint import (
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.objectives import LossFunction, general_loss, hyper_loss, response_loss, validation_loss
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
+from fxstn.bilevel.sequences import Carried
 from fxstn.network import SelfTuningNetwork, batch_size
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 PAPER: dict[str, Any] = {
@@ -44,6 +45,11 @@ class DivergedError(RuntimeError):
 def accuracy(output: Tensor, target: Tensor) -> float:
     """Share of examples whose largest logit is the target class; in [0, 1]. output: (batch, classes), target: (batch,)."""
     return (output.argmax(-1) == target).float().mean().item()
+
+
+def _count(inputs: Any, target: Any) -> int:
+    """What a mean loss is the mean over: examples, or the times of all of them."""
+    return target.numel() if isinstance(target, Tensor) and target.dim() else batch_size(inputs)
 
 
 def _length(loader: Any) -> int | None:
@@ -77,7 +83,14 @@ class BilevelRunner:
     the losses' forward; parameters stay as they are. memory_format: of weights and 4-d (5-d) inputs, such as
     torch.channels_last.
     perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
-    metrics: {name: f(output, target) → number}, averaged over the validation set. patience: stop after that many epochs
+    schedulers: {name of an optimizer argument: factory}, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30), say;
+    stepped after each epoch, ReduceLROnPlateau with the validation loss. clip_norm: largest norm of a step's gradient of w₀, and
+    of Θ; None: no bound.
+    initial_state: of a network that carries a state, forward(*inputs, *state) → (output, state), from one window of its
+    sequences to the next: initial_state(batch) → the first (`fxstn.Carried`). train_loader then yields windows in order, all with
+    as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
+    metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
+    columns of the history, from those it has; shown in the progress bar. patience: stop after that many epochs
     without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
     there resumes. progress: None shows a bar on a terminal only.
 
@@ -108,7 +121,11 @@ class BilevelRunner:
         hyper_fraction: float = 1.0,
         inner_correction: float = 1.0,
         perturb: str | None = None,
+        schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] | None = None,
+        clip_norm: float | None = None,
+        initial_state: Callable[[int], tuple[Tensor, ...]] | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
+        columns: dict[str, Callable[[dict[str, Any]], float]] | None = None,
         patience: int | None = None,
         device: torch.device | str | None = None,
         out_dir: str | Path | None = None,
@@ -133,6 +150,7 @@ class BilevelRunner:
             "inner_correction": inner_correction,
         }
         wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
+        wrong += [f"clip_norm={clip_norm} must be positive"] if clip_norm is not None and not clip_norm > 0 else []
         if wrong:
             raise ValueError("; ".join(wrong))
         self.device = torch.device(device) if device is not None else next(stn.parameters()).device
@@ -142,14 +160,16 @@ class BilevelRunner:
             self.stn.to(memory_format=memory_format)  # type: ignore[call-overload]
         if compile:
             self.stn.compile(**(compile if isinstance(compile, dict) else {}))
-        self.loss_fn, self.valid_loss_fn = loss_fn, valid_loss_fn or loss_fn
+        self.valid_loss_fn, self.initial_state = valid_loss_fn or loss_fn, initial_state
+        self._training = Carried(loss_fn, initial_state)
+        self._validating = Carried(self.valid_loss_fn, initial_state)
         self.train_loader, self.valid_loader = train_loader, valid_loader
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.entropy_weight, self.perturb = entropy_weight, perturb
         self.response_fraction, self.response_every = response_fraction, response_every
         self.response_widening, self.hyper_fraction = response_widening, hyper_fraction
         self.inner_correction = inner_correction
-        self.metrics, self.patience, self.progress = metrics or {}, patience, progress
+        self.metrics, self.columns, self.patience, self.progress = metrics or {}, columns or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
         general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
         self.optimizers = {
@@ -166,6 +186,10 @@ class BilevelRunner:
             self.optimizers["scale_optimizer"] = made(
                 scale_optimizer, _rmsprop, [stn.hparams.raw_scale], "scale_optimizer"
             )
+        if unknown := sorted(set(schedulers or {}) - set(self.optimizers)):
+            raise ValueError(f"schedulers names {unknown[0]!r}; this run has {', '.join(self.optimizers)}")
+        self.schedulers = {name: make(self.optimizers[name]) for name, make in (schedulers or {}).items()}
+        self.clip_norm = clip_norm
         for name in ("optimizer", "response_optimizer"):
             if stn.terms.penalties and any(group.get("weight_decay") for group in self.optimizers[name].param_groups):
                 warnings.warn(
@@ -191,7 +215,12 @@ class BilevelRunner:
             while len(self.history) < epochs and not self._out_of_patience():
                 self._epoch(bar)
                 row = self.history.rows[-1]
-                bar.set_postfix(train=f"{row['train_loss']:.4f}", valid=f"{row['valid_loss']:.4f}", refresh=False)
+                shown = {
+                    "train": row["train_loss"],
+                    "valid": row["valid_loss"],
+                    **{name: row[name] for name in self.columns},
+                }
+                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
                 bar.update()
         return self.history
 
@@ -206,6 +235,7 @@ class BilevelRunner:
         totals: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         steps = 0
+        self._training.reset()
         for batch in self.train_loader:
             for name, loss in self._inner_step(self._placed(batch)).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
@@ -228,7 +258,11 @@ class BilevelRunner:
         self._check_finite({"valid_loss": torch.tensor(row["valid_loss"])}, number, steps)
         scales = self.stn.hparams.scale.tolist()
         row |= self.stn.hparams.values() | {SCALE + n: s for n, s in zip(self.stn.hparams.names, scales, strict=True)}
+        row |= {name: float(column(row)) for name, column in self.columns.items()}
         row["seconds"] = round(time.perf_counter() - start, 3)
+        for scheduler in self.schedulers.values():
+            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([row["valid_loss"]] if plateau else []))
         self.history.rows.append(row)
         if self.best is None or row["valid_loss"] < self.best["valid_loss"]:
             state = {name: value.clone() for name, value in self.stn.export().state_dict().items()}
@@ -241,33 +275,38 @@ class BilevelRunner:
 
     def _inner_step(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
         """One step of w₀ and, when it is due, one of Θ on a training batch; of both at once for method "stn"."""
-        if self.stn.method == "stn":
-            with self._precision():
-                loss = general_loss(self.stn, self.loss_fn, *batch, perturb=self.perturb)
-            loss.backward()
-            return {"train_loss": self._stepped(loss, "optimizer", "response_optimizer")}
+        carried = self._training
+        batch = (carried.inputs(batch[0]), batch[1])
+        perturb = self.perturb if self.stn.method == "stn" else None
         with self._precision():
-            loss = general_loss(self.stn, self.loss_fn, *batch)
+            loss = general_loss(self.stn, carried.loss, *batch, perturb=perturb)
         loss.backward()
+        carried.advance()
+        if self.stn.method == "stn":
+            return {"train_loss": self._stepped(loss, "optimizer", "response_optimizer")}
         if self.inner_correction and len(self.history) >= self.warmup_epochs:
             self._inner.append(self.stn.hypergradient())
         losses = {"train_loss": self._stepped(loss, "optimizer")}
         if (self.steps + 1) % self.response_every == 0:
             with self._precision():
-                loss = response_loss(self.stn, self.loss_fn, *part(batch, self.response_fraction),
+                loss = response_loss(self.stn, carried.loss, *part(batch, self.response_fraction),
                                      perturb=self.perturb, widening=self.response_widening)  # fmt: skip
             loss.backward()
             losses["response_loss"] = self._stepped(loss, "response_optimizer")
         return losses
 
     def _hyper_step(self, epoch: int, step: int) -> None:
-        batch = self._placed(self._validation.next())
+        batch, carried = self._placed(self._validation.next()), self._validating
         if batch_size(batch[0]) == 1:  # a rest of the set that has no batch statistics
             batch = self._placed(self._validation.next())
-        batch = part(batch, self.hyper_fraction)
+        if self._validation.restarted:
+            carried.reset()
+        inputs, target = part(batch, self.hyper_fraction)
         with self._precision():
             perturb = self.perturb if "scale_optimizer" in self.optimizers else "none"
-            loss = hyper_loss(self.stn, self.valid_loss_fn, *batch, entropy_weight=self.entropy_weight, perturb=perturb)
+            loss = hyper_loss(self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight,
+                              perturb=perturb)  # fmt: skip
+        carried.advance()
         self._check_finite({"hyper_loss": loss.detach()}, epoch, step)
         loss.backward()
         if self._inner:
@@ -284,6 +323,9 @@ class BilevelRunner:
 
     def _stepped(self, loss: Tensor, *names: str) -> Tensor:
         for name in names:  # gradients are freed at once: w₀'s and Θ's never take memory together
+            if self.clip_norm is not None and name in ("optimizer", "response_optimizer"):
+                groups = self.optimizers[name].param_groups
+                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.clip_norm)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return loss.detach()
@@ -306,12 +348,13 @@ class BilevelRunner:
     def evaluate(self, loader: Any = None) -> dict[str, float]:
         """{'valid_loss', a key per metric} of the current network in eval mode; loader: default the validation set."""
         totals: dict[str, float] = {}
-        examples = 0
+        examples, carried = 0, Carried(self.valid_loss_fn, self.initial_state)
         for batch in loader if loader is not None else self.valid_loader:
             inputs, target = self._placed(batch)
             with self._precision():
-                loss, output = validation_loss(self.stn, self.valid_loss_fn, inputs, target)
-            count = batch_size(inputs)
+                loss, result = validation_loss(self.stn, carried.loss, carried.inputs(inputs), target)
+            carried.advance()
+            output, count = carried.output(result), _count(inputs, target)
             values = {"valid_loss": loss.item()} | {name: float(f(output, target)) for name, f in self.metrics.items()}
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value * count
@@ -339,6 +382,8 @@ class BilevelRunner:
                 "inner": self._inner,
                 "stn": self.stn.state_dict(),
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+                "state": self._validating.state,
                 "random": random_state(),
                 "train_loader": loader_state(self.train_loader),
                 "valid_loader": loader_state(self.valid_loader),
@@ -373,6 +418,10 @@ class BilevelRunner:
         self.steps, self._inner = state["steps"], state["inner"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        for name, scheduler in self.schedulers.items():
+            if name in state["schedulers"]:
+                scheduler.load_state_dict(state["schedulers"][name])
+        self._validating.state = state["state"]
         self.history.rows, self.best = state["history"], state["best"]
         self._validation.load_state_dict(state["validation"])
         set_loader_state(self.train_loader, state["train_loader"])

@@ -1,0 +1,89 @@
+"""Word-level text: corpora by path or embedded, and windows of running text for truncated back-propagation."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+END, UNKNOWN = "<eos>", "<unk>"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three texts as word numbers, (words,) each, and the words they stand for, those of the training text and <unk>."""
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    words: tuple[str, ...]
+
+
+def load(*paths: str | Path, most: int | None = None) -> Corpus:
+    """Plain text: words between white space, and <eos> at each end of a line. Words that the training text lacks are <unk>.
+
+    paths: training, validation and test file; or one file, whose first 80 % are trained on and whose last 10 % test; or none,
+    for the reference texts of Python that come with it (`pydoc_data.topics`, PSF licence), in lower case, a mark a word. most:
+    how many words of the training text to take, from its start. Raises ValueError for another number of files, or no text.
+    """
+    if len(paths) == 3:
+        texts = [_words(Path(path).read_text()) for path in paths]
+    elif len(paths) <= 1:
+        words = _words(Path(paths[0]).read_text()) if paths else _reference()
+        ends = [int(share * len(words)) for share in (0, 0.8, 0.9, 1)]
+        texts = [words[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    else:
+        raise ValueError(f"give one file, or a training, a validation and a test file; got {len(paths)}")
+    texts[0] = texts[0][:most]
+    for text, path in zip(texts, paths if len(paths) == 3 else [*paths, "the text"] * 3, strict=False):
+        if len(text) < 2:
+            raise ValueError(f"{path} has {len(text)} words, too few for a training, a validation and a test text")
+    counts = Counter(texts[0])
+    known = sorted(counts, key=lambda word: (-counts[word], word))
+    known += [UNKNOWN] if UNKNOWN not in counts else []
+    number = {word: i for i, word in enumerate(known)}
+    parts = [torch.tensor([number.get(word, number[UNKNOWN]) for word in text]) for text in texts]
+    return Corpus(*parts, tuple(known))
+
+
+def _words(text: str) -> list[str]:
+    return [word for line in text.splitlines() for word in (*line.split(), END)]
+
+
+def _reference() -> list[str]:
+    from pydoc_data.topics import topics
+
+    lines = "\n".join(topics[name] for name in sorted(topics)).lower().splitlines()
+    return [word for line in lines if line.strip() for word in (*re.findall(r"\w+|[^\w\s]", line), END)]
+
+
+class Windows:
+    """Running text as rows that are read side by side: batches (words, next words), (rows, length) each, in order, the last one
+    shorter; row i of a batch goes on where row i of the one before ended. What does not fill all rows is left out.
+
+    Raises ValueError where the text is too short for one word a row and the next.
+    """
+
+    def __init__(self, text: Tensor, rows: int, length: int) -> None:
+        columns = (len(text) - 1) // rows if rows > 0 else 0
+        if columns < 1 or length < 1:
+            raise ValueError(f"a text of {len(text)} words gives no windows of {rows} rows and length {length}")
+        self.words, self.next = (text[i : i + rows * columns].view(rows, columns) for i in (0, 1))
+        self.length = length
+
+    def __len__(self) -> int:
+        return -(-self.words.shape[1] // self.length)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, self.words.shape[1], self.length):
+            yield tuple(part[:, start : start + self.length] for part in (self.words, self.next))  # type: ignore[misc]
+
+
+def decoded(numbers: Sequence[int], words: Sequence[str]) -> str:
+    """The text that word numbers stand for, a line for each <eos>."""
+    return " ".join(words[i] for i in numbers).replace(f" {END} ", "\n").replace(END, "\n")
