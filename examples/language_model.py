@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace) -> tuple[fxstn.BilevelRunner, text.Windows
     settings = dict(fxstn.PAPER, response_optimizer=slow) if args.method in ("delta", "centered", "stn") else {}
     settings |= {"warmup_epochs": args.epochs, "response_every": 10**9} if args.method == "untuned" else {}
     runner = fxstn.BilevelRunner(
-        stn, cross_entropy, text.Windows(corpus.train, args.batch, args.length), text.Windows(corpus.valid, args.batch, args.length),
+        stn, cross_entropy, *(text.Windows(part, args.batch, args.length) for part in (corpus.train, corpus.valid)),
         initial_state=model.initial_state, optimizer=sgd, schedulers={"optimizer": plateau}, clip_norm=0.25,
         columns={"perplexity": perplexity}, device=args.device, out_dir=args.out, **settings,
     )  # fmt: skip

@@ -1,16 +1,19 @@
-"""Pass 6, simplify: drop what nobody reads and what is computed twice, but never merge two random draws."""
+"""Pass 6, simplify: drop what nobody reads and what is computed twice, but never merge two random draws; join products."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxstn.canonicalize import drop_handed_through
 from fxstn.graphs import assemble
 from fxstn.layers.inputs import REQUIREMENTS
 from fxstn.layers.noise import draws, track_batch
+from fxstn.layers.response import add_bias
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
            "attention", "stochastic", "uniform", "exponential")  # fmt: skip
@@ -52,8 +55,38 @@ def _key(node: fx.Node) -> Any:
     return key
 
 
+def _product(value: Any, weight: fx.Node) -> fx.Node | None:
+    """The product W a in a sum with other terms, where all of it is read in one place only."""
+    if not isinstance(value, fx.Node) or len(value.users) != 1 or value.kwargs:
+        return None
+    if value.target is F.linear:
+        return value if value.args[1] is weight and not any(value.args[2:]) else None
+    terms = value.args[:1] if value.target is add_bias else value.args if value.target is operator.add else ()
+    return next((found for term in terms if (found := _product(term, weight))), None)
+
+
+def _join_products(node: fx.Node) -> None:
+    """(W a + b) + (W c + d) → W (a + c) + b + d, where nobody else reads the products: one large product in place of two. It is
+    so in the linearised output y + dy of a last layer, and in the tangent of a weight tied to an embedding."""
+    if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:
+        return
+    first, rest = node.args
+    if not isinstance(first, fx.Node) or first.target is not F.linear or len(first.users) != 1 or first.kwargs:
+        return
+    second = _product(rest, first.args[1])  # type: ignore[arg-type]
+    if second is None or not first < second or first is second:
+        return
+    with node.graph.inserting_before(second):
+        joined = node.graph.call_function(operator.add, (first.args[0], second.args[0]))
+    second.args = (joined, *first.args[1:])
+    node.replace_all_uses_with(rest)  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+    node.graph.erase_node(first)
+
+
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
-    """Common subexpressions and dead values removed; an update of running statistics is never dead. Generates the code."""
+    """Common subexpressions and dead values removed, products joined; an update of running statistics is never dead. Generates
+    the code."""
     module = drop_handed_through(module)
     seen: dict[Any, fx.Node] = {}
     for node in list(module.graph.nodes):
@@ -66,6 +99,9 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(_has_effect)
+    for node in list(module.graph.nodes):
+        _join_products(node)
     module.graph.eliminate_dead_code(_has_effect)
     module.graph.lint()
     return assemble(module, module.graph, "Graph", fx.GraphModule)

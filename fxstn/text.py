@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
     elif len(paths) <= 1:
         words = _words(Path(paths[0]).read_text()) if paths else _reference()
         ends = [int(share * len(words)) for share in (0, 0.8, 0.9, 1)]
-        texts = [words[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        texts = [words[a:b] for a, b in itertools.pairwise(ends)]
     else:
         raise ValueError(f"give one file, or a training, a validation and a test file; got {len(paths)}")
     texts[0] = texts[0][:most]
@@ -47,8 +48,8 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
     known = sorted(counts, key=lambda word: (-counts[word], word))
     known += [UNKNOWN] if UNKNOWN not in counts else []
     number = {word: i for i, word in enumerate(known)}
-    parts = [torch.tensor([number.get(word, number[UNKNOWN]) for word in text]) for text in texts]
-    return Corpus(*parts, tuple(known))
+    train, valid, test = (torch.tensor([number.get(word, number[UNKNOWN]) for word in text]) for text in texts)
+    return Corpus(train, valid, test, tuple(known))
 
 
 def _words(text: str) -> list[str]:

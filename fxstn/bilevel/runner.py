@@ -83,12 +83,12 @@ class BilevelRunner:
     the losses' forward; parameters stay as they are. memory_format: of weights and 4-d (5-d) inputs, such as
     torch.channels_last.
     perturb: "example" (one ε per example, the paper), "batch", or None: per example where the network allows.
-    schedulers: {name of an optimizer argument: factory}, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30), say;
-    stepped after each epoch, ReduceLROnPlateau with the validation loss. clip_norm: largest norm of a step's gradient of w₀, and
-    of Θ; None: no bound.
+    schedulers: {name of an optimizer argument: factory}, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    say; stepped after each epoch, ReduceLROnPlateau with the validation loss. clip_norm: largest norm of a step's gradient of
+    w₀, and of Θ; None: no bound.
     initial_state: of a network that carries a state, forward(*inputs, *state) → (output, state), from one window of its
-    sequences to the next: initial_state(batch) → the first (`fxstn.Carried`). train_loader then yields windows in order, all with
-    as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
+    sequences to the next: initial_state(batch) → the first (`fxstn.Carried`). train_loader then yields windows in order, all
+    with as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
     columns of the history, from those it has; shown in the progress bar. patience: stop after that many epochs
     without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt

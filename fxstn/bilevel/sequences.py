@@ -56,11 +56,11 @@ class Carried:
         self._after = tuple(tree_map_only(Tensor, Tensor.detach, tree_leaves(state)))
         return output
 
-    def inputs(self, inputs: Any) -> tuple[Any, ...]:
-        """The inputs of a window and the state before it. Raises ValueError where that has another number of rows."""
-        inputs = as_tuple(inputs)
+    def inputs(self, inputs: Any) -> Any:
+        """The inputs of a window and the state before it, a tuple. Raises ValueError where that has another number of rows."""
         if self.initial is None:
             return inputs
+        inputs = as_tuple(inputs)
         rows = batch_size(inputs)
         if self.state is None:
             device = next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -250,14 +250,15 @@ def perturbed_layer(
 
 @staged
 def time_major(x: Tensor, batch_first: bool) -> Tensor:
-    """x (time, batch, n), of nn.RNN's input: (batch, time, n) where batch_first, (time, n) without examples."""
-    return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if batch_first else x
+    """x (time, batch, n), of nn.RNN's input: (batch, time, n) where batch_first, (time, n) without examples. Contiguous: else
+    torch multiplies it with a weight one step at a time (3 times slower)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1).contiguous() if batch_first else x
 
 
 @staged
 def from_time_major(y: Tensor, rank: int, batch_first: bool) -> Tensor:
     """The inverse of `time_major`; rank: of nn.RNN's input."""
-    return y.squeeze(1) if rank == 2 else y.transpose(0, 1) if batch_first else y
+    return y.squeeze(1) if rank == 2 else y.transpose(0, 1).contiguous() if batch_first else y
 
 
 @staged
