@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +83,3 @@ class Windows:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, self.words.shape[1], self.length):
             yield tuple(part[:, start : start + self.length] for part in (self.words, self.next))  # type: ignore[misc]
-
-
-def decoded(numbers: Sequence[int], words: Sequence[str]) -> str:
-    """The text that word numbers stand for, a line for each <eos>."""
-    return " ".join(words[i] for i in numbers).replace(f" {END} ", "\n").replace(END, "\n")
