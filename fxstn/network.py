@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxstn.errors import Problem
+from fxstn.graphs import with_breaks
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import Terms
 from fxstn.layers.penalty import penalty, penalty_perturbed
@@ -123,7 +124,8 @@ class SelfTuningNetwork(nn.Module):
         return self._per_example
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on.
+        """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on; between its recurrent layers,
+        which run as they are, where it has any.
 
         A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
         in eval mode are not touched. Raises ValueError for a network on rung "live", which has no graph to compile, and with
@@ -139,7 +141,9 @@ class SelfTuningNetwork(nn.Module):
 
     def _compiled_graph(self, name: str) -> Any:
         if name not in self._compiled:
-            self._compiled[name] = torch.compile(self.graph(name), **self._compile_options)  # type: ignore[arg-type]
+            options, broken = self._compile_options or {}, with_breaks(self.graph(name))
+            options = options if broken is None else options | {"fullgraph": False}
+            self._compiled[name] = torch.compile(broken or self.graph(name), **options)  # type: ignore[call-overload]
         return self._compiled[name]
 
     def with_recipe(self, recipe: Any) -> SelfTuningNetwork:

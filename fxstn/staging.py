@@ -45,6 +45,12 @@ def staged(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def eager(function: F) -> F:
+    """Mark a helper that torch.compile should call as it is, because it would unroll a loop: see `fxstn.graphs.with_breaks`."""
+    function.eager = True  # type: ignore[attr-defined]
+    return function
+
+
 def operation(function: F) -> F:
     """A staged function that function modes see as one operation of its own, as they see torch's."""
 

@@ -323,3 +323,22 @@ def test_the_response_step_leaves_weights_alone():
     fxstn.response_loss(stn, loss, inputs, torch.zeros(BATCH, TIME, 2)).backward()
     assert all(parameter.grad is None for parameter in stn.general_parameters())
     assert all(parameter.grad is not None for parameter in stn.response_parameters())
+
+
+def test_a_compiled_recurrent_network_computes_the_same():
+    """Its graphs are compiled around the recurrent layers, which torch.compile would unroll."""
+    torch.set_default_dtype(torch.float32)
+    model, inputs = built({"kind": "lstm", "stateful": True, "num_layers": 2, "batch_first": True})
+    plain = shuffled(fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)], example_inputs=inputs))
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="aot_eager")
+    loss = lambda output, target: F.mse_loss(output[0], target)  # noqa: E731
+    gradients = []
+    for stn in (plain, compiled):
+        for objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+            torch.manual_seed(0)
+            objective(stn, loss, inputs, torch.zeros(BATCH, TIME, 2)).backward()
+        gradients.append([parameter.grad for parameter in stn.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 10
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

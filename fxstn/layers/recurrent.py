@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.layers.response import align, materialised
-from fxstn.staging import operation, staged
+from fxstn.staging import eager, operation, staged
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
+@eager
 @operation
 def recurrent_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
@@ -109,6 +110,7 @@ class _Relu:
 _CELLS: dict[str, Any] = {"lstm": _LSTM, "gru": _GRU, "rnn_tanh": _Tanh, "rnn_relu": _Relu}
 
 
+@eager
 @staged
 def steps(
     mode: str, products: Tensor, h: Tensor, c: Tensor | None, weight_hh: Tensor, bias_hh: Tensor | None,
@@ -190,6 +192,7 @@ def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | Non
     return torch.stack(outputs), dc
 
 
+@eager
 @staged
 def recurrence_tangent(
     mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, did: Steps,
@@ -208,6 +211,7 @@ def recurrence_tangent(
     return (dy, dy[-1], last) if lstm else (dy, dy[-1])
 
 
+@eager
 @staged
 def perturbed_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple
