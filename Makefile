@@ -29,6 +29,7 @@ bench: $(READY)  ## overhead against plain training: resnet18 in three processes
 	$(BIN)/python -m benchmarks.overhead --networks $(SUITE) --processes 1 --rounds 5
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.augment
+	$(BIN)/python -m benchmarks.language
 	$(BIN)/pip install --quiet betty-ml
 	$(BIN)/python -m benchmarks.peer
 
@@ -44,6 +45,8 @@ gpu:  ## on a machine with CUDA and the dependencies installed; nothing is downl
 		--batch-size 128 --image-size 224 --compile $(FAST)
 	PYTHONPATH=. $(PYTHON) -m benchmarks.scaling --device $(DEVICE)
 	PYTHONPATH=. $(PYTHON) -m benchmarks.augment --device $(DEVICE)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.language --device $(DEVICE)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.language --device $(DEVICE) --compile
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

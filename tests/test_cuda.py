@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import SmallConv, randomize_response
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 import fxstn
@@ -26,6 +28,20 @@ def test_tangents_on_cuda_equal_those_on_the_cpu():
     expected = stn.pushforward(x, delta=delta)
     found = stn.cuda().pushforward(x.cuda(), delta=delta.cuda())
     for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_on_cuda_equal_those_on_the_cpu(kind):
+    """cuDNN in training and for the finite steps, the loop over time for the tangent; and no warning about its weights."""
+    model = nn.Sequential(kind(3, 4, 2, batch_first=True, bidirectional=True)).double()
+    stn = fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)], response="structured").train()
+    randomize_response(stn)
+    x, delta = torch.randn(5, 6, 3).double(), torch.randn(5, 1).double()
+    expected = *stn.pushforward(x, delta=delta), stn(x), stn.graph("perturbed")(x, delta=delta)
+    stn, x, delta = stn.cuda(), x.cuda(), delta.cuda()
+    found = *stn.pushforward(x, delta=delta), stn(x), stn.graph("perturbed")(x, delta=delta)
+    for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10)
 
 

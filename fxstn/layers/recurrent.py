@@ -5,6 +5,7 @@ Modes "lstm", "gru", "rnn_tanh", "rnn_relu", with torch's weights and order of g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,12 +30,14 @@ def recurrent_layer(
     the state before; weight_hr: projection of an LSTM (Sak et al. 2014)."""
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
     settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
-    if mode == "lstm":
-        assert c is not None
-        y, h, c = torch.lstm(x, (h[None], c[None]), *settings)
-        return y, h[0], c[0]
-    y, h = _FUSED[mode](x, h[None], *settings)
-    return y, h[0]
+    with warnings.catch_warnings():  # cuDNN copies the weights of one layer into a buffer at each call, which is cheap
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        if mode == "lstm":
+            assert c is not None
+            y, h, c = torch.lstm(x, (h[None], c[None]), *settings)
+            return y, h[0], c[0]
+        y, h = _FUSED[mode](x, h[None], *settings)
+        return y, h[0]
 
 
 class Steps(NamedTuple):
