@@ -15,12 +15,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import hypergradient, tuned, tuning
+from benchmarks import hypergradient, ptb, tuned, tuning
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("overhead", "augmentations", "tuning", "hypergradient")
+DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
@@ -82,6 +82,15 @@ def augment() -> str:
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
+def language() -> str:
+    rows = json.loads((RESULTS / "language-cpu.json").read_text())
+    cells = [(row["variant"], f"{row['step_ms']:.0f}", f"{row['ratio']:.2f}") for row in rows]
+    first = rows[0]
+    sizes = f"2 × {first['width']} units, batch {first['batch']}, windows of {first['length']}, {first['words']} words"
+    what = f"{sizes}, {first['threads']} CPU threads"
+    return tabulate(cells, [what, "ms", "time / plain"], tablefmt="github", disable_numparse=True)
+
+
 def _tuned() -> dict[str, dict[str, Any]]:
     """{task: its results}, of those that are there."""
     return {task: json.loads(tuned.path_of(task).read_text()) for task in tuning.TASKS if tuned.path_of(task).exists()}
@@ -119,9 +128,13 @@ def plot_scaling(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def penn_treebank() -> str:
+    return ptb.table(json.loads(ptb.FILE.read_text()))
+
+
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
-    "tasks": tasks, "hypergradient": hypergradients,
+    "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
 }  # fmt: skip
 
 
@@ -135,6 +148,7 @@ def main() -> None:
         print(f"written to {page}")
     plot_scaling(ROOT / "docs" / "scaling.png")
     tuned.plot(list(_tuned()), ROOT / "docs" / "tuning.png")
+    ptb.draw(json.loads(ptb.FILE.read_text()), ROOT / "docs" / "ptb.png")
     hypergradient.draw(json.loads(hypergradient.RESULTS.read_text()), hypergradient.FIGURE)
 
 

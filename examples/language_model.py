@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fxstn
 from fxstn import hp, text
 
-SMALL = {"width": 200, "words": 100_000, "epochs": 12, "rate": 20.0, "patience": 1, "batch": 20, "length": 35}
+SMALL = {"width": 200, "words": 100_000, "epochs": 20, "rate": 20.0, "patience": 1, "batch": 20, "length": 35}
 
 
 class LanguageModel(nn.Module):

@@ -214,24 +214,25 @@ def _input_places(module: fx.GraphModule) -> list[tuple]:
     return [(node.name, True) for node in placeholders(module.graph) if not node.args]
 
 
+def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
+    """(value, number of a module call, path) for every value that a module call puts out; of a recurrent module, whose state
+    comes out too, the first that is used."""
+    whole: set[int] = set()
+    for node in module.graph.nodes:
+        for call, path, kind in node.meta.get("exits", ()):
+            if not issubclass(kind, STATEFUL):
+                yield node, call, path
+            elif call not in whole and node.users:
+                whole.add(call)
+                yield node, call, path
+
+
 def _exits(module: fx.GraphModule, path: str, spec: Spec) -> list[tuple]:
-    """Places after every call of the module at `path`, of a recurrent one after the first result that is used; for the root,
-    its outputs."""
+    """Places after every call of the module at `path`; for the root, its outputs."""
     if path == "":
         output = next(node for node in module.graph.nodes if node.op == "output")
         return [(node.name, True) for node in output.all_input_nodes]
-    left = [
-        (node, call, kind)
-        for node in module.graph.nodes
-        for call, called, kind in node.meta.get("exits", ())
-        if called == path
-    ]
-    output = {call: node for node, call, _ in reversed(left) if node.users}
-    places = [
-        (node.name, True, call)
-        for node, call, kind in left
-        if not issubclass(kind, STATEFUL) or output.get(call) is node
-    ]
+    places = [(node.name, True, call) for node, call, called in _left(module) if called == path]
     if not places:
         raise ValueError(f"{spec!r}: the module '{path}' is not called when the model trains; name another")
     return places
@@ -256,11 +257,10 @@ def _stages(module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
         return next((path for _, path, _ in node.meta.get("scope", ()) if path in weighted), None)
 
     ends: dict[str, fx.Node] = {}
-    for node in module.graph.nodes:
-        for _, path, _ in node.meta.get("exits", ()):
-            if path in weighted:
-                ends.pop(path, None)
-                ends[path] = node
+    for node, _, path in _left(module):
+        if path in weighted:
+            ends.pop(path, None)
+            ends[path] = node
     for path, node in list(ends.items())[:-1]:
         last = path
         while (follower := _only_follower(node)) is not None and stage_of(follower) is None:

@@ -235,6 +235,26 @@ def test_a_spec_that_names_a_recurrent_module_acts_on_its_output_alone():
         assert (h != 0).all()
 
 
+@pytest.mark.parametrize("rung", ["fx", "export", "live"])
+def test_a_recurrent_stage_ends_with_its_output(rung):
+    """Without specs, dropout is inserted after it, and not after the state that nobody uses."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(INPUTS, WIDTH, batch_first=True), nn.Linear(WIDTH, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    x = torch.randn(BATCH, TIME, INPUTS)
+    stn = fxstn.transform(Net(), example_inputs=x, trace=rung)
+    assert stn.hparams.names == ("input.dropout", "rnn.dropout")
+    condition = torch.zeros(2, requires_grad=True)
+    stn.graph("train")(x, condition=condition).sum().backward()
+    assert (condition.grad != 0).all()  # both rates act
+
+
 def test_of_a_recurrent_module_whose_output_is_not_used_the_state_is_meant():
     class Last(nn.Module):
         def __init__(self):
