@@ -3,9 +3,9 @@
     python -m benchmarks.tuning [--tasks mnist-mlp diabetes-mlp] [--methods ...] [--seeds 3] [--trials 30] [--data-root DIR]
     python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
 
-One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own,
-and four change one of these: "every-step" (a response step at every inner step), "uncorrected" (no inner_correction),
-"constant-rate" (λ by Adam at 6e-2), "unwidened" (no response_widening).
+One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own;
+"uncertain" moves λ by every gradient (certainty 0), and four change one more of these: "every-step" (a response step at every
+inner step), "uncorrected" (no inner_correction), "constant-rate" (λ by Adam at 6e-2), "unwidened" (no response_widening).
 Searches, of `--trials` runs each: "random", "tpe" (Optuna), and both with successive halving, which stops a run that falls
 behind. A task's optimiser of the weights serves all. Writes benchmarks/results/tuning-TASK.json as it goes and goes on where
 it stopped; the report (benchmarks/tuned.py) reads these files alone.
@@ -34,14 +34,17 @@ import fxstn
 from benchmarks.ridge import load_arrays
 from benchmarks.tuned import SEARCHES, STARTS, path_of, report
 from fxstn import data, hp
+from fxstn.bilevel.optimizers import SettlingAdam
 from fxstn.cli import loader
 
 PAPERS = ("delta", "centered", "stn")
+UNCERTAIN: dict[str, Any] = {"hyper_optimizer": partial(SettlingAdam, certainty=0.0)}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "every-step": {"response_every": 1},
-    "uncorrected": {"inner_correction": 0.0},
+    "uncertain": UNCERTAIN,
+    "every-step": UNCERTAIN | {"response_every": 1},
+    "uncorrected": UNCERTAIN | {"inner_correction": 0.0},
     "constant-rate": {"hyper_optimizer": partial(torch.optim.Adam, lr=6e-2)},
-    "unwidened": {"response_widening": 1.0},
+    "unwidened": UNCERTAIN | {"response_widening": 1.0},
 }
 RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength

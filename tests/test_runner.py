@@ -96,7 +96,7 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 def test_warm_up_epochs_leave_lambda_alone():
-    runner = make(warmup_epochs=2)
+    runner = make(warmup_epochs=2, hyper_optimizer=torch.optim.Adam)
     history = runner.fit(3)
     name = runner.stn.hparams.names[0]
     assert history[name][0] == history[name][1] != history[name][2]
@@ -148,6 +148,30 @@ def test_the_rate_of_lambda_falls_with_the_steps_done_and_a_resumed_run_goes_on_
     other = SettlingAdam([weight])
     other.load_state_dict(first.state_dict())
     assert rate_of_step(other, 200, done=76) == pytest.approx(0.2 / 3)
+
+
+def test_lambda_moves_as_adam_does_where_gradients_agree_and_stays_where_they_are_noise():
+    """A sure gradient and noise, 200 steps; without certainty it is Adam."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(200, 6, generator=generator)
+    gradients[:, 0] += 3.0
+    moved = {}
+    for certainty in (0.0, 2.0):
+        x = torch.nn.Parameter(torch.zeros(6))
+        adam = torch.nn.Parameter(torch.zeros(6))
+        optimizer, expected = (
+            SettlingAdam([x], lr=0.1, settle=1e12, certainty=certainty),
+            torch.optim.Adam([adam], lr=0.1),
+        )
+        for gradient in gradients:
+            x.grad, adam.grad = gradient.clone(), gradient.clone()
+            optimizer.step()
+            expected.step()
+        moved[certainty] = x.detach()
+        if not certainty:
+            torch.testing.assert_close(x, adam, rtol=1e-4, atol=1e-5)
+    assert moved[2.0][0] < 0.8 * moved[0.0][0] < 0
+    assert moved[2.0][1:].abs().mean() < 0.35 * moved[0.0][1:].abs().mean()
 
 
 def test_a_fixed_scale_stays():
