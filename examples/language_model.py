@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -126,12 +125,7 @@ def main() -> None:
         parser.set_defaults(**SMALL)
     args = parser.parse_args()
     runner, test = prepare(args)
-    before = sum(runner.history["seconds"]) if len(runner.history) else 0.0
-    begun = time.perf_counter()
-    for epoch in range(1, args.epochs + 1):
-        runner.fit(epoch)
-        if args.minutes and before + time.perf_counter() - begun > 60 * args.minutes:
-            break
+    runner.fit(args.epochs, args.minutes)
     best = runner.history.best()
     runner.stn.model.load_state_dict(runner.best["model"])
     result = {

@@ -185,6 +185,12 @@ def test_patience_stops_a_run_that_does_not_improve():
     assert len(runner.fit(50)) == 3
 
 
+def test_time_stops_a_run_that_is_over_it_and_counts_what_was_before(tmp_path):
+    assert len(make(tmp_path).fit(50, minutes=1e-9)) == 1
+    assert len(make(tmp_path).fit(50, minutes=1e-9)) == 1
+    assert len(make(tmp_path).fit(2, minutes=60)) == 2
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
     calls = []

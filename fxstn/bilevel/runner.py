@@ -68,9 +68,10 @@ class BilevelRunner:
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
-    weights'), hyper_optimizer (Adam, whose rate falls from 0.2: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer
-    (RMSprop, lr 1e-2): a factory, or an optimizer that holds exactly those parameters. tune_scale: True learns σ, on a hyper
-    step that is perturbed with it (Eq. 2.7); False keeps σ, and the hyper step takes the gradient at λ itself.
+    weights'), hyper_optimizer (Adam, whose rate falls from 0.2, and that moves λ only as far as its gradient's sign is
+    certain: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
+    exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ, and
+    the hyper step takes the gradient at λ itself.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
     inner_correction: c ≥ 0; the hypergradient is Θᵀ(∇L_V − c ∇L_T), ∇L_T the mean over the inner steps since the last hyper
     step. Where the weights are at their best ∇L_T is zero and c says nothing. Before that Θᵀ∇L_V also asks for what training
@@ -203,8 +204,9 @@ class BilevelRunner:
 
     # Training
 
-    def fit(self, epochs: int) -> History:
-        """Train until `epochs` epochs are done in all; resumes from out_dir. Returns the history.
+    def fit(self, epochs: int, minutes: float | None = None) -> History:
+        """Train until `epochs` epochs are done in all, or the epoch in which `minutes` in all are over; resumes from out_dir.
+        Returns the history.
 
         Raises DivergedError when a loss is no longer finite; what was best is kept in `best` and in out_dir/best.pt.
         """
@@ -212,7 +214,7 @@ class BilevelRunner:
             self.load(self.out_dir / "last.pt")
         disable = None if self.progress is None else not self.progress
         with tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=disable) as bar:
-            while len(self.history) < epochs and not self._out_of_patience():
+            while len(self.history) < epochs and not self._out_of_patience() and not self._out_of_time(minutes):
                 self._epoch(bar)
                 row = self.history.rows[-1]
                 shown = {
@@ -228,6 +230,9 @@ class BilevelRunner:
         if self.patience is None or not len(self.history):
             return False
         return len(self.history) - self.history.best()["epoch"] >= self.patience
+
+    def _out_of_time(self, minutes: float | None) -> bool:
+        return minutes is not None and len(self.history) > 0 and sum(self.history["seconds"]) >= 60 * minutes
 
     def _epoch(self, bar: Any) -> None:
         start, number = time.perf_counter(), len(self.history) + 1
