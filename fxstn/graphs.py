@@ -30,17 +30,6 @@ def assemble(
     return module
 
 
-def with_breaks(module: fx.GraphModule) -> fx.GraphModule | None:
-    """A copy in which torch.compile calls helpers marked `eager` as they are; None where there is none."""
-    if not any(getattr(node.target, "eager", False) for node in module.graph.nodes):
-        return None
-    result = copied(module)
-    for node in result.graph.nodes:
-        if getattr(node.target, "eager", False):
-            node.target = torch.compiler.disable(node.target)
-    return assemble(result, result.graph, "Graph", fx.GraphModule)
-
-
 def model_of(module: fx.GraphModule) -> nn.Module:
     """The original network that a graph reads its parameters from."""
     return module.get_submodule("model")

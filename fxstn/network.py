@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxstn.errors import Problem
-from fxstn.graphs import with_breaks
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import Terms
 from fxstn.layers.penalty import penalty, penalty_perturbed
 from fxstn.layers.response import Response, for_all_examples, parameter_changes, pulled_back
+from fxstn.staging import with_breaks
 from fxstn.tangents import BATCH_FIRST
 
 METHODS = ("delta", "centered", "stn")

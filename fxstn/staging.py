@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -46,9 +47,21 @@ def staged(function: F) -> F:
 
 
 def eager(function: F) -> F:
-    """Mark a helper that torch.compile should call as it is, because it would unroll a loop: see `fxstn.graphs.with_breaks`."""
+    """Mark a helper that torch.compile should call as it is, because it would unroll a loop: see `with_breaks`."""
     function.eager = True  # type: ignore[attr-defined]
     return function
+
+
+def with_breaks(module: fx.GraphModule) -> fx.GraphModule | None:
+    """A graph in which torch.compile calls helpers marked `eager` as they are, its children shared; None where there is none."""
+    if not any(getattr(node.target, "eager", False) for node in module.graph.nodes):
+        return None
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if getattr(node.target, "eager", False):
+            node.target = torch.compiler.disable(node.target)
+    return fx.GraphModule(module, graph)
 
 
 def operation(function: F) -> F:

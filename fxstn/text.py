@@ -33,9 +33,9 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
     how many words of the training text to take, from its start. Raises ValueError for another number of files, or no text.
     """
     if len(paths) == 3:
-        texts = [_words(Path(path).read_text()) for path in paths]
+        texts = [_words(Path(path).read_text(encoding="utf-8")) for path in paths]
     elif len(paths) <= 1:
-        words = _words(Path(paths[0]).read_text()) if paths else _reference()
+        words = _words(Path(paths[0]).read_text(encoding="utf-8")) if paths else _reference()
         ends = [int(share * len(words)) for share in (0, 0.8, 0.9, 1)]
         texts = [words[a:b] for a, b in itertools.pairwise(ends)]
     else:
