@@ -53,7 +53,7 @@ def eager(function: F) -> F:
 
 
 def with_breaks(module: fx.GraphModule) -> fx.GraphModule | None:
-    """A graph in which torch.compile calls helpers marked `eager` as they are, its children shared; None where there is none."""
+    """A graph in which torch.compile calls helpers marked `eager` as they are, children shared; None where there is none."""
     if not any(getattr(node.target, "eager", False) for node in module.graph.nodes):
         return None
     graph = fx.Graph()
