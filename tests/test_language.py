@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import randomize_response
 from torch import nn
+from torch.func import functional_call
 
 import fxstn
 from fxstn import Carried, hp, text
+from fxstn.bilevel import runner as runner_module
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, WIDTH = 11, 6
@@ -102,6 +105,66 @@ def test_a_window_begins_with_the_state_after_the_one_before_and_sends_no_gradie
     loss(model(windows[1][0], before)[0], windows[1][1]).backward()
     for own, expected in zip(stn.general_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(own.grad, expected.grad)
+
+
+def test_the_response_step_keeps_a_perturbation_and_its_state_for_some_windows(monkeypatch):
+    """ε is drawn anew every second window; the window between begins with the state of the perturbed network."""
+    seen = []
+    original = runner_module.response_loss
+
+    def watched(stn, loss_fn, inputs, target, *, perturb, widening):
+        result = original(stn, loss_fn, inputs, target, perturb=perturb, widening=widening)
+        seen.append((inputs[1], perturb))
+        return result
+
+    monkeypatch.setattr(runner_module, "response_loss", watched)
+    runner = make(response_windows=2)
+    general = []
+
+    def advance():
+        Carried.advance(runner._training)
+        general.append(runner._training.state[0])
+
+    monkeypatch.setattr(runner._training, "advance", advance)
+    runner.fit(1)
+    states, epsilons = zip(*seen, strict=True)
+    for i in range(1, len(states)):
+        assert torch.equal(epsilons[i], epsilons[i - 1]) == (i % 2 == 1)
+        assert torch.equal(states[i], general[i - 1]) == (i % 2 == 0)
+    with pytest.raises(ValueError, match="response_windows=2 needs initial_state and response_every=1"):
+        make(response_windows=2, response_every=4)
+
+
+def test_a_state_that_carries_a_perturbation_makes_the_tangent_reach_back():
+    """The slope, in the size of ε, of the loss on a second window is that of the original network over both."""
+    torch.manual_seed(0)
+    model = Model().double()
+    stn = fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)])
+    randomize_response(stn)
+    windows, epsilon = list(text.Windows(corpus(40, 0), 2, 8))[:2], torch.ones(1, dtype=torch.float64)
+
+    def over_both(size, carry=True):
+        carried = Carried(loss, stn.model.initial_state)
+        for words, target in windows:
+            inputs = carried.inputs(words)
+            value = fxstn.response_loss(stn, carried.loss, inputs, target, perturb=size * epsilon)
+            if not carry:
+                fxstn.general_loss(stn, carried.loss, inputs, target)
+            carried.advance()
+        return value.item()
+
+    def original(size):
+        weights, state = stn.best_response(size * epsilon), model.initial_state(2)
+        with torch.no_grad():
+            for words, target in windows:  # noqa: B007
+                scores, state = functional_call(model, weights, (words, *state))
+        return loss(scores, target).item()
+
+    def slope(function):
+        return (function(1e-5) - function(-1e-5)) / 2e-5
+
+    assert slope(over_both) == pytest.approx(slope(original), rel=1e-6)
+    assert slope(lambda size: over_both(size, carry=False)) != pytest.approx(slope(original), rel=1e-2)
 
 
 def test_a_loss_that_reads_hyperparameters_gets_the_output_alone():

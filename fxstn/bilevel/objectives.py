@@ -14,6 +14,7 @@ from fxstn.layers.penalty import squared_jacobian
 from fxstn.network import SelfTuningNetwork, batch_size, held
 
 LossFunction = Callable[..., Tensor]
+Perturb = str | Tensor | None
 
 
 def as_tuple(inputs: Any) -> tuple:
@@ -46,8 +47,11 @@ def evaluate_loss(
     return loss
 
 
-def _perturbation(stn: SelfTuningNetwork, inputs: tuple, perturb: str | None) -> Tensor:
+def perturbation(stn: SelfTuningNetwork, inputs: Any, perturb: Perturb) -> Tensor:
     """ε of a step, (batch, h) or (h,)."""
+    inputs = as_tuple(inputs)
+    if isinstance(perturb, Tensor):
+        return perturb
     if perturb not in (None, "example", "batch"):
         raise ValueError(
             f"perturb={perturb!r} is neither 'example' nor 'batch' (nor None, for what the network allows)"
@@ -57,7 +61,7 @@ def _perturbation(stn: SelfTuningNetwork, inputs: tuple, perturb: str | None) ->
 
 
 def general_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: Perturb = None
 ) -> Tensor:
     """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
 
@@ -73,14 +77,14 @@ def general_loss(
 
 
 def response_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: str | None = None,
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: Perturb = None,
     widening: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
-    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all;
-    None: per example, unless the network moves the batch dimension where it cannot be followed. widening: ≥ 1, how many times σ
-    at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
+    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all; None: per
+    example, unless the network moves the batch dimension where it cannot be followed; or ε itself, (batch, h) or (h,).
+    widening: ≥ 1, how many times σ at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
     """
     return _perturbed_loss(stn, loss_fn, inputs, target, perturb, widening, update_statistics=False)
 
@@ -90,12 +94,12 @@ def _perturbed_loss(
     loss_fn: LossFunction,
     inputs: Any,
     target: Any,
-    perturb: str | None,
+    perturb: Perturb,
     widening: float,
     update_statistics: bool,
 ) -> Tensor:
     inputs = _watched(stn, inputs)
-    epsilon = _perturbation(stn, inputs, perturb).detach()
+    epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
     output, asides = stn.perturbed_output(
@@ -141,7 +145,7 @@ def hyper_loss(
     target: Any,
     *,
     entropy_weight: float = 1e-3,
-    perturb: str | None = None,
+    perturb: Perturb = None,
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
@@ -155,7 +159,7 @@ def hyper_loss(
     unconstrained = stn.hparams.unconstrained
     delta = unconstrained - unconstrained.detach()
     if perturb != "none":
-        delta = delta + _perturbation(stn, inputs, perturb)
+        delta = delta + perturbation(stn, inputs, perturb)
     with held((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()

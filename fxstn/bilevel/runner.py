@@ -24,7 +24,14 @@ from fxstn.bilevel.checkpoint import (
     set_random_state,
 )
 from fxstn.bilevel.history import SCALE, History
-from fxstn.bilevel.objectives import LossFunction, general_loss, hyper_loss, response_loss, validation_loss
+from fxstn.bilevel.objectives import (
+    LossFunction,
+    general_loss,
+    hyper_loss,
+    perturbation,
+    response_loss,
+    validation_loss,
+)
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.bilevel.sequences import Carried
 from fxstn.network import SelfTuningNetwork, batch_size
@@ -90,6 +97,8 @@ class BilevelRunner:
     initial_state: of a network that carries a state, forward(*inputs, *state) → (output, state), from one window of its
     sequences to the next: initial_state(batch) → the first (`fxstn.Carried`). train_loader then yields windows in order, all
     with as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
+    response_windows: ≥ 1, windows over which the response step keeps ε and goes on with the state of the perturbed network, so
+    that the tangent reaches back over them; 1: each begins with the state of the general step, and a tangent of zero.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
     columns of the history, from those it has; shown in the progress bar. patience: stop after that many epochs
     without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
@@ -119,6 +128,7 @@ class BilevelRunner:
         response_fraction: float = DEFAULT_RESPONSE_FRACTION,
         response_every: int = DEFAULT_RESPONSE_EVERY,
         response_widening: float = 2.0,
+        response_windows: int = 1,
         hyper_fraction: float = 1.0,
         inner_correction: float = 1.0,
         perturb: str | None = None,
@@ -140,7 +150,8 @@ class BilevelRunner:
                 raise ValueError(
                     f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)"
                 )
-        counts = {"train_steps": train_steps, "valid_steps": valid_steps, "response_every": response_every}
+        counts = {"train_steps": train_steps, "valid_steps": valid_steps, "response_every": response_every,
+                  "response_windows": response_windows}  # fmt: skip
         fractions = {"response_fraction": response_fraction, "hyper_fraction": hyper_fraction}
         wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
         wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
@@ -151,6 +162,10 @@ class BilevelRunner:
             "inner_correction": inner_correction,
         }
         wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
+        if response_windows > 1 and (initial_state is None or response_every > 1):
+            wrong += [
+                f"response_windows={response_windows} needs initial_state and response_every=1, a step at every window"
+            ]
         wrong += [f"clip_norm={clip_norm} must be positive"] if clip_norm is not None and not clip_norm > 0 else []
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -163,12 +178,16 @@ class BilevelRunner:
             self.stn.compile(**(compile if isinstance(compile, dict) else {}))
         self.valid_loss_fn, self.initial_state = valid_loss_fn or loss_fn, initial_state
         self._training = Carried(loss_fn, initial_state)
+        self._perturbed = Carried(loss_fn, initial_state)
         self._validating = Carried(self.valid_loss_fn, initial_state)
+        self._windows = 0  # that the response step has seen in this epoch
+        self._epsilon: Tensor | None = None
         self.train_loader, self.valid_loader = train_loader, valid_loader
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.entropy_weight, self.perturb = entropy_weight, perturb
         self.response_fraction, self.response_every = response_fraction, response_every
         self.response_widening, self.hyper_fraction = response_widening, hyper_fraction
+        self.response_windows = response_windows
         self.inner_correction = inner_correction
         self.metrics, self.columns, self.patience, self.progress = metrics or {}, columns or {}, patience, progress
         self.out_dir = Path(out_dir) if out_dir is not None else None
@@ -241,6 +260,7 @@ class BilevelRunner:
         counts: Counter[str] = Counter()
         steps = 0
         self._training.reset()
+        self._windows = 0
         for batch in self.train_loader:
             for name, loss in self._inner_step(self._placed(batch)).items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
@@ -280,11 +300,11 @@ class BilevelRunner:
 
     def _inner_step(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
         """One step of w₀ and, when it is due, one of Θ on a training batch; of both at once for method "stn"."""
-        carried = self._training
-        batch = (carried.inputs(batch[0]), batch[1])
+        (x, target), carried = batch, self._training
+        inputs, before = carried.inputs(x), carried.state
         perturb = self.perturb if self.stn.method == "stn" else None
         with self._precision():
-            loss = general_loss(self.stn, carried.loss, *batch, perturb=perturb)
+            loss = general_loss(self.stn, carried.loss, inputs, target, perturb=perturb)
         loss.backward()
         carried.advance()
         if self.stn.method == "stn":
@@ -293,12 +313,29 @@ class BilevelRunner:
             self._inner.append(self.stn.hypergradient())
         losses = {"train_loss": self._stepped(loss, "optimizer")}
         if (self.steps + 1) % self.response_every == 0:
-            with self._precision():
-                loss = response_loss(self.stn, carried.loss, *part(batch, self.response_fraction),
-                                     perturb=self.perturb, widening=self.response_widening)  # fmt: skip
+            loss = self._response_loss(x, target, before)
             loss.backward()
             losses["response_loss"] = self._stepped(loss, "response_optimizer")
         return losses
+
+    def _response_loss(self, x: Any, target: Any, before: Any) -> Tensor:
+        """L_T at λ + ε, from the state `before` the window or, while ε is kept, from that of the perturbed network."""
+        carried = self._perturbed
+        (x, before), target = part(((x, before), target), self.response_fraction)
+        begins = self._windows % self.response_windows == 0
+        if begins:
+            carried.state = before
+        inputs = carried.inputs(x)
+        if self.response_windows > 1 and begins:
+            self._epsilon = perturbation(self.stn, inputs, self.perturb).detach()
+        with self._precision():
+            perturb = self.perturb if self._epsilon is None else self._epsilon
+            loss = response_loss(
+                self.stn, carried.loss, inputs, target, perturb=perturb, widening=self.response_widening
+            )
+        carried.advance()
+        self._windows += 1
+        return loss
 
     def _hyper_step(self, epoch: int, step: int) -> None:
         batch, carried = self._placed(self._validation.next()), self._validating
