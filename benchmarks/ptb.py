@@ -64,7 +64,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Best validation perplexity so far over time, and the schedules that the defaults found."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
     colours = dict(zip(METHODS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for run in results.values():
         minutes = [seconds / 60 for seconds in itertools.accumulate(row["seconds"] for row in run["history"])]
@@ -72,13 +72,15 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         label = METHODS[run["method"]] if run["seed"] == 0 else None
         left.plot(minutes, best, color=colours[run["method"]], label=label)
     left.set(xlabel="minutes on one thread", ylabel="best validation perplexity so far", yscale="log")
+    left.set_yticks(ticks := [150, 200, 300, 400, 600], map(str, ticks))
+    left.minorticks_off()
     left.legend(frameon=False, fontsize=8)
     run = results["default 0"]
     for name in run["found"]:
         values = [row[name] for row in run["history"]]
         right.plot(range(1, len(values) + 1), values, label=name, linestyle="--" if name.endswith("decay") else "-")
     right.set(xlabel="epoch", title="found by the defaults (seed 0)", yscale="log")
-    right.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
 
 

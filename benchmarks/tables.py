@@ -92,8 +92,9 @@ def language() -> str:
 
 
 def _tuned() -> dict[str, dict[str, Any]]:
-    """{task: its results}, of those that are there."""
-    return {task: json.loads(tuned.path_of(task).read_text()) for task in tuning.TASKS if tuned.path_of(task).exists()}
+    """{task: its results}, of those in which the default settings ran."""
+    found = {task: json.loads(tuned.path_of(task).read_text()) for task in tuning.TASKS if tuned.path_of(task).exists()}
+    return {task: results for task, results in found.items() if any(key.startswith("default") for key in results)}
 
 
 def tuning_overview() -> str:
