@@ -132,7 +132,7 @@ def main() -> None:
         "method": args.method, "seed": args.seed, "epochs": len(runner.history), "best_epoch": best["epoch"],
         "seconds": round(sum(runner.history["seconds"])), "valid_perplexity": best["perplexity"],
         "test_perplexity": math.exp(runner.evaluate(test)["valid_loss"]),
-        "found": {name: best[name] for name in runner.stn.hparams.names}, "history": runner.history.rows,
+        "found": {name: float(f"{best[name]:.4g}") for name in runner.stn.hparams.names}, "history": runner.history.rows,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "result.json").write_text(json.dumps(result) + "\n")
