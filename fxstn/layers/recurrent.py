@@ -16,7 +16,6 @@ from torch import Tensor
 from fxstn.layers.response import align, materialised
 from fxstn.staging import eager, operation, staged
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
@@ -30,7 +29,7 @@ def recurrent_layer(
     the state before; weight_hr: projection of an LSTM (Sak et al. 2014)."""
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
     settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
-    with warnings.catch_warnings():  # cuDNN copies the weights of one layer into a buffer at each call, which is cheap
+    with warnings.catch_warnings():  # cuDNN says that it copies the weights of one layer at each call
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         if mode == "lstm":
             assert c is not None
@@ -86,31 +85,27 @@ class _GRU:
         return torch.stack([by_r, by_z, by_n], -2), torch.stack([by_r, by_z, by_n * r], -2), z, None
 
 
-class _Tanh:
-    @staticmethod
-    def step(x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
-        new = (x + v).tanh()
+class _RNN:
+    """activation, and its slope as a function of its result."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> None:
+        self.activation, self.slope = activation, slope
+
+    def step(self, x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        new = self.activation(x + v)
         return new, None, (new,)
 
-    @staticmethod
-    def derivatives(h: Tensor) -> tuple:
-        gate = (1 - h * h).unsqueeze(-2)
+    def derivatives(self, h: Tensor) -> tuple:
+        gate = self.slope(h).unsqueeze(-2)
         return gate, gate, None, None
 
 
-class _Relu:
-    @staticmethod
-    def step(x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
-        new = (x + v).relu()
-        return new, None, (new,)
-
-    @staticmethod
-    def derivatives(h: Tensor) -> tuple:
-        gate = (h > 0).to(h.dtype).unsqueeze(-2)
-        return gate, gate, None, None
-
-
-_CELLS: dict[str, Any] = {"lstm": _LSTM, "gru": _GRU, "rnn_tanh": _Tanh, "rnn_relu": _Relu}
+_CELLS: dict[str, Any] = {
+    "lstm": _LSTM,
+    "gru": _GRU,
+    "rnn_tanh": _RNN(torch.tanh, lambda h: 1 - h * h),
+    "rnn_relu": _RNN(torch.relu, lambda h: (h > 0).to(h.dtype)),
+}
 
 
 @eager
@@ -258,7 +253,7 @@ def perturbed_layer(
 @staged
 def time_major(x: Tensor, batch_first: bool) -> Tensor:
     """x (time, batch, n), of nn.RNN's input: (batch, time, n) where batch_first, (time, n) without examples. Contiguous: else
-    torch multiplies it with a weight one step at a time (3 times slower)."""
+    torch multiplies it with a weight one step at a time."""
     return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1).contiguous() if batch_first else x
 
 
