@@ -3,11 +3,15 @@
 from fxstn import hp
 from fxstn.bilevel import (
     PAPER,
+    BilevelProblem,
     BilevelRunner,
     Carried,
     DivergedError,
     History,
+    RunWarning,
+    Schedule,
     accuracy,
+    average_gradients,
     general_loss,
     hyper_loss,
     response_loss,
@@ -24,6 +28,7 @@ from fxstn.verify import Report, verify
 
 __all__ = [
     "PAPER",
+    "BilevelProblem",
     "BilevelRunner",
     "Carried",
     "DivergedError",
@@ -31,9 +36,12 @@ __all__ = [
     "History",
     "Problem",
     "Report",
+    "RunWarning",
+    "Schedule",
     "SelfTuningNetwork",
     "TransformError",
     "accuracy",
+    "average_gradients",
     "cross_entropy",
     "explain",
     "general_loss",

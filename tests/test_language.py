@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import Carried, hp, text
-from fxstn.bilevel import runner as runner_module
+from fxstn.bilevel import problem as runner_module
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, WIDTH = 11, 6
@@ -122,10 +122,10 @@ def test_the_response_step_keeps_a_perturbation_and_its_state_for_some_windows(m
     general = []
 
     def advance():
-        Carried.advance(runner._training)
-        general.append(runner._training.state[0])
+        Carried.advance(runner.problem.training_windows)
+        general.append(runner.problem.training_windows.state[0])
 
-    monkeypatch.setattr(runner._training, "advance", advance)
+    monkeypatch.setattr(runner.problem.training_windows, "advance", advance)
     runner.fit(1)
     states, epsilons = zip(*seen, strict=True)
     for i in range(1, len(states)):

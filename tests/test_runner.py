@@ -18,7 +18,7 @@ from torchvision import models
 import fxstn
 from fxstn import cli, data, hp
 from fxstn.bench import Setup, bench
-from fxstn.bilevel import runner as steps
+from fxstn.bilevel import problem as steps
 from fxstn.bilevel.optimizers import SettlingAdam
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
@@ -191,6 +191,7 @@ def test_time_stops_a_run_that_is_over_it_and_counts_what_was_before(tmp_path):
     assert len(make(tmp_path).fit(2, minutes=60)) == 2
 
 
+@pytest.mark.filterwarnings("ignore::fxstn.RunWarning")
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
     calls = []
@@ -306,16 +307,22 @@ def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
         assert low[name] == pytest.approx(plain[name], rel=0.05)
 
 
-def test_a_foreign_or_broken_checkpoint_is_refused(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     make(tmp_path).fit(1)
-    with pytest.raises(ValueError, match=r"tunes .* this run"):
+    with pytest.raises(
+        ValueError, match=r"has hyperparameters .*weight_decay.*, this run \['2.dropout'\]; choose another"
+    ):
         make(tmp_path, hparams=[hp.Dropout("2")]).fit(2)
-    (tmp_path / "last.pt").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a readable run"):
-        make(tmp_path).fit(2)
-    torch.save({"a": 1}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="not a run of this version"):
-        make(tmp_path).fit(2)
+    with pytest.raises(ValueError, match=r"has method delta, this run centered"):
+        make(tmp_path, method="centered").fit(2)
+    with pytest.raises(ValueError, match=r"has optimizers .*SGD.*, this run .*RMSprop"):
+        make(tmp_path, optimizer=torch.optim.RMSprop).fit(2)
+    with pytest.raises(ValueError, match=r"has schedulers \{\}, this run .*StepLR"):
+        make(tmp_path, schedulers={"optimizer": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)}).fit(2)
+    wider = make(tmp_path)
+    wider.stn.model[6] = torch.nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"another model: stn.model.6.bias is \(3,\) there and \(4,\) here"):
+        wider.fit(2)
 
 
 def test_the_best_model_needs_an_epoch():

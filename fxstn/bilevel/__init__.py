@@ -1,17 +1,25 @@
 """Bilevel training: the three objectives, and a runner that alternates them."""
 
+from fxstn.bilevel.distributed import average_gradients
+from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.runner import PAPER, BilevelRunner, DivergedError, accuracy
+from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.runner import PAPER, BilevelRunner, accuracy
+from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.sequences import Carried
 
 __all__ = [
     "PAPER",
+    "BilevelProblem",
     "BilevelRunner",
     "Carried",
     "DivergedError",
     "History",
+    "RunWarning",
+    "Schedule",
     "accuracy",
+    "average_gradients",
     "general_loss",
     "hyper_loss",
     "response_loss",

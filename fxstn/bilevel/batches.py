@@ -14,11 +14,14 @@ from fxstn.network import batch_size
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
-def placed(batch: Any, device: torch.device, memory_format: torch.memory_format | None) -> tuple[Any, Any]:
+def placed(
+    batch: Any, device: torch.device, memory_format: torch.memory_format | None, name: str = "a loader"
+) -> tuple[Any, Any]:
     """(inputs, target) on the device, images in the memory format. Raises ValueError for anything but such a pair."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(f"a loader must yield (inputs, target), got {type(batch).__name__} of length "
-                         f"{len(batch) if hasattr(batch, '__len__') else '?'}")  # fmt: skip
+        length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ValueError(f"{name} must yield (inputs, target), got {type(batch).__name__}{length}; give unpack=, a function of "
+                         "the batch that returns such a pair")  # fmt: skip
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

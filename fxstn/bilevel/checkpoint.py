@@ -1,96 +1,121 @@
-"""Saving a run so that it resumes where it was: files written atomically, random generators, loaders in mid-pass."""
+"""Files of a run: written atomically, with a checksum, the last ones kept; for a damaged one that before it is read."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import random
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+
+FORMAT = 4
+_MARK = b"fxstn-run"  # ends a file, after the payload of torch.save, the format in 4 digits and the payload's SHA-256
+_TRAILER = len(_MARK) + 4 + hashlib.sha256().digest_size
 
 
-def save_atomically(state: dict[str, Any], path: str | Path) -> None:
-    """torch.save to a temporary file in the same folder, then rename: the old file stays whole until the new one is."""
-    path = Path(path)
+class DamagedError(ValueError):
+    """A file that is not, or no longer, a checkpoint."""
+
+
+class _Hashing:
+    """A file that counts what it writes into a checksum, and keeps the error that torch.save would hide."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.sum.update(data)
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _written(state: Any, path: Path, checksum: bool) -> Path:
+    """A temporary file beside `path` that holds the state, on the disk. Raises OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    torch.save(state, temporary)
+    with open(temporary, "wb") as raw:
+        file = _Hashing(raw)
+        try:
+            torch.save(state, file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise file.error or error from error
+        if checksum:
+            raw.write(f"{FORMAT:04d}".encode() + file.sum.digest() + _MARK)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return temporary
+
+
+def save_atomically(state: Any, path: str | Path) -> None:
+    """torch.save to a temporary file in the same folder, then rename: the old file stays whole until the new one is."""
+    os.replace(_written(state, Path(path), checksum=False), path)
+
+
+def _older(path: Path, age: int) -> Path:
+    """last.pt, last.1.pt, last.2.pt, …"""
+    return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
+
+
+def save_checkpoint(state: dict[str, Any], path: str | Path, keep: int = 1) -> None:
+    """Write a checkpoint with its checksum; those before become last.1.pt and so on, `keep` ≥ 1 in all."""
+    path = Path(path)
+    temporary = _written(state, path, checksum=True)
+    for age in range(keep - 1, 0, -1):
+        if _older(path, age - 1).exists():
+            os.replace(_older(path, age - 1), _older(path, age))
     os.replace(temporary, path)
 
 
-def random_state() -> dict[str, Any]:
-    """States of Python's and torch's global generators."""
-    version, internal, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": (version, list(internal), gauss), "torch": torch.get_rng_state(), "cuda": cuda}
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The state in a file. Raises DamagedError where the checksum is not that of its contents, or there is none, and
+    ValueError where another version of fxstn wrote it."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+    payload, trailer = memoryview(data)[: -_TRAILER or None], data[-_TRAILER:]
+    if not data:
+        raise DamagedError(f"{path} is empty")
+    if not trailer.endswith(_MARK) or len(data) <= _TRAILER or not trailer[:4].isdigit():
+        raise DamagedError(f"{path} is not a checkpoint of fxstn, or its end is missing")
+    if int(trailer[:4]) != FORMAT:
+        raise ValueError(f"{path} was written in format {int(trailer[:4])} by another version of fxstn, this one reads "
+                         f"{FORMAT}; remove it, or choose another out_dir")  # fmt: skip
+    if hashlib.sha256(payload).digest() != trailer[4 : -len(_MARK)]:
+        raise DamagedError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+def latest_checkpoint(path: str | Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint among last.pt, last.1.pt, …; None where there is none at all.
 
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators a loader draws its order from, besides the global one."""
-    sources = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = [getattr(source, "generator", None) for source in sources]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def loader_state(loader: DataLoader[Any]) -> list[torch.Tensor]:
-    return [generator.get_state() for generator in _generators(loader)]
-
-
-def set_loader_state(loader: DataLoader[Any], state: list[torch.Tensor]) -> None:
-    for generator, saved in zip(_generators(loader), state, strict=True):
-        generator.set_state(saved.cpu())
-
-
-class Cycle:
-    """Batches of a loader without end. Its place can be saved and restored: generators at the start, batches taken."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self._batches: Iterator[Any] | None = None
-        self._start: dict[str, Any] = {}
-        self._taken = 0
-        self.restarted = False  # with the batch that came last
-
-    def _restart(self) -> None:
-        self._start = {"random": random_state(), "loader": loader_state(self.loader)}
-        self._batches, self._taken = iter(self.loader), 0
-
-    def next(self) -> Any:
-        """The next batch; a new pass over the loader when one is over. Raises ValueError on an empty loader."""
-        if self._batches is None:
-            self._restart()
-        for _ in range(2):
-            assert self._batches is not None
-            for batch in self._batches:
-                self.restarted = not self._taken
-                self._taken += 1
-                return batch
-            self._restart()
-        raise ValueError("valid_loader is empty: it yields no batch")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"started": self._batches is not None, "taken": self._taken, **self._start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = None
-        if not state["started"]:
-            return
-        before = random_state(), loader_state(self.loader)
-        set_random_state(state["random"])
-        set_loader_state(self.loader, state["loader"])
-        self._restart()
-        for _ in range(state["taken"]):
-            self.next()
-        set_random_state(before[0])
-        set_loader_state(self.loader, before[1])
+    A damaged file is renamed to NAME.broken, with a warning. Raises DamagedError when all there are were damaged.
+    """
+    path = Path(path)
+    found = [_older(path, age) for age in range(100) if _older(path, age).exists()]
+    reasons = []
+    for file in found:
+        try:
+            state = load_checkpoint(file)
+        except DamagedError as error:
+            broken = file.with_name(file.name + ".broken")
+            os.replace(file, broken)
+            reasons.append(f"{error}; it is now {broken.name}")
+            continue
+        for reason in reasons:
+            warnings.warn(f"{reason}; the run resumes from {file.name}, saved before it", stacklevel=4)
+        return state
+    if reasons:
+        raise DamagedError(f"{'; '.join(reasons)}; no whole checkpoint is left: run again to start anew")
+    return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fxstn.bilevel.schedule import Schedule
 
 SCALE = "scale:"
 
@@ -17,8 +20,10 @@ class History:
     Other columns: epoch (from 1), train_loss, response_loss, valid_loss, a column per metric, seconds.
     """
 
-    def __init__(self, names: tuple[str, ...], rows: list[dict[str, Any]] | None = None) -> None:
-        self.names = names
+    def __init__(
+        self, names: tuple[str, ...], rows: list[dict[str, Any]] | None = None, start: dict[str, float] | None = None
+    ) -> None:
+        self.names, self.start = names, start or {}
         self.rows: list[dict[str, Any]] = rows or []
 
     def __len__(self) -> int:
@@ -34,6 +39,20 @@ class History:
     def best(self) -> dict[str, Any]:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""
         return min(self.rows, key=lambda row: row["valid_loss"])
+
+    def schedule(self, best: bool = False) -> Schedule:
+        """The hyperparameters over epochs, from their start; best: up to the best epoch only, whose values then stay."""
+        if not self.rows:
+            raise ValueError("the history is empty: there is no schedule yet")
+        schedule = Schedule({name: [self.start[name], *self[name]] for name in self.names})
+        return schedule.until(self.best()["epoch"]) if best else schedule
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write a line of JSON for each row, atomically."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(temporary, path)
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows, atomically, so that a reader never sees half a table."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,39 +15,26 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fxstn.bilevel.batches import part, placed
-from fxstn.bilevel.checkpoint import (
-    Cycle,
-    loader_state,
-    random_state,
-    save_atomically,
-    set_loader_state,
-    set_random_state,
-)
+from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import placed
+from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch, check_batch
 from fxstn.bilevel.history import SCALE, History
-from fxstn.bilevel.objectives import (
-    LossFunction,
-    general_loss,
-    hyper_loss,
-    perturbation,
-    response_loss,
-    validation_loss,
-)
+from fxstn.bilevel.keeper import Keeper
+from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
-from fxstn.bilevel.sequences import Carried
+from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
+from fxstn.bilevel.schedule import Schedule
+from fxstn.bilevel.settings import check_loader, check_settings
+from fxstn.bilevel.streams import Stream
+from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.network import SelfTuningNetwork, batch_size
 
-FORMAT = 3
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
 PAPER: dict[str, Any] = {
     "response_every": 1, "response_fraction": 1.0, "response_widening": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
     "inner_correction": 0.0,
 }  # fmt: skip
-
-
-class DivergedError(RuntimeError):
-    """A loss became NaN or infinite. The best model so far is kept."""
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
@@ -57,14 +45,6 @@ def accuracy(output: Tensor, target: Tensor) -> float:
 def _count(inputs: Any, target: Any) -> int:
     """What a mean loss is the mean over: examples, or the times of all of them."""
     return target.numel() if isinstance(target, Tensor) and target.dim() else batch_size(inputs)
-
-
-def _length(loader: Any) -> int | None:
-    """Number of batches, None where the loader does not know it (an IterableDataset)."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
 
 
 class BilevelRunner:
@@ -99,19 +79,31 @@ class BilevelRunner:
     with as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
     response_windows: ≥ 1, windows over which the response step keeps ε and goes on with the state of the perturbed network, so
     that the tangent reaches back over them; 1: each begins with the state of the general step, and a tangent of zero.
+    accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
+    network that evaluation, best.pt and best_model then use. step_schedulers: as schedulers, stepped with their optimizer.
+    unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
-    columns of the history, from those it has; shown in the progress bar. patience: stop after that many epochs
-    without a better validation loss. out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt
-    there resumes. progress: None shows a bar on a terminal only.
+    columns of the history, from those it has; shown in the progress bar. callbacks: functions of the runner, called after
+    each epoch; `runner.stop()` ends the run there. patience: stop after that many epochs without a better validation loss.
+    out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt there resumes, and ends as if it had never
+    been cut. save_minutes: also save within an epoch, when so many minutes passed; as at SIGTERM and Ctrl-C. keep: ≥ 1,
+    checkpoints kept: last.pt, last.1.pt, … A folder that cannot be written is a warning; training goes on.
+    rollbacks: ≥ 0; when a loss becomes NaN, infinite or 10⁴ times what it was, the run goes back to what was saved last,
+    halves the learning rate of that loss's parameters and goes on, checking every batch; at most so often.
+    progress: None shows a bar on a terminal only.
+
+    Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and device; gradients are
+    averaged, noise differs, the first one writes (`fxstn.bilevel.distributed`).
+    A problem of one's own in place of stn, with loss_fn None: see `fxstn.BilevelProblem`.
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Warns when weight
-    decay is tuned and also set in an optimizer.
+    decay is tuned and also set in an optimizer, and of what `fxstn.bilevel.faults.Monitors` sees.
     """
 
     def __init__(
         self,
-        stn: SelfTuningNetwork,
-        loss_fn: LossFunction,
+        stn: SelfTuningNetwork | BilevelProblem,
+        loss_fn: LossFunction | None,
         train_loader: Any,
         valid_loader: Any,
         *,
@@ -132,94 +124,102 @@ class BilevelRunner:
         hyper_fraction: float = 1.0,
         inner_correction: float = 1.0,
         perturb: str | None = None,
-        schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] | None = None,
+        schedule: Schedule | None = None,
+        schedulers: SchedulerFactories = None,
+        step_schedulers: SchedulerFactories = None,
         clip_norm: float | None = None,
+        accumulate: int = 1,
+        ema: float | None = None,
         initial_state: Callable[[int], tuple[Tensor, ...]] | None = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
         columns: dict[str, Callable[[dict[str, Any]], float]] | None = None,
+        callbacks: Sequence[Callable[[BilevelRunner], None]] = (),
         patience: int | None = None,
         device: torch.device | str | None = None,
         out_dir: str | Path | None = None,
+        save_minutes: float = 30.0,
+        keep: int = 2,
+        rollbacks: int = 2,
         progress: bool | None = None,
         compile: bool | dict[str, Any] = False,
         autocast: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
     ) -> None:
-        for name, loader in (("train_loader", train_loader), ("valid_loader", valid_loader)):
-            if _length(loader) == 0:
-                raise ValueError(
-                    f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)"
-                )
-        counts = {"train_steps": train_steps, "valid_steps": valid_steps, "response_every": response_every,
-                  "response_windows": response_windows}  # fmt: skip
-        fractions = {"response_fraction": response_fraction, "hyper_fraction": hyper_fraction}
-        wrong = [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
-        wrong += [f"{name}={value} must be in (0, 1]" for name, value in fractions.items() if not 0 < value <= 1]
-        wrong += [f"response_widening={response_widening} must be at least 1"] if not response_widening >= 1 else []
-        floors = {
-            "warmup_epochs": warmup_epochs,
-            "entropy_weight": entropy_weight,
-            "inner_correction": inner_correction,
-        }
-        wrong += [f"{name}={value} must not be negative" for name, value in floors.items() if value < 0]
-        if response_windows > 1 and (initial_state is None or response_every > 1):
-            wrong += [
-                f"response_windows={response_windows} needs initial_state and response_every=1, a step at every window"
-            ]
-        wrong += [f"clip_norm={clip_norm} must be positive"] if clip_norm is not None and not clip_norm > 0 else []
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        settings = dict(locals()) | {"metrics": metrics or {}, "columns": columns or {}}
+        check_settings(settings)
+        check_loader(train_loader, "train_loader")
+        check_loader(valid_loader, "valid_loader")
+        if isinstance(stn, SelfTuningNetwork):
+            if not callable(loss_fn):
+                raise TypeError(f"loss_fn must be a function of (output, target), got {type(loss_fn).__name__}")
+            self.problem: BilevelProblem = NetworkProblem(
+                stn, loss_fn, valid_loss_fn, initial_state=initial_state, entropy_weight=entropy_weight,
+                tune_scale=tune_scale, perturb=perturb, response_fraction=response_fraction,
+                response_widening=response_widening, response_windows=response_windows, hyper_fraction=hyper_fraction,
+            )  # fmt: skip
+            structured = stn.structured
+        elif isinstance(stn, BilevelProblem):
+            if loss_fn is not None:
+                raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
+            self.problem, structured = stn, False
+        else:
+            raise TypeError(
+                f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}"
+            )
+        self.stn: Any = stn
         self.device = torch.device(device) if device is not None else next(stn.parameters()).device
-        self.stn = stn.to(self.device)
+        self.problem.to(self.device)
         self.autocast, self.memory_format = autocast, memory_format
         if memory_format is not None:
-            self.stn.to(memory_format=memory_format)  # type: ignore[call-overload]
+            self.problem.to(memory_format=memory_format)  # type: ignore[call-overload]
         if compile:
             self.stn.compile(**(compile if isinstance(compile, dict) else {}))
-        self.valid_loss_fn, self.initial_state = valid_loss_fn or loss_fn, initial_state
-        self._training = Carried(loss_fn, initial_state)
-        self._perturbed = Carried(loss_fn, initial_state)
-        self._validating = Carried(self.valid_loss_fn, initial_state)
-        self._windows = 0  # that the response step has seen in this epoch
-        self._epsilon: Tensor | None = None
-        self.train_loader, self.valid_loader = train_loader, valid_loader
+        distributed.spread(self.problem)
+        if distributed.rank():
+            torch.manual_seed(torch.initial_seed() + distributed.rank())
+        self.train_loader, self.valid_loader, self.unpack = train_loader, valid_loader, unpack
+        self._length = math.ceil(len(train_loader) / accumulate) if hasattr(train_loader, "__len__") else None
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
-        self.entropy_weight, self.perturb = entropy_weight, perturb
-        self.response_fraction, self.response_every = response_fraction, response_every
-        self.response_widening, self.hyper_fraction = response_widening, hyper_fraction
-        self.response_windows = response_windows
-        self.inner_correction = inner_correction
-        self.metrics, self.columns, self.patience, self.progress = metrics or {}, columns or {}, patience, progress
+        self.response_every, self.inner_correction, self.accumulate = response_every, inner_correction, accumulate
+        self.metrics, self.columns, self.callbacks = metrics or {}, columns or {}, tuple(callbacks)
+        self.patience, self.progress, self.schedule = patience, progress, schedule
         self.out_dir = Path(out_dir) if out_dir is not None else None
-        general = [parameter for parameter in stn.general_parameters() if parameter.requires_grad]
-        self.optimizers = {
-            "optimizer": made(optimizer, sgd, general, "optimizer"),
-            "response_optimizer": made(
-                response_optimizer,
-                sgd if stn.structured else adam,
-                list(stn.response_parameters()),
-                "response_optimizer",
-            ),
-            "hyper_optimizer": made(hyper_optimizer, SettlingAdam, [stn.hparams.unconstrained], "hyper_optimizer"),
+        problem = self.problem
+        kinds: dict[str, tuple[OptimizerLike, Any, Any]] = {
+            "optimizer": (optimizer, sgd, problem.general_parameters()),
+            "response_optimizer": (response_optimizer, sgd if structured else adam, problem.response_parameters()),
+            "hyper_optimizer": (hyper_optimizer, SettlingAdam, problem.hyper_parameters()),
+            "scale_optimizer": (scale_optimizer, _rmsprop, problem.scale_parameters()),
         }
-        if tune_scale:
-            self.optimizers["scale_optimizer"] = made(
-                scale_optimizer, _rmsprop, [stn.hparams.raw_scale], "scale_optimizer"
-            )
-        if unknown := sorted(set(schedulers or {}) - set(self.optimizers)):
-            raise ValueError(f"schedulers names {unknown[0]!r}; this run has {', '.join(self.optimizers)}")
-        self.schedulers = {name: make(self.optimizers[name]) for name, make in (schedulers or {}).items()}
-        self.clip_norm = clip_norm
+        self.optimizers = {
+            name: made(given, default, held, name)
+            for name, (given, default, parameters) in kinds.items() if (held := list(parameters))
+        }  # fmt: skip
+        scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
+        self.updates = Updates(self.optimizers, schedulers, step_schedulers, clip_norm, scaler)
+        averaged = (*problem.general_parameters(), *problem.response_parameters(), *problem.buffers())
+        self._averaged = Averaged(averaged, ema) if ema is not None else None
         for name in ("optimizer", "response_optimizer"):
-            if stn.terms.penalties and any(group.get("weight_decay") for group in self.optimizers[name].param_groups):
+            groups = self.optimizers[name].param_groups if name in self.optimizers else []
+            if (
+                isinstance(stn, SelfTuningNetwork)
+                and stn.terms.penalties
+                and any(g.get("weight_decay") for g in groups)
+            ):
                 warnings.warn(
                     f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", stacklevel=2
                 )
-        self.history = History(stn.hparams.names)
+        self.history = History(tuple(problem.values()), start=problem.values())
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
-        self._validation = Cycle(valid_loader)
+        self._train, self._valid = Stream(train_loader, "train_loader"), Stream(valid_loader, "valid_loader")
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
+        self._sums: dict[str, Any] = {}  # of the epoch that is under way
+        self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
+        self.rollbacks_done, self._stopped = 0, False
+        self._keeper = Keeper(self, self.out_dir, save_minutes, keep, rollbacks)
+        self._clock = time.perf_counter()  # of the time not counted yet
 
     # Training
 
@@ -227,245 +227,244 @@ class BilevelRunner:
         """Train until `epochs` epochs are done in all, or the epoch in which `minutes` in all are over; resumes from out_dir.
         Returns the history.
 
-        Raises DivergedError when a loss is no longer finite; what was best is kept in `best` and in out_dir/best.pt.
+        Raises DivergedError when losses are no longer finite after `rollbacks` new attempts; what was best is kept in `best`
+        and in out_dir/best.pt.
         """
-        if self.out_dir and not len(self.history) and (self.out_dir / "last.pt").exists():
-            self.load(self.out_dir / "last.pt")
-        disable = None if self.progress is None else not self.progress
-        with tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=disable) as bar:
-            while len(self.history) < epochs and not self._out_of_patience() and not self._out_of_time(minutes):
-                self._epoch(bar)
+        if self.out_dir and not len(self.history) and not self._sums:
+            self._keeper.resume()
+        self._stopped = False
+        self._keeper.keep(write=False)
+        hidden = True if distributed.rank() else None if self.progress is None else not self.progress
+        bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
+        with bar, self._stop.on_signals(self.out_dir is not None):
+            while len(self.history) < epochs and not self._over(minutes):
+                try:
+                    self._epoch()
+                except BadLoss as fault:
+                    self._keeper.go_back(fault)
+                    continue
                 row = self.history.rows[-1]
-                shown = {
-                    "train": row["train_loss"],
-                    "valid": row["valid_loss"],
-                    **{name: row[name] for name in self.columns},
-                }
-                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
+                bar.set_postfix(self._shown(row), refresh=False)
                 bar.update()
         return self.history
 
-    def _out_of_patience(self) -> bool:
-        if self.patience is None or not len(self.history):
-            return False
-        return len(self.history) - self.history.best()["epoch"] >= self.patience
+    def stop(self) -> None:
+        """End `fit` after this epoch; for callbacks."""
+        self._stopped = True
 
-    def _out_of_time(self, minutes: float | None) -> bool:
-        return minutes is not None and len(self.history) > 0 and sum(self.history["seconds"]) >= 60 * minutes
+    def _over(self, minutes: float | None) -> bool:
+        done = len(self.history)
+        late = minutes is not None and done and sum(self.history["seconds"]) >= 60 * minutes
+        hopeless = self.patience is not None and done and done - self.history.best()["epoch"] >= self.patience
+        return distributed.any_of(bool(self._stopped or late or hopeless), self.device)
 
-    def _epoch(self, bar: Any) -> None:
-        start, number = time.perf_counter(), len(self.history) + 1
-        self.stn.train()
-        totals: dict[str, Tensor] = {}
-        counts: Counter[str] = Counter()
-        steps = 0
-        self._training.reset()
-        self._windows = 0
-        for batch in self.train_loader:
-            for name, loss in self._inner_step(self._placed(batch)).items():
-                totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss
-                counts[name] += 1
-            steps += 1
+    def _shown(self, row: dict[str, Any]) -> dict[str, str]:
+        """Losses, columns and a few λ, for the progress bar."""
+        few = [(name.rpartition(".")[0] or name, row[name]) for name in self.history.names[:3]]
+        shown = [("train", row["train_loss"]), ("valid", row["valid_loss"]), *((n, row[n]) for n in self.columns), *few]
+        return {name: f"{value:.4g}" for name, value in shown}
+
+    def _epoch(self) -> None:
+        number, self._clock = len(self.history) + 1, time.perf_counter()
+        if not self._sums:
+            self._sums = {"steps": 0, "counts": {}, "totals": {}, "seconds": 0.0}
+            self.problem.begins("train")
+            self._train.begin()
+        sums = self._sums
+        self.problem.train()
+        while batches := self._train.take(self.accumulate):
+            where = f"epoch {number}, step {sums['steps'] + 1}"
+            if self.schedule:
+                self._replay(self.schedule, sums["steps"])
+            for name, loss in self._inner_step([self._placed(b, "train_loader", where) for b in batches]).items():
+                sums["totals"][name] = sums["totals"].get(name, 0.0) + loss
+                sums["counts"][name] = sums["counts"].get(name, 0) + 1
+            sums["steps"] += 1
             self.steps += 1
-            if self.steps % self.train_steps == 0 or steps == 1:
-                self._check_finite(totals, number, steps)
-            if self.steps % self.train_steps == 0:
-                for _ in range(self.valid_steps if number > self.warmup_epochs else 0):
-                    self._hyper_step(number, steps)
+            cycle_over = self.steps % self.train_steps == 0
+            if cycle_over or sums["steps"] == 1:
+                self._check(self._means(), where)
+            if cycle_over:
+                for _ in range(self.valid_steps if self._tunes else 0):
+                    self._hyper_step(where)
                 self._inner.clear()
-        if not steps:
+            if cycle_over or distributed.processes() == 1:
+                self._pause()
+        if not sums["steps"]:
+            self._forget_epoch()
             raise ValueError("train_loader is empty: it yielded no batch")
-        self._check_finite(totals, number, steps)
-        losses = {name: (total / counts[name]).item() for name, total in totals.items()}
-        if self.stn.method != "stn":
-            losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
-        row: dict[str, Any] = {"epoch": number, **losses, **self.evaluate()}
-        self._check_finite({"valid_loss": torch.tensor(row["valid_loss"])}, number, steps)
-        scales = self.stn.hparams.scale.tolist()
-        row |= self.stn.hparams.values() | {SCALE + n: s for n, s in zip(self.stn.hparams.names, scales, strict=True)}
-        row |= {name: float(column(row)) for name, column in self.columns.items()}
-        row["seconds"] = round(time.perf_counter() - start, 3)
-        for scheduler in self.schedulers.values():
-            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            scheduler.step(*([row["valid_loss"]] if plateau else []))
-        self.history.rows.append(row)
-        if self.best is None or row["valid_loss"] < self.best["valid_loss"]:
-            state = {name: value.clone() for name, value in self.stn.export().state_dict().items()}
-            self.best = {"epoch": number, "valid_loss": row["valid_loss"], "model": state}
-            if self.out_dir:
-                save_atomically(self.best, self.out_dir / "best.pt")
-        if self.out_dir:
-            self.history.to_csv(self.out_dir / "history.csv")
-            self.save(self.out_dir / "last.pt")
+        self._check(self._means(), f"epoch {number}, step {sums['steps']}")
+        self._end_epoch(number)
 
-    def _inner_step(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
-        """One step of w₀ and, when it is due, one of Θ on a training batch; of both at once for method "stn"."""
-        (x, target), carried = batch, self._training
-        inputs, before = carried.inputs(x), carried.state
-        perturb = self.perturb if self.stn.method == "stn" else None
-        with self._precision():
-            loss = general_loss(self.stn, carried.loss, inputs, target, perturb=perturb)
-        loss.backward()
-        carried.advance()
-        if self.stn.method == "stn":
-            return {"train_loss": self._stepped(loss, "optimizer", "response_optimizer")}
-        if self.inner_correction and len(self.history) >= self.warmup_epochs:
-            self._inner.append(self.stn.hypergradient())
-        losses = {"train_loss": self._stepped(loss, "optimizer")}
-        if (self.steps + 1) % self.response_every == 0:
-            loss = self._response_loss(x, target, before)
-            loss.backward()
-            losses["response_loss"] = self._stepped(loss, "response_optimizer")
+    def _end_epoch(self, number: int) -> None:
+        problem, losses = self.problem, self._means()
+        if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
+            losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
+        with self._evaluating():
+            found, sample = self._evaluated(self.valid_loader, "valid_loader")
+            self._check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
+            row: dict[str, Any] = {"epoch": number, **losses, **found}
+            row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
+            if not self.schedule:
+                with self._precision():
+                    row |= distributed.mean(problem.diagnostics(*sample, number), self.device)
+            row |= {name: float(column(row)) for name, column in self.columns.items()}
+            self._count_time()
+            row["seconds"] = round(self._sums["seconds"], 3)
+            self.updates.epoch_done(row["valid_loss"])
+            self.history.rows.append(row)
+            if better := self.best is None or row["valid_loss"] < self.best["valid_loss"]:
+                state = {name: value.clone() for name, value in problem.export().state_dict().items()}
+                self.best = {"epoch": number, "valid_loss": row["valid_loss"], "model": state}
+        self._forget_epoch()
+        self._monitors.read(self.history.rows)
+        for callback in self.callbacks:
+            callback(self)
+        self._keeper.keep(better)
+        if self._stop.signal is not None:
+            self._stop.end()
+
+    @property
+    def _tunes(self) -> bool:
+        """Whether λ moves in this epoch."""
+        return self.schedule is None and len(self.history) >= self.warmup_epochs
+
+    def _means(self) -> dict[str, float]:
+        """Of each loss over the steps of this epoch, and over processes."""
+        sums = self._sums
+        means = {name: float(total) / sums["counts"][name] for name, total in sums["totals"].items()}
+        return distributed.mean(means, self.device)
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._sums["seconds"] += now - self._clock
+        self._clock = now
+
+    def _forget_epoch(self) -> None:
+        """The next step is a first one."""
+        self._sums = {}
+
+    def _replay(self, schedule: Schedule, step: int) -> None:
+        length = self._length or step + 1  # of a loader that does not know it: the values at the end of the epoch
+        self.stn.hparams.set(schedule.at(len(self.history) + (step + 1) / length))
+
+    def _inner_step(self, batches: list[tuple[Any, Any]]) -> dict[str, Tensor]:
+        """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem."""
+        problem, updates = self.problem, self.updates
+        losses = {"train_loss": self._backward(problem.general_loss, batches)}
+        names = ("optimizer", "response_optimizer") if problem.joint else ("optimizer",)
+        updates.ready(*names)
+        if self.inner_correction and self._tunes:
+            gradient = problem.training_hypergradient()
+            self._inner += [gradient] if gradient is not None else []
+        updates.step(*names)
+        responds = "response_optimizer" in self.optimizers and not problem.joint and not self.schedule
+        if responds and (self.steps + 1) % self.response_every == 0:
+            losses["response_loss"] = self._backward(problem.response_loss, batches)
+            updates.ready("response_optimizer")
+            updates.step("response_optimizer")
+        if self._averaged:
+            self._averaged.update()
         return losses
 
-    def _response_loss(self, x: Any, target: Any, before: Any) -> Tensor:
-        """L_T at λ + ε, from the state `before` the window or, while ε is kept, from that of the perturbed network."""
-        carried = self._perturbed
-        (x, before), target = part(((x, before), target), self.response_fraction)
-        begins = self._windows % self.response_windows == 0
-        if begins:
-            carried.state = before
-        inputs = carried.inputs(x)
-        if self.response_windows > 1 and begins:
-            self._epsilon = perturbation(self.stn, inputs, self.perturb).detach()
-        with self._precision():
-            perturb = self.perturb if self._epsilon is None else self._epsilon
-            loss = response_loss(
-                self.stn, carried.loss, inputs, target, perturb=perturb, widening=self.response_widening
-            )
-        carried.advance()
-        self._windows += 1
-        return loss
+    def _backward(self, objective: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> Tensor:
+        """Leave the gradient of the mean loss over the batches; returns that mean."""
+        losses = []
+        for batch in batches:
+            with self._precision():
+                loss = objective(*batch)
+            self.updates.backward(loss / len(batches))
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
-    def _hyper_step(self, epoch: int, step: int) -> None:
-        batch, carried = self._placed(self._validation.next()), self._validating
-        if batch_size(batch[0]) == 1:  # a rest of the set that has no batch statistics
-            batch = self._placed(self._validation.next())
-        if self._validation.restarted:
-            carried.reset()
-        inputs, target = part(batch, self.hyper_fraction)
-        with self._precision():
-            perturb = self.perturb if "scale_optimizer" in self.optimizers else "none"
-            loss = hyper_loss(self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight,
-                              perturb=perturb)  # fmt: skip
-        carried.advance()
-        self._check_finite({"hyper_loss": loss.detach()}, epoch, step)
-        loss.backward()
+    def _hyper_step(self, where: str) -> None:
+        for _ in range(2):
+            batch, first = self._valid.next()
+            if first:
+                self.problem.begins("valid")
+            inputs, target = self._placed(batch, "valid_loader", where)
+            if batch_size(inputs) > 1:  # else a rest of the set that has no batch statistics
+                break
+        names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.optimizers]
+        loss = self._backward(self.problem.hyper_loss, [(inputs, target)])
+        self._check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
+        self.updates.ready(*names)
         if self._inner:
-            gradient = self.stn.hparams.unconstrained.grad
-            assert gradient is not None
-            gradient -= self.inner_correction * torch.stack(self._inner).mean(0)
-        self._stepped(loss, "hyper_optimizer", *(["scale_optimizer"] if "scale_optimizer" in self.optimizers else []))
+            (held,) = self.problem.hyper_parameters()
+            assert held.grad is not None
+            held.grad -= self.inner_correction * torch.stack(self._inner).mean(0)
+        self.updates.step(*names)
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _placed(self, batch: Any) -> tuple[Any, Any]:
-        return placed(batch, self.device, self.memory_format)
+    def _evaluating(self) -> Any:
+        return self._averaged.in_place() if self._averaged else contextlib.nullcontext()
 
-    def _stepped(self, loss: Tensor, *names: str) -> Tensor:
-        for name in names:  # gradients are freed at once: w₀'s and Θ's never take memory together
-            if self.clip_norm is not None and name in ("optimizer", "response_optimizer"):
-                groups = self.optimizers[name].param_groups
-                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.clip_norm)
-            self.optimizers[name].step()
-            self.optimizers[name].zero_grad()
-        return loss.detach()
+    def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
+        pair = placed(batch if self.unpack is None else self.unpack(batch), self.device, self.memory_format, name)
+        if self._keeper.retries:
+            check_batch(pair, f"a batch of {name} in {where}")
+        return pair
 
-    def _check_finite(self, losses: dict[str, Tensor], epoch: int, step: int) -> None:
-        for name, loss in losses.items():
-            if not torch.isfinite(loss):
-                values = ", ".join(f"{key}={value:.4g}" for key, value in self.stn.hparams.values().items())
-                where = f"in {self.out_dir / 'best.pt'}" if self.out_dir else "in runner.best"
-                kept = (
-                    f"the best model, of epoch {self.best['epoch']}, is {where}" if self.best else "no epoch was done"
-                )
-                raise DivergedError(
-                    f"{name} became {loss.item()} in epoch {epoch}, step {step} (λ: {values}); {kept}; lower the learning "
-                    "rate of the weights or of the response"
-                )
+    # Faults
+
+    def _check(self, losses: dict[str, float], where: str) -> None:
+        """Raises BadLoss; losses: the same in all processes."""
+        self._watch.check(losses, where)
+
+    def _pause(self) -> None:
+        """Save within an epoch when it is due, and at a signal, which then ends the run."""
+        asked, device = self._stop.signal is not None, self.device
+        if distributed.any_of(asked or self._keeper.late(), device):
+            self._count_time()
+            self._keeper.keep()
+        if distributed.any_of(asked, device):
+            self._stop.end()
 
     # Evaluation and results
 
     def evaluate(self, loader: Any = None) -> dict[str, float]:
         """{'valid_loss', a key per metric} of the current network in eval mode; loader: default the validation set."""
-        totals: dict[str, float] = {}
-        examples, carried = 0, Carried(self.valid_loss_fn, self.initial_state)
-        for batch in loader if loader is not None else self.valid_loader:
-            inputs, target = self._placed(batch)
+        if loader is None:
+            return self._evaluated(self.valid_loader, "valid_loader")[0]
+        return self._evaluated(loader, "loader")[0]
+
+    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple[Any, Any]]:
+        """Means over a loader, and its first batch."""
+        totals: dict[str, float] = {"examples": 0}
+        evaluation, sample = self.problem.evaluation(), None
+        for batch in loader:
+            inputs, target = self._placed(batch, name, "evaluation")
+            sample = (inputs, target) if sample is None else sample
             with self._precision():
-                loss, result = validation_loss(self.stn, carried.loss, carried.inputs(inputs), target)
-            carried.advance()
-            output, count = carried.output(result), _count(inputs, target)
-            values = {"valid_loss": loss.item()} | {name: float(f(output, target)) for name, f in self.metrics.items()}
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * count
-            examples += count
-        if not examples:
-            raise ValueError("valid_loader is empty: it yielded no batch")
-        return {name: total / examples for name, total in totals.items()}
+                loss, output = evaluation(inputs, target)
+            count = _count(inputs, target)
+            values = {"valid_loss": loss.item()} | {key: float(f(output, target)) for key, f in self.metrics.items()}
+            for key, value in values.items():
+                totals[key] = totals.get(key, 0.0) + value * count
+            totals["examples"] += count
+        if sample is None:
+            raise ValueError(f"{name} is empty: it yielded no batch")
+        totals = distributed.total(totals, self.device)
+        examples = totals.pop("examples")
+        return {key: total / examples for key, total in totals.items()}, sample
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
-        model = self.stn.export()
+        model = self.problem.export()
         model.load_state_dict(self.best["model"])
         return model
 
     def save(self, path: str | Path) -> None:
-        """Write the whole run: networks, λ, σ, optimizers, random generators, place in the loaders, history, best."""
-        save_atomically(
-            {
-                "format": FORMAT,
-                "names": list(self.stn.hparams.names),
-                "method": self.stn.method,
-                "steps": self.steps,
-                "inner": self._inner,
-                "stn": self.stn.state_dict(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
-                "state": self._validating.state,
-                "random": random_state(),
-                "train_loader": loader_state(self.train_loader),
-                "valid_loader": loader_state(self.valid_loader),
-                "validation": self._validation.state_dict(),
-                "history": self.history.rows,
-                "best": self.best,
-            },
-            path,
-        )
+        """Write the whole run: networks, λ, σ, optimizers, schedulers, random generators, places in the loaders, history, best.
+
+        Files of that name become last.1.pt and so on, `keep` in all. Several processes: all must call it. Raises OSError.
+        """
+        self._keeper.save(path)
 
     def load(self, path: str | Path) -> None:
-        """Continue a saved run. Raises ValueError when the file is not such a run, or tunes other hyperparameters."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a readable run ({type(error).__name__}); remove it to start anew"
-            ) from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a run of this version of fxstn; remove it, or choose another out_dir")
-        if state["names"] != list(self.stn.hparams.names):
-            raise ValueError(
-                f"{path} tunes {state['names']}, this run {list(self.stn.hparams.names)}; choose another out_dir"
-            )
-        if (state["method"], set(state["optimizers"])) != (self.stn.method, set(self.optimizers)):
-            raise ValueError(f"{path} is a run of method {state['method']!r} with {sorted(state['optimizers'])}; this one "
-                             f"is of {self.stn.method!r} with {sorted(self.optimizers)}; choose another out_dir")  # fmt: skip
-        try:
-            self.stn.load_state_dict(state["stn"])
-        except RuntimeError as error:
-            raise ValueError(f"{path} is a run of another model; choose another out_dir") from error
-        self.steps, self._inner = state["steps"], state["inner"]
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        for name, scheduler in self.schedulers.items():
-            if name in state["schedulers"]:
-                scheduler.load_state_dict(state["schedulers"][name])
-        self._validating.state = state["state"]
-        self.history.rows, self.best = state["history"], state["best"]
-        self._validation.load_state_dict(state["validation"])
-        set_loader_state(self.train_loader, state["train_loader"])
-        set_loader_state(self.valid_loader, state["valid_loader"])
-        set_random_state(state["random"])
+        """Continue a saved run. Raises ValueError when the file is no such run, is damaged, or tunes other hyperparameters."""
+        self._keeper.load(path)

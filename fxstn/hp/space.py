@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,23 @@ class HyperparameterSpace(nn.Module):
     def values(self) -> dict[str, float]:
         """name → constrained value at λ₀."""
         return dict(zip(self.names, self().tolist(), strict=True))
+
+    @torch.no_grad()
+    def set(self, values: dict[str, float]) -> None:
+        """Put λ₀ where these constrained values are, each at least 1e-6 of its range from the ends; others stay.
+
+        Raises ValueError for a name that is not tuned, or a value outside its range.
+        """
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for name, value in values.items():
+            if name not in numbers:
+                raise ValueError(f"there is no hyperparameter {name!r}; there are {', '.join(self.names)}")
+            quantity = self.quantities[numbers[name]]
+            if not quantity.low <= value <= quantity.high or math.isinf(value):
+                raise ValueError(f"{name}={value} is outside its range [{quantity.low}, {quantity.high}]")
+            margin = 1e-6 * (quantity.low if quantity.log else min(quantity.high - quantity.low, 1.0))
+            inside = min(max(value, quantity.low + margin), quantity.high - margin)
+            self.unconstrained[numbers[name]] = replace(quantity, init=inside).unconstrained
 
     def named(self, strengths: Tensor) -> dict[str, Tensor]:
         """name → column of a matrix of strengths (..., h): what a loss function receives as `hparams`."""
