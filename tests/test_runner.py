@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp, randomize_response
+from runs import dataset, make, without_times
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
@@ -20,34 +21,6 @@ from fxstn import cli, data, hp
 from fxstn.bench import Setup, bench
 from fxstn.bilevel import problem as steps
 from fxstn.bilevel.optimizers import SettlingAdam
-
-STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
-
-
-def dataset(n: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 6, generator=generator)
-    return TensorDataset(x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(1))
-
-
-def make(out_dir=None, generator=True, train=40, **settings):
-    torch.manual_seed(0)
-    order = {"generator": torch.Generator().manual_seed(1)} if generator else {}
-    other = {"generator": torch.Generator().manual_seed(2)} if generator else {}
-    settings = {"metrics": {"accuracy": fxstn.accuracy}, "progress": False, "train_steps": 2} | settings
-    method = settings.pop("method", "delta")
-    return fxstn.BilevelRunner(
-        fxstn.transform(mlp(), settings.pop("hparams", STARTS), method=method),
-        settings.pop("loss_fn", F.cross_entropy),
-        DataLoader(dataset(train, 0), 8, shuffle=True, **order),
-        DataLoader(dataset(30, 1), 8, shuffle=True, **other),
-        out_dir=out_dir,
-        **settings,
-    )
-
-
-def without_times(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 FORMAT = 4
-_MARK = b"fxstn-run"  # ends a file, after the payload of torch.save, the format in 4 digits and the payload's SHA-256
-_TRAILER = len(_MARK) + 4 + hashlib.sha256().digest_size
+# A file: what torch.save writes, the format in 4 digits, the SHA-256 of all that, and a mark.
+_MARK = b"fxstn-run"
+_SEAL = hashlib.sha256().digest_size + len(_MARK)
 
 
 class DamagedError(ValueError):
@@ -50,7 +51,8 @@ def _written(state: Any, path: Path, checksum: bool) -> Path:
         except RuntimeError as error:
             raise file.error or error from error
         if checksum:
-            raw.write(f"{FORMAT:04d}".encode() + file.sum.digest() + _MARK)
+            file.write(f"{FORMAT:04d}".encode())
+            raw.write(file.sum.digest() + _MARK)
         raw.flush()
         os.fsync(raw.fileno())
     return temporary
@@ -83,16 +85,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    payload, trailer = memoryview(data)[: -_TRAILER or None], data[-_TRAILER:]
     if not data:
         raise DamagedError(f"{path} is empty")
-    if not trailer.endswith(_MARK) or len(data) <= _TRAILER or not trailer[:4].isdigit():
+    sealed, seal = memoryview(data)[:-_SEAL], data[-_SEAL:]
+    if not seal.endswith(_MARK) or len(sealed) <= 4:
         raise DamagedError(f"{path} is not a checkpoint of fxstn, or its end is missing")
-    if int(trailer[:4]) != FORMAT:
-        raise ValueError(f"{path} was written in format {int(trailer[:4])} by another version of fxstn, this one reads "
-                         f"{FORMAT}; remove it, or choose another out_dir")  # fmt: skip
-    if hashlib.sha256(payload).digest() != trailer[4 : -len(_MARK)]:
+    if hashlib.sha256(sealed).digest() != seal[: -len(_MARK)]:
         raise DamagedError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    payload, version = sealed[:-4], int(sealed[-4:])
+    if version != FORMAT:
+        raise ValueError(f"{path} was written in format {version} by another version of fxstn, this one reads {FORMAT}; "
+                         "remove it, or choose another out_dir")  # fmt: skip
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
 

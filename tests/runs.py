@@ -1,0 +1,39 @@
+"""Small runs that the tests share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxstn
+from fxstn import hp
+
+STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
+
+
+def dataset(n: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator)
+    return TensorDataset(x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(1))
+
+
+def make(out_dir=None, generator=True, train=40, **settings):
+    torch.manual_seed(0)
+    order = {"generator": torch.Generator().manual_seed(1)} if generator else {}
+    other = {"generator": torch.Generator().manual_seed(2)} if generator else {}
+    settings = {"metrics": {"accuracy": fxstn.accuracy}, "progress": False, "train_steps": 2} | settings
+    method = settings.pop("method", "delta")
+    return fxstn.BilevelRunner(
+        fxstn.transform(mlp(), settings.pop("hparams", STARTS), method=method),
+        settings.pop("loss_fn", F.cross_entropy),
+        DataLoader(dataset(train, 0), 8, shuffle=True, **order),
+        DataLoader(dataset(30, 1), 8, shuffle=True, **other),
+        out_dir=out_dir,
+        **settings,
+    )
+
+
+def without_times(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
