@@ -1,0 +1,389 @@
+"""What a run survives: kills, signals, damaged files, a full disk, losses that are no numbers; and what it warns of."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import dataset, make, without_times
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
+from fxstn.bilevel.faults import PERSISTENT, Monitors
+from fxstn.bilevel.streams import Stream
+
+HERE = Path(__file__).resolve().parent
+
+
+def same(a, b) -> bool:
+    """Whether two structures of tensors, dicts, lists and numbers are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+# Kills
+
+
+def start(out: Path, epochs: int) -> subprocess.Popen:
+    """A run in a process group of its own, which trains when this returns."""
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "killed.py"), str(out), str(epochs)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n", process.communicate()[1]
+    return process
+
+
+def changed(path: Path) -> int:
+    """When a file was written; 0: never."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def end(out: Path, epochs: int) -> dict:
+    _, errors = start(out, epochs).communicate(timeout=300)
+    assert (out / "end.pt").exists(), errors
+    assert "Traceback" not in errors
+    return torch.load(out / "end.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.nightly)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, kills):
+    epochs = 8 if kills == 3 else 30
+    whole = end(tmp_path / "whole", epochs)
+    chance, cut = random.Random(kills), tmp_path / "cut"
+    for number in range(kills):
+        before = changed(cut / "last.pt")
+        process = start(cut, epochs)
+        deadline = time.monotonic() + 60
+        while number % 4 and changed(cut / "last.pt") == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.3))
+        os.killpg(process.pid, signal.SIGTERM if number % 5 == 4 else signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode != 0, "the run was over before it was killed: give it more epochs"
+    assert changed(cut / "last.pt")
+    assert same(end(cut, epochs), whole)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_from_there(tmp_path, number, raised):
+    whole = make().fit(4)
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        if len(calls) == 17:  # in the third epoch, of five steps each with a response step at every fourth
+            os.kill(os.getpid(), number)
+        return F.cross_entropy(output, target)
+
+    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
+    before = signal.getsignal(number)
+    with pytest.raises(raised) as caught:
+        runner.fit(4)
+    assert raised is KeyboardInterrupt or caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(number) is before
+    saved = load_checkpoint(tmp_path / "last.pt")
+    assert 0 < saved["_sums"]["steps"] < 5
+    done = saved["steps"]
+    resumed = make(tmp_path)
+    assert without_times(resumed.fit(4)) == without_times(whole)
+    assert resumed.steps == 20
+    assert done == 5 * (len(saved["history"][1])) + saved["_sums"]["steps"]
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with the checkpoints of two epochs."""
+    folder = tmp_path_factory.mktemp("files")
+    make(folder, keep=2).fit(3)
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "history.csv", "last.pt", "last.1.pt"}
+    return folder
+
+
+def damages():
+    """100 ways to damage a file of bytes."""
+    chance = random.Random(0)
+    cases = [("empty", lambda data: b""), ("other", lambda data: b"nonsense"), ("zeros", lambda data: bytes(len(data)))]
+    cases += [("twice", lambda data: data + data), ("longer", lambda data: data + b"\0")]
+    cases += [(f"end-{n}", lambda data, n=n: data[:-n]) for n in range(1, 10)]
+    for share in [chance.random() for _ in range(36)]:
+        cases.append((f"cut-{share:.3f}", lambda data, share=share: data[: int(share * len(data))]))
+    for share in [*(chance.random() for _ in range(40)), *(1 - k / 1e5 for k in range(1, 11))]:
+        bit = 1 << chance.randrange(8)
+
+        def flipped(data, share=share, bit=bit):
+            place = int(share * len(data))
+            return data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+
+        cases.append((f"flip-{share:.5f}", flipped))
+    return cases
+
+
+def test_a_hundred_damaged_files_are_all_noticed_and_the_one_before_is_used(files, tmp_path):
+    cases = damages()
+    assert len(cases) == 100
+    whole, older = ((files / name).read_bytes() for name in ("last.pt", "last.1.pt"))
+    for name, damage in cases:
+        broken = damage(whole)
+        (tmp_path / "last.pt").write_bytes(broken)
+        (tmp_path / "last.1.pt").write_bytes(older)
+        with pytest.raises(DamagedError, match=r"last\.pt (is|cannot)"):
+            load_checkpoint(tmp_path / "last.pt")
+        with pytest.warns(
+            UserWarning, match=r"last\.pt .*; it is now last\.pt\.broken; the run resumes from last\.1\.pt"
+        ):
+            state = latest_checkpoint(tmp_path / "last.pt")
+        assert state is not None
+        assert len(state["history"][1]) == 2, name
+        assert (tmp_path / "last.pt.broken").read_bytes() == broken
+        assert (tmp_path / "last.1.pt").read_bytes() == older
+
+
+def test_a_run_resumes_from_the_file_before_a_damaged_one_and_ends_the_same(tmp_path):
+    whole = make().fit(5)
+    make(tmp_path).fit(3)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-1000])
+    runner = make(tmp_path)
+    with pytest.warns(UserWarning, match=r"last\.pt .*checkpoint.*resumes from last\.1\.pt, saved before it"):
+        history = runner.fit(5)
+    assert without_times(history) == without_times(whole)
+
+
+def test_where_every_file_is_damaged_the_run_says_so_and_nothing_is_overwritten(tmp_path):
+    make(tmp_path, keep=1).fit(1)
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"last\.pt is empty; it is now last\.pt\.broken; no whole checkpoint.*run again"
+    ):
+        make(tmp_path).fit(2)
+    assert len(make(tmp_path).fit(2)) == 2
+    assert (tmp_path / "last.pt.broken").exists()
+
+
+def test_a_file_of_another_format_is_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("fxstn.bilevel.checkpoint.FORMAT", 3)
+    save_checkpoint({"a": 1}, tmp_path / "last.pt")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="written in format 3 by another version of fxstn, this one reads"):
+        make(tmp_path).fit(1)
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_as_many_files_are_kept_as_asked_for(tmp_path):
+    make(tmp_path, keep=4).fit(6)
+    found = {path.name: len(load_checkpoint(path)["history"][1]) for path in tmp_path.glob("last*.pt")}
+    assert found == {"last.pt": 6, "last.1.pt": 5, "last.2.pt": 4, "last.3.pt": 3}
+
+
+def test_a_full_disk_is_a_warning_and_training_goes_on(tmp_path):
+    """The operating system refuses to write files of more than 2,000 bytes during two epochs."""
+    whole = make().fit(5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(runner):
+        small = 2 <= len(runner.history) <= 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]) if small else limits)
+
+    runner = make(tmp_path, callbacks=[full])
+    try:
+        with pytest.warns(fxstn.RunWarning, match=r"cannot write to .*: File too large; training goes on") as caught:
+            runner.fit(3)
+        assert len(caught) == 1
+        assert len(load_checkpoint(tmp_path / "last.pt")["history"][1]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert without_times(runner.fit(5)) == without_times(whole)
+    assert len(load_checkpoint(tmp_path / "last.pt")["history"][1]) == 5
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    runner = make(tmp_path / "file" / "folder")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(fxstn.RunWarning, match="cannot write to .*: Not a directory; training goes on"):
+        assert len(runner.fit(2)) == 2
+    assert runner.best_model() is not None
+
+
+# Streams
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_a_stream_goes_on_where_it_was(own, taken):
+    def stream():
+        generator = torch.Generator().manual_seed(3) if own else None
+        return Stream(DataLoader(TensorDataset(torch.arange(10)), 2, shuffle=True, generator=generator), "loader")
+
+    first = stream()
+    torch.manual_seed(5)
+    first.begin()
+    assert len(first.take(taken) if taken else []) == taken
+    torch.rand(3)
+    state, place = first.state_dict(), torch.get_rng_state()
+    expected = [first.take(9), first.next()]
+    torch.manual_seed(77)
+    other = stream()
+    other.load_state_dict(state)
+    torch.set_rng_state(place)
+    assert same([other.take(9), other.next()], expected)
+
+
+# Losses
+
+
+def broken_at(calls_broken, value=math.nan):
+    """Cross entropy, and `value` times it in the calls numbered."""
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        return F.cross_entropy(output, target) * (value if len(calls) in calls_broken else 1.0)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("kept", ["file", "memory"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, kept, value):
+    runner = make(
+        tmp_path if kept == "file" else None, loss_fn=broken_at({13}, value), valid_loss_fn=F.cross_entropy,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )  # fmt: skip
+    with pytest.warns(
+        fxstn.RunWarning, match=r"train_loss became .* in epoch 3, step 1; back to epoch 2 .*optimizer 0.05 \(attempt 1"
+    ):
+        history = runner.fit(5)
+    assert history["epoch"] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(loss) for loss in history["valid_loss"])
+    assert runner.optimizers["optimizer"].param_groups[0]["lr"] == 0.05
+    assert runner.optimizers["response_optimizer"].param_groups[0]["lr"] == 0.01
+
+
+def test_what_comes_after_going_back_is_training_at_the_lower_rate(tmp_path):
+    """The same as a run whose rate was lowered by hand at that epoch."""
+    runner = make(
+        loss_fn=broken_at({13}), valid_loss_fn=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
+    )
+    with pytest.warns(fxstn.RunWarning, match="attempt 1"):
+        found = runner.fit(4)
+    other = make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    other.fit(2)
+    other.optimizers["optimizer"].param_groups[0]["lr"] = 0.05
+    assert without_times(found) == without_times(other.fit(4))
+
+
+def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
+    runner = make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(fxstn.DivergedError, match=r"train_loss became nan in epoch 3.*of epoch [12], is in runner.best"):
+            runner.fit(5)
+    for text, expected in zip([str(w.message) for w in said], ("0.005 (attempt 1", "0.0025 (attempt 2"), strict=True):
+        assert f"rates: optimizer {expected} of 2)" in text
+    assert runner.best_model() is not None
+    with pytest.raises(fxstn.DivergedError, match="train_loss became nan in epoch 3"):
+        make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy, rollbacks=0).fit(5)
+
+
+def test_nan_in_the_data_is_found_and_named():
+    runner = make()
+    runner.train_loader.dataset.tensors[0][33, 2] = math.nan
+    with (
+        pytest.warns(fxstn.RunWarning, match="train_loss became nan"),
+        pytest.raises(
+            ValueError, match=r"a batch of train_loader in epoch 1, step \d has inputs that are NaN.*\(row \d"
+        ),
+    ):
+        runner.fit(2)
+
+
+# Signs
+
+
+def row(epoch, **values):
+    return {"epoch": epoch, "d": 0.3, "scale:d": 1.0, "response_norm": 0.1, "linearization_error": 0.2} | values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"d": [0.9495, 0.95, 0.949]}, r"d = 0\.949 is at the upper end of its range \[0, 0\.95\].*high="),
+        ({"scale:d": [9e-4, 8e-4, 7e-4]}, r"σ of d has shrunk to 0\.0007.*entropy_weight"),
+        ({"response_norm": [1.5, 1.2, 3.0]}, r"change the weights by 3 times their size; lower response_optimizer"),
+        ({"linearization_error": [0.91, 0.92, 0.99]}, r"relative error 0\.99.*scale="),
+    ],
+)
+def test_a_sign_of_trouble_is_a_warning_once_it_lasts(values, message):
+    ((column, bad),) = values.items()
+    monitors, rows = Monitors({"d": (0.0, 0.95)}), [row(1)]
+    for epoch, value in enumerate(bad[: PERSISTENT - 1], 2):
+        rows.append(row(epoch, **{column: value}))
+        monitors.read(rows)
+    rows.append(row(5, **{column: bad[-1]}))
+    with pytest.warns(fxstn.RunWarning, match=message):
+        monitors.read(rows)
+    rows.append(row(6, **{column: bad[-1]}))
+    monitors.read(rows)  # not again: warnings are errors here
+
+
+def test_a_range_in_logarithms_is_at_its_end_there():
+    monitors = Monitors({"d": (1e-7, 1e-1)})
+    monitors.read([row(epoch, d=0.05) for epoch in (1, 2, 3)])
+    with pytest.warns(fxstn.RunWarning, match="upper end"):
+        monitors.read([row(epoch, d=0.095) for epoch in (1, 2, 3)])
+
+
+def test_a_run_driven_to_a_bound_warns_and_knows_it_after_resuming(tmp_path):
+    up = {"hparams": [hp.Dropout("2", init=0.9)], "valid_loss_fn": lambda y, t: (y**2).mean()}
+
+    def bent(runner):
+        runner.stn.hparams.set({"2.dropout": 0.9499})
+
+    runner = make(tmp_path, **up, callbacks=[bent])
+    with pytest.warns(fxstn.RunWarning, match=r"2\.dropout = .* upper end"):
+        runner.fit(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path, **up).fit(6)
+
+
+def test_diagnostics_are_zero_for_a_response_that_predicts_nothing_and_small_for_a_small_one():
+    runner = make(tune_scale=False)
+    x, y = dataset(16, 3).tensors
+    at_rest = runner.problem.diagnostics(x, y, 0)
+    assert at_rest == {"response_norm": 0.0, "linearization_error": 0.0}
+    errors = []
+    for size in (1e-1, 1e-2):
+        with torch.no_grad():
+            for parameter in runner.stn.response_parameters():
+                parameter.fill_(size)
+        found = runner.problem.diagnostics(x, y, 0)
+        errors.append(found["linearization_error"])
+        epsilon = torch.randn(3, generator=torch.Generator().manual_seed(0)) * runner.stn.hparams.scale.detach()
+        moved, plain = runner.stn.best_response(epsilon), dict(runner.stn.model.named_parameters())
+        flat = [torch.cat([(w[n] - plain[n] * k).flatten() for n in plain]) for w, k in ((moved, 1), (plain, 0))]
+        assert found["response_norm"] == pytest.approx((flat[0].norm() / flat[1].norm()).item(), rel=1e-4)
+    assert 0 < errors[1] < 0.2 * errors[0] < 0.2
