@@ -167,9 +167,11 @@ TASKS = {
 
 
 def prepared(
-    task: Task, method: str, start: str, seed: int, root: str | None
+    task: Task, method: str, start: str, seed: int, root: str | None, **replay: Any
 ) -> tuple[fxstn.BilevelRunner, TensorDataset]:
-    """A runner of one method, and the test set. Weights and order of the data depend on the torch seed and `seed`."""
+    """A runner of one method, and the test set. Weights and order of the data depend on the torch seed and `seed`.
+
+    replay: schedule=, for a run on a schedule."""
     train_set, valid_set, test_set = task.sets(seed, root)
     model, specs = task.model(train_set), task.specs(STARTS[start])
     settings: dict[str, Any] = {}
@@ -182,7 +184,7 @@ def prepared(
         settings = {"warmup_epochs": task.epochs, "response_every": 10**9}  # no step of Θ or λ
     runner = fxstn.BilevelRunner(
         stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
-        optimizer=task.optimizer, progress=False, **settings,
+        optimizer=task.optimizer, progress=False, **settings, **replay,
     )  # fmt: skip
     return runner, test_set
 

@@ -299,7 +299,9 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
     runner = make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with pytest.raises(fxstn.DivergedError, match=r"train_loss became nan in epoch 3.*of epoch [12], is in runner.best"):
+        with pytest.raises(
+            fxstn.DivergedError, match=r"train_loss became nan in epoch 3.*of epoch [12], is in runner.best"
+        ):
             runner.fit(5)
     for text, expected in zip([str(w.message) for w in said], ("0.005 (attempt 1", "0.0025 (attempt 2"), strict=True):
         assert f"rates: optimizer {expected} of 2)" in text
