@@ -133,9 +133,14 @@ def penn_treebank() -> str:
     return ptb.table(json.loads(ptb.FILE.read_text()))
 
 
+def replayed() -> str:
+    return replay.table(json.loads(replay.FILE.read_text()))
+
+
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
+    "replay": replayed,
 }  # fmt: skip
 
 
