@@ -15,12 +15,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import hypergradient, ptb, tuned, tuning
+from benchmarks import hypergradient, ptb, replay, tuned, tuning
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language")
+DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language", "runs")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",

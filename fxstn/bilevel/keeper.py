@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
 
 
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state in memory of its own, off the accelerator; of the best model, which never changes, the same."""
+    copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), {**state, "best": None})
+    return {**copy, "best": state["best"]}
+
+
 class Keeper:
     """out_dir: None keeps what to go back to in memory. The others are settings of `BilevelRunner`."""
 
@@ -26,24 +32,30 @@ class Keeper:
         self.runner, self.out_dir = runner, out_dir
         self.minutes, self.files, self.rollbacks = minutes, keep, rollbacks
         self.retries = 0  # of the state kept last
-        self._memory: bytes | None = None  # that state, where it is in no file
+        self._memory: dict[str, Any] | None = None  # that state, where it is in no file
+        self._kept_step = -1
         self._unwritable = False
-        self._kept = time.perf_counter()
+        self._kept_time = time.perf_counter()
 
     def late(self) -> bool:
         """Whether a file is due."""
-        return self.out_dir is not None and time.perf_counter() - self._kept > 60 * self.minutes
+        return self.out_dir is not None and time.perf_counter() - self._kept_time > 60 * self.minutes
+
+    def begin(self) -> None:
+        """Keep where training starts from, unless that is kept already."""
+        if self._kept_step != self.runner.steps:
+            self.keep(write=False)
 
     def keep(self, better: bool = False, write: bool = True) -> None:
         """Keep the state as it is, the file of the best model too if it is better. Several processes: all must call it."""
-        self.retries, self._memory, self._kept = 0, None, time.perf_counter()
+        self.retries, self._memory, self._kept_time = 0, None, time.perf_counter()
+        self._kept_step = self.runner.steps
         written = write and self.out_dir is not None
         state = state_of(self.runner) if written or self.rollbacks else {}
         if written:
             written = not distributed.any_of(not self._write(state, better), self.runner.device)
         if self.rollbacks and not written:
-            torch.save(state, buffer := io.BytesIO())
-            self._memory = buffer.getvalue()
+            self._memory = _copied(state)
 
     def _write(self, state: dict, better: bool) -> bool:
         """Whether that went well; a warning, once, where it does not."""
@@ -101,7 +113,7 @@ class Keeper:
             assert self.out_dir is not None
             self.load(self.out_dir / "last.pt")
         else:
-            restore(runner, torch.load(io.BytesIO(self._memory), weights_only=True), "the state kept")
+            restore(runner, _copied(self._memory), "the state kept")
         runner.rollbacks_done = done
         slowed = [name for name in OFFENDERS[fault.name] if name in runner.optimizers]
         rates = [f"{name} {runner.updates.slow(name, 0.5**self.retries):.3g}" for name in slowed]

@@ -68,7 +68,8 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     runner.updates.load_state_dict(state["updates"])
     if runner._averaged:
         runner._averaged.load(state["averages"])
-    runner.history.start, runner.history.rows = state["history"]
+    start, rows = state["history"]
+    runner.history.start, runner.history.rows = start, list(rows)
     runner._watch.first, runner._monitors.said = state["watch"], set(state["said"])
     on_device = tree_map_only(Tensor, lambda tensor: tensor.to(runner.device), {name: state[name] for name in PLAIN})
     for name, value in on_device.items():

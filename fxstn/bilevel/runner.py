@@ -81,6 +81,7 @@ class BilevelRunner:
     that the tangent reaches back over them; 1: each begins with the state of the general step, and a tangent of zero.
     accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
     network that evaluation, best.pt and best_model then use. step_schedulers: as schedulers, stepped with their optimizer.
+    schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
     columns of the history, from those it has; shown in the progress bar. callbacks: functions of the runner, called after
@@ -89,7 +90,8 @@ class BilevelRunner:
     been cut. save_minutes: also save within an epoch, when so many minutes passed; as at SIGTERM and Ctrl-C. keep: ≥ 1,
     checkpoints kept: last.pt, last.1.pt, … A folder that cannot be written is a warning; training goes on.
     rollbacks: ≥ 0; when a loss becomes NaN, infinite or 10⁴ times what it was, the run goes back to what was saved last,
-    halves the learning rate of that loss's parameters and goes on, checking every batch; at most so often.
+    halves the learning rate of that loss's parameters and goes on, checking every batch; at most so often. Without out_dir
+    that needs a copy of the run in the main memory; 0 makes none.
     progress: None shows a bar on a terminal only.
 
     Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and device; gradients are
@@ -148,7 +150,7 @@ class BilevelRunner:
     ) -> None:
         settings = dict(locals()) | {"metrics": metrics or {}, "columns": columns or {}}
         check_settings(settings)
-        check_loader(train_loader, "train_loader")
+        batches = check_loader(train_loader, "train_loader")
         check_loader(valid_loader, "valid_loader")
         if isinstance(stn, SelfTuningNetwork):
             if not callable(loss_fn):
@@ -179,7 +181,7 @@ class BilevelRunner:
         if distributed.rank():
             torch.manual_seed(torch.initial_seed() + distributed.rank())
         self.train_loader, self.valid_loader, self.unpack = train_loader, valid_loader, unpack
-        self._length = math.ceil(len(train_loader) / accumulate) if hasattr(train_loader, "__len__") else None
+        self._length = math.ceil(batches / accumulate) if batches else None
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.response_every, self.inner_correction, self.accumulate = response_every, inner_correction, accumulate
         self.metrics, self.columns, self.callbacks = metrics or {}, columns or {}, tuple(callbacks)
@@ -233,7 +235,7 @@ class BilevelRunner:
         if self.out_dir and not len(self.history) and not self._sums:
             self._keeper.resume()
         self._stopped = False
-        self._keeper.keep(write=False)
+        self._keeper.begin()
         hidden = True if distributed.rank() else None if self.progress is None else not self.progress
         bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
         with bar, self._stop.on_signals(self.out_dir is not None):

@@ -64,8 +64,9 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise TypeError("callbacks must be functions of the runner")
 
 
-def check_loader(loader: Any, name: str) -> None:
-    """Raises TypeError for what is no iterable of batches, ValueError for one that is empty or allows one pass at a time."""
+def check_loader(loader: Any, name: str) -> int | None:
+    """How many batches it has, where it knows. Raises TypeError for what is no iterable of batches, ValueError for one that is
+    empty or allows one pass at a time."""
     if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
         raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}")
     if getattr(loader, "persistent_workers", False) and name == "valid_loader":
@@ -74,6 +75,7 @@ def check_loader(loader: Any, name: str) -> None:
     try:
         batches = len(loader)
     except TypeError:  # an IterableDataset does not know it
-        return
+        return None
     if batches == 0:
         raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
+    return batches
