@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import fxstn
 from benchmarks.overhead import RESULTS
+from benchmarks.trials import outcome, prepared
 from benchmarks.tuned import STARTS, seconds_of
-from benchmarks.tuning import TASKS, outcome, prepared
+from benchmarks.tuning import TASKS
 
 FILE = RESULTS / "replay.json"
 REPLAYS = ("schedule", "last values", "start")
@@ -32,13 +33,13 @@ REPLAYS = ("schedule", "last values", "start")
 def cell(task: str, start: str, seed: int, root: str | None) -> dict[str, Any]:
     """{kind of run: its outcome (benchmarks.tuning)}."""
     torch.manual_seed(seed)
-    tuned, test_set = prepared(TASKS[task], "default", start, seed, root)
+    tuned, test_set = prepared(TASKS[task], "default", STARTS[start], seed, root)
     found = tuned.fit(TASKS[task].epochs).schedule()
     results = {"tuned": outcome(TASKS[task], tuned, test_set, diverged=False)}
     still = fxstn.Schedule({name: values[:1] for name, values in found.values.items()})
     for kind, schedule in zip(REPLAYS, (found, found.final(), still), strict=True):
         torch.manual_seed(100 + seed)
-        runner, _ = prepared(TASKS[task], "default", start, seed, root, schedule=schedule)
+        runner, _ = prepared(TASKS[task], "default", STARTS[start], seed, root, schedule=schedule)
         runner.fit(TASKS[task].epochs)
         results[kind] = outcome(TASKS[task], runner, test_set, diverged=False)
     return results

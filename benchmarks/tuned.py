@@ -11,9 +11,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.trials import SEARCHES
+
 ROOT = Path(__file__).resolve().parent.parent
 STARTS = {"low": 0.05, "middle": 0.3, "high": 0.7}  # of dropout; as shares of the range in log space for weight decay
-SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 LONG = 10  # trials of a search worth a line of its own
 Cell = dict[str, Any]
 

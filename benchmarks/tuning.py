@@ -17,50 +17,21 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import fxstn
 from benchmarks.ridge import load_arrays
+from benchmarks.trials import RUNS, Task, search, train
 from benchmarks.tuned import SEARCHES, STARTS, path_of, report
 from fxstn import data, hp
-from fxstn.bilevel.optimizers import SettlingAdam
-from fxstn.cli import loader
-
-PAPERS = ("delta", "centered", "stn")
-UNCERTAIN: dict[str, Any] = {"hyper_optimizer": partial(SettlingAdam, certainty=0.0)}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "uncertain": UNCERTAIN,
-    "every-step": UNCERTAIN | {"response_every": 1},
-    "uncorrected": UNCERTAIN | {"inner_correction": 0.0},
-    "constant-rate": {"hyper_optimizer": partial(torch.optim.Adam, lr=6e-2)},
-    "unwidened": UNCERTAIN | {"response_widening": 1.0},
-}
-RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
-EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
-
-
-@dataclass(frozen=True)
-class Task:
-    """sets(seed, data root): training, validation and test set. specs(start): what is tuned, from STARTS[start]."""
-
-    sets: Callable[[int, str | None], Sequence[TensorDataset]]
-    model: Callable[[TensorDataset], nn.Module]
-    specs: Callable[[float], list[hp.Spec]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[..., torch.optim.Optimizer]
-    epochs: int
-    batch: int = 128
 
 
 def _images(
@@ -166,97 +137,6 @@ TASKS = {
 }  # fmt: skip
 
 
-def prepared(
-    task: Task, method: str, start: str, seed: int, root: str | None, **replay: Any
-) -> tuple[fxstn.BilevelRunner, TensorDataset]:
-    """A runner of one method, and the test set. Weights and order of the data depend on the torch seed and `seed`.
-
-    replay: schedule=, for a run on a schedule."""
-    train_set, valid_set, test_set = task.sets(seed, root)
-    model, specs = task.model(train_set), task.specs(STARTS[start])
-    settings: dict[str, Any] = {}
-    if method in PAPERS:
-        settings = fxstn.PAPER | {"response_optimizer": task.optimizer}
-        stn = fxstn.transform(model, specs, method=method, response="structured")
-    else:
-        stn, settings = fxstn.transform(model, specs), ABLATIONS.get(method, {})
-    if method in ("untuned", *SEARCHES):
-        settings = {"warmup_epochs": task.epochs, "response_every": 10**9}  # no step of Θ or λ
-    runner = fxstn.BilevelRunner(
-        stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
-        optimizer=task.optimizer, progress=False, **settings, **replay,
-    )  # fmt: skip
-    return runner, test_set
-
-
-def outcome(task: Task, runner: fxstn.BilevelRunner, test_set: TensorDataset, diverged: bool) -> dict[str, Any]:
-    """{"curve": [[seconds, best validation loss so far], ...], "valid", "test", "epoch", "found", "diverged"}."""
-    if runner.best is None:  # a loss was not finite in the first epoch
-        return {"curve": [], "valid": float("inf"), "test": float("inf"), "epoch": 0, "found": {}, "diverged": True}
-    best, rows = runner.history.best(), runner.history.rows
-    seconds = itertools.accumulate(row["seconds"] for row in rows)
-    least = itertools.accumulate((row["valid_loss"] for row in rows), min)
-    model = runner.best_model().eval()
-    with torch.no_grad():
-        test = task.loss(model(test_set.tensors[0]), test_set.tensors[1]).item()
-    curve = [[round(time, 2), round(loss, 5)] for time, loss in zip(seconds, least, strict=True)]
-    found = {name: float(f"{best[name]:.4g}") for name in runner.stn.hparams.names}
-    return {"curve": curve, "valid": best["valid_loss"], "test": test, "epoch": best["epoch"], "found": found,
-            "diverged": diverged}  # fmt: skip
-
-
-def train(task: Task, method: str, start: str, seed: int, root: str | None) -> dict[str, Any]:
-    """One run of a method that needs one."""
-    torch.manual_seed(seed)
-    runner, test_set = prepared(task, method, start, seed, root)
-    try:
-        runner.fit(task.epochs)
-        diverged = False
-    except fxstn.DivergedError:
-        diverged = True
-    return outcome(task, runner, test_set, diverged)
-
-
-def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The next trial of a search that has made the `earlier` ones: a run from scratch, with its "shares" of the ranges."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, task.epochs // 9), reduction_factor=3)
-    sampler_seed = 10_000 * seed + len(earlier)
-    study = optuna.create_study(
-        sampler=(optuna.samplers.TPESampler if method.startswith("tpe") else optuna.samplers.RandomSampler)(seed=sampler_seed),
-        pruner=halving if method.endswith("halving") else optuna.pruners.NopPruner(),
-    )  # fmt: skip
-    torch.manual_seed(1000 * (len(earlier) + 1) + seed)
-    runner, test_set = prepared(task, method, "middle", seed, root)
-    space = runner.stn.hparams
-    ranges = dict.fromkeys(space.names, optuna.distributions.FloatDistribution(EDGE, 1 - EDGE))
-    for number, cell in enumerate(earlier):
-        state = optuna.trial.TrialState.PRUNED if cell["pruned"] else optuna.trial.TrialState.COMPLETE
-        done = optuna.trial.create_trial(
-            params=cell["shares"], distributions=ranges, value=min(cell["valid"], 1e6), state=state,
-            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])},
-            system_attrs=earlier[number]["rungs"],
-        )  # fmt: skip
-        study.add_trial(done)
-    trial = study.ask(ranges)
-    with torch.no_grad():
-        space.unconstrained.copy_(torch.tensor([trial.params[name] for name in space.names]).logit())
-    diverged = pruned = False
-    for epoch in range(1, task.epochs + 1):
-        try:
-            runner.fit(epoch)
-        except fxstn.DivergedError:
-            diverged = True
-            break
-        trial.report(runner.history.best()["valid_loss"], epoch)
-        if pruned := trial.should_prune():
-            break
-    rungs = study._storage.get_trial_system_attrs(trial._trial_id)  # what the pruner noted, so that a search can go on
-    return outcome(task, runner, test_set, diverged) | {"shares": trial.params, "pruned": pruned, "rungs": rungs}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="which tasks")
@@ -286,7 +166,7 @@ def main() -> None:
             continue
         bar.set_description(f"{task}: {method}, {start}, seed {seed}")
         if method in RUNS:
-            results[key] = train(TASKS[task], method, start, seed, args.data_root)
+            results[key] = train(TASKS[task], method, STARTS[start], seed, args.data_root)
         else:
             earlier = results.setdefault(key, [])
             earlier.append(search(TASKS[task], method, seed, args.data_root, earlier))
