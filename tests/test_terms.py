@@ -385,7 +385,11 @@ def test_the_graphs_with_asides_compile(name):
     ("make", "error", "message"),
     [
         (hp.ActivationDecay, TypeError, "needs the names of modules"),
-        (lambda: hp.ActivationDecay("1", low=0.0), ValueError, "need 0 < low < high < inf for activation_decay"),
+        (
+            lambda: hp.ActivationDecay("1", low=0.0),
+            ValueError,
+            "need 0 < low < high < inf for activation_decay, or low=0 with",
+        ),
         (lambda: hp.JacobianNorm(projections=0), ValueError, "projections=0 must be at least 1"),
         (lambda: hp.MixUp(high=3.0), ValueError, "need 0 <= low < high <= 2 for mixup"),
         (lambda: hp.Cutout(perturb="epoch"), ValueError, "perturb='epoch' is neither 'example' nor 'batch'"),

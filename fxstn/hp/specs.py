@@ -150,13 +150,16 @@ class Dropout(Spec):
 
 
 class Coefficient(Spec):
-    """Base of the specs of a penalty's coefficient: any positive range, on a log scale."""
+    """Base of the specs of a penalty's coefficient: any positive range, on a log scale; low=0 with high=inf: any at all."""
 
     def check(self) -> None:
         ((name, number),) = self.numbers.items()
-        if not 0 < number.low < number.high < math.inf:
+        if (number.low, number.high) == (0, math.inf):
+            self.numbers = {name: replace(number, log=False)}  # exp, without a range to stretch
+        elif not 0 < number.low < number.high < math.inf:
             raise ValueError(
-                f"hp.{type(self).__name__}: need 0 < low < high < inf for {name}, got low={number.low}, high={number.high}"
+                f"hp.{type(self).__name__}: need 0 < low < high < inf for {name}, or low=0 with high=inf, got "
+                f"low={number.low}, high={number.high}"
             )
 
 

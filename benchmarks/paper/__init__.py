@@ -1,0 +1,1 @@
+"""The paper's experiments (Bae & Grosse 2020): python -m benchmarks.paper --help."""
