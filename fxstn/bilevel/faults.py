@@ -127,7 +127,7 @@ class Monitors:
                 self._warn(f"bound {name}", f"epoch {epoch}: {name} = {recent[-1][name]:.4g} is at the upper end of its range "
                            f"[{low:.4g}, {high:.4g}]; if the model is better for it, widen the range with high=")  # fmt: skip
             scale = f"scale:{name}"
-            if all(row[scale] < 1e-3 * max(rows[0][scale], 1e-3) for row in recent):
+            if all(scale in row and row[scale] < 1e-3 * max(rows[0][scale], 1e-3) for row in recent):
                 self._warn(f"scale {name}", f"epoch {epoch}: σ of {name} has shrunk to {recent[-1][scale]:.2g}, too small to "
                            "learn a response from; raise entropy_weight, or keep σ with tune_scale=False")  # fmt: skip
         if all(row.get("response_norm", 0.0) > 1 for row in recent):

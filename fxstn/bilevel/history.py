@@ -15,7 +15,7 @@ SCALE = "scale:"
 
 
 class History:
-    """A list of rows, one per epoch. names: the hyperparameters; a row also holds 'scale:NAME', their σ.
+    """A list of rows, one per epoch. names: the hyperparameters; a row also holds 'scale:NAME', the σ of those that have one.
 
     Other columns: epoch (from 1), train_loss, response_loss, valid_loss, a column per metric, seconds.
     """
@@ -74,7 +74,8 @@ class History:
         groups: dict[str, list[str]] = {}
         for name in self.names:
             groups.setdefault(name.rpartition(".")[2], []).append(name)
-        panels = len(groups) + 2
+        scaled = [name for name in self.names if all(SCALE + name in row for row in self.rows)]
+        panels = len(groups) + 1 + bool(scaled)
         columns = 2 if panels > 3 else panels
         rows = -(-panels // columns)
         figure = Figure(figsize=(6.4 * columns, 3.6 * rows), layout="constrained")
@@ -90,9 +91,10 @@ class History:
             axis.set(title=kind.replace("_", " "), xlabel="epoch")
             if kind == "weight_decay":
                 axis.set_yscale("log")
-        for name in self.names:
-            axes[panels - 1].plot(epochs, self[SCALE + name], label=name)
-        axes[panels - 1].set(title="perturbation scale σ", xlabel="epoch")
+        if scaled:
+            for name in scaled:
+                axes[panels - 1].plot(epochs, self[SCALE + name], label=name)
+            axes[panels - 1].set(title="perturbation scale σ", xlabel="epoch")
         for axis in axes[:panels]:
             handles, _ = axis.get_legend_handles_labels()
             if 1 <= len(handles) <= 12:

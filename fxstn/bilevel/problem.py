@@ -32,11 +32,11 @@ class BilevelProblem(nn.Module):
     It is a module, which holds its parameters and moves to a device; what is trained, on which objective, are the methods here.
     Needed: general_parameters, hyper_parameters, general_loss, hyper_loss, validation_loss. Each loss takes (inputs, target) as
     the loader gives them and returns a scalar; the runner calls .backward() on it and steps the optimizer of the parameters
-    named like it, so gradients must reach these and no others. Example: examples/label_noise.py.
+    named like it, so gradients must reach these and no others: hold or detach the rest. The runner checks the first step of
+    each kind. Example: examples/label_noise.py; in words: docs/own.md.
     """
 
     joint = False  # whether the general step moves the response parameters, too
-    averages_batches = True  # whether gradients of several batches may be averaged into one step (accumulate=)
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
         """w₀, learned on general_loss."""
@@ -67,7 +67,7 @@ class BilevelProblem(nn.Module):
         raise NotImplementedError
 
     def validation_loss(self, inputs: Any, target: Any) -> tuple[Tensor, Any]:
-        """(loss, output) as reported and selected on; without gradients, in eval mode."""
+        """(loss, output) as reported and selected on. The runner calls it without gradients and in eval mode."""
         raise NotImplementedError
 
     def values(self) -> dict[str, float]:
@@ -90,18 +90,30 @@ class BilevelProblem(nn.Module):
         """A pass over the "train" or "valid" loader begins."""
 
     def evaluation(self) -> Callable[[Any, Any], tuple[Tensor, Any]]:
-        """validation_loss for one pass over a loader."""
-        return self.validation_loss
+        """validation_loss for one pass over a loader, without gradients and in eval mode."""
+
+        def evaluate(inputs: Any, target: Any) -> tuple[Tensor, Any]:
+            was_training = self.training
+            self.eval()
+            try:
+                with torch.no_grad():
+                    return self.validation_loss(inputs, target)
+            finally:
+                self.train(was_training)
+
+        return evaluate
 
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
         """Further numbers, measured after each epoch on a validation batch: columns of the history."""
         return {}
 
     def local_state(self) -> dict[str, Any]:
-        """What a process has besides parameters and buffers, for a checkpoint."""
+        """What a process has besides parameters and buffers, for a checkpoint: tensors, numbers, strings, and lists, tuples and
+        dicts of them."""
         return {}
 
-    def load_local_state(self, state: dict[str, Any]) -> None: ...
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """Take back what local_state gave, its tensors on the device of the run."""
 
     def export(self) -> nn.Module:
         """What is kept of the best epoch; `BilevelRunner.best_model` returns it."""
@@ -127,7 +139,7 @@ class NetworkProblem(BilevelProblem):
         hyper_fraction: float,
     ) -> None:
         super().__init__()
-        self.stn, self.joint, self.averages_batches = stn, stn.method == "stn", initial_state is None
+        self.stn, self.joint = stn, stn.method == "stn"
         self.initial_state, self.valid_loss_fn = initial_state, valid_loss_fn or loss_fn
         self.training_windows, self.perturbed_windows = Carried(loss_fn, initial_state), Carried(loss_fn, initial_state)
         self.validation_windows = Carried(self.valid_loss_fn, initial_state)

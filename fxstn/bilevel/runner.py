@@ -24,7 +24,7 @@ from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
-from fxstn.bilevel.settings import check_loader, check_settings
+from fxstn.bilevel.settings import OF_NETWORKS, check_loader, check_settings
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.network import SelfTuningNetwork, batch_size
@@ -164,6 +164,10 @@ class BilevelRunner:
         elif isinstance(stn, BilevelProblem):
             if loss_fn is not None:
                 raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
+            if unused := [name for name in OF_NETWORKS if settings[name]]:
+                raise TypeError(
+                    f"{', '.join(unused)}: only for a network from fxstn.transform, not for a BilevelProblem"
+                )
             self.problem, structured = stn, False
         else:
             raise TypeError(
@@ -199,7 +203,9 @@ class BilevelRunner:
             for name, (given, default, parameters) in kinds.items() if (held := list(parameters))
         }  # fmt: skip
         scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
-        self.updates = Updates(self.optimizers, schedulers, step_schedulers, clip_norm, scaler)
+        self.updates = Updates(
+            self.optimizers, schedulers, step_schedulers, clip_norm, scaler, check=self.problem is stn
+        )
         averaged = (*problem.general_parameters(), *problem.response_parameters(), *problem.buffers())
         self._averaged = Averaged(averaged, ema) if ema is not None else None
         for name in ("optimizer", "response_optimizer"):

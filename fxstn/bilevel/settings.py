@@ -21,6 +21,15 @@ POSITIVE = ("clip_norm", "patience", "save_minutes")  # None: not set
 WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
          "patience")  # fmt: skip
 
+OF_NETWORKS = (
+    "valid_loss_fn",
+    "initial_state",
+    "schedule",
+    "compile",
+    "perturb",
+    "tune_scale",
+)  # nothing to a BilevelProblem
+
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

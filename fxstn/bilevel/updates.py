@@ -38,8 +38,12 @@ class Updates:
         step_schedulers: SchedulerFactories,
         clip_norm: float | None,
         scaler: torch.amp.GradScaler,
+        check: bool = False,
     ) -> None:
+        """check: whether losses may be wrong about whose gradients they give (a problem of one's own)."""
         self.optimizers, self.clip_norm, self.scaler = optimizers, clip_norm, scaler
+        self.check = check
+        self._checked: set[tuple[str, ...]] = set()
         self.schedulers = _schedulers(schedulers, optimizers, "schedulers")
         self.step_schedulers = _schedulers(step_schedulers, optimizers, "step_schedulers")
 
@@ -49,8 +53,19 @@ class Updates:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
+    def _check_gradients(self, names: tuple[str, ...]) -> None:
+        """Raises RuntimeError where the first loss before these steps left gradients that another step would take, too."""
+        if not self.check or names in self._checked:
+            return
+        self._checked.add(names)
+        for other in self.optimizers.keys() - set(names):
+            if any(p.grad is not None for p in self._parameters(other)):
+                raise RuntimeError(f"the loss for the step of {' and '.join(names)} also has gradients for the parameters of "
+                                   f"{other}, which the next step there adds to its own: detach or hold these")  # fmt: skip
+
     def ready(self, *names: str) -> None:
         """Gradients as they are meant, the same in all processes."""
+        self._check_gradients(names)
         for name in names:
             average_gradients(self._parameters(name))
             if self.scaler.is_enabled():
