@@ -161,7 +161,7 @@ def _cost(runner: BilevelRunner) -> str:
     rows = [("time per epoch", f"{_seconds(statistics.median(times))} (median; first {first}, last {last})")]
     responds = f"{runner.response_steps} ({runner.response_steps / epochs:.3g} per epoch)"
     responds = "with each inner step" if runner.problem.joint else responds
-    rows += [("inner steps, of the weights", f"{runner.steps} ({runner.steps / epochs:.3g} per epoch)"),
+    rows += [("inner steps", f"{runner.steps} ({runner.steps / epochs:.3g} per epoch)"),
              ("response steps", responds),
              ("hyper steps", f"{runner.hyper_steps} ({runner.hyper_steps / epochs:.3g} per epoch)")]  # fmt: skip
     rows += [(name, runner.settings[name]) for name in COSTLY]

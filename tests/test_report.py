@@ -74,7 +74,7 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
     for text in (
         "first try", f"{best['epoch']} of 4", f"{best['valid_loss']:.4g}", f"{best['accuracy']:.4g}", "[1e-07, 0.1]",
         "SettlingAdam", "response_every", "training data", "DataLoader, 5 batches of 8", torch.__version__,
-        "CPU threads", "parameters respond", "carries a tangent", "inner steps, of the weights 20 (5 per epoch)",
+        "CPU threads", "parameters respond", "carries a tangent", "inner steps 20 (5 per epoch)",
         f"response steps {20 // 4} (1.25 per epoch)", "hyper steps 10 (2.5 per epoch)", "was kept at 1",
     ):  # fmt: skip
         assert text in page.text, text
@@ -128,7 +128,7 @@ def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
     resumed = make(tmp_path, callbacks=callbacks)
     assert without_times(resumed.fit(4)) == without_times(plain)
     page = Page((tmp_path / "report.html").read_text())
-    for text in ("of 4", "seen before", "inner steps, of the weights 20", "response steps 5", "hyper steps 10"):
+    for text in ("of 4", "seen before", "inner steps 20", "response steps 5", "hyper steps 10"):
         assert text in page.text
 
 

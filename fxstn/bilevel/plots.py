@@ -79,6 +79,9 @@ def draw(axis: Any, panel: Panel, best: int) -> None:
         marker = "." if len(values) <= 40 and not many else None
         axis.plot(*zip(*points, strict=True), label=shown, color=color, marker=marker, lw=1.4, ms=4)
     axis.axvline(best, color="0.35", lw=0.9, ls=":")
+    numbers = {value for line in panel.lines.values() for value in line if math.isfinite(value)}
+    if len(numbers) == 1 and (kept := numbers.pop()) > 0:
+        axis.set_ylim(0, 2 * kept)  # what never moved is no reason to zoom in
     if panel.logarithmic():
         axis.set_yscale("log")
         low, high = axis.get_ylim()
