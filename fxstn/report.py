@@ -202,7 +202,10 @@ def _settings(runner: BilevelRunner) -> str:
 
 
 def _data(loader: Any) -> str:
-    batches = f", {len(loader):,} batches" if hasattr(loader, "__len__") else ""
+    try:
+        batches = f", {len(loader):,} batches"
+    except TypeError:  # an IterableDataset does not know it
+        batches = ""
     size = getattr(loader, "batch_size", None)
     return type(loader).__name__ + batches + (f" of {size}" if batches and size else "")
 

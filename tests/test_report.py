@@ -133,6 +133,19 @@ def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
 
 
 @with_plots
+def test_a_report_of_a_stream_of_unknown_length(tmp_path):
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(6), torch.tensor(1))] * 16)
+
+    runner = make()
+    loader = torch.utils.data.DataLoader(Rows(), 8)
+    runner = fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader, runner.valid_loader, progress=False)
+    runner.fit(1)
+    assert "training data DataLoader validation data DataLoader, 4 batches of 8" in written(runner, tmp_path).text
+
+
+@with_plots
 def test_a_run_that_went_back_says_so(tmp_path):
     runner = make(loss_fn=Fails(at=7))
     with pytest.warns(fxstn.RunWarning, match="back to epoch"):
