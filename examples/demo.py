@@ -71,7 +71,7 @@ def untuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """The same training with λ tuned; writes history, schedule plot and exported weights."""
+    """The same training with λ tuned; writes history, report, schedule plot and exported weights."""
     stn, train, valid, test = prepare(seed, args)
     out = Path(args.out) / f"seed-{seed}"
     runner = fxstn.BilevelRunner(
@@ -83,6 +83,7 @@ def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
     best = runner.best_model()
     torch.save(best.state_dict(), out / "weights.pt")
     history.plot(out / "schedules.png")
+    fxstn.write_report(runner, out / "report.html", title=f"resnet18 on digits, seed {seed}")
     return dict(zip(COLUMNS, (*evaluate(best, valid), *evaluate(best, test), seconds), strict=True)) | {
         name: history[name][-1] for name in history.names
     }
@@ -116,7 +117,8 @@ def main() -> None:
         )
     )
     Path(args.out, "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {args.out}: results.json, and per seed history.csv, schedules.png, weights.pt, best.pt, last.pt")
+    files = "report.html, history.csv, schedules.png, weights.pt, best.pt, last.pt"
+    print(f"written to {args.out}: results.json, and per seed {files}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from fxstn.bilevel import (
     History,
     RunWarning,
     Schedule,
+    TensorBoard,
     accuracy,
     average_gradients,
     general_loss,
@@ -21,6 +22,7 @@ from fxstn.explain import Explanation, explain
 from fxstn.losses import cross_entropy
 from fxstn.network import SelfTuningNetwork
 from fxstn.operations import register_operation
+from fxstn.report import write_report
 from fxstn.rules.own import register_rule
 from fxstn.show import show
 from fxstn.transform import transform
@@ -39,6 +41,7 @@ __all__ = [
     "RunWarning",
     "Schedule",
     "SelfTuningNetwork",
+    "TensorBoard",
     "TransformError",
     "accuracy",
     "average_gradients",
@@ -53,4 +56,5 @@ __all__ = [
     "show",
     "transform",
     "verify",
+    "write_report",
 ]

@@ -84,8 +84,10 @@ def tune(args: argparse.Namespace) -> int:
     try:
         history.plot(out / "schedules.png")
         written.append("schedules.png")
+        fxstn.write_report(runner, out / "report.html", title=f"fxstn tune {args.model} on {args.data}")
+        written.append("report.html")
     except ImportError as error:
-        print(f"no plot: {error}")
+        print(f"no plot and no report: {error}")
     best, last = history.best(), history.rows[-1]
     tests = runner.evaluate(DataLoader(split.test, 256))
     print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")

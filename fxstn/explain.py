@@ -18,7 +18,7 @@ from fxstn.fidelity import frozen_modules
 from fxstn.hp import Activity, Spec
 from fxstn.hyperize import responses
 from fxstn.layers.noise import alpha_dropout_coefficients, draws, dropout_mask
-from fxstn.layers.response import for_all_examples
+from fxstn.layers.response import Response, for_all_examples
 from fxstn.live.duals import Note
 from fxstn.network import SelfTuningNetwork
 from fxstn.transform import RUNGS, canonical_graphs, transform
@@ -60,21 +60,29 @@ class Explanation:
         return "\n\n".join(parts + (["\n".join(self.notes)] if self.notes else []))
 
 
-def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inputs: Any = None) -> Explanation:
+def explain(
+    model: nn.Module | SelfTuningNetwork, hparams: Sequence[Spec] | None = None, example_inputs: Any = None
+) -> Explanation:
     """What `fxstn.transform(model, hparams)` does with every node that matters, or why it cannot.
 
-    Arguments as for `transform`. Never raises for an unsupported model: its problems come first in the table, each with
+    Arguments as for `transform`; a network that it returned is explained as it is (on rung "live" without its operations,
+    unless example_inputs are given). Never raises for an unsupported model: its problems come first in the table, each with
     module path, source line and remedy.
     """
     explanation = Explanation()
-    model = copy.deepcopy(model)
-    stn = None
+    stn = model if isinstance(model, SelfTuningNetwork) else None
+    made = stn is not None
+    model = stn.model if stn is not None else copy.deepcopy(model)
     try:
-        stn = transform(model, hparams, example_inputs=example_inputs)
+        stn = stn or transform(model, hparams, example_inputs=example_inputs)
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         if example_inputs is not None:
             stn.locate_examples(*inputs)
-        if stn.rung == "live":
+        if stn.rung == "live" and example_inputs is None:
+            explanation.notes.append(
+                "what runs is known when it runs: fxstn.explain(network, example_inputs=...) lists it"
+            )
+        elif stn.rung == "live":
             _operations(explanation, stn, inputs)
         else:
             _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
@@ -84,6 +92,9 @@ def explain(model: nn.Module, hparams: Sequence[Spec] | None = None, example_inp
     except Exception as error:
         explanation.problems.append(Problem("", f"{type(error).__name__}: {error}", "", "see above for what was found"))
     _rungs(explanation, stn)
+    if made and stn is not None:
+        _responding(explanation, stn)
+        return explanation
     available = RUNGS if example_inputs is not None else RUNGS[:1]
     for rung in (stn.rung,) if stn else available:
         try:
@@ -117,8 +128,16 @@ def _rungs(explanation: Explanation, stn: SelfTuningNetwork | None) -> None:
         explanation.notes.append(f"not by trace={rung!r}: {replace(problems[0], rung='')}{more}")
 
 
-def _parameters(explanation: Explanation, model: nn.Module, graphs: Sequence[Any]) -> None:
-    found = responses(graphs, structured=False)
+def _responding(explanation: Explanation, stn: SelfTuningNetwork) -> None:
+    if stn.rung == "live":
+        count = sum(isinstance(module, Response) for module in stn.response.modules())
+        explanation.notes.append(f"{count} parameters respond to the hyperparameters")
+    else:
+        _parameters(explanation, stn.model, [stn.canonical(training) for training in (True, False)], stn.structured)
+
+
+def _parameters(explanation: Explanation, model: nn.Module, graphs: Sequence[Any], structured: bool = False) -> None:
+    found = responses(graphs, structured)
     chosen, left_out = found.axes, found.left_out
     explanation.notes.append(f"{len(chosen)} parameters respond to the hyperparameters")
     reasons = Counter(reason.partition(" in '")[0] for reason in left_out.values())

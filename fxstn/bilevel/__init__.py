@@ -1,5 +1,6 @@
 """Bilevel training: the three objectives, and a runner that alternates them."""
 
+from fxstn.bilevel.callbacks import TensorBoard
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History
@@ -18,6 +19,7 @@ __all__ = [
     "History",
     "RunWarning",
     "Schedule",
+    "TensorBoard",
     "accuracy",
     "average_gradients",
     "general_loss",

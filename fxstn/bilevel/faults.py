@@ -99,7 +99,7 @@ class Stop:
         raise SystemExit(128 + int(number or signal.SIGTERM))
 
 
-def _share(value: float, low: float, high: float) -> float:
+def share_of_range(value: float, low: float, high: float) -> float:
     """Where in its range a value is; in log space where the range spans a factor of 100."""
     if low > 0 and high >= 100 * low:
         value, low, high = math.log(value), math.log(low), math.log(high)
@@ -112,18 +112,22 @@ class Monitors:
     def __init__(self, ranges: dict[str, tuple[float, float]]) -> None:
         self.ranges = {name: (low, high) for name, (low, high) in ranges.items() if math.isfinite(high - low)}
         self.said: set[str] = set()
+        self.told: list[tuple[int, str]] = []  # (epoch, text) of every warning of the run, for reports
+        self._epoch = 0
 
     def _warn(self, sign: str, text: str) -> None:
         if sign not in self.said:
             self.said.add(sign)
+            self.told.append((self._epoch, text))
             warnings.warn(text, RunWarning, stacklevel=5)
 
     def read(self, rows: Sequence[dict[str, Any]]) -> None:
         recent, epoch = rows[-PERSISTENT:], rows[-1]["epoch"]
+        self._epoch = epoch
         if len(recent) < PERSISTENT:
             return
         for name, (low, high) in self.ranges.items():
-            if all(_share(row[name], low, high) > 1 - AT_BOUND for row in recent):
+            if all(share_of_range(row[name], low, high) > 1 - AT_BOUND for row in recent):
                 self._warn(f"bound {name}", f"epoch {epoch}: {name} = {recent[-1][name]:.4g} is at the upper end of its range "
                            f"[{low:.4g}, {high:.4g}]; if the model is better for it, widen the range with high=")  # fmt: skip
             scale = f"scale:{name}"

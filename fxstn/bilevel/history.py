@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fxstn.bilevel.plots import drawn, panels
 from fxstn.bilevel.schedule import Schedule
 
 SCALE = "scale:"
+LOSSES = ("train_loss", "response_loss", "valid_loss")
+DIAGNOSTICS = ("response_norm", "linearization_error", "seconds")
 
 
 class History:
     """A list of rows, one per epoch. names: the hyperparameters; a row also holds 'scale:NAME', the σ of those that have one.
 
-    Other columns: epoch (from 1), train_loss, response_loss, valid_loss, a column per metric, seconds.
+    Other columns: epoch (from 1), train_loss, response_loss, valid_loss, one per metric, the problem's diagnostics, seconds.
     """
 
     def __init__(
@@ -38,7 +41,31 @@ class History:
 
     def best(self) -> dict[str, Any]:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""
+        if not self.rows:
+            raise ValueError("the history is empty: no epoch is done yet")
         return min(self.rows, key=lambda row: row["valid_loss"])
+
+    def best_values(self) -> dict[str, float]:
+        """name → value in the best epoch, to begin a search with: `study.enqueue_trial(history.best_values())` of Optuna.
+
+        Raises ValueError on an empty history.
+        """
+        best = self.best()
+        return {name: best[name] for name in self.names}
+
+    def columns(self) -> list[str]:
+        """All columns that a row has, without the epoch."""
+        return [column for column in dict.fromkeys(column for row in self.rows for column in row) if column != "epoch"]
+
+    def group(self, column: str) -> str:
+        """What a column is: "loss", "hyperparameter", "scale", "diagnostics" (the time too), or "metric": any other."""
+        if column in self.names:
+            return "hyperparameter"
+        if column.startswith(SCALE):
+            return "scale"
+        if column in DIAGNOSTICS:
+            return "diagnostics"
+        return "loss" if column in LOSSES else "metric"
 
     def schedule(self, best: bool = False) -> Schedule:
         """The hyperparameters over epochs, from their start; best: up to the best epoch only, whose values then stay."""
@@ -66,40 +93,11 @@ class History:
         os.replace(temporary, path)
 
     def plot(self, path: str | Path) -> None:
-        """Draw losses, hyperparameter schedules and σ over epochs into an image. Needs matplotlib (fxstn[plot])."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("History.plot needs matplotlib: pip install 'fxstn[plot]'") from error
-        groups: dict[str, list[str]] = {}
-        for name in self.names:
-            groups.setdefault(name.rpartition(".")[2], []).append(name)
-        scaled = [name for name in self.names if all(SCALE + name in row for row in self.rows)]
-        panels = len(groups) + 1 + bool(scaled)
-        columns = 2 if panels > 3 else panels
-        rows = -(-panels // columns)
-        figure = Figure(figsize=(6.4 * columns, 3.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        epochs = self["epoch"]
-        for column in ("train_loss", "valid_loss"):
-            axes[0].plot(epochs, self[column], label=column.replace("_", " "))
-        positive = all(value > 0 for column in ("train_loss", "valid_loss") for value in self[column])
-        axes[0].set(title="loss", xlabel="epoch", yscale="log" if positive else "linear")
-        for axis, (kind, names) in zip(axes[1:], groups.items(), strict=False):
-            for name in names:
-                axis.plot(epochs, self[name], label=name.removesuffix(f".{kind}"))
-            axis.set(title=kind.replace("_", " "), xlabel="epoch")
-            if kind == "weight_decay":
-                axis.set_yscale("log")
-        if scaled:
-            for name in scaled:
-                axes[panels - 1].plot(epochs, self[SCALE + name], label=name)
-            axes[panels - 1].set(title="perturbation scale σ", xlabel="epoch")
-        for axis in axes[:panels]:
-            handles, _ = axis.get_legend_handles_labels()
-            if 1 <= len(handles) <= 12:
-                axis.legend(fontsize=8)
-            axis.grid(alpha=0.3)
-        for axis in axes[panels:]:
-            axis.axis("off")
+        """Draw losses, metrics, schedules of the hyperparameters by kind, σ unless it is kept, and diagnostics into an image; a
+        dotted line marks the best epoch.
+
+        Raises ValueError on an empty history, ImportError without matplotlib (fxstn[plot]).
+        """
+        best, shown = self.best()["epoch"], panels(self)
+        figure = drawn(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
         figure.savefig(path, dpi=110)

@@ -109,13 +109,18 @@ class Keeper:
                 f"{fault} (λ: {values}); {best}; lower the learning rate of the weights or of the response"
             )
         self.retries += 1
+        told = runner.warnings
         if self._memory is None:
             assert self.out_dir is not None
             self.load(self.out_dir / "last.pt")
         else:
             restore(runner, _copied(self._memory), "the state kept")
         runner.rollbacks_done = done
+        for optimizer in runner.optimizers.values():
+            optimizer.zero_grad()  # what the bad loss left
         slowed = [name for name in OFFENDERS[fault.name] if name in runner.optimizers]
         rates = [f"{name} {runner.updates.slow(name, 0.5**self.retries):.3g}" for name in slowed]
-        warnings.warn(f"{fault}; back to epoch {len(runner.history)} with lower learning rates: {', '.join(rates)} (attempt "
-                      f"{done} of {self.rollbacks})", RunWarning, stacklevel=3)  # fmt: skip
+        text = (f"{fault}; back to epoch {len(runner.history)} with lower learning rates: {', '.join(rates)} (attempt "
+                f"{done} of {self.rollbacks})")  # fmt: skip
+        runner._monitors.told = [*told, (len(runner.history) + 1, text)]
+        warnings.warn(text, RunWarning, stacklevel=3)

@@ -13,7 +13,8 @@ from fxstn.bilevel.streams import random_state, set_random_state
 if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
 
-PLAIN = ("steps", "best", "_inner", "_sums", "rollbacks_done")  # attributes that are data already
+# attributes that are data already
+PLAIN = ("steps", "response_steps", "hyper_steps", "best", "_inner", "_sums", "rollbacks_done")
 
 
 def state_of(runner: BilevelRunner) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def state_of(runner: BilevelRunner) -> dict[str, Any]:
         "history": (runner.history.start, runner.history.rows),
         "watch": runner._watch.first,
         "said": sorted(runner._monitors.said),
+        "told": runner._monitors.told,
         "processes": distributed.gathered(mine),
         **{name: getattr(runner, name) for name in PLAIN},
     }
@@ -71,7 +73,10 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     start, rows = state["history"]
     runner.history.start, runner.history.rows = start, list(rows)
     runner._watch.first, runner._monitors.said = state["watch"], set(state["said"])
-    on_device = tree_map_only(Tensor, lambda tensor: tensor.to(runner.device), {name: state[name] for name in PLAIN})
+    runner._monitors.told = list(state.get("told", []))  # files of before it was kept lack it, and the counts of steps
+    on_device = tree_map_only(
+        Tensor, lambda tensor: tensor.to(runner.device), {n: state[n] for n in PLAIN if n in state}
+    )
     for name, value in on_device.items():
         setattr(runner, name, value)
     processes = state["processes"]

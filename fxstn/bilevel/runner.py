@@ -24,7 +24,7 @@ from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
-from fxstn.bilevel.settings import OF_NETWORKS, check_loader, check_settings
+from fxstn.bilevel.settings import OF_NETWORKS, check_loader, check_settings, described
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.network import SelfTuningNetwork, batch_size
@@ -85,7 +85,8 @@ class BilevelRunner:
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
     columns of the history, from those it has; shown in the progress bar. callbacks: functions of the runner, called after
-    each epoch; `runner.stop()` ends the run there. patience: stop after that many epochs without a better validation loss.
+    each epoch, such as `fxstn.TensorBoard(folder)`; `runner.stop()` ends the run there. patience: stop after that many epochs
+    without a better validation loss.
     out_dir: where history.csv, last.pt and best.pt go; a run that finds its last.pt there resumes, and ends as if it had never
     been cut. save_minutes: also save within an epoch, when so many minutes passed; as at SIGTERM and Ctrl-C. keep: ≥ 1,
     checkpoints kept: last.pt, last.1.pt, … A folder that cannot be written is a warning; training goes on.
@@ -150,6 +151,7 @@ class BilevelRunner:
     ) -> None:
         settings = dict(locals()) | {"metrics": metrics or {}, "columns": columns or {}}
         check_settings(settings)
+        self.settings = described(settings)  # as texts, for reports
         batches = check_loader(train_loader, "train_loader")
         check_loader(valid_loader, "valid_loader")
         if isinstance(stn, SelfTuningNetwork):
@@ -221,6 +223,7 @@ class BilevelRunner:
         self.history = History(tuple(problem.values()), start=problem.values())
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
+        self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
         self._train, self._valid = Stream(train_loader, "train_loader"), Stream(valid_loader, "valid_loader")
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
         self._sums: dict[str, Any] = {}  # of the epoch that is under way
@@ -371,6 +374,7 @@ class BilevelRunner:
             losses["response_loss"] = self._backward(problem.response_loss, batches)
             updates.ready("response_optimizer")
             updates.step("response_optimizer")
+            self.response_steps += 1
         if self._averaged:
             self._averaged.update()
         return losses
@@ -402,6 +406,7 @@ class BilevelRunner:
             assert held.grad is not None
             held.grad -= self.inner_correction * torch.stack(self._inner).mean(0)
         self.updates.step(*names)
+        self.hyper_steps += 1
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
@@ -429,6 +434,11 @@ class BilevelRunner:
             self._keeper.keep()
         if distributed.any_of(asked, device):
             self._stop.end()
+
+    @property
+    def warnings(self) -> list[tuple[int, str]]:
+        """(epoch, text) of the signs of trouble seen so far and of every time the run went back, before a resume too."""
+        return list(self._monitors.told)
 
     # Evaluation and results
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -88,3 +90,23 @@ def check_loader(loader: Any, name: str) -> int | None:
     if batches == 0:
         raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
     return batches
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, partial):
+        return f"{_text(value.func)}({', '.join([*map(repr, value.args), *(f'{k}={v!r}' for k, v in value.keywords.items())])})"
+    if isinstance(value, dict):
+        return (
+            ", ".join(f"{key}: {_text(held)}" if not callable(held) else str(key) for key, held in value.items())
+            or "none"
+        )
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value)) or "none"
+    if value is None or isinstance(value, (int, float, str, torch.dtype, torch.memory_format, torch.device, PurePath)):
+        return str(value)
+    return getattr(value, "__name__", None) or type(value).__name__
+
+
+def described(settings: dict[str, Any]) -> dict[str, str]:
+    """The settings of a run for a reader: numbers as they are, functions and objects by name."""
+    return {name: _text(value) for name, value in settings.items() if name not in ("self", "stn")}

@@ -1,0 +1,355 @@
+"""What comes out of a run: the report, TensorBoard, the plot, and values to begin a search with."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from test_runner import make, without_times
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel import plots
+from fxstn.bilevel.faults import Monitors
+
+VOID = ("meta", "img", "br", "link", "input")
+with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects tags, addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def written(runner, path, **arguments) -> Page:
+    fxstn.write_report(runner, path / "report.html", **arguments)
+    text = (path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|http", text.split("<body>")[0])
+    return Page(text)
+
+
+@with_plots
+def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
+    runner = make(hparams=[hp.Dropout("2", "5", init=0.3), hp.WeightDecay()], optimizer=torch.optim.Adam)
+    history = runner.fit(4)
+    page = written(runner, tmp_path, title="first try")
+    assert page.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    best = history.best()
+    for name in history.names:
+        assert name in page.text
+        assert f"{best[name]:.4g}" in page.text
+    for text in (
+        "first try", f"{best['epoch']} of 4", f"{best['valid_loss']:.4g}", f"{best['accuracy']:.4g}", "[1e-07, 0.1]",
+        "SettlingAdam", "response_every", "training data", "DataLoader, 5 batches of 8", torch.__version__,
+        "CPU threads", "parameters respond", "carries a tangent", "inner steps 20 (5 per epoch)",
+        f"response steps {20 // 4} (1.25 per epoch)", "hyper steps 10 (2.5 per epoch)", "was kept at 1",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert "Warnings" not in page.text
+    assert len(page.addresses) == 5  # loss, accuracy, dropout, weight decay, diagnostics
+    assert not list(tmp_path.glob("*.part"))
+
+
+@with_plots
+def test_a_report_shows_warnings_and_values_at_their_bounds(tmp_path):
+    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("<b>&", 0.5, 0, 1)])
+    runner.fit(3)
+    for row in runner.history.rows:
+        row["2.dropout"] = runner.problem.ranges()["2.dropout"][1]
+    with pytest.warns(fxstn.RunWarning, match="upper end"):
+        runner._monitors.read(runner.history.rows)
+    assert runner.warnings[0][0] == 3
+    page = written(runner, tmp_path, title="a < b")
+    assert "at upper end" in page.text
+    assert runner.warnings[0][1] in page.text
+    assert "<b>&" in page.text
+    assert "a < b" in page.text
+
+
+@with_plots
+def test_every_text_of_a_report_is_escaped(tmp_path):
+    bad = "<script>alert('&\"')</script>"
+    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)], metrics={bad: fxstn.accuracy})
+    runner.fit(2)
+    runner._monitors.told.append((1, bad))
+    runner.settings["out_dir"] = bad
+    explanation = fxstn.explain(torch.nn.ModuleDict({"<i>": torch.nn.Linear(2, 2)}))
+    explanation.rows.append(fxstn.explain(mlp()).rows[0].__class__(bad, bad, bad, bad))
+    explanation.notes.append(bad)
+    page = written(runner, tmp_path, title=bad, explanation=explanation)
+    assert "script" not in page.tags
+    assert page.text.count(bad) >= 9
+    assert html.escape(bad) in (tmp_path / "report.html").read_text()
+
+
+@with_plots
+def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
+    plain = make(train_steps=2).fit(4)
+    callbacks = [lambda runner: fxstn.write_report(runner, tmp_path / "report.html")]
+    make(tmp_path, callbacks=callbacks).fit(2)
+    assert "of 2" in (tmp_path / "report.html").read_text()
+    again = make(tmp_path, callbacks=callbacks)
+    again._keeper.resume()
+    again._monitors.told.append((2, "seen before"))
+    again.save(tmp_path / "last.pt")
+    resumed = make(tmp_path, callbacks=callbacks)
+    assert without_times(resumed.fit(4)) == without_times(plain)
+    page = Page((tmp_path / "report.html").read_text())
+    for text in ("of 4", "seen before", "inner steps 20", "response steps 5", "hyper steps 10"):
+        assert text in page.text
+
+
+@with_plots
+def test_a_report_of_a_stream_of_unknown_length(tmp_path):
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(6), torch.tensor(1))] * 16)
+
+    runner = make()
+    loader = torch.utils.data.DataLoader(Rows(), 8)
+    runner = fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader, runner.valid_loader, progress=False)
+    runner.fit(1)
+    assert "training data DataLoader validation data DataLoader, 4 batches of 8" in written(runner, tmp_path).text
+
+
+@with_plots
+def test_a_run_that_went_back_says_so(tmp_path):
+    runner = make(loss_fn=Fails(at=7))
+    with pytest.warns(fxstn.RunWarning, match="back to epoch"):
+        runner.fit(3)
+    assert [epoch for epoch, _ in runner.warnings] == [1]  # once: the gradient of the bad loss is forgotten
+    assert "back to epoch 0 with lower learning rates" in written(runner, tmp_path).text
+
+
+class Fails:
+    """Cross entropy that is NaN at one call."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, output, target):
+        self.calls += 1
+        return F.cross_entropy(output, target) * (math.nan if self.calls == self.at else 1.0)
+
+
+class Mean(fxstn.BilevelProblem):
+    """w₀ is drawn to the data, λ to the validation data; no σ, and ranges on demand."""
+
+    def __init__(self, **ranges) -> None:
+        super().__init__()
+        self.w, self.shift = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(()))
+        self.known = ranges
+
+    def general_parameters(self):
+        return [self.w]
+
+    def hyper_parameters(self):
+        return [self.shift]
+
+    def general_loss(self, inputs, target):
+        return (inputs - self.w - self.shift.detach()).square().mean()
+
+    def hyper_loss(self, inputs, target):
+        return (inputs - self.w.detach() - self.shift).square().mean()
+
+    def validation_loss(self, inputs, target):
+        return self.hyper_loss(inputs, target), inputs
+
+    def values(self):
+        return {"shift": self.shift.item()}
+
+    def ranges(self):
+        return self.known
+
+
+@with_plots
+@pytest.mark.parametrize("ranges", [{}, {"shift": (-5.0, 5.0)}, {"shift": (0.0, math.inf)}])
+def test_a_problem_of_ones_own_has_a_report_of_what_it_has(ranges, tmp_path):
+    batches = [(torch.randn(8, 3) + 1, torch.zeros(8)) for _ in range(4)]
+    runner = fxstn.BilevelRunner(Mean(**ranges), None, batches, batches, progress=False)
+    history = runner.fit(4)
+    page = written(runner, tmp_path)
+    assert "shift" in page.text
+    assert ("range" in page.text) == bool(ranges)
+    assert ("place in it" in page.text) == bool(ranges)
+    assert "σ" not in page.text
+    assert "Network" not in page.text
+    history.plot(tmp_path / "schedules.png")
+
+
+@with_plots
+def test_a_report_needs_an_epoch(tmp_path):
+    with pytest.raises(ValueError, match="no epoch is done yet"):
+        fxstn.write_report(make(), tmp_path / "report.html")
+
+
+def test_a_report_needs_matplotlib(tmp_path, monkeypatch):
+    runner = make()
+    runner.fit(1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for what, call in (("fxstn.write_report", lambda path: fxstn.write_report(runner, path)),
+                       ("History.plot", runner.history.plot)):  # fmt: skip
+        with pytest.raises(ImportError, match=rf"{what} needs matplotlib: pip install 'fxstn\[plot\]'"):
+            call(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_explanation_of_a_network_is_that_of_its_model():
+    for model in (mlp(), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())):
+        assert str(fxstn.explain(fxstn.transform(model))) == str(fxstn.explain(model))
+    live = fxstn.transform(mlp(), trace="live", example_inputs=torch.randn(4, 6))
+    assert fxstn.explain(live).ok
+    assert "6 parameters respond to the hyperparameters" in str(fxstn.explain(live))
+    assert fxstn.explain(live, example_inputs=torch.randn(4, 6)).rows
+
+
+def test_panels_of_a_history():
+    runner = make(tune_scale=True, metrics={"accuracy": fxstn.accuracy}, scale_optimizer=torch.optim.Adam)
+    runner.fit(2)
+    shown = {panel.title: panel for panel in plots.panels(runner.history)}
+    assert list(shown) == ["loss", "accuracy", "dropout", "weight_decay", "perturbation scale σ", "diagnostics"]
+    assert list(shown["dropout"].lines) == ["2", "5"]
+    assert shown["dropout"].lines["2"][0] == pytest.approx(0.3)
+    assert len(shown["dropout"].lines["2"]) == 3
+    assert list(shown["diagnostics"].lines) == ["response norm", "linearization error"]
+
+
+@with_plots
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_any_number_of_hyperparameters_can_be_drawn(count, tmp_path):
+    names = tuple(f"layer{i}.weight_decay" for i in range(count))
+    row = {"train_loss": 1.0, "valid_loss": -1.0, "response_loss": math.nan, "seconds": 1.0} | dict.fromkeys(
+        names, 1e-4
+    )
+    history = fxstn.History(names, [row | {"epoch": 1}, row | {"epoch": 2, "new": 3.0}], dict.fromkeys(names, 1e-6))
+    history.plot(tmp_path / "schedules.png")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_monitors_keep_what_they_told():
+    monitors = Monitors({"a": (0.0, 1.0)})
+    rows = [{"epoch": epoch, "a": 1.0} for epoch in (1, 2, 3, 4)]
+    with pytest.warns(fxstn.RunWarning):
+        monitors.read(rows[:3])
+    monitors.read(rows)
+    assert [epoch for epoch, _ in monitors.told] == [3]
+
+
+# TensorBoard
+
+
+def events(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: tag → (step, value)."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = accumulator.EventAccumulator(str(folder))
+    shown.Reload()
+    return {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+@pytest.fixture
+def board():
+    pytest.importorskip("tensorboard", reason="needs the extra fxstn[tensorboard]")
+    made = []
+
+    def make_board(folder):
+        made.append(fxstn.TensorBoard(folder))
+        return made[-1]
+
+    yield make_board
+    for callback in made:
+        callback.close()
+
+
+def test_tensorboard_has_a_scalar_per_column_and_epoch(tmp_path, board):
+    history = make(callbacks=[board(tmp_path)]).fit(3)
+    found = events(tmp_path)
+    assert set(found) == {
+        "loss/train", "loss/valid", "loss/response", "metric/accuracy", "hyperparameter/2.dropout",
+        "hyperparameter/5.dropout", "hyperparameter/weight_decay", "scale/2.dropout", "scale/5.dropout",
+        "scale/weight_decay", "diagnostics/response_norm", "diagnostics/linearization_error", "diagnostics/seconds",
+    }  # fmt: skip
+    for tag, column in (("loss/valid", "valid_loss"), ("hyperparameter/2.dropout", "2.dropout")):
+        assert [step for step, _ in found[tag]] == [1, 2, 3]
+        assert [value for _, value in found[tag]] == pytest.approx(history[column])
+
+
+def test_a_resumed_run_is_on_the_board_once(tmp_path, board):
+    make(tmp_path / "run", callbacks=[board(tmp_path / "board")]).fit(2)
+    cut = make(callbacks=[board(tmp_path / "board")])  # a run that was killed after its callback, before its file
+    cut.load(tmp_path / "run" / "last.pt")
+    cut.fit(3)
+    history = make(tmp_path / "run", callbacks=[board(tmp_path / "board")]).fit(4)
+    found = events(tmp_path / "board")
+    assert [step for step, _ in found["loss/valid"]] == [1, 2, 3, 4]
+    assert [value for _, value in found["loss/valid"]] == pytest.approx(history["valid_loss"])
+
+
+def test_a_board_that_comes_later_or_goes_back_is_whole(tmp_path, board):
+    make(tmp_path / "run").fit(2)
+    callback = board(tmp_path / "board")
+    make(tmp_path / "run", callbacks=[callback]).fit(4)
+    assert [step for step, _ in events(tmp_path / "board")["loss/valid"]] == [1, 2, 3, 4]
+    make(callbacks=[callback]).fit(2)  # the same board, from epoch 1 on
+    assert [step for step, _ in events(tmp_path / "board")["loss/valid"]] == [1, 2]
+
+
+def test_tensorboard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"needs tensorboard: pip install 'fxstn\[tensorboard\]'"):
+        fxstn.TensorBoard(tmp_path)
+
+
+# Optuna
+
+
+def test_a_search_begins_with_the_values_found():
+    optuna = pytest.importorskip("optuna", reason="needs the extra fxstn[search]")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    runner = make()
+    found = runner.fit(3).best_values()
+    assert found == {name: runner.history.best()[name] for name in runner.history.names}
+    ranges = runner.problem.ranges()
+
+    def objective(trial):
+        return sum(trial.suggest_float(name, *ranges[name], log=name == "weight_decay") for name in ranges)
+
+    study = optuna.create_study()
+    study.enqueue_trial(found)
+    study.optimize(objective, n_trials=2)
+    assert study.trials[0].params == pytest.approx(found)
+    assert study.trials[1].params != study.trials[0].params
+    with pytest.raises(ValueError, match="no epoch is done yet"):
+        fxstn.History(("a",)).best_values()
