@@ -71,7 +71,7 @@ def prepared(
         settings = {"schedule": still(stn)}
     runner = fxstn.BilevelRunner(
         stn, task.loss, loader(train_set, task.batch, seed), loader(valid_set, task.batch, seed + 1),
-        optimizer=task.optimizer, progress=False, **{**task.settings, **settings, **more},
+        **{"optimizer": task.optimizer, "progress": False, **task.settings, **settings, **more},
     )  # fmt: skip
     return runner, test_set
 

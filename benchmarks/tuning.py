@@ -73,7 +73,7 @@ class SimpleCNN(nn.Sequential):
         super().__init__(*blocks, nn.Flatten(), nn.Linear(1568, 1568), nn.ReLU(), nn.Dropout(0.0), nn.Linear(1568, 10))
 
 
-def _small_resnet18(stride: int = 1) -> nn.Module:
+def small_resnet18(stride: int = 1) -> nn.Module:
     """torchvision's ResNet-18 with a stem for small images: a 3×3 convolution and no pooling."""
     model = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, stride, padding=1, bias=False)
@@ -120,7 +120,7 @@ TASKS = {
     ),
     "cifar10-resnet18": Task(
         partial(_images, "cifar10", 32, 5000, 2000, normalise=False),
-        lambda train: nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), _small_resnet18(stride=2)),
+        lambda train: nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), small_resnet18(stride=2)),
         lambda start: [  # the paper's 19
             hp.ColorJitter("input", init={name: n.high * start for name, n in hp.ColorJitter.numbers.items()}),
             hp.Affine("input", init={name: n.high * start for name, n in hp.Affine.numbers.items()}),
@@ -130,7 +130,7 @@ TASKS = {
         F.cross_entropy, partial(torch.optim.SGD, lr=3e-2, momentum=0.9), 20,
     ),
     "digits-resnet18": Task(
-        partial(_images, "digits", 8, 500, 500), lambda train: _small_resnet18(),
+        partial(_images, "digits", 8, 500, 500), lambda train: small_resnet18(),
         lambda start: [hp.Dropout(init=start), _weight_decay(start)],
         F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20, 32,
     ),

@@ -1,0 +1,240 @@
+"""docs/paper.md and its figures, from the files under benchmarks/results/paper alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks.overhead import RESULTS
+from benchmarks.paper import linear
+from benchmarks.paper.tasks import METHODS, ROWS
+from benchmarks.tuned import best_so_far, best_within, seconds_of
+
+FOLDER = RESULTS / "paper"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LABELS = {
+    "untuned": "the start kept", "random": "random search", "bayes": "Bayesian opt. (TPE)", "stn": "STN",
+    "centered": "centred STN", "delta": "Δ-STN", "default": "Δ-STN, cheap defaults",
+}  # fmt: skip
+COLOURS = dict(zip(METHODS, ("0.6", "C7", "C5", "C1", "C0", "k", "C3"), strict=True))
+Cell = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _cells(results: dict[str, Any], method: str) -> dict[str, Any]:
+    """{seed: a run, or the trials of a search}."""
+    return {key.split()[1]: value for key, value in results.items() if key.split()[0] == method}
+
+
+def _trials(value: Any) -> list[Cell]:
+    return value if isinstance(value, list) else [value]
+
+
+def _final(value: Any) -> Cell:
+    """The run, or the best trial."""
+    return best_within(_trials(value), math.inf)
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(row: str, budget: str) -> str:
+    """A line for each method: validation and test loss, means ± deviations over seeds, the paper's, time, epochs and seeds."""
+    results, published = read(FOLDER / f"{budget}-{row}.json"), ROWS[row].figures
+    lines = []
+    for method in METHODS:
+        if cells := _cells(results, method):
+            best = [_final(value) for value in cells.values()]
+            minutes = statistics.mean(sum(map(seconds_of, _trials(value))) for value in cells.values()) / 60
+            epochs = statistics.mean(sum(len(t["curve"]) for t in _trials(value)) for value in cells.values())
+            trials = {len(value) for value in cells.values() if isinstance(value, list)}
+            of = f" of {'–'.join(map(str, sorted(trials)))} trials" if trials else ""
+            paper = "{:.3f} ({:.3f})".format(*published[method]) if method in published else ""
+            losses = [_mean([cell[part] for cell in best]) for part in ("valid", "test")]
+            lines.append([LABELS[method], *losses, paper, f"{minutes:.1f}", f"{epochs:.0f}{of}", len(cells)])
+    heads = ["method", "validation loss", "test loss", "the paper's, at its budget", "minutes", "epochs", "seeds"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def draw_row(row: str, budget: str, path: Path) -> None:
+    """Best validation loss so far by epoch and by time, mean over seeds, and the schedules that Δ-STN found (seed 0)."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    results = read(FOLDER / f"{budget}-{row}.json")
+    figure, (by_epoch, by_time, found) = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
+    finals = [_final(value)["valid"] for value in results.values()]
+    for method in METHODS:
+        runs = [_trials(value) for value in _cells(results, method).values()]
+        if not runs:
+            continue
+        style = {"color": COLOURS[method], "label": LABELS[method], "lw": 1.5}
+        longest = max(sum(map(seconds_of, trials)) for trials in runs)
+        times = np.linspace(0, longest, 200)[1:]
+        by_time.plot(times / 60, np.mean([best_so_far(trials, times) for trials in runs], axis=0), **style)
+        if len(runs[0]) == 1:
+            curves = [[loss for _, loss in trials[0]["curve"]] for trials in runs]
+            shortest = min(map(len, curves))
+            by_epoch.plot(range(1, shortest + 1), np.mean([curve[:shortest] for curve in curves], axis=0), **style)
+    for axis, label in ((by_epoch, "epoch"), (by_time, "minutes")):
+        axis.set(xlabel=label, ylabel="best validation loss so far", ylim=(0.95 * min(finals), 2.2 * min(finals)))
+        axis.grid(alpha=0.3)
+    by_epoch.legend(frameon=False, fontsize=8)
+    schedule = results.get("delta 0", {}).get("schedule", {})
+    for number, (name, values) in enumerate(schedule.items()):
+        low, high = min(values), max(values)
+        values = (
+            values
+            if high <= 1
+            else [value / (24 if name.endswith("length") else 5 if name.endswith("holes") else 45) for value in values]
+        )
+        del low
+        found.plot(values, lw=1.2, color=plt.cm.turbo(0.05 + 0.9 * number / max(1, len(schedule) - 1)), label=name)
+    found.set(xlabel="epoch", title="found by Δ-STN, seed 0 (holes, lengths and degrees: as shares of their largest)")
+    found.title.set_fontsize(9)
+    found.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    found.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_robustness(row: str, budget: str, path: Path) -> bool:
+    """Final validation loss over the initial dropout rate and over the initial σ; whether there is anything to draw."""
+    import matplotlib.pyplot as plt
+
+    results = read(FOLDER / f"robustness-{budget}-{row}.json")
+    if not results:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    keys = [(method, float(start), float(scale), cell["valid"]) for key, cell in results.items()
+            for method, start, scale, _ in [key.split()]]  # fmt: skip
+    for method in linear.METHODS:
+        for axis, place, held, at in ((axes[0], 1, 2, 1.0), (axes[1], 2, 1, 0.05)):
+            points: dict[float, list[float]] = {}
+            for entry in keys:
+                if entry[0] == method and entry[held] == at:
+                    points.setdefault(entry[place], []).append(entry[3])
+            xs = sorted(points)
+            axis.plot(
+                xs, [statistics.mean(points[x]) for x in xs], marker="o", color=COLOURS[method], label=LABELS[method]
+            )
+            for x in xs:
+                axis.scatter([x] * len(points[x]), points[x], s=8, color=COLOURS[method], alpha=0.5)
+    axes[0].set(xlabel="initial dropout (σ = 1)", ylabel="final validation loss", yscale="log")
+    axes[1].set(xlabel="initial σ (dropout 0.05)", xscale="log")
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return True
+
+
+def _by_setting(results: dict[str, Any]) -> dict[tuple[str, str, str], list[Cell]]:
+    """{(set, method, σ): runs from every start and seed}."""
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    for key, cell in results.items():
+        name, method, _, scale, _ = key.split()
+        found.setdefault((name, method, scale), []).append(cell)
+    return found
+
+
+def linear_table(kind: str) -> str:
+    """A line for each set: the largest and the median excess validation loss in per cent, over starts and seeds, by method."""
+    found = _by_setting(read(FOLDER / f"linear-{kind}.json"))
+    columns = sorted(
+        {(method, scale) for _, method, scale in found}, key=lambda c: (linear.METHODS.index(c[0]), float(c[1]))
+    )
+    lines = []
+    for name in dict.fromkeys(key[0] for key in found):
+        cells = [found.get((name, *column), []) for column in columns]
+        shown = [
+            f"{100 * statistics.median(c['excess'] for c in runs):.2f} ({100 * max(c['excess'] for c in runs):.2f})"
+            if runs
+            else ""
+            for runs in cells
+        ]
+        lines.append([name, *shown, max(map(len, cells))])
+    heads = ["set", *(f"{LABELS[method]}, σ = {float(scale):g}" for method, scale in columns), "runs of each"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def draw_linear(kind: str, path: Path) -> None:
+    """λ over hyper steps from every start, seed 0, σ = 1, beside the optimum; a panel for each set."""
+    import matplotlib.pyplot as plt
+
+    results = read(FOLDER / f"linear-{kind}.json")
+    names = list(dict.fromkeys(key.split()[0] for key in results))
+    columns = min(5, len(names))
+    figure, axes = plt.subplots(-(-len(names) // columns), columns, figsize=(2.9 * columns, 2.5 * -(-len(names) // columns)),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    for axis, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            axis.axis("off")
+            continue
+        for method in linear.METHODS:
+            for key, cell in results.items():
+                if key.split()[:2] == [name, method] and key.split()[3:] == ["1.0", "0"]:
+                    axis.plot(
+                        *zip(*cell["trajectory"], strict=True),
+                        color=COLOURS[method],
+                        lw=2.5 if method == "centered" else 1,
+                    )
+                    axis.axhline(cell["optimum"], color="C3", ls="--", lw=1)
+        axis.set_title(name, fontsize=9)
+        axis.set(yscale="linear" if kind == "dropout" else "log")
+        axis.tick_params(labelsize=7)
+    handles = [plt.Line2D([], [], color=COLOURS[m], label=LABELS[m]) for m in linear.METHODS]
+    handles.append(plt.Line2D([], [], color="C3", ls="--", label="exact optimum"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _sections() -> Iterable[tuple[str, str]]:
+    """(name of a generated part of docs/paper.md, its text); figures are drawn beside."""
+    for kind in linear.KINDS:
+        if (FOLDER / f"linear-{kind}.json").exists():
+            draw_linear(kind, DOCS / f"paper-{kind}.png")
+            yield f"linear-{kind}", f"{linear_table(kind)}\n\n![λ over hyper steps]({f'paper-{kind}.png'})"
+    for budget, row in itertools.product(("small", "full"), ROWS):
+        if (FOLDER / f"{budget}-{row}.json").exists():
+            draw_row(row, budget, DOCS / f"paper-{budget}-{row}.png")
+            machines = {
+                m
+                for value in read(FOLDER / f"{budget}-{row}.json").values()
+                for t in _trials(value)
+                if (m := t.get("machine"))
+            }
+            where = f"On {'; '.join(sorted(machines))}. `python -m benchmarks.paper run --task {row} --budget {budget}`"
+            picture = f"![Best validation loss by epoch and by time; schedules](paper-{budget}-{row}.png)"
+            yield f"{budget}-{row}", f"{table(row, budget)}\n\n{where}\n\n{picture}"
+    for row in ROWS:
+        if draw_robustness(row, "small", DOCS / "paper-robustness.png"):
+            yield "robustness", "![Final validation loss over initial dropout and σ](paper-robustness.png)"
+
+
+def write() -> None:
+    """Replace what is between <!-- NAME --> and <!-- end --> in docs/paper.md; a part that the page lacks is printed."""
+    page = DOCS / "paper.md"
+    text = page.read_text()
+    for name, part in _sections():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            print(f"docs/paper.md has no place <!-- {name} -->:\n{part}")
+        text = re.sub(pattern, lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text, flags=re.DOTALL)
+    page.write_text(text)
+    print(f"written to {page}")
