@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
 from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, RunWarning
 from fxstn.bilevel.resume import restore, state_of
 
@@ -82,7 +82,11 @@ class Keeper:
             save_checkpoint(state, path, self.files)
 
     def load(self, path: str | Path) -> None:
-        restore(self.runner, distributed.of_first(lambda: load_checkpoint(path)), str(path))
+        try:
+            state = distributed.of_first(lambda: load_checkpoint(path))
+        except DamagedError as error:
+            raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
+        restore(self.runner, state, str(path))
 
     def resume(self) -> None:
         """Go on from the newest whole file of out_dir, if there is one."""
