@@ -270,7 +270,6 @@ class BilevelRunner:
                 try:
                     self._epoch()
                 except BadLoss as fault:
-                    check_batch(self._last, self._at)
                     self._keeper.go_back(fault)
                     continue
                 row = self.history.rows[-1]
