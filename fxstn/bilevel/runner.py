@@ -25,8 +25,14 @@ from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sg
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import (
-    OF_NETWORKS, check_device, check_length, check_loader, check_loss, check_settings, described,
-)  # fmt: skip
+    OF_NETWORKS,
+    check_device,
+    check_length,
+    check_loader,
+    check_loss,
+    check_settings,
+    described,
+)
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.misfit import fitting
