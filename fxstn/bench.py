@@ -201,7 +201,7 @@ def bench(
 
     Median over `rounds` rounds in which the variants alternate, optimiser steps included; a schedule's step is its mean
     over whole cycles of inner and hyper steps. peak_mb: from a fresh process each, for the variants in `memory`, else None.
-    A variant that cannot run is reported with step_ms None and the reason.
+    A variant that cannot run is reported with step_ms None and the reason. Raises ValueError where plain training cannot.
     """
     steps = variants(setup, ("plain", *names))
     failures: dict[str, str] = {}
@@ -211,6 +211,9 @@ def bench(
         except Exception as error:  # torch.func.jvp cannot run every model; the others must not suffer for it
             failures[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del steps[variant]
+    if "plain" in failures:
+        raise ValueError(f"plain training of {setup.model} fails on {setup.batch_size} images of {setup.image_size} pixels: "
+                         f"{failures['plain']}; choose others")  # fmt: skip
     times = step_times(steps, rounds, warmup, setup.device, quiet)
     shared = asdict(setup) | environment(setup.device)
     rows: list[dict[str, Any]] = []

@@ -81,7 +81,8 @@ def operation_path(node: fx.Node) -> str:
 def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
     """Match specs (None: every random operation found, or else dropout inserted by stages) with a canonical training graph.
 
-    Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
+    Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice, TypeError for
+    what is no list of specs.
     """
     quantities: list[Quantity] = []
     sites: list[Site] = []
@@ -94,6 +95,8 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
             quantities.extend(spec.quantities(path, starts))
         return tuple(range(len(quantities) - len(spec.numbers), len(quantities)))
 
+    if specs is not None and not isinstance(specs, (list, tuple)):
+        raise TypeError(f"hparams={specs!r} must be a list of specs, such as [hp.Dropout()], or None")
     for spec in _found(module) if specs is None else specs:
         first = len(quantities)
         if isinstance(spec, (Dropout, Operation, Activity)):
@@ -112,7 +115,7 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
         elif isinstance(spec, Scalar):
             add(spec, "")
         else:
-            raise TypeError(f"{spec!r} is not a spec of fxstn.hp")
+            raise TypeError(f"hparams holds {spec!r}, which is no spec of fxstn.hp; write hp.Dropout() say, in a list")
     asked = [
         (type(site.spec).__name__, site.path) for site in {(site.indices, site.path): site for site in sites}.values()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from fxstn import data, hp
 from fxstn.bench import VARIANTS, Setup, write_json
 from fxstn.bench import bench as measure
 from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.bilevel.settings import check_device
 
 AUGMENTATIONS = {
     cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.__module__ in ("fxstn.hp.augment", "fxstn.hp.mix")
@@ -31,7 +33,15 @@ def build_model(name: str, classes: int) -> nn.Module:
     """A torchvision model by name, or 'package.module:function' called with num_classes. Raises ValueError if unknown."""
     if ":" in name:
         module, _, function = name.partition(":")
-        return getattr(importlib.import_module(module), function)(num_classes=classes)
+        try:
+            model = getattr(importlib.import_module(module), function)(num_classes=classes)
+        except (AttributeError, ImportError, TypeError) as error:
+            raise ValueError(
+                f"--model {name!r} cannot be made: {error}; name a function that can be imported and takes num_classes"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"--model {name!r} must return an nn.Module, it returns {type(model).__name__}")
+        return model
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -54,6 +64,10 @@ def loader(dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
 
 def tune(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
+    out = Path(args.out)
+    if out.is_file():
+        raise ValueError(f"--out {args.out!r} is a file; name a folder, which is made where there is none")
+    device = check_device(args.device or "cpu", "--device")
     split = data.load(args.data, args.image_size, args.train_size, args.valid_size, args.seed, args.data_root)
     model = build_model(args.model, split.classes)
     sgd = partial(torch.optim.SGD, lr=args.lr, momentum=0.9)
@@ -63,7 +77,6 @@ def tune(args: argparse.Namespace) -> int:
         settings["hyper_optimizer"] = partial(torch.optim.RMSprop if paper else SettlingAdam, lr=args.hyper_lr)
     response = "structured" if paper else None
     stn = fxstn.transform(model, _hparams(args), method=args.method, response=response)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     runner = fxstn.BilevelRunner(
         stn,
@@ -74,7 +87,7 @@ def tune(args: argparse.Namespace) -> int:
         metrics={"accuracy": fxstn.accuracy},
         warmup_epochs=args.warmup_epochs,
         patience=args.patience,
-        device=args.device,
+        device=device,
         out_dir=out,
         **settings,
     )
@@ -100,9 +113,9 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    tuned = args.tuned if args.tuned in ("dropout", "weight-decay") else int(args.tuned)
+    check_device(args.device, "--device")
     setup = Setup(
-        args.model, args.batch_size, args.image_size, args.num_classes, args.device, tuned, args.compile, args.bf16,
+        args.model, args.batch_size, args.image_size, args.num_classes, args.device, args.tuned, args.compile, args.bf16,
         args.channels_last, args.recompute,
     )  # fmt: skip
     rows = measure(setup, names=args.variants, rounds=args.rounds, warmup=min(3, args.rounds), memory=args.memory)
@@ -138,6 +151,31 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _whole(text: str) -> int:
+    """A number of something. Raises argparse's error, which names the option, where it is none."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return number
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
+    return rate
+
+
+def _tuned(text: str) -> str | int:
+    return text if text in ("dropout", "weight-decay") else _whole(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fxstn", description="Tune regularisation hyperparameters in one training run (Δ-STN)."
@@ -153,20 +191,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", default="resnet18", help=model_help)
     command.add_argument("--data", default="digits", choices=data.NAMES, help="digits needs no download")
     command.add_argument("--data-root", help="where torchvision's data lies or is downloaded to (or FXSTN_DATA)")
-    command.add_argument("--train-size", type=int, help="training images (default: 500 digits, all of the others)")
-    command.add_argument("--valid-size", type=int, help="validation images (default: 500 digits, 15%% of the others)")
-    command.add_argument("--image-size", type=int, default=32, help="pixels, images are scaled to it")
-    command.add_argument("--epochs", type=int, default=20, help="epochs in all, those of an earlier call included")
-    command.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    command.add_argument("--train-size", type=_whole, help="training images (default: 500 digits, all of the others)")
+    command.add_argument(
+        "--valid-size", type=_whole, help="validation images (default: 500 digits, 15%% of the others)"
+    )
+    command.add_argument("--image-size", type=_whole, default=32, help="pixels, images are scaled to it")
+    command.add_argument("--epochs", type=_whole, default=20, help="epochs in all, those of an earlier call included")
+    command.add_argument("--batch-size", type=_whole, default=64, help="examples per step")
     command.add_argument("--method", default="delta", choices=("delta", "centered", "stn"), help="see the README")
     command.add_argument(
         "--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none"
     )
     command.add_argument("--paper", action="store_true", help="the paper's settings, as with the other methods")
-    command.add_argument("--lr", type=float, default=1e-2, help="of SGD with momentum 0.9 (the paper's response too)")
-    command.add_argument("--hyper-lr", type=float, help="for λ: Adam's first (0.2), or the paper's RMSprop's (1e-2)")
+    command.add_argument("--lr", type=_rate, default=1e-2, help="of SGD with momentum 0.9 (the paper's response too)")
+    command.add_argument("--hyper-lr", type=_rate, help="for λ: Adam's first (0.2), or the paper's RMSprop's (1e-2)")
     command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
-    command.add_argument("--patience", type=int, help="stop after that many epochs without improvement")
+    command.add_argument("--patience", type=_whole, help="stop after that many epochs without improvement")
     command.add_argument("--seed", type=int, default=0, help="of the split, the weights and all noise")
     command.add_argument("--device", help="default: the CPU")
     command.add_argument("--out", default="out", help="folder for results; the run resumes from it")
@@ -176,11 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=bench)
     command.add_argument("model", help=model_help)
-    command.add_argument("--batch-size", type=int, default=64, help="examples per step")
-    command.add_argument("--image-size", type=int, default=32, help="pixels")
-    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+    command.add_argument("--batch-size", type=_whole, default=64, help="examples per step")
+    command.add_argument("--image-size", type=_whole, default=32, help="pixels")
+    command.add_argument("--num-classes", type=_whole, default=10, help="of the model")
     command.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="plain always runs")
-    command.add_argument("--rounds", type=int, default=15, help="alternating rounds, of which the median is taken")
+    command.add_argument("--rounds", type=_whole, default=15, help="alternating rounds, of which the median is taken")
     command.add_argument(
         "--memory",
         nargs="*",
@@ -190,7 +230,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument(
-        "--tuned", default="dropout", help="dropout, weight-decay (per layer), or a number of other hyperparameters"
+        "--tuned",
+        type=_tuned,
+        default="dropout",
+        help="dropout, weight-decay (per layer), or a number of other hyperparameters",
     )
     command.add_argument("--compile", action="store_true", help="through torch.compile, plain training too")
     command.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
@@ -203,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="show what transform makes of a model", formatter_class=show_defaults)
     command.set_defaults(run=explain)
     command.add_argument("model", help=model_help)
-    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+    command.add_argument("--num-classes", type=_whole, default=10, help="of the model")
 
     command = commands.add_parser(
         "show", help="draw what the ranges of augmentations mean", formatter_class=show_defaults
@@ -213,17 +256,17 @@ def _parser() -> argparse.ArgumentParser:
         "specs", nargs="*", default=["ColorJitter", "Affine", "Cutout"], metavar="SPEC",
         help=f"of {', '.join(AUGMENTATIONS)}",
     )  # fmt: skip
-    command.add_argument("--image-size", type=int, default=96, help="pixels")
-    command.add_argument("--columns", type=int, default=7, help="strengths from low to high")
+    command.add_argument("--image-size", type=_whole, default=96, help="pixels")
+    command.add_argument("--columns", type=_whole, default=7, help="strengths from low to high")
     command.add_argument("--seed", type=int, default=0, help="of the draws, one in each row")
     command.add_argument("--out", default="augmentations.png", help="image to write")
 
     command = commands.add_parser("verify", help="check the emitted tangent in float64", formatter_class=show_defaults)
     command.set_defaults(run=verify)
     command.add_argument("model", help=model_help)
-    command.add_argument("--batch-size", type=int, default=4, help="examples, at least 2")
-    command.add_argument("--image-size", type=int, default=32, help="pixels")
-    command.add_argument("--num-classes", type=int, default=10, help="of the model")
+    command.add_argument("--batch-size", type=_whole, default=4, help="examples, at least 2")
+    command.add_argument("--image-size", type=_whole, default=32, help="pixels")
+    command.add_argument("--num-classes", type=_whole, default=10, help="of the model")
     command.add_argument("--seed", type=int, default=0, help="of weights and input")
     return parser
 
@@ -233,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, ImportError, fxstn.DivergedError) as error:
+    except (ValueError, OSError, ImportError, fxstn.DivergedError) as error:
         print(f"fxstn {args.command}: {error}", file=sys.stderr)
         return 2
 

@@ -35,6 +35,9 @@ def load(
     (root/cifar-10-batches-bin) is read too. valid (default 15 %) is
     split off their training set. Raises ValueError for another name or sizes that do not fit.
     """
+    for what, size in {"image_size": image_size, "train": train, "valid": valid}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{what}={size} must be at least 1")
     if name == "digits":
         images, labels = _digits()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

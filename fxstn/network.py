@@ -235,7 +235,7 @@ class SelfTuningNetwork(nn.Module):
                 "example_inputs with all the inputs you pass"
             )
         if self._compile_options is None:
-            return graph(*inputs, **named)
+            return graph.forward(*inputs, **named)  # not __call__, which at an error prints the code of the graph
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             return self._compiled_graph(name)(*inputs, **named)
@@ -336,9 +336,9 @@ class SelfTuningNetwork(nn.Module):
         delta = torch.zeros_like(self.hparams.unconstrained)
         with torch.random.fork_rng(), torch.no_grad():
             for name in ("train", "eval"):
-                self.graph(name)(*inputs)
+                self.graph(name).forward(*inputs)
             for name in ("pushforward", "pushforward_eval"):
-                self.graph(name)(*inputs, delta=delta)
+                self.graph(name).forward(*inputs, delta=delta)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
 

@@ -25,6 +25,12 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
     and in eval mode it does nothing. Raises ValueError for a class that is followed in another way already, and for an
     `hp.Mixing`, which is inserted only: a module of the model would have mixed inputs without their targets.
     """
+    if not (isinstance(operation, type) and issubclass(operation, hp.Operation)):
+        raise TypeError(
+            f"register_operation takes a subclass of hp.Operation, and then classes of modules; got {operation!r}"
+        )
+    if wrong := [module for module in modules if not (isinstance(module, type) and issubclass(module, nn.Module))]:
+        raise TypeError(f"register_operation: {wrong[0]!r} must be a class of modules, a subclass of nn.Module")
     if issubclass(operation, hp.Mixing):
         raise ValueError(
             f"hp.{operation.__name__} mixes targets, too, and cannot stand for a module; insert it by a spec"

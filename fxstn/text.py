@@ -30,12 +30,13 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
 
     paths: training, validation and test file; or one file, whose first 80 % are trained on and whose last 10 % test; or none,
     for the reference texts of Python that come with it (`pydoc_data.topics`, PSF licence), in lower case, a mark a word. most:
-    how many words of the training text to take, from its start. Raises ValueError for another number of files, or no text.
+    how many words of the training text to take, from its start. Raises ValueError for another number of files, a file
+    that cannot be read, or no text.
     """
     if len(paths) == 3:
-        texts = [_words(Path(path).read_text(encoding="utf-8")) for path in paths]
+        texts = [_words(_read(path)) for path in paths]
     elif len(paths) <= 1:
-        words = _words(Path(paths[0]).read_text(encoding="utf-8")) if paths else _reference()
+        words = _words(_read(paths[0])) if paths else _reference()
         ends = [int(share * len(words)) for share in (0, 0.8, 0.9, 1)]
         texts = [words[a:b] for a, b in itertools.pairwise(ends)]
     else:
@@ -50,6 +51,13 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
     number = {word: i for i, word in enumerate(known)}
     train, valid, test = (torch.tensor([number.get(word, number[UNKNOWN]) for word in text]) for text in texts)
     return Corpus(train, valid, test, tuple(known))
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text in UTF-8: {error}; give the path of a text file") from error
 
 
 def _words(text: str) -> list[str]:

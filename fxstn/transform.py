@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxstn.bind import Binding, bind
 from fxstn.canonicalize import canonicalize
@@ -23,6 +24,7 @@ from fxstn.live.emit import LiveRecipe, addresses
 from fxstn.live.structure import reachable
 from fxstn.live.tape import record
 from fxstn.live.watched import attributes, unchanged
+from fxstn.misfit import fitting
 from fxstn.network import METHODS, SelfTuningNetwork
 from fxstn.operations import AUGMENTING
 from fxstn.pushforward import linearized, normalise_by_batch, perturbed, pushforward, trained
@@ -134,9 +136,20 @@ def transform(
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
 
     Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
-    matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method. Warns
+    matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method, example
+    inputs that the model cannot take; TypeError for a model, hparams or example_inputs of another kind. Warns
     where hparams=None leaves an augmentation of the model at its own strength, because the model is not followed by "fx".
     """
+    if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
+        raise TypeError(
+            f"model must be an nn.Module that is not transformed yet, got {model if isinstance(model, type) else type(model)}; "
+            "give the plain model, with its weights"
+        )
+    if example_inputs is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_inputs)):
+        raise TypeError(
+            f"example_inputs must be a tensor or a tuple of them, got {type(example_inputs).__name__}; take the inputs of a "
+            "batch, next(iter(loader))[0]"
+        )
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if response not in (None, "scaled", "structured") or (response == "scaled" and method == "stn"):
@@ -219,7 +232,8 @@ def _climbed(
         network.graph(name)
     if example_inputs is not None:
         before = module_state(model)
-        with unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model))):
+        held = unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model)))
+        with held, fitting((inputs, None), "example_inputs", model):
             network.check(*inputs)
         restore(before)
     return network

@@ -30,6 +30,7 @@ from fxstn.live.emit import located
 from fxstn.live.following import Sites, opened
 from fxstn.live.structure import leaves
 from fxstn.live.witness import Widened, Witness
+from fxstn.misfit import fitting
 from fxstn.mutation import DROPOUTS
 from fxstn.network import SelfTuningNetwork
 from fxstn.operations import RANDOM
@@ -238,7 +239,7 @@ def verify(
     with torch.random.fork_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
-            with Widened():
+            with Widened(), fitting((inputs, None), "inputs", model):
                 original = _prepare(model, inputs, seed)
             stn = _transformed(original, hparams, inputs, trace)
             report.rung = stn.rung

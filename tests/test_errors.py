@@ -220,7 +220,7 @@ def test_an_input_named_like_ours_is_refused():
 
 
 def test_example_inputs_find_failures_at_transform_time():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"^example_inputs: the model cannot take inputs float32 \(4, 5\)"):
         fxstn.transform(mlp(), example_inputs=torch.randn(4, 5))
     stn = fxstn.transform(mlp(), example_inputs=(torch.randn(4, 6),))
     assert stn.training

@@ -42,7 +42,7 @@ class History:
     def best(self) -> dict[str, Any]:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""
         if not self.rows:
-            raise ValueError("the history is empty: no epoch is done yet")
+            raise ValueError("the history is empty: no epoch is done yet; call fit first")
         return min(self.rows, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:

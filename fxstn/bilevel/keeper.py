@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.checkpoint import latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
-from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, RunWarning
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
+from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, RunWarning, check_batch
 from fxstn.bilevel.resume import restore, state_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ class Keeper:
             save_checkpoint(state, path, self.files)
 
     def load(self, path: str | Path) -> None:
-        restore(self.runner, distributed.of_first(lambda: load_checkpoint(path)), str(path))
+        try:
+            state = distributed.of_first(lambda: load_checkpoint(path))
+        except DamagedError as error:
+            raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
+        restore(self.runner, state, str(path))
 
     def resume(self) -> None:
         """Go on from the newest whole file of out_dir, if there is one."""
@@ -96,10 +100,11 @@ class Keeper:
     def go_back(self, fault: BadLoss) -> None:
         """To the state kept last, at half the learning rate of that loss's parameters for each attempt from there.
 
-        Raises DivergedError after `rollbacks` attempts in all.
+        Raises DivergedError after `rollbacks` attempts in all, ValueError in its place where the batch at hand is to blame.
         """
         runner, done = self.runner, self.runner.rollbacks_done + 1
         if done > self.rollbacks:
+            check_batch(runner._last, runner._at)
             values = ", ".join(f"{key}={value:.4g}" for key, value in list(runner.problem.values().items())[:20])
             where = f"in {self.out_dir / 'best.pt'}" if self.out_dir else "in runner.best"
             best = (

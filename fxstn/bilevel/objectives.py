@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.layers.penalty import squared_jacobian
+from fxstn.misfit import fitting_loss
 from fxstn.network import SelfTuningNetwork, batch_size, held
 
 LossFunction = Callable[..., Tensor]
@@ -36,15 +37,26 @@ def evaluate_loss(
 ) -> Tensor:
     """loss_fn(output, target), with `hparams` where it takes them.
 
-    Raises ValueError when the target has another number of examples than the inputs, or the loss is not a scalar.
+    Raises ValueError when there are no examples, when the target has another number of them than the inputs, when the loss
+    function cannot take the two, and when the loss is not a scalar, or no function of the output that autograd knows.
     """
+    if not examples:
+        raise ValueError("the batch has no examples; leave it out")
     if isinstance(target, Tensor) and target.dim() and target.shape[0] % examples:  # a multiple: targets per token
-        raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}")
-    loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
+        raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
+    with fitting_loss(output, target):
+        loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
+    if not loss.requires_grad and torch.is_grad_enabled() and _has_gradient(output):
+        raise ValueError("loss_fn returns a tensor without a gradient; compute it from the output in torch operations, without "
+                         ".item(), .detach() or no_grad")  # fmt: skip
     return loss
+
+
+def _has_gradient(output: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
 
 
 def perturbation(stn: SelfTuningNetwork, inputs: Any, perturb: Perturb) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MEMORY, SQUARE_MEMORY = 0.9, 0.999  # Adam's
+_FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 
 
@@ -72,21 +74,28 @@ def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
 def made(given: OptimizerLike, default: Any, parameters: Sequence[nn.Parameter], name: str) -> Any:
     """An optimizer over exactly `parameters`: the one given, or made by the factory given, or the default.
 
-    Raises TypeError for what is neither, ValueError for one over other parameters.
+    Raises TypeError for what is neither, ValueError for one over other parameters, that cannot be made or wants a closure.
     """
     if isinstance(given, torch.optim.Optimizer):
         result = given
     elif given is None or callable(given):
-        result = (given or default)(parameters)
+        try:
+            result = (given or default)(parameters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be made: {error}; {_FACTORY}") from error
     else:
-        raise TypeError(
-            f"{name} must be an optimizer or a factory such as lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
+        raise TypeError(f"{name}={given!r} must be an optimizer or a factory; {_FACTORY}")
+    if not isinstance(result, torch.optim.Optimizer):
+        raise TypeError(f"{name} must be an optimizer, its factory returns {type(result).__name__}; {_FACTORY}")
+    closure = inspect.signature(result.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{name}: {type(result).__name__} evaluates a closure, which a run has none of; use SGD, Adam or "
+                         "another that steps on gradients")  # fmt: skip
     held = {id(parameter) for group in result.param_groups for parameter in group["params"]}
     wanted = {id(parameter) for parameter in parameters}
     if held != wanted:
         raise ValueError(
             f"{name} holds {len(held - wanted)} parameters that are not its own and lacks {len(wanted - held)} of its "
-            f"{len(wanted)}; pass a factory, lambda params: torch.optim.SGD(params, lr=0.1)"
+            f"{len(wanted)}; {_FACTORY}"
         )
     return result

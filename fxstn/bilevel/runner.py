@@ -24,9 +24,18 @@ from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
-from fxstn.bilevel.settings import OF_NETWORKS, check_loader, check_settings, described
+from fxstn.bilevel.settings import (
+    OF_NETWORKS,
+    check_device,
+    check_length,
+    check_loader,
+    check_loss,
+    check_settings,
+    described,
+)
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
+from fxstn.misfit import fitting
 from fxstn.network import SelfTuningNetwork, batch_size
 
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
@@ -45,6 +54,15 @@ def accuracy(output: Tensor, target: Tensor) -> float:
 def _count(inputs: Any, target: Any) -> int:
     """What a mean loss is the mean over: examples, or the times of all of them."""
     return target.numel() if isinstance(target, Tensor) and target.dim() else batch_size(inputs)
+
+
+def _one_number(value: Any, function: str) -> float:
+    """What a user's function returned. Raises TypeError where that is not one number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function} must return one number, such as a mean; it returns {got}") from error
 
 
 class BilevelRunner:
@@ -155,10 +173,11 @@ class BilevelRunner:
         batches = check_loader(train_loader, "train_loader")
         check_loader(valid_loader, "valid_loader")
         if isinstance(stn, SelfTuningNetwork):
-            if not callable(loss_fn):
-                raise TypeError(f"loss_fn must be a function of (output, target), got {type(loss_fn).__name__}")
+            check_loss(loss_fn, "loss_fn")
+            check_loss(valid_loss_fn or loss_fn, "valid_loss_fn")
             self.problem: BilevelProblem = NetworkProblem(
-                stn, loss_fn, valid_loss_fn, initial_state=initial_state, entropy_weight=entropy_weight,
+                stn, loss_fn, # type: ignore[arg-type]
+                valid_loss_fn, initial_state=initial_state, entropy_weight=entropy_weight,
                 tune_scale=tune_scale, perturb=perturb, response_fraction=response_fraction,
                 response_widening=response_widening, response_windows=response_windows, hyper_fraction=hyper_fraction,
             )  # fmt: skip
@@ -176,7 +195,7 @@ class BilevelRunner:
                 f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}"
             )
         self.stn: Any = stn
-        self.device = torch.device(device) if device is not None else next(stn.parameters()).device
+        self.device = check_device(device) if device is not None else next(stn.parameters()).device
         self.problem.to(self.device)
         self.autocast, self.memory_format = autocast, memory_format
         if memory_format is not None:
@@ -221,6 +240,9 @@ class BilevelRunner:
                     f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", stacklevel=2
                 )
         self.history = History(tuple(problem.values()), start=problem.values())
+        if schedule is not None and set(schedule.values) != set(problem.values()):
+            raise ValueError(f"schedule is of {', '.join(schedule.values)}, the network has {', '.join(problem.values())}; "
+                             "give one of the same hyperparameters")  # fmt: skip
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
@@ -229,6 +251,7 @@ class BilevelRunner:
         self._sums: dict[str, Any] = {}  # of the epoch that is under way
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
+        self._last, self._at = (None, None), ""  # the batch placed last, and which it is
         self._keeper = Keeper(self, self.out_dir, save_minutes, keep, rollbacks)
         self._clock = time.perf_counter()  # of the time not counted yet
 
@@ -241,6 +264,7 @@ class BilevelRunner:
         Raises DivergedError when losses are no longer finite after `rollbacks` new attempts; what was best is kept in `best`
         and in out_dir/best.pt.
         """
+        check_length(epochs, minutes)
         if self.out_dir and not len(self.history) and not self._sums:
             self._keeper.resume()
         self._stopped = False
@@ -319,7 +343,7 @@ class BilevelRunner:
             if not self.schedule:
                 with self._precision():
                     row |= distributed.mean(problem.diagnostics(*sample, number), self.device)
-            row |= {name: float(column(row)) for name, column in self.columns.items()}
+            row |= {name: _one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
             self._count_time()
             row["seconds"] = round(self._sums["seconds"], 3)
             self.updates.epoch_done(row["valid_loss"])
@@ -383,8 +407,11 @@ class BilevelRunner:
         """Leave the gradient of the mean loss over the batches; returns that mean."""
         losses = []
         for batch in batches:
-            with self._precision():
+            with self._precision(), fitting(batch, self._at, self.problem):
                 loss = objective(*batch)
+            if not loss.requires_grad:
+                raise ValueError(f"{self._at}: {objective.__name__} has no gradient; what the model puts out must depend on "
+                                 "its trainable parameters, without .detach(), no_grad or all of them frozen")  # fmt: skip
             self.updates.backward(loss / len(batches))
             losses.append(loss.detach())
         return torch.stack(losses).mean()
@@ -415,9 +442,11 @@ class BilevelRunner:
         return self._averaged.in_place() if self._averaged else contextlib.nullcontext()
 
     def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
-        pair = placed(batch if self.unpack is None else self.unpack(batch), self.device, self.memory_format, name)
+        source = name if self.unpack is None else f"unpack of a batch of {name}"
+        pair = placed(batch if self.unpack is None else self.unpack(batch), self.device, self.memory_format, source)
+        self._last, self._at = pair, f"a batch of {name} in {where}"
         if self._keeper.retries:
-            check_batch(pair, f"a batch of {name} in {where}")
+            check_batch(pair, self._at)
         return pair
 
     # Faults
@@ -446,6 +475,7 @@ class BilevelRunner:
         """{'valid_loss', a key per metric} of the current network in eval mode; loader: default the validation set."""
         if loader is None:
             return self._evaluated(self.valid_loader, "valid_loader")[0]
+        check_loader(loader, "loader")
         return self._evaluated(loader, "loader")[0]
 
     def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple[Any, Any]]:
@@ -455,10 +485,12 @@ class BilevelRunner:
         for batch in loader:
             inputs, target = self._placed(batch, name, "evaluation")
             sample = (inputs, target) if sample is None else sample
-            with self._precision():
+            with self._precision(), fitting((inputs, target), self._at, self.problem):
                 loss, output = evaluation(inputs, target)
             count = _count(inputs, target)
-            values = {"valid_loss": loss.item()} | {key: float(f(output, target)) for key, f in self.metrics.items()}
+            values = {"valid_loss": loss.item()} | {
+                key: _one_number(f(output, target), f"metrics[{key!r}]") for key, f in self.metrics.items()
+            }
             for key, value in values.items():
                 totals[key] = totals.get(key, 0.0) + value * count
             totals["examples"] += count

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,17 @@ from typing import Any
 class Schedule:
     """Values of hyperparameters over epochs: values[name][k] after k epochs, k = 0 at the start; a straight line in between.
 
-    Raises ValueError where the lists differ in length, or are empty.
+    Raises ValueError where the lists differ in length, or are empty, TypeError for what is no lists of finite numbers.
     """
 
     def __init__(self, values: dict[str, Sequence[float]]) -> None:
+        if not isinstance(values, dict) or not all(isinstance(column, (list, tuple)) for column in values.values()):
+            raise TypeError(f"a schedule is made of a dict, {{name: [value, …]}}, got {reprlib.repr(values)}")
+        for name, column in values.items():
+            if wrong := [value for value in column if not isinstance(value, (int, float)) or not math.isfinite(value)]:
+                raise TypeError(
+                    f"a schedule needs finite numbers, and has {wrong[0]!r} among the values of {name!r}; mend it"
+                )
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
@@ -54,7 +63,12 @@ class Schedule:
         try:
             content: Any = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable schedule: {error}") from error
+            raise ValueError(
+                f"{path} is not a readable schedule: {error}; History.schedule().to_json writes one"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != "fxstn-schedule-1":
             raise ValueError(f"{path} is not a schedule of fxstn; History.schedule().to_json writes one")
-        return cls(content["values"])
+        try:
+            return cls(content.get("values"))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(f"{path} holds no whole schedule: {error}") from error

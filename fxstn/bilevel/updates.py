@@ -25,7 +25,13 @@ def _schedulers(
             f"{argument}[{wrong[0]!r}] must be a factory, such as lambda optimizer: StepLR(optimizer, 30); the optimizer is "
             "made by the runner"
         )
-    return {name: make(optimizers[name]) for name, make in (given or {}).items()}
+    made = {name: make(optimizers[name]) for name, make in (given or {}).items()}
+    if wrong := [name for name, scheduler in made.items() if not hasattr(scheduler, "step")]:
+        raise TypeError(
+            f"{argument}[{wrong[0]!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
+            f"{type(made[wrong[0]]).__name__}"
+        )
+    return made
 
 
 class Updates:

@@ -31,7 +31,9 @@ class Quantity:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ValueError(f"{self.name}: low={self.low} is not below high={self.high}")
+            raise ValueError(
+                f"{self.name}: low={self.low} is not below high={self.high}; give a range that is not empty"
+            )
         if not self.low < self.init < self.high:
             raise ValueError(
                 f"{self.name}: init={self.init} is not strictly between low={self.low} and high={self.high}; "

@@ -25,7 +25,9 @@ class HyperparameterSpace(nn.Module):
         super().__init__()
         names = [quantity.name for quantity in quantities]
         if not names:
-            raise ValueError("there is nothing to tune: no hyperparameter was asked for and none was found")
+            raise ValueError(
+                "there is nothing to tune: no hyperparameter was asked for and none was found; give hparams, [hp.WeightDecay()]"
+            )
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two hyperparameters are called {', '.join(map(repr, repeated))}; match each site once")
         self.names: tuple[str, ...] = tuple(names)
@@ -60,15 +62,19 @@ class HyperparameterSpace(nn.Module):
     def set(self, values: dict[str, float]) -> None:
         """Put λ₀ where these constrained values are, each at least 1e-6 of its range from the ends; others stay.
 
-        Raises ValueError for a name that is not tuned, or a value outside its range.
+        Raises ValueError for a name that is not tuned, or a value outside its range, TypeError for one that is no number.
         """
         numbers = {name: number for number, name in enumerate(self.names)}
         for name, value in values.items():
             if name not in numbers:
                 raise ValueError(f"there is no hyperparameter {name!r}; there are {', '.join(self.names)}")
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} must be a number within its range")
             quantity = self.quantities[numbers[name]]
             if not quantity.low <= value <= quantity.high or math.isinf(value):
-                raise ValueError(f"{name}={value} is outside its range [{quantity.low}, {quantity.high}]")
+                raise ValueError(
+                    f"{name}={value} is outside its range [{quantity.low}, {quantity.high}]; give one inside"
+                )
             margin = 1e-6 * (quantity.low if quantity.log else min(quantity.high - quantity.low, 1.0))
             inside = min(max(value, quantity.low + margin), quantity.high - margin)
             self.unconstrained[numbers[name]] = replace(quantity, init=inside).unconstrained

@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fxstn.hp.bijection import Quantity
 
@@ -60,11 +61,22 @@ class Spec:
             raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
         self.where, self.shared = where, shared
         for key, choice in {"init": init, "low": low, "high": high, "scale": scale}.items():
+            self._need_numbers(**{key: choice})
             if choice is not None:
                 self.numbers = self._changed(key, choice)
         if perturb is not None:
             self._perturb(perturb)
         self.check()
+
+    @classmethod
+    def _need_numbers(cls, **given: Any) -> None:
+        """Raises TypeError for what is neither a number nor a mapping to some, nor None."""
+        for key, choice in given.items():
+            for value in choice.values() if isinstance(choice, Mapping) else [choice]:
+                if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                    raise TypeError(
+                        f"hp.{cls.__name__}: {key}={value!r} must be a number, or numbers by name; write {key}=0.1, say"
+                    )
 
     def _perturb(self, choice: str | Mapping[str, str]) -> None:
         by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
@@ -191,6 +203,11 @@ class Scalar(Spec):
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
                  integer: bool = False, perturb: str | None = None) -> None:  # fmt: skip
+        if not isinstance(name, str):
+            raise TypeError(
+                f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
+            )
+        self._need_numbers(init=init, low=low, high=high, scale=scale)
         self.numbers = {name: Number(init, low, high, scale, log, integer)}
         super().__init__(shared=True, perturb=perturb)
 

@@ -145,7 +145,7 @@ class LiveGraph:
         called = f"{type(self.model).__name__}.forward in {mode} mode, run as it is"
         return f"LiveGraph({self.name}: {called}{beside.get(self.kind, '')}{weights})"
 
-    def __call__(self, *inputs: Any, condition: Tensor | None = None, delta: Tensor | None = None, **named: Any) -> Any:
+    def forward(self, *inputs: Any, condition: Tensor | None = None, delta: Tensor | None = None, **named: Any) -> Any:
         if self.kind in ("pushforward", "linearized"):
             return self.duals(inputs, named, condition, delta)
         replaced: dict[int, Tensor] = {}
@@ -157,6 +157,8 @@ class LiveGraph:
         keep = self.kind != "perturbed"
         with borrowed(self.model, self.training, self.frozen, replaced, keep):
             return mode.run(inputs, named)
+
+    __call__ = forward
 
     def duals(
         self,

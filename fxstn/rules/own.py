@@ -19,8 +19,13 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
     operation on the tangent of the first argument), "bilinear" (of the first two), "zero" (no tangent comes out).
     `fxstn.verify` then checks models that use it. Rules written out with more freedom: `fxstn.rules.registry.rule`.
 
-    Raises ValueError for an operation that has a rule, an unknown kind, or neither partials nor a kind.
+    Raises ValueError for an operation that has a rule, an unknown kind, or neither partials nor a kind, TypeError for what is
+    no function.
     """
+    if not callable(function):
+        raise TypeError(f"register_rule takes the operation as models call it, a function, got {function!r}")
+    if wrong := [partial for partial in partials if not callable(partial)]:
+        raise TypeError(f"register_rule: the partial {wrong[0]!r} must be a function, partial(dx, y, *arguments)")
     operator = getattr(function, "_opoverload", function)  # of torch.library.custom_op
     canonical = respell(operator, (), {}).function if operator not in RULES else operator
     if partials and kind is None:

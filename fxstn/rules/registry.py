@@ -65,7 +65,7 @@ def register(
 ) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
-        raise ValueError(f"{function} already has a {RULES[function].kind} rule")
+        raise ValueError(f"{function} already has a {RULES[function].kind} rule; there is nothing to register")
     RULES[function] = Rule(kind, apply, signature, reads, finite)
 
 

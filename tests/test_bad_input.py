@@ -1,0 +1,587 @@
+"""What cannot be meant, kind by kind: each is refused by fxstn itself, in a line or two that name the thing and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import SmallConv, mlp
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import fxstn
+from fxstn import cli, data, hp, text
+from fxstn.bilevel.checkpoint import FORMAT
+
+PACKAGE = str(Path(fxstn.__file__).parent)
+X, Y = torch.randn(24, 6), torch.arange(24) % 3
+ROWS: list = []
+
+
+def row(name, message):
+    """Enters a function of a temporary folder that does the bad thing. message: what the error must match."""
+
+    def enter(case):
+        ROWS.append(pytest.param(case, message, id=name))
+        return case
+
+    return enter
+
+
+def batches(x=X, y=Y, size=8, **settings):
+    return DataLoader(TensorDataset(x, y), size, **settings)
+
+
+def runner(train=None, valid=None, loss_fn=F.cross_entropy, model=None, **settings):
+    stn = settings.pop("stn", None) or fxstn.transform(model or mlp())
+    return fxstn.BilevelRunner(
+        stn, loss_fn, batches() if train is None else train, batches() if valid is None else valid,
+        **{"progress": False, "train_steps": 2} | settings,
+    )  # fmt: skip
+
+
+def fit(*args, **settings):
+    return lambda folder: runner(*args, **settings).fit(2)
+
+
+def made(**settings):
+    return lambda folder: runner(**settings)
+
+
+def command(*words):
+    """What a command line prints as its error, which must come with exit status 2 and without a traceback."""
+
+    def run(folder):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                status = cli.main([str(folder / word[1:]) if word.startswith("@") else word for word in words])
+            except SystemExit as end:
+                status = end.code
+        assert status == 2
+        usage, _, said = printed.getvalue().rpartition(f"fxstn {words[0]}: ")
+        assert "Traceback" not in usage
+        return said
+
+    return run
+
+
+def tune(*words):
+    return command("tune", "--epochs", "1", "--model", "nets:tiny_conv", "--out", "@out", *words)
+
+
+# Arguments of the runner
+
+row(
+    "first argument a plain model", r"first argument must come from fxstn\.transform\(model, hparams\), got Sequential"
+)(lambda folder: fxstn.BilevelRunner(mlp(), F.cross_entropy, batches(), batches()))
+row("loss None", r"loss_fn must be a function of \(output, target\), got NoneType")(made(loss_fn=None))
+row("loss a class", r"loss_fn is the class CrossEntropyLoss.*make one: CrossEntropyLoss\(\)")(
+    made(loss_fn=nn.CrossEntropyLoss)
+)
+row("loss of one argument", r"loss_fn must be a function of \(output, target\).*its arguments are \(output\)")(
+    made(loss_fn=lambda output: output.sum())
+)
+row("validation loss of three arguments", r"valid_loss_fn must be a function of \(output, target\).*'third'")(
+    made(valid_loss_fn=lambda output, target, third: output.sum())
+)
+for _name, _value, _message in (
+    ("train_steps", 0, "train_steps=0 must be at least 1"),
+    ("train_steps", 2.5, r"train_steps=2\.5 must be a whole number"),
+    ("train_steps", float("inf"), "train_steps=inf must be a whole number"),
+    ("train_steps", "5", "train_steps='5' must be a number"),
+    ("response_fraction", 0, r"response_fraction=0 must be in \(0, 1\]"),
+    ("response_fraction", float("nan"), r"response_fraction=nan must be in \(0, 1\]"),
+    ("entropy_weight", float("inf"), "entropy_weight=inf must not be negative or infinite"),
+    ("ema", 1.0, r"ema=1\.0 must be in \(0, 1\)"),
+    ("perturb", "sample", "perturb='sample' must be 'example', 'batch' or None"),
+    ("autocast", torch.float64, r"autocast=torch\.float64 must be torch\.bfloat16, torch\.float16 or None"),
+    ("memory_format", "channels_last", r"memory_format='channels_last' must be such as torch\.channels_last"),
+    ("compile", "yes", "compile='yes' must be True, False or a dict"),
+    ("unpack", "image", "unpack='image' must be a function"),
+    ("metrics", [fxstn.accuracy], r"metrics=\[.*\] must be a dict by name"),
+    ("metrics", {"accuracy": "top1"}, r"metrics\['accuracy'\] must be a function, got str"),
+    ("callbacks", print, "callbacks=.* must be a list of functions of the runner"),
+    ("out_dir", 5, "out_dir=5 must be a path, or None"),
+    ("schedule", {"2.dropout": [0.1]}, r"schedule=.* must be a fxstn\.Schedule, such as Schedule\.from_json"),
+    ("device", "gpu", "device='gpu' cannot be used here.*there is cpu"),
+    ("device", "cuda:99", "device='cuda:99' cannot be used here.*there is cpu"),
+    ("optimizer", "sgd", "optimizer='sgd' must be an optimizer or a factory; pass a factory, such as lambda"),
+    ("optimizer", lambda p: None, "optimizer must be an optimizer, its factory returns NoneType; pass a factory"),
+    (
+        "optimizer",
+        partial(torch.optim.SGD, lr=-1.0),
+        r"optimizer cannot be made: Invalid learning rate: -1\.0; pass a factory",
+    ),
+    ("optimizer", torch.optim.LBFGS, "optimizer: LBFGS evaluates a closure.*use SGD, Adam"),
+    (
+        "hyper_optimizer",
+        lambda p: torch.optim.Adam(mlp().parameters()),
+        "hyper_optimizer holds 6 .*not its own.*pass a factory",
+    ),
+    (
+        "schedulers",
+        {"adam": partial(StepLR, step_size=1)},
+        "schedulers names 'adam'; this run has optimizer, response_optimizer",
+    ),
+    (
+        "schedulers",
+        {"optimizer": StepLR(torch.optim.SGD(mlp().parameters()), 1)},
+        r"\['optimizer'\] must be a factory, such as",
+    ),
+    (
+        "step_schedulers",
+        {"optimizer": lambda o: None},
+        r"step_schedulers\['optimizer'\] must return a scheduler.*NoneType",
+    ),
+):
+    row(f"{_name} {_value!r}"[:60], _message)(made(**{_name: _value}))
+
+
+@row("out_dir a file", "out_dir='.*taken' is a file; name a folder")
+def _(folder):
+    (folder / "taken").write_text("here")
+    runner(out_dir=folder / "taken")
+
+
+for _arguments, _message in (
+    ((-1,), "epochs=-1 must be a whole number, 0 or more"),
+    (("3",), "fit takes a number of epochs.*got '3'"),
+    ((2.5,), r"epochs=2\.5 must be a whole number"),
+    ((3, 0), "minutes=0 must be positive, or None"),
+):
+    row(f"fit{_arguments}", _message)(lambda folder, given=_arguments: runner().fit(*given))
+
+row("best model before fit", "no epoch is done yet; call fit first")(lambda folder: runner().best_model())
+row("best row before fit", "history is empty.*call fit first")(lambda folder: runner().history.best())
+
+# Loaders and what they yield
+
+row("loader a data set", r"valid_loader must be a DataLoader.*got TensorDataset; DataLoader\(dataset")(
+    made(valid=TensorDataset(X, Y))
+)
+row("loader a dict", r"train_loader must be a DataLoader.*got dict; DataLoader\(dataset")(
+    made(train={"train": batches()})
+)
+row("loader a generator", "train_loader is a generator, which yields its batches once; give a DataLoader, or a list")(
+    made(train=(batch for batch in batches()))
+)
+row("loader empty", r"valid_loader is empty.*fewer examples than batch_size with drop_last\?")(
+    made(valid=batches(size=99, drop_last=True))
+)
+row("loader with persistent workers", "valid_loader has persistent_workers=True.*set it to False")(
+    made(valid=batches(num_workers=1, persistent_workers=True))
+)
+row("evaluating a data set", r"loader must be a DataLoader.*got TensorDataset; DataLoader\(dataset")(
+    lambda folder: runner().evaluate(TensorDataset(X, Y))
+)
+
+
+class Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+row("stream of nothing", "train_loader is empty: it yielded no batch")(fit(DataLoader(Nothing(), 4)))
+row("batch a tensor", r"train_loader must yield \(inputs, target\), got Tensor.*give unpack=")(fit([X]))
+row("batch a dict", r"train_loader must yield \(inputs, target\), got dict.*give unpack=")(fit([{"x": X, "y": Y}]))
+row("unpack makes a triple", r"unpack of a batch of train_loader must yield \(inputs, target\), got tuple of length 3")(
+    fit(unpack=lambda batch: (*batch, 0))
+)
+row("batch of no examples", "a batch of train_loader in epoch 1, step 1: the batch has no examples; leave it out")(
+    fit([(X[:0], Y[:0])])
+)
+row("inputs without a tensor", "a batch of train_loader in epoch 1, step 1: .*must be Tensor, not str; give inputs of")(
+    fit([("words", Y)])
+)
+row(
+    "inputs float64",
+    r"train_loader in epoch 1, step 1: .* inputs float64 \(8, 6\): .*convert the inputs with \.to\(torch\.float32\)",
+)(fit(batches(X.double())))
+row(
+    "images uint8",
+    r"train_loader in epoch 1, step 1: .* inputs uint8 \(8, 3, 16, 16\) 0 to 9: .*convert the inputs with \.to\(",
+)(fit(batches((torch.arange(24 * 768) % 10).byte().view(24, 3, 16, 16)), model=SmallConv()))
+row(
+    "feature count",
+    r"train_loader in epoch 1, step 1: .* inputs float32 \(8, 5\): .*8x5 and 6x8.*; give inputs of the .*shapes",
+)(fit(batches(X[:, :5])))
+row(
+    "feature count in validation",
+    r"valid_loader in epoch 1, step 2: .* inputs float32 \(8, 5\): .*; give inputs of the .*shapes",
+)(fit(valid=batches(X[:, :5])))
+row(
+    "feature count when evaluating",
+    r"a batch of loader in evaluation: .* inputs float32 \(8, 5\): .*; give inputs of the",
+)(lambda folder: runner().evaluate(batches(X[:, :5])))
+row(
+    "two inputs for one",
+    r"train_loader in epoch 1, step 1: .*traced with the inputs \(input\) and got 2; give transform",
+)(fit([((X, X), Y)]))
+row(
+    "one example under a batch norm",
+    r"train_loader .*step 1: .*more than 1 value per channel.*give the DataLoader drop_last=True",
+)(fit(batches(size=1), model=nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))))
+row(
+    "word out of range", r"train_loader .* inputs int64 \(8, 2\) 0 to 9: index out of range.*give inputs of the .*range"
+)(fit(batches(torch.tensor([[0, 9]] * 24)), model=nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))))
+row("fewer targets", "train_loader in epoch 1, step 1: the target has 5 examples, the inputs have 8; give as many")(
+    fit([(X[:8], Y[:5])])
+)
+row(
+    "label too high",
+    r"step 1: loss_fn .* int64 \(8,\) 7 to 7: Target 7 .*labels of 3 classes must be 0 to 2: mend .* 8 outputs",
+)(fit(batches(y=0 * Y + 7)))
+row(
+    "label negative",
+    r"step 1: loss_fn .* int64 \(8,\) -1 to 1: Target -1 .*labels of 3 classes must be 0 to 2: mend them",
+)(fit(batches(y=Y - 1)))
+row(
+    "label too high in validation",
+    r"valid_loader .*: loss_fn .* 3 to 5: Target .*labels of 3 classes must be 0 to 2: mend them",
+)(fit(valid=batches(y=Y + 3)))
+row(
+    "labels float", r"step 1: loss_fn .* target float32 \(8,\): .*class labels must be whole numbers: target\.long\(\)"
+)(fit(batches(y=Y.float())))
+row(
+    "label too high under mixup",
+    r"train_loader .*mixup and cutmix turn classes into probabilities: they must be 0 to 2.*got 7",
+)(fit(batches(y=0 * Y + 7), stn=fxstn.transform(mlp(), [hp.MixUp("input")])))
+row(
+    "target of another shape",
+    r"loss_fn .* output float32 \(8, 3\) with a target float32 \(8, 2\): .*; give targets of the shape",
+)(fit(batches(y=X[:, :2].abs()), loss_fn=F.binary_cross_entropy_with_logits))
+for _rollbacks in (0, 1):
+    row(
+        f"NaN in inputs, rollbacks={_rollbacks}",
+        r"a batch of train_loader in epoch 1, step 1 has inputs that are NaN.*row 3.*drop",
+    )(fit(batches(X.clone().index_fill_(0, torch.tensor([3]), float("nan"))), rollbacks=_rollbacks))
+row(
+    "NaN in validation inputs",
+    r"a batch of valid_loader in epoch 1, step 2 has inputs that are NaN .*row 5 of .*drop these",
+)(fit(valid=batches(X.clone().index_fill_(0, torch.tensor([5]), float("nan"))), rollbacks=0))
+row(
+    "infinite targets",
+    r"a batch of train_loader in epoch 1, step 2 has target that are NaN or infinite \(row 1 .*drop these",
+)(fit(batches(y=X[:, :3].clone().index_fill_(0, torch.tensor([9]), float("inf"))), loss_fn=F.mse_loss, rollbacks=1))
+
+# Losses and metrics
+
+row("loss per example", r"step 1: loss_fn must return a scalar tensor, the mean over the batch; got shape \(8,\)")(
+    fit(loss_fn=partial(F.cross_entropy, reduction="none"))
+)
+row("loss a float", "step 1: loss_fn must return a scalar tensor, the mean over the batch; got float")(
+    fit(loss_fn=lambda output, target: F.cross_entropy(output, target).item())
+)
+row("loss without gradient", r"step 1: loss_fn returns a tensor without a gradient; compute it .* without \.item\(\)")(
+    fit(loss_fn=lambda output, target: F.cross_entropy(output.detach(), target),
+        stn=fxstn.transform(mlp(), [hp.WeightDecay()]))
+)  # fmt: skip
+
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(x).detach()
+
+
+row(
+    "output without gradient",
+    r"step 1: general_loss has no gradient; .*must depend on its trainable.*without \.detach\(\)",
+)(fit(model=Cut()))
+row(
+    "metric a vector",
+    r"metrics\['correct'\] must return one number, such as a mean; it returns a tensor of shape \(8,\)",
+)(fit(metrics={"correct": lambda output, target: output.argmax(1) == target}))
+row("column nothing", r"columns\['gap'\] must return one number, such as a mean; it returns NoneType")(
+    fit(columns={"gap": lambda row: None})
+)
+
+# Hyperparameters
+
+for _name, _case, _message in (
+    ("start out of range", lambda: hp.Dropout("2", init=0.99), r"2\.dropout: init=0\.99 is not .*move it inside"),
+    ("start NaN", lambda: hp.Dropout("2", init=float("nan")), r"2\.dropout: init=nan is not .*move it inside"),
+    ("start text", lambda: hp.Dropout("2", init="0.1"), r"hp\.Dropout: init='0\.1' must be a number"),
+    (
+        "low above high",
+        lambda: hp.Dropout("2", low=0.5, high=0.2),
+        r"hp\.Dropout: need 0 <= low < high < 1, got low=0\.5",
+    ),
+    ("empty range", lambda: hp.Scalar("a", 1.0, 1.0, 1.0), r"a: low=1\.0 is not below high=1\.0; give a range"),
+    ("scale zero", lambda: hp.Dropout("2", scale=0), r"2\.dropout: scale=0 must be positive and finite"),
+    ("name no text", lambda: hp.Scalar(3, 0.5, 0, 1), r"hp\.Scalar: the name 3 must be text"),
+    (
+        "unknown number",
+        lambda: hp.ColorJitter(init={"hu": 0.1}),
+        r"init is given for 'hu'; its numbers are 'brightness'",
+    ),
+    ("unknown pattern", lambda: hp.Dropout("sevn"), r"pattern 'sevn' matches nothing.*nearest module names: "),
+    ("spec a class", lambda: hp.Dropout, r"hparams holds <class .*Dropout'>, which is no spec.*write hp\.Dropout\(\)"),
+    ("spec a name", lambda: "dropout", r"hparams holds 'dropout', which is no spec.*write hp\.Dropout\(\)"),
+):
+    row(_name, _message)(lambda folder, case=_case: fxstn.transform(mlp(), [case()]))
+row("two specs on one site", "Dropout is asked for twice at '2'; match each site once")(
+    lambda folder: fxstn.transform(mlp(), [hp.Dropout("2"), hp.Dropout("*2*")])
+)
+row("name taken", "two hyperparameters are called 'a'; match each site once")(
+    lambda folder: fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("a", 0.5, 0, 1)])
+)
+row("no specs", r"nothing to tune.*give hparams, ")(lambda folder: fxstn.transform(mlp(), []))
+row("spec not in a list", r"hparams=hp\.Dropout\(.*\) must be a list of specs, such as \[hp\.Dropout\(\)\]")(
+    lambda folder: fxstn.transform(mlp(), hp.Dropout())
+)
+row("set an unknown name", r"there is no hyperparameter 'x'; there are 2\.dropout, 5\.dropout")(
+    lambda folder: fxstn.transform(mlp()).hparams.set({"x": 0.1})
+)
+row("set out of range", r"2\.dropout=3 is outside its range \[0\.0, 0\.95\]; give one inside")(
+    lambda folder: fxstn.transform(mlp()).hparams.set({"2.dropout": 3})
+)
+row("set text", r"2\.dropout='high' must be a number within its range")(
+    lambda folder: fxstn.transform(mlp()).hparams.set({"2.dropout": "high"})
+)
+
+# Models
+
+row("model a class", r"model must be an nn\.Module.*got <class .*Cut'>; give the plain model")(
+    lambda folder: fxstn.transform(Cut)
+)
+row("model transformed already", r"model must be an nn\.Module that is not transformed yet.*; give the plain model")(
+    lambda folder: fxstn.transform(fxstn.transform(mlp()))
+)
+row("model without parameters", r"no parameter can respond.*fxstn\.explain\(model\) lists why")(
+    lambda folder: fxstn.transform(nn.Sequential(nn.ReLU()), [hp.Scalar("a", 0.5, 0, 1)])
+)
+row("model a branch on data", r"cannot follow.*give example_inputs")(
+    lambda folder: fxstn.transform(Branching(), [hp.Scalar("a", 0.5, 0, 1)])
+)
+row(
+    "examples of another type",
+    r"example_inputs must be a tensor or a tuple.*got DataLoader; take the inputs of a batch",
+)(lambda folder: fxstn.transform(mlp(), example_inputs=batches()))
+row("examples of another shape", r"example_inputs: .* inputs float32 \(4, 5\): .*; give inputs of the .*shapes")(
+    lambda folder: fxstn.transform(mlp(), example_inputs=torch.randn(4, 5))
+)
+row(
+    "examples of another shape, run as it is",
+    r"fails on the example inputs .*4x5 and 6x8.*; give example_inputs as the model",
+)(lambda folder: fxstn.transform(mlp(), example_inputs=torch.randn(4, 5), trace="live"))
+row(
+    "verify on another shape", r"inputs: the model cannot take inputs float64 \(4, 5\): .*; give inputs of the .*shapes"
+)(lambda folder: fxstn.verify(mlp(), torch.randn(4, 5)))
+row("response to another number", r"delta must have shape \(2,\) .*one entry per hyperparameter; got \(3,\)")(
+    lambda folder: fxstn.transform(mlp()).best_response(torch.zeros(3))
+)
+row("rule for no function", r"register_rule takes the operation .* a function, got 'relu'")(
+    lambda folder: fxstn.register_rule("relu", kind="linear")
+)
+row("rule of unknown kind", r"give partials, or a kind out of linear, bilinear, zero; got 0 partials, kind='smooth'")(
+    lambda folder: fxstn.register_rule(torch.special.i0, kind="smooth")
+)
+row("rule that is there", r"already has a .* rule; there is nothing to register")(
+    lambda folder: fxstn.register_rule(torch.tanh, kind="linear")
+)
+row("operation no class", r"register_operation takes a subclass of hp\.Operation, .*; got <class .*Dropout'>")(
+    lambda folder: fxstn.register_operation(hp.Dropout, nn.Dropout)
+)
+
+
+class Branching(Cut):
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else x
+
+
+# Files
+
+
+def saved(folder):
+    first = runner(out_dir=folder)
+    first.fit(1)
+    return folder / "last.pt"
+
+
+@row("checkpoint empty", r"run\.pt is empty; load an older file")
+def _(folder):
+    (folder / "run.pt").touch()
+    runner().load(folder / "run.pt")
+
+
+row("checkpoint missing", r"run\.pt cannot be read \(No such file or directory\); load an older file")(
+    lambda folder: runner().load(folder / "run.pt")
+)
+
+
+@row("checkpoint truncated", r"last\.pt is not a checkpoint of fxstn, or its end is missing; load an older file")
+def _(folder):
+    path = saved(folder)
+    path.write_bytes(path.read_bytes()[:-9])
+    runner().load(path)
+
+
+@row("checkpoint changed", r"last\.pt is damaged: .*checksum.*; load an older file")
+def _(folder):
+    path = saved(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    runner().load(path)
+
+
+@row("checkpoint of the model alone", r"best\.pt is not a checkpoint of fxstn.*; load an older file")
+def _(folder):
+    saved(folder)
+    runner().load(folder / "best.pt")
+
+
+@row(
+    "checkpoint of another format",
+    r"last\.pt was written in format 9 by another version.*; remove it, or choose another out_dir",
+)
+def _(folder):
+    path = saved(folder)
+    content = path.read_bytes()
+    sealed = content[: content.rindex(f"{FORMAT:04d}".encode())] + b"0009"
+    path.write_bytes(sealed + hashlib.sha256(sealed).digest() + content[-9:])
+    runner().load(path)
+
+
+@row(
+    "checkpoint of other hyperparameters",
+    r"last\.pt has hyperparameters \['2\.dropout'.*this run \['weight_dec.*choose another",
+)
+def _(folder):
+    saved(folder)
+    runner(stn=fxstn.transform(mlp(), [hp.WeightDecay(shared=True)]), out_dir=folder).fit(1)
+
+
+@row("schedule no JSON", r"s\.json is not a readable schedule: .*; History\.schedule\(\)\.to_json writes one")
+def _(folder):
+    (folder / "s.json").write_text("0.1, 0.2")
+    fxstn.Schedule.from_json(folder / "s.json")
+
+
+@row("schedule of text", r"s\.json holds no whole schedule: .*'high' among the values of '2\.dropout'; mend it")
+def _(folder):
+    (folder / "s.json").write_text('{"format": "fxstn-schedule-1", "values": {"2.dropout": ["high"]}}')
+    fxstn.Schedule.from_json(folder / "s.json")
+
+
+row("schedule of unequal lengths", r"needs as many values of each hyperparameter.*got \[1, 2\]")(
+    lambda folder: fxstn.Schedule({"2.dropout": [0.1], "5.dropout": [0.1, 0.2]})
+)
+row(
+    "schedule of others", r"schedule is of x, 5\.dropout, the network has 2\.dropout, 5\.dropout; give one of the same"
+)(made(schedule=fxstn.Schedule({"x": [0.1], "5.dropout": [0.1]})))
+row("schedule of fewer", r"schedule is of 5\.dropout, the network has 2\.dropout, 5\.dropout; give one of the same")(
+    made(schedule=fxstn.Schedule({"5.dropout": [0.1]}))
+)
+row("text missing", r"no\.txt is not a readable text in UTF-8: .*No such file.*; give the path of a text file")(
+    lambda folder: text.load(folder / "no.txt")
+)
+
+
+@row("text empty", r"empty\.txt has 0 words, too few for a training")
+def _(folder):
+    (folder / "empty.txt").touch()
+    text.load(folder / "empty.txt")
+
+
+@row("text no text", r"image\.txt is not a readable text in UTF-8: .*; give the path of a text file")
+def _(folder):
+    (folder / "image.txt").write_bytes(b"\xff\xd8\xff")
+    text.load(folder / "image.txt")
+
+
+row("data set unknown", "data set 'imagenet' is not one of digits, mnist")(lambda folder: data.load("imagenet"))
+row("no training images", "train=0 must be at least 1")(lambda folder: data.load("digits", train=0))
+
+# The command line
+
+
+def not_a_model(num_classes):
+    return num_classes
+
+
+row(
+    "CLI model unknown", "--model 'resnet99' is neither a torchvision classification model nor package.module:function"
+)(command("explain", "resnet99"))
+row(
+    "CLI module unknown",
+    r"--model 'nowhere:net' cannot be made: No module named 'nowhere'; name a function that can be",
+)(command("explain", "nowhere:net"))
+row("CLI function unknown", r"--model 'nets:net' cannot be made: .*no attribute 'net'; name a function that can be")(
+    command("explain", "nets:net")
+)
+row(
+    "CLI function without num_classes",
+    r"--model 'nets:mlp' cannot be made: .*num_classes.*; name a function .*takes num_classes",
+)(command("explain", "nets:mlp"))
+row("CLI function that makes no model", r"--model '.*:not_a_model' must return an nn\.Module, it returns int")(
+    command("explain", f"{__name__}:not_a_model")
+)
+row("CLI data unknown", r"argument --data: invalid choice: 'imagenet' \(choose from '?digits")(
+    tune("--data", "imagenet")
+)
+row("CLI epochs negative", "argument --epochs: '-1' must be a whole number, 1 or more")(tune("--epochs", "-1"))
+row("CLI batch size zero", "argument --batch-size: '0' must be a whole number, 1 or more")(tune("--batch-size", "0"))
+row("CLI rate negative", "argument --lr: '-0.1' must be a positive number")(tune("--lr", "-0.1"))
+row("CLI rate no number", "argument --hyper-lr: 'fast' must be a positive number")(tune("--hyper-lr", "fast"))
+row("CLI sizes too large", "digits has 1797 images, too few for train=5000 and valid=500")(tune("--train-size", "5000"))
+row("CLI device unknown", "--device='gpu' cannot be used here.*there is cpu")(tune("--device", "gpu"))
+row(
+    "CLI image too small",
+    r"step 1: the model cannot take inputs float32 \(64, 3, 2, 2\): .*; give inputs of the .*shapes",
+)(tune("--image-size", "2"))
+row("CLI bench of something else", "argument --tuned: 'depth' must be a whole number, 1 or more")(
+    command("bench", "nets:tiny_conv", "--tuned", "depth")
+)
+row(
+    "CLI bench on images too small",
+    r"plain training of nets:tiny_conv fails on 2 images of 2 pixels: .*; choose others",
+)(command("bench", "nets:tiny_conv", "--batch-size", "2", "--image-size", "2", "--variants", "plain", "--memory"))
+row(
+    "CLI verify on images too small",
+    r"inputs: the model cannot take inputs float64 \(4, 3, 2, 2\): .*; give inputs of the",
+)(command("verify", "nets:tiny_conv", "--image-size", "2"))
+row("CLI augmentation unknown", "'Blur' is no augmentation; there are ColorJitter")(command("show", "Blur"))
+
+
+@row("CLI out a file", r"--out '.*out' is a file; name a folder")
+def _(folder):
+    (folder / "out").touch()
+    return tune()(folder)
+
+
+def test_there_are_rows_enough():
+    assert len(ROWS) >= 60
+    assert len({parameters.id for parameters in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize(("case", "message"), ROWS)
+@pytest.mark.filterwarnings("ignore:.* became (nan|inf) in .*back to epoch:fxstn.RunWarning")
+def test_bad_input_is_refused_in_a_line_that_names_it_and_the_remedy(case, message, tmp_path):
+    try:
+        said = case(tmp_path)  # what a command prints
+        assert said is not None, "nothing was refused"
+    except (ValueError, TypeError) as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        assert trace.tb_frame.f_code.co_filename.startswith(PACKAGE)
+        said = str(error)
+    lines = said.strip().splitlines()
+    assert len(lines) <= 2
+    assert len(said) <= 400
+
+    assert re.search(message, " ".join(lines))
