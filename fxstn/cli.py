@@ -75,6 +75,7 @@ def tune(args: argparse.Namespace) -> int:
     settings = fxstn.PAPER | {"response_optimizer": sgd} if paper else {}
     if args.hyper_lr is not None:
         settings["hyper_optimizer"] = partial(torch.optim.RMSprop if paper else SettlingAdam, lr=args.hyper_lr)
+    schedule = fxstn.Schedule.from_json(args.replay) if args.replay else None
     response = "structured" if paper else None
     stn = fxstn.transform(model, _hparams(args), method=args.method, response=response)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,11 +90,13 @@ def tune(args: argparse.Namespace) -> int:
         patience=args.patience,
         device=device,
         out_dir=out,
+        schedule=schedule,
         **settings,
     )
     history = runner.fit(args.epochs)
+    history.schedule().to_json(out / "schedule.json")
     torch.save(runner.best_model().state_dict(), out / "weights.pt")
-    written = ["history.csv", "weights.pt", "last.pt", "best.pt"]
+    written = ["history.csv", "schedule.json", "weights.pt", "last.pt", "best.pt"]
     try:
         history.plot(out / "schedules.png")
         written.append("schedules.png")
@@ -205,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--paper", action="store_true", help="the paper's settings, as with the other methods")
     command.add_argument("--lr", type=_rate, default=1e-2, help="of SGD with momentum 0.9 (the paper's response too)")
     command.add_argument("--hyper-lr", type=_rate, help="for λ: Adam's first (0.2), or the paper's RMSprop's (1e-2)")
+    command.add_argument("--replay", metavar="FILE", help="train on the schedule.json of another run, and tune nothing")
     command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
     command.add_argument("--patience", type=_whole, help="stop after that many epochs without improvement")
     command.add_argument("--seed", type=int, default=0, help="of the split, the weights and all noise")

@@ -327,6 +327,12 @@ def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, caps
     assert len(rows["cut"]) == 2
     assert rows["cut"] == rows["whole"]
     assert (tmp_path / "whole" / "schedules.png").exists()
+    replay = ["--replay", tmp_path / "whole" / "schedule.json"]
+    assert run(*common, "--epochs", 2, "--out", tmp_path / "again", *replay) == 0
+    with open(tmp_path / "again" / "history.csv") as file:
+        again = list(csv.DictReader(file))
+    assert float(again[-1]["weight_decay"]) == pytest.approx(float(rows["whole"][-1]["weight_decay"]), rel=1e-4)
+    assert run(*common, "--epochs", 3, "--out", tmp_path / "whole", *replay) == 2
     output = capsys.readouterr().out
     assert "test loss" in output
     assert "weight_decay" in output

@@ -47,7 +47,10 @@ def _tunes(runner: BilevelRunner) -> dict[str, Any]:
         for kind, parts in runner.updates.parts().items()
     }
     averaging = runner._averaged is not None
-    return {"hyperparameters": list(runner.history.names), "method": method, **kinds, "averages (ema)": averaging}
+    return {
+        "hyperparameters": list(runner.history.names), "method": method, **kinds, "averages (ema)": averaging,
+        "replay of a schedule": runner.schedule is not None,
+    }  # fmt: skip
 
 
 def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
