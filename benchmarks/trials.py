@@ -19,7 +19,7 @@ from fxstn.cli import loader
 
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 PAPERS = ("delta", "centered", "stn")
-UNCERTAIN: dict[str, Any] = {"hyper_optimizer": partial(SettlingAdam, certainty=0.0)}
+UNCERTAIN: dict[str, Any] = {"hyper_optimizer": partial(SettlingAdam, lr=0.2, certainty=None)}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "uncertain": UNCERTAIN,
     "every-step": UNCERTAIN | {"response_every": 1},

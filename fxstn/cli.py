@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--paper", action="store_true", help="the paper's settings, as with the other methods")
     command.add_argument("--lr", type=_rate, default=1e-2, help="of SGD with momentum 0.9 (the paper's response too)")
-    command.add_argument("--hyper-lr", type=_rate, help="for λ: Adam's first (0.2), or the paper's RMSprop's (1e-2)")
+    command.add_argument("--hyper-lr", type=_rate, help="for λ: Adam's first (0.4), or the paper's RMSprop's (1e-2)")
     command.add_argument("--replay", metavar="FILE", help="train on the schedule.json of another run, and tune nothing")
     command.add_argument("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
     command.add_argument("--patience", type=_whole, help="stop after that many epochs without improvement")

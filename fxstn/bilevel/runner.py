@@ -73,7 +73,7 @@ class BilevelRunner:
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
-    weights'), hyper_optimizer (Adam, whose rate falls from 0.2, and that moves λ only as far as its gradient's sign is
+    weights'), hyper_optimizer (Adam, whose rate falls from 0.4, and that moves λ only as far as its gradient's sign is
     certain: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ, and
     the hyper step takes the gradient at λ itself.
