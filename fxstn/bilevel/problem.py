@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fxstn.bilevel.batches import part
 from fxstn.bilevel.objectives import (
@@ -118,6 +118,20 @@ class BilevelProblem(nn.Module):
     def export(self) -> nn.Module:
         """What is kept of the best epoch; `BilevelRunner.best_model` returns it."""
         return copy.deepcopy(self)
+
+
+@contextmanager
+def _weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model, and every graph that shares its parameters, has these while this lasts."""
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in weights}
+    try:
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+        yield
+    finally:
+        for name, value in kept.items():
+            parameters[name].copy_(value)
 
 
 class NetworkProblem(BilevelProblem):
@@ -232,30 +246,25 @@ class NetworkProblem(BilevelProblem):
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
         """At one ε ~ N(0, σ²), the same for the batch: "response_norm", ‖Θε‖/‖w₀‖, and for method "delta"
         "linearization_error", |L_lin − L_true| / (|L_lin − L_0| + |L_true − L_0|) in [0, 1], of the validation losses of
-        y + dy, of the network with the weights w₀ + Θε, and of that with w₀."""
+        y + dy, of the network with the weights w₀ + Θε, and of that with w₀, all as the hyper step sees them."""
         stn, carried = self.stn, Carried(self.valid_loss_fn, self.initial_state)
         noise = torch.randn(len(stn.hparams), generator=torch.Generator().manual_seed(seed))
         epsilon = stn.hparams.scale.detach() * noise.to(stn.hparams.scale)
-        moved = stn.best_response(epsilon)
-        at_rest = stn.best_response(torch.zeros_like(epsilon))
+        moved, at_rest = stn.best_response(epsilon), stn.best_response(torch.zeros_like(epsilon))
         changes = torch.stack([(w - at_rest[n]).norm() for n, w in moved.items()])
         sizes = torch.stack([w.norm() for w in at_rest.values()])
         found = {"response_norm": (changes.norm() / sizes.norm()).item()}
         if stn.method != "delta" or stn.augments:
             return found
         inputs = as_tuple(carried.inputs(inputs))
-        examples = batch_size(inputs)
-        was_training = stn.training
-        stn.eval()
-        try:
-            outputs = (
-                stn.perturbed_output(*inputs, delta=epsilon, training=False)[0],
-                functional_call(stn.model, moved, inputs),
-                stn.model(*inputs),
-            )
-        finally:
-            stn.train(was_training)
-        linearized, true, plain = (evaluate_loss(carried.loss, y, target, examples, None).item() for y in outputs)
+
+        def loss(delta: Tensor) -> float:
+            output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
+            return evaluate_loss(carried.loss, output, target, batch_size(inputs), None).item()
+
+        linearized, plain = loss(epsilon), loss(torch.zeros_like(epsilon))
+        with _weights(stn.model, moved):
+            true = loss(torch.zeros_like(epsilon))
         change = abs(linearized - plain) + abs(true - plain)
         return found | {"linearization_error": abs(linearized - true) / change if change else 0.0}
 
