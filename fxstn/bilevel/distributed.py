@@ -40,14 +40,20 @@ def _kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes."""
+def average(tensors: Iterable[Tensor], constants: bool = False) -> None:
+    """Replace each tensor by its mean over the processes. constants: numbers that agree stay, bit for bit."""
     if processes() == 1:
         return
     for group in _kinds(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(group, (flat / processes()).split([t.numel() for t in group]), strict=True):
+        means = flat.clone() if constants else flat
+        dist.all_reduce(means)
+        means /= processes()
+        if constants:
+            dist.broadcast(first := flat.clone(), 0)
+            dist.all_reduce(differing := (flat != first).to(flat.dtype))
+            means = torch.where(differing == 0, flat, means)
+        for tensor, mean in zip(group, means.split([t.numel() for t in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
 

@@ -342,7 +342,7 @@ class BilevelRunner:
 
     def _end_epoch(self, number: int) -> None:
         problem, losses = self.problem, self._means()
-        distributed.average(self.local_tensors())
+        distributed.average(self.local_tensors(), constants=True)
         if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
         with self._evaluating():
