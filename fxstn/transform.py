@@ -138,8 +138,9 @@ def transform(
 
     Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
     matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method, example
-    inputs that the model cannot take, a model wrapped for several processes; TypeError for a model, hparams or example_inputs of another kind. Warns
-    where hparams=None leaves an augmentation of the model at its own strength, because the model is not followed by "fx".
+    inputs that the model cannot take, a model wrapped for several processes; TypeError for a model, hparams or example_inputs
+    of another kind. Warns where hparams=None leaves an augmentation of the model at its own strength, because the model is
+    not followed by "fx".
     """
     if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
         raise TypeError(
