@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +19,7 @@ from fxstn.errors import Problem, TransformError, module_path, operation_name, s
 from fxstn.graphs import copied, rename
 from fxstn.layers.heads import attention_scores, attention_values
 from fxstn.layers.noise import track_batch
+from fxstn.layers.synced import synced_batch_norm
 from fxstn.mutation import DROPOUTS, Parts, by_value, dropout_settings, is_size
 from fxstn.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 
@@ -112,7 +113,9 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
             momentum = graph.call_function(track_batch, (attribute("num_batches_tracked"), norm.momentum))
         names = ("running_mean", "running_var", "weight", "bias")
         arguments = (node.args[0], *(attribute(name) for name in names), training, momentum, norm.eps)
-    node.op, node.target, node.args, node.kwargs = "call_function", F.batch_norm, arguments, {}
+    synced = isinstance(norm, nn.SyncBatchNorm) and (node.meta["training"] or tracked)
+    node.op, node.args, node.kwargs = "call_function", arguments, {}
+    node.target = synced_batch_norm if synced else F.batch_norm
 
 
 def _count_batches(module: fx.GraphModule) -> None:

@@ -30,6 +30,21 @@ class Refused(Exception):
         self.where, self.what, self.remedy, self.source = where, what, remedy, source
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises ValueError for a model made for several processes in another way than the runner's: wrapped, norms of a group."""
+    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if wrapped := [name for name, module in model.named_modules() if isinstance(module, kinds)]:
+        raise ValueError(f"{f'module {wrapped[0]!r}' if wrapped[0] else 'the model'} is wrapped in DataParallel or "
+                         "DistributedDataParallel: transform the module inside (.module); BilevelRunner, or "
+                         "fxstn.average_gradients in a loop of one's own, averages the gradients")  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
+            raise ValueError(
+                f"module {name!r} is a SyncBatchNorm of a process group: only that of all processes is known; "
+                "convert_sync_batchnorm(model) without a group makes those"
+            )
+
+
 class Losses:
     """What a graph would lose of a forward, found while it is followed; each once, with its line.
 

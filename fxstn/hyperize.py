@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxstn.errors import module_path, operation_name
 from fxstn.graphs import add_placeholder, copied, model_of
 from fxstn.layers.response import Response
+from fxstn.layers.synced import BATCH_NORMS
 from fxstn.mutation import DROPOUTS, is_size
 from fxstn.rules import RULES
 from fxstn.rules.registry import Reads
@@ -126,7 +127,7 @@ def _scaleless(trained: Sequence[Reading]) -> set[str]:
 def _divides(node: fx.Node) -> bool:
     """Whether an operation normalises each channel by what is in the batch, not by running statistics."""
     by_batch = node.args[5] if len(node.args) > 5 else True  # training, use_input_stats
-    return node.target in (F.batch_norm, F.instance_norm) and by_batch is True
+    return node.target in (*BATCH_NORMS, F.instance_norm) and by_batch is True
 
 
 def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxstn.graphs import evaluated, placeholders, reseed
 from fxstn.hp import OPERATIONS
 from fxstn.layers.noise import track_batch
+from fxstn.layers.synced import BATCH_NORMS
 from fxstn.mutation import DROPOUTS
 from fxstn.tangents import Examples
 
@@ -54,7 +55,7 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
         for node in module.graph.nodes:
             if node.op == "output":
                 break
-            if node.target is F.batch_norm:
+            if node.target in BATCH_NORMS:
                 for values, result in zip(runs, _normalised(module, node, runs), strict=True):
                     values[node] = result
             for values in runs:

@@ -14,6 +14,7 @@ from torch import fx
 from fxstn.errors import Problem, module_path, operation_name, source_of
 from fxstn.layers.assignment import assigned, overwritten
 from fxstn.layers.noise import track_batch
+from fxstn.layers.synced import BATCH_NORMS
 from fxstn.rules import RULES
 from fxstn.signatures import Spelled
 
@@ -21,7 +22,7 @@ SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
 # Results in memory of their own, beside what ATen's schemas say. Anything else may share its input's: better a refusal
 # than a mutation overlooked.
-FRESH = {F.pad, F.batch_norm, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
+FRESH = {F.pad, *BATCH_NORMS, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
          F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
          F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
 # Operations that may return their input, or views of it, though their schemas do not say so.

@@ -17,6 +17,7 @@ from fxstn.errors import Problem, TransformError, module_path, operation_name, s
 from fxstn.graphs import assemble, copied
 from fxstn.layers.kernels import zeros_tangent
 from fxstn.layers.response import for_all_examples, pick_rows
+from fxstn.layers.synced import BATCH_NORMS
 from fxstn.layout import PLAIN, Layouts
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.staging import call
@@ -155,7 +156,7 @@ def hold_statistics(module: fx.GraphModule, running: bool = False) -> fx.GraphMo
     """
     module = copied(module)
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is F.batch_norm and node.args[5]:
+        if node.op == "call_function" and node.target in BATCH_NORMS and node.args[5]:
             x, mean, variance, weight, bias, _, _, eps = node.args
             by_batch = not running or mean is None
             kept = (None, None) if by_batch else (mean, variance)
@@ -173,7 +174,7 @@ def normalise_by_batch(module: fx.GraphModule, frozen: Collection[str]) -> fx.Gr
     """Batch norms of an evaluation graph use the statistics of the batch, as in training; not the `frozen` ones."""
     module = copied(module)
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is F.batch_norm and not node.args[5]:
+        if node.op == "call_function" and node.target in BATCH_NORMS and not node.args[5]:
             x, mean, _, weight, bias, _, _, eps = node.args
             if str(mean.target).removeprefix("model.").rpartition(".")[0] not in frozen:
                 node.args = (x, None, None, weight, bias, True, 0.0, eps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -14,6 +13,7 @@ from fxstn.graphs import assemble
 from fxstn.layers.inputs import REQUIREMENTS
 from fxstn.layers.noise import draws, track_batch
 from fxstn.layers.response import add_bias
+from fxstn.layers.synced import BATCH_NORMS
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
            "attention", "stochastic", "uniform", "exponential")  # fmt: skip
@@ -30,7 +30,7 @@ def _may_merge(node: fx.Node) -> bool:
 
 
 def _updates_statistics(node: fx.Node) -> bool:
-    if node.target is not torch.nn.functional.batch_norm:
+    if node.target not in BATCH_NORMS:
         return False
     settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
     return settings.get("mean") is not None and bool(settings.get("training"))

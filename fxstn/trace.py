@@ -81,7 +81,7 @@ class _Tracer(fx.Tracer):
         return function, arguments
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward
+        return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

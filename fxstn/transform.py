@@ -16,7 +16,7 @@ from fxstn.canonicalize import canonicalize
 from fxstn.condition import condition
 from fxstn.errors import Problem, TransformError
 from fxstn.export import Examples, follow_by_export
-from fxstn.fidelity import frozen_modules, module_state, restore
+from fxstn.fidelity import frozen_modules, module_state, refuse_wrapped, restore
 from fxstn.hp import Dropout, HyperparameterSpace, Spec
 from fxstn.hyperize import hyperize, response_modules, responses
 from fxstn.layout import Layouts, layouts
@@ -133,12 +133,14 @@ def transform(
     norms normalise by in the response and hyper steps of method "delta": those of the "batch", as while w₀ is trained, or
     the "running" ones, as for any user of the trained network, which lag behind the weights; not for "live" either.
 
-    Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen.
+    Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen. nn.SyncBatchNorm normalises over
+    all processes, on any device (docs/distributed.md).
 
     Raises TransformError, with every problem at once, where the model cannot be followed; ValueError for a spec that
     matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown method, example
-    inputs that the model cannot take; TypeError for a model, hparams or example_inputs of another kind. Warns
-    where hparams=None leaves an augmentation of the model at its own strength, because the model is not followed by "fx".
+    inputs that the model cannot take, a model wrapped for several processes; TypeError for a model, hparams or example_inputs
+    of another kind. Warns where hparams=None leaves an augmentation of the model at its own strength, because the model is
+    not followed by "fx".
     """
     if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
         raise TypeError(
@@ -164,6 +166,7 @@ def transform(
         raise ValueError(f"{what} is for method 'delta', traced by fx or export; got {method!r} and {trace!r}")
     if trace in ("export", "live") and example_inputs is None:
         raise ValueError(f"trace={trace!r} needs example_inputs")
+    refuse_wrapped(model)
     model = copy.deepcopy(model)
     tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
     emission = {"recompute": recompute, "statistics": statistics}

@@ -24,6 +24,7 @@ from fxstn.layers.heads import (
     split_windows,
 )
 from fxstn.layers.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
+from fxstn.layers.synced import synced_batch_norm
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes
@@ -544,6 +545,8 @@ CASES = [
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4)),
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,)), (X, None, None, X, X, True)),
     Case(F.batch_norm, ((5, 3), (3,), (3,)), (X, None, None, X, X, True), varying=(0,)),
+    Case(synced_batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4)),
+    Case(synced_batch_norm, ((5, 3, 4), (3,), (3,)), (X, None, None, X, X, True)),
     *(Case(getattr, args=(name,)) for name in ("T", "mT", "H", "mH")),
     *(Case(getattr, args=(name,), imaginary=True) for name in ("real", "imag")),
 ]

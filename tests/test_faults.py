@@ -103,12 +103,12 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_from_there(tmp_path
     assert raised is KeyboardInterrupt or caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(number) is before
     saved = load_checkpoint(tmp_path / "last.pt")
-    assert 0 < saved["_sums"]["steps"] < 5
+    assert 0 < saved["processes"][0]["sums"]["steps"] < 5
     done = saved["steps"]
     resumed = make(tmp_path)
     assert without_times(resumed.fit(4)) == without_times(whole)
     assert resumed.steps == 20
-    assert done == 5 * (len(saved["history"][1])) + saved["_sums"]["steps"]
+    assert done == 5 * (len(saved["history"][1])) + saved["processes"][0]["sums"]["steps"]
 
 
 # Files

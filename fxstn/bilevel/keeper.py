@@ -78,8 +78,7 @@ class Keeper:
 
     def save(self, path: str | Path) -> None:
         state = state_of(self.runner)
-        if not distributed.rank():
-            save_checkpoint(state, path, self.files)
+        distributed.of_first(lambda: save_checkpoint(state, path, self.files))
 
     def load(self, path: str | Path) -> None:
         try:
@@ -128,4 +127,5 @@ class Keeper:
         text = (f"{fault}; back to epoch {len(runner.history)} with lower learning rates: {', '.join(rates)} (attempt "
                 f"{done} of {self.rollbacks})")  # fmt: skip
         runner._monitors.told = [*told, (len(runner.history) + 1, text)]
-        warnings.warn(text, RunWarning, stacklevel=3)
+        if not distributed.rank():
+            warnings.warn(text, RunWarning, stacklevel=3)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
 
 # attributes that are data already
-PLAIN = ("steps", "response_steps", "hyper_steps", "best", "_inner", "_sums", "rollbacks_done")
+PLAIN = ("steps", "response_steps", "hyper_steps", "best", "_inner", "rollbacks_done")
 
 
 def state_of(runner: BilevelRunner) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def state_of(runner: BilevelRunner) -> dict[str, Any]:
         "train": runner._train.state_dict(),
         "valid": runner._valid.state_dict(),
         "problem": runner.problem.local_state(),
+        "sums": runner._sums,
+        "tensors": runner.local_tensors() if distributed.processes() > 1 else [],
     }
     return {
         "tunes": _tunes(runner),
@@ -77,17 +79,30 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     runner.history.start, runner.history.rows = start, list(rows)
     runner._watch.first, runner._monitors.said = state["watch"], set(state["said"])
     runner._monitors.told = list(state.get("told", []))  # files of before it was kept lack it, and the counts of steps
-    on_device = tree_map_only(
-        Tensor, lambda tensor: tensor.to(runner.device), {n: state[n] for n in PLAIN if n in state}
-    )
-    for name, value in on_device.items():
+    for name, value in _on_device(runner, {name: state[name] for name in PLAIN if name in state}).items():
         setattr(runner, name, value)
-    processes = state["processes"]
-    if distributed.rank() < len(processes):
-        mine = processes[distributed.rank()]
+    _restore_process(runner, state["processes"])
+
+
+def _on_device(runner: BilevelRunner, value: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(runner.device), value)
+
+
+def _restore_process(runner: BilevelRunner, saved: list[dict[str, Any]]) -> None:
+    """Of the same number of processes each goes on where it was; otherwise the epoch under way begins anew."""
+    rank = distributed.rank()
+    mine = saved[min(rank, len(saved) - 1)]
+    if len(saved) == distributed.processes():
         runner._train.load_state_dict(mine["train"])
         runner._valid.load_state_dict(mine["valid"])
-        runner.problem.load_local_state(tree_map_only(Tensor, lambda tensor: tensor.to(runner.device), mine["problem"]))
-        set_random_state(mine["random"])
-    if len(processes) != distributed.processes():
+        runner.problem.load_local_state(_on_device(runner, mine["problem"]))
+        runner._sums = _on_device(runner, mine.get("sums", {}))
+        for tensor, value in zip(runner.local_tensors(), mine.get("tensors", []), strict=False):
+            tensor.copy_(value)
+    else:
+        runner._train.follow(saved[0]["train"])
+        runner._valid.follow(saved[0]["valid"])
         runner._forget_epoch()
+    set_random_state(mine["random"])
+    if rank >= len(saved):
+        distributed.seed_apart(runner.steps)

@@ -32,6 +32,7 @@ from fxstn.bilevel.settings import (
     check_loss,
     check_settings,
     described,
+    shared,
 )
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
@@ -63,6 +64,13 @@ def _one_number(value: Any, function: str) -> float:
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function} must return one number, such as a mean; it returns {got}") from error
+
+
+def _check_synced_norms(stn: Any) -> None:
+    rung = getattr(stn, "rung", "fx")
+    if distributed.processes() > 1 and rung != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
+        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is {rung!r}, "
+                         "where it would see its own process only: see stn.refusals, or keep BatchNorm")  # fmt: skip
 
 
 class BilevelRunner:
@@ -114,7 +122,7 @@ class BilevelRunner:
     progress: None shows a bar on a terminal only.
 
     Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and device; gradients are
-    averaged, noise differs, the first one writes (`fxstn.bilevel.distributed`).
+    averaged, noise differs, the first one writes, to its out_dir (docs/distributed.md).
     A problem of one's own in place of stn, with loss_fn None: see `fxstn.BilevelProblem`.
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Warns when weight
@@ -202,9 +210,10 @@ class BilevelRunner:
             self.problem.to(memory_format=memory_format)  # type: ignore[call-overload]
         if compile:
             self.stn.compile(**(compile if isinstance(compile, dict) else {}))
-        distributed.spread(self.problem)
-        if distributed.rank():
-            torch.manual_seed(torch.initial_seed() + distributed.rank())
+        distributed.join(self.problem, self.device, shared(settings) | {"hyperparameters": list(self.problem.values())})
+        _check_synced_norms(stn)
+        out_dir = distributed.of_first(lambda: out_dir)
+        self._uneven = distributed.uneven(train_loader)
         self.train_loader, self.valid_loader, self.unpack = train_loader, valid_loader, unpack
         self._length = math.ceil(batches / accumulate) if batches else None
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
@@ -265,7 +274,7 @@ class BilevelRunner:
         and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        if self.out_dir and not len(self.history) and not self._sums:
+        if self.out_dir is not None and not len(self.history) and not self._sums:
             self._keeper.resume()
         self._stopped = False
         self._keeper.begin()
@@ -307,7 +316,7 @@ class BilevelRunner:
             self._train.begin()
         sums = self._sums
         self.problem.train()
-        while batches := self._train.take(self.accumulate):
+        while batches := self._next_batches():
             where = f"epoch {number}, step {sums['steps'] + 1}"
             if self.schedule:
                 self._replay(self.schedule, sums["steps"])
@@ -333,6 +342,7 @@ class BilevelRunner:
 
     def _end_epoch(self, number: int) -> None:
         problem, losses = self.problem, self._means()
+        distributed.average(self.local_tensors(), constants=True)
         if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
         with self._evaluating():
@@ -340,24 +350,30 @@ class BilevelRunner:
             self._check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
-            if not self.schedule:
+            if not self.schedule and not distributed.any_of(not sample, self.device):
                 with self._precision():
-                    row |= distributed.mean(problem.diagnostics(*sample, number), self.device)
+                    row |= distributed.mean(problem.diagnostics(sample[0], sample[1], number), self.device)
             row |= {name: _one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
             self._count_time()
-            row["seconds"] = round(self._sums["seconds"], 3)
+            row["seconds"] = round(distributed.mean({"seconds": self._sums["seconds"]}, self.device)["seconds"], 3)
             self.updates.epoch_done(row["valid_loss"])
             self.history.rows.append(row)
             if better := self.best is None or row["valid_loss"] < self.best["valid_loss"]:
                 state = {name: value.clone() for name, value in problem.export().state_dict().items()}
                 self.best = {"epoch": number, "valid_loss": row["valid_loss"], "model": state}
         self._forget_epoch()
-        self._monitors.read(self.history.rows)
+        if not distributed.rank():
+            self._monitors.read(self.history.rows)
         for callback in self.callbacks:
             callback(self)
         self._keeper.keep(better)
-        if self._stop.signal is not None:
+        if distributed.any_of(self._stop.signal is not None, self.device):
             self._stop.end()
+
+    def local_tensors(self) -> list[Tensor]:
+        """What differs between processes within an epoch, batch norms' statistics say: evaluated and saved as the mean."""
+        buffers = [buffer for buffer in self.problem.buffers() if buffer.is_floating_point()]
+        return buffers + (self._averaged.of(buffers) if self._averaged else [])
 
     @property
     def _tunes(self) -> bool:
@@ -382,6 +398,14 @@ class BilevelRunner:
     def _replay(self, schedule: Schedule, step: int) -> None:
         length = self._length or step + 1  # of a loader that does not know it: the values at the end of the epoch
         self.stn.hparams.set(schedule.at(len(self.history) + (step + 1) / length))
+
+    def _next_batches(self) -> list[Any]:
+        """Of the next inner step; none, in all processes, where one of them has none left."""
+        batches = self._train.take(self.accumulate)
+        if self._uneven and distributed.any_of(not batches, self.device):
+            self._train.close()
+            return []
+        return batches
 
     def _inner_step(self, batches: list[tuple[Any, Any]]) -> dict[str, Tensor]:
         """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem."""
@@ -457,11 +481,12 @@ class BilevelRunner:
 
     def _pause(self) -> None:
         """Save within an epoch when it is due, and at a signal, which then ends the run."""
-        asked, device = self._stop.signal is not None, self.device
-        if distributed.any_of(asked or self._keeper.late(), device):
+        asked = self._stop.signal is not None
+        wishes = distributed.total({"end": asked, "save": self._keeper.late()}, self.device)
+        if any(wishes.values()):
             self._count_time()
             self._keeper.keep()
-        if distributed.any_of(asked, device):
+        if wishes["end"]:
             self._stop.end()
 
     @property
@@ -472,19 +497,24 @@ class BilevelRunner:
     # Evaluation and results
 
     def evaluate(self, loader: Any = None) -> dict[str, float]:
-        """{'valid_loss', a key per metric} of the current network in eval mode; loader: default the validation set."""
+        """{'valid_loss', a key per metric} of the current network in eval mode; loader: default the validation set.
+
+        Several processes: all must call it, each with its share, which may be empty.
+        """
         if loader is None:
             return self._evaluated(self.valid_loader, "valid_loader")[0]
-        check_loader(loader, "loader")
+        if distributed.processes() == 1:
+            check_loader(loader, "loader")
         return self._evaluated(loader, "loader")[0]
 
-    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple[Any, Any]]:
-        """Means over a loader, and its first batch."""
-        totals: dict[str, float] = {"examples": 0}
-        evaluation, sample = self.problem.evaluation(), None
+    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
+        """Means over a loader, and this process's first batch, () where its share is empty."""
+        totals: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *self.metrics), 0.0)
+        evaluation = self.problem.evaluation()
+        sample: tuple = ()
         for batch in loader:
             inputs, target = self._placed(batch, name, "evaluation")
-            sample = (inputs, target) if sample is None else sample
+            sample = sample or (inputs, target)
             with self._precision(), fitting((inputs, target), self._at, self.problem):
                 loss, output = evaluation(inputs, target)
             count = _count(inputs, target)
@@ -492,12 +522,11 @@ class BilevelRunner:
                 key: _one_number(f(output, target), f"metrics[{key!r}]") for key, f in self.metrics.items()
             }
             for key, value in values.items():
-                totals[key] = totals.get(key, 0.0) + value * count
+                totals[key] += value * count
             totals["examples"] += count
-        if sample is None:
-            raise ValueError(f"{name} is empty: it yielded no batch")
         totals = distributed.total(totals, self.device)
-        examples = totals.pop("examples")
+        if not (examples := totals.pop("examples")):
+            raise ValueError(f"{name} is empty: it yielded no batch")
         return {key: total / examples for key, total in totals.items()}, sample
 
     def best_model(self) -> nn.Module:

@@ -156,6 +156,13 @@ def check_length(epochs: Any, minutes: Any) -> None:
         raise ValueError(f"fit: minutes={minutes} must be positive, or None for no limit")
 
 
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are plain values: what all processes of a run must have in common. Each has its own device."""
+    own = ("device", "out_dir", "progress")
+    plain = (bool, int, float, str, torch.dtype, torch.memory_format, type(None))
+    return {name: value for name, value in settings.items() if isinstance(value, plain) and name not in own}
+
+
 def check_loader(loader: Any, name: str) -> int | None:
     """How many batches it has, where it knows. Raises TypeError for what is no iterable of batches, ValueError for one that is
     empty or allows one pass at a time."""

@@ -26,8 +26,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, generator in enumerate(state["cuda"][:devices]):  # the run may go on with fewer
+        torch.cuda.set_rng_state(generator.cpu(), device)
     if state["numpy"] is not None:
         import numpy
 
@@ -69,6 +70,10 @@ class Stream:
         self._passes += 1
         self._batches, self._taken = iter(self.loader), 0
 
+    def close(self) -> None:
+        """End this pass here."""
+        self._batches = None
+
     def take(self, n: int = 1) -> list[Any]:
         """The next n batches of this pass; fewer, and none, at its end, which closes it."""
         assert self._batches is not None
@@ -103,6 +108,12 @@ class Stream:
                 self.take()
             set_random_state(before)
         self._set_own(state["own"])
+
+    def follow(self, state: dict[str, Any]) -> None:
+        """Go on after the passes of a loader with other batches, of a run on another number of processes."""
+        self._passes, self._batches = state["passes"], None
+        if len(state["own"]) == len(_generators(self.loader)):
+            self._set_own(state["own"])
 
     def _set_own(self, states: list[torch.Tensor]) -> None:
         for generator, saved in zip(_generators(self.loader), states, strict=True):

@@ -131,6 +131,11 @@ class Averaged:
     def update(self) -> None:
         torch._foreach_lerp_(self.averages, [t.detach() for t in self._live], 1 - self.decay)
 
+    def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The averages of some of the tensors."""
+        wanted = {id(tensor) for tensor in tensors}
+        return [average for live, average in zip(self._live, self.averages, strict=True) if id(live) in wanted]
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The tensors have their averages while this lasts."""

@@ -21,6 +21,7 @@ from fxstn.layers.norms import (
     rms_norm_jacobian,
 )
 from fxstn.layers.response import without_bias
+from fxstn.layers.synced import synced_batch_norm, synced_batch_norm_jacobian, synced_batch_norm_with_statistics
 from fxstn.rules.layers import with_scaled, with_shifted
 from fxstn.rules.reduce import vector_norm_tangent
 from fxstn.rules.registry import Reads, rule, total
@@ -46,20 +47,36 @@ def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(along(db), y)))
 
 
-@rule(F.batch_norm, reads={3: GAIN, 4: SHIFT})
-def batch_norm(
-    d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):  # fmt: skip
+def _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, kernels):
+    function, with_statistics, jacobian_of = kernels
     if not training:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         jacobian = lambda dx: batch_norm_frozen_tangent(dx, running_mean, running_var, weight, eps)  # noqa: E731
         plain = lambda: F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)  # noqa: E731
         return y, _affine(d, y, jacobian, plain, weight, bias)
-    results = batch_norm_with_statistics(input, weight, bias, eps)
+    results = with_statistics(input, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
-    jacobian = lambda dx: batch_norm_jacobian(dx, input, weight, mean, inverse_std, eps)  # noqa: E731
-    plain = lambda: F.batch_norm(input, None, None, training=True, eps=eps)  # noqa: E731
+    jacobian = lambda dx: jacobian_of(dx, input, weight, mean, inverse_std, eps)  # noqa: E731
+    plain = lambda: function(input, None, None, training=True, eps=eps)  # noqa: E731
     return y, _affine(d, y, jacobian, plain, weight, bias)
+
+
+OF_BATCH = F.batch_norm, batch_norm_with_statistics, batch_norm_jacobian
+OF_PROCESSES = synced_batch_norm, synced_batch_norm_with_statistics, synced_batch_norm_jacobian
+
+
+@rule(F.batch_norm, reads={3: GAIN, 4: SHIFT})
+def batch_norm(
+    d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    return _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, OF_BATCH)
+
+
+@rule(synced_batch_norm, reads={3: GAIN, 4: SHIFT})
+def batch_norm_of_processes(
+    d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    return _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, OF_PROCESSES)
 
 
 def _group_norm(d, input, groups, weight, bias, eps):
