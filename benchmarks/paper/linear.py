@@ -54,7 +54,7 @@ def _identity(X: Tensor, strength: float) -> Tensor:
 KINDS = {
     "l2": Kind(
         lambda start, scale: [hp.WeightDecay("*", init=start, low=0, high=math.inf, scale=scale)],
-        _identity, (1e-3, 1e-1, 1e1), torch.logspace(-6, 3, 400, dtype=torch.float64),
+        _identity, (1e-2, 1e-1, 1e0), torch.logspace(-6, 3, 400, dtype=torch.float64),
     ),
     "dropout": Kind(
         lambda start, scale: [hp.Dropout("input", init=start, scale=scale)],
@@ -63,7 +63,7 @@ KINDS = {
     ),
     "network": Kind(
         lambda start, scale: [hp.JacobianNorm(init=start, low=0, high=math.inf, scale=scale)],
-        lambda X, strength: _identity(X, 2 * strength), (1e-3, 1e-1, 1e0),
+        lambda X, strength: _identity(X, 2 * strength), (1e-2, 1e-1, 1e0),
         torch.logspace(-6, 2, 400, dtype=torch.float64), HIDDEN,
     ),
 }  # fmt: skip

@@ -1,0 +1,130 @@
+"""The paper's experiments: that they are the paper's, that the optima are exact, that a cell runs and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxstn
+from benchmarks.paper import __main__ as paper
+from benchmarks.paper import linear, report
+from benchmarks.paper.tasks import METHODS, ROWS, START
+
+
+@pytest.mark.parametrize(
+    ("row", "count", "parameters"),
+    [("mnist", 3, 3_836_410), ("fmnist", 6, None), ("cifar10-alexnet", 18, None), ("cifar10-vgg16", 26, None),
+     ("cifar10-resnet18", 19, 11_173_962)],
+)  # fmt: skip
+def test_rows_tune_as_many_hyperparameters_as_the_papers_from_its_starts(row, count, parameters):
+    model = ROWS[row].network()
+    stn = fxstn.transform(model, ROWS[row].specs(START, 1.0))
+    values = stn.hparams.values()
+    assert len(values) == count
+    assert all(value == pytest.approx(0.05) for name, value in values.items() if name.endswith("dropout"))
+    if row.startswith("cifar10"):
+        assert {name: values[f"input.{name}"] for name in ("rotation", "shear", "holes", "length")} == pytest.approx(
+            {"rotation": 5.0, "shear": 5.0, "holes": 1.0, "length": 4.0}
+        )
+        assert values["input.hue"] == pytest.approx(0.05)
+    if parameters:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def regression(n: int = 60, features: int = 4) -> linear.Problem:
+    torch.manual_seed(0)
+    X, noise = torch.randn(2 * n, features).double(), torch.randn(2 * n).double()
+    X = (X - X[:n].mean(0)) / X[:n].std(0)
+    y = X @ torch.tensor([1.0, 0.5, 0.0, 0.0]).double() + 2 * noise
+    return linear.Problem(X[:n], y[:n], X[n:], y[n:])
+
+
+def objective(kind: str, problem: linear.Problem, w: torch.Tensor, strength: float) -> torch.Tensor:
+    """L_T by its definition."""
+    if kind == "dropout":  # the mean over all masks
+        masks = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * len(w))
+        chance = (strength ** (1 - masks) * (1 - strength) ** masks).prod(1)
+        errors = [((problem.X * mask / (1 - strength)) @ w - problem.y).square().mean() for mask in masks]
+        return (chance * torch.stack(errors)).sum()
+    penalty = {"l2": 0.5 * strength * w.square().sum(), "network": strength * w.square().sum()}[kind]
+    return (problem.X @ w - problem.y).square().mean() + penalty
+
+
+@pytest.mark.parametrize(
+    ("kind", "strengths"), [("l2", (1e-3, 0.3, 5.0)), ("dropout", (0.05, 0.5)), ("network", (0.01, 1.0))]
+)
+def test_the_exact_solution_is_where_the_training_loss_is_least(kind, strengths):
+    problem = regression()
+    for strength in strengths:
+        w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w], lr=1, max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+        def closure(w=w, optimizer=optimizer, strength=strength):
+            optimizer.zero_grad()
+            loss = objective(kind, problem, w, strength)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        expected = (problem.X_valid @ w.detach() - problem.y_valid).square().mean().item()
+        assert problem.best_loss(linear.KINDS[kind], strength) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", list(linear.KINDS))
+def test_no_strength_is_better_than_the_optimum(kind):
+    problem = regression()
+    best, least = problem.optimum(linear.KINDS[kind])
+    for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 1.5):
+        strength = min(factor * best, 0.999) if kind == "dropout" else factor * best
+        assert problem.best_loss(linear.KINDS[kind], strength) >= least - 1e-12
+
+
+def test_a_linear_run_ends_near_the_exact_optimum(monkeypatch):
+    monkeypatch.setattr(linear, "problem", lambda name, root, seed: regression())
+    found = linear.run("any", "l2", "delta", 0.1, 1.0, 0, None, 60)
+    assert found["excess"] < 0.02
+    assert found["trajectory"][0] == [0, 0.1]
+    assert math.isfinite(found["final"])
+
+
+def test_a_linear_network_has_no_bottleneck_and_starts_well_scaled():
+    model = linear._model(4, 5)
+    assert [layer.weight.shape for layer in model] == [(4, 4)] * 5 + [(1, 4)]
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
+    if not os.environ.get("FXSTN_DATA"):
+        pytest.skip("needs MNIST under FXSTN_DATA")
+    monkeypatch.setattr(paper, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    command = [
+        "benchmarks.paper",
+        "run",
+        "--task",
+        "mnist",
+        "--budget",
+        "tiny",
+        "--seed",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    paper.main()
+    results = json.loads((tmp_path / "results" / "tiny-mnist.json").read_text())
+    assert {key.split()[0] for key in results} == set(METHODS)
+    assert len(results["random 0"]) == len(results["bayes 0"]) == ROWS["mnist"].budgets["tiny"].trials
+    assert len(results["delta 0"]["schedule"]["input.dropout"]) == 3
+    before = (tmp_path / "results" / "tiny-mnist.json").read_text()
+    paper.main()  # nothing is missing
+    assert (tmp_path / "results" / "tiny-mnist.json").read_text() == before
+    shown = report.table("mnist", "tiny")
+    assert shown.count("\n") == 1 + len(METHODS)
+    assert "0.040 (0.038)" in shown
