@@ -101,7 +101,8 @@ def _steps(optimizer: torch.optim.Optimizer, epochs: int) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1. data: as in `fxstn.data`. size: of the images. figures: the paper's validation (test) losses."""
+    """A row of Table 1. data: as in `fxstn.data`. rate: of SGD with momentum. figures: the paper's validation (test) losses.
+    full: the network of that budget, where it is another."""
 
     data: str
     network: Callable[[], nn.Module]
@@ -110,6 +111,7 @@ class Row:
     budgets: dict[str, Budget]
     figures: dict[str, tuple[float, float]]
     entropy_weight: float = 1e-3
+    full: Callable[[], nn.Module] | None = None
 
 
 METHODS = ("untuned", "random", "bayes", "stn", "centered", "delta", "default")
@@ -141,6 +143,7 @@ ROWS = {
         "fashion-mnist", SimpleCNN, _fashion_specs, 1e-2,
         {"tiny": TINY, "small": Budget(5000, 1000, 40, 4.0), "full": Budget(51_000, 9_000, 300)},
         _figures((0.206, 0.214), (0.217, 0.215), (0.196, 0.218), (0.191, 0.212), (0.189, 0.209)),
+        full=partial(SimpleCNN, 32, 64),
     ),
     **{
         f"cifar10-{name}": Row(
@@ -171,9 +174,10 @@ def task(row: str, budget_name: str, scale: float = 1.0) -> Task:
     """A row at a budget, for benchmarks.trials; σ = scale at the start."""
     spec, budget = ROWS[row], ROWS[row].budgets[budget_name]
     decays = {"optimizer": partial(_steps, epochs=budget.epochs)} if spec.data == "cifar10" else {}
+    network = (spec.full if budget_name == "full" else None) or spec.network
     paper = {"warmup_epochs": min(5, budget.epochs // 3), "entropy_weight": spec.entropy_weight}
     return Task(
-        partial(_sets, spec.data, budget), lambda train: spec.network(), lambda start: spec.specs(start, scale),
+        partial(_sets, spec.data, budget), lambda train: network(), lambda start: spec.specs(start, scale),
         F.cross_entropy, partial(torch.optim.SGD, lr=spec.rate, momentum=0.9), budget.epochs, 128, {"schedulers": decays},
         paper | {"schedulers": decays | ({"response_optimizer": decays["optimizer"]} if decays else {})},
     )  # fmt: skip
