@@ -6,9 +6,10 @@ from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.runner import PAPER, BilevelRunner, accuracy
+from fxstn.bilevel.runner import PAPER, BilevelRunner
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.sequences import Carried
+from fxstn.bilevel.tally import accuracy
 
 __all__ = [
     "PAPER",

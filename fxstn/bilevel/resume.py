@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.streams import random_state, set_random_state
+from fxstn.bilevel.tally import Tally
 
 if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
@@ -24,7 +25,7 @@ def state_of(runner: BilevelRunner) -> dict[str, Any]:
         "train": runner._train.state_dict(),
         "valid": runner._valid.state_dict(),
         "problem": runner.problem.local_state(),
-        "sums": runner._sums,
+        "sums": runner._tally.state_dict() if runner._tally else {},
         "tensors": runner.local_tensors() if distributed.processes() > 1 else [],
     }
     return {
@@ -78,8 +79,8 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     start, rows = state["history"]
     runner.history.start, runner.history.rows = start, list(rows)
     runner._watch.first, runner._monitors.said = state["watch"], set(state["said"])
-    runner._monitors.told = list(state.get("told", []))  # files of before it was kept lack it, and the counts of steps
-    for name, value in _on_device(runner, {name: state[name] for name in PLAIN if name in state}).items():
+    runner._monitors.told = list(state["told"])
+    for name, value in _on_device(runner, {name: state[name] for name in PLAIN}).items():
         setattr(runner, name, value)
     _restore_process(runner, state["processes"])
 
@@ -96,13 +97,14 @@ def _restore_process(runner: BilevelRunner, saved: list[dict[str, Any]]) -> None
         runner._train.load_state_dict(mine["train"])
         runner._valid.load_state_dict(mine["valid"])
         runner.problem.load_local_state(_on_device(runner, mine["problem"]))
-        runner._sums = _on_device(runner, mine.get("sums", {}))
-        for tensor, value in zip(runner.local_tensors(), mine.get("tensors", []), strict=False):
+        runner._tally = Tally(**sums) if (sums := _on_device(runner, mine["sums"])) else None
+        kept = runner.local_tensors() if distributed.processes() > 1 else []
+        for tensor, value in zip(kept, mine["tensors"], strict=True):
             tensor.copy_(value)
     else:
         runner._train.follow(saved[0]["train"])
         runner._valid.follow(saved[0]["valid"])
-        runner._forget_epoch()
+        runner._tally = None
     set_random_state(mine["random"])
     if rank >= len(saved):
         distributed.seed_apart(runner.steps)

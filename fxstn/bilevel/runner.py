@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,10 +30,12 @@ from fxstn.bilevel.settings import (
     check_loader,
     check_loss,
     check_settings,
+    check_synced_norms,
     described,
     shared,
 )
 from fxstn.bilevel.streams import Stream
+from fxstn.bilevel.tally import Tally, count, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.misfit import fitting
 from fxstn.network import SelfTuningNetwork, batch_size
@@ -45,32 +46,6 @@ PAPER: dict[str, Any] = {
     "response_every": 1, "response_fraction": 1.0, "response_widening": 1.0, "tune_scale": True, "hyper_optimizer": _rmsprop,
     "inner_correction": 0.0,
 }  # fmt: skip
-
-
-def accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of examples whose largest logit is the target class; in [0, 1]. output: (batch, classes), target: (batch,)."""
-    return (output.argmax(-1) == target).float().mean().item()
-
-
-def _count(inputs: Any, target: Any) -> int:
-    """What a mean loss is the mean over: examples, or the times of all of them."""
-    return target.numel() if isinstance(target, Tensor) and target.dim() else batch_size(inputs)
-
-
-def _one_number(value: Any, function: str) -> float:
-    """What a user's function returned. Raises TypeError where that is not one number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{function} must return one number, such as a mean; it returns {got}") from error
-
-
-def _check_synced_norms(stn: Any) -> None:
-    rung = getattr(stn, "rung", "fx")
-    if distributed.processes() > 1 and rung != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
-        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is {rung!r}, "
-                         "where it would see its own process only: see stn.refusals, or keep BatchNorm")  # fmt: skip
 
 
 class BilevelRunner:
@@ -211,7 +186,7 @@ class BilevelRunner:
         if compile:
             self.stn.compile(**(compile if isinstance(compile, dict) else {}))
         distributed.join(self.problem, self.device, shared(settings) | {"hyperparameters": list(self.problem.values())})
-        _check_synced_norms(stn)
+        check_synced_norms(stn)
         out_dir = distributed.of_first(lambda: out_dir)
         self._uneven = distributed.uneven(train_loader)
         self.train_loader, self.valid_loader, self.unpack = train_loader, valid_loader, unpack
@@ -257,12 +232,11 @@ class BilevelRunner:
         self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
         self._train, self._valid = Stream(train_loader, "train_loader"), Stream(valid_loader, "valid_loader")
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
-        self._sums: dict[str, Any] = {}  # of the epoch that is under way
+        self._tally: Tally | None = None  # of the epoch that is under way
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
         self._last, self._at = (None, None), ""  # the batch placed last, and which it is
         self._keeper = Keeper(self, self.out_dir, save_minutes, keep, rollbacks)
-        self._clock = time.perf_counter()  # of the time not counted yet
 
     # Training
 
@@ -274,7 +248,7 @@ class BilevelRunner:
         and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        if self.out_dir is not None and not len(self.history) and not self._sums:
+        if self.out_dir is not None and not len(self.history) and self._tally is None:
             self._keeper.resume()
         self._stopped = False
         self._keeper.begin()
@@ -309,59 +283,57 @@ class BilevelRunner:
         return {name: f"{value:.4g}" for name, value in shown}
 
     def _epoch(self) -> None:
-        number, self._clock = len(self.history) + 1, time.perf_counter()
-        if not self._sums:
-            self._sums = {"steps": 0, "counts": {}, "totals": {}, "seconds": 0.0}
+        number = len(self.history) + 1
+        if self._tally is None:
+            self._tally = Tally()
             self.problem.begins("train")
             self._train.begin()
-        sums = self._sums
+        tally = self._tally
         self.problem.train()
         while batches := self._next_batches():
-            where = f"epoch {number}, step {sums['steps'] + 1}"
+            where = f"epoch {number}, step {tally.steps + 1}"
             if self.schedule:
-                self._replay(self.schedule, sums["steps"])
-            for name, loss in self._inner_step([self._placed(b, "train_loader", where) for b in batches]).items():
-                sums["totals"][name] = sums["totals"].get(name, 0.0) + loss
-                sums["counts"][name] = sums["counts"].get(name, 0) + 1
-            sums["steps"] += 1
+                self._replay(self.schedule, tally.steps)
+            tally.add(self._inner_step([self._placed(b, "train_loader", where) for b in batches]))
             self.steps += 1
             cycle_over = self.steps % self.train_steps == 0
-            if cycle_over or sums["steps"] == 1:
-                self._check(self._means(), where)
+            if cycle_over or tally.steps == 1:
+                self._watch.check(tally.means(self.device), where)
             if cycle_over:
                 for _ in range(self.valid_steps if self._tunes else 0):
                     self._hyper_step(where)
                 self._inner.clear()
             if cycle_over or distributed.processes() == 1:
                 self._pause()
-        if not sums["steps"]:
-            self._forget_epoch()
+        if not tally.steps:
+            self._tally = None
             raise ValueError("train_loader is empty: it yielded no batch")
-        self._check(self._means(), f"epoch {number}, step {sums['steps']}")
-        self._end_epoch(number)
+        losses = tally.means(self.device)
+        self._watch.check(losses, f"epoch {number}, step {tally.steps}")
+        self._end_epoch(number, losses, tally)
 
-    def _end_epoch(self, number: int) -> None:
-        problem, losses = self.problem, self._means()
+    def _end_epoch(self, number: int, losses: dict[str, float], tally: Tally) -> None:
+        problem = self.problem
         distributed.average(self.local_tensors(), constants=True)
         if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
         with self._evaluating():
             found, sample = self._evaluated(self.valid_loader, "valid_loader")
-            self._check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
+            self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
                 with self._precision():
                     row |= distributed.mean(problem.diagnostics(sample[0], sample[1], number), self.device)
-            row |= {name: _one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
-            self._count_time()
-            row["seconds"] = round(distributed.mean({"seconds": self._sums["seconds"]}, self.device)["seconds"], 3)
+            row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
+            row |= distributed.mean({"seconds": tally.elapsed()}, self.device)
+            row["seconds"] = round(row["seconds"], 3)
             self.updates.epoch_done(row["valid_loss"])
             self.history.rows.append(row)
             if better := self.best is None or row["valid_loss"] < self.best["valid_loss"]:
                 state = {name: value.clone() for name, value in problem.export().state_dict().items()}
                 self.best = {"epoch": number, "valid_loss": row["valid_loss"], "model": state}
-        self._forget_epoch()
+        self._tally = None
         if not distributed.rank():
             self._monitors.read(self.history.rows)
         for callback in self.callbacks:
@@ -379,21 +351,6 @@ class BilevelRunner:
     def _tunes(self) -> bool:
         """Whether λ moves in this epoch."""
         return self.schedule is None and len(self.history) >= self.warmup_epochs
-
-    def _means(self) -> dict[str, float]:
-        """Of each loss over the steps of this epoch, and over processes."""
-        sums = self._sums
-        means = {name: float(total) / sums["counts"][name] for name, total in sums["totals"].items()}
-        return distributed.mean(means, self.device)
-
-    def _count_time(self) -> None:
-        now = time.perf_counter()
-        self._sums["seconds"] += now - self._clock
-        self._clock = now
-
-    def _forget_epoch(self) -> None:
-        """The next step is a first one."""
-        self._sums = {}
 
     def _replay(self, schedule: Schedule, step: int) -> None:
         length = self._length or step + 1  # of a loader that does not know it: the values at the end of the epoch
@@ -450,7 +407,7 @@ class BilevelRunner:
                 break
         names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.optimizers]
         loss = self._backward(self.problem.hyper_loss, [(inputs, target)])
-        self._check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
+        self._watch.check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
         self.updates.ready(*names)
         if self._inner:
             (held,) = self.problem.hyper_parameters()
@@ -475,16 +432,11 @@ class BilevelRunner:
 
     # Faults
 
-    def _check(self, losses: dict[str, float], where: str) -> None:
-        """Raises BadLoss; losses: the same in all processes."""
-        self._watch.check(losses, where)
-
     def _pause(self) -> None:
         """Save within an epoch when it is due, and at a signal, which then ends the run."""
         asked = self._stop.signal is not None
         wishes = distributed.total({"end": asked, "save": self._keeper.late()}, self.device)
         if any(wishes.values()):
-            self._count_time()
             self._keeper.keep()
         if wishes["end"]:
             self._stop.end()
@@ -517,13 +469,13 @@ class BilevelRunner:
             sample = sample or (inputs, target)
             with self._precision(), fitting((inputs, target), self._at, self.problem):
                 loss, output = evaluation(inputs, target)
-            count = _count(inputs, target)
+            weight = count(inputs, target)
             values = {"valid_loss": loss.item()} | {
-                key: _one_number(f(output, target), f"metrics[{key!r}]") for key, f in self.metrics.items()
+                key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in self.metrics.items()
             }
             for key, value in values.items():
-                totals[key] += value * count
-            totals["examples"] += count
+                totals[key] += value * weight
+            totals["examples"] += weight
         totals = distributed.total(totals, self.device)
         if not (examples := totals.pop("examples")):
             raise ValueError(f"{name} is empty: it yielded no batch")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxstn.bilevel import distributed
 from fxstn.bilevel.schedule import Schedule
 from fxstn.misfit import first_line
 
@@ -203,3 +204,11 @@ def _text(value: Any) -> str:
 def described(settings: dict[str, Any]) -> dict[str, str]:
     """The settings of a run for a reader: numbers as they are, functions and objects by name."""
     return {name: _text(value) for name, value in settings.items() if name not in ("self", "stn")}
+
+
+def check_synced_norms(stn: Any) -> None:
+    """Raises ValueError where a norm over processes would see one of them only."""
+    rung = getattr(stn, "rung", "fx")
+    if distributed.processes() > 1 and rung != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
+        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is {rung!r}, "
+                         "where it would see its own process only: see stn.refusals, or keep BatchNorm")  # fmt: skip
