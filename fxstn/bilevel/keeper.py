@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state in memory of its own, off the accelerator; of the best model, which never changes, the same."""
-    copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), {**state, "best": None})
-    return {**copy, "best": state["best"]}
+    """The same state in memory of its own, off the accelerator; rows of the history and the best model never change."""
+    start, rows = state["history"]
+    fixed = {"best": state["best"], "history": (start, list(rows))}
+    changing = {key: value for key, value in state.items() if key not in fixed}
+    return fixed | tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), changing)
 
 
 class Keeper:

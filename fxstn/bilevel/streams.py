@@ -14,17 +14,17 @@ import torch
 def random_state() -> dict[str, Any]:
     """States of the global generators of Python, torch and, where it is in use, NumPy."""
     version, internal, gauss = random.getstate()
-    state = {"python": (version, list(internal), gauss), "torch": torch.get_rng_state(), "numpy": None}
+    state = {"python": (version, torch.tensor(internal), gauss), "torch": torch.get_rng_state(), "numpy": None}
     state["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
+        state["numpy"] = (kind, torch.tensor(keys.astype("int64")), *rest)
     return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.cpu().tolist()), gauss))
     torch.set_rng_state(state["torch"].cpu())
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device, generator in enumerate(state["cuda"][:devices]):  # the run may go on with fewer
@@ -32,7 +32,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["numpy"] is not None:
         import numpy
 
-        numpy.random.set_state(tuple(state["numpy"]))
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
 
 
 def _sources(loader: Any) -> tuple[Any, ...]:
