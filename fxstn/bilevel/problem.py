@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.bilevel.batches import part
 from fxstn.bilevel.objectives import (
@@ -22,6 +24,7 @@ from fxstn.bilevel.objectives import (
     response_loss,
     validation_loss,
 )
+from fxstn.bilevel.recalibration import recalibrated
 from fxstn.bilevel.sequences import Carried
 from fxstn.network import SelfTuningNetwork, batch_size
 
@@ -102,6 +105,10 @@ class BilevelProblem(nn.Module):
                 self.train(was_training)
 
         return evaluate
+
+    def recalibrated(self, batches: Iterable[tuple[Any, Any]]) -> AbstractContextManager[None]:
+        """For an evaluation: statistics, such as those of batch norms, made anew from some training batches."""
+        return nullcontext()
 
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
         """Further numbers, measured after each epoch on a validation batch: columns of the history."""
@@ -222,6 +229,23 @@ class NetworkProblem(BilevelProblem):
             return loss, carried.output(result)
 
         return evaluate
+
+    def recalibrated(self, batches: Iterable[tuple[Any, Any]]) -> AbstractContextManager[None]:
+        frozen = self.stn.recipe.frozen
+        norms = [m for n, m in self.stn.model.named_modules() if isinstance(m, _BatchNorm) and n not in frozen]
+        norms = [norm for norm in norms if norm.running_mean is not None]
+        return recalibrated(norms, partial(self._run, batches)) if norms else nullcontext()
+
+    def _run(self, batches: Iterable[tuple[Any, Any]]) -> None:
+        """The network in eval mode on each batch, for what it does on the way."""
+        was_training, carried = self.stn.training, Carried(self.valid_loss_fn, self.initial_state)
+        self.stn.eval()
+        try:
+            for inputs, _ in batches:
+                carried.output(self.stn(*as_tuple(carried.inputs(inputs))))
+                carried.advance()
+        finally:
+            self.stn.train(was_training)
 
     def values(self) -> dict[str, float]:
         return self.stn.hparams.values()

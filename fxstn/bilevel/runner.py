@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ class BilevelRunner:
     response_windows: ≥ 1, windows over which the response step keeps ε and goes on with the state of the perturbed network, so
     that the tangent reaches back over them; 1: each begins with the state of the general step, and a tangent of zero.
     accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
-    network that evaluation, best.pt and best_model then use. step_schedulers: as schedulers, stepped with their optimizer.
+    network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
+    which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
+    (`fxstn.bilevel.recalibration`); 0: those that training keeps. step_schedulers: as schedulers, stepped with their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
@@ -134,6 +137,7 @@ class BilevelRunner:
         clip_norm: float | None = None,
         accumulate: int = 1,
         ema: float | None = None,
+        recalibrate: int = 10,
         initial_state: Callable[[int], tuple[Tensor, ...]] | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         metrics: dict[str, Callable[[Any, Any], float]] | None = None,
@@ -193,6 +197,7 @@ class BilevelRunner:
         self._length = math.ceil(batches / accumulate) if batches else None
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
         self.response_every, self.inner_correction, self.accumulate = response_every, inner_correction, accumulate
+        self.recalibrate = recalibrate
         self.metrics, self.columns, self.callbacks = metrics or {}, columns or {}, tuple(callbacks)
         self.patience, self.progress, self.schedule = patience, progress, schedule
         self.out_dir = Path(out_dir) if out_dir is not None else None
@@ -230,7 +235,10 @@ class BilevelRunner:
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
-        self._train, self._valid = Stream(train_loader, "train_loader"), Stream(valid_loader, "valid_loader")
+        self._train, self._valid = (
+            Stream(train_loader, "train_loader", recalibrate),
+            Stream(valid_loader, "valid_loader"),
+        )
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
         self._tally: Tally | None = None  # of the epoch that is under way
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
@@ -419,8 +427,22 @@ class BilevelRunner:
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _evaluating(self) -> Any:
-        return self._averaged.in_place() if self._averaged else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The network is what is evaluated and kept: averaged, with statistics of its own."""
+        averaged = self._averaged.in_place() if self._averaged else contextlib.nullcontext()
+        problem, recent = self.problem, self._recent()
+        with (
+            averaged,
+            self._precision(),
+            problem.recalibrated(recent) if self.recalibrate else contextlib.nullcontext(),
+        ):
+            yield
+
+    def _recent(self) -> Iterator[tuple[Any, Any]]:
+        """The training batches of the last steps; others, before there was one."""
+        for batch in self._train.recent or itertools.islice(self.train_loader, self.recalibrate):
+            yield self._placed(batch, "train_loader", "recalibration")
 
     def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
         source = name if self.unpack is None else f"unpack of a batch of {name}"
@@ -453,11 +475,10 @@ class BilevelRunner:
 
         Several processes: all must call it, each with its share, which may be empty.
         """
-        if loader is None:
-            return self._evaluated(self.valid_loader, "valid_loader")[0]
-        if distributed.processes() == 1:
+        if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
-        return self._evaluated(loader, "loader")[0]
+        with self._evaluating():
+            return self._evaluated(*((self.valid_loader, "valid_loader") if loader is None else (loader, "loader")))[0]
 
     def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
         """Means over a loader, and this process's first batch, () where its share is empty."""

@@ -27,10 +27,10 @@ AT_LEAST_ONE = (
     "keep",
 )
 FRACTIONS = ("response_fraction", "hyper_fraction")
-NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks")
+NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks", "recalibrate")
 POSITIVE = ("clip_norm", "patience", "save_minutes")  # None: not set
 WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
-         "patience")  # fmt: skip
+         "recalibrate", "patience")  # fmt: skip
 FUNCTIONS = ("valid_loss_fn", "initial_state", "unpack")  # or None
 DICTS = ("metrics", "columns", "schedulers", "step_schedulers")  # or None
 

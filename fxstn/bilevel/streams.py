@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,9 @@ class Stream:
     A sampler with set_epoch (torch's DistributedSampler) gets the number of the pass.
     """
 
-    def __init__(self, loader: Any, name: str) -> None:
+    def __init__(self, loader: Any, name: str, remember: int = 0) -> None:
         self.loader, self.name = loader, name
+        self.recent: deque[Any] = deque(maxlen=remember)  # the batches of this pass taken last, as the loader gave them
         self._batches: Iterator[Any] | None = None
         self._start: dict[str, Any] = {}
         self._passes = self._taken = 0
@@ -70,6 +72,7 @@ class Stream:
                 source.set_epoch(self._passes)
         self._passes += 1
         self._batches, self._taken = iter(self.loader), 0
+        self.recent.clear()
 
     def close(self) -> None:
         """End this pass here."""
@@ -80,6 +83,7 @@ class Stream:
         assert self._batches is not None
         batches = list(itertools.islice(self._batches, n))
         self._taken += len(batches)
+        self.recent.extend(batches)
         if not batches:
             self._batches = None
         return batches

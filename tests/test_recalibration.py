@@ -1,0 +1,135 @@
+"""Statistics of batch norms in an evaluation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.recalibration import recalibrated
+
+
+class Net(nn.Sequential):
+    """Batch norms of two kinds, and a group norm, which has no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.AvgPool2d(2), nn.Flatten(),
+            nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3),
+        )  # fmt: skip
+
+
+def images(n: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.rand(n, 3, 8, 8, generator=generator), torch.randint(3, (n,), generator=generator))
+
+
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def by_torch(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """A copy whose norms have the cumulative averages that torch itself makes of these batches."""
+    model = copy.deepcopy(model).eval()
+    for norm in norms_of(model):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    return model.eval()
+
+
+def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_old_ones_come_back():
+    torch.manual_seed(0)
+    model = Net()
+    for norm in norms_of(model):
+        norm.running_mean.normal_()
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.rand(n, 3, 8, 8) for n in (6, 6, 2)]
+    expected, model = by_torch(model, batches), model.eval()
+    with recalibrated(norms_of(model), lambda: [model(x) for x in batches]):
+        for ours, theirs in zip(norms_of(model), norms_of(expected), strict=True):
+            torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_norms_that_see_nothing_or_one_value_keep_theirs():
+    norm = nn.BatchNorm1d(3).eval()
+    for run in (lambda: None, lambda: norm(torch.randn(1, 3))):
+        with recalibrated([norm], run):
+            assert torch.equal(norm.running_mean, torch.zeros(3))
+            assert torch.equal(norm.running_var, torch.ones(3))
+
+
+def make(model: nn.Module, specs: list[hp.Spec], out=None, **settings) -> fxstn.BilevelRunner:
+    torch.manual_seed(0)
+    loaders = DataLoader(images(48, 0), 8, shuffle=True), DataLoader(images(24, 1), 24)
+    stn = fxstn.transform(model, specs)
+    return fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, out_dir=out, progress=False, **settings)
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["module", "graph"])
+def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batches(augmented):
+    """Also where a graph runs in the module's place in eval mode, since torchvision's transforms stay random there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(v2.ColorJitter(0.4), Net()) if augmented else Net()
+    runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], recalibrate=3)
+    seen, take = [], runner._train.take
+
+    def watched(n):
+        batches = take(n)
+        seen.extend(x for x, _ in batches)
+        return batches
+
+    runner._train.take = watched
+    loss = runner.fit(1)["valid_loss"][-1]
+    net = runner.stn.model[1] if augmented else runner.stn.model
+    expected = by_torch(net, seen[-3:])
+    x, y = runner.valid_loader.dataset.tensors
+    with torch.no_grad():
+        assert F.cross_entropy(expected(x), y).item() == pytest.approx(loss, rel=1e-5)
+        assert F.cross_entropy(net.eval()(x), y).item() != pytest.approx(loss, rel=1e-4)
+    best = norms_of(runner.best_model())
+    for ours, theirs in zip(best, norms_of(expected), strict=True):
+        torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
+    assert runner.evaluate()["valid_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_without_recalibration_it_is_the_network_as_it_is():
+    runner = make(Net(), [hp.Dropout("6")], recalibrate=0)
+    loss = runner.fit(1)["valid_loss"][-1]
+    x, y = runner.valid_loader.dataset.tensors
+    with torch.no_grad():
+        assert F.cross_entropy(runner.stn.model.eval()(x), y).item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_norm_that_the_user_froze_keeps_its_statistics():
+    model = Net()
+    model[1].eval()
+    runner = make(model, [hp.Dropout("6")])
+    runner.fit(1)
+    kept = norms_of(runner.best_model())
+    assert torch.equal(kept[0].running_mean, torch.zeros(4))
+    assert not torch.equal(kept[1].running_mean, torch.zeros(8))
+
+
+def test_a_cut_run_recalibrates_on_the_same_batches(tmp_path):
+    def losses(history):
+        return [row["valid_loss"] for row in history]
+
+    torch.manual_seed(0)
+    net = Net()
+    whole = make(net, [hp.Dropout("6")]).fit(3)
+    make(net, [hp.Dropout("6")], tmp_path).fit(1)
+    assert losses(make(net, [hp.Dropout("6")], tmp_path).fit(3)) == losses(whole)
