@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,8 +100,10 @@ def test_a_linear_network_has_no_bottleneck_and_starts_well_scaled():
 
 
 def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
-    if not os.environ.get("FXSTN_DATA"):
-        pytest.skip("needs MNIST under FXSTN_DATA")
+    """On scikit-learn's digits in MNIST's place."""
+    pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
+    pytest.importorskip("optuna", reason="searches need the extra fxstn[search]")
+    monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits"))
     monkeypatch.setattr(paper, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     command = [
