@@ -7,7 +7,7 @@ DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
 FAST := --bf16 --channels-last --processes 1 --variants general response schedule schedule-default
 
-.PHONY: demo test nightly bench support gpu figures
+.PHONY: demo test nightly bench support paper gpu figures
 
 demo: $(READY)  ## tune resnet18 on real data, against the same network untuned
 	$(BIN)/python examples/demo.py --out out/demo
@@ -30,8 +30,15 @@ bench: $(READY)  ## overhead against plain training: resnet18 in three processes
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.augment
 	$(BIN)/python -m benchmarks.language
+	$(BIN)/python -m benchmarks.distributed --batch-size 64
 	$(BIN)/pip install --quiet betty-ml
 	$(BIN)/python -m benchmarks.peer
+
+paper: $(READY)  ## the paper's experiments at the small budget, then docs/paper.md (many hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.paper linear
+	$(BIN)/python -m benchmarks.paper run
+	$(BIN)/python -m benchmarks.paper robustness --task fmnist
+	$(BIN)/python -m benchmarks.paper report
 
 figures: $(READY)  ## the figures and tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.ridge
