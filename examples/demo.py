@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
-from tqdm.auto import tqdm
 
 import fxstn
 from fxstn import data, hp
@@ -52,22 +51,15 @@ def evaluate(model: torch.nn.Module, loader: DataLoader) -> tuple[float, float]:
 
 
 def untuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """A plain training loop at the starting hyperparameters; the best epoch by validation loss counts, as in `tuned`."""
+    """Plain training at the starting hyperparameters, evaluated in the same way: the runner on a schedule that never moves."""
     stn, train, valid, test = prepare(seed, args)
-    optimizer, best = sgd(stn.general_parameters()), (float("inf"), {})
+    still = fxstn.Schedule({name: [value] for name, value in stn.hparams.values().items()})
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, train, valid, optimizer=sgd, schedule=still)
     start = time.perf_counter()
-    for _ in tqdm(range(args.epochs), desc=f"untuned, seed {seed}", disable=None):
-        stn.train()
-        for x, y in train:
-            fxstn.general_loss(stn, F.cross_entropy, x, y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        loss, _ = evaluate(stn.model, valid)
-        if loss < best[0]:
-            best = loss, {name: value.clone() for name, value in stn.model.state_dict().items()}
+    runner.fit(args.epochs)
     seconds = time.perf_counter() - start
-    stn.model.load_state_dict(best[1])
-    return dict(zip(COLUMNS, (*evaluate(stn.model, valid), *evaluate(stn.model, test), seconds), strict=True))
+    best = runner.best_model()
+    return dict(zip(COLUMNS, (*evaluate(best, valid), *evaluate(best, test), seconds), strict=True))
 
 
 def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
