@@ -93,8 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {"untuned": [], "tuned": []}
     for seed in range(args.seeds):
-        for old in ("last.pt", "best.pt"):
-            (Path(args.out) / f"seed-{seed}" / old).unlink(missing_ok=True)
+        for old in (Path(args.out) / f"seed-{seed}").glob("*.pt*"):
+            old.unlink()
         results["untuned"].append(untuned(seed, args))
         results["tuned"].append(tuned(seed, args))
     means = {name: [statistics.mean(run[c] for run in runs) for c in COLUMNS] for name, runs in results.items()}
