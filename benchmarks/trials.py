@@ -92,10 +92,10 @@ def outcome(task: Task, runner: fxstn.BilevelRunner, test_set: TensorDataset, di
             "diverged": diverged}  # fmt: skip
 
 
-def train(
+def trained(
     task: Task, method: str, start: float, seed: int, root: str | None, minutes: float | None = None, **more: Any
-) -> dict[str, Any]:
-    """One run of a method that needs one, of at most so many minutes."""
+) -> tuple[fxstn.BilevelRunner, dict[str, Any]]:
+    """One run of a method that needs one, of at most so many minutes, and its outcome."""
     torch.manual_seed(seed)
     runner, test_set = prepared(task, method, start, seed, root, **more)
     try:
@@ -103,7 +103,7 @@ def train(
         diverged = False
     except fxstn.DivergedError:
         diverged = True
-    return outcome(task, runner, test_set, diverged)
+    return runner, outcome(task, runner, test_set, diverged)
 
 
 def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:

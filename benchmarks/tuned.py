@@ -96,10 +96,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def overview(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each task: best validation losses, means over seeds; blank where nothing was run."""
+    """A line for each task: best validation losses, means over seeds; – where nothing was run."""
 
     def loss(cells: dict[str, Cell]) -> str:
-        return f"{statistics.mean(cell['valid'] for cell in cells.values()):.3f}" if cells else ""
+        return f"{statistics.mean(cell['valid'] for cell in cells.values()):.3f}" if cells else "–"
 
     rows = []
     for task, found in results.items():
@@ -107,9 +107,9 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
         by_start = [
             " / ".join(loss(cells_of(found, method, start)) for start in STARTS) for method in ("untuned", "default")
         ]
-        best = loss(searched(found, "random", trials=most)) if most >= LONG else ""
+        best = f"{loss(searched(found, 'random', trials=most))} ({most})" if most >= LONG else "–"
         same_time = [loss(searched(found, method, time)) for method in ("random", "tpe")]
-        rows.append([task, *by_start, *same_time, f"{best} ({most})" if best else ""])
+        rows.append([task, *by_start, *same_time, best])
     headers = ["task", "untuned: low / middle / high start", "fxstn, from these", "random search, same time",
                "TPE, same time", "best random trial (of)"]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

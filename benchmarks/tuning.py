@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from benchmarks.ridge import load_arrays
-from benchmarks.trials import RUNS, Task, search, train
+from benchmarks.trials import RUNS, Task, search, trained
 from benchmarks.tuned import SEARCHES, STARTS, path_of, report
 from fxstn import data, hp
 
@@ -171,7 +171,7 @@ def main() -> None:
             continue
         bar.set_description(f"{task}: {method}, {start}, seed {seed}")
         if method in RUNS:
-            results[key] = train(TASKS[task], method, STARTS[start], seed, args.data_root)
+            _, results[key] = trained(TASKS[task], method, STARTS[start], seed, args.data_root)
         else:
             earlier = results.setdefault(key, [])
             earlier.append(search(TASKS[task], method, seed, args.data_root, earlier))

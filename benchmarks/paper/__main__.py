@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import fxstn
 from benchmarks.paper import linear, report
 from benchmarks.paper.report import FOLDER, read
 from benchmarks.paper.tasks import METHODS, ROWS, START, task
-from benchmarks.trials import outcome, prepared, search
+from benchmarks.trials import search, trained
 from benchmarks.tuned import seconds_of
 
 SEARCHES = {"random": "random", "bayes": "tpe"}
@@ -44,19 +43,13 @@ def single(
     args: argparse.Namespace, row: str, method: str, seed: int, out: Path, start: float, scale: float
 ) -> dict[str, Any]:
     """One run, resumed from its checkpoint."""
-    spec = task(row, args.budget, scale)
-    torch.manual_seed(seed)
-    runner, test_set = prepared(
-        spec, method, start, seed, args.data_root, out_dir=out, device=args.device, progress=None,
-        autocast=torch.bfloat16 if args.bf16 else None, compile=args.compile, save_minutes=5,
+    runner, result = trained(
+        task(row, args.budget, scale), method, start, seed, args.data_root, ROWS[row].budgets[args.budget].minutes,
+        out_dir=out, device=args.device, progress=None, autocast=torch.bfloat16 if args.bf16 else None,
+        compile=args.compile, save_minutes=5,
     )  # fmt: skip
-    diverged = False
-    try:
-        runner.fit(spec.epochs, ROWS[row].budgets[args.budget].minutes)
-    except fxstn.DivergedError:
-        diverged = True
     schedule = {name: [float(f"{v:.3g}") for v in values] for name, values in runner.history.schedule().values.items()}
-    return outcome(spec, runner, test_set, diverged) | {"schedule": schedule, "machine": machine(args.device)}
+    return result | {"schedule": schedule, "machine": machine(args.device)}
 
 
 def machine(device: str) -> str:

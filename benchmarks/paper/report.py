@@ -25,6 +25,7 @@ LABELS = {
     "centered": "centred STN", "delta": "Δ-STN", "default": "Δ-STN, cheap defaults",
 }  # fmt: skip
 COLOURS = dict(zip(METHODS, ("0.6", "C7", "C5", "C1", "C0", "k", "C3"), strict=True))
+LARGEST = {"length": 24, "holes": 5, "rotation": 45, "shear": 45}  # of strengths that are no shares already
 Cell = dict[str, Any]
 
 
@@ -95,13 +96,8 @@ def draw_row(row: str, budget: str, path: Path) -> None:
     by_epoch.legend(frameon=False, fontsize=8)
     schedule = results.get("delta 0", {}).get("schedule", {})
     for number, (name, values) in enumerate(schedule.items()):
-        low, high = min(values), max(values)
-        values = (
-            values
-            if high <= 1
-            else [value / (24 if name.endswith("length") else 5 if name.endswith("holes") else 45) for value in values]
-        )
-        del low
+        most = next((most for ending, most in LARGEST.items() if name.endswith(ending)), 1)
+        values = [value / most for value in values]
         found.plot(values, lw=1.2, color=plt.cm.turbo(0.05 + 0.9 * number / max(1, len(schedule) - 1)), label=name)
     found.set(xlabel="epoch", title="found by Δ-STN, seed 0 (holes, lengths and degrees: as shares of their largest)")
     found.title.set_fontsize(9)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxstn.bilevel.lending import evaluating
 from fxstn.layers.penalty import squared_jacobian
 from fxstn.misfit import fitting_loss
 from fxstn.network import SelfTuningNetwork, batch_size, held
@@ -180,11 +181,6 @@ def hyper_loss(
 def validation_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> tuple[Tensor, Any]:
     """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
     inputs = as_tuple(inputs)
-    was_training = stn.training
-    stn.eval()
-    try:
-        with torch.no_grad():
-            output = stn(*inputs)
-            return evaluate_loss(loss_fn, output, target, batch_size(inputs), None), output
-    finally:
-        stn.train(was_training)
+    with evaluating(stn):
+        output = stn(*inputs)
+        return evaluate_loss(loss_fn, output, target, batch_size(inputs), None), output

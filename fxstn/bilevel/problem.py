@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.bilevel.batches import part
+from fxstn.bilevel.lending import evaluating, lent
 from fxstn.bilevel.objectives import (
     LossFunction,
     Perturb,
@@ -96,13 +97,8 @@ class BilevelProblem(nn.Module):
         """validation_loss for one pass over a loader, without gradients and in eval mode."""
 
         def evaluate(inputs: Any, target: Any) -> tuple[Tensor, Any]:
-            was_training = self.training
-            self.eval()
-            try:
-                with torch.no_grad():
-                    return self.validation_loss(inputs, target)
-            finally:
-                self.train(was_training)
+            with evaluating(self):
+                return self.validation_loss(inputs, target)
 
         return evaluate
 
@@ -125,20 +121,6 @@ class BilevelProblem(nn.Module):
     def export(self) -> nn.Module:
         """What is kept of the best epoch; `BilevelRunner.best_model` returns it."""
         return copy.deepcopy(self)
-
-
-@contextmanager
-def _weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model, and every graph that shares its parameters, has these while this lasts."""
-    parameters = dict(model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in weights}
-    try:
-        for name, value in weights.items():
-            parameters[name].copy_(value)
-        yield
-    finally:
-        for name, value in kept.items():
-            parameters[name].copy_(value)
 
 
 class NetworkProblem(BilevelProblem):
@@ -238,14 +220,11 @@ class NetworkProblem(BilevelProblem):
 
     def _run(self, batches: Iterable[tuple[Any, Any]]) -> None:
         """The network in eval mode on each batch, for what it does on the way."""
-        was_training, carried = self.stn.training, Carried(self.valid_loss_fn, self.initial_state)
-        self.stn.eval()
-        try:
+        carried = Carried(self.valid_loss_fn, self.initial_state)
+        with evaluating(self.stn):
             for inputs, _ in batches:
                 carried.output(self.stn(*as_tuple(carried.inputs(inputs))))
                 carried.advance()
-        finally:
-            self.stn.train(was_training)
 
     def values(self) -> dict[str, float]:
         return self.stn.hparams.values()
@@ -287,7 +266,8 @@ class NetworkProblem(BilevelProblem):
             return evaluate_loss(carried.loss, output, target, batch_size(inputs), None).item()
 
         linearized, plain = loss(epsilon), loss(torch.zeros_like(epsilon))
-        with _weights(stn.model, moved):
+        parameters = dict(stn.model.named_parameters())
+        with lent([parameters[name] for name in moved], list(moved.values())):
             true = loss(torch.zeros_like(epsilon))
         change = abs(linearized - plain) + abs(true - plain)
         return found | {"linearization_error": abs(linearized - true) / change if change else 0.0}

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.lending import lent
 
 
 class _ByBatch(TorchFunctionMode):
@@ -47,21 +48,11 @@ class _ByBatch(TorchFunctionMode):
 def recalibrated(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> Iterator[None]:
     """While this lasts, the norms have the mean statistics of what they see in `run`, which calls their network in eval mode
     on some batches. Norms that see nothing keep theirs. Several processes: the mean over them; all must call it."""
-    statistics: list[Any] = [(norm.running_mean, norm.running_var) for norm in norms]
-    kept = [(mean.clone(), variance.clone()) for mean, variance in statistics]
-    try:
-        with torch.no_grad():
-            with _ByBatch(norms) as counted:
-                run()
-            for (running_mean, running_var), (count, mean, variance) in zip(
-                statistics, counted.sums.values(), strict=True
-            ):
-                if count:
-                    running_mean.copy_(mean / count)
-                    running_var.copy_(variance / count)
-            distributed.average([tensor for pair in statistics for tensor in pair])
+    statistics: list[Any] = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    with torch.no_grad(), _ByBatch(norms) as counted:
+        run()
+    sums = [(total, count) for count, *totals in counted.sums.values() for total in totals]
+    estimates = [total / count if count else t for t, (total, count) in zip(statistics, sums, strict=True)]
+    with lent(statistics, estimates):
+        distributed.average(statistics)
         yield
-    finally:
-        for pair, before in zip(statistics, kept, strict=True):
-            for tensor, value in zip(pair, before, strict=True):
-                tensor.copy_(value)

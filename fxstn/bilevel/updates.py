@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel.distributed import average_gradients
+from fxstn.bilevel.lending import lent
 
 SchedulerFactories = dict[str, Callable[[torch.optim.Optimizer], Any]] | None
 CLIPPED = ("optimizer", "response_optimizer")
@@ -136,21 +137,9 @@ class Averaged:
         wanted = {id(tensor) for tensor in tensors}
         return [average for live, average in zip(self._live, self.averages, strict=True) if id(live) in wanted]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """The tensors have their averages while this lasts."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for live, average in zip(self._live, self.averages, strict=True):
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
+        return lent(self._live, self.averages)
 
     def load(self, averages: list[Tensor]) -> None:
         for average, saved in zip(self.averages, averages, strict=True):
