@@ -28,6 +28,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "unwidened": UNCERTAIN | {"response_widening": 1.0},
 }
 RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
+WORST = 1e6  # the loss that a search is told of a run that diverged
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
 
@@ -106,14 +107,22 @@ def trained(
     return runner, outcome(task, runner, test_set, diverged)
 
 
-def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The next trial of a search that has made the `earlier` ones: a run from scratch, with its "shares" of the ranges."""
+def search(
+    task: Task, method: str, seed: int, root: str | None, earlier: Sequence[dict[str, Any]], storage: Any = None
+) -> dict[str, Any]:
+    """The next trial of a search that has made the `earlier` ones: a run from scratch, with its "shares" of the ranges.
+
+    storage: Optuna's, which keeps the study "METHOD SEED"; None: in memory. Earlier trials that it lacks are entered, and a
+    trial that was cut short has failed.
+    """
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, task.epochs // 9), reduction_factor=3)
     sampler_seed = 10_000 * seed + len(earlier)
     study = optuna.create_study(
+        storage=storage, study_name=f"{method} {seed}", load_if_exists=True,
         sampler=(optuna.samplers.TPESampler if method.startswith("tpe") else optuna.samplers.RandomSampler)(seed=sampler_seed),
         pruner=halving if method.endswith("halving") else optuna.pruners.NopPruner(),
     )  # fmt: skip
@@ -121,12 +130,14 @@ def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequen
     runner, test_set = prepared(task, method, 0.3, seed, root)
     space = runner.stn.hparams
     ranges = dict.fromkeys(space.names, optuna.distributions.FloatDistribution(EDGE, 1 - EDGE))
-    for number, cell in enumerate(earlier):
-        state = optuna.trial.TrialState.PRUNED if cell["pruned"] else optuna.trial.TrialState.COMPLETE
+    for cut in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(cut.number, state=TrialState.FAIL)
+    known = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    for cell in earlier[len(known) :]:
         done = optuna.trial.create_trial(
-            params=cell["shares"], distributions=ranges, value=min(cell["valid"], 1e6), state=state,
-            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])},
-            system_attrs=earlier[number]["rungs"],
+            params=cell["shares"], distributions=ranges, value=min(cell["valid"], WORST),
+            state=TrialState.PRUNED if cell["pruned"] else TrialState.COMPLETE,
+            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])}, system_attrs=cell["rungs"],
         )  # fmt: skip
         study.add_trial(done)
     trial = study.ask(ranges)
@@ -143,5 +154,10 @@ def search(task: Task, method: str, seed: int, root: str | None, earlier: Sequen
         trial.report(runner.history.best()["valid_loss"], epoch)
         if pruned := trial.should_prune():
             break
-    rungs = study._storage.get_trial_system_attrs(trial._trial_id)  # what the pruner noted, so that a search can go on
-    return outcome(task, runner, test_set, diverged) | {"shares": trial.params, "pruned": pruned, "rungs": rungs}
+    result = outcome(task, runner, test_set, diverged)
+    if pruned:
+        study.tell(trial, state=TrialState.PRUNED)  # its value is that of the last epoch
+    else:
+        study.tell(trial, min(result["valid"], WORST))
+    rungs = study.trials[trial.number].system_attrs  # what the pruner noted, so that a search can go on without the storage
+    return result | {"shares": trial.params, "pruned": pruned, "rungs": rungs}

@@ -15,6 +15,8 @@ import fxstn
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import linear, report
 from benchmarks.paper.tasks import METHODS, ROWS, START
+from benchmarks.trials import search
+from benchmarks.tuning import TASKS
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_linear_network_has_no_bottleneck_and_starts_well_scaled():
 def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     """On scikit-learn's digits in MNIST's place."""
     pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
-    pytest.importorskip("optuna", reason="searches need the extra fxstn[search]")
+    optuna = pytest.importorskip("optuna", reason="searches need the extra fxstn[search]")
     monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits"))
     monkeypatch.setattr(paper, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
@@ -127,6 +129,26 @@ def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     before = (tmp_path / "results" / "tiny-mnist.json").read_text()
     paper.main()  # nothing is missing
     assert (tmp_path / "results" / "tiny-mnist.json").read_text() == before
+    studies = paper.journal(tmp_path / "out" / "tiny" / "mnist")
+    kept = optuna.load_study(study_name="tpe 0", storage=studies).trials
+    assert [trial.value for trial in kept] == pytest.approx([cell["valid"] for cell in results["bayes 0"]])
     shown = report.table("mnist", "tiny")
     assert shown.count("\n") == 1 + len(METHODS)
     assert "0.040 (0.038)" in shown
+
+
+def test_a_search_goes_on_from_its_results_with_and_without_its_storage(tmp_path, monkeypatch):
+    """Trials cut short have failed, pruned ones stay pruned."""
+    optuna = pytest.importorskip("optuna", reason="searches need the extra fxstn[search]")
+    task = replace(TASKS["diabetes-mlp"], epochs=2)
+    cells = [search(task, "random-halving", 0, None, []) | {"pruned": True, "valid": 2.0}]
+    storage = paper.journal(tmp_path)
+    study = optuna.create_study(storage=storage, study_name="random-halving 0")
+    study.ask()
+    cells.append(search(task, "random-halving", 0, None, cells, storage))
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["FAIL", "PRUNED", cells[1]["pruned"] and "PRUNED" or "COMPLETE"]
+    assert study.trials[1].params == cells[0]["shares"]
+    again = search(task, "random-halving", 0, None, cells, storage)
+    assert again["shares"] == search(task, "random-halving", 0, None, cells)["shares"] != cells[1]["shares"]
+    assert len(study.trials) == 4

@@ -77,8 +77,17 @@ def cell(args: argparse.Namespace, row: str, method: str, seed: int) -> None:
         return sum(map(seconds_of, trials)) >= 60 * budget.minutes
 
     while not over():
-        trials.append(search(spec, name, seed, args.data_root, trials))
+        trials.append(search(spec, name, seed, args.data_root, trials, journal(args.out / args.budget / row)))
         write(path, key, trials)
+
+
+def journal(folder: Path) -> Any:
+    """Optuna's storage of a row's searches; `optuna-dashboard FOLDER/optuna.journal` shows them."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
 
 
 def robustness(args: argparse.Namespace) -> None:
