@@ -54,7 +54,7 @@ def _identity(X: Tensor, strength: float) -> Tensor:
 KINDS = {
     "l2": Kind(
         lambda start, scale: [hp.WeightDecay("*", init=start, low=0, high=math.inf, scale=scale)],
-        _identity, (1e-2, 1e-1, 1e0), torch.logspace(-6, 3, 400, dtype=torch.float64),
+        _identity, (1e-2, 1e-1, 1e0), torch.logspace(-9, 3, 500, dtype=torch.float64),
     ),
     "dropout": Kind(
         lambda start, scale: [hp.Dropout("input", init=start, scale=scale)],
@@ -64,7 +64,7 @@ KINDS = {
     "network": Kind(
         lambda start, scale: [hp.JacobianNorm(init=start, low=0, high=math.inf, scale=scale)],
         lambda X, strength: _identity(X, 2 * strength), (1e-2, 1e-1, 1e0),
-        torch.logspace(-6, 2, 400, dtype=torch.float64), HIDDEN,
+        torch.logspace(-9, 2, 500, dtype=torch.float64), HIDDEN,
     ),
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ def run(
     """One run: "trajectory" [[hyper step, λ], ...], "final" (mean of the last tenth, geometric for coefficients), "optimum",
     "loss" and "least": L_V(w*) there, "excess".
 
-    T_train = 10, T_valid = 1 and σ held, as in the paper; structured response; Adam (w 1e-2, Θ 5e-3, λ 5e-2), with rates that
+    T_train = 10, T_valid = 1 and σ held, as in the paper; structured response; Adam (w 1e-2, Θ 5e-3, λ 1e-1), with rates that
     fall to a tenth in the last half.
     """
     kind, data, epochs = KINDS[kind_name], problem(name, root, seed), hyper_steps // PASS
@@ -135,7 +135,7 @@ def run(
         _model(data.X.shape[1], kind.depth), kind.specs(start, scale), method=method, response="structured"
     )
     names = ("optimizer", "response_optimizer", "hyper_optimizer")
-    rates = dict(zip(names, (1e-2, 5e-3, 5e-2), strict=True))
+    rates = dict(zip(names, (1e-2, 5e-3, 1e-1), strict=True))
     optimizers = {name: partial(torch.optim.Adam, lr=rate) for name, rate in rates.items()}
 
     def falling(optimizer: torch.optim.Optimizer) -> Any:
