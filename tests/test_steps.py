@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
-from fxstn.layers.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.hp.specs import Number
+from fxstn.layers.noise import alpha_dropout_coefficients, by_example, dropout_mask
 from fxstn.verify import ReplayedDropout
 
 
@@ -327,3 +329,45 @@ def test_a_response_step_costs_no_gradient_through_the_primal(stn, batch):
 def test_sizes_and_scalars_in_the_forward_stay_python_numbers(stn):
     assert not any(n.target is torch.add for n in stn.graph("train").graph.nodes)
     assert any(n.target is operator.add for n in stn.graph("train").graph.nodes)
+
+
+class Gain(hp.Operation):
+    """x (1 + gain): a batch norm undoes it, if it is that of all examples."""
+
+    numbers: ClassVar = {"gain": Number(0.5, 0.0, 2.0)}
+
+    @staticmethod
+    def draw(x, gain):
+        return 1 + by_example(gain, x)
+
+    @staticmethod
+    def apply(x, factor):
+        return x * factor
+
+
+def regression():
+    """A network whose weights no gain changes, at its best, and its data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    x = torch.randn(256, 4)
+    with torch.no_grad():
+        y = model(x)
+    return fxstn.transform(model, [Gain("input")]).train(), x, y
+
+
+def learned(perturb, steps=200):
+    """‖Θ‖ after so many steps, as the largest change of an output at ε = 1."""
+    stn, x, y = regression()
+    optimizer = torch.optim.Adam(stn.response_parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        fxstn.response_loss(stn, F.mse_loss, x, y, perturb=perturb).backward()
+        optimizer.step()
+    plain, moved = stn.model, {name: w.detach() for name, w in stn.best_response(torch.ones(1)).items()}
+    return (torch.func.functional_call(plain, moved, x) - plain(x)).abs().max().item()
+
+
+def test_what_batch_norms_undo_is_learned_per_example_and_not_by_batch():
+    """Truth: the best weights are the same at any gain that all examples share (docs/hypergradient.md, Batch norm)."""
+    assert learned("batch") < 0.01
+    assert learned("example") > 0.1
