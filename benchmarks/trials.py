@@ -159,5 +159,5 @@ def search(
         study.tell(trial, state=TrialState.PRUNED)  # its value is that of the last epoch
     else:
         study.tell(trial, min(result["valid"], WORST))
-    rungs = study.trials[trial.number].system_attrs  # what the pruner noted, so that a search can go on without the storage
+    rungs = study.trials[trial.number].system_attrs  # what the pruner noted: a search can go on without the storage
     return result | {"shares": trial.params, "pruned": pruned, "rungs": rungs}

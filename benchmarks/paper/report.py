@@ -101,7 +101,8 @@ def draw_row(row: str, budget: str, path: Path) -> None:
         found.plot(values, lw=1.2, color=plt.cm.turbo(0.05 + 0.9 * number / max(1, len(schedule) - 1)), label=name)
     found.set(xlabel="epoch", title="found by Δ-STN, seed 0 (holes, lengths and degrees: as shares of their largest)")
     found.title.set_fontsize(9)
-    found.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if schedule:
+        found.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     found.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
