@@ -147,7 +147,7 @@ def test_a_search_goes_on_from_its_results_with_and_without_its_storage(tmp_path
     study.ask()
     cells.append(search(task, "random-halving", 0, None, cells, storage))
     states = [trial.state.name for trial in study.trials]
-    assert states == ["FAIL", "PRUNED", (cells[1]["pruned"] and "PRUNED") or "COMPLETE"]
+    assert states == ["FAIL", "PRUNED", "PRUNED" if cells[1]["pruned"] else "COMPLETE"]
     assert study.trials[1].params == cells[0]["shares"]
     again = search(task, "random-halving", 0, None, cells, storage)
     assert again["shares"] == search(task, "random-halving", 0, None, cells)["shares"] != cells[1]["shares"]

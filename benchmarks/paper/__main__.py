@@ -76,8 +76,11 @@ def cell(args: argparse.Namespace, row: str, method: str, seed: int) -> None:
             return len(trials) >= budget.trials
         return sum(map(seconds_of, trials)) >= 60 * budget.minutes
 
+    if over():
+        return
+    storage = journal(args.out / args.budget / row)
     while not over():
-        trials.append(search(spec, name, seed, args.data_root, trials, journal(args.out / args.budget / row)))
+        trials.append(search(spec, name, seed, args.data_root, trials, storage))
         write(path, key, trials)
 
 
