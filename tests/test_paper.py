@@ -13,7 +13,7 @@ from torch import nn
 
 import fxstn
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import linear, report
+from benchmarks.paper import inert, linear, report
 from benchmarks.paper.tasks import METHODS, ROWS, START
 from benchmarks.trials import search
 from benchmarks.tuning import TASKS
@@ -152,3 +152,16 @@ def test_a_search_goes_on_from_its_results_with_and_without_its_storage(tmp_path
     again = search(task, "random-halving", 0, None, cells, storage)
     assert again["shares"] == search(task, "random-halving", 0, None, cells)["shares"] != cells[1]["shares"]
     assert len(study.trials) == 4
+
+
+def test_what_does_nothing_is_reported_from_every_start(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
+    pytest.importorskip("matplotlib", reason="pictures need the extra fxstn[plot]")
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    cells = {f"{m} {start} 0": inert.run(m, start, 0, epochs=2) for m in ("stn", "default") for start in inert.STARTS}
+    assert all(len(cell["trajectory"]) == 3 for cell in cells.values())
+    cells["stn 0.1 0"]["trajectory"][-1] = 0.5  # ln(9) = 2.197 up
+    (tmp_path / "inert.json").write_text(json.dumps(cells))
+    shown = report.draw_inert(tmp_path / "inert.png")
+    assert "2.197 (1 of 1 up)" in shown
+    assert (tmp_path / "inert.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@
     python -m benchmarks.paper run --task fmnist --budget small                             # a row; without --task everything
     python -m benchmarks.paper robustness --task fmnist --budget small
     python -m benchmarks.paper linear --kind l2 --set yacht --method delta
+    python -m benchmarks.paper inert                                                        # a hyperparameter without effect
     python -m benchmarks.paper report                                                       # docs/paper.md and its figures
 
 Methods: "untuned" trains at the start; "random" and "bayes" (Optuna's TPE) draw every strength and train from scratch, a trial
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.paper import linear, report
+from benchmarks.paper import inert, linear, report
 from benchmarks.paper.report import FOLDER, read
 from benchmarks.paper.tasks import METHODS, ROWS, START, task
 from benchmarks.trials import search, trained
@@ -123,16 +124,30 @@ def regressions(args: argparse.Namespace) -> None:
                 write(path, key, linear.run(name, kind, method, start, scale, seed, args.data_root, args.hyper_steps))
 
 
+def drifts(args: argparse.Namespace) -> None:
+    """A hyperparameter without effect, from every start."""
+    torch.set_num_threads(1)
+    path = FOLDER / "inert.json"
+    todo = [(seed, method, start) for seed in args.seed for method in args.method for start in inert.STARTS]
+    for seed, method, start in (bar := tqdm(todo, disable=None)):
+        bar.set_description(f"{method}, start {start}, seed {seed}")
+        if (key := f"{method} {start} {seed}") not in read(path):
+            write(path, key, inert.run(method, start, seed))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "robustness", "linear"):
+    for name in ("run", "robustness", "linear", "inert"):
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        methods = {"run": METHODS, "robustness": linear.METHODS, "linear": linear.METHODS}[name]
+        methods = {"run": METHODS, "inert": inert.METHODS}.get(name, linear.METHODS)
+        seeds = list(range(8 if name == "inert" else 3))
         command.add_argument("--method", nargs="+", default=list(methods), choices=list(METHODS), help="columns")
-        command.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], help="of data, weights and noise")
+        command.add_argument("--seed", nargs="+", type=int, default=seeds, help="of data, weights and noise")
+        if name == "inert":
+            continue
         command.add_argument(
             "--data-root", default=os.environ.get("FXSTN_DATA"),
             help="where torchvision's data and uci/NAME.npz lie, or are downloaded to (default: the variable FXSTN_DATA)",
@@ -168,6 +183,8 @@ def main() -> None:
         report.write()
     elif args.command == "linear":
         regressions(args)
+    elif args.command == "inert":
+        drifts(args)
     elif args.command == "robustness":
         robustness(args)
     else:

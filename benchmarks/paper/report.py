@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.overhead import RESULTS
-from benchmarks.paper import linear
+from benchmarks.paper import inert, linear
 from benchmarks.paper.tasks import METHODS, ROWS
 from benchmarks.tuned import best_so_far, best_within, seconds_of
 
@@ -201,12 +201,43 @@ def draw_linear(kind: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_inert(path: Path) -> str:
+    """λ over epochs of a hyperparameter without effect, a panel for each method; a table of where it went."""
+    import matplotlib.pyplot as plt
+
+    results, lines = read(FOLDER / "inert.json"), []
+    figure, axes = plt.subplots(1, len(inert.METHODS), figsize=(11, 2.6), layout="constrained", sharey=True)
+    for method, axis in zip(inert.METHODS, axes, strict=True):
+        moves: dict[float, list[float]] = {}
+        for key, cell in results.items():
+            if key.split()[0] == method:
+                start, values = float(key.split()[1]), cell["trajectory"]
+                axis.plot(values, color=COLOURS[method], lw=1, alpha=0.7)
+                moves.setdefault(start, []).append(_logit(values[-1]) - _logit(start))
+        axis.axhline(0.5, color="0.5", ls=":", lw=1)
+        axis.set(title=LABELS[method], xlabel="epoch", ylim=(0, 1))
+        shown = [f"{_mean(of)} ({sum(move > 0 for move in of)} of {len(of)} up)" for of in moves.values()]
+        lines.append([LABELS[method], *shown])
+    axes[0].set_ylabel("λ, share of its range")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    heads = ["method", *(f"from {start}" for start in inert.STARTS)]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
 def _sections() -> Iterable[tuple[str, str]]:
     """(name of a generated part of docs/paper.md, its text); figures are drawn beside."""
     for kind in linear.KINDS:
         if (FOLDER / f"linear-{kind}.json").exists():
             draw_linear(kind, DOCS / f"paper-{kind}.png")
             yield f"linear-{kind}", f"{linear_table(kind)}\n\n![λ over hyper steps]({f'paper-{kind}.png'})"
+    if (FOLDER / "inert.json").exists():
+        moved = draw_inert(DOCS / "paper-inert.png")
+        yield "inert", f"{moved}\n\n![λ that does nothing, over epochs](paper-inert.png)"
     for budget, row in itertools.product(("small", "full"), ROWS):
         if (FOLDER / f"{budget}-{row}.json").exists():
             draw_row(row, budget, DOCS / f"paper-{budget}-{row}.png")

@@ -148,7 +148,7 @@ ROWS = {
     **{
         f"cifar10-{name}": Row(
             "cifar10", partial(_cifar, network), partial(_cifar_specs, network), 3e-2,
-            {"tiny": TINY, "small": Budget(4000, 1000, 15), "full": CIFAR_FULL}, figures,
+            {"tiny": TINY, "small": Budget(4000, 1000, 15, 12.0), "full": CIFAR_FULL}, figures,
             1e-4 if name == "vgg16" else 1e-3,
         )
         for name, network, figures in (
