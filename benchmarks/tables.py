@@ -15,7 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import hypergradient, ptb, replay, tuned, tuning
+from benchmarks import controls, hypergradient, ptb, replay, tuned, tuning
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,10 @@ def hypergradients() -> str:
     return hypergradient.table(json.loads(hypergradient.RESULTS.read_text()))
 
 
+def noise() -> str:
+    return controls.table(json.loads(controls.PATH.read_text()))
+
+
 def plot_scaling(path: Path) -> None:
     """One panel per axis: ratios to plain training."""
     import matplotlib.pyplot as plt
@@ -140,7 +144,7 @@ def replayed() -> str:
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed,
+    "replay": replayed, "controls": noise,
 }  # fmt: skip
 
 

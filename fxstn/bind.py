@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -179,7 +180,8 @@ def _sites(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[tuple
             starts = dict(zip(spec.numbers, map(float, own_strengths(nodes[0])), strict=True))
             yield path, [(node.name,) for node in nodes], starts
         if not existing and inserts:
-            yield "input", _input_places(module)[: None if dropout else 1], None
+            if places := _input_places(module, but_indices=dropout)[: None if dropout else 1]:
+                yield "input", places, None
             for path, node in _stages(module) if dropout else ():
                 yield path, [(node.name, True)], None
         elif not existing:
@@ -213,8 +215,19 @@ def _contains(outer: str, inner: str) -> bool:
     return outer != inner and (outer == "" or inner.startswith(outer + "."))
 
 
-def _input_places(module: fx.GraphModule) -> list[tuple]:
-    return [(node.name, True) for node in placeholders(module.graph) if not node.args]
+def _input_places(module: fx.GraphModule, but_indices: bool = False) -> list[tuple]:
+    """Places at the inputs; but_indices: without those that are only looked up in tables, where nothing can be dropped."""
+    inputs = [node for node in placeholders(module.graph) if not node.args]
+    return [(node.name, True) for node in inputs if not (but_indices and _only_looked_up(node))]
+
+
+def _only_looked_up(node: fx.Node) -> bool:
+    """Whether every operation on a value reads it as indices, or offsets, of a lookup."""
+    readers = [reader for reader in node.users if reader.users]  # a check has none
+    lookups = [
+        r for r in readers if r.target in (F.embedding, F.embedding_bag) and any(a is node for a in r.args[:3:2])
+    ]
+    return len(readers) == len(lookups) > 0
 
 
 def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:

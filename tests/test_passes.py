@@ -293,6 +293,16 @@ def test_dropout_modules_found_start_at_their_own_strength_just_inside_the_range
     assert list(fxstn.transform(Classifier()).hparams.values()) == ["dropout"]
 
 
+@pytest.mark.parametrize("rung", ["fx", "export", "live"])
+def test_no_dropout_is_inserted_where_tokens_come_in(rung):
+    """Without specs; asked for by name it is, and does nothing there."""
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2))
+    tokens = torch.randint(9, (5, 3))
+    assert fxstn.transform(net, example_inputs=tokens, trace=rung).hparams.names == ("1.dropout", "3.dropout")
+    asked = fxstn.transform(net, [hp.Dropout("input")], example_inputs=tokens, trace=rung)
+    assert asked.hparams.names == ("input.dropout",)
+
+
 def test_outermost_matches_get_a_dropout_and_existing_ones_are_taken_over():
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Dropout(0.3), nn.Linear(4, 2))
     assert fxstn.transform(net, [hp.Dropout("0*")]).hparams.names == ("0.dropout",)
