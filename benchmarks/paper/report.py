@@ -93,7 +93,7 @@ def draw_row(row: str, budget: str, path: Path) -> None:
     for axis, label in ((by_epoch, "epoch"), (by_time, "minutes")):
         axis.set(xlabel=label, ylabel="best validation loss so far", ylim=(0.95 * min(finals), 2.2 * min(finals)))
         axis.grid(alpha=0.3)
-    by_epoch.legend(frameon=False, fontsize=8)
+    by_epoch.legend(*by_time.get_legend_handles_labels(), frameon=False, fontsize=8)
     schedule = results.get("delta 0", {}).get("schedule", {})
     for number, (name, values) in enumerate(schedule.items()):
         most = next((most for ending, most in LARGEST.items() if name.endswith(ending)), 1)
