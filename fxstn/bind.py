@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -31,6 +30,7 @@ from fxstn.hp import (
 from fxstn.hyperize import layer_weights
 from fxstn.layers.noise import track_batch
 from fxstn.mutation import DROPOUTS
+from fxstn.rules import RULES
 
 _SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # results, none of which ends a stage
 
@@ -222,12 +222,13 @@ def _input_places(module: fx.GraphModule, but_indices: bool = False) -> list[tup
 
 
 def _only_looked_up(node: fx.Node) -> bool:
-    """Whether every operation on a value reads it as indices, or offsets, of a lookup."""
+    """Whether every operation on a value looks it up in a table."""
     readers = [reader for reader in node.users if reader.users]  # a check has none
-    lookups = [
-        r for r in readers if r.target in (F.embedding, F.embedding_bag) and any(a is node for a in r.args[:3:2])
-    ]
-    return len(readers) == len(lookups) > 0
+    return bool(readers) and all(reader.args[:1] == (node,) and _has_table(reader) for reader in readers)
+
+
+def _has_table(node: fx.Node) -> bool:
+    return node.target in RULES and any(reads.role == "table" for reads in RULES[node.target].reads.values())
 
 
 def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:

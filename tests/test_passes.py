@@ -301,6 +301,7 @@ def test_no_dropout_is_inserted_where_tokens_come_in(rung):
     assert fxstn.transform(net, example_inputs=tokens, trace=rung).hparams.names == ("1.dropout", "3.dropout")
     asked = fxstn.transform(net, [hp.Dropout("input")], example_inputs=tokens, trace=rung)
     assert asked.hparams.names == ("input.dropout",)
+    torch.testing.assert_close(asked.train()(tokens), net(tokens))
 
 
 def test_outermost_matches_get_a_dropout_and_existing_ones_are_taken_over():
