@@ -34,14 +34,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fxstn
-from fxstn import data, hp
+from benchmarks.retraining import Problem, truth
+from fxstn import hp
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "hypergradient.json", ROOT / "docs" / "hypergradient.png"
-SIZES, BATCH, RATE = (64, 16, 16, 10), 50, 3e-3
+SIZES = (64, 16, 16, 10)
 DROPOUT, DECAY, HIGH = 0.2, 1e-3, 0.95
 EPOCHS = (5, 10, 20, 40, 80, 160)
-STEP = 0.5  # of the central differences, in unconstrained units
 
 
 def network() -> nn.Sequential:
@@ -66,56 +66,26 @@ def constrained(unconstrained: Tensor) -> tuple[Tensor, Tensor]:
     return rates, 1e-7 * (1e6**decays)
 
 
-def forward(weights: Sequence[Tensor], x: Tensor, rates: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
-    """Logits. weights: W, b of each layer, with a leading axis where there are several networks; x likewise."""
+def logits(weights: Sequence[Tensor], x: Tensor, unconstrained: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
+    """weights: W, b of each layer, with a leading axis where there are several networks; x and λ likewise."""
+    rates, _ = constrained(unconstrained)
     for layer in range(3):
         W, b = weights[2 * layer : 2 * layer + 2]
         if noise is not None:
-            p = rates[..., layer].reshape(-1, *[1] * (x.dim() - 1)) if rates.dim() > 1 else rates[layer]
+            p = rates[..., layer, None, None]
             x = x * (noise[layer] >= p) / (1 - p)
         x = x @ W.mT + b.unsqueeze(-2)
         x = torch.tanh(x) if layer < 2 else x
     return x
 
 
-def decay(weights: Sequence[Tensor], decays: Tensor) -> Tensor:
+def decay(weights: Sequence[Tensor], unconstrained: Tensor) -> Tensor:
     """½ Σ λ ‖W‖², for each network."""
+    _, decays = constrained(unconstrained)
     return sum(0.5 * decays[..., i] * weights[2 * i].square().flatten(-2).sum(-1) for i in range(3))  # type: ignore[return-value]
 
 
-def retrained(lambdas: Tensor, seeds: int, train: TensorDataset, valid: TensorDataset) -> Tensor:
-    """L_V after EPOCHS of training from scratch, (len(lambdas), seeds, len(EPOCHS)); λ's share starts, orders and noise."""
-    x, y = train.tensors
-    starts = [[p.detach() for p in network().parameters()] for _ in range(seeds)]
-    many = len(lambdas)
-    weights = [torch.stack([s[i] for s in starts]).repeat(many, *[1] * w.dim()) for i, w in enumerate(starts[0])]
-    weights = [w.requires_grad_() for w in weights]
-    rates, decays = constrained(lambdas.repeat_interleave(seeds, 0))
-    optimizer = torch.optim.Adam(weights, lr=RATE)
-    found = []
-    for epoch in range(1, EPOCHS[-1] + 1):
-        order = torch.stack([torch.randperm(len(y)) for _ in range(seeds)])
-        for chosen in order.split(BATCH, 1):
-            noise = [torch.rand(seeds, chosen.shape[1], n).double().repeat(many, 1, 1) for n in SIZES[:3]]
-            logits = forward(weights, x[chosen].repeat(many, 1, 1), rates, noise)
-            losses = F.cross_entropy(logits.flatten(0, 1), y[chosen].repeat(many, 1).flatten(), reduction="none")
-            (losses.view(len(rates), -1).mean(1) + decay(weights, decays)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if epoch in EPOCHS:
-            xv, yv = valid.tensors
-            with torch.no_grad():
-                logits = forward(weights, xv.expand(len(rates), *xv.shape), rates, None)
-                losses = F.cross_entropy(logits.flatten(0, 1), yv.repeat(len(rates)), reduction="none")
-            found.append(losses.view(many, seeds, -1).mean(-1))
-    return torch.stack(found, -1)
-
-
-def truth(train: TensorDataset, valid: TensorDataset, seeds: int = 48) -> Tensor:
-    """d L_V / dλ by retraining, (len(EPOCHS), 6)."""
-    steps = STEP * torch.eye(6).double()
-    losses = retrained(start() + torch.cat([steps, -steps]), seeds, train, valid).mean(1)
-    return ((losses[:6] - losses[6:]) / (2 * STEP)).T
+PROBLEM = Problem(network, SIZES[:3], logits, decay, torch.float64)
 
 
 def implicit(weights: list[Tensor], train: TensorDataset, valid: TensorDataset) -> dict[str, Tensor]:
@@ -130,9 +100,8 @@ def implicit(weights: list[Tensor], train: TensorDataset, valid: TensorDataset) 
     draws = {copies: [torch.rand(copies * len(y), n).double() for n in SIZES[:3]] for copies in (8, 64)}
 
     def training_loss(vector: Tensor, unconstrained: Tensor, copies: int) -> Tensor:
-        (rates, decays), noise = constrained(unconstrained), draws[copies]  # the same masks for every λ
-        logits = forward(split(vector), x.repeat(copies, 1), rates, noise)
-        return F.cross_entropy(logits, y.repeat(copies)) + decay(split(vector), decays)
+        outputs = logits(split(vector), x.repeat(copies, 1), unconstrained, draws[copies])  # the same masks for every λ
+        return F.cross_entropy(outputs, y.repeat(copies)) + decay(split(vector), unconstrained)
 
     gradient = torch.func.grad(training_loss)
     values, vectors = torch.linalg.eigh(torch.func.hessian(training_loss)(flat, here, 8))
@@ -141,7 +110,7 @@ def implicit(weights: list[Tensor], train: TensorDataset, valid: TensorDataset) 
     mixed = torch.stack(differences, 1) / 0.2
     inner = gradient(flat, here, 64)
     outer = torch.func.grad(
-        lambda v: F.cross_entropy(forward(split(v), valid.tensors[0], here[:3], None), valid.tensors[1])
+        lambda v: F.cross_entropy(logits(split(v), valid.tensors[0], here, None), valid.tensors[1])
     )(flat)
     units = torch.block_diag(*[
         torch.block_diag(*w.reshape(len(w), -1)).T.reshape(w.numel(), len(w)) for w in weights
@@ -171,13 +140,13 @@ def learned(name: str, seed: int, train: TensorDataset, valid: TensorDataset) ->
     torch.manual_seed(seed)
     settings: dict[str, Any] = {}
     if name == "paper":
-        settings = fxstn.PAPER | {"response_optimizer": partial(torch.optim.Adam, lr=RATE), "tune_scale": False}
+        settings = fxstn.PAPER | {"response_optimizer": partial(torch.optim.Adam, lr=PROBLEM.rate), "tune_scale": False}
     kind = "structured" if name == "paper" else "scaled"
     stn = fxstn.transform(network(), specs(0.25 if name == "narrow" else 1.0), response=kind)
     stn.hparams.double()
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, DataLoader(train, BATCH, shuffle=True), DataLoader(valid, len(valid)), progress=False,
-        optimizer=partial(torch.optim.Adam, lr=RATE), warmup_epochs=EPOCHS[-1], **settings,
+        stn, F.cross_entropy, DataLoader(train, PROBLEM.batch, shuffle=True), DataLoader(valid, len(valid)), progress=False,
+        optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate), warmup_epochs=EPOCHS[-1], **settings,
     )  # fmt: skip
     rows = []
     for epoch in EPOCHS:
@@ -196,12 +165,9 @@ def learned(name: str, seed: int, train: TensorDataset, valid: TensorDataset) ->
 
 def measure(seeds: int) -> dict[str, Any]:
     """{"truth": [epoch][λ], estimator: [seed][epoch][λ]}."""
-    split = data.load("digits", 8, 300, 1000, seed=0)
-    train, valid = (
-        TensorDataset(part.tensors[0][:, 0].flatten(1).double(), part.tensors[1]) for part in (split.train, split.valid)
-    )
+    train, valid = PROBLEM.sets()
     torch.manual_seed(0)
-    found: dict[str, Any] = {"truth": truth(train, valid).tolist()}
+    found: dict[str, Any] = {"truth": truth(PROBLEM, start(), 48, EPOCHS).mean(1).tolist()}
     for seed in tqdm(range(seeds)):
         for name in ("default", "narrow", "paper"):
             rows = learned(name, seed, train, valid)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import controls, hypergradient, ptb, replay, tuned, tuning
+from benchmarks import batchnorm, controls, hypergradient, ptb, replay, tuned, tuning
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,11 @@ def hypergradients() -> str:
     return hypergradient.table(json.loads(hypergradient.RESULTS.read_text()))
 
 
+def normed() -> str:
+    """At the rate that the page speaks of."""
+    return batchnorm.table(json.loads(batchnorm.RESULTS.read_text())["0.2"])
+
+
 def noise() -> str:
     return controls.table(json.loads(controls.PATH.read_text()))
 
@@ -144,7 +149,7 @@ def replayed() -> str:
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "controls": noise,
+    "replay": replayed, "controls": noise, "batchnorm": normed,
 }  # fmt: skip
 
 
