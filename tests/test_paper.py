@@ -154,6 +154,40 @@ def test_a_search_goes_on_from_its_results_with_and_without_its_storage(tmp_path
     assert len(study.trials) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.* became (nan|inf) in .*back to epoch:fxstn.RunWarning")
+def test_robustness_is_over_starts_and_scales_and_a_run_that_diverges_at_once_is_a_result(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
+    pytest.importorskip("matplotlib", reason="pictures need the extra fxstn[plot]")
+    for module in (paper, report):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(paper, "INITIAL", {"start": (START, 0.4), "scale": (1.0, 2.0)})
+    command = [
+        "benchmarks.paper",
+        "robustness",
+        "--task",
+        "mnist",
+        "--budget",
+        "tiny",
+        "--seed",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    for method, rate in (("delta", 1e-2), ("stn", 1e30)):
+        monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits", rate=rate))
+        monkeypatch.setattr(sys, "argv", [*command, "--method", method])
+        paper.main()
+    found = report.robustness("mnist", "tiny")
+    at = [(START, 1.0), (0.4, 1.0), (START, 2.0)]
+    assert set(found) == {(method, *where) for method in ("delta", "stn") for where in at}
+    assert all(0 < found["delta", *where][0] < 3 for where in at)
+    lines = report.robustness_table(found).splitlines()[2:]
+    assert [tuple(map(float, line.split("|")[1:3])) for line in lines] == at
+    assert all("diverges" in line for line in lines)
+    report.draw_robustness(found, tmp_path / "robustness.png")
+    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+
+
 def test_what_does_nothing_is_reported_from_every_start(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
     pytest.importorskip("matplotlib", reason="pictures need the extra fxstn[plot]")

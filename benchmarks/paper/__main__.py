@@ -49,7 +49,8 @@ def single(
         out_dir=out, device=args.device, progress=None, autocast=torch.bfloat16 if args.bf16 else None,
         compile=args.compile, save_minutes=5,
     )  # fmt: skip
-    schedule = {name: [float(f"{v:.3g}") for v in values] for name, values in runner.history.schedule().values.items()}
+    found = runner.history.schedule().values if len(runner.history) else {}  # none where the first epoch diverged
+    schedule = {name: [float(f"{v:.3g}") for v in values] for name, values in found.items()}
     return result | {"schedule": schedule, "machine": machine(args.device)}
 
 

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from benchmarks.overhead import RESULTS
 from benchmarks.paper import inert, linear
-from benchmarks.paper.tasks import METHODS, ROWS
+from benchmarks.paper.tasks import METHODS, ROWS, START
 from benchmarks.tuned import best_so_far, best_within, seconds_of
 
 FOLDER = RESULTS / "paper"
@@ -108,36 +108,51 @@ def draw_row(row: str, budget: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_robustness(row: str, budget: str, path: Path) -> bool:
-    """Final validation loss over the initial dropout rate and over the initial σ; whether there is anything to draw."""
+def robustness(row: str, budget: str) -> dict[tuple[str, float, float], list[float]]:
+    """{(method, initial dropout, initial σ): best validation losses, one for each seed}, infinite where a first epoch
+    diverged."""
+    found: dict[tuple[str, float, float], list[float]] = {}
+    for key, cell in read(FOLDER / f"robustness-{budget}-{row}.json").items():
+        method, start, scale, _ = key.split()
+        found.setdefault((method, float(start), float(scale)), []).append(cell["valid"])
+    return found
+
+
+def robustness_table(found: dict[tuple[str, float, float], list[float]]) -> str:
+    """A line for each start."""
+
+    def shown(losses: Sequence[float]) -> str:
+        return "diverges" if math.inf in losses else _mean(losses) if losses else ""
+
+    starts = sorted({(scale, start) for _, start, scale in found}, key=lambda at: (at[0] != 1, at))
+    lines = [
+        [start, scale, *(shown(found.get((method, start, scale), [])) for method in linear.METHODS)]
+        for scale, start in starts
+    ]
+    heads = ["initial dropout", "initial σ", *(LABELS[method] for method in linear.METHODS)]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def draw_robustness(found: dict[tuple[str, float, float], list[float]], path: Path) -> None:
+    """Best validation loss over the initial dropout rate and over the initial σ; nothing where a run diverged."""
     import matplotlib.pyplot as plt
 
-    results = read(FOLDER / f"robustness-{budget}-{row}.json")
-    if not results:
-        return False
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    keys = [(method, float(start), float(scale), cell["valid"]) for key, cell in results.items()
-            for method, start, scale, _ in [key.split()]]  # fmt: skip
     for method in linear.METHODS:
-        for axis, place, held, at in ((axes[0], 1, 2, 1.0), (axes[1], 2, 1, 0.05)):
-            points: dict[float, list[float]] = {}
-            for entry in keys:
-                if entry[0] == method and entry[held] == at:
-                    points.setdefault(entry[place], []).append(entry[3])
-            xs = sorted(points)
-            axis.plot(
-                xs, [statistics.mean(points[x]) for x in xs], marker="o", color=COLOURS[method], label=LABELS[method]
-            )
+        style: dict[str, Any] = {"color": COLOURS[method], "label": LABELS[method]}
+        for axis, place, held, at in ((axes[0], 1, 2, 1.0), (axes[1], 2, 1, START)):
+            points = {key[place]: losses for key, losses in found.items() if (key[0], key[held]) == (method, at)}
+            xs = [x for x in sorted(points) if math.inf not in points[x]]
+            axis.plot(xs, [statistics.mean(points[x]) for x in xs], marker="o", **style)
             for x in xs:
-                axis.scatter([x] * len(points[x]), points[x], s=8, color=COLOURS[method], alpha=0.5)
-    axes[0].set(xlabel="initial dropout (σ = 1)", ylabel="final validation loss", yscale="log")
-    axes[1].set(xlabel="initial σ (dropout 0.05)", xscale="log")
+                axis.scatter([x] * len(points[x]), points[x], s=8, color=style["color"], alpha=0.5)
+    axes[0].set(xlabel="initial dropout (σ = 1)", ylabel="best validation loss", yscale="log", xlim=(0, 0.95))
+    axes[1].set(xlabel=f"initial σ (dropout {START})", xscale="log")
     axes[0].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    return True
 
 
 def _by_setting(results: dict[str, Any]) -> dict[tuple[str, str, str], list[Cell]]:
@@ -251,8 +266,10 @@ def _sections() -> Iterable[tuple[str, str]]:
             picture = f"![Best validation loss by epoch and by time; schedules](paper-{budget}-{row}.png)"
             yield f"{budget}-{row}", f"{table(row, budget)}\n\n{where}\n\n{picture}"
     for row in ROWS:
-        if draw_robustness(row, "small", DOCS / "paper-robustness.png"):
-            yield "robustness", "![Final validation loss over initial dropout and σ](paper-robustness.png)"
+        if found := robustness(row, "small"):
+            draw_robustness(found, DOCS / "paper-robustness.png")
+            picture = "![Best validation loss over initial dropout and σ](paper-robustness.png)"
+            yield "robustness", f"{robustness_table(found)}\n\n{picture}"
 
 
 def write() -> None:
