@@ -216,19 +216,23 @@ def _contains(outer: str, inner: str) -> bool:
 
 
 def _input_places(module: fx.GraphModule, but_indices: bool = False) -> list[tuple]:
-    """Places at the inputs; but_indices: without those that are only looked up in tables, where nothing can be dropped."""
+    """Places at the inputs; but_indices: without those that are looked up in a table, where nothing can be dropped."""
     inputs = [node for node in placeholders(module.graph) if not node.args]
-    return [(node.name, True) for node in inputs if not (but_indices and _only_looked_up(node))]
+    return [(node.name, True) for node in inputs if not (but_indices and _looked_up(node))]
 
 
-def _only_looked_up(node: fx.Node) -> bool:
-    """Whether every operation on a value looks it up in a table."""
-    readers = [reader for reader in node.users if reader.users]  # a check has none
-    return bool(readers) and all(reader.args[:1] == (node,) and _has_table(reader) for reader in readers)
+def _looked_up(node: fx.Node) -> bool:
+    """Whether a value has the indices of a lookup, as it is or in another shape."""
+    return any(_looks_up(user, node) or (_is_linear(user) and _looked_up(user)) for user in node.users)
 
 
-def _has_table(node: fx.Node) -> bool:
-    return node.target in RULES and any(reads.role == "table" for reads in RULES[node.target].reads.values())
+def _looks_up(node: fx.Node, indices: fx.Node) -> bool:
+    reads = RULES[node.target].reads if node.target in RULES else {}  # type: ignore[index]
+    return node.args[:1] == (indices,) and any(read.role == "table" for read in reads.values())
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.target in RULES and RULES[node.target].kind == "linear"  # type: ignore[index]
 
 
 def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:

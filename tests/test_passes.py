@@ -304,6 +304,37 @@ def test_no_dropout_is_inserted_where_tokens_come_in(rung):
     torch.testing.assert_close(asked.train()(tokens), net(tokens))
 
 
+class Masked(nn.Module):
+    """Tokens are reshaped before they are looked up, and padding is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        embedded = self.table(tokens.unsqueeze(1)).squeeze(1) * (tokens != 0).unsqueeze(-1)
+        return self.head(embedded.sum(1))
+
+
+class Quantised(nn.Module):
+    """What is looked up is computed from an input that can be dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(13, 2)
+
+    def forward(self, x):
+        return self.head(torch.cat([x, self.table(x.argmax(1))], 1))
+
+
+@pytest.mark.parametrize("rung", ["fx", "export", "live"])
+def test_tokens_are_told_by_the_lookup_that_reads_them(rung):
+    tokens = torch.randint(9, (5, 3))
+    assert fxstn.transform(Masked(), example_inputs=tokens, trace=rung).hparams.names == ("table.dropout",)
+    names = fxstn.transform(Quantised(), example_inputs=torch.randn(5, 9), trace=rung).hparams.names
+    assert names == ("input.dropout", "table.dropout")
+
+
 def test_outermost_matches_get_a_dropout_and_existing_ones_are_taken_over():
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Dropout(0.3), nn.Linear(4, 2))
     assert fxstn.transform(net, [hp.Dropout("0*")]).hparams.names == ("0.dropout",)
