@@ -176,6 +176,23 @@ def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse
     return spell(F.embedding, indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse)
 
 
+_BAG_MAX = 2
+
+
+@_called(RAW, "embedding_bag")
+def _embedding_bag(
+    weight, indices, offsets, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=None,
+    include_last_offset=False, padding_idx=None,
+):  # fmt: skip
+    """Four times the embeddings: of the operation's four results they are the first, and the others are of no use."""
+    if mode == _BAG_MAX:  # not linear in the table: without a rule, and so without a response
+        own = (weight, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        return spell(torch.embedding_bag, *own, include_last_offset, padding_idx)
+    settings = (None, 2.0, scale_grad_by_freq, ("sum", "mean")[mode], sparse, per_sample_weights)
+    bag = spell(F.embedding_bag, indices, weight, offsets, *settings, include_last_offset, padding_idx)
+    return spell(Tensor.expand, spell(torch.unsqueeze, bag, 0), 4, -1, -1)
+
+
 @_called(RAW, "elu")
 def _elu(input, alpha=1.0, scale=1, input_scale=1):
     if scale == 1 and input_scale == 1:

@@ -331,8 +331,24 @@ class Quantised(nn.Module):
 def test_tokens_are_told_by_the_lookup_that_reads_them(rung):
     tokens = torch.randint(9, (5, 3))
     assert fxstn.transform(Masked(), example_inputs=tokens, trace=rung).hparams.names == ("table.dropout",)
+    bag = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2))
+    found = fxstn.transform(bag, example_inputs=tokens, trace=rung)
+    assert found.hparams.names == ("0.dropout",)
+    assert found.response.get_submodule("0.weight").U.shape[0] == 4  # a scale for each column
     names = fxstn.transform(Quantised(), example_inputs=torch.randn(5, 9), trace=rung).hparams.names
     assert names == ("input.dropout", "table.dropout")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_embeddings_is_followed_through_export(mode):
+    """The largest entry of a bag is not linear in the table, which then has no response."""
+    net, tokens = (
+        nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode, padding_idx=0), nn.Linear(4, 2)),
+        torch.randint(9, (5, 3)),
+    )
+    assert fxstn.verify(net, tokens, trace="export").ok
+    responses = dict(fxstn.transform(net, example_inputs=tokens, trace="export").response.named_parameters())
+    assert ("0.weight.U" in responses) == (mode != "max")
 
 
 def test_outermost_matches_get_a_dropout_and_existing_ones_are_taken_over():
