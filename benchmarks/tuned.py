@@ -121,8 +121,9 @@ def most_trials(results: dict[str, Any]) -> int:
 
 
 def gap_closed(results: dict[str, Any]) -> str:
-    """How much of the way from "untuned" to the best of a long random search "default" goes, from each start; only where that way
-    is longer than its spread over seeds, or, with one search, than that of "untuned"."""
+    """How much of the way from "untuned" to the best of a long random search "default" goes, from each start.
+
+    Only where that way is longer than its spread over seeds, or, with one search, than that of "untuned"."""
     most = most_trials(results)
     best = searched(results, "random", trials=most)
     parts = []
