@@ -16,7 +16,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
+from benchmarks.overhead import RESULTS
 from benchmarks.retraining import Problem, truth
 from fxstn import hp
 
-RESULTS = Path(__file__).resolve().parent / "results" / "batchnorm.json"
+PATH = RESULTS / "batchnorm.json"
 SIZES, HIGH = (64, 32, 32, 10), 0.95
 EPOCHS = (10, 40, 80)
 RETRAININGS = 32
@@ -130,9 +130,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print what is there, and run nothing")
     args = parser.parse_args()
     for rate in () if args.report else args.rate:
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(found | {str(rate): measure(rate, args.seeds)}, separators=(",", ":")) + "\n")
-    for rate, found in json.loads(RESULTS.read_text()).items():
+        found = json.loads(PATH.read_text()) if PATH.exists() else {}
+        PATH.write_text(json.dumps(found | {str(rate): measure(rate, args.seeds)}, separators=(",", ":")) + "\n")
+    for rate, found in json.loads(PATH.read_text()).items():
         print(f"dropouts at {rate}\n\n{table(found)}\n")
 
 

@@ -113,7 +113,7 @@ def hypergradients() -> str:
 
 def normed() -> str:
     """At the rate that the page speaks of."""
-    return batchnorm.table(json.loads(batchnorm.RESULTS.read_text())["0.2"])
+    return batchnorm.table(json.loads(batchnorm.PATH.read_text())["0.2"])
 
 
 def noise() -> str:

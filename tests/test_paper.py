@@ -101,6 +101,11 @@ def test_a_linear_network_has_no_bottleneck_and_starts_well_scaled():
     assert isinstance(model[0], nn.Linear)
 
 
+def tiny_mnist(command, out):
+    """The command line of its smallest run."""
+    return ["benchmarks.paper", *f"{command} --task mnist --budget tiny --seed 0 --out".split(), str(out)]
+
+
 def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     """On scikit-learn's digits in MNIST's place."""
     pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")
@@ -108,18 +113,7 @@ def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits"))
     monkeypatch.setattr(paper, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
-    command = [
-        "benchmarks.paper",
-        "run",
-        "--task",
-        "mnist",
-        "--budget",
-        "tiny",
-        "--seed",
-        "0",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = tiny_mnist("run", tmp_path / "out")
     monkeypatch.setattr(sys, "argv", command)
     paper.main()
     results = json.loads((tmp_path / "results" / "tiny-mnist.json").read_text())
@@ -161,18 +155,7 @@ def test_robustness_is_over_starts_and_scales_and_a_run_that_diverges_at_once_is
     for module in (paper, report):
         monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(paper, "INITIAL", {"start": (START, 0.4), "scale": (1.0, 2.0)})
-    command = [
-        "benchmarks.paper",
-        "robustness",
-        "--task",
-        "mnist",
-        "--budget",
-        "tiny",
-        "--seed",
-        "0",
-        "--out",
-        str(tmp_path),
-    ]
+    command = tiny_mnist("robustness", tmp_path)
     for method, rate in (("delta", 1e-2), ("stn", 1e30)):
         monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits", rate=rate))
         monkeypatch.setattr(sys, "argv", [*command, "--method", method])
