@@ -26,7 +26,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # what each changes of the default
     "uncorrected": {"inner_correction": 0.0},
     "unwidened": {"response_widening": 1.0},
 }
-RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
+RUNS = ("untuned", "default", "copies", *ABLATIONS, *PAPERS)
 WORST = 1e6  # the loss that a search is told of a run that diverged
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
@@ -66,7 +66,7 @@ def prepared(
         settings = fxstn.PAPER | {"response_optimizer": task.optimizer} | task.paper
         stn = fxstn.transform(model, specs, method=method, response="structured")
     else:
-        stn, settings = fxstn.transform(model, specs), ABLATIONS.get(method, {})
+        stn, settings = fxstn.transform(model, specs, copies=2 if method == "copies" else 1), ABLATIONS.get(method, {})
     if method in ("untuned", *SEARCHES):
         settings = {"schedule": still(stn)}
     runner = fxstn.BilevelRunner(

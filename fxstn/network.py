@@ -176,6 +176,11 @@ class SelfTuningNetwork(nn.Module):
         """Whether R is learned (paper, Eq. 3.14), or every unit of the weights only scaled."""
         return any(m.R is not None for m in self.response.modules() if isinstance(m, Response))
 
+    @property
+    def copies(self) -> int:
+        """How many times Θ is learned (`transform`)."""
+        return next(m.copies for m in self.response.modules() if isinstance(m, Response))
+
     def best_response(self, delta: Tensor) -> dict[str, Tensor]:
         """Weights that the response predicts at λ₀ + delta: w₀ + Θ·delta (paper, Eq. 3.1; Φλ + φ₀ for "stn").
 
@@ -200,7 +205,12 @@ class SelfTuningNetwork(nn.Module):
         After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
         best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn".
         """
-        return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
+        return self.hypergradient_by_copy().mean(0)
+
+    def hypergradient_by_copy(self) -> Tensor:
+        """As `hypergradient`, by each copy of Θ: (copies, h)."""
+        zeros = self.hparams.unconstrained.detach().new_zeros(self.copies * len(self.hparams))
+        return (zeros + pulled_back(self.response, self.model)).view(self.copies, -1)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
@@ -293,7 +303,8 @@ class SelfTuningNetwork(nn.Module):
 
     def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
         h = len(self.hparams)
-        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
+        widths = (h, self.copies * h) if name == "delta" else (h,)
+        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] not in widths:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
         if value.dim() == 2 and inputs and value.shape[0] != batch_size(inputs):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.lending import evaluating
 from fxstn.layers.penalty import squared_jacobian
+from fxstn.layers.response import one_copy_each
 from fxstn.misfit import fitting_loss
 from fxstn.network import SelfTuningNetwork, batch_size, held
 
@@ -115,8 +116,14 @@ def _perturbed_loss(
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
+    delta = epsilon
+    if stn.copies > 1:
+        if epsilon.dim() == 1:
+            raise ValueError(f"copies={stn.copies} needs an ε per example, and all examples of this batch have one; transform "
+                             "with copies=1, or without perturb='batch'")  # fmt: skip
+        delta = one_copy_each(epsilon, stn.copies)
     output, asides = stn.perturbed_output(
-        *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
+        *inputs, delta=delta, condition=epsilon, training=True, update_statistics=update_statistics
     )
     return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon)
 
@@ -159,13 +166,15 @@ def hyper_loss(
     *,
     entropy_weight: float = 1e-3,
     perturb: Perturb = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
     Arguments as in `response_loss`, on validation data; the network is in eval mode, but that with method "delta" batch norms
     normalise by this batch, as where Θ was learned (`transform`, statistics). entropy_weight: τ ≥ 0. A loss_fn
     that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
-    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
+    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone. offsets: zeros, (copies, h), that get the
+    gradient by each copy of Θ.
     """
     inputs = as_tuple(inputs)
     examples = batch_size(inputs)
@@ -173,6 +182,8 @@ def hyper_loss(
     delta = unconstrained - unconstrained.detach()
     if perturb != "none":
         delta = delta + perturbation(stn, inputs, perturb)
+    if offsets is not None:  # the mean of the copies, each by its own δ
+        delta = ((delta[..., None, :] + offsets) / stn.copies).flatten(-2)
     with held((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()

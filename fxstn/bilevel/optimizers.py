@@ -21,9 +21,10 @@ def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
 
 
-def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
-    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
+def adam(parameters: Sequence[nn.Parameter], copies: int = 1) -> torch.optim.Optimizer:
+    """Adam, learning rate 1e-2 √copies: for scales U, which are of the order of 1 whatever the layer. Where gradients are
+    mostly noise Adam moves every copy as far as it would a single one, and their mean 1/√copies as far."""
+    return torch.optim.Adam(parameters, lr=1e-2 * math.sqrt(copies), fused=_fusible(parameters))
 
 
 class SettlingAdam(torch.optim.Optimizer):
@@ -39,6 +40,12 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
+    An error that stays from step to step is certain in that sense, too. Where x has an attribute `estimates`, (copies, *shape),
+    gradients whose errors are independent and whose mean g is, their averages mₖ say how large such errors are, and
+
+        ρ = max(0, 1 − Σ (Σₖ (mₖ − m)²/(K (K − 1)))/v / Σ m²/v),
+
+    the same for all numbers of x: about the part of Σ m²/v that is not error.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -58,8 +65,10 @@ class SettlingAdam(torch.optim.Optimizer):
                     self._step(x, x.grad, group, self.state[x])
 
     def _step(self, x: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        estimates = getattr(x, "estimates", None)
         if not state:
             state |= {"step": torch.tensor(0.0)} | {key: torch.zeros_like(x) for key in ("mean", "square", "surprise")}
+            state |= {"means": torch.zeros_like(estimates)} if estimates is not None else {}
         done = state["step"].item()
         group["lr"] = group["first_lr"] / math.sqrt(1 + done / group["settle"])
         state["step"] += 1
@@ -69,13 +78,25 @@ class SettlingAdam(torch.optim.Optimizer):
         mean = state["mean"].lerp_(gradient, 1 - MEMORY) / (1 - MEMORY ** (done + 1))
         square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY ** (done + 1))
         step = group["lr"] * mean / (square.sqrt() + 1e-8)
-        x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
+        if group["certainty"] is None:
+            x -= step
+        elif estimates is not None:
+            x -= _agreement(state["means"].lerp_(estimates, 1 - MEMORY), state["square"]) * step
+        else:
+            x -= _certain(mean, state, group["certainty"]) * step
 
 
 def _squared_weights(steps: float) -> float:
     """κ: the sum of the squared weights of Adam's average of so many gradients; 1 of one."""
     forgotten = MEMORY**steps
     return (1 - MEMORY) / (1 + MEMORY) * (1 + forgotten) / (1 - forgotten)
+
+
+def _agreement(means: Tensor, square: Tensor) -> Tensor:
+    """ρ of estimates' averages, (copies, ...): one number."""
+    copies, sizes = len(means), square.clamp_min(torch.finfo(square.dtype).tiny)
+    errors = means.var(0) / copies
+    return (1 - (errors / sizes).sum() / (means.mean(0).square() / sizes).sum()).nan_to_num(0.0).clamp_min(0)
 
 
 def _certain(mean: Tensor, state: dict[str, Any], certainty: float) -> Tensor:

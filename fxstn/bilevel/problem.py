@@ -90,6 +90,11 @@ class BilevelProblem(nn.Module):
         """The training loss's derivative in λ, from the gradients of w₀; None: nothing to correct (`inner_correction`)."""
         return None
 
+    def estimates(self) -> Tensor | None:
+        """Several estimates of the gradient in λ that the last hyper_loss left, (copies, h), for one parameter λ; their mean is
+        that gradient, and training_hypergradient then has their shape. None where there is but one."""
+        return None
+
     def begins(self, stream: str) -> None:
         """A pass over the "train" or "valid" loader begins."""
 
@@ -151,6 +156,7 @@ class NetworkProblem(BilevelProblem):
         self.response_windows, self.hyper_fraction = response_windows, hyper_fraction
         self._windows = 0  # that the response step has seen in this pass
         self._epsilon: Tensor | None = None
+        self._offsets: Tensor | None = None  # of λ for each copy of Θ, in the last hyper step
         self._before: Any = None  # the state before the window that general_loss saw last
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
@@ -193,9 +199,13 @@ class NetworkProblem(BilevelProblem):
         carried = self.validation_windows
         inputs, target = part((inputs, target), self.hyper_fraction)
         perturb = self.perturb if self.tune_scale else "none"
+        if self.stn.copies > 1:
+            λ = self.stn.hparams.unconstrained
+            self._offsets = λ.new_zeros(self.stn.copies, len(λ)).requires_grad_()
         loss = hyper_loss(
-            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb
-        )
+            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb,
+            offsets=self._offsets,
+        )  # fmt: skip
         carried.advance()
         return loss
 
@@ -236,7 +246,15 @@ class NetworkProblem(BilevelProblem):
         return dict(zip(self.stn.hparams.names, self.stn.hparams.scale.tolist(), strict=True))
 
     def training_hypergradient(self) -> Tensor | None:
-        return None if self.joint else self.stn.hypergradient()
+        if self.joint:
+            return None
+        return self.stn.hypergradient() if self.stn.copies == 1 else self.stn.hypergradient_by_copy()
+
+    def estimates(self) -> Tensor | None:
+        """Θᵀ∇L_V by each copy of Θ."""
+        if self._offsets is None or self._offsets.grad is None:
+            return None
+        return self._offsets.grad * self.stn.copies
 
     def begins(self, stream: str) -> None:
         if stream == "valid":

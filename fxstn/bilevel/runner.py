@@ -56,7 +56,7 @@ class BilevelRunner:
     `hparams` it gets {name: (batch,) constrained values} in training and None in the hyper step and in evaluation
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
-    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
+    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2 √copies; of a structured response as the
     weights'), hyper_optimizer (Adam, whose rate falls from 0.4, and that moves λ only as far as its gradient's sign is
     certain: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ, and
@@ -168,7 +168,7 @@ class BilevelRunner:
                 tune_scale=tune_scale, perturb=perturb, response_fraction=response_fraction,
                 response_widening=response_widening, response_windows=response_windows, hyper_fraction=hyper_fraction,
             )  # fmt: skip
-            structured = stn.structured
+            structured, copies = stn.structured, stn.copies
         elif isinstance(stn, BilevelProblem):
             if loss_fn is not None:
                 raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
@@ -176,7 +176,7 @@ class BilevelRunner:
                 raise TypeError(
                     f"{', '.join(unused)}: only for a network from fxstn.transform, not for a BilevelProblem"
                 )
-            self.problem, structured = stn, False
+            self.problem, structured, copies = stn, False, 1
         else:
             raise TypeError(
                 f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}"
@@ -204,7 +204,11 @@ class BilevelRunner:
         problem = self.problem
         kinds: dict[str, tuple[OptimizerLike, Any, Any]] = {
             "optimizer": (optimizer, sgd, problem.general_parameters()),
-            "response_optimizer": (response_optimizer, sgd if structured else adam, problem.response_parameters()),
+            "response_optimizer": (
+                response_optimizer,
+                sgd if structured else partial(adam, copies=copies),
+                problem.response_parameters(),
+            ),
             "hyper_optimizer": (hyper_optimizer, SettlingAdam, problem.hyper_parameters()),
             "scale_optimizer": (scale_optimizer, _rmsprop, problem.scale_parameters()),
         }
@@ -417,12 +421,26 @@ class BilevelRunner:
         loss = self._backward(self.problem.hyper_loss, [(inputs, target)])
         self._watch.check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
         self.updates.ready(*names)
-        if self._inner:
-            (held,) = self.problem.hyper_parameters()
-            assert held.grad is not None
-            held.grad -= self.inner_correction * torch.stack(self._inner).mean(0)
+        self._correct()
         self.updates.step(*names)
         self.hyper_steps += 1
+
+    def _correct(self) -> None:
+        """∇L_V − c ∇L_T in place of λ's gradient; by every estimate where there are several, of which it is the mean."""
+        estimates = self.problem.estimates()
+        correction = self.inner_correction * torch.stack(self._inner).mean(0) if self._inner else None
+        if estimates is None and correction is None:
+            return
+        (held,) = self.problem.hyper_parameters()
+        assert held.grad is not None
+        if estimates is not None:
+            distributed.average([estimates])
+            estimates = estimates / self.updates.scaler.get_scale()
+        gradient = held.grad if estimates is None else estimates
+        gradient = gradient if correction is None else gradient - correction
+        held.grad = gradient if estimates is None else gradient.mean(0)
+        if estimates is not None:
+            held.estimates = gradient  # type: ignore[attr-defined]
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
