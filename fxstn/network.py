@@ -209,8 +209,10 @@ class SelfTuningNetwork(nn.Module):
 
     def hypergradient_by_copy(self) -> Tensor:
         """As `hypergradient`, by each copy of Θ: (copies, h)."""
-        zeros = self.hparams.unconstrained.detach().new_zeros(self.copies * len(self.hparams))
-        return (zeros + pulled_back(self.response, self.model)).view(self.copies, -1)
+        found = pulled_back(self.response, self.model) + self.hparams.unconstrained.new_zeros(
+            self.copies * len(self.hparams)
+        )
+        return found.view(self.copies, -1)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""

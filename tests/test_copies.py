@@ -67,6 +67,7 @@ def test_the_response_is_the_mean_of_the_copies():
         fxstn.general_loss(each, F.cross_entropy, x, target).backward()
         fxstn.hyper_loss(each, F.cross_entropy, x, target, perturb="none").backward()
     torch.testing.assert_close(stn.hypergradient(), single.hypergradient())
+    assert not stn.hypergradient().requires_grad  # or it would keep the gradients of w₀ until the hyper step
     torch.testing.assert_close(stn.hparams.unconstrained.grad, single.hparams.unconstrained.grad)
 
 

@@ -62,6 +62,7 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
     }
 
 
+@torch.no_grad()
 def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
     """Θᵀ g, (copies · h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
     total: Tensor | float = 0.0
