@@ -313,9 +313,10 @@ class SelfTuningNetwork(nn.Module):
             raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch_size(inputs)} examples")
         return value
 
-    def penalty(self, condition: Tensor | None = None) -> Tensor | float:
-        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the
-        mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
+    def penalty(self, condition: Tensor | None = None, delta: Tensor | None = None) -> Tensor | float:
+        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h),
+        the mean over the batch at λ₀ + ε and w₀ + Θ·delta, delta as in `pushforward` (None: ε). 0.0 where no weight decay is
+        tuned."""
         if not self.terms.penalties:
             return 0.0
         strengths = self.hparams(condition)
@@ -329,8 +330,8 @@ class SelfTuningNetwork(nn.Module):
             if condition is None or response is None:
                 total = total + penalty(weight, strengths[..., index].mean(), norm)
                 continue
-            delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
-            scale = response(delta)
+            moved = condition if delta is None else delta
+            scale = response(moved + self.hparams.unconstrained.detach() if self.method == "stn" else moved)
             total = total + penalty_perturbed(
                 weight, strengths[..., index], scale, response.direction(weight), response.axis, norm
             )

@@ -40,16 +40,32 @@ def blocks(stn, of):
 def test_a_copy_learns_from_its_own_examples_alone():
     stn = network(2)
     x, target = batch()
-    other = target.clone()
-    other[1::2] = (target[1::2] + 1) % 3
+    epsilon = 0.5 * torch.randn(8, len(stn.hparams), dtype=torch.float64)
+    others, moved = target.clone(), epsilon.clone()
+    others[1::2] = (target[1::2] + 1) % 3
+    moved[1::2] += 0.3
     found = []
-    for labels in (target, other):
+    for labels, perturb in ((target, epsilon), (others, epsilon), (target, moved)):
         stn.zero_grad()
         torch.manual_seed(2)
-        fxstn.response_loss(stn, F.cross_entropy, x, labels).backward()
+        fxstn.response_loss(stn, F.cross_entropy, x, labels, perturb=perturb).backward()
         found.append(blocks(stn, lambda p: p.grad))
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert not torch.allclose(found[0][1], found[1][1])
+    for other in found[1:]:
+        alike = [torch.allclose(a, b, rtol=1e-9) for a, b in zip(found[0], other, strict=True)]
+        assert sorted(alike) == [False, True]
+
+
+def test_every_copy_learns_from_batches_smaller_than_their_number():
+    stn = fxstn.transform(mlp().double(), [hp.Dropout()], copies=4).train()
+    x, target = batch()
+    learned = torch.zeros(4, dtype=torch.bool)
+    for _ in range(60):
+        stn.zero_grad()
+        fxstn.response_loss(stn, F.cross_entropy, x[:1], target[:1]).backward()
+        now = blocks(stn, lambda p: p.grad).abs().sum(1) > 0
+        assert now.sum() == 1
+        learned |= now
+    assert learned.all()
 
 
 def test_the_response_is_the_mean_of_the_copies():
@@ -114,6 +130,9 @@ def test_lambda_moves_where_copies_agree_and_not_where_they_do_not():
     assert agreed > 0.95 * as_adam
     assert moved(lambda: error) < 0.5 * moved(lambda: error, certainty=None)  # an error that stays
     assert moved(lambda: torch.zeros(4, 20)) == 0
+    veto = torch.zeros(4, 20)
+    veto[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])  # their mean is zero, and one number speaks for no other
+    assert moved(lambda: signal.scatter(0, torch.tensor([0]), 0.0) + veto + 0.1 * torch.randn(4, 20)) > 0.8 * as_adam
 
 
 def run(stn, **settings):
@@ -152,5 +171,7 @@ def test_where_there_can_be_no_copies(wrong):
 
 
 def test_copies_need_an_epsilon_per_example():
+    with pytest.raises(ValueError, match="ε per example"):
+        run(network(2), perturb="batch")
     with pytest.raises(ValueError, match="ε per example"):
         fxstn.response_loss(network(2), F.cross_entropy, *batch(), perturb="batch")

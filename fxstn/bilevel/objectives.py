@@ -125,7 +125,7 @@ def _perturbed_loss(
     output, asides = stn.perturbed_output(
         *inputs, delta=delta, condition=epsilon, training=True, update_statistics=update_statistics
     )
-    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon)
+    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon, delta)
 
 
 def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
@@ -144,13 +144,14 @@ def _training_loss(
     output: Any,
     asides: tuple,
     epsilon: Tensor | None,
+    delta: Tensor | None = None,
 ) -> Tensor:
-    """L_T of an output at λ₀ + ε (None: λ₀): the loss function and every penalty."""
+    """L_T of an output at λ₀ + ε (None: λ₀), with weights moved by delta: the loss function and every penalty."""
     examples, strengths = batch_size(inputs), stn.hparams(epsilon)
     for spec, value in zip(stn.terms.asides, asides, strict=True):
         target = spec.retarget(target, output, value)
     hparams = stn.hparams.named(strengths.expand(examples, -1)) if takes_hparams(loss_fn) else None
-    loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
+    loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon, delta)
     for spec, value in zip(stn.terms.asides, asides, strict=True):
         loss = loss + spec.penalty(value)
     for index, projections in stn.terms.jacobian:

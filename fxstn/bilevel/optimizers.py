@@ -40,12 +40,13 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    An error that stays from step to step is certain in that sense, too. Where x has an attribute `estimates`, (copies, *shape),
-    gradients whose errors are independent and whose mean g is, their averages mₖ say how large such errors are, and
+    An error that stays from step to step is certain in that sense, too. Where x has an attribute `estimates`, at least two
+    gradients (copies, *shape) whose errors are independent and whose mean g is, their averages mₖ say how large those are.
+    With s, the average of the estimates' squares, as v is of g²,
 
-        ρ = max(0, 1 − Σ (Σₖ (mₖ − m)²/(K (K − 1)))/v / Σ m²/v),
+        ρ = max(0, 1 − Σ (Σₖ (mₖ − m)²/(K (K − 1)))/s / Σ m²/s),
 
-    the same for all numbers of x: about the part of Σ m²/v that is not error.
+    the same for all numbers of x: about the part of Σ m²/s that is not error. Noise that all estimates share it does not see.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -68,7 +69,6 @@ class SettlingAdam(torch.optim.Optimizer):
         estimates = getattr(x, "estimates", None)
         if not state:
             state |= {"step": torch.tensor(0.0)} | {key: torch.zeros_like(x) for key in ("mean", "square", "surprise")}
-            state |= {"means": torch.zeros_like(estimates)} if estimates is not None else {}
         done = state["step"].item()
         group["lr"] = group["first_lr"] / math.sqrt(1 + done / group["settle"])
         state["step"] += 1
@@ -81,7 +81,9 @@ class SettlingAdam(torch.optim.Optimizer):
         if group["certainty"] is None:
             x -= step
         elif estimates is not None:
-            x -= _agreement(state["means"].lerp_(estimates, 1 - MEMORY), state["square"]) * step
+            means = state.setdefault("means", torch.zeros_like(estimates)).lerp_(estimates, 1 - MEMORY)
+            sizes = state.setdefault("sizes", torch.zeros_like(x)).lerp_(estimates.square().mean(0), 1 - SQUARE_MEMORY)
+            x -= _agreement(means, sizes) * step
         else:
             x -= _certain(mean, state, group["certainty"]) * step
 
@@ -92,10 +94,10 @@ def _squared_weights(steps: float) -> float:
     return (1 - MEMORY) / (1 + MEMORY) * (1 + forgotten) / (1 - forgotten)
 
 
-def _agreement(means: Tensor, square: Tensor) -> Tensor:
-    """ρ of estimates' averages, (copies, ...): one number."""
-    copies, sizes = len(means), square.clamp_min(torch.finfo(square.dtype).tiny)
-    errors = means.var(0) / copies
+def _agreement(means: Tensor, sizes: Tensor) -> Tensor:
+    """ρ of estimates' averages, (copies, ...), and the mean squares of estimates: one number."""
+    sizes = sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    errors = means.var(0) / len(means)
     return (1 - (errors / sizes).sum() / (means.mean(0).square() / sizes).sum()).nan_to_num(0.0).clamp_min(0)
 
 

@@ -91,8 +91,9 @@ class BilevelProblem(nn.Module):
         return None
 
     def estimates(self) -> Tensor | None:
-        """Several estimates of the gradient in λ that the last hyper_loss left, (copies, h), for one parameter λ; their mean is
-        that gradient, and training_hypergradient then has their shape. None where there is but one."""
+        """At least two estimates of the gradient in λ that the last hyper_loss left, (copies, h), for one parameter λ; their
+        mean is that gradient (of the scaled loss, where it is scaled for fp16), and training_hypergradient then has their
+        shape. None where there is but one."""
         return None
 
     def begins(self, stream: str) -> None:
@@ -155,6 +156,10 @@ class NetworkProblem(BilevelProblem):
         self.response_fraction, self.response_widening = response_fraction, response_widening
         self.response_windows, self.hyper_fraction = response_windows, hyper_fraction
         self._windows = 0  # that the response step has seen in this pass
+        if stn.copies > 1 and perturb == "batch":
+            raise ValueError(
+                f"copies={stn.copies} needs an ε per example; transform with copies=1, or without perturb='batch'"
+            )
         self._epsilon: Tensor | None = None
         self._offsets: Tensor | None = None  # of λ for each copy of Θ, in the last hyper step
         self._before: Any = None  # the state before the window that general_loss saw last

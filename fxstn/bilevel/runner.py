@@ -423,6 +423,8 @@ class BilevelRunner:
         self.updates.ready(*names)
         self._correct()
         self.updates.step(*names)
+        for held in self.problem.hyper_parameters():
+            held.estimates = None  # type: ignore[attr-defined]
         self.hyper_steps += 1
 
     def _correct(self) -> None:

@@ -74,10 +74,9 @@ def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
 
 
 def one_copy_each(epsilon: Tensor, copies: int) -> Tensor:
-    """ε (batch, h) → (batch, copies · h): example i moves with copy i mod copies alone."""
-    chosen = torch.arange(len(epsilon), device=epsilon.device)[:, None] % copies == torch.arange(
-        copies, device=epsilon.device
-    )
+    """ε (batch, h) → (batch, copies · h): each example moves with one copy alone, in turn, from one chosen at random."""
+    turn = torch.arange(len(epsilon), device=epsilon.device) + int(torch.randint(copies, ()))
+    chosen = turn[:, None] % copies == torch.arange(copies, device=epsilon.device)
     return (chosen[:, :, None] * epsilon[:, None, :]).flatten(1)
 
 
