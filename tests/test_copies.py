@@ -172,6 +172,6 @@ def test_where_there_can_be_no_copies(wrong):
 
 def test_copies_need_an_epsilon_per_example():
     with pytest.raises(ValueError, match="ε per example"):
-        run(network(2), perturb="batch")
+        run(network(2), perturb="batch").fit(1)
     with pytest.raises(ValueError, match="ε per example"):
         fxstn.response_loss(network(2), F.cross_entropy, *batch(), perturb="batch")

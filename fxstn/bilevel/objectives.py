@@ -116,12 +116,7 @@ def _perturbed_loss(
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
-    delta = epsilon
-    if stn.copies > 1:
-        if epsilon.dim() == 1:
-            raise ValueError(f"copies={stn.copies} needs an ε per example, and all examples of this batch have one; transform "
-                             "with copies=1, or without perturb='batch'")  # fmt: skip
-        delta = one_copy_each(epsilon, stn.copies)
+    delta = one_copy_each(epsilon, stn.copies) if stn.copies > 1 else epsilon
     output, asides = stn.perturbed_output(
         *inputs, delta=delta, condition=epsilon, training=True, update_statistics=update_statistics
     )

@@ -156,10 +156,6 @@ class NetworkProblem(BilevelProblem):
         self.response_fraction, self.response_widening = response_fraction, response_widening
         self.response_windows, self.hyper_fraction = response_windows, hyper_fraction
         self._windows = 0  # that the response step has seen in this pass
-        if stn.copies > 1 and perturb == "batch":
-            raise ValueError(
-                f"copies={stn.copies} needs an ε per example; transform with copies=1, or without perturb='batch'"
-            )
         self._epsilon: Tensor | None = None
         self._offsets: Tensor | None = None  # of λ for each copy of Θ, in the last hyper step
         self._before: Any = None  # the state before the window that general_loss saw last

@@ -74,7 +74,12 @@ def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
 
 
 def one_copy_each(epsilon: Tensor, copies: int) -> Tensor:
-    """ε (batch, h) → (batch, copies · h): each example moves with one copy alone, in turn, from one chosen at random."""
+    """ε (batch, h) → (batch, copies · h): each example moves with one copy alone, in turn, from one chosen at random.
+
+    Raises ValueError for one ε of all examples, (h,)."""
+    if epsilon.dim() == 1:
+        raise ValueError(f"copies={copies} needs an ε per example, and all examples of this batch have one; transform with "
+                         "copies=1, or leave out perturb='batch'")  # fmt: skip
     turn = torch.arange(len(epsilon), device=epsilon.device) + int(torch.randint(copies, ()))
     chosen = turn[:, None] % copies == torch.arange(copies, device=epsilon.device)
     return (chosen[:, :, None] * epsilon[:, None, :]).flatten(1)
