@@ -20,13 +20,14 @@ from fxstn.cli import loader
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 PAPERS = ("delta", "centered", "stn")
 ABLATIONS: dict[str, dict[str, Any]] = {  # what each changes of the default
-    "uncertain": {"hyper_optimizer": partial(SettlingAdam, lr=0.2, certainty=None)},
+    "unlimited": {"hyper_optimizer": partial(SettlingAdam, limits=False)},
+    "uncertain": {"hyper_optimizer": partial(SettlingAdam, lr=0.2, certainty=None, limits=False)},
     "constant-rate": {"hyper_optimizer": partial(torch.optim.Adam, lr=6e-2)},
     "every-step": {"response_every": 1},
     "uncorrected": {"inner_correction": 0.0},
     "unwidened": {"response_widening": 1.0},
 }
-RUNS = ("untuned", "default", "copies", *ABLATIONS, *PAPERS)
+RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
 WORST = 1e6  # the loss that a search is told of a run that diverged
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
@@ -66,7 +67,7 @@ def prepared(
         settings = fxstn.PAPER | {"response_optimizer": task.optimizer} | task.paper
         stn = fxstn.transform(model, specs, method=method, response="structured")
     else:
-        stn, settings = fxstn.transform(model, specs, copies=2 if method == "copies" else 1), ABLATIONS.get(method, {})
+        stn, settings = fxstn.transform(model, specs), ABLATIONS.get(method, {})
     if method in ("untuned", *SEARCHES):
         settings = {"schedule": still(stn)}
     runner = fxstn.BilevelRunner(

@@ -185,9 +185,7 @@ def _groups(found: Sequence[Reading], pending: set[str]) -> list[list[str]]:
     return list({id(group): group for group in leader.values()}.values())
 
 
-def response_modules(
-    model: nn.Module, found: Responses, hyperparameters: int, structured: bool, copies: int
-) -> nn.Module:
+def response_modules(model: nn.Module, found: Responses, hyperparameters: int, structured: bool) -> nn.Module:
     """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
     tree = nn.Module()
     made: dict[str, Response] = {}
@@ -201,7 +199,7 @@ def response_modules(
         first = next((made[other] for other in made if found.leaders[other] == found.leaders[name]), None)
         shared = first.U if first is not None else None
         parameter = model.get_parameter(name)
-        made[name] = Response(parameter, found.fan_ins[name], hyperparameters, axis, shared, structured, copies)
+        made[name] = Response(parameter, found.fan_ins[name], hyperparameters, axis, shared, structured)
         owner.add_module(leaf, made[name])
     return tree
 

@@ -176,11 +176,6 @@ class SelfTuningNetwork(nn.Module):
         """Whether R is learned (paper, Eq. 3.14), or every unit of the weights only scaled."""
         return any(m.R is not None for m in self.response.modules() if isinstance(m, Response))
 
-    @property
-    def copies(self) -> int:
-        """How many times Θ is learned (`transform`)."""
-        return next(m.copies for m in self.response.modules() if isinstance(m, Response))
-
     def best_response(self, delta: Tensor) -> dict[str, Tensor]:
         """Weights that the response predicts at λ₀ + delta: w₀ + Θ·delta (paper, Eq. 3.1; Φλ + φ₀ for "stn").
 
@@ -205,14 +200,7 @@ class SelfTuningNetwork(nn.Module):
         After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
         best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn".
         """
-        return self.hypergradient_by_copy().mean(0)
-
-    def hypergradient_by_copy(self) -> Tensor:
-        """As `hypergradient`, by each copy of Θ: (copies, h)."""
-        found = pulled_back(self.response, self.model) + self.hparams.unconstrained.new_zeros(
-            self.copies * len(self.hparams)
-        )
-        return found.view(self.copies, -1)
+        return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
@@ -305,18 +293,16 @@ class SelfTuningNetwork(nn.Module):
 
     def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
         h = len(self.hparams)
-        widths = (h, self.copies * h) if name == "delta" else (h,)
-        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] not in widths:
+        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
         if value.dim() == 2 and inputs and value.shape[0] != batch_size(inputs):
             raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch_size(inputs)} examples")
         return value
 
-    def penalty(self, condition: Tensor | None = None, delta: Tensor | None = None) -> Tensor | float:
-        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h),
-        the mean over the batch at λ₀ + ε and w₀ + Θ·delta, delta as in `pushforward` (None: ε). 0.0 where no weight decay is
-        tuned."""
+    def penalty(self, condition: Tensor | None = None) -> Tensor | float:
+        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the
+        mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
         if not self.terms.penalties:
             return 0.0
         strengths = self.hparams(condition)
@@ -330,8 +316,8 @@ class SelfTuningNetwork(nn.Module):
             if condition is None or response is None:
                 total = total + penalty(weight, strengths[..., index].mean(), norm)
                 continue
-            moved = condition if delta is None else delta
-            scale = response(moved + self.hparams.unconstrained.detach() if self.method == "stn" else moved)
+            delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
+            scale = response(delta)
             total = total + penalty_perturbed(
                 weight, strengths[..., index], scale, response.direction(weight), response.axis, norm
             )

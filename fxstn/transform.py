@@ -111,7 +111,6 @@ def transform(
     trace: str = "auto",
     recompute: bool = False,
     statistics: str = "batch",
-    copies: int = 1,
 ) -> SelfTuningNetwork:
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
@@ -133,9 +132,6 @@ def transform(
     again in the backward pass, which costs time and saves memory in deep networks; not for "live". statistics: what batch
     norms normalise by in the response and hyper steps of method "delta": those of the "batch", as while w₀ is trained, or
     the "running" ones, as for any user of the trained network, which lag behind the weights; not for "live" either.
-    copies: ≥ 1, how many times Θ is learned, for the response "scaled": each copy from its share of the examples of a
-    response step. The hyper step takes their mean, and λ moves only as far as they agree, for in what they differ they err
-    (`fxstn.bilevel.optimizers.SettlingAdam`; docs/hypergradient.md, Errors of Θ that stay).
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen. nn.SyncBatchNorm normalises over
     all processes, on any device (docs/distributed.md).
@@ -164,13 +160,9 @@ def transform(
         raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
     if statistics not in ("batch", "running"):
         raise ValueError(f"statistics={statistics!r} is neither 'batch' nor 'running'")
-    structured = response == "structured" or (response is None and method != "delta")
-    if not (isinstance(copies, int) and copies >= 1) or (copies > 1 and (structured or trace == "live")):
-        raise ValueError(f"copies={copies!r} must be an integer ≥ 1; above 1 it is for response='scaled', whose Θ is U alone, "
-                         "and not for trace='live', where all examples have one ε")  # fmt: skip
-    graphs_only = copies > 1 or recompute or statistics != "batch"
+    graphs_only = recompute or statistics != "batch"
     if graphs_only and (method != "delta" or trace == "live"):
-        what = f"copies={copies}" if copies > 1 else "recompute=True" if recompute else f"statistics={statistics!r}"
+        what = "recompute=True" if recompute else f"statistics={statistics!r}"
         raise ValueError(f"{what} is for method 'delta', traced by fx or export; got {method!r} and {trace!r}")
     if trace in ("export", "live") and example_inputs is None:
         raise ValueError(f"trace={trace!r} needs example_inputs")
@@ -178,11 +170,12 @@ def transform(
     model = copy.deepcopy(model)
     tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
     emission = {"recompute": recompute, "statistics": statistics}
+    structured = response == "structured" or (response is None and method != "delta")
     rungs = [rung for rung in tried if not (graphs_only and rung == "live")]
     problems: list[Problem] = []
     for rung in rungs:
         try:
-            network = _climbed(rung, model, hparams, example_inputs, method, structured, copies, emission)
+            network = _climbed(rung, model, hparams, example_inputs, method, structured, emission)
             network.rung, network.refusals = rung, tuple(problems)
             found = [name for name, module in model.named_modules() if type(module) in AUGMENTING]
             network.augments = rung != "live" and bool(found)
@@ -208,7 +201,6 @@ def _climbed(
     example_inputs: Any,
     method: str,
     structured: bool,
-    copies: int,
     emission: dict[str, Any],
 ) -> SelfTuningNetwork:
     """A network by one way of following the forward. Raises as `transform`."""
@@ -234,7 +226,7 @@ def _climbed(
                 [Problem("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
             )
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
-    modules = response_modules(model, found, len(space), structured, copies)
+    modules = response_modules(model, found, len(space), structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, method, recipe)
     if rung != "live":
         for training, graph in zip((True, False), graphs, strict=True):

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.lending import evaluating
 from fxstn.layers.penalty import squared_jacobian
-from fxstn.layers.response import one_copy_each
 from fxstn.misfit import fitting_loss
 from fxstn.network import SelfTuningNetwork, batch_size, held
 
@@ -116,11 +115,10 @@ def _perturbed_loss(
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
-    delta = one_copy_each(epsilon, stn.copies) if stn.copies > 1 else epsilon
     output, asides = stn.perturbed_output(
-        *inputs, delta=delta, condition=epsilon, training=True, update_statistics=update_statistics
+        *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )
-    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon, delta)
+    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon)
 
 
 def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
@@ -139,14 +137,13 @@ def _training_loss(
     output: Any,
     asides: tuple,
     epsilon: Tensor | None,
-    delta: Tensor | None = None,
 ) -> Tensor:
-    """L_T of an output at λ₀ + ε (None: λ₀), with weights moved by delta: the loss function and every penalty."""
+    """L_T of an output at λ₀ + ε (None: λ₀): the loss function and every penalty."""
     examples, strengths = batch_size(inputs), stn.hparams(epsilon)
     for spec, value in zip(stn.terms.asides, asides, strict=True):
         target = spec.retarget(target, output, value)
     hparams = stn.hparams.named(strengths.expand(examples, -1)) if takes_hparams(loss_fn) else None
-    loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon, delta)
+    loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
     for spec, value in zip(stn.terms.asides, asides, strict=True):
         loss = loss + spec.penalty(value)
     for index, projections in stn.terms.jacobian:
@@ -162,15 +159,13 @@ def hyper_loss(
     *,
     entropy_weight: float = 1e-3,
     perturb: Perturb = None,
-    offsets: Tensor | None = None,
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
     Arguments as in `response_loss`, on validation data; the network is in eval mode, but that with method "delta" batch norms
     normalise by this batch, as where Θ was learned (`transform`, statistics). entropy_weight: τ ≥ 0. A loss_fn
     that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
-    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone. offsets: zeros, (copies, h), that get the
-    gradient by each copy of Θ.
+    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
     """
     inputs = as_tuple(inputs)
     examples = batch_size(inputs)
@@ -178,8 +173,6 @@ def hyper_loss(
     delta = unconstrained - unconstrained.detach()
     if perturb != "none":
         delta = delta + perturbation(stn, inputs, perturb)
-    if offsets is not None:  # the mean of the copies, each by its own δ
-        delta = ((delta[..., None, :] + offsets) / stn.copies).flatten(-2)
     with held((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()

@@ -21,10 +21,9 @@ def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
 
 
-def adam(parameters: Sequence[nn.Parameter], copies: int = 1) -> torch.optim.Optimizer:
-    """Adam, learning rate 1e-2 √copies: for scales U, which are of the order of 1 whatever the layer. Where gradients are
-    mostly noise Adam moves every copy as far as it would a single one, and their mean 1/√copies as far."""
-    return torch.optim.Adam(parameters, lr=1e-2 * math.sqrt(copies), fused=_fusible(parameters))
+def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
+    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
 
 
 class SettlingAdam(torch.optim.Optimizer):
@@ -40,23 +39,21 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    An error that stays from step to step is certain in that sense, too. Where x has an attribute `estimates`, at least two
-    gradients (copies, *shape) whose errors are independent and whose mean g is, their averages mₖ say how large those are.
-    With s, the average of the estimates' squares, as v is of g²,
-
-        ρ = max(0, 1 − Σ (Σₖ (mₖ − m)²/(K (K − 1)))/s / Σ m²/s),
-
-    the same for all numbers of x: about the part of Σ m²/s that is not error. Noise that all estimates share it does not see.
+    Steps up are multiplied by the group's "rise", steps down by its "fall", numbers in [0, 1] or lists of one for each of x: 1,
+    unless `limit` sets them, which a `BilevelRunner` does after each epoch; limits=False: it does not.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
     stochastic gradient descent with averaging, Nemirovski et al. 2009, Sec. 2.2.)
     """
 
-    def __init__(self, params: Any, lr: float = 0.4, settle: float = 25.0, certainty: float | None = 2.0) -> None:
+    def __init__(
+        self, params: Any, lr: float = 0.4, settle: float = 25.0, certainty: float | None = 2.0, limits: bool = True
+    ) -> None:
         if not lr > 0 or not settle > 0 or (certainty is not None and not certainty >= 0):
             raise ValueError(f"need lr > 0, settle > 0, certainty >= 0 or None; got {lr}, {settle}, {certainty}")
-        super().__init__(params, {"lr": lr, "first_lr": lr, "settle": settle, "certainty": certainty})
+        defaults = {"lr": lr, "first_lr": lr, "settle": settle, "certainty": certainty}
+        super().__init__(params, defaults | {"limits": limits, "rise": 1.0, "fall": 1.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -66,7 +63,6 @@ class SettlingAdam(torch.optim.Optimizer):
                     self._step(x, x.grad, group, self.state[x])
 
     def _step(self, x: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        estimates = getattr(x, "estimates", None)
         if not state:
             state |= {"step": torch.tensor(0.0)} | {key: torch.zeros_like(x) for key in ("mean", "square", "surprise")}
         done = state["step"].item()
@@ -78,27 +74,36 @@ class SettlingAdam(torch.optim.Optimizer):
         mean = state["mean"].lerp_(gradient, 1 - MEMORY) / (1 - MEMORY ** (done + 1))
         square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY ** (done + 1))
         step = group["lr"] * mean / (square.sqrt() + 1e-8)
-        if group["certainty"] is None:
-            x -= step
-        elif estimates is not None:
-            means = state.setdefault("means", torch.zeros_like(estimates)).lerp_(estimates, 1 - MEMORY)
-            sizes = state.setdefault("sizes", torch.zeros_like(x)).lerp_(estimates.square().mean(0), 1 - SQUARE_MEMORY)
-            x -= _agreement(means, sizes) * step
-        else:
-            x -= _certain(mean, state, group["certainty"]) * step
+        rise, fall = (torch.as_tensor(group[key]).to(x) for key in ("rise", "fall"))
+        step *= torch.where(step < 0, rise, fall)
+        x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
+
+
+def limited(optimizer: Any) -> bool:
+    """Whether `limit` means anything to it."""
+    return optimizer is not None and all(group.get("limits") for group in optimizer.param_groups)
+
+
+def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train: float, valid: float) -> None:
+    """Let λ, of a `SettlingAdam`, move as far as there is something to gain: by what the losses are on training data and on
+    validation data, both without dropout and augmentation.
+
+    A stronger regularisation does not fit the training data better: at best L_V comes down to L_T, by the share
+    s = (L_V − L_T)/L_V. A weaker one at best fits them completely: L_T goes, the share 1 − s. These are what steps are
+    multiplied by that raise or lower a number that regularises more where it is higher. Losses that are not finite, or below
+    zero, say nothing: then all steps are taken whole.
+    """
+    known = 0 <= train < math.inf and 0 < valid < math.inf
+    share = min(max(1 - train / valid, 0.0), 1.0) if known else None
+    for group in optimizer.param_groups:
+        group["rise"] = [1.0 if share is None or not regularizes else share for regularizes in regularizing]
+        group["fall"] = [1.0 if share is None or not regularizes else 1 - share for regularizes in regularizing]
 
 
 def _squared_weights(steps: float) -> float:
     """κ: the sum of the squared weights of Adam's average of so many gradients; 1 of one."""
     forgotten = MEMORY**steps
     return (1 - MEMORY) / (1 + MEMORY) * (1 + forgotten) / (1 - forgotten)
-
-
-def _agreement(means: Tensor, sizes: Tensor) -> Tensor:
-    """ρ of estimates' averages, (copies, ...), and the mean squares of estimates: one number."""
-    sizes = sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-    errors = means.var(0) / len(means)
-    return (1 - (errors / sizes).sum() / (means.mean(0).square() / sizes).sum()).nan_to_num(0.0).clamp_min(0)
 
 
 def _certain(mean: Tensor, state: dict[str, Any], certainty: float) -> Tensor:

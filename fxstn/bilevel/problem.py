@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -86,14 +86,13 @@ class BilevelProblem(nn.Module):
         """σ by name of the hyperparameter."""
         return {}
 
+    def regularizing(self) -> Sequence[bool]:
+        """Of each number of the one λ, in order, whether it regularises more where it is higher: λ then moves as far as the
+        network over- or underfits (`fxstn.bilevel.optimizers.limit`). Empty: nothing is known, and λ moves freely."""
+        return ()
+
     def training_hypergradient(self) -> Tensor | None:
         """The training loss's derivative in λ, from the gradients of w₀; None: nothing to correct (`inner_correction`)."""
-        return None
-
-    def estimates(self) -> Tensor | None:
-        """At least two estimates of the gradient in λ that the last hyper_loss left, (copies, h), for one parameter λ; their
-        mean is that gradient (of the scaled loss, where it is scaled for fp16), and training_hypergradient then has their
-        shape. None where there is but one."""
         return None
 
     def begins(self, stream: str) -> None:
@@ -157,7 +156,6 @@ class NetworkProblem(BilevelProblem):
         self.response_windows, self.hyper_fraction = response_windows, hyper_fraction
         self._windows = 0  # that the response step has seen in this pass
         self._epsilon: Tensor | None = None
-        self._offsets: Tensor | None = None  # of λ for each copy of Θ, in the last hyper step
         self._before: Any = None  # the state before the window that general_loss saw last
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
@@ -200,13 +198,9 @@ class NetworkProblem(BilevelProblem):
         carried = self.validation_windows
         inputs, target = part((inputs, target), self.hyper_fraction)
         perturb = self.perturb if self.tune_scale else "none"
-        if self.stn.copies > 1:
-            λ = self.stn.hparams.unconstrained
-            self._offsets = λ.new_zeros(self.stn.copies, len(λ)).requires_grad_()
         loss = hyper_loss(
-            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb,
-            offsets=self._offsets,
-        )  # fmt: skip
+            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb
+        )
         carried.advance()
         return loss
 
@@ -246,16 +240,11 @@ class NetworkProblem(BilevelProblem):
     def scales(self) -> dict[str, float]:
         return dict(zip(self.stn.hparams.names, self.stn.hparams.scale.tolist(), strict=True))
 
-    def training_hypergradient(self) -> Tensor | None:
-        if self.joint:
-            return None
-        return self.stn.hypergradient() if self.stn.copies == 1 else self.stn.hypergradient_by_copy()
+    def regularizing(self) -> list[bool]:
+        return [quantity.regularizes for quantity in self.stn.hparams.quantities]
 
-    def estimates(self) -> Tensor | None:
-        """Θᵀ∇L_V by each copy of Θ."""
-        if self._offsets is None or self._offsets.grad is None:
-            return None
-        return self._offsets.grad * self.stn.copies
+    def training_hypergradient(self) -> Tensor | None:
+        return None if self.joint else self.stn.hypergradient()
 
     def begins(self, stream: str) -> None:
         if stream == "valid":

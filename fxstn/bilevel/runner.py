@@ -21,7 +21,7 @@ from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch, check_batch
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import Keeper
 from fxstn.bilevel.objectives import LossFunction
-from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
+from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, limit, limited, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import (
@@ -56,7 +56,7 @@ class BilevelRunner:
     `hparams` it gets {name: (batch,) constrained values} in training and None in the hyper step and in evaluation
     (valid_loss_fn replaces it there). Loaders yield (inputs, target); a tuple of inputs is unpacked.
 
-    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2 √copies; of a structured response as the
+    optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
     weights'), hyper_optimizer (Adam, whose rate falls from 0.4, and that moves λ only as far as its gradient's sign is
     certain: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ, and
@@ -84,7 +84,8 @@ class BilevelRunner:
     accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
     network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
     which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
-    (`fxstn.bilevel.recalibration`); 0: those that training keeps. step_schedulers: as schedulers, stepped with their optimizer.
+    (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits and λ may move
+    (`fxstn.bilevel.optimizers.limit`); 0: the statistics that training keeps, and λ moves freely. step_schedulers: as schedulers, stepped with their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
@@ -168,7 +169,7 @@ class BilevelRunner:
                 tune_scale=tune_scale, perturb=perturb, response_fraction=response_fraction,
                 response_widening=response_widening, response_windows=response_windows, hyper_fraction=hyper_fraction,
             )  # fmt: skip
-            structured, copies = stn.structured, stn.copies
+            structured = stn.structured
         elif isinstance(stn, BilevelProblem):
             if loss_fn is not None:
                 raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
@@ -176,7 +177,7 @@ class BilevelRunner:
                 raise TypeError(
                     f"{', '.join(unused)}: only for a network from fxstn.transform, not for a BilevelProblem"
                 )
-            self.problem, structured, copies = stn, False, 1
+            self.problem, structured = stn, False
         else:
             raise TypeError(
                 f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}"
@@ -204,11 +205,7 @@ class BilevelRunner:
         problem = self.problem
         kinds: dict[str, tuple[OptimizerLike, Any, Any]] = {
             "optimizer": (optimizer, sgd, problem.general_parameters()),
-            "response_optimizer": (
-                response_optimizer,
-                sgd if structured else partial(adam, copies=copies),
-                problem.response_parameters(),
-            ),
+            "response_optimizer": (response_optimizer, sgd if structured else adam, problem.response_parameters()),
             "hyper_optimizer": (hyper_optimizer, SettlingAdam, problem.hyper_parameters()),
             "scale_optimizer": (scale_optimizer, _rmsprop, problem.scale_parameters()),
         }
@@ -245,6 +242,10 @@ class BilevelRunner:
         )
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
         self._tally: Tally | None = None  # of the epoch that is under way
+        hyper_optimizer = self.optimizers.get("hyper_optimizer")
+        self._limits = bool(recalibrate and not schedule and any(problem.regularizing()) and limited(hyper_optimizer))
+        if self._limits:
+            limit(hyper_optimizer, problem.regularizing(), 1.0, 1.0)  # what has learned nothing does not overfit
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
         self._last, self._at = (None, None), ""  # the batch placed last, and which it is
@@ -330,8 +331,10 @@ class BilevelRunner:
         if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
         with self._evaluating():
-            found, sample = self._evaluated(self.valid_loader, "valid_loader")
+            found, sample = self._evaluated(self.valid_loader, "valid_loader", self.metrics)
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
+            if self._limits:
+                losses["clean_train_loss"] = self._limited(found["valid_loss"])
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
@@ -421,28 +424,12 @@ class BilevelRunner:
         loss = self._backward(self.problem.hyper_loss, [(inputs, target)])
         self._watch.check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
         self.updates.ready(*names)
-        self._correct()
+        if self._inner:
+            (held,) = self.problem.hyper_parameters()
+            assert held.grad is not None
+            held.grad -= self.inner_correction * torch.stack(self._inner).mean(0)
         self.updates.step(*names)
-        for held in self.problem.hyper_parameters():
-            held.estimates = None  # type: ignore[attr-defined]
         self.hyper_steps += 1
-
-    def _correct(self) -> None:
-        """∇L_V − c ∇L_T in place of λ's gradient; by every estimate where there are several, of which it is the mean."""
-        estimates = self.problem.estimates()
-        correction = self.inner_correction * torch.stack(self._inner).mean(0) if self._inner else None
-        if estimates is None and correction is None:
-            return
-        (held,) = self.problem.hyper_parameters()
-        assert held.grad is not None
-        if estimates is not None:
-            distributed.average([estimates])
-            estimates = estimates / self.updates.scaler.get_scale()
-        gradient = held.grad if estimates is None else estimates
-        gradient = gradient if correction is None else gradient - correction
-        held.grad = gradient if estimates is None else gradient.mean(0)
-        if estimates is not None:
-            held.estimates = gradient  # type: ignore[attr-defined]
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
@@ -451,7 +438,8 @@ class BilevelRunner:
     def _evaluating(self) -> Iterator[None]:
         """The network is what is evaluated and kept: averaged, with statistics of its own."""
         averaged = self._averaged.in_place() if self._averaged else contextlib.nullcontext()
-        problem, recent = self.problem, self._recent()
+        problem = self.problem
+        recent = (self._placed(batch, "train_loader", "recalibration") for batch in self._recent())
         with (
             averaged,
             self._precision(),
@@ -459,10 +447,9 @@ class BilevelRunner:
         ):
             yield
 
-    def _recent(self) -> Iterator[tuple[Any, Any]]:
+    def _recent(self) -> Iterator[Any]:
         """The training batches of the last steps; others, before there was one."""
-        for batch in self._train.recent or itertools.islice(self.train_loader, self.recalibrate):
-            yield self._placed(batch, "train_loader", "recalibration")
+        yield from self._train.recent or itertools.islice(self.train_loader, self.recalibrate)
 
     def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
         source = name if self.unpack is None else f"unpack of a batch of {name}"
@@ -498,11 +485,12 @@ class BilevelRunner:
         if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
         with self._evaluating():
-            return self._evaluated(*((self.valid_loader, "valid_loader") if loader is None else (loader, "loader")))[0]
+            where = (self.valid_loader, "valid_loader") if loader is None else (loader, "loader")
+            return self._evaluated(*where, self.metrics)[0]
 
-    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
+    def _evaluated(self, loader: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
         """Means over a loader, and this process's first batch, () where its share is empty."""
-        totals: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *self.metrics), 0.0)
+        totals: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *metrics), 0.0)
         evaluation = self.problem.evaluation()
         sample: tuple = ()
         for batch in loader:
@@ -512,7 +500,7 @@ class BilevelRunner:
                 loss, output = evaluation(inputs, target)
             weight = count(inputs, target)
             values = {"valid_loss": loss.item()} | {
-                key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in self.metrics.items()
+                key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in metrics.items()
             }
             for key, value in values.items():
                 totals[key] += value * weight
@@ -521,6 +509,12 @@ class BilevelRunner:
         if not (examples := totals.pop("examples")):
             raise ValueError(f"{name} is empty: it yielded no batch")
         return {key: total / examples for key, total in totals.items()}, sample
+
+    def _limited(self, valid: float) -> float:
+        """The loss on the training batches of the last steps, evaluated as `valid` is; λ now moves within what both leave."""
+        clean = self._evaluated(self._recent(), "train_loader", {})[0]["valid_loss"]
+        limit(self.optimizers["hyper_optimizer"], self.problem.regularizing(), clean, valid)
+        return clean
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""

@@ -19,7 +19,7 @@ class Number:
     """One number that a spec tunes: start and range of the constrained value, low < init < high, and the first σ, > 0.
 
     log: the range is stretched in log space. integer: the value is floored. by_batch: one perturbation for the whole batch,
-    because its operation has one strength for all examples.
+    because its operation has one strength for all examples. regularizes: a higher value is a stronger regularisation.
     """
 
     init: float
@@ -29,6 +29,7 @@ class Number:
     log: bool = False
     integer: bool = False
     by_batch: bool = False
+    regularizes: bool = True
 
     def inside(self, start: float) -> float:
         """A module's own strength moved just inside the range: by 1 % of its width at either end."""
@@ -199,16 +200,18 @@ class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
     log: stretch the range in log space (low > 0). integer: floor the value. high=inf with low=0: any positive number.
+    regularizes: a higher value is a stronger regularisation, which is raised only as far as the network overfits
+    (`fxstn.bilevel.optimizers.SettlingAdam`).
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
-                 integer: bool = False, perturb: str | None = None) -> None:  # fmt: skip
+                 integer: bool = False, perturb: str | None = None, regularizes: bool = False) -> None:  # fmt: skip
         if not isinstance(name, str):
             raise TypeError(
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
             )
         self._need_numbers(init=init, low=low, high=high, scale=scale)
-        self.numbers = {name: Number(init, low, high, scale, log, integer)}
+        self.numbers = {name: Number(init, low, high, scale, log, integer, regularizes=regularizes)}
         super().__init__(shared=True, perturb=perturb)
 
 
@@ -219,4 +222,4 @@ class LabelSmoothing(Scalar):
                  perturb: str | None = None) -> None:  # fmt: skip
         if not 0 <= low < high < 1:
             raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
-        super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb)
+        super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb, regularizes=True)

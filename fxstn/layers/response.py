@@ -14,10 +14,10 @@ from fxstn.staging import staged
 class Response(nn.Module):
     """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
-    U: (n, copies · h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
-    parameters that w is combined with row by row. copies: how many times U is learned; their mean is the response. R: None
-    where it is w itself, so that w(δ) = (1 + U δ) ⊙ w; or a parameter of its own, shaped like w, drawn from the uniform
-    distribution that torch's linear and convolution layers start from, ±1/√fan_in.
+    U: (n, h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
+    parameters that w is combined with row by row. R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w; or a
+    parameter of its own, shaped like w, drawn from the uniform distribution that torch's linear and convolution layers
+    start from, ±1/√fan_in.
     """
 
     def __init__(
@@ -28,25 +28,17 @@ class Response(nn.Module):
         axis: int = 0,
         U: nn.Parameter | None = None,
         structured: bool = True,
-        copies: int = 1,
     ) -> None:
         super().__init__()
-        self.copies = copies
-        zeros = torch.zeros(
-            parameter.shape[axis], copies * hyperparameters, dtype=parameter.dtype, device=parameter.device
-        )
+        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=parameter.dtype, device=parameter.device)
         self.U = nn.Parameter(zeros) if U is None else U
         bound = 1 / math.sqrt(fan_in)
         self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound)) if structured else None
         self.axis = axis
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h), by the mean of the copies; for (..., copies · h) the sum
-        of each copy's, each by its own δ."""
-        U = self.U
-        if delta.shape[-1] != U.shape[1]:
-            U = U.unflatten(1, (self.copies, -1)).mean(1)
-        return nn.functional.linear(delta, U)
+        """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
+        return nn.functional.linear(delta, self.U)
 
     def direction(self, parameter: Tensor) -> Tensor:
         """R, given w."""
@@ -64,25 +56,13 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
 
 @torch.no_grad()
 def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
-    """Θᵀ g, (copies · h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
+    """Θᵀ g, (h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
     total: Tensor | float = 0.0
     for name, module in tree.named_modules():
         if isinstance(module, Response) and (parameter := model.get_parameter(name)).grad is not None:
             products = parameter.grad * module.direction(parameter)
             total = total + products.movedim(module.axis, 0).reshape(len(module.U), -1).sum(1) @ module.U
     return total
-
-
-def one_copy_each(epsilon: Tensor, copies: int) -> Tensor:
-    """ε (batch, h) → (batch, copies · h): each example moves with one copy alone, in turn, from one chosen at random.
-
-    Raises ValueError for one ε of all examples, (h,)."""
-    if epsilon.dim() == 1:
-        raise ValueError(f"copies={copies} needs an ε per example, and all examples of this batch have one; transform with "
-                         "copies=1, or leave out perturb='batch'")  # fmt: skip
-    turn = torch.arange(len(epsilon), device=epsilon.device) + int(torch.randint(copies, ()))
-    chosen = turn[:, None] % copies == torch.arange(copies, device=epsilon.device)
-    return (chosen[:, :, None] * epsilon[:, None, :]).flatten(1)
 
 
 @staged
