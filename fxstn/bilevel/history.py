@@ -20,8 +20,8 @@ DIAGNOSTICS = ("response_norm", "linearization_error", "seconds")
 class History:
     """A list of rows, one per epoch. names: the hyperparameters; a row also holds 'scale:NAME', the σ of those that have one.
 
-    Other columns: epoch (from 1), train_loss, response_loss, clean_train_loss (as valid_loss, on training batches), valid_loss, one
-    per metric, the problem's diagnostics, seconds.
+    Other columns: epoch (from 1), train_loss, response_loss, clean_train_loss (as valid_loss, on training batches),
+    valid_loss, one per metric, the problem's diagnostics, seconds.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ class SettlingAdam(torch.optim.Optimizer):
         x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
 
 
-def limited(optimizer: Any) -> bool:
+def takes_limits(optimizer: Any) -> bool:
     """Whether `limit` means anything to it."""
     return optimizer is not None and all(group.get("limits") for group in optimizer.param_groups)
 

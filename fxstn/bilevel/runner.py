@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import placed
-from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch, check_batch
+from fxstn.bilevel.faults import BadLoss, Monitors, RunWarning, Stop, Watch, check_batch
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import Keeper
 from fxstn.bilevel.objectives import LossFunction
-from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, limit, limited, made, sgd
+from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, limit, made, sgd, takes_limits
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import (
@@ -85,7 +85,8 @@ class BilevelRunner:
     network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
     which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
     (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits and λ may move
-    (`fxstn.bilevel.optimizers.limit`); 0: the statistics that training keeps, and λ moves freely. step_schedulers: as schedulers, stepped with their optimizer.
+    (`fxstn.bilevel.optimizers.limit`); 0: the statistics that training keeps, and λ moves freely. step_schedulers: as
+    schedulers, stepped with their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
@@ -242,10 +243,10 @@ class BilevelRunner:
         )
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
         self._tally: Tally | None = None  # of the epoch that is under way
-        hyper_optimizer = self.optimizers.get("hyper_optimizer")
-        self._limits = bool(recalibrate and not schedule and any(problem.regularizing()) and limited(hyper_optimizer))
-        if self._limits:
-            limit(hyper_optimizer, problem.regularizing(), 1.0, 1.0)  # what has learned nothing does not overfit
+        moves_λ = self.optimizers.get("hyper_optimizer")
+        self._limited = recalibrate and not schedule and any(problem.regularizing()) and takes_limits(moves_λ)
+        if self._limited:
+            self._limit(1.0, 1.0)  # what has learned nothing does not overfit
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
         self._last, self._at = (None, None), ""  # the batch placed last, and which it is
@@ -333,8 +334,8 @@ class BilevelRunner:
         with self._evaluating():
             found, sample = self._evaluated(self.valid_loader, "valid_loader", self.metrics)
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
-            if self._limits:
-                losses["clean_train_loss"] = self._limited(found["valid_loss"])
+            if self._limited:
+                losses |= self._limit_by(found["valid_loss"])
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
@@ -510,11 +511,21 @@ class BilevelRunner:
             raise ValueError(f"{name} is empty: it yielded no batch")
         return {key: total / examples for key, total in totals.items()}, sample
 
-    def _limited(self, valid: float) -> float:
-        """The loss on the training batches of the last steps, evaluated as `valid` is; λ now moves within what both leave."""
-        clean = self._evaluated(self._recent(), "train_loader", {})[0]["valid_loss"]
-        limit(self.optimizers["hyper_optimizer"], self.problem.regularizing(), clean, valid)
-        return clean
+    def _limit(self, train: float, valid: float) -> None:
+        limit(self.optimizers["hyper_optimizer"], self.problem.regularizing(), train, valid)
+
+    def _limit_by(self, valid: float) -> dict[str, float]:
+        """From here λ moves within what the validation loss and that on the last training batches leave; the latter."""
+        try:
+            clean = self._evaluated(self._recent(), "train_loader", {})[0]["valid_loss"]
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"λ moves freely, by no generalisation gap, for the validation loss of training batches cannot be "
+                          f"had: {error}; give a valid_loss_fn that takes them, too", RunWarning, stacklevel=2)  # fmt: skip
+            self._limited = False
+            self._limit(math.nan, valid)
+            return {}
+        self._limit(clean, valid)
+        return {"clean_train_loss": clean}
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""

@@ -16,8 +16,8 @@ class Quantity:
 
     log: the range is stretched in log space, so that equal steps multiply (low > 0). high = inf (with low = 0) gives
     exp. integer: the constrained value is floored; a whole start stands for the middle of [init, init + 1). by_batch: all
-    examples of a batch get the same perturbation. regularizes: a higher value is a stronger regularisation. Raises ValueError when the start is not strictly inside the range,
-    when the range is empty, or when scale ≤ 0.
+    examples of a batch get the same perturbation. regularizes: a higher value is a stronger regularisation.
+    Raises ValueError when the start is not strictly inside the range, when the range is empty, or when scale ≤ 0.
     """
 
     name: str

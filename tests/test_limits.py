@@ -1,0 +1,138 @@
+"""λ moves as far as there is something to gain: limits of its steps by the generalisation gap."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from runs import dataset, make
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.optimizers import SettlingAdam, limit
+
+
+def moved(train: float, valid: float) -> list[float]:
+    """What of a free step numbers make whose gradients say down, up and up; the last does not regularise."""
+    x = nn.Parameter(torch.zeros(3))
+    optimizer = SettlingAdam([x], lr=0.1, certainty=None)
+    limit(optimizer, [True, True, False], train, valid)
+    x.grad = torch.tensor([1.0, -1.0, -1.0])
+    optimizer.step()
+    return (x.detach() / 0.1).tolist()
+
+
+@pytest.mark.parametrize(("train", "valid", "share"), [(0.3, 0.4, 0.25), (0.0, 2.0, 1.0), (0.5, 0.4, 0.0)])
+def test_steps_up_are_multiplied_by_the_gaps_share_and_steps_down_by_the_rest(train, valid, share):
+    assert moved(train, valid) == pytest.approx([-(1 - share), share, 1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("train", "valid"), [(-0.1, 0.4), (-0.5, -0.4), (0.0, 0.0), (math.nan, 0.4), (math.inf, 0.4)])
+def test_losses_that_say_nothing_leave_steps_whole(train, valid):
+    assert moved(train, valid) == pytest.approx([-1.0, 1.0, 1.0], abs=1e-5)
+
+
+class Rising(fxstn.BilevelProblem):
+    """Two numbers whose gradient always says up, the first of which regularises; losses are what the loaders yield."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.numbers = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
+
+    def general_parameters(self):
+        return [self.weight]
+
+    def hyper_parameters(self):
+        return [self.numbers]
+
+    def general_loss(self, inputs, target):
+        return inputs.mean() + self.weight.square().sum()
+
+    def hyper_loss(self, inputs, target):
+        return inputs.mean() - self.numbers.sum()
+
+    def validation_loss(self, inputs, target):
+        return inputs.mean(), inputs
+
+    def regularizing(self):
+        return [True, False]
+
+
+def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_the_first():
+    """Validation data at 0.4; training batches at 0.3, the first two of which are forgotten, at 9."""
+    train = torch.cat([torch.full((8, 1), 9.0), torch.full((12, 1), 0.3)])
+    loaders = [DataLoader(TensorDataset(x, x), 4) for x in (train, torch.full((4, 1), 0.4))]
+    places, problem = [], Rising()
+    runner = fxstn.BilevelRunner(
+        problem, None, *loaders, train_steps=1, recalibrate=3, progress=False,
+        hyper_optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None),
+        callbacks=[lambda run: places.append(problem.numbers.detach().clone())],
+    )  # fmt: skip
+    history = runner.fit(3)
+    assert history["clean_train_loss"] == pytest.approx([0.3] * 3)
+    first, second, third = torch.stack(places).diff(dim=0, prepend=torch.zeros(1, 2))
+    torch.testing.assert_close(first, torch.tensor([0.0, 0.5]), rtol=1e-4, atol=1e-5)  # five steps
+    for epoch in (second, third):
+        torch.testing.assert_close(epoch, torch.tensor([0.25 * 0.5, 0.5]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
+    """Without dropout, of the last two batches, which a plain copy of the network sees, too."""
+    runner = make(recalibrate=2)
+    seen, take = [], runner._train.take
+    runner._train.take = lambda n: [seen.append(batch) or batch for batch in take(n)]
+    (row,) = runner.fit(1)
+    x, y = (torch.cat(parts) for parts in zip(*seen[-2:], strict=True))
+    with torch.no_grad():
+        expected = F.cross_entropy(runner.best_model().eval()(x), y).item()
+    assert row["clean_train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["clean_train_loss"] != pytest.approx(row["train_loss"], rel=1e-3)
+    (group,) = runner.optimizers["hyper_optimizer"].param_groups
+    share = min(max(1 - expected / row["valid_loss"], 0.0), 1.0)
+    assert group["rise"] == pytest.approx([share] * 3, abs=1e-5)
+    assert group["fall"] == pytest.approx([1 - share] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [fxstn.PAPER, {"recalibrate": 0}, {"hyper_optimizer": partial(SettlingAdam, limits=False)},
+     {"hparams": [hp.Scalar("a", 0.5, 0, 1)]}],
+    ids=["paper", "no training batches", "asked not to", "nothing regularises"],
+)  # fmt: skip
+def test_where_nothing_is_limited_nothing_is_measured(settings):
+    runner = make(**settings)
+    (row,) = runner.fit(1)
+    assert "clean_train_loss" not in row
+    (group,) = runner.optimizers["hyper_optimizer"].param_groups
+    assert group.get("rise", 1.0) == group.get("fall", 1.0) == 1.0
+
+
+def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_lambda_moves_freely():
+    def told(output, target):
+        if len(target) == 8:
+            raise ValueError("a whole training batch")
+        return F.cross_entropy(output, target)
+
+    loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
+    stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=told, train_steps=2, progress=False)
+    with pytest.warns(
+        fxstn.RunWarning, match="λ moves freely.*a whole training batch; give a valid_loss_fn that takes"
+    ):
+        history = runner.fit(2)
+    assert "clean_train_loss" not in history.columns()
+    assert runner.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [1.0]
+
+
+def test_which_numbers_regularise():
+    scalars = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1, regularizes=True)]
+    space = make(hparams=[hp.Dropout("2", init=0.3), *scalars, hp.LabelSmoothing()]).stn.hparams
+    assert {q.name: q.regularizes for q in space.quantities} == {
+        "2.dropout": True, "a": False, "b": True, "label_smoothing": True,
+    }  # fmt: skip
