@@ -39,8 +39,8 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    Steps up are multiplied by the group's "rise", steps down by its "fall", numbers in [0, 1] or lists of one for each of x: 1,
-    unless `limit` sets them, which a `BilevelRunner` does after each epoch; limits=False: it does not.
+    Steps up are multiplied by the group's "rise", in [0, 1], or a list of one for each number: 1, unless `limit` sets it, which a
+    `BilevelRunner` does after each epoch; limits=False: it does not.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -53,7 +53,7 @@ class SettlingAdam(torch.optim.Optimizer):
         if not lr > 0 or not settle > 0 or (certainty is not None and not certainty >= 0):
             raise ValueError(f"need lr > 0, settle > 0, certainty >= 0 or None; got {lr}, {settle}, {certainty}")
         defaults = {"lr": lr, "first_lr": lr, "settle": settle, "certainty": certainty}
-        super().__init__(params, defaults | {"limits": limits, "rise": 1.0, "fall": 1.0})
+        super().__init__(params, defaults | {"limits": limits, "rise": 1.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -74,8 +74,7 @@ class SettlingAdam(torch.optim.Optimizer):
         mean = state["mean"].lerp_(gradient, 1 - MEMORY) / (1 - MEMORY ** (done + 1))
         square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY ** (done + 1))
         step = group["lr"] * mean / (square.sqrt() + 1e-8)
-        rise, fall = (torch.as_tensor(group[key]).to(x) for key in ("rise", "fall"))
-        step *= torch.where(step < 0, rise, fall)
+        step = torch.where(step < 0, x.new_tensor(group["rise"]) * step, step)
         x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
 
 
@@ -85,19 +84,18 @@ def takes_limits(optimizer: Any) -> bool:
 
 
 def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train: float, valid: float) -> None:
-    """Let λ, of a `SettlingAdam`, move as far as there is something to gain: by what the losses are on training data and on
-    validation data, both without dropout and augmentation.
+    """Let a `SettlingAdam` raise a regularisation only as far as there is something to gain.
 
-    A stronger regularisation does not fit the training data better: at best L_V comes down to L_T, by the share
-    s = (L_V − L_T)/L_V. A weaker one at best fits them completely: L_T goes, the share 1 − s. These are what steps are
-    multiplied by that raise or lower a number that regularises more where it is higher. Losses that are not finite, or below
-    zero, say nothing: then all steps are taken whole.
+    train, valid: the losses on training and on validation data, both as an evaluation has them, without dropout. A stronger
+    regularisation does not fit the training data better, so at best L_V comes down to L_T: by the share (L_V − L_T)/L_V, the
+    generalisation gap's. Steps that raise a number which regularises more where it is higher are multiplied by that share, by
+    0 where L_T is above L_V. Losses that are not finite, below zero, or a validation loss of zero say nothing: then all steps
+    are taken whole.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf
-    share = min(max(1 - train / valid, 0.0), 1.0) if known else None
+    share = min(max(1 - train / valid, 0.0), 1.0) if known else 1.0
     for group in optimizer.param_groups:
-        group["rise"] = [1.0 if share is None or not regularizes else share for regularizes in regularizing]
-        group["fall"] = [1.0 if share is None or not regularizes else 1 - share for regularizes in regularizing]
+        group["rise"] = [share if regularizes else 1.0 for regularizes in regularizing]
 
 
 def _squared_weights(steps: float) -> float:
