@@ -326,7 +326,8 @@ def test_nan_in_the_data_is_found_and_named():
 
 
 def row(epoch, **values):
-    return {"epoch": epoch, "d": 0.3, "scale:d": 1.0, "response_norm": 0.1, "linearization_error": 0.2} | values
+    usual = {"valid_loss": 1.0, "d": 0.3, "scale:d": 1.0, "response_norm": 0.1, "linearization_error": 0.2}
+    return {"epoch": epoch} | usual | values
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,7 @@ def row(epoch, **values):
         ({"scale:d": [9e-4, 8e-4, 7e-4]}, r"σ of d has shrunk to 0\.0007.*entropy_weight"),
         ({"response_norm": [1.5, 1.2, 3.0]}, r"change the weights by 3 times their size; lower response_optimizer"),
         ({"linearization_error": [0.91, 0.92, 0.99]}, r"relative error 0\.99.*scale="),
+        ({"clean_train_loss": [1.2, 1.15, 1.3]}, r"training batches have a loss of 1\.3, validation 1: .*limits=False"),
     ],
 )
 def test_a_sign_of_trouble_is_a_warning_once_it_lasts(values, message):

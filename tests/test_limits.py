@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optimizers import SettlingAdam, limit
+from fxstn.bilevel.limits import limit
+from fxstn.bilevel.optimizers import SettlingAdam
 
 
 def moved(train: float, valid: float) -> list[float]:
@@ -29,13 +30,19 @@ def moved(train: float, valid: float) -> list[float]:
 
 
 @pytest.mark.parametrize(("train", "valid", "share"), [(0.3, 0.4, 0.25), (0.0, 2.0, 1.0), (0.5, 0.4, 0.0)])
-def test_steps_up_are_multiplied_by_the_gaps_share_and_steps_down_by_the_rest(train, valid, share):
-    assert moved(train, valid) == pytest.approx([-(1 - share), share, 1.0], abs=1e-5)
+def test_steps_that_raise_a_regularisation_are_multiplied_by_the_gaps_share(train, valid, share):
+    assert moved(train, valid) == pytest.approx([-1.0, share, 1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize(("train", "valid"), [(-0.1, 0.4), (-0.5, -0.4), (0.0, 0.0), (math.nan, 0.4), (math.inf, 0.4)])
 def test_losses_that_say_nothing_leave_steps_whole(train, valid):
     assert moved(train, valid) == pytest.approx([-1.0, 1.0, 1.0], abs=1e-5)
+
+
+def test_an_optimizer_that_knows_no_limits_is_left_alone():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    limit(optimizer, [True], 0.3, 0.4)
+    assert "rise" not in optimizer.param_groups[0]
 
 
 class Rising(fxstn.BilevelProblem):
@@ -94,9 +101,7 @@ def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
     assert row["clean_train_loss"] == pytest.approx(expected, rel=1e-5)
     assert row["clean_train_loss"] != pytest.approx(row["train_loss"], rel=1e-3)
     (group,) = runner.optimizers["hyper_optimizer"].param_groups
-    share = min(max(1 - expected / row["valid_loss"], 0.0), 1.0)
-    assert group["rise"] == pytest.approx([share] * 3, abs=1e-5)
-    assert group["fall"] == pytest.approx([1 - share] * 3, abs=1e-5)
+    assert group["rise"] == pytest.approx([min(max(1 - expected / row["valid_loss"], 0.0), 1.0)] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -110,24 +115,62 @@ def test_where_nothing_is_limited_nothing_is_measured(settings):
     (row,) = runner.fit(1)
     assert "clean_train_loss" not in row
     (group,) = runner.optimizers["hyper_optimizer"].param_groups
-    assert group.get("rise", 1.0) == group.get("fall", 1.0) == 1.0
+    assert set(torch.tensor(group.get("rise", 1.0)).view(-1).tolist()) == {1.0}
 
 
-def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_lambda_moves_freely():
+@pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyError, RuntimeError])
+def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_lambda_rises_freely(kind):
     def told(output, target):
         if len(target) == 8:
-            raise ValueError("a whole training batch")
+            raise kind("a whole training batch")
         return F.cross_entropy(output, target)
 
     loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
     runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=told, train_steps=2, progress=False)
     with pytest.warns(
-        fxstn.RunWarning, match="λ moves freely.*a whole training batch; give a valid_loss_fn that takes"
+        fxstn.RunWarning, match="λ rises freely.*a whole training batch.*give a valid_loss_fn that takes"
     ):
         history = runner.fit(2)
-    assert "clean_train_loss" not in history.columns()
+    assert all(map(math.isnan, history["clean_train_loss"]))
     assert runner.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [1.0]
+
+
+def test_a_run_resumed_without_limits_has_none(tmp_path):
+    make(tmp_path).fit(1)
+    runner = make(tmp_path, recalibrate=0)
+    runner.fit(2)
+    assert runner.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [1.0] * 3
+
+
+def test_limits_are_part_of_a_saved_run(tmp_path):
+    """Of one that is cut within an epoch, too: the first steps after it rise as far as they would have."""
+    first = make(tmp_path / "a")
+    first.fit(2)
+    first.optimizers["hyper_optimizer"].param_groups[0]["rise"] = [0.1, 0.2, 0.3]
+    first.save(tmp_path / "run.pt")
+    second = make()
+    second.load(tmp_path / "run.pt")
+    assert second.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("said", [[True], [True, False, True]])
+def test_a_problem_must_say_of_each_number_whether_it_regularises(said):
+    problem = Rising()
+    problem.regularizing = lambda: said
+    loader = DataLoader(TensorDataset(torch.ones(4, 1), torch.ones(4, 1)), 4)
+    with pytest.raises(
+        ValueError, match=r"regularizing\(\) of Rising .* shapes \[\(2,\)\]; give one entry for each number"
+    ):
+        fxstn.BilevelRunner(problem, None, loader, loader)
+
+
+def test_unpack_may_take_things_out_of_a_batch():
+    batches = [{"x": x, "y": y} for x, y in DataLoader(dataset(16, 0), 8)]
+    stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+    unpack = lambda batch: (batch.pop("x"), batch.pop("y"))  # noqa: E731
+    (row,) = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, unpack=unpack, progress=False).fit(1)
+    assert row["clean_train_loss"] == pytest.approx(row["valid_loss"], rel=1e-5)
 
 
 def test_which_numbers_regularise():

@@ -39,8 +39,8 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    Steps up are multiplied by the group's "rise", in [0, 1], or a list of one for each number: 1, unless `limit` sets it, which a
-    `BilevelRunner` does after each epoch; limits=False: it does not.
+    Steps up are multiplied by the group's "rise", in [0, 1], or a list of one for each number: 1, unless a `BilevelRunner` sets
+    it (`fxstn.bilevel.limits`); limits=False: it does not. With limits and certainty=None noise lets x drift downwards.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -76,26 +76,6 @@ class SettlingAdam(torch.optim.Optimizer):
         step = group["lr"] * mean / (square.sqrt() + 1e-8)
         step = torch.where(step < 0, x.new_tensor(group["rise"]) * step, step)
         x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
-
-
-def takes_limits(optimizer: Any) -> bool:
-    """Whether `limit` means anything to it."""
-    return optimizer is not None and all(group.get("limits") for group in optimizer.param_groups)
-
-
-def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train: float, valid: float) -> None:
-    """Let a `SettlingAdam` raise a regularisation only as far as there is something to gain.
-
-    train, valid: the losses on training and on validation data, both as an evaluation has them, without dropout. A stronger
-    regularisation does not fit the training data better, so at best L_V comes down to L_T: by the share (L_V − L_T)/L_V, the
-    generalisation gap's. Steps that raise a number which regularises more where it is higher are multiplied by that share, by
-    0 where L_T is above L_V. Losses that are not finite, below zero, or a validation loss of zero say nothing: then all steps
-    are taken whole.
-    """
-    known = 0 <= train < math.inf and 0 < valid < math.inf
-    share = min(max(1 - train / valid, 0.0), 1.0) if known else 1.0
-    for group in optimizer.param_groups:
-        group["rise"] = [share if regularizes else 1.0 for regularizes in regularizing]
 
 
 def _squared_weights(steps: float) -> float:

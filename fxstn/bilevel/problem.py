@@ -87,8 +87,8 @@ class BilevelProblem(nn.Module):
         return {}
 
     def regularizing(self) -> Sequence[bool]:
-        """Of each number of the one λ, in order, whether it regularises more where it is higher: λ then moves as far as the
-        network over- or underfits (`fxstn.bilevel.optimizers.limit`). Empty: nothing is known, and λ moves freely."""
+        """Of each number of the one λ, in order, whether it regularises more where it is higher: that rises only as far
+        as the network overfits (`fxstn.bilevel.limits`). Empty: nothing is known, and λ moves freely."""
         return ()
 
     def training_hypergradient(self) -> Tensor | None:

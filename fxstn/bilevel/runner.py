@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import warnings
@@ -20,8 +21,9 @@ from fxstn.bilevel.batches import placed
 from fxstn.bilevel.faults import BadLoss, Monitors, RunWarning, Stop, Watch, check_batch
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import Keeper
+from fxstn.bilevel.limits import Limits
 from fxstn.bilevel.objectives import LossFunction
-from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, limit, made, sgd, takes_limits
+from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import (
@@ -84,9 +86,9 @@ class BilevelRunner:
     accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
     network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
     which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
-    (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits and λ may move
-    (`fxstn.bilevel.optimizers.limit`); 0: the statistics that training keeps, and λ moves freely. step_schedulers: as
-    schedulers, stepped with their optimizer.
+    (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits and λ may rise
+    (`fxstn.bilevel.limits`); 0: the statistics that training keeps, and λ rises freely. step_schedulers: as schedulers, stepped
+    with their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
@@ -243,10 +245,8 @@ class BilevelRunner:
         )
         self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
         self._tally: Tally | None = None  # of the epoch that is under way
-        moves_λ = self.optimizers.get("hyper_optimizer")
-        self._limited = recalibrate and not schedule and any(problem.regularizing()) and takes_limits(moves_λ)
-        if self._limited:
-            self._limit(1.0, 1.0)  # what has learned nothing does not overfit
+        wanted = recalibrate > 0 and schedule is None
+        self._limits = Limits(self.optimizers.get("hyper_optimizer"), problem, wanted)
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
         self._last, self._at = (None, None), ""  # the batch placed last, and which it is
@@ -332,10 +332,11 @@ class BilevelRunner:
         if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
         with self._evaluating():
-            found, sample = self._evaluated(self.valid_loader, "valid_loader", self.metrics)
+            found, sample = self._evaluated(self.valid_loader, "valid_loader")
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
-            if self._limited:
-                losses |= self._limit_by(found["valid_loss"])
+            if self._limits.on:
+                losses["clean_train_loss"] = self._clean_train_loss()
+                self._limits.set(losses["clean_train_loss"], found["valid_loss"])
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
@@ -454,7 +455,9 @@ class BilevelRunner:
 
     def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
         source = name if self.unpack is None else f"unpack of a batch of {name}"
-        pair = placed(batch if self.unpack is None else self.unpack(batch), self.device, self.memory_format, source)
+        if self.unpack is not None:  # of a copy, for it may take things out, and recent batches are looked at again
+            batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+        pair = placed(batch, self.device, self.memory_format, source)
         self._last, self._at = pair, f"a batch of {name} in {where}"
         if self._keeper.retries:
             check_batch(pair, self._at)
@@ -487,10 +490,15 @@ class BilevelRunner:
             check_loader(loader, "loader")
         with self._evaluating():
             where = (self.valid_loader, "valid_loader") if loader is None else (loader, "loader")
-            return self._evaluated(*where, self.metrics)[0]
+            return self._evaluated(*where)[0]
 
-    def _evaluated(self, loader: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
+    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
         """Means over a loader, and this process's first batch, () where its share is empty."""
+        totals, sample = self._totals(loader, name, self.metrics)
+        return self._means(totals, name), sample
+
+    def _totals(self, loader: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
+        """This process's sums over examples, and their number, "examples"; its first batch."""
         totals: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *metrics), 0.0)
         evaluation = self.problem.evaluation()
         sample: tuple = ()
@@ -506,26 +514,30 @@ class BilevelRunner:
             for key, value in values.items():
                 totals[key] += value * weight
             totals["examples"] += weight
+        return totals, sample
+
+    def _means(self, totals: dict[str, float], name: str) -> dict[str, float]:
         totals = distributed.total(totals, self.device)
         if not (examples := totals.pop("examples")):
             raise ValueError(f"{name} is empty: it yielded no batch")
-        return {key: total / examples for key, total in totals.items()}, sample
+        return {key: total / examples for key, total in totals.items()}
 
-    def _limit(self, train: float, valid: float) -> None:
-        limit(self.optimizers["hyper_optimizer"], self.problem.regularizing(), train, valid)
-
-    def _limit_by(self, valid: float) -> dict[str, float]:
-        """From here λ moves within what the validation loss and that on the last training batches leave; the latter."""
+    def _clean_train_loss(self) -> float:
+        """The validation loss on the training batches of the last steps; NaN, and a warning, where it takes none of them."""
+        totals: dict[str, float] = {}
+        fault = ""
         try:
-            clean = self._evaluated(self._recent(), "train_loader", {})[0]["valid_loss"]
-        except (TypeError, ValueError) as error:
-            warnings.warn(f"λ moves freely, by no generalisation gap, for the validation loss of training batches cannot be "
-                          f"had: {error}; give a valid_loss_fn that takes them, too", RunWarning, stacklevel=2)  # fmt: skip
-            self._limited = False
-            self._limit(math.nan, valid)
-            return {}
-        self._limit(clean, valid)
-        return {"clean_train_loss": clean}
+            totals, _ = self._totals(self._recent(), "train_loader", {})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a loss function that was given for another kind of batch
+            fault = f": {type(error).__name__}: {error}"
+        if not distributed.any_of(bool(fault), self.device):
+            return self._means(totals, "train_loader")["valid_loss"]
+        if not distributed.rank():
+            text = f"λ rises freely for an epoch, for the validation loss of training batches cannot be had{fault}; "
+            warnings.warn(text + "give a valid_loss_fn that takes them, too", RunWarning, stacklevel=4)
+        return math.nan
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""

@@ -33,6 +33,15 @@ WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "ac
          "recalibrate", "patience")  # fmt: skip
 FUNCTIONS = ("valid_loss_fn", "initial_state", "unpack")  # or None
 DICTS = ("metrics", "columns", "schedulers", "step_schedulers")  # or None
+COLUMNS = (
+    "epoch",
+    "examples",
+    "train_loss",
+    "response_loss",
+    "clean_train_loss",
+    "valid_loss",
+    "seconds",
+)  # the runner's own
 
 OF_NETWORKS = (
     "valid_loss_fn",
@@ -87,6 +96,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in ("metrics", "columns"):
         if bad := [key for key, function in settings[name].items() if not callable(function)]:
             raise TypeError(f"{name}[{bad[0]!r}] must be a function, got {type(settings[name][bad[0]]).__name__}")
+        if taken := [key for key in settings[name] if key in COLUMNS]:
+            raise ValueError(f"{name}[{taken[0]!r}]: the history has a column of that name; choose another")
     callbacks = settings["callbacks"]
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")

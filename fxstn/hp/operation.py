@@ -22,7 +22,7 @@ class Operation(Spec):
     draw(x, *strengths, **settings) → drawn: all randomness, and nothing that is differentiated. A strength is a number, a
     0-d tensor, or (batch,) with one per example; `fxstn.layers.noise.by_example` makes it broadcast.
     apply(x, drawn, **settings) → y, shaped like x, of ordinary torch operations, or one that has a tangent rule; x itself,
-    bit for bit, at strengths 0.
+    bit for bit, at strengths 0. Where more of one is not a stronger regularisation, its Number says regularizes=False.
 
     settings are fixed: `read` takes them from a module, the constructor from the user. inserts: whether "input" is the
     place without a pattern and without such a module in the model; otherwise only what is there is taken over. examples:

@@ -201,7 +201,7 @@ class Scalar(Spec):
 
     log: stretch the range in log space (low > 0). integer: floor the value. high=inf with low=0: any positive number.
     regularizes: a higher value is a stronger regularisation, which is raised only as far as the network overfits
-    (`fxstn.bilevel.optimizers.SettlingAdam`).
+    (`fxstn.bilevel.limits`).
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,

@@ -1,0 +1,54 @@
+"""How far λ may rise: as far as a stronger regularisation has something to gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fxstn.bilevel.problem import BilevelProblem
+
+
+def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train: float, valid: float) -> None:
+    """Set the group's "rise" of a `SettlingAdam` from the losses on training and on validation data, both without dropout.
+
+    A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T: by the share
+    (L_V − L_T)/L_V, the generalisation gap's. Steps that raise a number which regularises more where it is higher are
+    multiplied by that share, by 0 where L_T is above L_V. Losses that are not finite, below zero, or a validation loss of zero
+    say nothing: then all steps are taken whole. regularizing: for each number of λ. Optimizers without "rise" stay as they are.
+    """
+    known = 0 <= train < math.inf and 0 < valid < math.inf
+    share = min(max(1 - train / valid, 0.0), 1.0) if known else 1.0
+    for group in optimizer.param_groups:
+        if "rise" in group:
+            group["rise"] = [share if regularizes else 1.0 for regularizes in regularizing]
+
+
+class Limits:
+    """Those of one run, on where they are wanted, λ's optimizer takes them and something is known to regularise.
+
+    At first nothing rises: what has learned nothing does not overfit. Raises ValueError when the problem does not say of every
+    number of one λ whether it regularises.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, wanted: bool) -> None:
+        self.optimizer, self.regularizing = optimizer, tuple(problem.regularizing())
+        shapes = [tuple(parameter.shape) for parameter in problem.hyper_parameters()]
+        if self.regularizing and shapes != [(len(self.regularizing),)]:
+            raise ValueError(
+                f"regularizing() of {type(problem).__name__} is about one λ of shape ({len(self.regularizing)},), its "
+                f"hyper_parameters() have the shapes {shapes}; give one entry for each number, or none"
+            )
+        groups = optimizer.param_groups if optimizer is not None else []
+        takes = bool(groups) and all(group.get("limits") for group in groups)
+        self.on = wanted and takes and any(self.regularizing)
+        self.begin()
+
+    def begin(self) -> None:
+        """As nothing rises at first; what an earlier run has set is lifted where they are not on."""
+        self.set(*((1.0, 1.0) if self.on else (math.nan, math.nan)))
+
+    def set(self, train: float, valid: float) -> None:
+        if self.optimizer is not None and self.regularizing:
+            limit(self.optimizer, self.regularizing, train, valid)
