@@ -266,6 +266,30 @@ def test_every_process_has_the_same_state_and_other_noise(tmp_path, world, synce
     assert {"best.pt", "history.csv", "last.pt"} <= {path.name for path in (tmp_path / "0").iterdir()}
 
 
+def picky_run(rank):
+    """The validation loss refuses the training batches, of 4, of the second process."""
+
+    def told(output, target):
+        if rank and len(target) == 4:
+            raise ValueError("a training batch")
+        return F.cross_entropy(output, target)
+
+    (train, _), (_, valid) = loaders(), loaders(batch=3)
+    seen = Seen(given=(train, valid), valid_loss_fn=told)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        seen.runner.fit(2)
+    return seen.result() | {"warned": [str(w.message) for w in warned if w.category is fxstn.RunWarning]}
+
+
+def test_a_validation_loss_that_fails_in_one_process_limits_lambda_in_none():
+    first, second = run(2, picky_run)
+    assert all(same(a, b) for a, b in zip(first["states"], second["states"], strict=True))
+    assert any("λ rises freely" in text for text in first["warned"])
+    assert not second["warned"]
+    assert all(torch.isnan(torch.tensor([row["clean_train_loss"] for row in first["rows"]])))
+
+
 def sent(rank):
     """Numbers in each message of two epochs, and how many parameters there are of each kind."""
     seen, messages = Seen(response_every=3), []
