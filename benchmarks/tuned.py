@@ -46,11 +46,12 @@ def cells_of(results: dict[str, Any], method: str, start: str) -> dict[str, Any]
 
 
 def default_seconds(results: dict[str, Any]) -> float:
-    """Mean time of a run with the default settings; of any run where there is none. "uncertain" takes the same steps: the
-    slower of both counts, since how busy the machine was differs more than they do."""
+    """Mean time of a run with the default settings; of any run where there is none. "unlimited" and "uncertain" take the same
+    steps: the slowest of them counts, since how busy the machine was differs more than they do."""
     runs = [cell for cell in results.values() if isinstance(cell, dict)]
     same = [
-        [cell for start in STARTS for cell in cells_of(results, m, start).values()] for m in ("default", "uncertain")
+        [cell for start in STARTS for cell in cells_of(results, method, start).values()]
+        for method in ("default", "unlimited", "uncertain")
     ]
     return max(statistics.mean(map(seconds_of, cells)) for cells in ([c for c in same if c] or [runs]))
 
