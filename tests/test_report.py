@@ -297,7 +297,7 @@ def test_tensorboard_has_a_scalar_per_column_and_epoch(tmp_path, board):
     history = make(callbacks=[board(tmp_path)]).fit(3)
     found = events(tmp_path)
     assert set(found) == {
-        "loss/train", "loss/valid", "loss/response", "metric/accuracy", "hyperparameter/2.dropout",
+        "loss/train", "loss/clean_train", "loss/valid", "loss/response", "metric/accuracy", "hyperparameter/2.dropout",
         "hyperparameter/5.dropout", "hyperparameter/weight_decay", "scale/2.dropout", "scale/5.dropout",
         "scale/weight_decay", "diagnostics/response_norm", "diagnostics/linearization_error", "diagnostics/seconds",
     }  # fmt: skip

@@ -138,11 +138,13 @@ class Monitors:
             self._warn("response", f"epoch {epoch}: a perturbation of λ is predicted to change the weights by "
                        f"{recent[-1]['response_norm']:.2g} times their size; lower response_optimizer's learning rate or the "
                        "scale of the hyperparameters, or set clip_norm")  # fmt: skip
-        if all(row.get("clean_train_loss", 0.0) > max(1.1 * row["valid_loss"], 0.0) for row in recent):
+        if all(
+            "clean_train_loss" in row and row["clean_train_loss"] > max(1.1 * row["valid_loss"], 0.0) for row in recent
+        ):
             train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
             self._warn("limits", f"epoch {epoch}: training batches have a loss of {train:.4g}, validation {valid:.4g}: no "
-                       "regularisation rises in a network that fits so badly; if the loader augments or relabels the batches, "
-                       "let λ rise by SettlingAdam(params, limits=False)")  # fmt: skip
+                       "regularisation rises in a network that fits so badly; if the loader augments or relabels them, or "
+                       "validation data are of another kind, let λ rise by SettlingAdam(params, limits=False)")  # fmt: skip
         errors = [row.get("linearization_error", 0.0) for row in recent]
         if min(errors) > 0.9 and errors[-1] >= errors[0]:
             self._warn("linearization", f"epoch {epoch}: the linearised loss says little of the true one (relative error "
