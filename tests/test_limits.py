@@ -144,7 +144,6 @@ def test_a_run_resumed_without_limits_has_none(tmp_path):
 
 
 def test_limits_are_part_of_a_saved_run(tmp_path):
-    """Of one that is cut within an epoch, too: the first steps after it rise as far as they would have."""
     first = make(tmp_path / "a")
     first.fit(2)
     first.optimizers["hyper_optimizer"].param_groups[0]["rise"] = [0.1, 0.2, 0.3]
@@ -171,6 +170,12 @@ def test_unpack_may_take_things_out_of_a_batch():
     unpack = lambda batch: (batch.pop("x"), batch.pop("y"))  # noqa: E731
     (row,) = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, unpack=unpack, progress=False).fit(1)
     assert row["clean_train_loss"] == pytest.approx(row["valid_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["metrics", "columns"])
+def test_a_metric_cannot_take_the_place_of_a_column_of_the_run(argument):
+    with pytest.raises(ValueError, match=argument + r"\['clean_train_loss'\]: the history has a column of that name"):
+        make(**{argument: {"clean_train_loss": fxstn.accuracy}})
 
 
 def test_which_numbers_regularise():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.history import LOSSES
 from fxstn.bilevel.schedule import Schedule
 from fxstn.misfit import first_line
 
@@ -33,15 +34,7 @@ WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "ac
          "recalibrate", "patience")  # fmt: skip
 FUNCTIONS = ("valid_loss_fn", "initial_state", "unpack")  # or None
 DICTS = ("metrics", "columns", "schedulers", "step_schedulers")  # or None
-COLUMNS = (
-    "epoch",
-    "examples",
-    "train_loss",
-    "response_loss",
-    "clean_train_loss",
-    "valid_loss",
-    "seconds",
-)  # the runner's own
+COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # the runner's own
 
 OF_NETWORKS = (
     "valid_loss_fn",
