@@ -19,6 +19,10 @@ from fxstn.bilevel.limits import limit
 from fxstn.bilevel.optimizers import SettlingAdam
 
 
+def gaps(runner: fxstn.BilevelRunner) -> list[float]:
+    return runner.optimizers["hyper_optimizer"].param_groups[0]["gap"]
+
+
 def moved(train: float, valid: float) -> list[float]:
     """What of a free step numbers make whose gradients say down, up and up; the last does not regularise."""
     x = nn.Parameter(torch.zeros(3))
@@ -42,7 +46,27 @@ def test_losses_that_say_nothing_leave_steps_whole(train, valid):
 def test_an_optimizer_that_knows_no_limits_is_left_alone():
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
     limit(optimizer, [True], 0.3, 0.4)
-    assert "rise" not in optimizer.param_groups[0]
+    assert "gap" not in optimizer.param_groups[0]
+
+
+def walked(sign: float, gap: float, certainty: float) -> float:
+    """Where a number gets from zero in 60 steps on gradients that agree in sign and not in size."""
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = SettlingAdam([x], lr=0.1, settle=1e12, certainty=certainty)
+    optimizer.param_groups[0]["gap"] = [gap]
+    for size in torch.rand(60, generator=torch.Generator().manual_seed(0)):
+        x.grad = sign * size.view(1)
+        optimizer.step()
+    return x.item()
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
+def test_the_more_a_network_overfits_the_less_evidence_a_step_up_wants_and_the_more_a_step_down(gap):
+    """Witness: an optimizer without a gap, of the certainty that is left."""
+    certainty, free = 20.0, math.nan
+    assert walked(-1.0, gap, certainty) == pytest.approx(gap * walked(-1.0, free, (1 - gap) * certainty), rel=1e-5)
+    assert walked(1.0, gap, certainty) == pytest.approx(walked(1.0, free, gap * certainty), rel=1e-5)
+    assert 0 < walked(-1.0, free, certainty) < 0.9 * walked(-1.0, free, 0.0)
 
 
 class Rising(fxstn.BilevelProblem):
@@ -100,8 +124,7 @@ def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
         expected = F.cross_entropy(runner.best_model().eval()(x), y).item()
     assert row["clean_train_loss"] == pytest.approx(expected, rel=1e-5)
     assert row["clean_train_loss"] != pytest.approx(row["train_loss"], rel=1e-3)
-    (group,) = runner.optimizers["hyper_optimizer"].param_groups
-    assert group["rise"] == pytest.approx([min(max(1 - expected / row["valid_loss"], 0.0), 1.0)] * 3, abs=1e-5)
+    assert gaps(runner) == pytest.approx([min(max(1 - expected / row["valid_loss"], 0.0), 1.0)] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +138,7 @@ def test_where_nothing_is_limited_nothing_is_measured(settings):
     (row,) = runner.fit(1)
     assert "clean_train_loss" not in row
     (group,) = runner.optimizers["hyper_optimizer"].param_groups
-    assert set(torch.tensor(group.get("rise", 1.0)).view(-1).tolist()) == {1.0}
+    assert torch.tensor(group.get("gap", math.nan)).isnan().all()
 
 
 @pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyError, RuntimeError])
@@ -133,24 +156,24 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_lambd
     ):
         history = runner.fit(2)
     assert all(map(math.isnan, history["clean_train_loss"]))
-    assert runner.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [1.0]
+    assert gaps(runner) == pytest.approx([math.nan], nan_ok=True)
 
 
 def test_a_run_resumed_without_limits_has_none(tmp_path):
     make(tmp_path).fit(1)
     runner = make(tmp_path, recalibrate=0)
     runner.fit(2)
-    assert runner.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [1.0] * 3
+    assert gaps(runner) == pytest.approx([math.nan] * 3, nan_ok=True)
 
 
 def test_limits_are_part_of_a_saved_run(tmp_path):
     first = make(tmp_path / "a")
     first.fit(2)
-    first.optimizers["hyper_optimizer"].param_groups[0]["rise"] = [0.1, 0.2, 0.3]
+    first.optimizers["hyper_optimizer"].param_groups[0]["gap"] = [0.1, 0.2, math.nan]
     first.save(tmp_path / "run.pt")
     second = make()
     second.load(tmp_path / "run.pt")
-    assert second.optimizers["hyper_optimizer"].param_groups[0]["rise"] == [0.1, 0.2, 0.3]
+    assert gaps(second) == pytest.approx([0.1, 0.2, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("said", [[True], [True, False, True]])

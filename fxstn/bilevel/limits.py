@@ -1,4 +1,4 @@
-"""How far λ may rise: as far as a stronger regularisation has something to gain."""
+"""What the generalisation gap says of λ: how far a stronger regularisation can pay, and how likely it is to."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fxstn.bilevel.problem import BilevelProblem
 
 
 def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train: float, valid: float) -> None:
-    """Set the group's "rise" of a `SettlingAdam` from the losses on training and on validation data, both without dropout.
+    """Set the group's "gap" of a `SettlingAdam` from the losses on training and on validation data, both without dropout.
 
-    A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T: by the share
-    (L_V − L_T)/L_V, the generalisation gap's. Steps that raise a number which regularises more where it is higher are
-    multiplied by that share, by 0 where L_T is above L_V. Losses that are not finite, below zero, or a validation loss of zero
-    say nothing: then all steps are taken whole. regularizing: for each number of λ. Optimizers without "rise" stay as they are.
+    A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T: by the generalisation
+    gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. It is set for numbers which regularise more where they are higher,
+    NaN for the others. Losses that are not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
+    regularizing: for each number of λ. Optimizers without "gap" stay as they are.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf
-    share = min(max(1 - train / valid, 0.0), 1.0) if known else 1.0
+    share = min(max(1 - train / valid, 0.0), 1.0) if known else math.nan
     for group in optimizer.param_groups:
-        if "rise" in group:
-            group["rise"] = [share if regularizes else 1.0 for regularizes in regularizing]
+        if "gap" in group:
+            group["gap"] = [share if regularizes else math.nan for regularizes in regularizing]
 
 
 class Limits:

@@ -39,8 +39,9 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    Steps up are multiplied by the group's "rise", in [0, 1], or a list of one for each number: 1, unless a `BilevelRunner` sets
-    it (`fxstn.bilevel.limits`); limits=False: it does not. With limits and certainty=None noise lets x drift downwards.
+    The group's "gap" s in [0, 1], or a list of one for each number, says how far a step up can pay, and how likely it is to: it
+    is multiplied by s, and wants a certainty of (1 − s) · certainty only, a step down of s · certainty. NaN, where nothing is
+    known: neither. A `BilevelRunner` sets it (`fxstn.bilevel.limits`); limits=False: it does not.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -53,7 +54,7 @@ class SettlingAdam(torch.optim.Optimizer):
         if not lr > 0 or not settle > 0 or (certainty is not None and not certainty >= 0):
             raise ValueError(f"need lr > 0, settle > 0, certainty >= 0 or None; got {lr}, {settle}, {certainty}")
         defaults = {"lr": lr, "first_lr": lr, "settle": settle, "certainty": certainty}
-        super().__init__(params, defaults | {"limits": limits, "rise": 1.0})
+        super().__init__(params, defaults | {"limits": limits, "gap": math.nan})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -74,8 +75,12 @@ class SettlingAdam(torch.optim.Optimizer):
         mean = state["mean"].lerp_(gradient, 1 - MEMORY) / (1 - MEMORY ** (done + 1))
         square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY ** (done + 1))
         step = group["lr"] * mean / (square.sqrt() + 1e-8)
-        step = torch.where(step < 0, x.new_tensor(group["rise"]) * step, step)
-        x -= step if group["certainty"] is None else _certain(mean, state, group["certainty"]) * step
+        gap = x.new_tensor(group["gap"])
+        step = torch.where((step < 0) & ~gap.isnan(), gap * step, step)
+        if (certainty := group["certainty"]) is not None:
+            wanted = certainty * torch.where(step < 0, 1 - gap, gap).nan_to_num(1.0)
+            step *= _certain(mean, state, wanted)
+        x -= step
 
 
 def _squared_weights(steps: float) -> float:
@@ -84,7 +89,7 @@ def _squared_weights(steps: float) -> float:
     return (1 - MEMORY) / (1 + MEMORY) * (1 + forgotten) / (1 - forgotten)
 
 
-def _certain(mean: Tensor, state: dict[str, Any], certainty: float) -> Tensor:
+def _certain(mean: Tensor, state: dict[str, Any], certainty: Tensor) -> Tensor:
     """ρ. Nothing is certain before a second gradient."""
     steps = state["step"].item()
     known = steps - 1  # surprises so far

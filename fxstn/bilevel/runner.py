@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fxstn.bilevel import distributed
+from fxstn.bilevel import distributed, evaluation
 from fxstn.bilevel.batches import placed
-from fxstn.bilevel.faults import BadLoss, Monitors, RunWarning, Stop, Watch, check_batch
+from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch, check_batch
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import Keeper
 from fxstn.bilevel.limits import Limits
@@ -38,7 +38,7 @@ from fxstn.bilevel.settings import (
     shared,
 )
 from fxstn.bilevel.streams import Stream
-from fxstn.bilevel.tally import Tally, count, one_number
+from fxstn.bilevel.tally import Tally, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.misfit import fitting
 from fxstn.network import SelfTuningNetwork, batch_size
@@ -86,9 +86,9 @@ class BilevelRunner:
     accumulate: ≥ 1, batches whose gradients one inner step averages. ema: None, or the decay in (0, 1) of averages of the
     network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
     which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
-    (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits and λ may rise
-    (`fxstn.bilevel.limits`); 0: the statistics that training keeps, and λ rises freely. step_schedulers: as schedulers, stepped
-    with their optimizer.
+    (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits, by which λ is limited
+    (`fxstn.bilevel.limits`); 0: the statistics that training keeps, and no limits. step_schedulers: as schedulers, stepped with
+    their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
     metrics: {name: f(output, target) → number}, averaged over the validation set. columns: {name: f(row) → number}, further
@@ -494,50 +494,17 @@ class BilevelRunner:
 
     def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
         """Means over a loader, and this process's first batch, () where its share is empty."""
-        totals, sample = self._totals(loader, name, self.metrics)
-        return self._means(totals, name), sample
+        sums, sample = self._totals(loader, name, self.metrics)
+        return evaluation.means(sums, name, self.device), sample
 
-    def _totals(self, loader: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
-        """This process's sums over examples, and their number, "examples"; its first batch."""
-        totals: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *metrics), 0.0)
-        evaluation = self.problem.evaluation()
-        sample: tuple = ()
-        for batch in loader:
-            inputs, target = self._placed(batch, name, "evaluation")
-            sample = sample or (inputs, target)
-            with self._precision(), fitting((inputs, target), self._at, self.problem):
-                loss, output = evaluation(inputs, target)
-            weight = count(inputs, target)
-            values = {"valid_loss": loss.item()} | {
-                key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in metrics.items()
-            }
-            for key, value in values.items():
-                totals[key] += value * weight
-            totals["examples"] += weight
-        return totals, sample
-
-    def _means(self, totals: dict[str, float], name: str) -> dict[str, float]:
-        totals = distributed.total(totals, self.device)
-        if not (examples := totals.pop("examples")):
-            raise ValueError(f"{name} is empty: it yielded no batch")
-        return {key: total / examples for key, total in totals.items()}
+    def _totals(self, batches: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
+        where = "evaluation"
+        pairs = (self._placed(batch, name, where) for batch in batches)
+        return evaluation.totals(self.problem, pairs, f"a batch of {name} in {where}", metrics, self._precision)
 
     def _clean_train_loss(self) -> float:
-        """The validation loss on the training batches of the last steps; NaN, and a warning, where it takes none of them."""
-        totals: dict[str, float] = {}
-        fault = ""
-        try:
-            totals, _ = self._totals(self._recent(), "train_loader", {})
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a loss function that was given for another kind of batch
-            fault = f": {type(error).__name__}: {error}"
-        if not distributed.any_of(bool(fault), self.device):
-            return self._means(totals, "train_loader")["valid_loss"]
-        if not distributed.rank():
-            text = f"λ rises freely for an epoch, for the validation loss of training batches cannot be had{fault}; "
-            warnings.warn(text + "give a valid_loss_fn that takes them, too", RunWarning, stacklevel=4)
-        return math.nan
+        """Of the last steps' batches, evaluated as validation data are; NaN where that fails."""
+        return evaluation.clean_train_loss(lambda: self._totals(self._recent(), "train_loader", {})[0], self.device)
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""
