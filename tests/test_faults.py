@@ -367,8 +367,9 @@ def test_a_run_driven_to_a_bound_warns_and_knows_it_after_resuming(tmp_path):
         runner.stn.hparams.set({"2.dropout": 0.9499})
 
     runner = make(tmp_path, **up, callbacks=[bent])
-    with pytest.warns(fxstn.RunWarning, match=r"2\.dropout = .* upper end"):
+    with pytest.warns(fxstn.RunWarning, match=r"2\.dropout = .* upper end") as told:
         runner.fit(5)
+    assert {warning.filename for warning in told} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(tmp_path, **up).fit(6)

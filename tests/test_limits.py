@@ -153,8 +153,9 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_lambd
     runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=told, train_steps=2, progress=False)
     with pytest.warns(
         fxstn.RunWarning, match="λ rises freely.*a whole training batch.*give a valid_loss_fn that takes"
-    ):
+    ) as told_of:
         history = runner.fit(2)
+    assert {warning.filename for warning in told_of} == {__file__}
     assert all(map(math.isnan, history["clean_train_loss"]))
     assert gaps(runner) == pytest.approx([math.nan], nan_ok=True)
 

@@ -65,5 +65,5 @@ def clean_train_loss(training: Callable[[], dict[str, float]], device: torch.dev
         return means(sums, "train_loader", device)["valid_loss"]
     if not distributed.rank():
         text = f"λ rises freely for an epoch, for the validation loss of training batches cannot be had{fault}; "
-        warnings.warn(text + "give a valid_loss_fn that takes them, too", RunWarning, stacklevel=5)
+        warnings.warn(text + "give a valid_loss_fn that takes them, too", RunWarning, stacklevel=6)
     return math.nan

@@ -119,7 +119,7 @@ class Monitors:
         if sign not in self.said:
             self.said.add(sign)
             self.told.append((self._epoch, text))
-            warnings.warn(text, RunWarning, stacklevel=5)
+            warnings.warn(text, RunWarning, stacklevel=6)
 
     def read(self, rows: Sequence[dict[str, Any]]) -> None:
         recent, epoch = rows[-PERSISTENT:], rows[-1]["epoch"]
