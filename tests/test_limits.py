@@ -49,24 +49,29 @@ def test_an_optimizer_that_knows_no_limits_is_left_alone():
     assert "gap" not in optimizer.param_groups[0]
 
 
-def walked(sign: float, gap: float, certainty: float) -> float:
-    """Where a number gets from zero in 60 steps on gradients that agree in sign and not in size."""
-    x = nn.Parameter(torch.zeros(1))
-    optimizer = SettlingAdam([x], lr=0.1, settle=1e12, certainty=certainty)
+def walked(sign: float, gap: float, certainty: float, start: float = 0.0) -> float:
+    """How far a number gets in 60 steps at a rate of 1e-6, of which it is in units, on gradients of one sign and many sizes."""
+    x = nn.Parameter(torch.full((1,), start, dtype=torch.float64))
+    optimizer = SettlingAdam([x], lr=1e-6, settle=1e12, certainty=certainty)
     optimizer.param_groups[0]["gap"] = [gap]
-    for size in torch.rand(60, generator=torch.Generator().manual_seed(0)):
+    for size in torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
         x.grad = sign * size.view(1)
         optimizer.step()
-    return x.item()
+    return (x.item() - start) / 1e-6
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
-def test_the_more_a_network_overfits_the_less_evidence_a_step_up_wants_and_the_more_a_step_down(gap):
-    """Witness: an optimizer without a gap, of the certainty that is left."""
-    certainty, free = 20.0, math.nan
-    assert walked(-1.0, gap, certainty) == pytest.approx(gap * walked(-1.0, free, (1 - gap) * certainty), rel=1e-5)
-    assert walked(1.0, gap, certainty) == pytest.approx(walked(1.0, free, gap * certainty), rel=1e-5)
-    assert 0 < walked(-1.0, free, certainty) < 0.9 * walked(-1.0, free, 0.0)
+@pytest.mark.parametrize(
+    ("place", "above", "below"), [(0.0, 1.0, 0.0), (0.05, 1.0, 0.5), (0.5, 1.0, 1.0), (0.95, 0.5, 1.0), (1.0, 0.0, 1.0)]
+)
+def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(gap, place, above, below):
+    """In steps so small that the place stays. Witness: an optimizer without a gap, of the certainty that is left."""
+    certainty, free, start = 20.0, math.nan, min(max(math.log(place or 1e-9) - math.log(1 - place or 1e-9), -20), 20)
+    assert 0 < walked(-1.0, free, certainty) < 0.5 * walked(-1.0, free, 0.0)
+    up = walked(-1.0, free, certainty * (1 - gap * above))
+    down = walked(1.0, free, certainty * (1 - (1 - gap) * below))
+    assert walked(-1.0, gap, certainty, start) == pytest.approx(gap * up, rel=1e-4)
+    assert walked(1.0, gap, certainty, start) == pytest.approx(down, rel=1e-4)
 
 
 class Rising(fxstn.BilevelProblem):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MEMORY, SQUARE_MEMORY, NOISE_MEMORY = 0.9, 0.999, 0.99  # the first two are Adam's
+END = 0.1  # part of its range from either end of it in which only evidence drives a number farther
 SURE = 9.0  # a squared z beyond which more says no more
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
@@ -39,9 +40,10 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    The group's "gap" s in [0, 1], or a list of one for each number, says how far a step up can pay, and how likely it is to: it
-    is multiplied by s, and wants a certainty of (1 − s) · certainty only, a step down of s · certainty. NaN, where nothing is
-    known: neither. A `BilevelRunner` sets it (`fxstn.bilevel.limits`); limits=False: it does not.
+    The group's "gap" s in [0, 1], or a list of one for each number, limits steps (`fxstn.bilevel.limits`; a `BilevelRunner` sets
+    it, with limits=False it does not): those up are multiplied by s and want of the certainty the share 1 − s only, those down
+    the share s. Within a tenth of an end of its range, in which x is at 1/(1 + e⁻ˣ), the share for a step towards that end grows
+    to 1: only evidence drives x farther. NaN, where nothing is known: none of that.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
@@ -78,7 +80,9 @@ class SettlingAdam(torch.optim.Optimizer):
         gap = x.new_tensor(group["gap"])
         step = torch.where((step < 0) & ~gap.isnan(), gap * step, step)
         if (certainty := group["certainty"]) is not None:
-            wanted = certainty * torch.where(step < 0, 1 - gap, gap).nan_to_num(1.0)
+            place = x.sigmoid()
+            up, down = ((room / END).clamp(max=1) for room in (1 - place, place))
+            wanted = certainty * torch.where(step < 0, 1 - gap * up, 1 - (1 - gap) * down).nan_to_num(1.0)
             step *= _certain(mean, state, wanted)
         x -= step
 
