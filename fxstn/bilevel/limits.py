@@ -15,7 +15,8 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
 
     A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T: by the generalisation
     gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. How much of it there is says also how likely a step up is to pay, and
-    its lack a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that are not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
+    its lack a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that are
+    not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
     regularizing: for each number of λ. Optimizers without "gap" stay as they are.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf

@@ -40,10 +40,10 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    The group's "gap" s in [0, 1], or a list of one for each number, limits steps (`fxstn.bilevel.limits`; a `BilevelRunner` sets
-    it, with limits=False it does not): those up are multiplied by s and want of the certainty the share 1 − s only, those down
-    the share s. Within a tenth of an end of its range, in which x is at 1/(1 + e⁻ˣ), the share for a step towards that end grows
-    to 1: only evidence drives x farther. NaN, where nothing is known: none of that.
+    The group's "gap" s in [0, 1], or a list of one for each number, limits steps (`fxstn.bilevel.limits`; a `BilevelRunner`
+    sets it, with limits=False it does not): those up are multiplied by s and want of the certainty the share 1 − s only, those
+    down the share s. Within a tenth of an end of its range, in which x is at 1/(1 + e⁻ˣ), the share for a step towards that end
+    grows to 1: only evidence drives x farther. NaN, where nothing is known: none of that.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of
