@@ -174,7 +174,9 @@ def _settings(runner: BilevelRunner) -> str:
     for name, optimizer in runner.optimizers.items():
         group = optimizer.param_groups[0]
         rate = group.get("initial_lr", group.get("first_lr", optimizer.defaults.get("lr")))
-        others = {key: group[key] for key in optimizer.defaults if key not in ("lr", "first_lr") and key in group}
+        others = {
+            key: group[key] for key in optimizer.defaults if key not in ("lr", "first_lr", "gap") and key in group
+        }
         text = ", ".join(f"{key} {value}" for key, value in others.items() if value not in (None, False, 0))
         after = [
             type(part[name]).__name__

@@ -117,7 +117,7 @@ def latest_checkpoint(path: str | Path) -> dict[str, Any] | None:
             reasons.append(f"{error}; it is now {broken.name}")
             continue
         for reason in reasons:
-            warnings.warn(f"{reason}; the run resumes from {file.name}, saved before it", stacklevel=4)
+            warnings.warn(f"{reason}; the run resumes from {file.name}, saved before it", stacklevel=6)
         return state
     if reasons:
         raise DamagedError(f"{'; '.join(reasons)}; no whole checkpoint is left: run again to start anew")

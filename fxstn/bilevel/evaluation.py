@@ -49,7 +49,7 @@ def means(sums: dict[str, float], name: str, device: torch.device) -> dict[str, 
 
 
 def clean_train_loss(training: Callable[[], dict[str, float]], device: torch.device) -> float:
-    """The mean of the validation loss over training batches, whose sums `training` takes; NaN, and a warning, where it fails.
+    """The mean of the validation loss over training batches; NaN, and a warning, where `training()`, its sums here, fails.
 
     A loss function that was given for another kind of batch may raise anything; lack of memory is raised.
     """
@@ -64,6 +64,6 @@ def clean_train_loss(training: Callable[[], dict[str, float]], device: torch.dev
     if not distributed.any_of(bool(fault), device):
         return means(sums, "train_loader", device)["valid_loss"]
     if not distributed.rank():
-        text = f"λ rises freely for an epoch, for the validation loss of training batches cannot be had{fault}; "
+        text = f"λ is not limited for an epoch, for the validation loss of training batches cannot be had{fault}; "
         warnings.warn(text + "give a valid_loss_fn that takes them, too", RunWarning, stacklevel=6)
     return math.nan

@@ -143,8 +143,9 @@ class Monitors:
         ):
             train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
             self._warn("limits", f"epoch {epoch}: training batches have a loss of {train:.4g}, validation {valid:.4g}: no "
-                       "regularisation rises in a network that fits so badly; if the loader augments or relabels them, or "
-                       "validation data are of another kind, let λ rise by SettlingAdam(params, limits=False)")  # fmt: skip
+                       "regularisation rises in a network that fits so badly, and little evidence lowers it; if the loader "
+                       "augments or relabels them, or validation data are of another kind, free λ by SettlingAdam(params, "
+                       "limits=False)")  # fmt: skip
         errors = [row.get("linearization_error", 0.0) for row in recent]
         if min(errors) > 0.9 and errors[-1] >= errors[0]:
             self._warn("linearization", f"epoch {epoch}: the linearised loss says little of the true one (relative error "

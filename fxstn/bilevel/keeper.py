@@ -72,7 +72,7 @@ class Keeper:
         except OSError as error:
             if not self._unwritable:
                 warnings.warn(f"cannot write to {self.out_dir}: {error.strerror or error}; training goes on and tries again "
-                              "after each epoch; what comes after the last file is lost", RunWarning, stacklevel=5)  # fmt: skip
+                              "after each epoch; what comes after the last file is lost", RunWarning, stacklevel=6)  # fmt: skip
             self._unwritable = True
             return False
         self._unwritable = False

@@ -14,9 +14,9 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
     """Set the group's "gap" of a `SettlingAdam` from the losses on training and on validation data, both without dropout.
 
     A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T: by the generalisation
-    gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. How much of it there is says also how likely a step up is to pay, and
-    its lack a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that are
-    not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
+    gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. The larger it is, the likelier a step up is to pay, and the smaller,
+    the likelier a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that
+    are not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
     regularizing: for each number of λ. Optimizers without "gap" stay as they are.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf
@@ -29,7 +29,7 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
 class Limits:
     """Those of one run, on where they are wanted, λ's optimizer takes them and something is known to regularise.
 
-    At first nothing rises: what has learned nothing does not overfit. Raises ValueError when the problem does not say of every
+    At first the gap is 0: what has learned nothing does not overfit. Raises ValueError when the problem does not say of every
     number of one λ whether it regularises.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MEMORY, SQUARE_MEMORY, NOISE_MEMORY = 0.9, 0.999, 0.99  # the first two are Adam's
-END = 0.1  # part of its range from either end of it in which only evidence drives a number farther
+END = 0.1  # part of its range, from either end, over which a step towards that end comes to need all of the certainty
 SURE = 9.0  # a squared z beyond which more says no more
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
 OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
@@ -40,10 +40,11 @@ class SettlingAdam(torch.optim.Optimizer):
     shrinkage by the positive part as of James & Stein (1961): a number moves when its own gradient is certain, and when those
     of all together are; the bound lets no single one speak for all. Noise hardly moves x, where Adam, which divides by its
     size, would let it walk at random; a gradient that agrees with itself moves x as Adam does. h: of a parameter tensor.
-    The group's "gap" s in [0, 1], or a list of one for each number, limits steps (`fxstn.bilevel.limits`; a `BilevelRunner`
-    sets it, with limits=False it does not): those up are multiplied by s and want of the certainty the share 1 − s only, those
-    down the share s. Within a tenth of an end of its range, in which x is at 1/(1 + e⁻ˣ), the share for a step towards that end
-    grows to 1: only evidence drives x farther. NaN, where nothing is known: none of that.
+    So without a gap. The group's "gap" s in [0, 1], or a list of one for each number, limits steps (`fxstn.bilevel.limits`; a
+    `BilevelRunner` sets it, with limits=False it does not): steps up are multiplied by s and need only 1 − s of the certainty,
+    steps down need s of it, so that noise drives x the way that the gap favours. But not to the ends of its range, in which x
+    is taken to be at 1/(1 + e⁻ˣ): over the last tenth the need of a step towards an end grows to all of the certainty. NaN,
+    where nothing is known: none of that. With certainty=None only the product remains, and noise lets x drift downwards.
     certainty ≥ 0, in standard deviations; None: Adam with this rate. lr > 0, settle > 0.
     With this rate λ can travel about 2 lr √(settle T) in T steps: across its range within the few hyper steps of a short run,
     while in a long one it settles; the length of the run need not be known. (Rates that fall as 1/√t are those of

@@ -87,8 +87,8 @@ class BilevelProblem(nn.Module):
         return {}
 
     def regularizing(self) -> Sequence[bool]:
-        """Of each number of the one λ, in order, whether it regularises more where it is higher: that rises only as far
-        as the network overfits (`fxstn.bilevel.limits`). Empty: nothing is known, and λ moves freely."""
+        """Of each number of the one λ, in order, whether it regularises more where it is higher: steps of that are limited by
+        how far the network overfits (`fxstn.bilevel.limits`), λ taken for logits. Empty: nothing is known, and limited."""
         return ()
 
     def training_hypergradient(self) -> Tensor | None:

@@ -200,7 +200,7 @@ class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
     log: stretch the range in log space (low > 0). integer: floor the value. high=inf with low=0: any positive number.
-    regularizes: a higher value is a stronger regularisation, which is raised only as far as the network overfits
+    regularizes: a higher value is a stronger regularisation, whose steps are limited by how far the network overfits
     (`fxstn.bilevel.limits`).
     """
 
