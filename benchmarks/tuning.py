@@ -4,7 +4,7 @@
     python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
 
 One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own;
-"unlimited" knows nothing of the generalisation gap (`SettlingAdam(limits=False)`), "uncertain" besides moves λ by every gradient
+"unlimited" knows nothing of the generalisation gap (`SettlingAdam(limits=False)`), "uncertain" besides moves by every gradient
 (certainty None, lr 0.2), "constant-rate" by Adam at 6e-2; three change one setting of the default: "every-step" (a response
 step at every inner step), "uncorrected" (no inner_correction), "unwidened" (no response_widening).
 Searches, of `--trials` runs each: "random", "tpe" (Optuna), and both with successive halving, which stops a run that falls
