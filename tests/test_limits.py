@@ -92,10 +92,9 @@ def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show():
         torch.testing.assert_close(got, factor * walked(gradients, free, certainty * share)[i], rtol=1e-4, atol=1e-6)
 
 
-def test_in_the_first_epoch_little_evidence_lowers_and_none_raises():
-    """As a gap of zero has it."""
-    runner = make()
-    assert gaps(runner) == [0.0] * 3
+def test_a_run_begins_with_a_gap_of_zero():
+    """So that nothing rises in the first epoch, and little evidence lowers."""
+    assert gaps(make()) == [0.0] * 3
 
 
 class Rising(fxstn.BilevelProblem):
