@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from fxstn.bilevel.faults import unlike
 from fxstn.bilevel.problem import BilevelProblem
 
 
@@ -29,8 +31,9 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
 class Limits:
     """Those of one run, on where they are wanted, λ's optimizer takes them and something is known to regularise.
 
-    At first the gap is 0: what has learned nothing does not overfit. Raises ValueError when the problem does not say of every
-    number of one λ whether it regularises.
+    At first the gap is 0: what has learned nothing does not overfit. Where training batches fit worse than validation data by a
+    tenth for three epochs, since the loader augments them, say, nothing is known, until they do not. Raises ValueError when the
+    problem does not say of every number of one λ whether it regularises.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, wanted: bool) -> None:
@@ -48,8 +51,12 @@ class Limits:
 
     def begin(self) -> None:
         """As nothing rises at first; what an earlier run has set is lifted where they are not on."""
-        self.set(*((1.0, 1.0) if self.on else (math.nan, math.nan)))
+        self._set(1.0 if self.on else math.nan)
 
-    def set(self, train: float, valid: float) -> None:
+    def read(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Of the epochs so far, the last of which says how far the network overfits."""
+        self._set(math.nan if unlike(rows) else rows[-1]["clean_train_loss"], rows[-1]["valid_loss"])
+
+    def _set(self, train: float, valid: float = 1.0) -> None:
         if self.optimizer is not None and self.regularizing:
             limit(self.optimizer, self.regularizing, train, valid)
