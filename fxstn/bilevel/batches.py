@@ -1,14 +1,17 @@
-"""What happens to a batch before a step: moved to the device, laid out, cut to a part of its examples."""
+"""What happens to a batch before a step: unpacked, moved to the device, laid out, cut to a part of its examples."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fxstn.bilevel.faults import check_batch
 from fxstn.network import batch_size
 
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -33,6 +36,39 @@ def placed(
 
     inputs, target = tree_map(move, tuple(batch))
     return inputs, target
+
+
+class Placement:
+    """Brings a loader's batches to (inputs, target) on the device. unpack, memory_format: of `BilevelRunner`.
+
+    Knows the batch placed `last`, and which it is, `where`. Where it is `wary`, it raises ValueError for NaN and infinities.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        memory_format: torch.memory_format | None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None,
+    ) -> None:
+        self.device, self.memory_format, self.unpack = device, memory_format, unpack
+        self.last: tuple[Any, Any] = (None, None)
+        self.where = ""
+        self.wary = False
+
+    def __call__(self, batch: Any, name: str, time: str) -> tuple[Any, Any]:
+        """name: of the loader; time: such as "epoch 1, step 3"."""
+        source = name if self.unpack is None else f"unpack of a batch of {name}"
+        if self.unpack is not None:  # of a copy, for it may take things out, and recent batches are looked at again
+            batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+        self.last = placed(batch, self.device, self.memory_format, source)
+        self.where = f"a batch of {name} in {time}"
+        if self.wary:
+            self.check()
+        return self.last
+
+    def check(self) -> None:
+        """Raises ValueError where the last batch holds NaN or an infinity."""
+        check_batch(self.last, self.where)
 
 
 def part(batch: tuple[Any, Any], fraction: float) -> tuple[Any, Any]:

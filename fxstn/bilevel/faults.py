@@ -113,7 +113,7 @@ def unlike(rows: Sequence[dict[str, Any]]) -> bool:
     """
     recent = rows[-PERSISTENT:]
     return len(recent) == PERSISTENT and all(
-        row.get("clean_train_loss", math.nan) > max(1.1 * row["valid_loss"], 0.0) for row in recent
+        "clean_train_loss" in row and row["clean_train_loss"] > max(1.1 * row["valid_loss"], 0.0) for row in recent
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
-from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, RunWarning, check_batch
+from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, RunWarning
 from fxstn.bilevel.resume import restore, state_of
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Keeper:
     def keep(self, better: bool = False, write: bool = True) -> None:
         """Keep the state as it is, the file of the best model too if it is better. Several processes: all must call it."""
         self.retries, self._memory, self._kept_time = 0, None, time.perf_counter()
+        self.runner._place.wary = False
         self._kept_step = self.runner.steps
         written = write and self.out_dir is not None
         state = state_of(self.runner) if written or self.rollbacks else {}
@@ -105,7 +106,7 @@ class Keeper:
         """
         runner, done = self.runner, self.runner.rollbacks_done + 1
         if done > self.rollbacks:
-            check_batch(runner._last, runner._at)
+            runner._place.check()
             values = ", ".join(f"{key}={value:.4g}" for key, value in list(runner.problem.values().items())[:20])
             where = f"in {self.out_dir / 'best.pt'}" if self.out_dir else "in runner.best"
             best = (
@@ -115,6 +116,7 @@ class Keeper:
                 f"{fault} (λ: {values}); {best}; lower the learning rate of the weights or of the response"
             )
         self.retries += 1
+        runner._place.wary = True
         told = runner.warnings
         if self._memory is None:
             assert self.out_dir is not None

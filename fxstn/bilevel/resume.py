@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
 
 # attributes that are data already
-PLAIN = ("steps", "response_steps", "hyper_steps", "best", "_inner", "rollbacks_done")
+PLAIN = ("steps", "response_steps", "hyper_steps", "best", "rollbacks_done")
 
 
 def state_of(runner: BilevelRunner) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def state_of(runner: BilevelRunner) -> dict[str, Any]:
         "updates": runner.updates.state_dict(),
         "averages": runner._averaged.averages if runner._averaged else None,
         "history": (runner.history.start, runner.history.rows),
+        "along": runner._steps.along,
         "watch": runner._watch.first,
         "said": sorted(runner._monitors.said),
         "told": runner._monitors.told,
@@ -84,6 +85,7 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     runner._monitors.told = list(state["told"])
     for name, value in _on_device(runner, {name: state[name] for name in PLAIN}).items():
         setattr(runner, name, value)
+    runner._steps.along = list(_on_device(runner, state["along"]))
     _restore_process(runner, state["processes"])
 
 

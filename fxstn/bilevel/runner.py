@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fxstn.bilevel import distributed, evaluation
-from fxstn.bilevel.batches import placed
-from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch, check_batch
+from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import Placement
+from fxstn.bilevel.evaluation import Evaluator
+from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import Keeper
 from fxstn.bilevel.limits import Limits
@@ -37,10 +35,10 @@ from fxstn.bilevel.settings import (
     described,
     shared,
 )
+from fxstn.bilevel.steps import Steps
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.tally import Tally, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
-from fxstn.misfit import fitting
 from fxstn.network import SelfTuningNetwork, batch_size
 
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
@@ -188,7 +186,6 @@ class BilevelRunner:
         self.stn: Any = stn
         self.device = check_device(device) if device is not None else next(stn.parameters()).device
         self.problem.to(self.device)
-        self.autocast, self.memory_format = autocast, memory_format
         if memory_format is not None:
             self.problem.to(memory_format=memory_format)  # type: ignore[call-overload]
         if compile:
@@ -197,11 +194,10 @@ class BilevelRunner:
         check_synced_norms(stn)
         out_dir = distributed.of_first(lambda: out_dir)
         self._uneven = distributed.uneven(train_loader)
-        self.train_loader, self.valid_loader, self.unpack = train_loader, valid_loader, unpack
+        self.train_loader, self.valid_loader = train_loader, valid_loader
         self._length = math.ceil(batches / accumulate) if batches else None
         self.train_steps, self.valid_steps, self.warmup_epochs = train_steps, valid_steps, warmup_epochs
-        self.response_every, self.inner_correction, self.accumulate = response_every, inner_correction, accumulate
-        self.recalibrate = recalibrate
+        self.response_every, self.accumulate = response_every, accumulate
         self.metrics, self.columns, self.callbacks = metrics or {}, columns or {}, tuple(callbacks)
         self.patience, self.progress, self.schedule = patience, progress, schedule
         self.out_dir = Path(out_dir) if out_dir is not None else None
@@ -239,17 +235,17 @@ class BilevelRunner:
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
-        self._train, self._valid = (
-            Stream(train_loader, "train_loader", recalibrate),
-            Stream(valid_loader, "valid_loader"),
-        )
-        self._inner: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last hyper step
+        self._train = Stream(train_loader, "train_loader", recalibrate)
+        self._valid = Stream(valid_loader, "valid_loader")
+        self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
+        self._place = Placement(self.device, memory_format, unpack)
+        self._precision = partial(torch.autocast, self.device.type, autocast, enabled=autocast is not None)
+        self._steps = Steps(problem, self.updates, self._watch, inner_correction, self._precision)
+        self._evaluator = Evaluator(problem, self._train, self._averaged, self.metrics, self._place, self._precision)
         self._tally: Tally | None = None  # of the epoch that is under way
         wanted = recalibrate > 0 and schedule is None
         self._limits = Limits(self.optimizers.get("hyper_optimizer"), problem, wanted)
-        self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self.rollbacks_done, self._stopped = 0, False
-        self._last, self._at = (None, None), ""  # the batch placed last, and which it is
         self._keeper = Keeper(self, self.out_dir, save_minutes, keep, rollbacks)
 
     # Training
@@ -308,15 +304,14 @@ class BilevelRunner:
             where = f"epoch {number}, step {tally.steps + 1}"
             if self.schedule:
                 self._replay(self.schedule, tally.steps)
-            tally.add(self._inner_step([self._placed(b, "train_loader", where) for b in batches]))
-            self.steps += 1
+            tally.add(self._inner_step([self._place(b, "train_loader", where) for b in batches]))
             cycle_over = self.steps % self.train_steps == 0
             if cycle_over or tally.steps == 1:
                 self._watch.check(tally.means(self.device), where)
             if cycle_over:
                 for _ in range(self.valid_steps if self._tunes else 0):
                     self._hyper_step(where)
-                self._inner.clear()
+                self._steps.along.clear()
             if cycle_over or distributed.processes() == 1:
                 self._pause()
         if not tally.steps:
@@ -329,13 +324,13 @@ class BilevelRunner:
     def _end_epoch(self, number: int, losses: dict[str, float], tally: Tally) -> None:
         problem = self.problem
         distributed.average(self.local_tensors(), constants=True)
-        if "response_optimizer" in self.optimizers and not problem.joint and not self.schedule:
+        if self._responds:
             losses.setdefault("response_loss", float("nan"))  # a short epoch without a response step
-        with self._evaluating():
-            found, sample = self._evaluated(self.valid_loader, "valid_loader")
+        with self._evaluator.evaluating():
+            found, sample = self._evaluator.means(self.valid_loader, "valid_loader")
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
             if self._limits.on:
-                losses["clean_train_loss"] = self._clean_train_loss()
+                losses["clean_train_loss"] = self._evaluator.clean_train_loss()
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
@@ -370,6 +365,11 @@ class BilevelRunner:
         """Whether λ moves in this epoch."""
         return self.schedule is None and len(self.history) >= self.warmup_epochs
 
+    @property
+    def _responds(self) -> bool:
+        """Whether there are steps of Θ alone."""
+        return "response_optimizer" in self.optimizers and not self.problem.joint and self.schedule is None
+
     def _replay(self, schedule: Schedule, step: int) -> None:
         length = self._length or step + 1  # of a loader that does not know it: the values at the end of the epoch
         self.stn.hparams.set(schedule.at(len(self.history) + (step + 1) / length))
@@ -384,85 +384,25 @@ class BilevelRunner:
 
     def _inner_step(self, batches: list[tuple[Any, Any]]) -> dict[str, Tensor]:
         """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem."""
-        problem, updates = self.problem, self.updates
-        losses = {"train_loss": self._backward(problem.general_loss, batches)}
-        names = ("optimizer", "response_optimizer") if problem.joint else ("optimizer",)
-        updates.ready(*names)
-        if self.inner_correction and self._tunes:
-            gradient = problem.training_hypergradient()
-            self._inner += [gradient] if gradient is not None else []
-        updates.step(*names)
-        responds = "response_optimizer" in self.optimizers and not problem.joint and not self.schedule
-        if responds and (self.steps + 1) % self.response_every == 0:
-            losses["response_loss"] = self._backward(problem.response_loss, batches)
-            updates.ready("response_optimizer")
-            updates.step("response_optimizer")
+        losses = {"train_loss": self._steps.inner(batches, self._place.where, self._tunes)}
+        if self._responds and (self.steps + 1) % self.response_every == 0:
+            losses["response_loss"] = self._steps.response(batches, self._place.where)
             self.response_steps += 1
         if self._averaged:
             self._averaged.update()
+        self.steps += 1
         return losses
-
-    def _backward(self, objective: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> Tensor:
-        """Leave the gradient of the mean loss over the batches; returns that mean."""
-        losses = []
-        for batch in batches:
-            with self._precision(), fitting(batch, self._at, self.problem):
-                loss = objective(*batch)
-            if not loss.requires_grad:
-                raise ValueError(f"{self._at}: {objective.__name__} has no gradient; what the model puts out must depend on "
-                                 "its trainable parameters, without .detach(), no_grad or all of them frozen")  # fmt: skip
-            self.updates.backward(loss / len(batches))
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
 
     def _hyper_step(self, where: str) -> None:
         for _ in range(2):
             batch, first = self._valid.next()
             if first:
                 self.problem.begins("valid")
-            inputs, target = self._placed(batch, "valid_loader", where)
-            if batch_size(inputs) > 1:  # else a rest of the set that has no batch statistics
+            pair = self._place(batch, "valid_loader", where)
+            if batch_size(pair[0]) > 1:  # else a rest of the set that has no batch statistics
                 break
-        names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.optimizers]
-        loss = self._backward(self.problem.hyper_loss, [(inputs, target)])
-        self._watch.check(distributed.mean({"hyper_loss": loss.item()}, self.device), where)
-        self.updates.ready(*names)
-        if self._inner:
-            (held,) = self.problem.hyper_parameters()
-            assert held.grad is not None
-            held.grad -= self.inner_correction * torch.stack(self._inner).mean(0)
-        self.updates.step(*names)
+        self._steps.hyper(pair, self._place.where)
         self.hyper_steps += 1
-
-    def _precision(self) -> Any:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The network is what is evaluated and kept: averaged, with statistics of its own."""
-        averaged = self._averaged.in_place() if self._averaged else contextlib.nullcontext()
-        problem = self.problem
-        recent = (self._placed(batch, "train_loader", "recalibration") for batch in self._recent())
-        with (
-            averaged,
-            self._precision(),
-            problem.recalibrated(recent) if self.recalibrate else contextlib.nullcontext(),
-        ):
-            yield
-
-    def _recent(self) -> Iterator[Any]:
-        """The training batches of the last steps; others, before there was one."""
-        yield from self._train.recent or itertools.islice(self.train_loader, self.recalibrate)
-
-    def _placed(self, batch: Any, name: str, where: str) -> tuple[Any, Any]:
-        source = name if self.unpack is None else f"unpack of a batch of {name}"
-        if self.unpack is not None:  # of a copy, for it may take things out, and recent batches are looked at again
-            batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
-        pair = placed(batch, self.device, self.memory_format, source)
-        self._last, self._at = pair, f"a batch of {name} in {where}"
-        if self._keeper.retries:
-            check_batch(pair, self._at)
-        return pair
 
     # Faults
 
@@ -489,23 +429,9 @@ class BilevelRunner:
         """
         if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
-        with self._evaluating():
+        with self._evaluator.evaluating():
             where = (self.valid_loader, "valid_loader") if loader is None else (loader, "loader")
-            return self._evaluated(*where)[0]
-
-    def _evaluated(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
-        """Means over a loader, and this process's first batch, () where its share is empty."""
-        sums, sample = self._totals(loader, name, self.metrics)
-        return evaluation.means(sums, name, self.device), sample
-
-    def _totals(self, batches: Any, name: str, metrics: dict[str, Any]) -> tuple[dict[str, float], tuple]:
-        where = "evaluation"
-        pairs = (self._placed(batch, name, where) for batch in batches)
-        return evaluation.totals(self.problem, pairs, f"a batch of {name} in {where}", metrics, self._precision)
-
-    def _clean_train_loss(self) -> float:
-        """Of the last steps' batches, evaluated as validation data are; NaN where that fails."""
-        return evaluation.clean_train_loss(lambda: self._totals(self._recent(), "train_loader", {})[0], self.device)
+            return self._evaluator.means(*where)[0]
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""

@@ -61,6 +61,14 @@ class Stream:
         self._passes = self._taken = 0
 
     @property
+    def remembers(self) -> bool:
+        return bool(self.recent.maxlen)
+
+    def recent_or_first(self) -> Iterator[Any]:
+        """The batches that it remembers; as many others, before there was one."""
+        yield from self.recent or itertools.islice(self.loader, self.recent.maxlen)
+
+    @property
     def open(self) -> bool:
         """Whether a pass has begun and is not over."""
         return self._batches is not None

@@ -1,0 +1,80 @@
+"""One step each: of w₀, of Θ, of λ and σ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.faults import Watch
+from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.updates import Updates
+from fxstn.misfit import fitting
+
+
+class Steps:
+    """Of a problem, on batches that are placed; which these are, `where`, is said in errors.
+
+    correction: c of `BilevelRunner`. precision: a context for the losses' forward. watch: looks at the hyper step's loss.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        updates: Updates,
+        watch: Watch,
+        correction: float,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.problem, self.updates, self.watch = problem, updates, watch
+        self.correction, self.precision = correction, precision
+        self.along: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last cycle ended
+
+    def inner(self, batches: Sequence[tuple[Any, Any]], where: str, tunes: bool) -> Tensor:
+        """Of w₀, and of Θ too for a joint problem; returns the loss. tunes: whether a hyper step will follow."""
+        names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
+        loss = self._backward(self.problem.general_loss, batches, where)
+        self.updates.ready(*names)
+        if self.correction and tunes:
+            gradient = self.problem.training_hypergradient()
+            self.along += [gradient] if gradient is not None else []
+        self.updates.step(*names)
+        return loss
+
+    def response(self, batches: Sequence[tuple[Any, Any]], where: str) -> Tensor:
+        """Of Θ; returns the loss."""
+        loss = self._backward(self.problem.response_loss, batches, where)
+        self.updates.ready("response_optimizer")
+        self.updates.step("response_optimizer")
+        return loss
+
+    def hyper(self, batch: tuple[Any, Any], where: str) -> None:
+        """Of λ, and of σ where it is tuned. Raises BadLoss."""
+        names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers]
+        loss = self._backward(self.problem.hyper_loss, [batch], where)
+        self.watch.check(distributed.mean({"hyper_loss": loss.item()}, loss.device), where)
+        self.updates.ready(*names)
+        if self.along:
+            (held,) = self.problem.hyper_parameters()
+            assert held.grad is not None
+            held.grad -= self.correction * torch.stack(self.along).mean(0)
+        self.updates.step(*names)
+
+    def _backward(
+        self, objective: Callable[[Any, Any], Tensor], batches: Sequence[tuple[Any, Any]], where: str
+    ) -> Tensor:
+        """Leave the gradient of the mean loss over the batches; returns that mean."""
+        losses = []
+        for batch in batches:
+            with self.precision(), fitting(batch, where, self.problem):
+                loss = objective(*batch)
+            if not loss.requires_grad:
+                raise ValueError(f"{where}: {objective.__name__} has no gradient; what the model puts out must depend on "
+                                 "its trainable parameters, without .detach(), no_grad or all of them frozen")  # fmt: skip
+            self.updates.backward(loss / len(batches))
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
