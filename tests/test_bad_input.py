@@ -446,12 +446,12 @@ def _(folder):
 
 @row(
     "checkpoint of another format",
-    r"last\.pt was written in format 9 by another version.*; remove it, or choose another out_dir",
+    r"last\.pt was written in format 9999 by another version.*; remove it, or choose another out_dir",
 )
 def _(folder):
     path = saved(folder)
     content = path.read_bytes()
-    sealed = content[: content.rindex(f"{FORMAT:04d}".encode())] + b"0009"
+    sealed = content[: content.rindex(f"{FORMAT:04d}".encode())] + b"9999"
     path.write_bytes(sealed + hashlib.sha256(sealed).digest() + content[-9:])
     runner().load(path)
 

@@ -156,7 +156,8 @@ def test_training_batches_that_fit_worse_for_three_epochs_say_nothing_until_they
         hyper_optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None), callbacks=[end_of_epoch],
     )  # fmt: skip
     with pytest.warns(
-        fxstn.RunWarning, match=r"epoch 3: training batches have a loss of 0\.5, validation 0\.4.*no longer limited"
+        fxstn.RunWarning,
+        match=r"epoch 3: training batches have a loss of 0\.5, validation 0\.4.*does not limit λ until",
     ):
         runner.fit(6)
     rises = torch.stack(places).diff(dim=0, prepend=torch.zeros(1, 2))

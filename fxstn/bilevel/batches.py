@@ -41,7 +41,8 @@ def placed(
 class Placement:
     """Brings a loader's batches to (inputs, target) on the device. unpack, memory_format: of `BilevelRunner`.
 
-    Knows the batch placed `last`, and which it is, `where`. Where it is `wary`, it raises ValueError for NaN and infinities.
+    Knows the batch placed `last` and which it is, `where`; the `time` alone is such as "epoch 1, step 3". Raises ValueError for
+    anything but a pair, and, where it is `wary`, for NaN and infinities.
     """
 
     def __init__(
@@ -52,16 +53,16 @@ class Placement:
     ) -> None:
         self.device, self.memory_format, self.unpack = device, memory_format, unpack
         self.last: tuple[Any, Any] = (None, None)
-        self.where = ""
+        self.where = self.time = ""
         self.wary = False
 
     def __call__(self, batch: Any, name: str, time: str) -> tuple[Any, Any]:
-        """name: of the loader; time: such as "epoch 1, step 3"."""
+        """name: of the loader."""
         source = name if self.unpack is None else f"unpack of a batch of {name}"
         if self.unpack is not None:  # of a copy, for it may take things out, and recent batches are looked at again
             batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
         self.last = placed(batch, self.device, self.memory_format, source)
-        self.where = f"a batch of {name} in {time}"
+        self.where, self.time = f"a batch of {name} in {time}", time
         if self.wary:
             self.check()
         return self.last

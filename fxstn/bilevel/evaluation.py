@@ -24,8 +24,11 @@ Metrics = dict[str, Callable[[Any, Any], float]]
 
 
 class Evaluator:
-    """train: remembers the batches on which statistics are estimated anew, if any. averaged: the weights used, if not those
-    of the last step. precision: a context for the forward."""
+    """Evaluates a problem as it is kept.
+
+    train: remembers the batches on which statistics are estimated anew, if any. averaged: the weights used, if not those of the
+    last step. metrics: {name: f(output, target) → number}. precision: a context for the forward.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,9 @@ class Evaluator:
     def means(self, loader: Any, name: str) -> tuple[dict[str, float], tuple]:
         """Of "valid_loss" and the metrics over the examples of a loader of this name, and this process's first batch.
 
-        () in place of a batch where its share is empty; raises ValueError where that of all processes is."""
+        () in place of a batch where its share is empty. Raises ValueError where that of all processes is, and (TypeError) where
+        the model or the loss cannot take a batch; TypeError where a metric gives no number.
+        """
         sums, first = self._sums(loader, name, self.metrics)
         return _means(sums, name, self.place.device), first
 
@@ -97,7 +102,7 @@ class Evaluator:
 
 
 def _means(sums: dict[str, float], name: str, device: torch.device) -> dict[str, float]:
-    """Over the examples of all processes."""
+    """Over the examples of all processes. Raises ValueError where there is none; name: of the loader."""
     sums = distributed.total(sums, device)
     if not (examples := sums.pop("examples")):
         raise ValueError(f"{name} is empty: it yielded no batch")

@@ -19,6 +19,7 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
     gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. The larger it is, the likelier a step up is to pay, and the smaller,
     the likelier a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that
     are not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
+    Give NaN for train where training batches are of another kind; a run does for those that are `unlike` validation data.
     regularizing: for each number of λ. Optimizers without "gap" stay as they are.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf
@@ -54,7 +55,7 @@ class Limits:
         self._set(1.0 if self.on else math.nan)
 
     def read(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Of the epochs so far, the last of which says how far the network overfits."""
+        """Set the gap by the last of the epochs so far; none where these are `unlike`."""
         self._set(math.nan if unlike(rows) else rows[-1]["clean_train_loss"], rows[-1]["valid_loss"])
 
     def _set(self, train: float, valid: float = 1.0) -> None:

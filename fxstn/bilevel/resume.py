@@ -34,7 +34,7 @@ def state_of(runner: BilevelRunner) -> dict[str, Any]:
         "updates": runner.updates.state_dict(),
         "averages": runner._averaged.averages if runner._averaged else None,
         "history": (runner.history.start, runner.history.rows),
-        "along": runner._steps.along,
+        "along": runner._stepper.along,
         "watch": runner._watch.first,
         "said": sorted(runner._monitors.said),
         "told": runner._monitors.told,
@@ -85,7 +85,7 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
     runner._monitors.told = list(state["told"])
     for name, value in _on_device(runner, {name: state[name] for name in PLAIN}).items():
         setattr(runner, name, value)
-    runner._steps.along = list(_on_device(runner, state["along"]))
+    runner._stepper.along = list(_on_device(runner, state["along"]))
     _restore_process(runner, state["processes"])
 
 

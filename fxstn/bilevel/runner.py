@@ -35,7 +35,7 @@ from fxstn.bilevel.settings import (
     described,
     shared,
 )
-from fxstn.bilevel.steps import Steps
+from fxstn.bilevel.steps import Stepper
 from fxstn.bilevel.streams import Stream
 from fxstn.bilevel.tally import Tally, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
@@ -240,7 +240,7 @@ class BilevelRunner:
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
         self._place = Placement(self.device, memory_format, unpack)
         self._precision = partial(torch.autocast, self.device.type, autocast, enabled=autocast is not None)
-        self._steps = Steps(problem, self.updates, self._watch, inner_correction, self._precision)
+        self._stepper = Stepper(problem, self.updates, self._watch, self._place, inner_correction, self._precision)
         self._evaluator = Evaluator(problem, self._train, self._averaged, self.metrics, self._place, self._precision)
         self._tally: Tally | None = None  # of the epoch that is under way
         wanted = recalibrate > 0 and schedule is None
@@ -301,17 +301,17 @@ class BilevelRunner:
         tally = self._tally
         self.problem.train()
         while batches := self._next_batches():
-            where = f"epoch {number}, step {tally.steps + 1}"
+            time = f"epoch {number}, step {tally.steps + 1}"
             if self.schedule:
                 self._replay(self.schedule, tally.steps)
-            tally.add(self._inner_step([self._place(b, "train_loader", where) for b in batches]))
+            tally.add(self._inner_step([self._place(b, "train_loader", time) for b in batches]))
             cycle_over = self.steps % self.train_steps == 0
             if cycle_over or tally.steps == 1:
-                self._watch.check(tally.means(self.device), where)
+                self._watch.check(tally.means(self.device), time)
             if cycle_over:
                 for _ in range(self.valid_steps if self._tunes else 0):
-                    self._hyper_step(where)
-                self._steps.along.clear()
+                    self._hyper_step(time)
+                self._stepper.along.clear()
             if cycle_over or distributed.processes() == 1:
                 self._pause()
         if not tally.steps:
@@ -384,24 +384,24 @@ class BilevelRunner:
 
     def _inner_step(self, batches: list[tuple[Any, Any]]) -> dict[str, Tensor]:
         """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem."""
-        losses = {"train_loss": self._steps.inner(batches, self._place.where, self._tunes)}
+        losses = {"train_loss": self._stepper.inner(batches, self._tunes)}
         if self._responds and (self.steps + 1) % self.response_every == 0:
-            losses["response_loss"] = self._steps.response(batches, self._place.where)
+            losses["response_loss"] = self._stepper.response(batches)
             self.response_steps += 1
         if self._averaged:
             self._averaged.update()
         self.steps += 1
         return losses
 
-    def _hyper_step(self, where: str) -> None:
+    def _hyper_step(self, time: str) -> None:
         for _ in range(2):
             batch, first = self._valid.next()
             if first:
                 self.problem.begins("valid")
-            pair = self._place(batch, "valid_loader", where)
+            pair = self._place(batch, "valid_loader", time)
             if batch_size(pair[0]) > 1:  # else a rest of the set that has no batch statistics
                 break
-        self._steps.hyper(pair, self._place.where)
+        self._stepper.hyper(pair)
         self.hyper_steps += 1
 
     # Faults

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import Placement
 from fxstn.bilevel.faults import Watch
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.updates import Updates
 from fxstn.misfit import fitting
 
 
-class Steps:
-    """Of a problem, on batches that are placed; which these are, `where`, is said in errors.
+class Stepper:
+    """Takes them, on batches placed by `place`, which errors name, at the loss of a problem.
 
     correction: c of `BilevelRunner`. precision: a context for the losses' forward. watch: looks at the hyper step's loss.
+    All raise ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no gradient;
+    RuntimeError where it has one of parameters that another step learns.
     """
 
     def __init__(
@@ -27,17 +30,18 @@ class Steps:
         problem: BilevelProblem,
         updates: Updates,
         watch: Watch,
+        place: Placement,
         correction: float,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.problem, self.updates, self.watch = problem, updates, watch
+        self.problem, self.updates, self.watch, self.place = problem, updates, watch, place
         self.correction, self.precision = correction, precision
         self.along: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last cycle ended
 
-    def inner(self, batches: Sequence[tuple[Any, Any]], where: str, tunes: bool) -> Tensor:
+    def inner(self, batches: Sequence[tuple[Any, Any]], tunes: bool) -> Tensor:
         """Of w₀, and of Θ too for a joint problem; returns the loss. tunes: whether a hyper step will follow."""
         names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
-        loss = self._backward(self.problem.general_loss, batches, where)
+        loss = self._backward(self.problem.general_loss, batches)
         self.updates.ready(*names)
         if self.correction and tunes:
             gradient = self.problem.training_hypergradient()
@@ -45,18 +49,18 @@ class Steps:
         self.updates.step(*names)
         return loss
 
-    def response(self, batches: Sequence[tuple[Any, Any]], where: str) -> Tensor:
+    def response(self, batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Of Θ; returns the loss."""
-        loss = self._backward(self.problem.response_loss, batches, where)
+        loss = self._backward(self.problem.response_loss, batches)
         self.updates.ready("response_optimizer")
         self.updates.step("response_optimizer")
         return loss
 
-    def hyper(self, batch: tuple[Any, Any], where: str) -> None:
-        """Of λ, and of σ where it is tuned. Raises BadLoss."""
+    def hyper(self, batch: tuple[Any, Any]) -> None:
+        """Of λ, and of σ where it is tuned. Raises BadLoss too."""
         names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers]
-        loss = self._backward(self.problem.hyper_loss, [batch], where)
-        self.watch.check(distributed.mean({"hyper_loss": loss.item()}, loss.device), where)
+        loss = self._backward(self.problem.hyper_loss, [batch])
+        self.watch.check(distributed.mean({"hyper_loss": loss.item()}, self.place.device), self.place.time)
         self.updates.ready(*names)
         if self.along:
             (held,) = self.problem.hyper_parameters()
@@ -64,17 +68,16 @@ class Steps:
             held.grad -= self.correction * torch.stack(self.along).mean(0)
         self.updates.step(*names)
 
-    def _backward(
-        self, objective: Callable[[Any, Any], Tensor], batches: Sequence[tuple[Any, Any]], where: str
-    ) -> Tensor:
+    def _backward(self, objective: Callable[[Any, Any], Tensor], batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Leave the gradient of the mean loss over the batches; returns that mean."""
         losses = []
         for batch in batches:
-            with self.precision(), fitting(batch, where, self.problem):
+            with self.precision(), fitting(batch, self.place.where, self.problem):
                 loss = objective(*batch)
             if not loss.requires_grad:
-                raise ValueError(f"{where}: {objective.__name__} has no gradient; what the model puts out must depend on "
-                                 "its trainable parameters, without .detach(), no_grad or all of them frozen")  # fmt: skip
+                raise ValueError(f"{self.place.where}: {objective.__name__} has no gradient; what the model puts out must "
+                                 "depend on its trainable parameters, without .detach(), no_grad or all of them "
+                                 "frozen")  # fmt: skip
             self.updates.backward(loss / len(batches))
             losses.append(loss.detach())
         return torch.stack(losses).mean()

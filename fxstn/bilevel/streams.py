@@ -62,6 +62,7 @@ class Stream:
 
     @property
     def remembers(self) -> bool:
+        """Whether batches are kept in `recent`."""
         return bool(self.recent.maxlen)
 
     def recent_or_first(self) -> Iterator[Any]:
