@@ -141,30 +141,6 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
         torch.testing.assert_close(epoch, torch.tensor([0.25 * 0.5, 0.5]), rtol=1e-4, atol=1e-5)
 
 
-def test_training_batches_that_fit_worse_for_three_epochs_say_nothing_until_they_no_longer_do():
-    """Training batches at 0.5; validation data at 0.4, from the fifth epoch on at 0.47, where they may be of one kind."""
-    problem, places = Rising(), []
-    valid = torch.full((4, 1), 0.4)
-    loaders = [DataLoader(TensorDataset(x, x), 4) for x in (torch.full((8, 1), 0.5), valid)]
-
-    def end_of_epoch(run: fxstn.BilevelRunner) -> None:
-        places.append(problem.numbers.detach().clone())
-        valid.fill_(0.4 if len(run.history) < 4 else 0.47)
-
-    runner = fxstn.BilevelRunner(
-        problem, None, *loaders, train_steps=1, progress=False,
-        hyper_optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None), callbacks=[end_of_epoch],
-    )  # fmt: skip
-    with pytest.warns(
-        fxstn.RunWarning,
-        match=r"epoch 3: training batches have a loss of 0\.5, validation 0\.4.*does not limit λ until",
-    ):
-        runner.fit(6)
-    rises = torch.stack(places).diff(dim=0, prepend=torch.zeros(1, 2))
-    expected = torch.tensor([[0.0, 0.2]] * 3 + [[0.2, 0.2]] * 2 + [[0.0, 0.2]])
-    torch.testing.assert_close(rises, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
     """Without dropout, of the last two batches, which a plain copy of the network sees, too."""
     runner = make(recalibrate=2)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-UNLIKE = 1.1  # ratio of training to validation loss from which the batches are not of one kind
 EXPLODED = 1e4  # times as large as at first, or as 1: no longer a loss that training can bring down
 AT_BOUND = 0.01  # share of the range from its end
 PERSISTENT = 3  # epochs in a row before a sign counts
@@ -107,17 +106,6 @@ def share_of_range(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low)
 
 
-def unlike(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether training batches, evaluated as validation data are, fitted worse by a tenth in each of the last three epochs.
-
-    Were they of one kind, they would fit about as well or better. Losses below zero say nothing.
-    """
-    recent = rows[-PERSISTENT:]
-    return len(recent) == PERSISTENT and all(
-        "clean_train_loss" in row and row["clean_train_loss"] > max(UNLIKE * row["valid_loss"], 0.0) for row in recent
-    )
-
-
 class Monitors:
     """Reads each epoch's row and warns, once a run and sign, of what goes wrong in this method."""
 
@@ -150,12 +138,14 @@ class Monitors:
             self._warn("response", f"epoch {epoch}: a perturbation of λ is predicted to change the weights by "
                        f"{recent[-1]['response_norm']:.2g} times their size; lower response_optimizer's learning rate or the "
                        "scale of the hyperparameters, or set clip_norm")  # fmt: skip
-        if unlike(rows):
+        if all(
+            "clean_train_loss" in row and row["clean_train_loss"] > max(1.1 * row["valid_loss"], 0.0) for row in recent
+        ):
             train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
-            self._warn("limits", f"epoch {epoch}: training batches have a loss of {train:.4g}, validation {valid:.4g}: the gap "
-                       "between them says nothing, and does not limit λ until they fit as well; where the loader augments or "
-                       "relabels, or validation data are of another kind, SettlingAdam(params, limits=False) leaves λ free "
-                       "from the start")  # fmt: skip
+            self._warn("limits", f"epoch {epoch}: training batches have a loss of {train:.4g}, validation {valid:.4g}: no "
+                       "regularisation rises in a network that fits so badly, and little evidence lowers it; where "
+                       "many of their labels are wrong, or validation data are of another kind, free λ by "
+                       "SettlingAdam(params, limits=False)")  # fmt: skip
         errors = [row.get("linearization_error", 0.0) for row in recent]
         if min(errors) > 0.9 and errors[-1] >= errors[0]:
             self._warn("linearization", f"epoch {epoch}: the linearised loss says little of the true one (relative error "

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from fxstn.bilevel.faults import unlike
 from fxstn.bilevel.problem import BilevelProblem
 
 
@@ -19,7 +17,6 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
     gap's share (L_V − L_T)/L_V, 0 where L_T is above L_V. The larger it is, the likelier a step up is to pay, and the smaller,
     the likelier a step down. It is set for numbers which regularise more where they are higher, NaN for the others. Losses that
     are not finite, below zero, or a validation loss of zero say nothing: then all are NaN.
-    Give NaN for train where training batches are of another kind; a run does for those that are `unlike` validation data.
     regularizing: for each number of λ. Optimizers without "gap" stay as they are.
     """
     known = 0 <= train < math.inf and 0 < valid < math.inf
@@ -32,9 +29,8 @@ def limit(optimizer: torch.optim.Optimizer, regularizing: Sequence[bool], train:
 class Limits:
     """Those of one run, on where they are wanted, λ's optimizer takes them and something is known to regularise.
 
-    At first the gap is 0: what has learned nothing does not overfit. Where training batches fit worse than validation data by a
-    tenth for three epochs, since the loader augments them, say, nothing is known, until they do not. Raises ValueError when the
-    problem does not say of every number of one λ whether it regularises.
+    At first the gap is 0: what has learned nothing does not overfit. Raises ValueError when the problem does not say of every
+    number of one λ whether it regularises.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, wanted: bool) -> None:
@@ -52,12 +48,8 @@ class Limits:
 
     def begin(self) -> None:
         """As nothing rises at first; what an earlier run has set is lifted where they are not on."""
-        self._set(1.0 if self.on else math.nan)
+        self.set(*((1.0, 1.0) if self.on else (math.nan, math.nan)))
 
-    def read(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Set the gap by the last of the epochs so far; none where these are `unlike`."""
-        self._set(math.nan if unlike(rows) else rows[-1]["clean_train_loss"], rows[-1]["valid_loss"])
-
-    def _set(self, train: float, valid: float = 1.0) -> None:
+    def set(self, train: float, valid: float) -> None:
         if self.optimizer is not None and self.regularizing:
             limit(self.optimizer, self.regularizing, train, valid)

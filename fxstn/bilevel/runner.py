@@ -331,6 +331,7 @@ class BilevelRunner:
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
             if self._limits.on:
                 losses["clean_train_loss"] = self._evaluator.clean_train_loss()
+                self._limits.set(losses["clean_train_loss"], found["valid_loss"])
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):
@@ -345,8 +346,6 @@ class BilevelRunner:
                 state = {name: value.clone() for name, value in problem.export().state_dict().items()}
                 self.best = {"epoch": number, "valid_loss": row["valid_loss"], "model": state}
         self._tally = None
-        if self._limits.on:
-            self._limits.read(self.history.rows)
         if not distributed.rank():
             self._monitors.read(self.history.rows)
         for callback in self.callbacks:
