@@ -310,13 +310,15 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
         make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy, rollbacks=0).fit(5)
 
 
-def test_nan_in_the_data_is_found_and_named():
+@pytest.mark.parametrize(("name", "loss"), [("train", "train_loss"), ("valid", "hyper_loss")])
+def test_nan_in_the_data_is_found_and_named(name, loss):
     runner = make()
-    runner.train_loader.dataset.tensors[0][33, 2] = math.nan
+    loader = getattr(runner, f"{name}_loader")
+    loader.dataset.tensors[0][3, 2] = math.nan
     with (
-        pytest.warns(fxstn.RunWarning, match="train_loss became nan"),
+        pytest.warns(fxstn.RunWarning, match=rf"^{loss} became nan in epoch 1, step \d+; back to"),
         pytest.raises(
-            ValueError, match=r"a batch of train_loader in epoch 1, step \d has inputs that are NaN.*\(row \d"
+            ValueError, match=rf"a batch of {name}_loader in epoch 1, step \d+ has inputs that are NaN.*\(row \d"
         ),
     ):
         runner.fit(2)

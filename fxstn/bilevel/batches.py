@@ -42,7 +42,7 @@ class Placement:
     """Brings a loader's batches to (inputs, target) on the device. unpack, memory_format: of `BilevelRunner`.
 
     Knows the batch placed `last` and which it is, `where`; the `time` alone is such as "epoch 1, step 3". Raises ValueError for
-    anything but a pair, and, where it is `wary`, for NaN and infinities.
+    anything but a pair, and, while `wary()`, for NaN and infinities.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Placement:
         device: torch.device,
         memory_format: torch.memory_format | None,
         unpack: Callable[[Any], tuple[Any, Any]] | None,
+        wary: Callable[[], bool],
     ) -> None:
-        self.device, self.memory_format, self.unpack = device, memory_format, unpack
+        self.device, self.memory_format, self.unpack, self.wary = device, memory_format, unpack, wary
         self.last: tuple[Any, Any] = (None, None)
         self.where = self.time = ""
-        self.wary = False
 
     def __call__(self, batch: Any, name: str, time: str) -> tuple[Any, Any]:
         """name: of the loader."""
@@ -63,7 +63,7 @@ class Placement:
             batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
         self.last = placed(batch, self.device, self.memory_format, source)
         self.where, self.time = f"a batch of {name} in {time}", time
-        if self.wary:
+        if self.wary():
             self.check()
         return self.last
 

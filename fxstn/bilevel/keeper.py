@@ -50,8 +50,7 @@ class Keeper:
 
     def keep(self, better: bool = False, write: bool = True) -> None:
         """Keep the state as it is, the file of the best model too if it is better. Several processes: all must call it."""
-        self._memory, self._kept_time = None, time.perf_counter()
-        self._retry(0)
+        self.retries, self._memory, self._kept_time = 0, None, time.perf_counter()
         self._kept_step = self.runner.steps
         written = write and self.out_dir is not None
         state = state_of(self.runner) if written or self.rollbacks else {}
@@ -59,10 +58,6 @@ class Keeper:
             written = not distributed.any_of(not self._write(state, better), self.runner.device)
         if self.rollbacks and not written:
             self._memory = _copied(state)
-
-    def _retry(self, attempt: int) -> None:
-        """Before another attempt from the state kept last, each batch of which is looked at; 0: none is needed."""
-        self.retries, self.runner._place.wary = attempt, attempt > 0
 
     def _write(self, state: dict, better: bool) -> bool:
         """Whether that went well; a warning, once, where it does not."""
@@ -119,7 +114,7 @@ class Keeper:
             raise DivergedError(
                 f"{fault} (λ: {values}); {best}; lower the learning rate of the weights or of the response"
             )
-        self._retry(self.retries + 1)
+        self.retries += 1
         told = runner.warnings
         if self._memory is None:
             assert self.out_dir is not None

@@ -238,7 +238,7 @@ class BilevelRunner:
         self._train = Stream(train_loader, "train_loader", recalibrate)
         self._valid = Stream(valid_loader, "valid_loader")
         self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
-        self._place = Placement(self.device, memory_format, unpack)
+        self._place = Placement(self.device, memory_format, unpack, wary=lambda: self._keeper.retries > 0)
         self._precision = partial(torch.autocast, self.device.type, autocast, enabled=autocast is not None)
         self._stepper = Stepper(problem, self.updates, self._watch, self._place, inner_correction, self._precision)
         self._evaluator = Evaluator(problem, self._train, self._averaged, self.metrics, self._place, self._precision)
