@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from fxstn import hp
-from fxstn.bench import environment
 from fxstn.hp.bijection import Bijection
-from fxstn.measure import step_times
+from fxstn.tools.bench import environment
+from fxstn.tools.measure import step_times
 
 SPECS = (hp.ColorJitter, hp.Affine, hp.Cutout)
 COLOURS = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation, vision.adjust_hue)

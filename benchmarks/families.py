@@ -67,7 +67,7 @@ def _images(model: Any) -> torch.Tensor:
 
 
 def measure(name: str, seeds: int) -> dict[str, Any]:
-    """One row: rung, error, seconds."""
+    """One row: frontend, error, seconds."""
     from timm import create_model
 
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     return {
         "parameters": count,
         "shortened": count > LARGE,
-        "rung": report.rung,
+        "frontend": report.frontend,
         "max_error": report.max_error,
         "ok": report.ok,
         "seconds": round(time.perf_counter() - start),
@@ -110,9 +110,9 @@ def page(rows: dict[str, dict[str, Any]], total: int) -> str:
             continue
         model = row["model"] + (" (blocks left out)" if row["shortened"] else "")
         error = f"{row['max_error']:.0e}" + ("" if row["ok"] else " (too large)")
-        cells.append([family, model, row["rung"], row["seconds"], error])
+        cells.append([family, model, row["frontend"], row["seconds"], error])
     good = sum(row.get("ok", False) for row in rows.values())
-    headers = ["family", "smallest model", "rung", "seconds to verify", "largest relative error"]
+    headers = ["family", "smallest model", "frontend", "seconds to verify", "largest relative error"]
     left = f" ({total - len(rows)} have not been run)" if total > len(rows) else ""
     return (
         "# Beyond torchvision\n\n"

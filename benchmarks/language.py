@@ -25,8 +25,8 @@ from examples.language_model import LanguageModel, cross_entropy, specs
 from fxstn import Carried
 from fxstn.bilevel.optimizers import SettlingAdam, adam
 from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY
-from fxstn.layers.noise import locked_mask, weight_mask, word_mask
-from fxstn.measure import step_times
+from fxstn.ops.noise import locked_mask, weight_mask, word_mask
+from fxstn.tools.measure import step_times
 
 TRAIN_STEPS = 5
 Steps = dict[str, tuple[Callable[[], None], int]]

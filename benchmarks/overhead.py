@@ -42,7 +42,18 @@ def one_process(network: str, options: list[str], memory: list[str] | None = Non
     """Rows of one `fxstn bench` in a process of its own. memory: variants whose peak is measured."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
-        command = [sys.executable, "-W", "ignore", "-m", "fxstn.cli", "bench", network, "--json", str(file), *options]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "fxstn.tools.cli",
+            "bench",
+            network,
+            "--json",
+            str(file),
+            *options,
+        ]
         subprocess.run([*command, "--memory", *(memory or [])], check=True, stdout=subprocess.DEVNULL)
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows

@@ -22,9 +22,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.overhead import RESULTS
-from fxstn.bench import TRAIN_STEPS, Setup, Steps, environment, variants
 from fxstn.bilevel.optimizers import sgd
-from fxstn.measure import step_times
+from fxstn.tools.bench import TRAIN_STEPS, Setup, Steps, environment, variants
+from fxstn.tools.measure import step_times
 
 
 class Decays(nn.Module):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from fxstn.bench import Setup, variants
+from fxstn.tools.bench import Setup, variants
 
 KINDS = {
     "convolution": ("conv", "mkldnn", "cudnn", "mm", "linear"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fxstn import data
+from fxstn.tools import data
 
 Weights = Sequence[Tensor]
 Noise = Sequence[Tensor] | None

@@ -1,4 +1,4 @@
-"""The support matrix: which models transform, by which rung, and whether their tangent is the derivative.
+"""The support matrix: which models transform, by which frontend, and whether their tangent is the derivative.
 
     python -m benchmarks.support [--only PATTERN ...] [--again]      (make support)
 
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 
 
 def measure(name: str, seeds: int) -> dict[str, Any]:
-    """One row: rung, hyperparameters, responding parameters, nodes by rule and fallback, error, seconds to transform."""
+    """One row: frontend, hyperparameters, responding parameters, nodes by rule and fallback, error, seconds to transform."""
     torch.manual_seed(0)
     model, inputs, short = zoo.build(name)
     live = zoo.family(name) in ("detection", "flow")
@@ -39,17 +39,17 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     responding = sum(1 for key, _ in stn.response.named_parameters() if key.endswith(".R"))
     rules = _rules(stn, inputs)
-    report = fxstn.verify(model, *inputs, seeds=seeds, trace=stn.rung)
+    report = fxstn.verify(model, *inputs, seeds=seeds, trace=stn.frontend)
     return {
         "family": zoo.family(name),
         "shortened": short,
-        "rung": stn.rung,
+        "frontend": stn.frontend,
         "hyperparameters": len(stn.hparams),
         "responding": responding,
         "parameters": sum(1 for _ in model.parameters()),
         "by_rule": rules.total() - rules["fallback"],
         "fallback": rules["fallback"],
-        "per_example": stn.rung != "live" and stn.per_example(*inputs),
+        "per_example": stn.frontend != "live" and stn.per_example(*inputs),
         "max_error": report.max_error,
         "ok": report.ok,
         "transform_s": round(seconds, 1),
@@ -59,7 +59,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
 def _rules(stn: fxstn.SelfTuningNetwork, inputs: tuple) -> Counter[str]:
     """How many operations that a tangent goes through are done by which kind of rule."""
     graph: Any = stn.graph("pushforward")
-    if stn.rung != "live":
+    if stn.frontend != "live":
         return Counter(node.meta["rule"] for node in graph.graph.nodes if "rule" in node.meta)
     log: list[Any] = []
     with torch.random.fork_rng(), torch.no_grad():
@@ -80,7 +80,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
             [
                 name + (" (blocks left out)" if row["shortened"] else ""),
                 row["family"],
-                row["rung"],
+                row["frontend"],
                 f"{row['responding']} of {row['parameters']}",
                 row["hyperparameters"],
                 f"{share:.0%}",
@@ -89,7 +89,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
                 f"{row['max_error']:.0e}" + ("" if row["ok"] else " (too large)"),
             ]
         )
-    headers = ["model", "task", "rung", "parameters that respond", "hyperparameters", "nodes by rule", "ε per example",
+    headers = ["model", "task", "frontend", "parameters that respond", "hyperparameters", "nodes by rule", "ε per example",
                "transform, s", "largest relative error"]  # fmt: skip
     good, missing = sum(row.get("ok", False) for row in rows.values()), len(zoo.names()) - len(rows)
     left = f" ({missing} have not been run)" if missing else ""

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.optimizers import SettlingAdam
-from fxstn.cli import loader
+from fxstn.tools.cli import loader
 
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 PAPERS = ("delta", "centered", "stn")
@@ -137,7 +137,7 @@ def search(
         done = optuna.trial.create_trial(
             params=cell["shares"], distributions=ranges, value=min(cell["valid"], WORST),
             state=TrialState.PRUNED if cell["pruned"] else TrialState.COMPLETE,
-            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])}, system_attrs=cell["rungs"],
+            intermediate_values={i + 1: loss for i, (_, loss) in enumerate(cell["curve"])}, system_attrs=cell["frontends"],
         )  # fmt: skip
         study.add_trial(done)
     trial = study.ask(ranges)
@@ -159,5 +159,5 @@ def search(
         study.tell(trial, state=TrialState.PRUNED)  # its value is that of the last epoch
     else:
         study.tell(trial, min(result["valid"], WORST))
-    rungs = study.trials[trial.number].system_attrs  # what the pruner noted: a search can go on without the storage
-    return result | {"shares": trial.params, "pruned": pruned, "rungs": rungs}
+    frontends = study.trials[trial.number].system_attrs  # what the pruner noted: a search can go on without the storage
+    return result | {"shares": trial.params, "pruned": pruned, "frontends": frontends}

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from benchmarks.ridge import load_arrays
 from benchmarks.trials import RUNS, Task, search, trained
 from benchmarks.tuned import SEARCHES, STARTS, path_of, report
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 
 def _images(

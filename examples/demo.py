@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 import fxstn
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 COLUMNS = ["valid loss", "valid accuracy", "test loss", "test accuracy", "seconds"]
 

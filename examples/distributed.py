@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import fxstn
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, StackDataset
 
 import fxstn
-from fxstn import data
+from fxstn.tools import data
 
 COLUMNS = ["test accuracy", "stopped early", "area under the ROC curve"]
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxstn
-from fxstn import hp, text
+from fxstn import hp
+from fxstn.tools import text
 
 SMALL = {"width": 200, "words": 100_000, "epochs": 20, "rate": 20.0, "patience": 1, "batch": 20, "length": 35}
 

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fxstn
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 
 def main(arguments: list[str] | None = None) -> nn.Module:

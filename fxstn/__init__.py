@@ -17,32 +17,32 @@ from fxstn.bilevel import (
     hyper_loss,
     response_loss,
 )
-from fxstn.errors import Problem, TransformError
-from fxstn.explain import Explanation, explain
-from fxstn.losses import cross_entropy
+from fxstn.bilevel.losses import cross_entropy
+from fxstn.frontends.decompositions.torchvision import register_operation
+from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.network import SelfTuningNetwork
-from fxstn.operations import register_operation
-from fxstn.report import write_report
 from fxstn.rules.own import register_rule
-from fxstn.show import show
+from fxstn.tools.explain import Explanation, explain
+from fxstn.tools.report import write_report
+from fxstn.tools.show import show
+from fxstn.tools.verify import VerifyResult, verify
 from fxstn.transform import transform
-from fxstn.verify import Report, verify
 
 __all__ = [
     "PAPER",
     "BilevelProblem",
     "BilevelRunner",
     "Carried",
+    "Diagnostic",
     "DivergedError",
     "Explanation",
     "History",
-    "Problem",
-    "Report",
     "RunWarning",
     "Schedule",
     "SelfTuningNetwork",
     "TensorBoard",
     "TransformError",
+    "VerifyResult",
     "accuracy",
     "average_gradients",
     "cross_entropy",

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxstn.errors import Problem
 from fxstn.hp.space import HyperparameterSpace
-from fxstn.hp.terms import Terms
-from fxstn.layers.penalty import penalty, penalty_perturbed
-from fxstn.layers.response import Response, for_all_examples, parameter_changes, pulled_back
-from fxstn.staging import with_breaks
-from fxstn.tangents import BATCH_FIRST
+from fxstn.hp.terms import LossTerms
+from fxstn.ir.errors import Diagnostic
+from fxstn.ir.staging import with_breaks
+from fxstn.ir.tangents import BATCH_FIRST
+from fxstn.ops.penalty import penalty, penalty_perturbed
+from fxstn.ops.response import Response, for_all_examples, parameter_changes, pulled_back
 
 METHODS = ("delta", "centered", "stn")
 
@@ -40,8 +40,8 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
-    recipe: builds the graphs from the children (fxstn.transform.Recipe). rung: how the forward is followed ("fx", "live");
-    refusals: what stood in the way of those before. augments: whether the model has modules that stay random in eval mode,
+    recipe: builds the graphs from the children (fxstn.transform.Recipe). frontend: how the forward is followed ("fx", "live");
+    rejected: what stood in the way of those before. augments: whether the model has modules that stay random in eval mode,
     as torchvision's transforms do, so that its evaluation graph runs in its place.
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
@@ -57,7 +57,7 @@ class SelfTuningNetwork(nn.Module):
         model: nn.Module,
         response: nn.Module,
         hparams: HyperparameterSpace,
-        terms: Terms,
+        terms: LossTerms,
         method: str,
         recipe: Any,
     ) -> None:
@@ -71,15 +71,15 @@ class SelfTuningNetwork(nn.Module):
         self._per_example: bool | None = None
         self._compiled: dict[str, Any] = {}
         self._compile_options: dict[str, Any] | None = None
-        self.rung, self.augments = "fx", False
-        self.refusals: tuple[Problem, ...] = ()
+        self.frontend, self.augments = "fx", False
+        self.rejected: tuple[Diagnostic, ...] = ()
         self.train(model.training)
 
     # Graphs
 
     def graph(self, name: str) -> fx.GraphModule:
         """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives,
-        "general", "linearized", "perturbed", "trained", which return (output, asides) where there are any.
+        "general", "linearized", "perturbed", "trained", which return (output, auxiliary) where there are any.
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
@@ -128,12 +128,12 @@ class SelfTuningNetwork(nn.Module):
         which run as they are, where it has any.
 
         A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
-        in eval mode are not touched. Raises ValueError for a network on rung "live", which has no graph to compile, and with
-        hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
+        in eval mode are not touched. Raises ValueError for a network of frontend "live", which has no graph to compile, and
+        with hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
         """
-        if self.rung == "live":
+        if self.frontend == "live":
             raise ValueError(
-                'a network that runs as it is (rung "live") cannot be compiled; see `refusals` for the reasons'
+                'a network that runs as it is (frontend "live") cannot be compiled; see `rejected` for the reasons'
             )
         if self.terms.jacobian:
             raise ValueError("a network with hp.JacobianNorm cannot be compiled: its gradient is differentiated again")
@@ -241,12 +241,12 @@ class SelfTuningNetwork(nn.Module):
             return self._compiled_graph(name)(*inputs, **named)
 
     def conditioned_output(self, *inputs: Any) -> tuple[Any, tuple]:
-        """(output, asides) of the training graph at λ₀ and w₀, whatever the module's mode. asides: a value for each of
-        `terms.asides`."""
-        return self._beside(self._call("general" if self.terms.asides else "train", inputs))
+        """(output, auxiliary) of the training graph at λ₀ and w₀, whatever the module's mode. auxiliary: a value for each of
+        `terms.auxiliary`."""
+        return self._beside(self._call("general" if self.terms.auxiliary else "train", inputs))
 
     def _beside(self, result: Any) -> tuple[Any, tuple]:
-        return result if self.terms.asides else (result, ())
+        return result if self.terms.auxiliary else (result, ())
 
     def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
@@ -267,11 +267,11 @@ class SelfTuningNetwork(nn.Module):
         training: bool | None = None,
         update_statistics: bool = False,
     ) -> tuple[Any, tuple]:
-        """(output, asides) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
+        """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
         "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
         "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too. training: None for the
-        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only). asides: as in
+        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only). auxiliary: as in
         `conditioned_output`; none in eval mode.
         """
         kind = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"

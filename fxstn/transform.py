@@ -11,28 +11,28 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxstn.bind import Binding, bind
-from fxstn.canonicalize import canonicalize
-from fxstn.condition import condition
-from fxstn.errors import Problem, TransformError
-from fxstn.export import Examples, follow_by_export
-from fxstn.fidelity import frozen_modules, module_state, refuse_wrapped, restore
+from fxstn.frontends.decompositions.torchvision import AUGMENTING
+from fxstn.frontends.export import InputSpec, follow_by_export
+from fxstn.frontends.guards import frozen_modules, module_state, refuse_wrapped, restore
+from fxstn.frontends.live.constant_guard import attributes, unchanged
+from fxstn.frontends.live.containers import reachable
+from fxstn.frontends.live.graph import LiveRecipe, addresses
+from fxstn.frontends.live.record import record
+from fxstn.frontends.symbolic import trace as trace_module
 from fxstn.hp import Dropout, HyperparameterSpace, Spec
-from fxstn.hyperize import hyperize, response_modules, responses
-from fxstn.layout import Layouts, layouts
-from fxstn.live.emit import LiveRecipe, addresses
-from fxstn.live.structure import reachable
-from fxstn.live.tape import record
-from fxstn.live.watched import attributes, unchanged
-from fxstn.misfit import fitting
+from fxstn.ir.errors import Diagnostic, TransformError
+from fxstn.ir.input_errors import explained_errors
 from fxstn.network import METHODS, SelfTuningNetwork
-from fxstn.operations import AUGMENTING
-from fxstn.pushforward import linearized, normalise_by_batch, perturbed, pushforward, trained
-from fxstn.recompute import recompute as recompute_pass
-from fxstn.simplify import simplify
-from fxstn.trace import trace as trace_module
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.condition import condition
+from fxstn.passes.example_axes import Layouts, layouts
+from fxstn.passes.hyperize import hyperize, response_modules, responses
+from fxstn.passes.match import Binding, bind
+from fxstn.passes.pushforward import linearized, normalise_by_batch, perturbed, pushforward, trained
+from fxstn.passes.recompute import recompute as recompute_pass
+from fxstn.passes.simplify import simplify
 
-RUNGS = ("fx", "export", "live")  # in the order that "auto" tries them
+FRONTENDS = ("fx", "export", "live")  # in the order that "auto" tries them
 # Each graph is made from the conditioned training graph or the evaluation graph by one last pass.
 LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
     "pushforward": pushforward,
@@ -42,10 +42,10 @@ LAST_PASS: dict[str, Callable[[fx.GraphModule, Layouts], fx.GraphModule]] = {
 
 
 def followed(
-    model: nn.Module, training: bool, frozen: Collection[str], examples: Examples | None = None, rung: str = "fx"
+    model: nn.Module, training: bool, frozen: Collection[str], examples: InputSpec | None = None, frontend: str = "fx"
 ) -> fx.GraphModule:
-    """trace → canonicalize, by rung "fx" or "export"."""
-    if rung == "export":
+    """trace → canonicalize, by frontend "fx" or "export"."""
+    if frontend == "export":
         assert examples is not None
         return canonicalize(follow_by_export(model, training, frozen, examples))
     return canonicalize(trace_module(model, training, frozen, len(examples.inputs) if examples else 0))
@@ -55,34 +55,34 @@ def followed(
 class Recipe:
     """What the passes need besides the modules themselves to build a graph, and to build it again after a copy.
 
-    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, rung: how the forward is followed.
+    binding: which λ belongs where. frozen: modules that stay in eval mode. examples, frontend: how the forward is followed.
     recompute: whether the response and hyper steps keep their activations or compute them again. statistics: what batch
     norms normalise by in these steps, "batch" or "running".
     """
 
     binding: Binding
     frozen: tuple[str, ...]
-    examples: Examples | None
-    rung: str
+    examples: InputSpec | None
+    frontend: str
     recompute: bool = False
     statistics: str = "batch"
 
     def canonical(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """The graph of root's child `model` in one mode, with the children `hparams` and `response` beside it."""
-        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.rung)
+        graph = followed(root.get_submodule("model"), training, self.frozen, self.examples, self.frontend)
         return with_children(graph, root)
 
     def emit(self, canonical: fx.GraphModule, name: str, places: Layouts) -> fx.GraphModule:
         """Build one graph by name: "train", "eval", "pushforward", or those of the training objectives, "general",
-        "linearized", "perturbed", "trained", which return the asides too; all but the first and last also with "_eval".
+        "linearized", "perturbed", "trained", which return the auxiliary too; all but the first and last also with "_eval".
 
         The passes, in order: (trace → canonicalize →) condition → hyperize → pushforward or a sibling → simplify
         (→ recompute).
         places: where the examples are, from `layouts`; empty for a plain batch.
         """
         kind = name.removesuffix("_eval")
-        asides = kind not in ("train", "pushforward")
-        graph = condition(canonical, None if name.endswith("eval") else self.binding, places, asides)
+        auxiliary = kind not in ("train", "pushforward")
+        graph = condition(canonical, None if name.endswith("eval") else self.binding, places, auxiliary)
         if kind == "linearized":
             if name.endswith("eval") and self.statistics == "batch":
                 graph = normalise_by_batch(graph, self.frozen)
@@ -127,7 +127,7 @@ def transform(
     trace: how the forward is followed. "fx": symbolic tracing. "export": torch.export, where Python may branch on sizes, and
     later inputs have those of the examples, dimension 0 aside. "live": the forward runs as it is, whatever its Python does,
     with tangents carried beside it, and one perturbation for the whole batch. The last two need example_inputs. "auto": the
-    first that works; `rung` of the network tells which, `refusals` why not those before.
+    first that works; `frontend` of the network tells which, `rejected` why not those before.
     recompute: activation checkpointing for the response and hyper steps of method "delta": their activations are computed
     again in the backward pass, which costs time and saves memory in deep networks; not for "live". statistics: what batch
     norms normalise by in the response and hyper steps of method "delta": those of the "batch", as while w₀ is trained, or
@@ -156,8 +156,8 @@ def transform(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if response not in (None, "scaled", "structured") or (response == "scaled" and method == "stn"):
         raise ValueError(f"response={response!r} is neither 'scaled' (not for method 'stn') nor 'structured'")
-    if trace not in ("auto", *RUNGS):
-        raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(RUNGS)}")
+    if trace not in ("auto", *FRONTENDS):
+        raise ValueError(f"trace={trace!r} is not one of auto, {', '.join(FRONTENDS)}")
     if statistics not in ("batch", "running"):
         raise ValueError(f"statistics={statistics!r} is neither 'batch' nor 'running'")
     graphs_only = recompute or statistics != "batch"
@@ -168,34 +168,36 @@ def transform(
         raise ValueError(f"trace={trace!r} needs example_inputs")
     refuse_wrapped(model)
     model = copy.deepcopy(model)
-    tried: Sequence[str] = (trace,) if trace != "auto" else RUNGS if example_inputs is not None else RUNGS[:1]
+    tried: Sequence[str] = (trace,) if trace != "auto" else FRONTENDS if example_inputs is not None else FRONTENDS[:1]
     emission = {"recompute": recompute, "statistics": statistics}
     structured = response == "structured" or (response is None and method != "delta")
-    rungs = [rung for rung in tried if not (graphs_only and rung == "live")]
-    problems: list[Problem] = []
-    for rung in rungs:
+    frontends = [frontend for frontend in tried if not (graphs_only and frontend == "live")]
+    problems: list[Diagnostic] = []
+    for frontend in frontends:
         try:
-            network = _climbed(rung, model, hparams, example_inputs, method, structured, emission)
-            network.rung, network.refusals = rung, tuple(problems)
+            network = _transformed(frontend, model, hparams, example_inputs, method, structured, emission)
+            network.frontend, network.rejected = frontend, tuple(problems)
             found = [name for name, module in model.named_modules() if type(module) in AUGMENTING]
-            network.augments = rung != "live" and bool(found)
-            if found and hparams is None and rung != "fx":
+            network.augments = frontend != "live" and bool(found)
+            if found and hparams is None and frontend != "fx":
                 warnings.warn(
                     f"the augmentation '{found[0]}' keeps its strength: it is tuned where symbolic tracing follows the "
-                    f"model, and this one is followed by trace={rung!r}; on 'export' a spec such as hp.ColorJitter() "
+                    f"model, and this one is followed by trace={frontend!r}; on 'export' a spec such as hp.ColorJitter() "
                     "inserts one that is tuned", stacklevel=2,
                 )  # fmt: skip
             return network
         except TransformError as error:
-            problems += [replace(problem, rung=rung if len(rungs) > 1 else "") for problem in error.problems]
+            problems += [
+                replace(problem, frontend=frontend if len(frontends) > 1 else "") for problem in error.problems
+            ]
     if trace == "auto" and example_inputs is None:
         more = "; or give example_inputs: then torch.export, and after it the forward as it is, are tried"
         problems = [replace(problem, remedy=problem.remedy + more) for problem in problems]
     raise TransformError(problems)
 
 
-def _climbed(
-    rung: str,
+def _transformed(
+    frontend: str,
     model: nn.Module,
     hparams: Sequence[Spec] | None,
     example_inputs: Any,
@@ -206,7 +208,7 @@ def _climbed(
     """A network by one way of following the forward. Raises as `transform`."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     frozen = tuple(sorted(frozen_modules(model)))
-    graphs = canonical_graphs(rung, model, frozen, example_inputs)
+    graphs = canonical_graphs(frontend, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
     space = HyperparameterSpace(binding.quantities)
     found = responses(graphs, structured)
@@ -219,16 +221,16 @@ def _climbed(
         )
     reference = next(model.parameters())
     space.to(device=reference.device, dtype=reference.dtype)
-    recipe: Any = Recipe(binding, frozen, Examples.of(model, example_inputs), rung, **emission)
-    if rung == "live":
+    recipe: Any = Recipe(binding, frozen, InputSpec.of(model, example_inputs), frontend, **emission)
+    if frontend == "live":
         if binding.dropped or binding.terms.jacobian or any(type(site.spec) is not Dropout for site in binding.sites):
             raise TransformError(
-                [Problem("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
+                [Diagnostic("", "an operation other than dropout, which needs a graph,", "", "use hp.Dropout")]
             )
         recipe = LiveRecipe(binding, frozen, addresses(graphs[0], binding))
     modules = response_modules(model, found, len(space), structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, method, recipe)
-    if rung != "live":
+    if frontend != "live":
         for training, graph in zip((True, False), graphs, strict=True):
             network.keep_canonical(training, with_children(graph, network))
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
@@ -236,16 +238,16 @@ def _climbed(
     if example_inputs is not None:
         before = module_state(model)
         held = unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model)))
-        with held, fitting((inputs, None), "example_inputs", model):
+        with held, explained_errors((inputs, None), "example_inputs", model):
             network.check(*inputs)
         restore(before)
     return network
 
 
-def canonical_graphs(rung: str, model: nn.Module, frozen: tuple[str, ...], example_inputs: Any) -> list[Any]:
+def canonical_graphs(frontend: str, model: nn.Module, frozen: tuple[str, ...], example_inputs: Any) -> list[Any]:
     """The model's training and evaluation graph by one way of following it, as far as passes need them to decide."""
-    if rung == "live":
+    if frontend == "live":
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         return [record(model, training, frozen, inputs) for training in (True, False)]
-    examples = Examples.of(model, example_inputs)
-    return [followed(model, training, frozen, examples, rung) for training in (True, False)]
+    examples = InputSpec.of(model, example_inputs)
+    return [followed(model, training, frozen, examples, frontend) for training in (True, False)]

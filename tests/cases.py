@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.layers.assignment import assigned, overwritten
-from fxstn.layers.geometry import resample
-from fxstn.layers.heads import (
+from fxstn.ops.assignment import assigned, overwritten
+from fxstn.ops.geometry import resample
+from fxstn.ops.heads import (
     attention_scores,
     attention_values,
     join_heads,
@@ -23,8 +23,8 @@ from fxstn.layers.heads import (
     split_heads,
     split_windows,
 )
-from fxstn.layers.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
-from fxstn.layers.synced import synced_batch_norm
+from fxstn.ops.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
+from fxstn.ops.synced import synced_batch_norm
 
 Tensor = torch.Tensor
 X = object()  # stands in Case.args and Case.kwargs where a drawn tensor goes

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxstn.layers.response import Response
+from fxstn.ops.response import Response
 
 
 def mlp(dropout: float = 0.1) -> nn.Sequential:

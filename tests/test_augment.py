@@ -16,16 +16,16 @@ from torchvision.transforms.v2 import functional as vision
 
 import fxstn
 from fxstn import hp
-from fxstn.cli import main
-from fxstn.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.torchvision import AUGMENTING, RANDOM
 from fxstn.hp.augment import spread
-from fxstn.layers.color import jitter
-from fxstn.layers.erase import boxes_mask, cutout_mask, erasing_mask
-from fxstn.layers.geometry import inverse_affine, resample
-from fxstn.layers.noise import by_example, draws, weight_mask
-from fxstn.layers.penalty import penalty, penalty_perturbed
-from fxstn.operations import AUGMENTING, RANDOM
-from fxstn.show import strengths_of
+from fxstn.ops.color import jitter
+from fxstn.ops.erase import boxes_mask, cutout_mask, erasing_mask
+from fxstn.ops.geometry import inverse_affine, resample
+from fxstn.ops.noise import by_example, draws, weight_mask
+from fxstn.ops.penalty import penalty, penalty_perturbed
+from fxstn.tools.cli import main
+from fxstn.tools.show import strengths_of
 
 AUGMENTATIONS = [hp.ColorJitter, hp.Affine, hp.Rotation, hp.Cutout, hp.Erasing, hp.Flip, hp.VerticalFlip, hp.Grayscale,
                  hp.GaussianNoise, hp.GaussianBlur, hp.MixUp, hp.CutMix]  # fmt: skip

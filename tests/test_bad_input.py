@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxstn
-from fxstn import cli, data, hp, text
+from fxstn import hp
 from fxstn.bilevel.checkpoint import FORMAT
+from fxstn.tools import cli, data, text
 
 PACKAGE = str(Path(fxstn.__file__).parent)
 X, Y = torch.randn(24, 6), torch.arange(24) % 3
@@ -30,7 +31,7 @@ def row(name, message):
     """Enters a function of a temporary folder that does the bad thing. message: what the error must match."""
 
     def enter(case):
-        ROWS.append(pytest.param(case, message, id=name))
+        ROWS.append(pytest.param(case, message, id=re.sub(r" at 0x\w*", "", name)))
         return case
 
     return enter
@@ -143,7 +144,7 @@ for _name, _value, _message in (
         r"step_schedulers\['optimizer'\] must return a scheduler.*NoneType",
     ),
 ):
-    row(f"{_name} {_value!r}"[:60], _message)(made(**{_name: _value}))
+    row(f"{_name} {_value!r}", _message)(made(**{_name: _value}))
 
 
 @row("out_dir a file", "out_dir='.*taken' is a file; name a folder")

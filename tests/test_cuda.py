@@ -12,8 +12,8 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
+from fxstn.ir.tangents import ZERO
 from fxstn.rules import apply_rule
-from fxstn.tangents import ZERO
 
 pytestmark = [
     pytest.mark.cuda,

@@ -77,7 +77,7 @@ def test_a_detector_trains_and_tunes():
     torch.manual_seed(0)
     inputs = batch()
     stn = fxstn.transform(faster(), example_inputs=inputs)
-    assert (stn.rung, stn.hparams.names) == ("live", ("backbone.2.dropout",))
+    assert (stn.frontend, stn.hparams.names) == ("live", ("backbone.2.dropout",))
     losses = lambda output, target: sum(output.values())  # noqa: E731
     optimizer = torch.optim.SGD([*stn.general_parameters(), *stn.response_parameters()], lr=0.05)
     history = []

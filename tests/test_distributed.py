@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 import fxstn
 from fxstn import hp
 from fxstn.bilevel import distributed
-from fxstn.layers.synced import synced_batch_norm
+from fxstn.ops.synced import synced_batch_norm
 from tests.nets import SmallConv, mlp, randomize_response
 from tests.processes import Failed, run
 

@@ -150,7 +150,7 @@ def test_without_example_inputs_the_remedy_names_them(capfd):
     net = Around(lambda y: y if y.sum() > 0 else -y)
     with pytest.raises(fxstn.TransformError, match="or give example_inputs"):
         fxstn.transform(net, SCALAR)
-    assert fxstn.transform(net, SCALAR, example_inputs=torch.randn(2, 4)).rung == "live"
+    assert fxstn.transform(net, SCALAR, example_inputs=torch.randn(2, 4)).frontend == "live"
     assert capfd.readouterr() == ("", "")
 
 

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fxstn
 from fxstn import hp
-from fxstn.canonicalize import canonicalize
-from fxstn.export import Examples, follow_by_export
-from fxstn.layers.noise import dropout_mask, track_batch
-from fxstn.simplify import simplify
-from fxstn.trace import trace
+from fxstn.frontends.export import InputSpec, follow_by_export
+from fxstn.frontends.symbolic import trace
+from fxstn.ops.noise import dropout_mask, track_batch
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.simplify import simplify
 
 SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0)]
 
@@ -177,7 +177,7 @@ MODELS = {
 
 
 def by_both_modes(net):
-    examples = Examples.of(net, (torch.randn(4, 6),))
+    examples = InputSpec.of(net, (torch.randn(4, 6),))
     return [(mode, simplify(canonicalize(follow_by_export(net, mode, (), examples)))) for mode in (True, False)]
 
 
@@ -224,7 +224,7 @@ def test_parameters_keep_their_names(name):
 
 
 class Symbolic(nn.Module):
-    """What both rungs follow: repeated and nested calls, an identity, a leaf batch norm, dropout."""
+    """What both frontends follow: repeated and nested calls, an identity, a leaf batch norm, dropout."""
 
     def __init__(self):
         super().__init__()
@@ -236,10 +236,10 @@ class Symbolic(nn.Module):
 
 
 @pytest.mark.parametrize("net", [Symbolic(), SmallConv()], ids=["symbolic", "conv"])
-def test_both_rungs_make_the_same_graph(net):
+def test_both_frontends_make_the_same_graph(net):
     x = torch.randn(4, 6) if isinstance(net, Symbolic) else torch.randn(4, 3, 8, 8)
     for mode in (True, False):
-        export = canonicalize(follow_by_export(net, mode, (), Examples.of(net, (x,))))
+        export = canonicalize(follow_by_export(net, mode, (), InputSpec.of(net, (x,))))
         symbolic = canonicalize(trace(net, mode))
 
         def described(module):
@@ -289,7 +289,7 @@ def test_every_kind_of_dropout_is_found(kind):
     x = torch.randn(4, 3, 5)
     if kind is nn.Dropout2d:
         net, x = nn.Sequential(nn.Conv2d(3, 3, 1), kind(0.4), nn.Flatten()), x[..., None]
-    graphs = [fxstn.transform(net, example_inputs=x, trace=rung).train() for rung in ("fx", "export")]
+    graphs = [fxstn.transform(net, example_inputs=x, trace=frontend).train() for frontend in ("fx", "export")]
     assert graphs[0].hparams.values() == graphs[1].hparams.values()
     results = []
     for stn in graphs:
@@ -328,9 +328,9 @@ def test_attention_is_followed(name, need_weights):
 def test_attention_drops_as_by_symbolic_tracing():
     net, x = Attending(nn.TransformerEncoderLayer(6, 2, 8, 0.3, batch_first=True), False), torch.randn(3, 5, 6)
     outputs = []
-    for rung in ("fx", "export"):
+    for frontend in ("fx", "export"):
         torch.manual_seed(0)
-        outputs.append(fxstn.transform(net, example_inputs=x, trace=rung).train()(x))
+        outputs.append(fxstn.transform(net, example_inputs=x, trace=frontend).train()(x))
     torch.testing.assert_close(*outputs)
 
 
@@ -345,7 +345,7 @@ def test_recurrent_layers_are_followed_and_left_as_they_were():
 
     net, x = Recurrent(), torch.randn(4, 3, 6)
     weights = list(net.lstm._flat_weights)
-    graph = simplify(canonicalize(follow_by_export(net, True, (), Examples.of(net, x[:2]))))
+    graph = simplify(canonicalize(follow_by_export(net, True, (), InputSpec.of(net, x[:2]))))
     torch.testing.assert_close(graph(x), net(x))
     assert all(a is b for a, b in zip(net.lstm._flat_weights, weights, strict=True))
 
@@ -513,7 +513,7 @@ def test_hooks_are_refused():
         fxstn.transform(net, SCALAR, example_inputs=torch.randn(4, 6), trace="export")
 
 
-def test_the_problems_of_every_rung_are_listed_with_module_and_source():
+def test_the_problems_of_every_frontend_are_listed_with_module_and_source():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -522,8 +522,8 @@ def test_the_problems_of_every_rung_are_listed_with_module_and_source():
         def forward(self, x):
             return self.inner(x)
 
-    problems = fxstn.transform(Outer(), SCALAR, example_inputs=torch.randn(4, 6)).refusals
-    assert [problem.rung for problem in problems] == ["fx", "export"]
+    problems = fxstn.transform(Outer(), SCALAR, example_inputs=torch.randn(4, 6)).rejected
+    assert [problem.frontend for problem in problems] == ["fx", "export"]
     assert [problem.what.split(" cannot")[0] for problem in problems] == ["symbolic tracing", "torch.export"]
     assert all(problem.where == "inner" and "test_export.py:" in problem.source for problem in problems)
     with pytest.raises(ValueError, match="trace='export' needs example_inputs"):

@@ -23,7 +23,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
 from fxstn.bilevel.faults import PERSISTENT, Monitors
-from fxstn.bilevel.streams import Stream
+from fxstn.bilevel.streams import ResumableLoader
 
 HERE = Path(__file__).resolve().parent
 
@@ -235,7 +235,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
 def test_a_stream_goes_on_where_it_was(own, taken):
     def stream():
         generator = torch.Generator().manual_seed(3) if own else None
-        return Stream(DataLoader(TensorDataset(torch.arange(10)), 2, shuffle=True, generator=generator), "loader")
+        return ResumableLoader(
+            DataLoader(TensorDataset(torch.arange(10)), 2, shuffle=True, generator=generator), "loader"
+        )
 
     first = stream()
     torch.manual_seed(5)

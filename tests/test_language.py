@@ -17,8 +17,9 @@ from torch import nn
 from torch.func import functional_call
 
 import fxstn
-from fxstn import Carried, hp, text
+from fxstn import Carried, hp
 from fxstn.bilevel import problem as runner_module
+from fxstn.tools import text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, WIDTH = 11, 6

@@ -70,7 +70,7 @@ UP = -DOWN
     ("place", "above", "below"), [(1e-9, 1.0, 0.0), (0.05, 1.0, 0.5), (0.5, 1.0, 1.0), (0.95, 0.5, 1.0), (1 - 1e-9, 0.0, 1.0)]
 )  # fmt: skip
 def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(gap, place, above, below):
-    """Witness: an optimizer without a gap, of the certainty that is left."""
+    """ReferenceRun: an optimizer without a gap, of the certainty that is left."""
     certainty, free, start = 20.0, math.nan, math.log(place / (1 - place))
     assert 0 < walked(UP, free, certainty) < 0.5 * walked(UP, free, 0.0)
     up = gap * walked(UP, free, certainty * (1 - gap * above))
@@ -80,7 +80,7 @@ def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_f
 
 
 def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show():
-    """Sixteen numbers, every second of which goes up; alone none would go far. Witness: as above, one for each number."""
+    """Sixteen numbers, every second of which goes up; alone none would go far. ReferenceRun: as above, one for each number."""
     certainty, free, gaps = 4.0, math.nan, [0.3, 0.9, math.nan, math.nan] * 4
     sizes = torch.rand(60, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 8
     gradients = sizes * torch.tensor([-1.0, 1.0] * 8, dtype=torch.float64)

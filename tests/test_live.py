@@ -1,4 +1,4 @@
-"""The live rung: forwards that no graph can hold, with tangents carried beside them."""
+"""The live frontend: forwards that no graph can hold, with tangents carried beside them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fxstn
 from fxstn import hp
-from fxstn.layers.regions import region_shift
-from fxstn.live import following
-from fxstn.live.structure import leaves
+from fxstn.frontends.live import tracer
+from fxstn.frontends.live.containers import leaves
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.regions import region_shift
 from fxstn.rules import RULES, Rule, apply_rule
-from fxstn.tangents import ZERO
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]
 
@@ -257,16 +257,16 @@ TRACED = {
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_the_live_rung_computes_what_the_traced_rung_computes(name):
+def test_the_live_frontend_computes_what_the_traced_frontend_computes(name):
     """Same hyperparameters, same noise, same output, tangent, linearised output, gradients and running statistics."""
     make, shape, specs = TRACED[name]
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(shape).double()
     names, results = [], []
-    for rung in ("fx", "live"):
+    for frontend in ("fx", "live"):
         torch.manual_seed(1)
-        stn = fxstn.transform(model, specs, example_inputs=x, trace=rung)
-        assert stn.rung == rung
+        stn = fxstn.transform(model, specs, example_inputs=x, trace=frontend)
+        assert stn.frontend == frontend
         randomize_response(stn)
         epsilon = 0.3 * torch.randn(len(stn.hparams)).double()
         names.append(stn.hparams.names)
@@ -429,7 +429,7 @@ def test_the_strength_of_dropout_follows_lambda_wherever_the_forward_goes():
     names = stn.hparams.names
     with torch.no_grad():
         stn.hparams.unconstrained.fill_(20.0)
-    assert (names, stn.rung) == (("drop.dropout",), "live")
+    assert (names, stn.frontend) == (("drop.dropout",), "live")
     dropped = [seeded(stn.graph("train"), x, times=times).eq(0).float().mean() for times in (1, 3)]
     assert min(dropped) > 0.8
     both = seeded(stn.graph("pushforward"), x, times=3, delta=torch.ones(1))
@@ -455,7 +455,7 @@ def test_a_network_with_lists_of_dicts_trains_through_the_three_losses():
     targets = [{"boxes": torch.randn(2, 4)}, {"boxes": torch.randn(3, 4)}]
     checked(Detector(), images, targets, hparams=[hp.Dropout()])
     stn = fxstn.transform(Detector(), example_inputs=(images, targets))
-    assert stn.rung == "live"
+    assert stn.frontend == "live"
     total = lambda output, target: sum(output.values())  # noqa: E731
     for loss in (fxstn.general_loss, fxstn.response_loss):
         loss(stn.train(), total, (images, targets), None).backward()
@@ -543,10 +543,10 @@ def test_what_cannot_be_followed_is_refused_with_its_place(name):
     assert "test_live.py:" in problem.source
 
 
-def test_what_no_rung_follows_lists_the_problems_of_each():
+def test_what_no_frontend_follows_lists_the_problems_of_each():
     with pytest.raises(fxstn.TransformError) as caught:
         fxstn.transform(Net(REFUSED["numpy"][0]), SCALAR, example_inputs=torch.rand(4, 6))
-    assert {problem.rung for problem in caught.value.problems} == {"fx", "export", "live"}
+    assert {problem.frontend for problem in caught.value.problems} == {"fx", "export", "live"}
     with pytest.raises(ValueError, match="needs example_inputs"):
         fxstn.transform(Net(scripted), SCALAR, trace="live")
 
@@ -606,7 +606,7 @@ def test_each_result_of_a_module_is_dropped_once(calls, monkeypatch):
     drawn = []
     x = torch.randn(5, 4)
     stn = fxstn.transform(Net(), [hp.Dropout("two")], example_inputs=x, trace="live")
-    mask = following.dropout_mask
-    monkeypatch.setattr(following, "dropout_mask", lambda *given: drawn.append(mask(*given)) or drawn[-1])
+    mask = tracer.dropout_mask
+    monkeypatch.setattr(tracer, "dropout_mask", lambda *given: drawn.append(mask(*given)) or drawn[-1])
     stn(x)
     assert len(drawn) == 2

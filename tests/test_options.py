@@ -16,8 +16,8 @@ from torch.func import functional_call
 import fxstn
 from benchmarks.overhead import NETWORKS
 from fxstn import hp
-from fxstn.cli import build_model
-from fxstn.recompute import Recomputed
+from fxstn.passes.recompute import Recomputed
+from fxstn.tools.cli import build_model
 
 HPARAMS = [hp.Dropout("bn1", init=0.3), hp.WeightDecay()]
 

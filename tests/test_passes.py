@@ -16,15 +16,15 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.bind import bind
-from fxstn.canonicalize import canonicalize
-from fxstn.condition import condition
-from fxstn.graphs import assemble
-from fxstn.hyperize import hyperize
-from fxstn.layers.noise import dropout_mask
-from fxstn.pushforward import linearized, perturbed, pushforward
-from fxstn.simplify import simplify
-from fxstn.trace import trace
+from fxstn.frontends.symbolic import trace
+from fxstn.ir.graphs import assemble
+from fxstn.ops.noise import dropout_mask
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.condition import condition
+from fxstn.passes.hyperize import hyperize
+from fxstn.passes.match import bind
+from fxstn.passes.pushforward import linearized, perturbed, pushforward
+from fxstn.passes.simplify import simplify
 
 PACKAGE = Path(fxstn.__file__).parent
 PASSES = {
@@ -293,13 +293,13 @@ def test_dropout_modules_found_start_at_their_own_strength_just_inside_the_range
     assert list(fxstn.transform(Classifier()).hparams.values()) == ["dropout"]
 
 
-@pytest.mark.parametrize("rung", ["fx", "export", "live"])
-def test_no_dropout_is_inserted_where_tokens_come_in(rung):
+@pytest.mark.parametrize("frontend", ["fx", "export", "live"])
+def test_no_dropout_is_inserted_where_tokens_come_in(frontend):
     """Without specs; asked for by name it is, and does nothing there."""
     net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2))
     tokens = torch.randint(9, (5, 3))
-    assert fxstn.transform(net, example_inputs=tokens, trace=rung).hparams.names == ("1.dropout", "3.dropout")
-    asked = fxstn.transform(net, [hp.Dropout("input")], example_inputs=tokens, trace=rung)
+    assert fxstn.transform(net, example_inputs=tokens, trace=frontend).hparams.names == ("1.dropout", "3.dropout")
+    asked = fxstn.transform(net, [hp.Dropout("input")], example_inputs=tokens, trace=frontend)
     assert asked.hparams.names == ("input.dropout",)
     torch.testing.assert_close(asked.train()(tokens), net(tokens))
 
@@ -327,15 +327,15 @@ class Quantised(nn.Module):
         return self.head(torch.cat([x, self.table(x.argmax(1))], 1))
 
 
-@pytest.mark.parametrize("rung", ["fx", "export", "live"])
-def test_tokens_are_told_by_the_lookup_that_reads_them(rung):
+@pytest.mark.parametrize("frontend", ["fx", "export", "live"])
+def test_tokens_are_told_by_the_lookup_that_reads_them(frontend):
     tokens = torch.randint(9, (5, 3))
-    assert fxstn.transform(Masked(), example_inputs=tokens, trace=rung).hparams.names == ("table.dropout",)
+    assert fxstn.transform(Masked(), example_inputs=tokens, trace=frontend).hparams.names == ("table.dropout",)
     bag = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2))
-    found = fxstn.transform(bag, example_inputs=tokens, trace=rung)
+    found = fxstn.transform(bag, example_inputs=tokens, trace=frontend)
     assert found.hparams.names == ("0.dropout",)
     assert found.response.get_submodule("0.weight").U.shape[0] == 4  # a scale for each column
-    names = fxstn.transform(Quantised(), example_inputs=torch.randn(5, 9), trace=rung).hparams.names
+    names = fxstn.transform(Quantised(), example_inputs=torch.randn(5, 9), trace=frontend).hparams.names
     assert names == ("input.dropout", "table.dropout")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fxstn
 from benchmarks import ridge
 from fxstn import hp
-from fxstn.layers.response import parameter_changes
 from fxstn.network import held
+from fxstn.ops.response import parameter_changes
 
 LOW, HIGH = 1e-4, 1e3
 # Multiplicities of a three-node Gauss–Hermite rule for N(0, 1): exact for polynomials up to degree 5.

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxstn
 from fxstn import hp
-from fxstn.decompositions.recurrent import recurrent
-from fxstn.errors import TransformError
-from fxstn.layers.recurrent import Steps, recurrence, recurrence_tangent, steps
-from fxstn.verify import relative_error
+from fxstn.frontends.decompositions.recurrent import recurrent
+from fxstn.ir.errors import TransformError
+from fxstn.ops.recurrent import Steps, recurrence, recurrence_tangent, steps
+from fxstn.tools.verify import relative_error
 
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN, "relu": nn.RNN}
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "tanh": nn.RNNCell, "relu": nn.RNNCell}
@@ -95,11 +95,11 @@ def built(configuration, training=True):
 @given(
     CONFIGURATIONS, st.booleans(), st.sampled_from(["fx", "export", "live"]), st.sampled_from(["scaled", "structured"])
 )
-def test_a_tangent_equals_a_central_difference_of_the_original(configuration, training, rung, response):
+def test_a_tangent_equals_a_central_difference_of_the_original(configuration, training, frontend, response):
     """Law 1, and that every parameter of the module responds, under its own name."""
     model, inputs = built(configuration, training)
     specs = [hp.Scalar("a", 1.0, 0.0, 2.0), hp.Scalar("b", 1.0, 0.0, 2.0)]
-    stn = fxstn.transform(model, specs, example_inputs=inputs, trace=rung, response=response)
+    stn = fxstn.transform(model, specs, example_inputs=inputs, trace=frontend, response=response)
     shuffled(stn).train(training)
     delta = torch.randn(2)
     y, dy = stn.pushforward(*inputs, delta=delta)
@@ -140,9 +140,9 @@ def test_the_training_graph_trains_like_the_original(configuration):
 
 
 @pytest.mark.parametrize("kind", CELLS)
-@pytest.mark.parametrize("rung", ["fx", "export", "live"])
+@pytest.mark.parametrize("frontend", ["fx", "export", "live"])
 @pytest.mark.parametrize("given_state", [True, False])
-def test_cells(kind, rung, given_state):
+def test_cells(kind, frontend, given_state):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,7 +159,7 @@ def test_cells(kind, rung, given_state):
 
     torch.manual_seed(0)
     model, x = Net(), torch.randn(BATCH, 3, INPUTS)
-    stn = shuffled(fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)], example_inputs=x, trace=rung))
+    stn = shuffled(fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)], example_inputs=x, trace=frontend))
     delta = torch.ones(1)
     y, dy = stn.pushforward(x, delta=delta)
     torch.testing.assert_close(y, model(x))
@@ -228,15 +228,15 @@ def test_dropout_between_layers_is_tuned():
 
 def test_a_spec_that_names_a_recurrent_module_acts_on_its_output_alone():
     model, x = nn.Sequential(nn.GRU(INPUTS, WIDTH, batch_first=True)), torch.randn(BATCH, TIME, INPUTS)
-    for rung in ("fx", "export", "live"):
-        stn = fxstn.transform(model, [hp.Dropout("0", init=0.5)], example_inputs=x, trace=rung)
+    for frontend in ("fx", "export", "live"):
+        stn = fxstn.transform(model, [hp.Dropout("0", init=0.5)], example_inputs=x, trace=frontend)
         y, h = stn(x)
         assert (y == 0).any()
         assert (h != 0).all()
 
 
-@pytest.mark.parametrize("rung", ["fx", "export", "live"])
-def test_a_recurrent_stage_ends_with_its_output(rung):
+@pytest.mark.parametrize("frontend", ["fx", "export", "live"])
+def test_a_recurrent_stage_ends_with_its_output(frontend):
     """Without specs, dropout is inserted after it, and not after the state that nobody uses."""
 
     class Net(nn.Module):
@@ -248,7 +248,7 @@ def test_a_recurrent_stage_ends_with_its_output(rung):
             return self.head(self.rnn(x)[0])
 
     x = torch.randn(BATCH, TIME, INPUTS)
-    stn = fxstn.transform(Net(), example_inputs=x, trace=rung)
+    stn = fxstn.transform(Net(), example_inputs=x, trace=frontend)
     assert stn.hparams.names == ("input.dropout", "rnn.dropout")
     condition = torch.zeros(2, requires_grad=True)
     stn.graph("train")(x, condition=condition).sum().backward()
@@ -265,8 +265,8 @@ def test_of_a_recurrent_module_whose_output_is_not_used_the_state_is_meant():
             return self.head(self.rnn(x)[1][0].squeeze(0))
 
     x = torch.randn(BATCH, TIME, INPUTS)
-    for rung in ("fx", "export", "live"):
-        stn = fxstn.transform(Last(), [hp.Dropout("rnn", init=0.5)], example_inputs=x, trace=rung)
+    for frontend in ("fx", "export", "live"):
+        stn = fxstn.transform(Last(), [hp.Dropout("rnn", init=0.5)], example_inputs=x, trace=frontend)
         assert (stn(x) != stn(x)).any()
 
 

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fxstn
 from fxstn import hp
-from fxstn.errors import operation_name
+from fxstn.ir.errors import operation_name
+from fxstn.ir.tangents import ZERO, all_zero
 from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.rules.registry import register
-from fxstn.tangents import ZERO, all_zero
 
 DISTANCE = 1e-2  # of random points from a kink
 

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
 import fxstn
-from fxstn import cli, data, hp
-from fxstn.bench import Setup, bench
+from fxstn import hp
 from fxstn.bilevel import problem as steps
 from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.tools import cli, data
+from fxstn.tools.bench import Setup, bench
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
-from fxstn.cli import AUGMENTATIONS
-from fxstn.layers.noise import draws, locked_mask, word_mask
+from fxstn.ops.noise import draws, locked_mask, word_mask
+from fxstn.tools.cli import AUGMENTATIONS
 
 WORDS, BATCH, TIME, FEATURES = 12, 4, 5, 6
 
@@ -157,7 +157,7 @@ def by_hand(name: str, model: Model, weights: dict[str, Tensor], rates: Tensor, 
 @pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_primal_and_tangent_have_one_draw_at_the_rates_of_each_example(name, time_first):
-    """Witness: the model written out by hand with its masks, and its central difference along the best response."""
+    """ReferenceRun: the model written out by hand with its masks, and its central difference along the best response."""
     model = language_model(time_first)
     stn = fxstn.transform(model, DROPOUTS[name](int(not time_first)), example_inputs=words()).train()
     assert stn.per_example(words())
@@ -239,14 +239,14 @@ class Branching(Model):
         return super().forward(words) if words.shape[1] > 3 else super().forward(words.flip(1))
 
 
-@pytest.mark.parametrize("rung", ["fx", "export"])
-def test_the_losses_train_with_every_spec(rung):
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_the_losses_train_with_every_spec(frontend):
     torch.manual_seed(0)
-    model = Model() if rung == "fx" else Branching()
+    model = Model() if frontend == "fx" else Branching()
     specs = [*DROPOUTS["both"](1), hp.TemporalDecay("hidden"), hp.DropConnect("hidden.weight"), hp.WeightDecay()]
     stn = fxstn.transform(model, specs, example_inputs=words()).train()
-    assert stn.rung == rung
-    if rung == "fx":
+    assert stn.frontend == frontend
+    if frontend == "fx":
         stn.compile(backend="aot_eager")  # fullgraph=True
     randomize_response(stn)
     for loss in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):

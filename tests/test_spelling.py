@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fxstn.spelling import Spelled, Unspellable, respell
+from fxstn.ir.spelling import Spelled, Unspellable, respell
 
 Tensor, aten = torch.Tensor, torch.ops.aten
 
@@ -131,7 +131,10 @@ SPELLINGS = {
                   False, True)],
 }  # fmt: skip
 CASES = [(function, *case) for function, cases in SPELLINGS.items() for case in cases]
-NAMES = [f"{i}-{getattr(case[0], '__name__', case[0])}-{case[1]}"[:60] for i, case in enumerate(CASES)]
+NAMES = [
+    f"{i}-{getattr(case[0], '__name__', case[0])}-{getattr(case[1], '__name__', case[1])}"
+    for i, case in enumerate(CASES)
+]
 
 
 def original(target, args, kwargs):

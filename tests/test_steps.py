@@ -17,8 +17,8 @@ from torch.func import functional_call
 import fxstn
 from fxstn import hp
 from fxstn.hp.specs import Number
-from fxstn.layers.noise import alpha_dropout_coefficients, by_example, dropout_mask
-from fxstn.verify import ReplayedDropout
+from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask
+from fxstn.tools.verify import ReplayedDropout
 
 
 def grads(parameters):

@@ -16,7 +16,7 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.layers.response import Response
+from fxstn.ops.response import Response
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
 

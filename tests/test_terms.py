@@ -15,10 +15,10 @@ from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
-from fxstn.layers.color import as_float
-from fxstn.layers.mixing import lesser_share, mixed_target
-from fxstn.layers.noise import draws
-from fxstn.layers.penalty import squared_jacobian
+from fxstn.ops.color import as_float
+from fxstn.ops.mixing import lesser_share, mixed_target
+from fxstn.ops.noise import draws
+from fxstn.ops.penalty import squared_jacobian
 
 MIXING = [hp.MixUp, hp.CutMix]
 
@@ -126,7 +126,7 @@ def test_mixing_at_strength_zero_is_the_identity(kind, dtype):
 @pytest.mark.parametrize("kind", MIXING)
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])
 def test_the_loss_gets_images_and_targets_of_one_draw(kind, method):
-    """Witness: the model's own loss on the images and targets mixed by hand with the draw of the same seed."""
+    """ReferenceRun: the model's own loss on the images and targets mixed by hand with the draw of the same seed."""
     model, x, labels = classifier(), images(), torch.arange(8) % 5
     stn = fxstn.transform(model, [kind(init=1.0)], method=method).train()
     torch.manual_seed(3)
@@ -262,7 +262,7 @@ def test_activation_decay_in_the_response_step_is_that_of_moved_activations(meth
 @pytest.mark.parametrize("method", ["delta", "centered"])
 @pytest.mark.parametrize(("outputs", "projections"), [(1, 1), (3, None)])
 def test_the_jacobians_norm_of_a_linear_network_is_exact(method, outputs, projections):
-    """Witness: the product of the weights, each example with its own, materialised; linearised for "delta"."""
+    """ReferenceRun: the product of the weights, each example with its own, materialised; linearised for "delta"."""
     model = linear_network(outputs)
     x = torch.randn(6, 4, dtype=torch.float64)
     stn = moved(fxstn.transform(model, [hp.JacobianNorm(init=0.5, projections=projections)], method=method)).train()
@@ -444,7 +444,7 @@ class Branching(nn.Module):
 )  # fmt: skip
 def test_every_term_works_where_export_follows_the_model(spec):
     stn = moved(fxstn.transform(Branching(), [spec()], example_inputs=images())).train()
-    assert stn.rung == "export"
+    assert stn.frontend == "export"
     labels = torch.arange(8) % 5
     fxstn.general_loss(stn, F.cross_entropy, images(), labels).backward()
     fxstn.response_loss(stn, F.cross_entropy, images(), labels).backward()

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.trials import Task, trained
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 METHODS = ("stn", "centered", "delta", "default")
 STARTS = (0.1, 0.9)

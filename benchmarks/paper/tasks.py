@@ -17,7 +17,8 @@ from torchvision.transforms import v2
 
 from benchmarks.trials import Task
 from benchmarks.tuning import SimpleCNN, small_resnet18
-from fxstn import data, hp
+from fxstn import hp
+from fxstn.tools import data
 
 START = 0.05  # of dropout, jitter and shifts
 
@@ -100,8 +101,8 @@ def _steps(optimizer: torch.optim.Optimizer, epochs: int) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1. data: as in `fxstn.data`. rate: of SGD with momentum. figures: the paper's validation (test) losses.
-    full: the network of that budget, where it is another."""
+    """A row of Table 1. data: as in `fxstn.tools.data`. rate: of SGD with momentum. figures: the paper's
+    validation (test) losses. full: the network of that budget, where it is another."""
 
     data: str
     network: Callable[[], nn.Module]

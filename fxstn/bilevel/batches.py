@@ -38,7 +38,7 @@ def placed(
     return inputs, target
 
 
-class Placement:
+class BatchPreparer:
     """Brings a loader's batches to (inputs, target) on the device. unpack, memory_format: of `BilevelRunner`.
 
     Knows the batch placed `last` and which it is, `where`; the `time` alone is such as "epoch 1, step 3". Raises ValueError for

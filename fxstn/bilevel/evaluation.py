@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Placement
+from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.faults import RunWarning
 from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.streams import Stream
+from fxstn.bilevel.streams import ResumableLoader
 from fxstn.bilevel.tally import count, one_number
 from fxstn.bilevel.updates import Averaged
-from fxstn.misfit import fitting
+from fxstn.ir.input_errors import explained_errors
 
 Metrics = dict[str, Callable[[Any, Any], float]]
 
@@ -33,10 +33,10 @@ class Evaluator:
     def __init__(
         self,
         problem: BilevelProblem,
-        train: Stream,
+        train: ResumableLoader,
         averaged: Averaged | None,
         metrics: Metrics,
-        place: Placement,
+        place: BatchPreparer,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.problem, self.train, self.averaged, self.metrics = problem, train, averaged, metrics
@@ -91,7 +91,7 @@ class Evaluator:
         for batch in batches:
             inputs, target = pair = self.place(batch, name, "evaluation")
             first = first or pair
-            with self.precision(), fitting(pair, self.place.where, self.problem):
+            with self.precision(), explained_errors(pair, self.place.where, self.problem):
                 loss, output = evaluation(inputs, target)
             weight = count(inputs, target)
             values = {key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in metrics.items()}

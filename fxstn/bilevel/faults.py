@@ -41,7 +41,7 @@ class BadLoss(Exception):  # caught by the runner, which goes back or raises Div
         self.name = name
 
 
-class Watch:
+class LossGuard:
     """Knows each loss's first value; raises BadLoss for one that is not finite or `EXPLODED` times that."""
 
     def __init__(self) -> None:

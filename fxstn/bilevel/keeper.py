@@ -27,7 +27,7 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return fixed | tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), changing)
 
 
-class Keeper:
+class CheckpointManager:
     """out_dir: None keeps what to go back to in memory. The others are settings of `BilevelRunner`."""
 
     def __init__(self, runner: BilevelRunner, out_dir: Path | None, minutes: float, keep: int, rollbacks: int) -> None:

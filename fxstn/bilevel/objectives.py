@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.lending import evaluating
-from fxstn.layers.penalty import squared_jacobian
-from fxstn.misfit import fitting_loss
+from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork, batch_size, held
+from fxstn.ops.penalty import squared_jacobian
 
 LossFunction = Callable[..., Tensor]
 Perturb = str | Tensor | None
@@ -45,7 +45,7 @@ def evaluate_loss(
         raise ValueError("the batch has no examples; leave it out")
     if isinstance(target, Tensor) and target.dim() and target.shape[0] % examples:  # a multiple: targets per token
         raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
-    with fitting_loss(output, target):
+    with explained_loss_errors(output, target):
         loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -85,8 +85,8 @@ def general_loss(
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _watched(stn, inputs)
-    output, asides = stn.conditioned_output(*inputs)
-    return _training_loss(stn, loss_fn, inputs, target, output, asides, None)
+    output, auxiliary = stn.conditioned_output(*inputs)
+    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None)
 
 
 def response_loss(
@@ -115,10 +115,10 @@ def _perturbed_loss(
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
-    output, asides = stn.perturbed_output(
+    output, auxiliary = stn.perturbed_output(
         *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
     )
-    return _training_loss(stn, loss_fn, inputs, target, output, asides, epsilon)
+    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, epsilon)
 
 
 def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
@@ -135,16 +135,16 @@ def _training_loss(
     inputs: tuple,
     target: Any,
     output: Any,
-    asides: tuple,
+    auxiliary: tuple,
     epsilon: Tensor | None,
 ) -> Tensor:
     """L_T of an output at λ₀ + ε (None: λ₀): the loss function and every penalty."""
     examples, strengths = batch_size(inputs), stn.hparams(epsilon)
-    for spec, value in zip(stn.terms.asides, asides, strict=True):
+    for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
         target = spec.retarget(target, output, value)
     hparams = stn.hparams.named(strengths.expand(examples, -1)) if takes_hparams(loss_fn) else None
     loss = evaluate_loss(loss_fn, output, target, examples, hparams) + stn.penalty(epsilon)
-    for spec, value in zip(stn.terms.asides, asides, strict=True):
+    for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
         loss = loss + spec.penalty(value)
     for index, projections in stn.terms.jacobian:
         loss = loss + (strengths[..., index] * squared_jacobian(output, inputs, projections)).mean()

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.streams import random_state, set_random_state
-from fxstn.bilevel.tally import Tally
+from fxstn.bilevel.tally import RunningMeans
 
 if TYPE_CHECKING:
     from fxstn.bilevel.runner import BilevelRunner
@@ -101,7 +101,7 @@ def _restore_process(runner: BilevelRunner, saved: list[dict[str, Any]]) -> None
         runner._train.load_state_dict(mine["train"])
         runner._valid.load_state_dict(mine["valid"])
         runner.problem.load_local_state(_on_device(runner, mine["problem"]))
-        runner._tally = Tally(**sums) if (sums := _on_device(runner, mine["sums"])) else None
+        runner._tally = RunningMeans(**sums) if (sums := _on_device(runner, mine["sums"])) else None
         kept = runner.local_tensors() if distributed.processes() > 1 else []
         for tensor, value in zip(kept, mine["tensors"], strict=True):
             tensor.copy_(value)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Placement
+from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.evaluation import Evaluator
-from fxstn.bilevel.faults import BadLoss, Monitors, Stop, Watch
+from fxstn.bilevel.faults import BadLoss, LossGuard, Monitors, Stop
 from fxstn.bilevel.history import SCALE, History
-from fxstn.bilevel.keeper import Keeper
+from fxstn.bilevel.keeper import CheckpointManager
 from fxstn.bilevel.limits import Limits
 from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
@@ -36,8 +36,8 @@ from fxstn.bilevel.settings import (
     shared,
 )
 from fxstn.bilevel.steps import Stepper
-from fxstn.bilevel.streams import Stream
-from fxstn.bilevel.tally import Tally, one_number
+from fxstn.bilevel.streams import ResumableLoader
+from fxstn.bilevel.tally import RunningMeans, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.network import SelfTuningNetwork, batch_size
 
@@ -235,18 +235,18 @@ class BilevelRunner:
         self.best: dict[str, Any] | None = None
         self.steps = 0  # inner steps done; a cycle of train_steps may span epochs
         self.response_steps = self.hyper_steps = 0  # done, those along with inner steps (method "stn") not counted
-        self._train = Stream(train_loader, "train_loader", recalibrate)
-        self._valid = Stream(valid_loader, "valid_loader")
-        self._watch, self._monitors, self._stop = Watch(), Monitors(problem.ranges()), Stop()
-        self._place = Placement(self.device, memory_format, unpack, wary=lambda: self._keeper.retries > 0)
+        self._train = ResumableLoader(train_loader, "train_loader", recalibrate)
+        self._valid = ResumableLoader(valid_loader, "valid_loader")
+        self._watch, self._monitors, self._stop = LossGuard(), Monitors(problem.ranges()), Stop()
+        self._place = BatchPreparer(self.device, memory_format, unpack, wary=lambda: self._keeper.retries > 0)
         self._precision = partial(torch.autocast, self.device.type, autocast, enabled=autocast is not None)
         self._stepper = Stepper(problem, self.updates, self._watch, self._place, inner_correction, self._precision)
         self._evaluator = Evaluator(problem, self._train, self._averaged, self.metrics, self._place, self._precision)
-        self._tally: Tally | None = None  # of the epoch that is under way
+        self._tally: RunningMeans | None = None  # of the epoch that is under way
         wanted = recalibrate > 0 and schedule is None
         self._limits = Limits(self.optimizers.get("hyper_optimizer"), problem, wanted)
         self.rollbacks_done, self._stopped = 0, False
-        self._keeper = Keeper(self, self.out_dir, save_minutes, keep, rollbacks)
+        self._keeper = CheckpointManager(self, self.out_dir, save_minutes, keep, rollbacks)
 
     # Training
 
@@ -295,7 +295,7 @@ class BilevelRunner:
     def _epoch(self) -> None:
         number = len(self.history) + 1
         if self._tally is None:
-            self._tally = Tally()
+            self._tally = RunningMeans()
             self.problem.begins("train")
             self._train.begin()
         tally = self._tally
@@ -321,7 +321,7 @@ class BilevelRunner:
         self._watch.check(losses, f"epoch {number}, step {tally.steps}")
         self._end_epoch(number, losses, tally)
 
-    def _end_epoch(self, number: int, losses: dict[str, float], tally: Tally) -> None:
+    def _end_epoch(self, number: int, losses: dict[str, float], tally: RunningMeans) -> None:
         problem = self.problem
         distributed.average(self.local_tensors(), constants=True)
         if self._responds:

@@ -16,7 +16,7 @@ from torch import nn
 from fxstn.bilevel import distributed
 from fxstn.bilevel.history import LOSSES
 from fxstn.bilevel.schedule import Schedule
-from fxstn.misfit import first_line
+from fxstn.ir.input_errors import first_line
 
 AT_LEAST_ONE = (
     "train_steps",
@@ -212,7 +212,7 @@ def described(settings: dict[str, Any]) -> dict[str, str]:
 
 def check_synced_norms(stn: Any) -> None:
     """Raises ValueError where a norm over processes would see one of them only."""
-    rung = getattr(stn, "rung", "fx")
-    if distributed.processes() > 1 and rung != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
-        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is {rung!r}, "
-                         "where it would see its own process only: see stn.refusals, or keep BatchNorm")  # fmt: skip
+    frontend = getattr(stn, "frontend", "fx")
+    if distributed.processes() > 1 and frontend != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
+        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is "
+                         f"{frontend!r}, which sees its own process only: see stn.rejected, or keep BatchNorm")  # fmt: skip

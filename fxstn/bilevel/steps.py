@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Placement
-from fxstn.bilevel.faults import Watch
+from fxstn.bilevel.batches import BatchPreparer
+from fxstn.bilevel.faults import LossGuard
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.updates import Updates
-from fxstn.misfit import fitting
+from fxstn.ir.input_errors import explained_errors
 
 
 class Stepper:
@@ -29,8 +29,8 @@ class Stepper:
         self,
         problem: BilevelProblem,
         updates: Updates,
-        watch: Watch,
-        place: Placement,
+        watch: LossGuard,
+        place: BatchPreparer,
         correction: float,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -72,7 +72,7 @@ class Stepper:
         """Leave the gradient of the mean loss over the batches; returns that mean."""
         losses = []
         for batch in batches:
-            with self.precision(), fitting(batch, self.place.where, self.problem):
+            with self.precision(), explained_errors(batch, self.place.where, self.problem):
                 loss = objective(*batch)
             if not loss.requires_grad:
                 raise ValueError(f"{self.place.where}: {objective.__name__} has no gradient; what the model puts out must "

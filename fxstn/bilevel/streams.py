@@ -47,7 +47,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-class Stream:
+class ResumableLoader:
     """Passes over a loader. Its place can be saved and restored: the generators at the start of the pass, batches taken.
 
     A sampler with set_epoch (torch's DistributedSampler) gets the number of the pass.

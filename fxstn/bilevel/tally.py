@@ -14,7 +14,7 @@ from fxstn.network import batch_size
 
 
 @dataclass
-class Tally:
+class RunningMeans:
     """Of an epoch: inner steps, sums of the losses and of how many each is, and seconds before the process was cut."""
 
     steps: int = 0

@@ -31,14 +31,14 @@ from fxstn.hp.regularize import (
 )
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.specs import Dropout, LabelSmoothing, Number, Scalar, Spec, WeightDecay
-from fxstn.hp.terms import Aside, Terms
+from fxstn.hp.terms import Auxiliary, LossTerms
 
 __all__ = [
     "OPERATIONS",
     "ActivationDecay",
     "Activity",
     "Affine",
-    "Aside",
+    "Auxiliary",
     "Bijection",
     "ColorJitter",
     "CutMix",
@@ -55,6 +55,7 @@ __all__ = [
     "JacobianNorm",
     "LabelSmoothing",
     "LockedDropout",
+    "LossTerms",
     "MixUp",
     "Mixing",
     "Number",
@@ -65,7 +66,6 @@ __all__ = [
     "Spec",
     "StochasticDepth",
     "TemporalDecay",
-    "Terms",
     "VerticalFlip",
     "WeightDecay",
 ]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fxstn.hp.operation import Operation
 from fxstn.hp.specs import Number
-from fxstn.layers.color import as_float, gray, jitter, like_before
-from fxstn.layers.erase import cutout_mask, erasing_mask
-from fxstn.layers.geometry import inverse_affine, resample
-from fxstn.layers.noise import by_example, uniform
+from fxstn.ops.color import as_float, gray, jitter, like_before
+from fxstn.ops.erase import cutout_mask, erasing_mask
+from fxstn.ops.geometry import inverse_affine, resample
+from fxstn.ops.noise import by_example, uniform
 
 Range = tuple[float, float]
 BOTH: Range = (-1.0, 1.0)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fxstn.hp.operation import Operation
 from fxstn.hp.specs import Number
-from fxstn.hp.terms import Aside
-from fxstn.layers.color import as_float, like_before
-from fxstn.layers.erase import boxes_mask
-from fxstn.layers.mixing import lesser_share, mixed_target
-from fxstn.layers.noise import by_example
+from fxstn.hp.terms import Auxiliary
+from fxstn.ops.color import as_float, like_before
+from fxstn.ops.erase import boxes_mask
+from fxstn.ops.mixing import lesser_share, mixed_target
+from fxstn.ops.noise import by_example
 
 
-class Mixing(Aside, Operation):
+class Mixing(Auxiliary, Operation):
     """Base of operations whose draw ends with (partner, share): the example mixed in, (batch,), and its share, (batch,).
 
     A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes; one

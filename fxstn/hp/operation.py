@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fxstn.hp.specs import Choice, Spec
-from fxstn.layers.noise import draw
-from fxstn.staging import staged
+from fxstn.ir.staging import staged
+from fxstn.ops.noise import draw
 
 OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 
@@ -20,13 +20,13 @@ class Operation(Spec):
     A subclass has `numbers`, {name: Number}, the strengths in the order of draw's arguments, and two static functions:
 
     draw(x, *strengths, **settings) → drawn: all randomness, and nothing that is differentiated. A strength is a number, a
-    0-d tensor, or (batch,) with one per example; `fxstn.layers.noise.by_example` makes it broadcast.
+    0-d tensor, or (batch,) with one per example; `fxstn.ops.noise.by_example` makes it broadcast.
     apply(x, drawn, **settings) → y, shaped like x, of ordinary torch operations, or one that has a tangent rule; x itself,
     bit for bit, at strengths 0. Where more of one is not a stronger regularisation, its Number says regularizes=False.
 
     settings are fixed: `read` takes them from a module, the constructor from the user. inserts: whether "input" is the
     place without a pattern and without such a module in the model; otherwise only what is there is taken over. examples:
-    None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.layers.examples`).
+    None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.ops.examples`).
     follows: a function, F.embedding say, whose results alone are matched, all of them without a pattern; draw gets the tuple
     of its arguments, in their canonical order, in place of x.
     """

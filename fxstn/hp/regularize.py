@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fxstn.hp.operation import Operation
 from fxstn.hp.specs import Choice, Coefficient, Number, Spec
-from fxstn.hp.terms import Aside
-from fxstn.layers.examples import FIRST, Place
-from fxstn.layers.noise import by_example, locked_mask, uniform, word_mask
+from fxstn.hp.terms import Auxiliary
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
 
 
 class StochasticDepth(Operation):
@@ -49,7 +49,7 @@ class LockedDropout(Operation):
     apply = operator.mul
 
     @staticmethod
-    def draw(x: Tensor, p: Tensor | float, axis: int, place: Place = FIRST) -> Tensor | int:
+    def draw(x: Tensor, p: Tensor | float, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
         return locked_mask(x, p, axis, place)
 
 
@@ -67,7 +67,7 @@ class EmbeddingDropout(Operation):
     apply = operator.mul
 
     @staticmethod
-    def draw(lookup: tuple[Any, ...], p: Tensor | float, place: Place = FIRST) -> Tensor:
+    def draw(lookup: tuple[Any, ...], p: Tensor | float, place: BatchAxis = BATCH_FIRST) -> Tensor:
         return word_mask(lookup[0], lookup[1], p, place)
 
 
@@ -79,7 +79,7 @@ class DropConnect(Spec):
     numbers: Mapping[str, Number] = {"drop_connect": Number(0.05, 0, 0.95, by_batch=True)}
 
 
-class Activity(Aside, Coefficient):
+class Activity(Auxiliary, Coefficient):
     """Base of penalties λ · measure(h) on what the matched modules put out, the outermost of the matches.
 
     A subclass has `numbers`, one coefficient, and a function measure(h) → (batch,), of h (batch, ...) or with the batch

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Aside:
+class Auxiliary:
     """Mixed into a spec whose sites tell the training objectives a value of the graph besides the output.
 
     In the response step the values are linearised as the output is: h + dh.
@@ -24,10 +24,10 @@ class Aside:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """penalties: (parameter name, index of its weight decay, norm). asides: the specs behind the values that graphs return
+class LossTerms:
+    """penalties: (parameter name, index of its weight decay, norm). auxiliary: the specs behind the values that graphs return
     beside their output, in the order they act. jacobian: (index of the coefficient, number of projections or None)."""
 
     penalties: tuple[tuple[str, int, int], ...]
-    asides: tuple[Aside, ...]
+    auxiliary: tuple[Auxiliary, ...]
     jacobian: tuple[tuple[int, int | None], ...]

@@ -7,7 +7,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import along_channels, self_adjoint, softmax_jacobian
+from fxstn.ops.kernels import along_channels, self_adjoint, softmax_jacobian
 from fxstn.rules.registry import fallback, pointwise, rule
 
 aten = torch.ops.aten

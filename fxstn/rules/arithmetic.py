@@ -6,9 +6,9 @@ import operator
 
 import torch
 
-from fxstn.layers.kernels import expand_like
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import additive, bilinear, pointwise, rule, total
-from fxstn.tangents import ZERO
 
 additive(operator.add)
 additive(operator.sub)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fxstn.layers.assignment import assigned, overwritten
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.assignment import assigned, overwritten
 from fxstn.rules.registry import rule
-from fxstn.tangents import ZERO
 
 
 @rule(assigned)

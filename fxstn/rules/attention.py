@@ -6,8 +6,9 @@ import operator
 
 import torch.nn.functional as F
 
-from fxstn.layers.attention import attention_tangent, attention_with_probabilities
-from fxstn.layers.heads import (
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.attention import attention_tangent, attention_with_probabilities
+from fxstn.ops.heads import (
     attention_scores,
     attention_values,
     join_heads,
@@ -16,9 +17,8 @@ from fxstn.layers.heads import (
     split_heads,
     split_windows,
 )
-from fxstn.layers.kernels import expand_like
+from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import NoRule, linear, pointwise, rule, total
-from fxstn.tangents import ZERO
 
 
 @rule(F.scaled_dot_product_attention)

@@ -7,7 +7,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.heads import joint_mask
+from fxstn.ops.heads import joint_mask
 from fxstn.rules.registry import zero
 
 Tensor = torch.Tensor

@@ -7,11 +7,11 @@ import operator
 import torch
 import torchvision
 
-from fxstn.layers.kernels import expand_like, pick_regions, regions
-from fxstn.layers.regions import region_shift
+from fxstn.ir.staging import call
+from fxstn.ir.tangents import ZERO, all_zero
+from fxstn.ops.kernels import expand_like, pick_regions, regions
+from fxstn.ops.regions import region_shift
 from fxstn.rules.registry import NoRule, rule, total, zero
-from fxstn.staging import call
-from fxstn.tangents import ZERO, all_zero
 
 operators = torch.ops.torchvision
 

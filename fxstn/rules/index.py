@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxstn.layers.kernels import expand_like
+from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import NoRule, filled, linear, rule, total
 
 linear(torch.gather, torch.index_select, torch.masked_select, torch.take, torch.take_along_dim)

@@ -8,10 +8,10 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import separable_loss
-from fxstn.layers.reductions import distance_tangent, vector_norm_tangent
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import separable_loss
+from fxstn.ops.reductions import distance_tangent, vector_norm_tangent
 from fxstn.rules.registry import filled, register, rule, total
-from fxstn.tangents import ZERO
 
 
 def _register_loss(function):

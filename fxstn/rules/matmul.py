@@ -6,9 +6,9 @@ import operator
 
 import torch
 
-from fxstn.layers.kernels import expand_like
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import bilinear, rule, total
-from fxstn.tangents import ZERO
 
 bilinear(operator.matmul, torch.inner, torch.kron, torch.linalg.cross)
 bilinear(torch.bmm, torch.mm, second="mat2")

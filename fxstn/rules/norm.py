@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import along_channels, expand_like
-from fxstn.layers.norms import (
+from fxstn.ir.tangents import ZERO, Scaled
+from fxstn.ops.kernels import along_channels, expand_like
+from fxstn.ops.norms import (
     batch_norm_frozen_tangent,
     batch_norm_jacobian,
     batch_norm_with_statistics,
@@ -20,14 +21,13 @@ from fxstn.layers.norms import (
     local_response_tangent,
     rms_norm_jacobian,
 )
-from fxstn.layers.response import without_bias
-from fxstn.layers.synced import synced_batch_norm, synced_batch_norm_jacobian, synced_batch_norm_with_statistics
+from fxstn.ops.response import without_bias
+from fxstn.ops.synced import synced_batch_norm, synced_batch_norm_jacobian, synced_batch_norm_with_statistics
 from fxstn.rules.layers import with_scaled, with_shifted
 from fxstn.rules.reduce import vector_norm_tangent
-from fxstn.rules.registry import Reads, rule, total
-from fxstn.tangents import ZERO, Scaled
+from fxstn.rules.registry import ParameterRole, rule, total
 
-GAIN, SHIFT = Reads("gain", (0,)), Reads("shift", (0,))
+GAIN, SHIFT = ParameterRole("gain", (0,)), ParameterRole("shift", (0,))
 
 
 def _affine(d, y, jacobian, plain, weight, bias, channel=1):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fxstn.ir.spelling import respell
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
-from fxstn.spelling import respell
 
 _KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear, "zero": zero}
 

@@ -7,9 +7,9 @@ import operator
 
 import torch
 
-from fxstn.layers.kernels import abs_tangent, cast_tangent
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import abs_tangent, cast_tangent
 from fxstn.rules.registry import linear, pointwise, rule
-from fxstn.tangents import ZERO
 
 Tensor = torch.Tensor
 

@@ -8,9 +8,9 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.kernels import pick
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import pick
 from fxstn.rules.registry import fallback, linear, rule
-from fxstn.tangents import ZERO
 
 linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 linear(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)

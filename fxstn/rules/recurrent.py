@@ -8,7 +8,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from fxstn.layers.recurrent import (
+from fxstn.ir.tangents import ZERO, Scaled
+from fxstn.ops.recurrent import (
     entering,
     from_time_major,
     joined_states,
@@ -21,10 +22,9 @@ from fxstn.layers.recurrent import (
     zero_state,
 )
 from fxstn.rules.layers import BIAS, linear_layer, with_scaled, with_shifted
-from fxstn.rules.registry import Reads, linear, rule, zero
-from fxstn.tangents import ZERO, Scaled
+from fxstn.rules.registry import ParameterRole, linear, rule, zero
 
-WEIGHT = Reads("weight", (0,))
+WEIGHT = ParameterRole("weight", (0,))
 
 linear(time_major, from_time_major, state_of, joined_states)
 zero(zero_state)

@@ -6,7 +6,8 @@ import operator
 
 import torch
 
-from fxstn.layers.reductions import (
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.reductions import (
     attained_tangent,
     product_tangent,
     softmax_weighted,
@@ -14,7 +15,6 @@ from fxstn.layers.reductions import (
     vector_norm_tangent,
 )
 from fxstn.rules.registry import NoRule, apply_rule, fallback, linear, rule
-from fxstn.tangents import ZERO
 
 linear(torch.mean, torch.sum, torch.cumsum, torch.trace)
 

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
-from fxstn.layers.kernels import expand_like, node_jvp
-from fxstn.layers.noise import draws
-from fxstn.staging import call
-from fxstn.tangents import ZERO, Scaled, all_zero
+from fxstn.ir.staging import call
+from fxstn.ir.tangents import ZERO, Scaled, all_zero
+from fxstn.ops.kernels import expand_like, node_jvp
+from fxstn.ops.noise import draws
 
 Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class Reads:
+class ParameterRole:
     """How a layer reads a parameter. axes: along which its tangent may be scaled. role: "weight", "bias" or "table" of a layer,
     "gain" or "shift" of a norm."""
 
@@ -36,19 +36,25 @@ class Reads:
 
 @dataclass(frozen=True)
 class Rule:
-    """kind: what `explain` shows. apply(tangents, args, kwargs) → (y, dy). signature: the parameters, where known.
-    reads: {position: Reads} of a hyperlayer. finite: as apply, but y at weights moved by a finite step; None where that is
-    y + dy, because the operation is linear in them."""
+    """The tangent rule of one operation.
+
+    kind: what `explain` shows.
+    apply: (tangents, args, kwargs) → (y, dy).
+    signature: the parameters, where known.
+    reads: {position: ParameterRole} of a hyperlayer.
+    finite: as apply, but y at weights moved by a finite step; None where that is y + dy, because the operation is linear in
+        them.
+    """
 
     kind: str
     apply: Apply
     signature: inspect.Signature | None = None
-    reads: Mapping[int, Reads] = field(default_factory=dict)
+    reads: Mapping[int, ParameterRole] = field(default_factory=dict)
     finite: Callable[[tuple, tuple, dict], Any] | None = None
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
-_NONE: Mapping[int, Reads] = MappingProxyType({})
+_NONE: Mapping[int, ParameterRole] = MappingProxyType({})
 
 
 class NoRule(Exception):
@@ -60,7 +66,7 @@ def register(
     kind: str,
     apply: Apply,
     signature: inspect.Signature | None = None,
-    reads: Mapping[int, Reads] = _NONE,
+    reads: Mapping[int, ParameterRole] = _NONE,
     finite: Callable[[tuple, tuple, dict], Any] | None = None,
 ) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
@@ -165,7 +171,7 @@ def zero(*functions: Callable[..., Any]) -> None:
 def rule(
     *functions: Callable[..., Any],
     kind: str = "own",
-    reads: Mapping[int, Reads] = _NONE,
+    reads: Mapping[int, ParameterRole] = _NONE,
     finite: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
@@ -249,7 +255,7 @@ def fallback(
 
     changes = map_aggregate((tangents, named or {}), given)
     if is_opaque(function):
-        from fxstn.live.functions import function_jvp  # which follows the function by this very table
+        from fxstn.frontends.live.opaque import function_jvp  # which follows the function by this very table
 
         both = function_jvp(function)(args, kwargs, *changes)
     else:

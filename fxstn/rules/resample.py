@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxstn.layers.geometry import resample
-from fxstn.layers.sampling import grid_tangent
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.geometry import resample
+from fxstn.ops.sampling import grid_tangent
 from fxstn.rules.registry import linear, rule, total
-from fxstn.tangents import ZERO
 
 linear(F.interpolate, F.affine_grid, F.unfold, F.fold)
 linear(F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle)

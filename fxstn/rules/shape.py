@@ -7,8 +7,8 @@ import operator
 import torch
 import torch.nn.functional as F
 
+from fxstn.ir.tangents import ZERO
 from fxstn.rules.registry import NoRule, filled, linear, rule
-from fxstn.tangents import ZERO
 
 Tensor = torch.Tensor
 

@@ -1,0 +1,115 @@
+"""Recurrent modules and functions, a layer and direction at a time, so that dropout between layers is conditioned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fxstn.frontends.decompositions.registry import decomposes
+from fxstn.ir.staging import call
+from fxstn.ops.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
+
+STATEFUL = (nn.RNNBase, nn.LSTMCell)  # return a state beside their output, which is what a spec that names them acts on
+PACKED = (
+    "packed sequences are not followed: pass the padded batch itself to the recurrent layer; in one direction the outputs up "
+    "to a length do not depend on what comes after it, and the loss can leave the rest out (ignore_index)"
+)
+
+
+def recurrent(
+    mode: str, input: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu compute, (output, h) or (output, h, c).
+
+    hx: h, or (h, c), or None for zeros. params: weight_ih, weight_hh, the biases and a projection of each layer and direction.
+    """
+    directions, states = 1 + bidirectional, list[list[Any]]()
+    per_layer = len(params) // (num_layers * directions)
+    given = (None, None) if hx is None else hx if mode == "lstm" else (hx, None)
+    h, c = given
+    rank = call(Tensor.dim, input)
+    x = time_major(input, batch_first)
+    for layer in range(num_layers):
+        if layer and dropout and train:
+            x = F.dropout(x, dropout, True)
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = list(params[index * per_layer : (index + 1) * per_layer])
+            weight_ih, weight_hh = own[:2]
+            bias_ih, bias_hh = own[2:4] if has_biases else (None, None)
+            weight_hr = own[-1] if per_layer in (3, 5) else None
+            size = call(Tensor.size, weight_hh, 1)
+            before = zero_state(x, size) if h is None else state_of(h, index)
+            cell = None
+            if mode == "lstm":
+                width = size if weight_hr is None else call(Tensor.size, weight_hr, 1)
+                cell = zero_state(x, width) if c is None else state_of(c, index)
+            weights = (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+            results = recurrent_layer(mode, torch.flip(x, (0,)) if direction else x, before, cell, *weights)
+            y = results[0]
+            outputs.append(torch.flip(y, (0,)) if direction else y)
+            states.append([results[i] for i in range(1, 3 if mode == "lstm" else 2)])
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    return from_time_major(x, rank, batch_first), *(joined_states(list(s), rank) for s in zip(*states, strict=True))
+
+
+def _sequence(mode: str, input: Any, hx: Any, params: Any, *settings: Any) -> tuple[Any, ...]:
+    if not isinstance(params, (list, tuple)):  # of torch.lstm(data, batch_sizes, hx, params, ...)
+        raise NotImplementedError(PACKED)
+    return recurrent(mode, input, hx, params, *settings)
+
+
+for _mode, _original in {
+    "lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu
+}.items():  # fmt: skip
+    decomposes(_original)(partial(_sequence, _mode))
+
+
+@decomposes(nn.LSTM, nn.GRU, nn.RNN)
+def recurrent_module(module: Any, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    """nn.LSTM, nn.GRU and nn.RNN without their shape checks."""
+    if isinstance(input, PackedSequence):
+        raise NotImplementedError(PACKED)
+    params = [getattr(module, name) for name in module._flat_weights_names]
+    settings = (
+        module.bias,
+        module.num_layers,
+        module.dropout,
+        module.training,
+        module.bidirectional,
+        module.batch_first,
+    )
+    mode = module.mode.lower()
+    output, *states = recurrent(mode, input, hx, params, *settings)
+    return output, tuple(states) if mode == "lstm" else states[0]
+
+
+def _cell(mode: str, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """A cell, (batch, n) or (n,), as a layer on a sequence of one step."""
+    params = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+    before = hx if hx is None else tuple(s.unsqueeze(0) for s in hx) if mode == "lstm" else hx.unsqueeze(0)
+    _, *states = recurrent(mode, input.unsqueeze(0), before, params, b_ih is not None, 1, 0.0, False, False)
+    after = tuple(state.squeeze(0) for state in states)
+    return after if mode == "lstm" else after[0]
+
+
+for _mode, _original in {
+    "lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell
+}.items():  # fmt: skip
+    decomposes(_original)(partial(_cell, _mode))
+
+
+@decomposes(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+def cell_module(module: Any, input: Any, hx: Any = None) -> Any:
+    """nn.LSTMCell, nn.GRUCell and nn.RNNCell without their shape checks."""
+    kind = getattr(module, "nonlinearity", None)
+    mode = f"rnn_{kind}" if kind else "lstm" if isinstance(module, nn.LSTMCell) else "gru"
+    return _cell(mode, input, hx, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)

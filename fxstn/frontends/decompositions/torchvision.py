@@ -1,0 +1,91 @@
+"""Which modules are random operations that a spec can take over, and what else of `torchvision.transforms.v2` is followed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torchvision
+from torch import nn
+from torchvision.transforms import v2
+
+from fxstn import hp
+from fxstn.frontends.decompositions import DECOMPOSITIONS, decomposes
+from fxstn.frontends.decompositions.attention import row_dropout
+from fxstn.ops.color import convert, normalize_channels
+
+# Modules that are not run themselves, but by `Operation.call`; and those of them that are random in eval mode too.
+RANDOM: set[type[nn.Module]] = {v2.Compose, torchvision.ops.StochasticDepth}
+AUGMENTING: set[type[nn.Module]] = {v2.Compose}
+
+
+def register_operation(operation: type[hp.Operation], *modules: type[nn.Module]) -> None:
+    """Let a spec take over modules of these classes: `hparams=None` tunes each it finds, from the module's own strengths.
+
+    The module's forward is not run: `operation.read(module)` says with which strengths and settings to draw in its place,
+    and in eval mode it does nothing. Raises ValueError for a class that is followed in another way already, and for an
+    `hp.Mixing`, which is inserted only: a module of the model would have mixed inputs without their targets.
+    """
+    if not (isinstance(operation, type) and issubclass(operation, hp.Operation)):
+        raise TypeError(
+            f"register_operation takes a subclass of hp.Operation, and then classes of modules; got {operation!r}"
+        )
+    if wrong := [module for module in modules if not (isinstance(module, type) and issubclass(module, nn.Module))]:
+        raise TypeError(f"register_operation: {wrong[0]!r} must be a class of modules, a subclass of nn.Module")
+    if issubclass(operation, hp.Mixing):
+        raise ValueError(
+            f"hp.{operation.__name__} mixes targets, too, and cannot stand for a module; insert it by a spec"
+        )
+    for module in modules:
+        if module in DECOMPOSITIONS:
+            raise ValueError(f"{module.__name__} is followed already, by {DECOMPOSITIONS[module]}")
+        decomposes(module)(_followed(operation))
+        RANDOM.add(module)
+        AUGMENTING.add(module)
+
+
+def _followed(operation: type[hp.Operation]) -> Any:
+    return lambda module, *inputs: operation.call(module, *inputs)
+
+
+register_operation(hp.ColorJitter, v2.ColorJitter)
+register_operation(hp.Affine, v2.RandomAffine)
+register_operation(hp.Rotation, v2.RandomRotation)
+register_operation(hp.Erasing, v2.RandomErasing)
+register_operation(hp.Flip, v2.RandomHorizontalFlip)
+register_operation(hp.VerticalFlip, v2.RandomVerticalFlip)
+register_operation(hp.Grayscale, v2.RandomGrayscale)
+register_operation(hp.GaussianNoise, v2.GaussianNoise)
+register_operation(hp.GaussianBlur, v2.GaussianBlur)
+
+
+@decomposes(torchvision.ops.StochasticDepth)
+def stochastic_depth(module: Any, input: Any) -> Any:
+    """By example it can be tuned; for the whole batch it stays as it is."""
+    if module.mode == "batch":
+        return row_dropout(input, module.p, "batch", module.training)
+    return hp.StochasticDepth.call(module, input)
+
+
+@decomposes(v2.Compose)
+def compose(module: Any, x: Any) -> Any:
+    """v2.Compose, whose transforms are no submodules: they follow its mode."""
+    for transform in module.transforms:
+        if type(transform) not in DECOMPOSITIONS:
+            raise NotImplementedError(f"{type(transform).__name__} inside v2.Compose; put it into nn.Sequential")
+        transform.training = module.training
+        x = DECOMPOSITIONS[type(transform)](transform, x)
+    return x
+
+
+@decomposes(v2.Normalize)
+def normalize(module: Any, x: Any) -> Any:
+    """(x − mean) / std per channel, in both modes."""
+    return normalize_channels(x, tuple(map(float, module.mean)), tuple(map(float, module.std)))
+
+
+@decomposes(v2.ToDtype)
+def to_dtype(module: Any, x: Any) -> Any:
+    """Another type, and with scale=True its range of values, in both modes."""
+    if isinstance(module.dtype, dict):
+        raise NotImplementedError("v2.ToDtype with a type per type of input")
+    return convert(x, module.dtype, module.scale)

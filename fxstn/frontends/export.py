@@ -1,0 +1,189 @@
+"""Pass 1 by torch.export, where symbolic tracing cannot follow the forward: nn.Module → the fx graph that `trace` makes.
+
+Export runs the forward on fake tensors of the example inputs' shapes, so that Python may branch on sizes; the batch stays
+symbolic. Its program (ATen operations, parameters as inputs) is rewritten to a graph under a root with the child `model`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import math
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from fxstn.frontends.export_rewrite import graph_of
+from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture, same
+from fxstn.ir.errors import TransformError
+
+_BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
+_OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Example inputs without their values: enough to follow a model again after it was copied, moved or loaded.
+
+    inputs: tensors on the meta device, in the structure of the positional inputs. dtype: of the model's parameters then.
+    """
+
+    inputs: tuple
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> InputSpec | None:
+        """Of a tuple of positional inputs, or of one input; None for no examples."""
+        if example_inputs is None:
+            return None
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return cls(
+            tree_map_only(Tensor, lambda x: x.detach().to("meta"), inputs),
+            next(model.parameters(), torch.empty(0)).dtype,
+        )
+
+    def like(self, model: nn.Module) -> tuple:
+        """Inputs on the model's device, and in its dtype where they were so before; a batch of one becomes two."""
+        parameter = next(model.parameters(), torch.empty(0))
+        sizes = [leaf.shape[0] for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+
+        def real(x: Tensor) -> Tensor:
+            if sizes[:1] == [1] and x.dim() and x.shape[0] == 1:
+                x = x.repeat(2, *[1] * (x.dim() - 1))  # export would take a batch of one for a constant
+            dtype = parameter.dtype if x.dtype == self.dtype else x.dtype
+            return torch.zeros_like(x, dtype=dtype, device=parameter.device)
+
+        return tree_map_only(Tensor, real, self.inputs)
+
+
+def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], examples: InputSpec) -> fx.GraphModule:
+    """Follow model.forward by torch.export, in train or in eval mode; the model is left as it was.
+
+    frozen: modules that stay in eval mode in the training graph. The result is that of symbolic tracing, with ATen
+    operations, and requires its inputs to have the examples' sizes, dimension 0 aside. Raises TransformError where the
+    forward depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
+    """
+    inputs = examples.like(model)
+    calls = _Calls(model)
+    unsupported = Unsupported(calls.innermost)
+    with guarded_capture(model, training, frozen, "torch.export", calls.innermost, unsupported=unsupported):
+        arguments = _arguments(model, inputs)
+        for name, module in model.named_modules():
+            if any(getattr(module, hooks) for hooks in HOOKS):
+                unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", name)
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            stack.enter_context(calls.watched())
+            for norm in model.modules():
+                if isinstance(norm, _BatchNorm) and norm.momentum is None:  # its average reads the counter's value
+                    stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
+            batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
+            sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
+            program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+        if unsupported.problems:
+            raise TransformError(unsupported.problems)
+        _require_any_batch(program, arguments, batch)
+        return graph_of(program, model, arguments)
+
+
+def _arguments(model: nn.Module, inputs: tuple) -> dict[str, Any]:
+    """The inputs by the names of the forward."""
+    return dict(inspect.signature(model.forward).bind(*inputs).arguments)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs, warns about and prints what is reported here as a problem."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+class _Calls:
+    """The modules whose forwards run, outermost first; they stay there when a forward raises. Refuses their assignments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[nn.Module] = []
+        self.entered: list[dict[int, int]] = []  # versions of their tensor inputs
+        self.names = {id(vars(module)): name for name, module in model.named_modules()}  # export's stand-ins share vars
+
+    def innermost(self) -> str:
+        return self.name(self.modules[-1]) if self.modules else ""
+
+    def name(self, module: nn.Module) -> str:
+        return self.names.get(id(vars(module)), "")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.modules.append(module)
+            self.entered.append({id(leaf): leaf._version for leaf in tree_leaves(args) if isinstance(leaf, Tensor)})
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            self.modules.pop()
+            entered = self.entered.pop()
+
+            def named(value: Tensor) -> Tensor:
+                """What is handed through, as nn.Identity does, gets an operation of its own."""
+                unchanged = entered.get(id(value)) == value._version
+                return torch.ops.aten.alias.default(value) if unchanged else value
+
+            return tree_map_only(Tensor, named, output)
+
+        def assign(module: nn.Module, name: str, value: Any) -> None:
+            if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
+                what = f"the forward assigns {name!r}, which a traced graph would lose,"
+                raise UnsupportedError(self.name(module), what, "return the value, or keep it outside of the model")
+            set_attribute(module, name, value)
+
+        set_attribute: Any = nn.Module.__setattr__
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            with mock.patch.object(nn.Module, "__setattr__", assign):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _is_batch(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+
+def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any], batch: int) -> None:
+    """Raise UnsupportedError where the program holds for some batch sizes only."""
+    remedy = "write the forward so that it does the same for every batch size"
+
+    def holds(guard: str, size: int) -> bool:
+        def resized(x: Tensor) -> Tensor:
+            return torch.empty(size, *x.shape[1:], device="meta") if _is_batch(x, batch) else x.to("meta")
+
+        return bool(eval(guard, {"L": tree_map_only(Tensor, resized, arguments), "math": math, "torch": torch}))
+
+    for guard in program._guards_code:
+        if size := next((size for size in _OTHER_BATCHES if not holds(guard, size)), None):
+            raise UnsupportedError(
+                "", f"the forward does something else for a batch of {size} ({guard} fails),", remedy
+            )

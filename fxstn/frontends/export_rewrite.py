@@ -1,0 +1,278 @@
+"""A program of torch.export → the graph that what symbolic tracing would have made, under a root."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import GetAttrKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
+
+from fxstn.frontends.guards import UnsupportedError
+from fxstn.frontends.symbolic import first_names
+from fxstn.ir.errors import source_of
+from fxstn.ir.graphs import assemble
+from fxstn.ops.inputs import require_equal, require_full_precision, require_sizes
+
+aten = torch.ops.aten
+_CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
+_END = torch.iinfo(torch.int64).max
+_STORAGE = ("pin_memory", "layout")  # filled in by export; a graph's tensors are strided
+_SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
+
+
+def graph_of(program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any]) -> fx.GraphModule:
+    """The program as a graph; arguments: the example inputs by the names of the forward.
+
+    Parameters, buffers and constants become nodes where they are read, counted batches and batch norms one operation,
+    no_grad regions detached results. Raises UnsupportedError for what the graph cannot express.
+    """
+    return _Rewriter(program, model).run(arguments)
+
+
+class _Rewriter:
+    """Walks a program once; `values` maps its nodes to those of the new graph."""
+
+    def __init__(self, program: ExportedProgram, model: nn.Module) -> None:
+        self.program, self.model = program, model
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.constants = nn.Module()
+        self.root.model, self.root.constants = model, self.constants
+        self.values: dict[fx.Node, Any] = {}
+        self.attributes: dict[fx.Node, str] = {}  # inputs of the program that are attributes of the root
+        self.read: dict[tuple[str, tuple], fx.Node] = {}
+        self.calls: dict[str, tuple[int, str, type]] = {}
+        self.tensors: list[fx.Node] = []
+        first = {module: name for name, module in model.named_modules()}
+        self.paths = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+
+    def run(self, arguments: Mapping[str, Any]) -> fx.GraphModule:
+        self._bind_attributes()
+        self._bind_inputs(arguments)
+        nodes = [node for node in self.program.graph.nodes if node.op != "placeholder"]
+        for node in nodes:
+            if node.op != "output":
+                self._visit(node)
+        self._output(nodes[-1].args[0])
+        for node in self.tensors:
+            self._mark_exits(node)
+        self.graph.lint()
+        return assemble(self.root, self.graph)
+
+    def _bind_attributes(self) -> None:
+        placeholders = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
+        first = first_names(self.model)
+        for spec in self.program.graph_signature.input_specs:
+            node = placeholders[spec.arg.name]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                value = operator.attrgetter(str(spec.target))(self.model)
+                self.attributes[node] = f"model.{first[id(value)]}"
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                self.attributes[node] = self._constant(str(spec.target), self.program.constants[str(spec.target)])
+            elif spec.kind is not InputKind.USER_INPUT:
+                what = f"an input of kind {spec.kind.name.lower()}, which a traced graph would lose,"
+                raise UnsupportedError("", what, "keep tensors in parameters and buffers")
+
+    def _constant(self, name: str, value: Any) -> str:
+        """Where a constant of the program is found: an attribute of the model, or of the root."""
+        try:
+            if operator.attrgetter(name)(self.model) is value:
+                return f"model.{name}"
+        except AttributeError:
+            pass
+        name = name.replace(".", "_")
+        self.constants.register_buffer(name, value.detach().clone())
+        return f"constants.{name}"
+
+    def _bind_inputs(self, arguments: Mapping[str, Any]) -> None:
+        """Placeholders for the forward's own inputs, in their own structure, and what is required of them."""
+        parameters = inspect.signature(self.model.forward).parameters
+        leaves = []
+        for name, value in arguments.items():
+            parameter = parameters[name]
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+            placeholder = self.graph.create_node("placeholder", star + name, default, name=name)
+            leaves += [(placeholder, path, leaf) for path, leaf in tree_flatten_with_path(value)[0]]
+        names = [s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+        by_name = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
+        self.device_of: fx.Node | None = None
+        for (placeholder, path, leaf), name in zip(leaves, names, strict=True):
+            value, node = placeholder, by_name[name]
+            for key in path:
+                value = self.graph.call_function(*_step(key, value))
+            self.values[node] = value
+            label = f"input '{placeholder.name}{''.join(map(str, path))}'"
+            if isinstance(leaf, Tensor):
+                sizes = tuple(None if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
+                self.graph.call_function(require_sizes, (value, sizes, label))
+                if self.device_of is None:
+                    self.device_of, self.device = value, leaf.device
+            else:
+                self.graph.call_function(require_equal, (value, leaf, label))
+
+    # Operations
+
+    def _visit(self, node: fx.Node) -> None:
+        target = node.target
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(target))(node.graph.owning_module)
+            if isinstance(value, Tensor):
+                self.attributes[node] = self._constant(str(target), value)
+            else:
+                self.values[node] = value
+        elif isinstance(target, HigherOrderOperator):
+            self._inline(node)
+        elif isinstance(target, OpOverload) and target._schema.name.startswith(_CHECKS):
+            pass
+        elif target is operator.getitem and isinstance(self.values.get(node.args[0]), list):  # type: ignore[arg-type]
+            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif _does_nothing(node):
+            self.values[node] = self._value(node.args[0], self._scope(node))
+        else:
+            self._emit(node)
+
+    def _emit(self, node: fx.Node) -> None:
+        scope = self._scope(node)
+        target: Any = node.target
+        args, kwargs = self._value(node.args, scope), self._value(node.kwargs, scope)
+        kwargs = {key: value for key, value in kwargs.items() if key not in _STORAGE}
+        meta: dict[str, Any] = {"scope": scope, "stack_trace": node.meta.get("stack_trace")}
+        if target is aten.alias.default:
+            target, meta["handed_through"] = torch.clone, True
+        elif target is aten.feature_dropout.default:
+            target = _SPATIAL_DROPOUT[node.args[0].meta["val"].dim()]  # type: ignore[union-attr]
+        new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        new.meta = meta
+        self.values[node] = new
+        if isinstance(node.meta.get("val"), Tensor):
+            self.tensors.append(new)
+
+    def _value(self, structure: Any, scope: tuple) -> Any:
+        """A structure of the program with its nodes, and the device of the inputs, replaced by nodes of the graph."""
+
+        def leaf_value(leaf: Any) -> Any:
+            if isinstance(leaf, torch.device) and leaf == self.device:
+                return self.graph.call_function(getattr, (self.device_of, "device"))
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            return self._attribute(self.attributes[leaf], scope) if leaf in self.attributes else self.values[leaf]
+
+        return map_aggregate(structure, leaf_value)
+
+    def _attribute(self, target: str, scope: tuple) -> fx.Node:
+        """The node that reads an attribute in one module call."""
+        if (target, scope) not in self.read:
+            name = target.partition(".")[2].replace(".", "_")
+            node = self.graph.create_node("get_attr", target, name=name)
+            node.meta["scope"] = scope
+            if target.startswith("constants."):
+                device = self.graph.call_function(getattr, (self.device_of, "device"))
+                node = self.graph.call_function(Tensor.to, (node, device))
+                node.meta["scope"] = scope
+            self.read[target, scope] = node
+        return self.read[target, scope]
+
+    def _inline(self, node: fx.Node) -> None:
+        """A region of the forward that export has put into a graph of its own."""
+        scope = self._scope(node)
+        regions = torch.ops.higher_order
+        if node.target is regions.wrap_with_autocast and not node.args[2]:
+            self.graph.call_function(require_full_precision)
+            first = 4
+        elif node.target is regions.wrap_with_set_grad_enabled and not node.args[0]:
+            first = 1
+        else:
+            what = f"{node.target}, a region that a traced graph would lose,"
+            raise UnsupportedError(
+                scope[-1][1] if scope else "", what, "write it with plain torch operations", source_of(node)
+            )
+        body: fx.GraphModule = self.values[node.args[first]]  # type: ignore[index, assignment]
+        inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        for inner, outer in zip(inputs, node.args[first + 1 :], strict=True):
+            if outer in self.attributes:
+                self.attributes[inner] = self.attributes[outer]  # type: ignore[index]
+            else:
+                self.values[inner] = self.values[outer]  # type: ignore[index]
+        for inner in body.graph.nodes:
+            if inner.op not in ("placeholder", "output"):
+                self._visit(inner)
+        results = self._value(next(reversed(body.graph.nodes)).args[0], scope)
+        self.values[node] = [self._detached(value, scope) if first == 1 else value for value in results]
+
+    def _detached(self, value: Any, scope: tuple) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        node = self.graph.call_function(torch.detach, (value,))
+        node.meta["scope"] = scope
+        return node
+
+    # Modules and outputs
+
+    def _scope(self, node: fx.Node) -> tuple:
+        """The module calls that a node belongs to, outermost first, the model's own left out."""
+        scope = []
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+            if path == "" or path == key:  # the model itself, or nothing
+                continue
+            if key not in self.calls:
+                path = self.paths.get(path, path)
+                kind = type(self.model.get_submodule(path)) if path in self.paths else nn.Module
+                self.calls[key] = (len(self.calls) + 1, path, kind)
+            scope.append(self.calls[key])
+        return tuple(scope)
+
+    def _mark_exits(self, node: fx.Node) -> None:
+        """Which module calls a value leaves: those that some reader of it does not belong to, innermost first."""
+        outside = [call for call in node.meta["scope"] if any(call not in _scope_of(user) for user in node.users)]
+        if outside:
+            node.meta["exits"] = outside[::-1]
+
+    def _output(self, flat: Any) -> None:
+        for spec in self.program.graph_signature.output_specs:
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                what = f"the forward changes {spec.target!r}, which a traced graph would lose,"
+                raise UnsupportedError("", what, "update it outside of the forward")
+        structure = self.program.call_spec.out_spec
+        _require_plain(structure)
+        self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
+
+
+def _scope_of(node: fx.Node) -> tuple:
+    return node.meta.get("scope", ())
+
+
+def _step(key: Any, value: fx.Node) -> tuple[Any, tuple]:
+    """The operation that takes one step into a structure of inputs."""
+    if isinstance(key, GetAttrKey):
+        return getattr, (value, key.name)
+    return operator.getitem, (value, key.idx if isinstance(key, SequenceKey) else key.key)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Slices of everything, and what export does to constants, which nothing changes by values."""
+    if node.target is aten.slice.Tensor:
+        defaults = (None, 0, 0, _END, 1)  # input, dim, start, end, step
+        start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
+        return bool(start in (0, None) and end == _END and step == 1)
+    constant = aten.lift_fresh_copy.default
+    return node.target is constant or (node.target is aten.detach_.default and node.args[0].target is constant)  # type: ignore[union-attr]
+
+
+def _require_plain(structure: TreeSpec) -> None:
+    """Raise UnsupportedError where an output is in a structure that a graph cannot hold."""
+    kind: Any = structure.type
+    if kind is not None and not issubclass(kind, (tuple, list, dict)):
+        what = f"the forward returns a {kind.__name__}, which a graph cannot hold,"
+        raise UnsupportedError("", what, "return tensors in tuples, lists or dicts")
+    for child in structure.children():
+        _require_plain(child)

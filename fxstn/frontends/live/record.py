@@ -1,0 +1,166 @@
+"""One run of the original forward, recorded as a canonical graph for the passes that decide: bind, responses, explain."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxstn.frontends.guards import mode_of, module_state, restore
+from fxstn.frontends.live.constant_guard import ConstantGuard, attributes, mutated, unchanged, user_frame
+from fxstn.frontends.live.containers import arguments_mapped, leaves, reachable, tensors_in
+from fxstn.frontends.live.tracer import Call, ModuleCall, argument_names
+from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
+from fxstn.ir.graphs import rename
+from fxstn.ir.spelling import Spelled
+from fxstn.passes.in_place import dropout_settings
+
+
+class Recorded(nn.Module):
+    """What passes read of a graph: `graph` and the child `model`. Never run: its constants stand inline."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.model, self.graph = model, graph
+
+
+class Tape(ConstantGuard):
+    """Appends every operation, in the canonical spelling, to `graph`.
+
+    Nodes carry meta["scope"] and meta["exits"] as `fxstn.frontends.symbolic` makes them, meta["positions"], {number of
+    such a call: position among the leaves of its output}, and meta["address"]: ("argument", name),
+    ("exit", module path, which leaf of its output), or ("operation", module path, operation, which one within its call,
+    which call of the module, which element of the result or None).
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple) -> None:
+        super().__init__(model)
+        self.counted = None
+        self.problems = []
+        self.graph = fx.Graph()
+        self.nodes = WeakTensorKeyDictionary()
+        self.names: dict[int, str] = {}
+        self.entered: dict[int, set[fx.Node]] = {}
+        for (name, optional), value in zip(argument_names(model, inputs), inputs, strict=False):
+            for i, (_, leaf) in enumerate(reachable(value, name)):
+                node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
+                node.meta["address"] = ("argument", name)
+                self.nodes[leaf] = node
+        self.held = WeakTensorKeyDictionary()
+        for name, tensor in attributes(model):
+            self.held.setdefault(tensor, f"model.{name}")
+
+    def known(self, x: Tensor) -> bool:
+        return x in self.nodes or x in self.held
+
+    def node_of(self, x: Tensor) -> fx.Node | Tensor:
+        if x in self.nodes:
+            return self.nodes[x]
+        if x not in self.held:
+            return x
+        node = self.graph.get_attr(self.held[x])
+        node.meta["scope"] = self.scope()
+        return node
+
+    def scope(self) -> tuple[tuple[int, str, type], ...]:
+        return tuple((call.number, call.path, call.kind) for call in self.calls if call.path)
+
+    def node(self, function: Any, args: tuple, kwargs: dict) -> fx.Node:
+        """Append one operation; its tensors are replaced by their nodes."""
+
+        def spelled(value: Any) -> Any:
+            if isinstance(value, Spelled):
+                return self.node(value.function, value.args, value.kwargs)
+            return arguments_mapped(self.node_of, value)
+
+        kwargs = {name: spelled(value) for name, value in kwargs.items()}
+        node = self.graph.call_function(function, tuple(spelled(value) for value in args), kwargs)
+        node.meta = {"scope": self.scope(), "stack_trace": user_frame()}
+        return node
+
+    def observe(self, call: Call) -> Any:
+        spelled = call.spelled or Spelled(call.original, call.args, call.kwargs)
+        changed, result = mutated(call), call.run()
+        if changed or next(tensors_in(result), None) is not None:  # what only reads a size is no use of a value
+            node = self.node(spelled.function, spelled.args, spelled.kwargs)
+            self.enter_result(call, node, result)
+            for x in changed:
+                self.nodes[x] = node
+        return result
+
+    def enter_result(self, call: Call, node: fx.Node, result: Any) -> None:
+        """Make `node` stand for what an operation returned."""
+        address = (self.path, operation_name(call.function), call.order, self.calls[-1].occurrence)
+        if isinstance(result, Tensor):
+            node.meta["address"] = ("operation", *address, None)
+            self.nodes[result] = node
+        elif isinstance(result, (tuple, list)):
+            for i, entry in enumerate(result):
+                if isinstance(entry, Tensor):
+                    element = self.graph.call_function(operator.getitem, (node, i))
+                    element.meta = dict(node.meta) | {"address": ("operation", *address, i)}
+                    self.nodes[entry] = element
+
+    def drop(self, call: Call, index: int | None) -> Any:
+        assert call.spelled is not None
+        p, training = dropout_settings(call.spelled)
+        if not training:
+            return call.spelled.args[0]
+        node = self.node(call.function, (call.spelled.args[0], p, True), {})
+        result = call.run()
+        self.enter_result(call, node, result)
+        return result
+
+    def enter(self, call: ModuleCall, inputs: Any) -> None:
+        self.entered[call.number] = {self.nodes[x] for x in leaves(inputs) if isinstance(x, Tensor) and x in self.nodes}
+
+    def leave(self, call: ModuleCall, output: Any) -> None:
+        entered = self.entered.pop(call.number)
+        for position, leaf in enumerate(leaves(output)):
+            node = self.nodes.get(leaf) if isinstance(leaf, Tensor) and call.path else None
+            if node is None:
+                continue
+            if node in entered:  # handed through, as nn.Identity does: its output needs a node of its own
+                node = self.node(torch.clone, (leaf,), {})
+                node.meta |= {"handed_through": True, "address": ("exit", call.path, position)}
+                self.nodes[leaf] = node
+            if node.op == "call_function" and not node.meta.get("exits"):
+                rename(node, call.path.replace(".", "_"))
+            node.meta.setdefault("exits", []).append((call.number, call.path, call.kind))
+            node.meta.setdefault("positions", {})[call.number] = position
+
+    def finish(self, output: Any) -> Recorded:
+        """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""
+        self.check_seen("the output", leaves(output))
+        self.graph.output(tuple(self.node_of(leaf) for leaf in leaves(output) if isinstance(leaf, Tensor)))
+        return Recorded(self.model, self.graph)
+
+
+def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recorded:
+    """Run model(*inputs) once in train or in eval mode and return its canonical graph.
+
+    Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
+    fails or computes with a tensor that cannot be followed.
+    """
+    tape = Tape(model, inputs)
+    before = module_state(model)
+    held = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(model))}
+    try:
+        with unchanged(held.values()), mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad():
+            with tape.following():
+                output = model(*inputs)
+            return tape.finish(output)
+    except TransformError:
+        raise
+    except Exception as error:
+        source = innermost_user_frame(traceback.format_exc())
+        what = f"the forward fails on the example inputs ({type(error).__name__}: {error})"
+        remedy = "give example_inputs as the model takes them when it trains; it has to run on them as it is"
+        raise TransformError([*tape.problems, Diagnostic(tape.path, what, source, remedy)]) from error
+    finally:
+        restore(before)

@@ -1,0 +1,234 @@
+"""Pass 1, trace: nn.Module → fx graph, once for train mode and once for eval mode, parameters shared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
+from fxstn.ir.graphs import assemble
+from fxstn.ops.inputs import require_full_precision
+from fxstn.rules.registry import is_opaque
+
+
+class _Results(tuple):
+    """Several results of a function that fx was told not to follow; fx marks the node of its one result."""
+
+    @property
+    def node(self) -> SimpleNamespace:
+        return SimpleNamespace(meta={})
+
+
+def _as_result(value: Any) -> Any:
+    if isinstance(value, fx.Proxy):
+        return value
+    if type(value) in (tuple, list):
+        return _Results(value)
+    raise TypeError(f"a {type(value).__name__} cannot stand for the result of a function in a graph")
+
+
+class _Proxy(fx.Proxy):
+    """fx traces `y += 1` as y + 1 for want of __iadd__, and another name of y would miss the change."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    """Traces through every module except batch norm, whose bookkeeping Python cannot be followed symbolically.
+
+    Nodes carry: meta["scope"], the module calls they belong to as (call number, path, type), outermost first;
+    meta["exits"], the module calls whose output they are, innermost first.
+    """
+
+    record_stack_traces = True
+
+    def __init__(self, supplied: int) -> None:
+        super().__init__()
+        self.unsupported = Unsupported(self.path_of_current)
+        self.calls: list[tuple[int, str, type]] = []
+        self.number_of_calls = 0
+        self.supplied = supplied
+        self.own: dict[int, str] = {}
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Inputs with a constant default keep it, unless example inputs supply them: `if mask is None` can be followed."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, argument in enumerate(arguments):
+            node = argument.node if isinstance(argument, fx.Proxy) else None
+            if node is not None and node.args and i > self.supplied and not isinstance(node.args[0], torch.Tensor):
+                arguments[i] = node.args[0]
+                self.graph.erase_node(node)
+        return function, arguments
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple, kwargs: dict, name: Any = None, type_expr: Any = None, *rest: Any
+    ) -> Any:
+        """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
+        if kind == "call_function" and target in DECOMPOSITIONS:
+            return DECOMPOSITIONS[target](*args, **kwargs)
+        if kind == "call_function" and is_opaque(target):
+            last = next(iter(reversed(self.graph.nodes)))
+            try:
+                return _as_result(target(*args, **kwargs))
+            except UnsupportedError:
+                raise
+            except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
+                for node in reversed(list(self.graph.nodes)):
+                    if node is last:
+                        break
+                    self.graph.erase_node(node)
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer becomes one node; fx would look for its name in the whole model at every reading."""
+        if not self.own:
+            registered = [*self.root.named_parameters(), *self.root.named_buffers()]
+            self.own = {id(value): name for name, value in reversed(registered)}
+        name = self.own.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def path_of_current(self) -> str:
+        return self.calls[-1][1] if self.calls else ""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_grad_enabled() != self.grad_enabled:
+            self.unsupported.add(
+                "a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad"
+            )
+        node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = tuple(self.calls)
+        return node
+
+    def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        path = self.path_of_module(module)
+        if any(getattr(module, hooks) for hooks in HOOKS):
+            self.unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", path)
+        self.number_of_calls += 1
+        call = (self.number_of_calls, path, type(module))
+        self.calls.append(call)  # stays there when the forward raises: the error names it
+        output = super().call_module(module, forward, args, kwargs)
+        entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
+        output = map_aggregate(output, lambda value: self._mark_exit(value, call, entered, module))
+        self.calls.pop()
+        return output
+
+    def _mark_exit(self, value: Any, call: tuple, entered: set[int], module: nn.Module) -> Any:
+        if not isinstance(value, fx.Proxy):
+            return value
+        if id(value.node) in entered:  # handed through, as nn.Identity does: its output needs a node of its own
+            value = self.create_proxy("call_function", torch.clone, (value,), {})
+            value.node.meta["handed_through"] = True
+        value.node.meta.setdefault("exits", []).append(call)
+        if self.is_leaf_module(module, call[1]):
+            value.node.meta["training"] = module.training
+        return value
+
+
+class _StrictMode(TorchFunctionMode):
+    """Sees what fx does not, calls without a symbolic argument: their results would become constants of the graph.
+
+    Constants and random draws become nodes, made anew in each forward as the original makes them; values computed from
+    the model's own tensors behind fx's back are refused.
+    """
+
+    def __init__(self, model: nn.Module, tracer: _Tracer) -> None:
+        super().__init__()
+        self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.tracer = tracer
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if next(_proxies((args, kwargs)), None) is not None:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in _FACTORIES:
+            return self.tracer.create_proxy("call_function", function, args, kwargs)
+        result = function(*args, **kwargs)
+        reads = any(isinstance(a, torch.Tensor) and id(a) in self.own for a in tree_leaves((args, kwargs)))
+        if reads and (name in _READS or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))):
+            what = f"{name} of a parameter or buffer that is not read as an attribute, which would be frozen,"
+            raise UnsupportedError(self.tracer.path_of_current(), what, "read it as self.name in the forward")
+        return result
+
+
+_FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", "ones", "full", "eye", "empty", "tril_indices",
+              "triu_indices", "rand", "randn", "randint", "randperm"}  # fmt: skip
+_READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
+
+
+def _proxies(structure: Any) -> Iterator[fx.Proxy]:
+    found: list[fx.Proxy] = []
+    map_aggregate(structure, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
+    return iter(found)
+
+
+def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), supplied: int = 0) -> fx.GraphModule:
+    """Follow model.forward with symbolic values, in train or in eval mode; the model is left as it was.
+
+    frozen: modules that stay in eval mode in the training graph. supplied: how many inputs callers pass; those beyond it
+    that have a constant default keep it. Raises TransformError where the model's Python depends on data, or does something
+    that a traced graph would drop or freeze without a word: hooks, no_grad and autocast regions, custom autograd
+    functions, random draws, attributes that the forward assigns.
+    """
+    tracer = _Tracer(supplied)
+
+    def full_precision() -> None:
+        tracer.create_proxy("call_function", require_full_precision, (), {})
+
+    place, unsupported = tracer.path_of_current, tracer.unsupported
+    watched = guarded_capture(model, training, frozen, "symbolic tracing", place, full_precision, unsupported)
+    with watched, _StrictMode(model, tracer):
+        graph = tracer.trace(model)
+    return _under_root(model, graph)
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """{id of a parameter or buffer: the first of its names, as in named_parameters()}."""
+    return {id(value): name for name, value in (*model.named_buffers(), *model.named_parameters())}
+
+
+def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Targets become "model.…", and a tied parameter keeps the first of its names."""
+    first = first_names(model)
+    for node in graph.nodes:
+        node.meta.pop(
+            "is_wrapped", None
+        )  # else generated code declares the result of a function looked into as wrapped
+        if node.op == "get_attr":
+            value = operator.attrgetter(node.target)(model)
+            node.target = f"model.{first.get(id(value), node.target)}"
+        elif node.op == "call_module":
+            node.target = f"model.{node.target}"
+    root = nn.Module()
+    root.model = model
+    return assemble(root, graph)

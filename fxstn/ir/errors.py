@@ -1,0 +1,88 @@
+"""What goes wrong at transform time: collected, and reported all at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One thing in the model that cannot be handled.
+
+    where: module path; source: file:line: code; remedy: what to do; frontend: the way of following the forward that it stands
+    in, "" where only one was tried.
+    """
+
+    where: str
+    what: str
+    source: str
+    remedy: str
+    frontend: str = ""
+
+    def __str__(self) -> str:
+        place = f"in module '{self.where}'" if self.where else "in the model itself"
+        frontend = f"{self.frontend}: " if self.frontend else ""
+        return f"{frontend}{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
+
+
+class TransformError(ValueError):
+    """The model cannot be transformed. `problems` holds every reason found, not only the first."""
+
+    def __init__(self, problems: list[Diagnostic]) -> None:
+        self.problems = problems
+        noun = "problem" if len(problems) == 1 else "problems"
+        super().__init__(f"{len(problems)} {noun}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made this node; "" for the model itself."""
+    scope = node.meta.get("scope", ())
+    return scope[-1][1] if scope else ""
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|/python3[.\d]*/\w+\.py$|^<")
+
+
+def innermost_user_frame(stack_trace: str) -> str:
+    """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none."""
+    frames = _FRAME.findall(stack_trace)
+    users = [frame for frame in frames if not LIBRARY.search(frame[0])]
+    if not users:
+        return ""
+    file, line, code = users[-1]
+    return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}:{line}: {code.strip()}"
+
+
+def source_of(node: fx.Node) -> str:
+    """Where in the user's code this node comes from."""
+    return innermost_user_frame(node.stack_trace or "")
+
+
+def operation_name(function: Callable[..., Any] | str) -> str:
+    """How an operation is called in messages and tables: torch.conv2d, operator.add, F.relu."""
+    if isinstance(function, str):
+        return f"Tensor.{function}"
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return f"torch.ops.{function}"
+    name = getattr(function, "__name__", str(function))
+    module = getattr(function, "__module__", "") or ""
+    if name == "fn":  # torch's boolean_dispatch hides the name behind a closure
+        import torch.nn.functional as functional
+
+        name = next((key for key, value in vars(functional).items() if value is function), name)
+    if "functional" in module or module in ("torch._C._nn", "torch._jit_internal"):
+        return f"F.{name}"
+    if type(function).__name__ == "method_descriptor":
+        return f"Tensor.{name}"
+    if module == "_operator":
+        return f"operator.{name}"
+    in_torch = not module or module.partition(".")[0] == "torch"  # torchvision is not
+    return f"torch.{name}" if in_torch else f"{module}.{name}"

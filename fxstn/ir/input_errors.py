@@ -1,0 +1,112 @@
+"""Batches that a model or a loss cannot take: torch's error, said as which batch, what it holds and what to do."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_KINDS = (RuntimeError, IndexError, ValueError, TypeError)
+_RAISE = dis.opmap["RAISE_VARARGS"]
+_MOST = 200  # characters of an error that are quoted
+
+
+def _raiser(error: BaseException) -> str:
+    """The package whose `raise` statement raised an error; "" for one that an operation raised: torch's, or Python's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_code.co_code[trace.tb_lasti] != _RAISE:
+        return ""
+    package = str(trace.tb_frame.f_globals.get("__name__", "?")).partition(".")[0]
+    return "" if package == "torch" else package
+
+
+def _ours_to_explain(error: BaseException) -> bool:
+    """Whether it says that values do not fit an operation: not what a user's own code raises, and no fault of the device."""
+    return not isinstance(error, (NotImplementedError, torch.OutOfMemoryError, torch.AcceleratorError)) and not _raiser(
+        error
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without a backtrace and the like."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+    return line if len(line) <= _MOST else line[: _MOST - 1] + "…"
+
+
+def described(value: Any) -> str:
+    """Types and shapes of the tensors in a value, with the range of whole numbers: 'float32 (8, 6), int64 (8,) 0 to 2'."""
+    leaves = tree_leaves(value)
+    shown = [_one(leaf) for leaf in leaves[:4]] + (["…"] if len(leaves) > 4 else [])
+    return ", ".join(shown) or "nothing"
+
+
+def _one(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    text = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    ends = _ends(leaf)
+    return f"{text} {ends[0]} to {ends[1]}" if ends else text
+
+
+def _ends(leaf: Tensor) -> tuple[int, int] | None:
+    """Least and greatest of whole numbers; not from another device, where an error may have left nothing to read."""
+    whole = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype is torch.bool)
+    return (int(leaf.min()), int(leaf.max())) if whole and leaf.numel() and leaf.device.type == "cpu" else None
+
+
+@contextmanager
+def explained_loss_errors(output: Any, target: Any) -> Iterator[None]:
+    """Around a call of a loss function. Raises ValueError in place of an operation's error."""
+    try:
+        yield
+    except _KINDS as error:
+        if not _ours_to_explain(error):
+            raise
+        raise ValueError(
+            f"loss_fn cannot take an output {described(output)} with a target {described(target)}: {first_line(error)}; "
+            + _loss_remedy(output, target)
+        ) from error
+
+
+def _loss_remedy(output: Any, target: Any) -> str:
+    if isinstance(output, Tensor) and isinstance(target, Tensor) and 1 < output.dim() == target.dim() + 1:
+        classes, ends = output.shape[1], _ends(target)
+        if target.is_floating_point():
+            return "class labels must be whole numbers: target.long()"
+        if ends and not 0 <= ends[0] <= ends[1] < classes:
+            return f"labels of {classes} classes must be 0 to {classes - 1}: mend them, or give the model {ends[1] + 1} outputs"
+    return "give targets of the shape and type that it takes for such an output"
+
+
+@contextmanager
+def explained_errors(batch: tuple[Any, Any], where: str, model: nn.Module) -> Iterator[None]:
+    """Around an objective. where: which batch it is. Raises ValueError (TypeError) in place of an operation's error, and
+    with the batch named in place of fxstn's own."""
+    try:
+        yield
+    except _KINDS as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        if _raiser(error) == __name__.partition(".")[0] and type(error) is kind:
+            raise kind(f"{where}: {error}") from error
+        if not _ours_to_explain(error):
+            raise
+        raise kind(f"{where}: {explanation(error, batch[0], model)}") from error
+
+
+def explanation(error: BaseException, inputs: Any, model: nn.Module) -> str:
+    """Why a model cannot take its inputs, and what to do."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    said = f"the model cannot take inputs {described(inputs)}: {first_line(error)}"
+    others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - {parameter.dtype}
+    if others and "type" in str(error):
+        return f"{said}; its parameters are {parameter.dtype}: convert the inputs with .to({parameter.dtype})"
+    if "more than 1 value per channel" in str(error):
+        return f"{said}; a norm of batches needs 2 examples: give the DataLoader drop_last=True"
+    return f"{said}; give inputs of the number, shapes and range that its forward takes"

@@ -1,0 +1,61 @@
+"""What a tangent can be besides a tensor: the symbolic zero, and the structured tangent of a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.fx.node import map_aggregate
+
+
+class SymbolicZero:
+    """The tangent of a value that does not depend on the weights. Costs nothing: no node is emitted for it."""
+
+    def __repr__(self) -> str:
+        return "ZERO"
+
+
+ZERO = SymbolicZero()
+
+
+class BatchAxis(NamedTuple):
+    """Where the examples of a batch are: dimension `axis`, of size left · batch · right with the examples in the middle.
+
+    (0, 1, 1) is a plain batch; (0, 1, windows) has windows folded into it behind the examples; (0, time, 1) is a
+    time-major value with both flattened.
+    """
+
+    axis: int = 0
+    left: int = 1
+    right: int = 1
+
+
+BATCH_FIRST = BatchAxis()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Tangent of a parameter, or of a value computed from it row by row: `response` times `scale` along `axis` (Eq. 3.14).
+
+    scale: (n,) for one perturbation of the whole batch, or (batch, n). response: shaped like the value, n entries along
+    `axis`. examples: where the examples are in the output of the operation that consumes it. Never materialised per
+    example; the rules of the layers consume it as it is.
+    """
+
+    scale: Any
+    response: Any
+    axis: int = 0
+    examples: BatchAxis = BATCH_FIRST
+
+
+def all_zero(tangents: Any) -> bool:
+    """True when a nested structure of tangents holds nothing but ZERO (and non-tangents)."""
+    found = False
+
+    def visit(leaf: Any) -> Any:
+        nonlocal found
+        found = found or leaf is not ZERO
+        return leaf
+
+    map_aggregate(tangents, visit)
+    return not found

@@ -1,0 +1,64 @@
+"""Affine maps of batches of images (batch, channels, H, W), each example with its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxstn.ir.staging import staged
+
+
+def inverse_affine(
+    angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor, center: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Matrices (batch, 2, 3) that map a pixel of the result to its source, in pixels from the middle of the image.
+
+    The map turns by `angle` (batch,), degrees, clockwise; shears by `shear` (batch, 2), degrees; scales by `scale` (batch,),
+    > 0; about `center`, (x, y) in pixels from the middle; and moves by `translate` (batch, 2) pixels. As
+    `torchvision.transforms.v2.functional.affine`: R(angle) · scale · shear_y · shear_x.
+    """
+    angle, shear = torch.deg2rad(angle), torch.deg2rad(shear)
+    shear_x, shear_y = shear.unbind(-1)
+    a, c = (f(angle - shear_y) / torch.cos(shear_y) for f in (torch.cos, torch.sin))
+    b = -(a * torch.tan(shear_x) + torch.sin(angle))
+    d = torch.cos(angle) - c * torch.tan(shear_x)
+    linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2) / scale[:, None, None]
+    middle = torch.tensor(center, dtype=linear.dtype, device=linear.device)
+    moved = middle - (linear @ (middle + translate)[..., None])[..., 0]
+    return torch.cat([linear, moved[..., None]], -1)
+
+
+@staged
+def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] | None, **others: Any) -> Tensor:
+    """x at the positions that inverse matrices (batch, 2, 3), in pixels from the middle, map its pixels to.
+
+    mode: "nearest" or "bilinear". fill: outside of the image, one value, or one per channel; None: 0. others: settings that the
+    matrices were drawn by. Where a matrix is the identity
+    the image stays as it is, bit for bit.
+    """
+    height, width = x.shape[-2:]
+    images = x if x.is_floating_point() else x.to(matrices.dtype)
+    matrices = matrices.to(images.dtype)
+    rows, columns = (
+        torch.arange(size, dtype=images.dtype, device=x.device) - (size - 1) / 2 for size in (height, width)
+    )
+    pixels = torch.stack(
+        [columns.expand(height, -1), rows[:, None].expand(-1, width), torch.ones(height, width).to(columns)]
+    )
+    half = torch.tensor([width / 2, height / 2], dtype=images.dtype, device=x.device)
+    grid = pixels.flatten(1).mT @ (matrices / half[:, None]).mT
+    if fill is not None:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
+    y = F.grid_sample(images, grid.unflatten(1, (height, width)), mode, "zeros", align_corners=False)
+    if fill is not None:  # at the border torchvision weighs the image twice; so do we
+        y, inside = y[:, :-1], y[:, -1:]
+        inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
+        outside = torch.tensor(fill, dtype=y.dtype, device=y.device).view(1, -1, 1, 1)
+        y = inside * (y - outside) + outside
+    identity = torch.eye(2, 3, dtype=matrices.dtype, device=x.device)
+    still = (matrices == identity).all(-1).all(-1).view(-1, 1, 1, 1)
+    y = y.lerp_(images[:, : x.shape[1]], still.to(y.dtype))
+    return y if x.is_floating_point() else y.round().to(x.dtype)

@@ -1,0 +1,132 @@
+"""The pieces of attention that depend on ranks and sizes: heads, masks, windows. Each is one node of a graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxstn.ir.staging import staged
+from fxstn.ops.attention import share_heads, softmax_scale
+
+
+@staged
+def split_heads(x: Tensor, heads: int, batch_first: bool) -> Tensor:
+    """(batch, length, heads · d), (length, batch, ...) or unbatched (length, ...) → (batch, heads, length, d)."""
+    x = x.unflatten(-1, (heads, -1))
+    if x.dim() == 3:
+        return x.transpose(0, 1)
+    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+
+@staged
+def join_heads(x: Tensor, batch_first: bool) -> Tensor:
+    """The inverse of `split_heads`."""
+    if x.dim() == 3:
+        return x.transpose(0, 1).flatten(-2)
+    return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+
+@staged
+def joint_mask(query: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor:
+    """One float mask to add to scores (batch, heads, length, source), −inf where masked.
+
+    query: (batch, heads, length, d). attention: (length, source), or (batch · heads, length, source); padding:
+    (batch, source); each bool (True: masked, as in nn.MultiheadAttention) or float, at least one of them given.
+    """
+
+    def added(mask: Tensor) -> Tensor:
+        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        return zeros.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(query.dtype)
+
+    parts = []
+    if attention is not None:
+        attention = added(attention)
+        parts.append(attention.unflatten(0, (-1, query.shape[1])) if attention.dim() + query.dim() == 7 else attention)
+    if padding is not None:
+        parts.append(added(padding).unsqueeze(-2).unsqueeze(-2))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+@staged
+def attention_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """scale · Q Kᵀ + mask, −inf where masked: what attention takes the softmax of. Arguments as in
+    `torch.nn.functional.scaled_dot_product_attention`, grouped for its enable_gqa."""
+    scores = torch.matmul(query * softmax_scale(query, scale), share_heads(key, query, grouped).mT)
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores
+
+
+@staged
+def attention_values(value: Tensor, query: Tensor, grouped: bool) -> Tensor:
+    """Values with one head per head of the query."""
+    return share_heads(value, query, grouped)
+
+
+def _padded(sizes: Sequence[int], window: Sequence[int]) -> list[int]:
+    return [-(-size // w) * w for size, w in zip(sizes, window, strict=True)]
+
+
+def _shift(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> list[int]:
+    """No shift along an axis that one window covers (Liu et al. 2021)."""
+    return [s if w < size else 0 for size, w, s in zip(_padded(sizes, window), window, shift, strict=True)]
+
+
+def _partition(x: Tensor, window: Sequence[int]) -> Tensor:
+    """(batch, *sizes, channels), sizes multiples of the window → (batch · windows, tokens of a window, channels)."""
+    axes = len(window)
+    for axis, w in reversed(list(enumerate(window, start=1))):
+        x = x.unflatten(axis, (-1, w))
+    order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
+    return x.permute(order).flatten(axes + 1, 2 * axes).flatten(0, axes)
+
+
+@staged
+def split_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """(batch, *sizes, channels) → (batch · windows, tokens, channels): padded with zeros to whole windows, shifted."""
+    sizes = x.shape[1:-1]
+    padding = [amount for size, full in zip(sizes, _padded(sizes, window), strict=True) for amount in (full - size, 0)]
+    moves = [-s for s in _shift(sizes, window, shift)]
+    x = F.pad(x, (0, 0, *reversed(padding)))
+    return _partition(torch.roll(x, moves, list(range(1, len(window) + 1))), window)
+
+
+@staged
+def join_windows(x: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """The inverse of `split_windows` for a value of the batch and sizes of `like`, padding cut off."""
+    sizes, axes = like.shape[1:-1], len(window)
+    grid = [full // w for full, w in zip(_padded(sizes, window), window, strict=True)]
+    x = x.reshape(like.shape[0], *grid, *window, x.shape[-1])
+    order = [0, *itertools.chain.from_iterable((1 + i, 1 + axes + i) for i in range(axes)), 2 * axes + 1]
+    x = x.permute(order)
+    for axis in range(1, axes + 1):
+        x = x.flatten(axis, axis + 1)
+    x = torch.roll(x, _shift(sizes, window, shift), list(range(1, axes + 1)))
+    return x[(slice(None), *(slice(size) for size in sizes))].contiguous()
+
+
+@staged
+def mask_windows(scores: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """scores (batch · windows, heads, tokens, tokens), less 100 between tokens that only the shift brought together."""
+    sizes = like.shape[1:-1]
+    moves = _shift(sizes, window, shift)
+    if not any(moves):
+        return scores
+    region = torch.zeros(_padded(sizes, window), device=scores.device)
+    for axis, (w, s) in enumerate(zip(window, moves, strict=True)):
+        numbers = torch.zeros(region.shape[axis], device=scores.device)
+        numbers[-w:] = 1
+        numbers[-s or len(numbers) :] = 2
+        region = 3 * region + numbers.view([-1 if i == axis else 1 for i in range(region.dim())])
+    tokens = _partition(region[None, ..., None], window).squeeze(-1)
+    mask = (tokens.unsqueeze(1) != tokens.unsqueeze(2)).to(scores.dtype) * -100.0
+    return (scores.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)

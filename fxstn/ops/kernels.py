@@ -1,0 +1,210 @@
+"""Fused kernels used as tangents. A self-adjoint Jacobian's backward kernel is its own tangent and its own transpose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fxstn.ir.staging import staged
+
+
+class _LinearMap(torch.autograd.Function):
+    """J dx by one kernel, its backward Jᵀ g by another, so that neither needs a derivative of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: Any
+    ) -> Tensor:
+        ctx.transpose = transpose
+        ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
+        ctx.plain = [value for value in saved if not isinstance(value, Tensor)]
+        ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+        return kernel(tangent, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
+        saved = [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
+        return ctx.transpose(grads[0], *saved), None, None, *[None] * len(saved)
+
+
+def linear_map(transpose: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: stage kernel(tangent, *saved), linear in `tangent`, with transpose(cotangent, *saved) as its gradient.
+
+    The primal values in `saved`, the first of which has the tangent's type (autocast may have left another), are taken as
+    constants: a response never needs a gradient through the primal stream.
+    """
+
+    def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(kernel)
+        def apply(tangent: Tensor, *saved: Any) -> Tensor:
+            return _LinearMap.apply(tangent.to(saved[0].dtype), kernel, transpose, *saved)
+
+        apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
+        apply.__module__ = __name__
+        return staged(apply)
+
+    return decorate
+
+
+def self_adjoint(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `linear_map`, for a symmetric kernel: it is its own transpose."""
+    return linear_map(kernel)(kernel)
+
+
+@self_adjoint
+def softmax_jacobian(tangent: Tensor, y: Tensor, dim: int) -> Tensor:
+    """y ⊙ (dx − Σ y dx) along `dim`: the symmetric Jacobian of a softmax whose result is y."""
+    return torch.ops.aten._softmax_backward_data(tangent.to(y.dtype), y, dim, y.dtype)
+
+
+@staged
+def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
+    """Entries of `tangent` that max pooling chose: indices into its last `spatial` dimensions, flattened."""
+    return tangent.flatten(-spatial).gather(-1, indices.flatten(-spatial)).view_as(indices)
+
+
+@staged
+def sum_except(value: Tensor, dim: int) -> Tensor:
+    """Sum over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm counts."""
+    axes = [axis for axis in range(value.dim()) if axis != dim]
+    return value.sum(axes, keepdim=True)
+
+
+@staged
+def regions(boxes: Tensor | list[Tensor]) -> Tensor:
+    """(regions, 5), the image's number before each box, from that or from one (boxes, 4) for each image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    return torch.cat([torch.nn.functional.pad(of_image, (1, 0), value=i) for i, of_image in enumerate(boxes)])
+
+
+@staged
+def pick_regions(tangent: Tensor, rois: Tensor, indices: Tensor) -> Tensor:
+    """Entries of `tangent` (batch, channels, H, W) that region max pooling chose.
+
+    rois: (regions, 5), the image's number first. indices: (regions, channels, h, w) into H·W; −1 for an empty bin, which
+    is 0.
+    """
+    images = tangent[rois[:, 0].long()].flatten(2)
+    chosen = images.gather(2, indices.flatten(2).clamp(min=0).long()).view_as(indices)
+    return chosen * (indices >= 0)
+
+
+@staged
+def cast_tangent(tangent: Tensor, output: Tensor) -> Tensor:
+    """A tangent converted as its primal was: to the type and device of `output`, zeros where that holds integers."""
+    if output.is_floating_point() or output.is_complex():
+        return tangent.to(output)
+    return torch.zeros_like(tangent, device=output.device)
+
+
+@staged
+def abs_tangent(tangent: Tensor, x: Tensor) -> Tensor:
+    """Tangent of |x|: sign(x) dx, for complex x the real part of conj(x/|x|) dx."""
+    return (torch.conj(torch.sgn(x)) * tangent).real if x.is_complex() else torch.sign(x) * tangent
+
+
+@staged
+def along_channels(value: Tensor, output: Tensor) -> Tensor:
+    """View (channels,) so that it broadcasts along dimension 1 of `output` (dimension 0 of a vector); () as it is."""
+    return value if value.dim() == 0 else value.view(-1, *[1] * max(0, output.dim() - 2))
+
+
+@staged
+def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
+    """Broadcast a tangent to the shape of the result it belongs to."""
+    return tangent if tangent.shape == output.shape else tangent.expand_as(output)
+
+
+@staged
+def zeros_tangent(output: Any) -> Any:
+    """Real zeros for a floating-point output that depends on no weight; None for anything else."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return torch.zeros_like(output)
+    return None
+
+
+@functools.cache
+def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A staged (args, kwargs, tangents) → (y, dy) of a loss, a sum or mean over examples or one value for each.
+
+    dy = Σ ∇y · dx by the loss's own backward: each example's loss depends on that example only, so one reverse pass of
+    Σ y gives every row. Entries of tangents are None where an argument is constant.
+    """
+
+    def loss(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Tensor, Tensor]:
+        varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        full = list(args)
+        with torch.enable_grad():
+            for i in varying:
+                full[i] = args[i].detach().requires_grad_()
+            y = function(*full, **kwargs)
+            gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying])
+        dy: Any = 0
+        for i, gradient in zip(varying, gradients, strict=True):
+            term = gradient * tangents[i]
+            if y.dim() == 0:
+                term = term.sum()
+            elif term.dim() > y.dim():
+                term = term.sum(1)  # over the classes, or the features of a distance
+            elif term.shape != y.shape:
+                raise ValueError(
+                    f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
+                )
+            dy = dy + term
+        return y.detach(), dy
+
+    loss.__name__ = f"loss_{getattr(function, '__name__', 'node')}"
+    return staged(loss)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a varying value in the arguments of a function."""
+
+    index: int
+
+
+def _opened(value: Any, tangent: Any, found: list[tuple[Tensor, Tensor]]) -> Any:
+    """`value` with a slot for each part that has a tangent; found collects (part, tangent)."""
+    if isinstance(tangent, (list, tuple)):
+        parts = [_opened(v, t, found) for v, t in zip(value, tangent, strict=True)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(tangent, dict):
+        return {name: _opened(part, tangent.get(name), found) for name, part in value.items()}
+    if tangent is None:
+        return value
+    found.append((value, tangent))
+    return _Slot(len(found) - 1)
+
+
+@functools.cache
+def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A staged (args, kwargs, tangents, named) → (y, dy) by torch.func.jvp of this one operation, where no rule exists.
+
+    tangents and named: structured like args and kwargs, None where an argument is constant.
+    """
+
+    def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[Any, Any]:
+        found: list[tuple[Tensor, Tensor]] = []
+        opened = [_opened(value, tangent, found) for value, tangent in zip(args, tangents, strict=False)]
+        opened += args[len(tangents) :]
+        opened_kwargs = _opened(kwargs, named, found)
+
+        def of_varying(*values: Tensor) -> Any:
+            fill = lambda leaf: values[leaf.index] if isinstance(leaf, _Slot) else leaf  # noqa: E731
+            full, full_kwargs = tree_map(fill, (opened, opened_kwargs))
+            return function(*full, **full_kwargs)
+
+        y, dy = torch.func.jvp(of_varying, *zip(*found, strict=True))  # type: ignore[misc, arg-type]
+        return y, dy
+
+    jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"
+    return staged(jvp)

@@ -1,0 +1,148 @@
+"""λ-conditioned noise. Each draw is one node of the graph, shared by primal and tangent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fxstn.ir.staging import staged
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ops.examples import along_examples
+
+F = TypeVar("F", bound=Callable)
+
+
+def draw(function: F) -> F:
+    """Decorator: a staged function that draws random numbers. Two calls are never merged, and its tangent is ZERO."""
+    result = staged(function)
+    result.draws = True  # type: ignore[attr-defined]
+    return result
+
+
+def draws(function: object) -> bool:
+    """Whether a node's target draws random numbers by `draw`."""
+    return getattr(function, "draws", False) is True
+
+
+def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
+    """A strength, or (batch,) of them, as (batch or 1, 1, ..., 1): it broadcasts with x (batch, ...). At least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    strength = torch.as_tensor(strength, dtype=dtype, device=x.device)
+    return strength.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """One draw per example of x (batch, ...) from [low, high): (batch, 1, ..., 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    shape = (x.shape[0], *[1] * (x.dim() - 1))
+    return low + (high - low) * torch.rand(shape, device=x.device, dtype=dtype)
+
+
+@draw
+def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
+    """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
+
+    x: what will be multiplied. p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example, which are
+    at `place` in x, (axis, left, right).
+    spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it.
+
+    Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.
+    Raises ValueError when p has a rate per example but x has another number of examples.
+    """
+    if not x.is_floating_point():
+        return 1
+    leading = x.dim() if not spatial else max(1, min(2, x.dim() - spatial))  # (channels, ...) is an unbatched value
+    return _inverted(x, x.shape[:leading] + (1,) * (x.dim() - leading), p, place)
+
+
+def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, place: BatchAxis) -> Tensor:
+    """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
+    noise = torch.rand(shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    if isinstance(p, Tensor):
+        p = _by_example(p.to(noise.dtype), x, place)
+        return noise.ge_(p).div_((1 - p).clamp_min(torch.finfo(noise.dtype).tiny)).to(x.dtype)
+    return noise.ge_(p).div_(max(1 - p, torch.finfo(noise.dtype).tiny)).to(x.dtype)
+
+
+def _by_example(p: Tensor, x: Tensor, place: BatchAxis) -> Tensor:
+    """A rate, or one per example, so that it broadcasts with x."""
+    if not p.dim():
+        return p
+    return along_examples(p, x, place).view([-1 if i == place[0] else 1 for i in range(x.dim())])
+
+
+def locked_mask(x: Tensor, p: Tensor | float, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
+    """Multiplier of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287): x's shape, but 1 along `axis`, time.
+
+    x, p, place, what is returned: as in `dropout_mask`. Raises ValueError where x has no such axis, or its examples there.
+    """
+    if not x.is_floating_point():
+        return 1
+    time = axis % x.dim() if -x.dim() <= axis < x.dim() else None
+    located = place != BATCH_FIRST or (isinstance(p, Tensor) and p.dim() > 0)
+    if time is None or (located and time == place[0]):
+        raise ValueError(
+            f"hp.LockedDropout: axis={axis} cannot be that of time in a value of shape {tuple(x.shape)}"
+            + (f", whose examples are along dimension {place[0]}" if located else "")
+            + "; pass axis=1 for (batch, time, ...), axis=0 for (time, batch, ...)"
+        )
+    return _inverted(x, [1 if i == time else size for i, size in enumerate(x.shape)], p, place)
+
+
+def word_mask(index: Tensor, table: Tensor, p: Tensor | float, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """Multiplier of a lookup whose words, rows of the table, are dropped wherever they occur (Gal & Ghahramani 2016):
+    (*index.shape, 1), 1[u_index ≥ p]/(1 − p), with one u per row for the whole batch.
+
+    index: whole numbers. table: (words, features). p: in [0, 1), as in `dropout_mask`, rates per example at `place` in index.
+    """
+    noise = torch.rand(len(table), device=index.device, dtype=torch.promote_types(table.dtype, torch.float32))
+    if isinstance(p, Tensor):
+        p = _by_example(p.to(noise.dtype), index, place)
+    return ((noise[index] >= p) / (1 - p)).to(table.dtype).unsqueeze(-1)
+
+
+@draw
+def alpha_dropout_coefficients(
+    x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST
+) -> tuple[Tensor, Tensor]:
+    """(multiplier, shift) of alpha dropout (Klambauer et al. 2017, Sec. "Alpha dropout"): y = x · multiplier + shift.
+
+    Shapes and ranges as in `dropout_mask`; p < 1. Dropped units are set to SELU's lower limit and the result is rescaled
+    to keep zero mean and unit variance.
+    """
+    limit = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
+    kept = (dropout_mask(x, p, spatial, place) != 0).to(x.dtype)  # type: ignore[union-attr]
+    if isinstance(p, Tensor):
+        p = _by_example(p.to(x.dtype), x, place)
+    gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
+    return kept * gain, (1 - kept) * (gain * limit) - gain * p * limit
+
+
+@draw
+def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
+    """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
+
+    x: (batch, ...). p: in [0, 1]. Returns a tensor that broadcasts with x.
+    """
+    mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+@draw
+def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
+    """Multiplier of DropConnect, shaped like the weight: 0 with probability p, else 1/(1 − p), one for the whole batch.
+
+    p: in [0, 1), 0-d, or (batch,) with one value in all rows.
+    """
+    p = p.to(weight.dtype).reshape(-1)[0]
+    return (torch.rand_like(weight) >= p) / (1 - p)
+
+
+@staged
+def track_batch(num_batches_tracked: Tensor, momentum: float | None) -> float | Tensor:
+    """Count one training batch of a batch norm and return the factor of its running average (None: cumulative)."""
+    num_batches_tracked.add_(1)
+    return 1.0 / float(num_batches_tracked) if momentum is None else momentum

@@ -1,0 +1,110 @@
+"""Normalisations with their statistics, and their Jacobians by fused backward kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxstn.ir.staging import staged
+from fxstn.ops.kernels import linear_map, self_adjoint
+
+aten = torch.ops.aten
+_INPUT_ONLY = [True, False, False]
+
+
+@staged
+def batch_norm_with_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training-mode batch norm of x (batch, channels, ...) without running statistics: (y, mean, 1/std)."""
+    return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+
+
+@self_adjoint
+def batch_norm_jacobian(
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
+) -> Tensor:
+    """Jacobian of training-mode batch norm with respect to x, applied to `tangent`; symmetric, scaled per channel."""
+    return aten.native_batch_norm_backward(tangent, x, weight, None, None, mean, inverse_std, True, eps, _INPUT_ONLY)[0]
+
+
+@staged
+def batch_norm_frozen_tangent(
+    tangent: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, eps: float
+) -> Tensor:
+    """Tangent of batch norm with given statistics: the same affine map without its shift."""
+    zero = torch.zeros_like(running_mean)
+    return F.batch_norm(tangent, zero, running_var, weight, None, False, 0.0, eps)
+
+
+def _layer_norm_transpose(
+    cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Any
+) -> Tensor:
+    return aten.native_layer_norm_backward(cotangent, x, shape, mean, inverse_std, weight, None, _INPUT_ONLY)[0]
+
+
+@linear_map(_layer_norm_transpose)
+def layer_norm_jacobian(
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Any
+) -> Tensor:
+    """Jacobian of layer norm over the last dimensions `shape`: the symmetric core, then the weight."""
+    core = _layer_norm_transpose(tangent, x, None, mean, inverse_std, shape)
+    return core if weight is None else core.mul_(weight)
+
+
+@staged
+def group_norm_with_statistics(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm of x (batch, channels, ...): (y, mean, 1/std), the statistics (batch, groups); one group per channel
+    where groups is 0 (instance norm)."""
+    x = x.contiguous()
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel() if x.dim() > 2 else 1
+    return torch.native_group_norm(x, weight, bias, batch, channels, size, groups or channels, eps)
+
+
+def _group_norm_transpose(
+    cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> Tensor:
+    batch, channels = x.shape[:2]
+    size, groups = x.numel() // (batch * channels), mean.shape[1]
+    return aten.native_group_norm_backward(
+        cotangent.contiguous(), x.contiguous(), mean, inverse_std, weight, batch, channels, size, groups, _INPUT_ONLY
+    )[0]
+
+
+@linear_map(_group_norm_transpose)
+def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    """Jacobian of group norm with the statistics that `group_norm_with_statistics` returns: symmetric, then the weight."""
+    core = _group_norm_transpose(tangent, x, None, mean, inverse_std)
+    return core if weight is None else core.mul_(weight.view(-1, *[1] * (x.dim() - 2)))
+
+
+@staged
+def inverse_rms(x: Tensor, shape: Any, eps: float | None) -> Tensor:
+    """1/√(mean x² + eps) over the last dimensions `shape`, kept; eps None: the machine epsilon of x."""
+    dims = tuple(range(-len(shape), 0))
+    return torch.rsqrt((x * x).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps))
+
+
+@self_adjoint
+def rms_norm_jacobian(tangent: Tensor, normalized: Tensor, inverse: Tensor, dims: int) -> Tensor:
+    """Jacobian of x ↦ x/rms(x), without weight: symmetric. normalized: x/rms(x) over its last `dims` dimensions."""
+    over = tuple(range(-dims, 0))
+    return inverse * torch.addcmul(tangent, normalized, (normalized * tangent).mean(over, keepdim=True), value=-1)
+
+
+@staged
+def local_response_tangent(tangent: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Tangent of local response norm, x s^-β with s = k + α · mean of x² over `size` neighbouring channels."""
+
+    def neighbours(values: Tensor) -> Tensor:
+        flat = F.pad(values.flatten(2).unsqueeze(1), (0, 0, size // 2, (size - 1) // 2))
+        return F.avg_pool2d(flat, (size, 1), stride=1).squeeze(1).view_as(values)
+
+    s = k + alpha * neighbours(x * x)
+    return s**-beta * (tangent - x * (beta / s) * (2 * alpha * neighbours(x * tangent)))

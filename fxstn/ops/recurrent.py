@@ -1,0 +1,283 @@
+"""One recurrent layer in one direction: by torch's fused kernel, step by step, and the recurrence of its tangent.
+
+Modes "lstm", "gru", "rnn_tanh", "rnn_relu", with torch's weights and order of gates; all values time-major, (time, batch, n).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxstn.ir.staging import eager, operation, staged
+from fxstn.ir.tangents import BatchAxis
+from fxstn.ops.response import align, materialised
+
+_FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+
+
+@eager
+@operation
+def recurrent_layer(
+    mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
+    bias_hh: Tensor | None, weight_hr: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(y, last h), for an LSTM (y, last h, last c), by the fused kernel (cuDNN, oneDNN). x (time, batch, n), h and c (batch, n)
+    the state before; weight_hr: projection of an LSTM (Sak et al. 2014)."""
+    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
+    settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
+    with warnings.catch_warnings():  # cuDNN says that it copies the weights of one layer at each call
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        if mode == "lstm":
+            assert c is not None
+            y, h, c = torch.lstm(x, (h[None], c[None]), *settings)
+            return y, h[0], c[0]
+        y, h = _FUSED[mode](x, h[None], *settings)
+        return y, h[0]
+
+
+class Steps(NamedTuple):
+    """What a layer did, by step. results: as of `recurrent_layer`. previous: h before each step; hidden: weight_hh · previous;
+    full: h before an LSTM's projection, else None. The rest are derivatives: of the new state (LSTM: cell, and of the output
+    for its last gate) in what enters each gate from the input, and from h; in the state before (None: zero); and, of an LSTM,
+    of h in the cell."""
+
+    results: tuple[Tensor, ...]
+    previous: Tensor
+    hidden: Tensor
+    full: Tensor | None
+    by_input: Tensor
+    by_hidden: Tensor
+    carry: Tensor | None
+    output: Tensor | None
+
+
+class _LSTM:
+    @staticmethod
+    def step(x: Tensor, v: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        i, f, g, o = (x + v).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        new = torch.addcmul(i * g, f, c)
+        squashed = new.tanh()
+        return o * squashed, new, (i, f, g, o, c, squashed)
+
+    @staticmethod
+    def derivatives(i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor, squashed: Tensor) -> tuple:
+        gates = torch.stack([g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), squashed * o * (1 - o)], -2)
+        return gates, gates, f, o * (1 - squashed * squashed)
+
+
+class _GRU:
+    @staticmethod
+    def step(x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        (xr, xz, xn), (vr, vz, vn) = x.chunk(3, -1), v.chunk(3, -1)
+        r, z = (xr + vr).sigmoid(), (xz + vz).sigmoid()
+        n = torch.addcmul(xn, r, vn).tanh()
+        return n + z * (h - n), None, (r, z, n, vn, h)
+
+    @staticmethod
+    def derivatives(r: Tensor, z: Tensor, n: Tensor, v: Tensor, h: Tensor) -> tuple:
+        by_n = (1 - z) * (1 - n * n)
+        by_r, by_z = by_n * v * r * (1 - r), (h - n) * z * (1 - z)
+        return torch.stack([by_r, by_z, by_n], -2), torch.stack([by_r, by_z, by_n * r], -2), z, None
+
+
+class _RNN:
+    """activation, and its slope as a function of its result."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> None:
+        self.activation, self.slope = activation, slope
+
+    def step(self, x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        new = self.activation(x + v)
+        return new, None, (new,)
+
+    def derivatives(self, h: Tensor) -> tuple:
+        gate = self.slope(h).unsqueeze(-2)
+        return gate, gate, None, None
+
+
+_CELLS: dict[str, Any] = {
+    "lstm": _LSTM,
+    "gru": _GRU,
+    "rnn_tanh": _RNN(torch.tanh, lambda h: 1 - h * h),
+    "rnn_relu": _RNN(torch.relu, lambda h: (h > 0).to(h.dtype)),
+}
+
+
+@eager
+@staged
+def steps(
+    mode: str, products: Tensor, h: Tensor, c: Tensor | None, weight_hh: Tensor, bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+) -> Steps:  # fmt: skip
+    """A layer one step after the other. products: what the input gives to the gates, (time, batch, gates · n)."""
+    weight = weight_hh.to(products.dtype).t()
+    projection = None if weight_hr is None else weight_hr.to(products.dtype).t()
+    cell, saved = _CELLS[mode], list[tuple[Tensor, ...]]()
+    h, c = h.to(products.dtype), None if c is None else c.to(products.dtype)
+    outputs, hidden, full = [h], [], []
+    for x in products:
+        v = h @ weight
+        hidden.append(v)
+        h, c, kept = cell.step(x, v if bias_hh is None else v + bias_hh, h, c)
+        saved.append(kept)
+        if projection is not None:
+            full.append(h)
+            h = h @ projection
+        outputs.append(h)
+    derivatives = cell.derivatives(*(torch.stack(values) for values in zip(*saved, strict=True)))
+    joined = torch.stack(outputs)
+    results = (joined[1:], h) if c is None else (joined[1:], h, c)
+    return Steps(results, joined[:-1], torch.stack(hidden), torch.stack(full) if full else None, *derivatives)
+
+
+@staged
+def entering(by_input: Tensor, by_hidden: Tensor, dx: Tensor | None, dv: Tensor | None) -> Tensor:
+    """What changes dx and dv (time, batch, gates · n) of the two products give to each gate, (time, batch, gates, n); either
+    may be None."""
+    terms = [gain * d.view_as(gain) for gain, d in ((by_input, dx), (by_hidden, dv)) if d is not None]
+    return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else torch.zeros_like(by_input)
+
+
+class _Recurrence(torch.autograd.Function):
+    """The tangent of a layer, a linear recurrence with given coefficients: state ← carry · state + Σ gates, each gate
+    entering + by_hidden · (weight_hh dh); dh is the state or, of an LSTM, output · state + the last gate."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor, carry: Any,
+                output: Any, weight_hh: Tensor, weight_hr: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(by_hidden, carry, output, weight_hh, weight_hr)
+        return recurrence(entering, dh, dc, projected, by_hidden, carry, output, weight_hh, weight_hr)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dc: Tensor) -> Any:
+        by_hidden, carry, output, weight, projection = ctx.saved_tensors
+        gates, entering = by_hidden.shape[-2], torch.empty_like(by_hidden)
+        inner = gates - (output is not None)
+        dh, projected = torch.zeros_like(dy[0]), torch.empty_like(dy) if projection is not None else None
+        for t in reversed(range(len(dy))):
+            dh = dh + dy[t]
+            if projected is not None:
+                projected[t] = dh
+                dh = dh @ projection
+            dc = dc + dh if output is None else torch.addcmul(dc, output[t], dh)
+            if output is not None:
+                entering[t, :, -1] = dh
+            entering[t, :, :inner] = dc.unsqueeze(-2)
+            dh = (by_hidden[t] * entering[t]).flatten(-2) @ weight
+            dc = torch.zeros_like(dc) if carry is None else carry[t] * dc
+        return entering, dh, dc, projected, *[None] * 5
+
+
+def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor, carry: Tensor | None,
+               output: Tensor | None, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dh of every step, the last state): see `_Recurrence`. projected: what the projection's own change gives to dh."""
+    gates, outputs, weight = by_hidden.shape[-2], [], weight_hh.t()
+    inner = gates - (output is not None)
+    for t in range(len(entering)):
+        gate = torch.addcmul(entering[t], by_hidden[t], (dh @ weight).view_as(entering[t]))
+        total = gate[:, 0] if inner == 1 else gate[:, :inner].sum(-2)
+        dc = total if carry is None else torch.addcmul(total, carry[t], dc)
+        dh = dc if output is None else torch.addcmul(gate[:, -1], output[t], dc)
+        if weight_hr is not None:
+            dh = dh @ weight_hr.t()
+            dh = dh if projected is None else dh + projected[t]
+        outputs.append(dh)
+    return torch.stack(outputs), dc
+
+
+@eager
+@staged
+def recurrence_tangent(
+    mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, did: Steps,
+    weight_hh: Tensor, weight_hr: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Tangents of the results of `recurrent_layer`, from those of what enters the gates and of the state before (None:
+    zero)."""
+    lstm = mode == "lstm"
+    dh = torch.zeros_like(did.previous[0]) if dh is None else dh.to(entering.dtype)
+    state = dh if not lstm else entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
+    coefficients = (did.by_hidden, did.carry, did.output)
+    weights = [w if w is None else w.to(entering.dtype) for w in (weight_hh, weight_hr)]
+    constant = not any(value is not None and value.requires_grad for value in (*coefficients, *weights))
+    run: Any = _Recurrence.apply if constant else recurrence
+    dy, last = run(entering, dh, state, projected, *coefficients, *weights)
+    return (dy, dy[-1], last) if lstm else (dy, dy[-1])
+
+
+@eager
+@staged
+def perturbed_layer(
+    mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple
+) -> tuple[Tensor, ...]:
+    """`recurrent_layer` with weights moved by a finite step. weights: its last five. changes: for each None, or (scale,
+    response, left, right): one row of scales for the whole batch, or one per example, left · batch · right in dimension 1."""
+    if all(change is None or change[0].dim() == 1 for change in changes):
+        pairs = zip(weights, changes, strict=True)
+        moved = [w if change is None else w + materialised(change[0], change[1], 0) for w, change in pairs]
+        return recurrent_layer(mode, x, h, c, *moved)
+    weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = weights
+    on_input, on_shift, on_hidden, on_bias, on_projection = changes
+
+    def product(value: Tensor, weight: Tensor, change: Any, axis: int) -> Tensor:
+        """(weight + change) · value, the batch along `axis`."""
+        y = F.linear(value, weight)
+        if change is None:
+            return y
+        scale, response, left, right = change
+        of_response = y if response is weight else F.linear(value, response)
+        return torch.addcmul(y, of_response, align(scale, y, -1, BatchAxis(axis, left, right)))
+
+    def bias(value: Tensor | None, change: Any, like: Tensor, axis: int) -> Tensor | float:
+        if value is None:
+            return 0.0
+        scale, response, left, right = change or (value.new_zeros(len(value)), value, 1, 1)
+        return value + align(scale * response, like, -1, BatchAxis(axis, left, right))
+
+    products = product(x, weight_ih, on_input, 1)
+    products = products + bias(bias_ih, on_shift, products, 1)
+    shift, outputs = bias(bias_hh, on_bias, products[0], 0), []
+    for entering in products:
+        h, c, _ = _CELLS[mode].step(entering, product(h, weight_hh, on_hidden, 0) + shift, h, c)
+        if weight_hr is not None:
+            h = product(h, weight_hr, on_projection, 0)
+        outputs.append(h)
+    y = torch.stack(outputs)
+    return (y, h) if c is None else (y, h, c)
+
+
+@staged
+def time_major(x: Tensor, batch_first: bool) -> Tensor:
+    """x (time, batch, n), of nn.RNN's input: (batch, time, n) where batch_first, (time, n) without examples. Contiguous: else
+    torch multiplies it with a weight one step at a time."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1).contiguous() if batch_first else x
+
+
+@staged
+def from_time_major(y: Tensor, rank: int, batch_first: bool) -> Tensor:
+    """The inverse of `time_major`; rank: of nn.RNN's input."""
+    return y.squeeze(1) if rank == 2 else y.transpose(0, 1).contiguous() if batch_first else y
+
+
+@staged
+def state_of(h: Tensor, index: int) -> Tensor:
+    """(batch, n) of one layer and direction, from nn.RNN's h (layers · directions, batch, n), or (…, n) without examples."""
+    return h[index] if h.dim() == 3 else h[index].unsqueeze(0)
+
+
+@staged
+def zero_state(x: Tensor, size: int) -> Tensor:
+    """(batch, size) of zeros, of time-major x."""
+    return x.new_zeros(x.shape[1], size)
+
+
+@staged
+def joined_states(states: list[Tensor], rank: int) -> Tensor:
+    """nn.RNN's h, of the states (batch, n) of all layers and directions; rank: of its input."""
+    joined = torch.stack(states)
+    return joined.squeeze(1) if rank == 2 else joined

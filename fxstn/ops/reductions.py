@@ -1,0 +1,89 @@
+"""Tangents of reductions whose formula depends on the rank or on which dimensions are reduced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxstn.ir.staging import staged
+
+
+def _dims(x: Tensor, dim: Any) -> tuple[int, ...]:
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return tuple(range(x.dim()))
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+@staged
+def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Any, keepdim: bool) -> Tensor:
+    """Tangent of (Σ |x|^p)^(1/p) over `dim` (None: all): Σ sign(x) (|x|/‖x‖)^(p−1) dx; 0 where the norm is 0.
+
+    For p = ±inf the mean over the entries that attain it.
+    """
+    dims = _dims(x, dim)
+    if p == 0:
+        return torch.zeros_like(x.sum(dims, keepdim))
+    norm = torch.linalg.vector_norm(x, p, dims, keepdim=True)
+    if abs(p) == float("inf"):
+        attained = (x.abs() == norm).to(x.dtype)
+        weights = torch.sign(x) * attained / attained.sum(dims, keepdim=True)
+    elif p == 1:
+        weights = torch.sign(x)
+    else:
+        ratio = torch.where(norm == 0, 0, x / norm)
+        weights = ratio if p == 2 else torch.sign(x) * torch.where(x == 0, 0, ratio.abs() ** (p - 1))
+    return (weights * tangent).sum(dims, keepdim)
+
+
+@staged
+def variance_tangent(tangent: Tensor, x: Tensor, dim: Any, correction: float, keepdim: bool) -> Tensor:
+    """Tangent of the variance of x over `dim` (None: all): 2 Σ (x − mean) dx / (n − correction)."""
+    dims = _dims(x, dim)
+    centred = x - x.mean(dims, keepdim=True)
+    count = x.numel() // max(1, centred.mean(dims).numel())
+    return (centred * tangent).sum(dims, keepdim) * (2 / max(0, count - correction))
+
+
+@staged
+def softmax_weighted(tangent: Tensor, x: Tensor, y: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    """Σ exp(x − y) dx over `dim`: the tangent of y = logsumexp(x). 0 where every entry is −inf."""
+    dims = _dims(x, dim)
+    peak = y if keepdim else torch.logsumexp(x, dims, keepdim=True)
+    return (torch.where(peak == -torch.inf, 0, torch.exp(x - peak)) * tangent).sum(dims, keepdim)
+
+
+@staged
+def attained_tangent(tangent: Tensor, x: Tensor, y: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    """Mean of the tangent over the entries of x that attain the extremum y along `dim` (None: all)."""
+    dims = _dims(x, dim)
+    if not keepdim:
+        for axis in sorted(axis % x.dim() for axis in dims):
+            y = y.unsqueeze(axis)
+    attained = (x == y).to(tangent.dtype)
+    return (attained * tangent).sum(dims, keepdim) / attained.sum(dims, keepdim)
+
+
+@staged
+def product_tangent(tangent: Tensor, x: Tensor, dim: int | None, keepdim: bool) -> Tensor:
+    """Tangent of the product of x over one dimension (None: all): Σᵢ dxᵢ Π_{j≠i} xⱼ, by products from both ends, so that
+    zeros among the factors are no exception."""
+    if dim is None:
+        tangent, x, dim = tangent.flatten(), x.flatten(), 0
+    ones = torch.ones_like(x.narrow(dim, 0, 1))
+    before = torch.cat([ones, x], dim).cumprod(dim).narrow(dim, 0, x.shape[dim])
+    after = torch.cat([ones, x.flip(dim)], dim).cumprod(dim).narrow(dim, 0, x.shape[dim]).flip(dim)
+    return (tangent * before * after).sum(dim, keepdim)
+
+
+@staged
+def distance_tangent(tangent: Tensor, x: Tensor, other: Tensor, distance: Tensor, p: float) -> Tensor:
+    """Tangent in x of the p-distances between the rows of x (..., P, M) and of other (..., R, M), distance (..., P, R).
+
+    p = 2 by two matrix products; 0 where the distance is 0.
+    """
+    if p == 2:
+        product = (x * tangent).sum(-1, keepdim=True) - torch.matmul(tangent, other.mT)
+        return torch.where(distance == 0, 0, product / distance)
+    return vector_norm_tangent(tangent.unsqueeze(-2), x.unsqueeze(-2) - other.unsqueeze(-3), p, -1, False)

@@ -1,0 +1,152 @@
+"""Response parameters of one weight or bias, and the products that use them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fxstn.ir.staging import staged
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ops.examples import along_examples
+
+
+class Response(nn.Module):
+    """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
+
+    U: (n, h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
+    parameters that w is combined with row by row. R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w; or a
+    parameter of its own, shaped like w, drawn from the uniform distribution that torch's linear and convolution layers
+    start from, ±1/√fan_in.
+    """
+
+    def __init__(
+        self,
+        parameter: Tensor,
+        fan_in: int,
+        hyperparameters: int,
+        axis: int = 0,
+        U: nn.Parameter | None = None,
+        structured: bool = True,
+    ) -> None:
+        super().__init__()
+        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=parameter.dtype, device=parameter.device)
+        self.U = nn.Parameter(zeros) if U is None else U
+        bound = 1 / math.sqrt(fan_in)
+        self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound)) if structured else None
+        self.axis = axis
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
+        return nn.functional.linear(delta, self.U)
+
+    def direction(self, parameter: Tensor) -> Tensor:
+        """R, given w."""
+        return parameter if self.R is None else self.R
+
+
+def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
+    """{parameter name: Δw} for one delta of shape (h,), over a tree of Response modules of the model's parameters."""
+    return {
+        name: materialised(module(delta), module.direction(model.get_parameter(name)), module.axis)
+        for name, module in tree.named_modules()
+        if isinstance(module, Response)
+    }
+
+
+@torch.no_grad()
+def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
+    """Θᵀ g, (h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
+    total: Tensor | float = 0.0
+    for name, module in tree.named_modules():
+        if isinstance(module, Response) and (parameter := model.get_parameter(name)).grad is not None:
+            products = parameter.grad * module.direction(parameter)
+            total = total + products.movedim(module.axis, 0).reshape(len(module.U), -1).sum(1) @ module.U
+    return total
+
+
+@staged
+def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
+    """response ⊙ scale along `axis`, for one perturbation of the whole batch. Raises ValueError for (batch, n) scales."""
+    if scale.dim() != 1:
+        raise ValueError(
+            f"scales of shape {tuple(scale.shape)}, one row per example, cannot be multiplied into a weight"
+        )
+    return response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])
+
+
+def align(scale: Tensor, output: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """View scales, (n,) or (batch, n), so that they broadcast over `output` along its channels, dimension `dim`.
+
+    In the type of `output`, which autocast may have lowered. place: where the examples are in `output`. Raises ValueError
+    when the rows of a per-example scale are not there.
+    """
+    scale = scale.to(output.dtype)
+    shape = [1] * output.dim()
+    shape[dim] = scale.shape[-1]
+    if scale.dim() == 1:
+        return scale.view(shape)
+    axis, channel = place[0], dim % output.dim()
+    if axis == channel:
+        raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
+    scale = along_examples(scale, output, place)
+    shape[axis] = scale.shape[0]
+    return (scale if axis < channel else scale.T).reshape(shape)
+
+
+@staged
+def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
+    """`value`, unless it has a row per example: put where the graph cannot tell which axis holds the examples.
+
+    dimensions: of a value for the whole batch; 1 for row scales, 0 for a rate. Raises ValueError when there is one more.
+    """
+    if isinstance(value, Tensor) and value.dim() > dimensions:
+        raise ValueError(
+            f"{where}: the examples are not along one dimension there, so one perturbation per example is refused; pass "
+            "delta and condition of shape (h,), or perturb='batch' to the losses and the runner"
+        )
+    return value
+
+
+@staged
+def pick_rows(scale: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Entries start..stop of the last dimension for each of `runs`, joined: the scales of a slice, or of a join."""
+    parts = [scale[..., start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@staged
+def without_bias(output: Tensor, bias: Tensor, dim: int) -> Tensor:
+    """`output` of a layer less its bias (channels,) along channel `dim`: the product of its input and its weight."""
+    return output - align(bias, output, dim)
+
+
+@staged
+def scale_channels(output: Tensor, scale: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """`output` with channel `dim` multiplied by `scale`, per example when scale is (batch, channels)."""
+    return output * align(scale, output, dim, place)
+
+
+@staged
+def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """tangent + scale ⊙ output in one kernel; shapes as in `scale_channels`."""
+    return torch.addcmul(tangent, output, align(scale, output, dim, place))
+
+
+@staged
+def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """tangent + the tangent of a bias, scale ⊙ response, along channel `dim`."""
+    return tangent + align(scale * response, tangent, dim, place)
+
+
+@staged
+def bias_tangent(output: Tensor, scale: Tensor, response: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    """The tangent of a bias alone, expanded to the shape of `output`."""
+    return align(scale * response, output, dim, place).expand_as(output)
+
+
+@staged
+def add_channels(tangent: Tensor, change: Tensor, dim: int) -> Tensor:
+    """tangent + the tangent (channels,) of a bias computed from other values, along channel `dim`."""
+    return tangent + align(change, tangent, dim)

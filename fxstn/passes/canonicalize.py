@@ -1,0 +1,248 @@
+"""Pass 2, canonicalize: methods, operators, in-place variants and leaf modules become one spelling per operation.
+
+Everything after this pass sees call_function nodes only, never mutated values, and the vocabulary of `fxstn.rules`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
+from fxstn.ir.graphs import copied, rename
+from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
+from fxstn.ops.heads import attention_scores, attention_values
+from fxstn.ops.noise import track_batch
+from fxstn.ops.synced import synced_batch_norm
+from fxstn.passes.in_place import DROPOUTS, Parts, dropout_settings, functionalize, is_size
+
+
+def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
+    """One spelling per operation. Raises TransformError that lists every mutation it cannot express by values."""
+    module = copied(module)
+    problems: list[Diagnostic] = []
+    for node in list(module.graph.nodes):
+        _open(node)
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            _expand_batch_norm(module, node)
+        elif node.op in ("call_method", "call_function"):
+            try:
+                _respell(node)
+            except Unspellable as mutation:
+                remedy = "write it without changing a tensor in place"
+                problems.append(Diagnostic(module_path(node), mutation.reason, source_of(node), remedy))
+    _count_batches(module)
+    parts: Parts = {}
+    for node in list(module.graph.nodes):
+        if "mutates" in node.meta:
+            problems.extend(functionalize(node, node.meta.pop("mutates"), parts))
+    if problems:
+        raise TransformError(problems)
+    for node in list(module.graph.nodes):
+        _simplify_structure(node)
+    for node in module.graph.nodes:
+        if node.meta.get("exits") and node.op == "call_function":
+            rename(node, node.meta["exits"][0][1].replace(".", "_") or node.name)
+    module.graph.lint()
+    return module
+
+
+class _Inliner(fx.proxy.GraphAppendingTracer):
+    """Gives the nodes of a decomposition the place of the node that it stands for."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node.graph)
+        self.meta: dict[str, Any] = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta = dict(self.meta)
+        return node
+
+
+def _open(node: fx.Node) -> None:
+    """Write a function that has a decomposition as what it computes; of several results each by its number."""
+    if node.op != "call_function" or is_size(node):
+        return
+    try:
+        spelled = respell(node.target, node.args, node.kwargs)
+    except Unspellable:  # says why when it is respelled
+        return
+    if spelled.function not in DECOMPOSITIONS:
+        return
+    opener = _Inliner(node)
+    with node.graph.inserting_before(node):
+        proxy: Any = lambda value: fx.Proxy(value, opener)  # noqa: E731
+        args, kwargs = map_arg((spelled.args, spelled.kwargs), proxy)
+        results = DECOMPOSITIONS[spelled.function](*args, **kwargs)
+    single = isinstance(results, fx.Proxy)
+    for user in [node] if single else list(node.users):
+        result = results if single else results[user.args[1]]  # type: ignore[index]
+        user.replace_all_uses_with(result.node)
+        result.node.meta |= {"exits": user.meta["exits"]} if "exits" in user.meta else {}
+        node.graph.erase_node(user)
+    if not single:
+        node.graph.erase_node(node)
+
+
+def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
+    graph, path = module.graph, str(node.target)
+    norm: Any = module.get_submodule(path)
+    tracked = norm.running_mean is not None
+    training = node.meta["training"] or not tracked
+
+    def attribute(name: str) -> fx.Node | None:
+        if getattr(norm, name) is None:
+            return None
+        label = f"{path.removeprefix('model.')}.{name}".replace(".", "_")
+        result = graph.create_node("get_attr", f"{path}.{name}", name=label)
+        result.meta["scope"] = node.meta["scope"]
+        return result
+
+    with graph.inserting_before(node):
+        momentum: Any = 0.0 if norm.momentum is None else norm.momentum
+        if node.meta["training"] and tracked and norm.num_batches_tracked is not None:
+            momentum = graph.call_function(track_batch, (attribute("num_batches_tracked"), norm.momentum))
+        names = ("running_mean", "running_var", "weight", "bias")
+        arguments = (node.args[0], *(attribute(name) for name in names), training, momentum, norm.eps)
+    synced = isinstance(norm, nn.SyncBatchNorm) and (node.meta["training"] or tracked)
+    node.op, node.args, node.kwargs = "call_function", arguments, {}
+    node.target = synced_batch_norm if synced else F.batch_norm
+
+
+def _count_batches(module: fx.GraphModule) -> None:
+    """A batch norm's counter, added to in place before it normalises, becomes the `track_batch` of its momentum."""
+    counts: dict[str, list[fx.Node]] = {}
+    for node in list(module.graph.nodes):
+        if _adds_one(node) and all(map(_adds_one, node.users)) and (owner := _owner(node.args[0])):
+            counts.setdefault(owner, []).append(node)
+        elif node.target is F.batch_norm and node.args[5] and counts.get(owner := _owner(node.args[1])):
+            count, norm = counts[owner].pop(0), module.get_submodule(owner)
+            momentum = norm.momentum if isinstance(norm, _BatchNorm) else node.args[6]
+            with module.graph.inserting_before(node):
+                tracked = module.graph.call_function(track_batch, (count.args[0], momentum))
+            node.args = (*node.args[:6], tracked, node.args[7])
+            count.replace_all_uses_with(count.args[0])  # type: ignore[arg-type]
+            module.graph.erase_node(count)
+
+
+def _adds_one(node: fx.Node) -> bool:
+    return bool("mutates" in node.meta and node.target is operator.add and node.args[1] == 1)
+
+
+def _owner(value: Any) -> str:
+    """Path of the module that an attribute read by a node belongs to; "" for any other value."""
+    return str(value.target).rpartition(".")[0] if isinstance(value, fx.Node) and value.op == "get_attr" else ""
+
+
+def _respell(node: fx.Node) -> None:
+    """Give a node its canonical function and arguments. Raises Unspellable."""
+    if node.op == "call_function" and is_size(node):
+        node.target = IN_PLACE_OPERATORS.get(node.target, node.target)
+        return
+    spelled = respell(node.target, node.args, node.kwargs)
+
+    def emitted(value: Any) -> Any:
+        """What an operation is made of becomes nodes of its own before it."""
+        if not isinstance(value, Spelled):
+            return value
+        new = node.graph.call_function(value.function, *map_aggregate((value.args, value.kwargs), emitted))
+        new.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+        return new
+
+    with node.graph.inserting_before(node):
+        args, kwargs = map_aggregate((spelled.args, spelled.kwargs), emitted)
+    if spelled.in_place:
+        mutated = node.args[0] if node.args else node.all_input_nodes[0]
+        if mutated not in args:
+            raise Unspellable(f"{operation_name(node.target)} changes a tensor in place")
+        node.meta["mutates"] = args.index(mutated)
+    node.op, node.target, node.args, node.kwargs = "call_function", spelled.function, args, kwargs
+
+
+def _simplify_structure(node: fx.Node) -> None:
+    """Drop what does nothing (dropout in eval mode, handed-through values) and open constructors of named tuples."""
+    if node.op != "call_function":
+        return
+    source = node.args[0] if node.args else None
+    if (
+        node.target is getattr
+        and node.args[1] in _NAMED_RESULTS
+        and isinstance(source, fx.Node)
+        and _has_results(source)
+    ):
+        node.target, node.args = operator.getitem, (source, _NAMED_RESULTS[node.args[1]])
+    elif node.target in DROPOUTS:
+        p, training = dropout_settings(node)
+        if not training:
+            _bypass(node)
+        else:
+            node.args, node.kwargs = (node.args[0], p, True), {}
+    elif node.target is F.scaled_dot_product_attention:
+        _open_attention(node)
+    elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
+        arguments: Any = node.args
+        structure: Any = node.target(*arguments, **node.kwargs)
+        for user in list(node.users):
+            if user.op == "output":
+                user.args = (map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def _open_attention(node: fx.Node) -> None:
+    """Attention that drops its probabilities inside becomes scores, softmax, dropout and product."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    p, grouped = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
+    if not isinstance(p, fx.Node) and p == 0:
+        return
+    scored = (given.get("attn_mask"), given.get("is_causal", False), given.get("scale"), grouped)
+    meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+    weights: Any = None
+    for function, *arguments in (
+        (attention_scores, given["query"], given["key"], *scored),
+        (torch.softmax, -1),
+        (F.dropout, p, True),
+    ):
+        with node.graph.inserting_before(node):
+            arguments = arguments if weights is None else [weights, *arguments]
+            weights = node.graph.call_function(function, tuple(arguments))
+        weights.meta = dict(meta)
+    with node.graph.inserting_before(node):
+        values = node.graph.call_function(attention_values, (given["value"], given["query"], grouped))
+    node.target, node.args, node.kwargs = operator.matmul, (weights, values), {}
+
+
+_NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}
+
+
+def _has_results(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (torch.max, torch.min, torch.median, torch.sort, torch.topk)
+
+
+def _bypass(node: fx.Node) -> None:
+    source = node.args[0]
+    with node.graph.inserting_before(node):
+        through = node.graph.call_function(torch.clone, (source,))
+    through.meta = dict(node.meta) | {"handed_through": True}
+    node.replace_all_uses_with(through)
+    node.graph.erase_node(node)
+
+
+def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
+    """Remove the copies that only kept a module's output apart from its input (fxstn.passes.condition may need them)."""
+    module = copied(module)
+    for node in list(module.graph.nodes):
+        if node.meta.get("handed_through"):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    return module

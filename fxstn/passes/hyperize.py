@@ -1,0 +1,253 @@
+"""Pass 4, hyperize: trainable parameters of layers gain response parameters."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxstn.ir.errors import module_path, operation_name
+from fxstn.ir.graphs import add_placeholder, copied, model_of
+from fxstn.ops.response import Response
+from fxstn.ops.synced import BATCH_NORMS
+from fxstn.passes.in_place import DROPOUTS, is_size
+from fxstn.passes.row_structure import Derived, consumers, from_parameters, structures
+from fxstn.rules import RULES
+from fxstn.rules.registry import ParameterRole
+
+NORM_ROLES = ("gain", "shift")
+SCALE_KEEPING = {*DROPOUTS, torch.cat, F.avg_pool2d, F.max_pool2d}  # what a channel is multiplied by passes through
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """One operation that reads values computed from parameters: in a role of a layer or a norm, or otherwise (role None)."""
+
+    parameters: tuple[str, ...]
+    role: str | None
+    node: fx.Node
+    fan_in: int = 1
+
+
+@dataclass
+class Responses:
+    """Which parameters respond: {name: axis of its scales}, {name: fan-in}, {name: first of the parameters that share
+    its scales}, and {name of one that does not respond: why}."""
+
+    axes: dict[str, int] = field(default_factory=dict)
+    fan_ins: dict[str, int] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[ParameterUse]:
+    """Every reading of the parameters `names` in a canonical graph, their tangents scaled along `axis`."""
+    names = list(names)
+    result = []
+    reached = from_parameters(module.graph, {f"model.{name}": name for name in names})
+    for node, parameters in reached.items():
+        for user in consumers(node, reached):
+            if _role_of(node, user) is None:
+                result.append(ParameterUse(parameters, None, user))
+    hopeless = {name for reading in result for name in reading.parameters}
+    found = structures(module, [name for name in names if name not in hopeless], axis)
+    for node, derived in found.items():
+        for user in consumers(node, found):
+            result.append(_use_of(module, node, derived, user if derived.rows else _mixing(node, found, user)))
+    return result
+
+
+def _role_of(node: fx.Node, user: fx.Node) -> tuple[int, ParameterRole] | None:
+    """(position, how it is read) where a layer takes the value of `node` as a parameter and in no other way."""
+    rule = RULES.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+    positions = [i for i, argument in enumerate(user.args) if argument is node]
+    if rule is None or len(positions) != 1 or positions[0] not in rule.reads or node in user.kwargs.values():
+        return None
+    return positions[0], rule.reads[positions[0]]
+
+
+def _mixing(node: fx.Node, found: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
+    """The first operation on the way from the parameters to `node` that mixed their rows."""
+    before = [source for source in node.all_input_nodes if source in found and found[source].rows is None]
+    return _mixing(before[0], found, node) if before else user if node.op == "get_attr" else node
+
+
+def _use_of(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.Node) -> ParameterUse:
+    read = _role_of(node, user)
+    if read is None or derived.rows is None or derived.rows.axis not in read[1].axes:
+        return ParameterUse(derived.parameters, None, user)
+    position, reads = read
+    parameters = [model_of(module).get_parameter(name) for name in derived.parameters]
+    widest = max(p.dim() for p in parameters)
+    if reads.role in NORM_ROLES:
+        return ParameterUse(derived.parameters, reads.role if widest == 1 else None, user)
+    if reads.role == "bias":
+        weight = user.args[position - 1]
+        own = parameters[0]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            own = operator.attrgetter(str(weight.target))(module)
+        return ParameterUse(derived.parameters, "bias", user, own.numel() // max(1, own.shape[0]))
+    if widest < 2:
+        return ParameterUse(derived.parameters, None, user)  # a vector has no rows to scale
+    fan_in = 1 if reads.role == "table" else max(p.numel() // p.shape[derived.rows.axis] for p in parameters)
+    return ParameterUse(derived.parameters, reads.role, user, max(1, fan_in))
+
+
+def layer_weights(module: fx.GraphModule) -> list[str]:
+    """Names of the parameters that are (part of) the weight of a layer, in execution order."""
+    names = [name for name, parameter in model_of(module).named_parameters() if parameter.requires_grad]
+    found = (reading for axis in (0, 1) for reading in uses_of(module, names, axis) if reading.role == "weight")
+    weights = [name for reading in found for name in reading.parameters]
+    order = {name: i for i, (name, _) in enumerate(model_of(module).named_parameters())}
+    executed = [str(node.target).removeprefix("model.") for node in module.graph.nodes if node.op == "get_attr"]
+    first = {name: i for i, name in reversed(list(enumerate(executed)))}
+    return sorted(set(weights), key=lambda name: (first.get(name, len(first)), order[name]))
+
+
+def _renormalised(node: fx.Node) -> bool:
+    """Whether the scale of a layer's channels is lost on every way on: batch norm divides by it. The norm's own affine
+    parameters are what can scale these units."""
+    users = [user for user in node.users if not is_size(user)]
+    return bool(users) and all(
+        _divides(user) or (user.target in SCALE_KEEPING and _renormalised(user)) for user in users
+    )
+
+
+def _scaleless(trained: Sequence[ParameterUse]) -> set[str]:
+    """Parameters that the training graph reads only where a norm takes the scale away."""
+    keeping = {name for reading in trained if not _renormalised(reading.node) for name in reading.parameters}
+    return {name for reading in trained for name in reading.parameters} - keeping
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether an operation normalises each channel by what is in the batch, not by running statistics."""
+    by_batch = node.args[5] if len(node.args) > 5 else True  # training, use_input_stats
+    return node.target in (*BATCH_NORMS, F.instance_norm) and by_batch is True
+
+
+def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
+    """Which parameters respond.
+
+    A parameter needs every operation that reads it, in every graph, to be a layer in which one Δw along one axis is
+    possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible, and
+    where a weight that is only scaled has a single one. Where weights are only scaled, affine parameters of norms respond
+    too, and layers before a batch norm, which takes their scale away, do not.
+    """
+    parameters = dict(model_of(graphs[0]).named_parameters())
+    result = Responses()
+    pending = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    single = {name for name in pending if parameters[name].dim() == 2 and len(parameters[name]) == 1 and not structured}
+    for axis, later in ((0, single), (1, set()), (0, set())):
+        tried = pending - later
+        trained, *others = (uses_of(graph, sorted(tried), axis) for graph in graphs)
+        found = [*trained, *itertools.chain(*others)]
+        groups = _groups(found, tried)
+        good: dict[str, int] = {}
+        scaleless = set() if structured else _scaleless(trained)
+        for reading in found:
+            for name in reading.parameters:
+                if name in scaleless:
+                    result.left_out.setdefault(name, "a batch norm after it takes its scale away")
+                    good[name] = 0
+                elif reading.role is None or (structured and reading.role in NORM_ROLES):
+                    why = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
+                    result.left_out.setdefault(name, why)
+                    good[name] = 0
+                else:
+                    good.setdefault(name, reading.fan_in)
+        for group in groups:
+            if all(good.get(name) for name in group):
+                for name in group:
+                    result.axes[name], result.fan_ins[name], result.leaders[name] = axis, good[name], group[0]
+                pending -= set(group)
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            result.left_out[name] = "frozen (requires_grad=False)"
+    result.left_out = {name: why for name, why in result.left_out.items() if name not in result.axes}
+    order = list(parameters)
+    result.axes = dict(sorted(result.axes.items(), key=lambda item: order.index(item[0])))
+    return result
+
+
+def _groups(found: Sequence[ParameterUse], pending: set[str]) -> list[list[str]]:
+    """Parameters that meet in one weight, as connected components, each in the order of first reading."""
+    leader: dict[str, list[str]] = {}
+    for reading in found:
+        names = [name for name in reading.parameters if name in pending]
+        merged = list(dict.fromkeys(n for name in names for n in leader.get(name, [name])))
+        for name in merged:
+            leader[name] = merged
+    return list({id(group): group for group in leader.values()}.values())
+
+
+def response_modules(model: nn.Module, found: Responses, hyperparameters: int, structured: bool) -> nn.Module:
+    """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
+    tree = nn.Module()
+    made: dict[str, Response] = {}
+    for name, axis in found.axes.items():
+        *path, leaf = name.split(".")
+        owner = tree
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        first = next((made[other] for other in made if found.leaders[other] == found.leaders[name]), None)
+        shared = first.U if first is not None else None
+        parameter = model.get_parameter(name)
+        made[name] = Response(parameter, found.fan_ins[name], hyperparameters, axis, shared, structured)
+        owner.add_module(leaf, made[name])
+    return tree
+
+
+def hyperize(module: fx.GraphModule) -> fx.GraphModule:
+    """Add the input `delta` and, beside each parameter with a Response, its scales U δ and its response R.
+
+    Nodes remember by name what the pushforward pass needs: meta["response"] of a parameter, the name of R (its own where R
+    is the parameter); meta["scales"] of it and of every value computed from it row by row, (name of the scales, axis, runs
+    of rows).
+    """
+    module = copied(module)
+    graph = module.graph
+    responding = dict(response_tree(module))
+    delta = add_placeholder(graph, "delta")
+    scales: dict[int, str] = {}
+    made: dict[str, str] = {}
+    derived: dict[fx.Node, Derived] = {}
+    for axis in {response.axis for response in responding.values()}:
+        derived |= structures(module, [name for name, r in responding.items() if r.axis == axis], axis)
+    for node in list(graph.nodes):
+        if node not in derived:
+            continue
+        name = derived[node].parameters[0]
+        shared = id(responding[name].U)
+        label = name.replace(".", "_")
+        with graph.inserting_before(node):
+            if shared not in scales:
+                scale = graph.create_node("call_module", f"response.{name}", (delta,), name=f"{label}_scale")
+                scales[shared] = scale.name
+            if node.op == "get_attr":
+                if responding[name].R is None:
+                    made[name] = node.name
+                elif name not in made:
+                    made[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
+                node.meta["response"] = made[name]
+        rows = derived[node].rows
+        if rows is not None:
+            size = responding[name].U.shape[0]
+            runs = () if rows.runs == ((0, size),) else rows.runs
+            node.meta["scales"] = (scales[shared], rows.axis, runs)
+        else:
+            node.meta["scales"] = (scales[shared], None, ())
+    graph.lint()
+    return module
+
+
+def response_tree(module: fx.GraphModule) -> list[tuple[str, Response]]:
+    """(parameter name, its Response) for every parameter that responds."""
+    tree = module.get_submodule("response")
+    return [(name, child) for name, child in tree.named_modules() if isinstance(child, Response)]

@@ -1,0 +1,92 @@
+"""An optional last pass, recompute: activations are computed again in the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils.checkpoint import checkpoint
+
+from fxstn.ir.graphs import assemble
+
+
+class Recomputed(nn.Module):
+    """A piece of a graph that keeps its inputs only; its backward runs it a second time, with the same random draws."""
+
+    def __init__(self, piece: fx.GraphModule) -> None:
+        super().__init__()
+        self.piece = piece
+
+    def forward(self, *inputs: Any) -> Any:
+        # What is held constant now is held no more when the piece runs again: an alias stays constant.
+        fixed = [x.detach() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
+        return checkpoint(self.piece, *fixed, use_reentrant=False)
+
+
+def recompute(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in about √n pieces that keep nothing but their inputs (Chen et al. 2016, arXiv 1604.06174).
+
+    Costs a second forward, and memory then grows as √n. For graphs that update no running statistics: those would count
+    a batch twice.
+    """
+    nodes = list(module.graph.nodes)
+    outside = _outside(nodes)
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in nodes:  # parameters and row scales, which need no more than the graph's inputs, come first
+        if node in outside:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    result = assemble(module, graph)
+    for number, piece in enumerate(_pieces([node for node in nodes if node not in outside and node.op != "output"])):
+        taken, given = _boundary(piece)
+        result.add_module(f"piece_{number}", Recomputed(_extracted(module, piece, taken, given)))
+        call = graph.call_module(f"piece_{number}", tuple(values[node] for node in taken))
+        for position, node in enumerate(given):
+            values[node] = graph.call_function(operator.getitem, (call, position))
+    graph.output(map_arg(nodes[-1].args[0], values.__getitem__))
+    return assemble(result, graph, "Graph", fx.GraphModule)
+
+
+def _outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in nodes:
+        cheap = node.op == "call_module" or node.target is operator.getitem
+        if node.op in ("placeholder", "get_attr") or (cheap and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _pieces(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
+    """Runs of nodes, each cut, of those near an equal share, where the fewest values are needed later."""
+    place = {node: i for i, node in enumerate(nodes)}
+    last = [max((place.get(user, len(nodes)) for user in node.users), default=i) for i, node in enumerate(nodes)]
+    alive = [sum(last[j] >= i for j in range(i)) for i in range(len(nodes))]
+    share = max(2, math.isqrt(len(nodes)))
+    cuts = [0]
+    for target in range(share, len(nodes) - share // 2, share):
+        near = range(target - share // 2, target + share // 2)
+        cuts.append(min((i for i in near if i > cuts[-1]), key=lambda i: (alive[i], abs(i - target))))
+    return [nodes[start:stop] for start, stop in pairwise([*cuts, len(nodes)])]
+
+
+def _boundary(piece: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Values that a piece takes from outside, and those of its own that others read."""
+    inside = set(piece)
+    taken = dict.fromkeys(value for node in piece for value in node.all_input_nodes if value not in inside)
+    return list(taken), [node for node in piece if any(user not in inside for user in node.users)]
+
+
+def _extracted(
+    module: fx.GraphModule, piece: Sequence[fx.Node], taken: Sequence[fx.Node], given: Sequence[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    values = {node: graph.placeholder(node.name) for node in taken}
+    for node in piece:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in given))
+    return fx.GraphModule(module, graph, "Piece")

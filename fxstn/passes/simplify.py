@@ -1,0 +1,107 @@
+"""Pass 6, simplify: drop what nobody reads and what is computed twice, but never merge two random draws; join products."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from fxstn.ir.graphs import assemble
+from fxstn.ops.inputs import REQUIREMENTS
+from fxstn.ops.noise import draws, track_batch
+from fxstn.ops.response import add_bias
+from fxstn.ops.synced import BATCH_NORMS
+from fxstn.passes.canonicalize import drop_handed_through
+
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
+           "attention", "stochastic", "uniform", "exponential")  # fmt: skip
+
+
+def _may_merge(node: fx.Node) -> bool:
+    """Reading an attribute, and calls whose result depends on their arguments alone."""
+    if node.op in ("get_attr", "call_module"):
+        return True
+    if node.op != "call_function" or draws(node.target) or node.target is track_batch or _updates_statistics(node):
+        return False
+    name = getattr(node.target, "__name__", "")
+    return not any(word in name for word in _RANDOM)
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    if node.target not in BATCH_NORMS:
+        return False
+    settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
+    return settings.get("mean") is not None and bool(settings.get("training"))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or node.target in REQUIREMENTS or _updates_statistics(node)
+
+
+def _key(node: fx.Node) -> Any:
+    def hashable(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return (type(value).__name__, *map(hashable, value))
+        if isinstance(value, dict):
+            return tuple(sorted((key, hashable(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            return ("slice", hashable(value.start), hashable(value.stop), hashable(value.step))
+        return (type(value), value)
+
+    key = (node.op, node.target, hashable(node.args), hashable(node.kwargs))
+    hash(key)
+    return key
+
+
+def _product(value: Any, weight: fx.Node) -> fx.Node | None:
+    """The product W a in a sum with other terms, where all of it is read in one place only."""
+    if not isinstance(value, fx.Node) or len(value.users) != 1 or value.kwargs:
+        return None
+    if value.target is F.linear:
+        return value if value.args[1] is weight and not any(value.args[2:]) else None
+    terms = value.args[:1] if value.target is add_bias else value.args if value.target is operator.add else ()
+    return next((found for term in terms if (found := _product(term, weight))), None)
+
+
+def _join_products(node: fx.Node) -> None:
+    """(W a + b) + (W c + d) → W (a + c) + b + d, where nobody else reads the products: one large product in place of two. It is
+    so in the linearised output y + dy of a last layer, and in the tangent of a weight tied to an embedding."""
+    if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:
+        return
+    first, rest = node.args
+    if not isinstance(first, fx.Node) or first.target is not F.linear or len(first.users) != 1 or first.kwargs:
+        return
+    second = _product(rest, first.args[1])  # type: ignore[arg-type]
+    if second is None or not first < second or first is second:
+        return
+    with node.graph.inserting_before(second):
+        joined = node.graph.call_function(operator.add, (first.args[0], second.args[0]))
+    second.args = (joined, *first.args[1:])
+    node.replace_all_uses_with(rest)  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+    node.graph.erase_node(first)
+
+
+def simplify(module: fx.GraphModule) -> fx.GraphModule:
+    """Common subexpressions and dead values removed, products joined; an update of running statistics is never dead. Generates
+    the code."""
+    module = drop_handed_through(module)
+    seen: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if not _may_merge(node):
+            continue
+        try:
+            first = seen.setdefault(_key(node), node)
+        except TypeError:  # an argument that cannot be hashed: leave the node alone
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(_has_effect)
+    for node in list(module.graph.nodes):
+        _join_products(node)
+    module.graph.eliminate_dead_code(_has_effect)
+    module.graph.lint()
+    return assemble(module, module.graph, "Graph", fx.GraphModule)
