@@ -20,6 +20,7 @@ from fxstn.frontends.live.graph import LiveRecipe, addresses
 from fxstn.frontends.live.record import record
 from fxstn.frontends.symbolic import trace as trace_module
 from fxstn.hp import Dropout, HyperparameterSpace, Spec
+from fxstn.hp.binding import Binding
 from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import METHODS, SelfTuningNetwork
@@ -27,7 +28,7 @@ from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.example_axes import Layouts, layouts
 from fxstn.passes.hyperize import hyperize, response_modules, responses
-from fxstn.passes.match import Binding, bind
+from fxstn.passes.match import bind
 from fxstn.passes.pushforward import linearized, normalise_by_batch, perturbed, pushforward, trained
 from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.passes.simplify import simplify

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.ops.assignment import assigned, overwritten
+from fxstn.ir.assignment import assigned, overwritten
 from fxstn.ops.geometry import resample
 from fxstn.ops.heads import (
     attention_scores,

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
 from fxstn.ir.graphs import assemble
+from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.inputs import require_full_precision
-from fxstn.rules.registry import is_opaque
 
 
 class _Results(tuple):

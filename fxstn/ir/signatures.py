@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxstn.ops.assignment import assigned, overwritten
+from fxstn.ir.assignment import assigned, overwritten
 
 Tensor = torch.Tensor
 

@@ -18,10 +18,11 @@ from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.graphs import copied, rename
 from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
+from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.heads import attention_scores, attention_values
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import synced_batch_norm
-from fxstn.passes.in_place import DROPOUTS, Parts, dropout_settings, functionalize, is_size
+from fxstn.passes.in_place import Parts, functionalize
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:

@@ -10,21 +10,14 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxstn.hp import OPERATIONS, Activity, Dropout, Operation
+from fxstn.hp.binding import Binding, Site
 from fxstn.ir.graphs import add_placeholder, copied, placeholders
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, weight_mask
 from fxstn.ops.response import for_all_examples
 from fxstn.passes.example_axes import PLAIN, Layouts
-from fxstn.passes.in_place import DROPOUTS
-from fxstn.passes.match import Binding, Site, own_strengths
-
-SPATIAL: dict[Any, int] = {
-    F.dropout1d: 1,
-    F.dropout2d: 2,
-    F.dropout3d: 3,
-    F.feature_alpha_dropout: 2,
-}  # whole channels are dropped
-ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
+from fxstn.passes.match import own_strengths
 
 
 def condition(

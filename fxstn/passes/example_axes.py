@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxstn.hp import OPERATIONS
 from fxstn.ir.graphs import evaluated, placeholders, reseed
 from fxstn.ir.tangents import BatchAxis
+from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
-from fxstn.passes.in_place import DROPOUTS
 
 Layouts = Mapping[str, BatchAxis | None]  # by node name; None: no single place. A name that is missing: a plain batch.
 PLAIN: Layouts = MappingProxyType({})

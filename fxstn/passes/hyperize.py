@@ -13,9 +13,9 @@ from torch import fx, nn
 
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, model_of
+from fxstn.ir.vocabulary import DROPOUTS, is_size
 from fxstn.ops.response import Response
 from fxstn.ops.synced import BATCH_NORMS
-from fxstn.passes.in_place import DROPOUTS, is_size
 from fxstn.passes.row_structure import Derived, consumers, from_parameters, structures
 from fxstn.rules import RULES
 from fxstn.rules.registry import ParameterRole

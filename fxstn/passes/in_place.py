@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxstn.ir.assignment import assigned, overwritten
 from fxstn.ir.errors import Diagnostic, module_path, operation_name, source_of
-from fxstn.ir.signatures import Spelled
-from fxstn.ops.assignment import assigned, overwritten
+from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.rules import RULES
 
-SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
-DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
 # Results in memory of their own, beside what ATen's schemas say. Anything else may share its input's: better a refusal
 # than a mutation overlooked.
 FRESH = {F.pad, *BATCH_NORMS, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
@@ -29,29 +27,6 @@ FRESH = {F.pad, *BATCH_NORMS, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg
 UNDECLARED = {"einsum", "type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
               "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "tensordot"}  # fmt: skip
 FRESH_KINDS = {"pointwise", "additive", "bilinear", "layer"}
-
-
-def is_size(node: Any) -> bool:
-    """Whether a node's value is Python numbers rather than a tensor: sizes and arithmetic on them."""
-    if not isinstance(node, fx.Node):
-        return True
-    if node.op == "call_method":
-        return node.target in SIZES
-    if node.op != "call_function":
-        return False
-    if node.target in (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel):
-        return True
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "")
-    arithmetic = module in ("_operator", "math") or (module.startswith("torch") and name.lstrip("_").startswith("sym_"))
-    return arithmetic and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
-
-
-def dropout_settings(node: fx.Node | Spelled) -> tuple[float, bool]:
-    """(p, training) of a dropout call."""
-    settings: dict[str, Any] = dict(zip(("p", "training"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return settings.get("p", 0.5), bool(settings.get("training", True))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -25,50 +24,15 @@ from fxstn.hp import (
     Spec,
     WeightDecay,
 )
+from fxstn.hp.binding import Binding, Site
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import model_of, placeholders
+from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.passes.hyperize import layer_weights
-from fxstn.passes.in_place import DROPOUTS
 from fxstn.rules import RULES
 
 _SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # results, none of which ends a stage
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where the training graph reads λ[indices], the strengths of one operation.
-
-    node: the operation that is taken over; or, with insert=True, the value that gets one of its own, for those of its
-    readers that lie outside module call number `outside` (None: for all of them). spec: whose operation; `hp.Dropout`'s
-    depends on the node that is taken over.
-    """
-
-    indices: tuple[int, ...]
-    path: str
-    node: str
-    spec: Spec
-    insert: bool = False
-    outside: int | None = None
-
-    @property
-    def index(self) -> int:
-        """The one strength of a dropout or a penalty."""
-        (index,) = self.indices
-        return index
-
-
-@dataclass(frozen=True)
-class Binding:
-    """quantities: what is tuned, in the order of λ. sites: where the graph reads it. dropped: (parameter name, index of its
-    DropConnect rate). auxiliary: sites whose values the training objectives read beside the output, in the order they act.
-    terms: what else those objectives have."""
-
-    quantities: tuple[Quantity, ...]
-    sites: tuple[Site, ...]
-    dropped: tuple[tuple[str, int], ...]
-    auxiliary: tuple[Site, ...]
-    terms: LossTerms
 
 
 def operation_path(node: fx.Node) -> str:

@@ -8,23 +8,21 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
+from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.graphs import assemble, copied
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
+from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
 from fxstn.ops.kernels import zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.example_axes import PLAIN, Layouts
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
-
-LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
-VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
 class _Emitter(fx.proxy.GraphAppendingTracer):
@@ -107,6 +105,8 @@ class _Pushforward:
         found = RULES.get(node.target)  # type: ignore[arg-type]
         if self.fold and found and found.finite:
             return found.finite(tangents, self.value(node.args), self.value(dict(node.kwargs))), ZERO
+        if is_opaque(node.target):
+            return opaque_tangent(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
         return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
 
     def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fxstn.ir.graphs import evaluated, model_of, reseed
+from fxstn.ir.vocabulary import is_size
 from fxstn.ops.noise import draws
-from fxstn.passes.in_place import is_size
 
 MOST_RUNS = 64
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fxstn.ir.assignment import assigned, overwritten
 from fxstn.ir.tangents import ZERO
-from fxstn.ops.assignment import assigned, overwritten
 from fxstn.rules.registry import rule
 
 

@@ -222,12 +222,6 @@ NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
 }
 
 
-def is_opaque(function: Any) -> bool:
-    """A Python function that is neither torch's nor a helper of ours: one that user code asked fx not to look into."""
-    module = (getattr(function, "__module__", None) or "").partition(".")[0]
-    return inspect.isfunction(function) and module not in ("torch", "fxstn", "_operator", "math", "builtins")
-
-
 def no_derivative(function: Callable[..., Any]) -> str | None:
     """Why torch.func.jvp cannot differentiate `function`, or None when nothing is known against it."""
     if function in NO_FORWARD_MODE:
@@ -240,26 +234,24 @@ def no_derivative(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def fallback(
-    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
-) -> tuple[Any, Any]:
-    """(y, dy) by torch.func.jvp of this one operation, or by live duals through a Python function that fx does not look
-    into. Raises NoRule where that cannot work."""
-    if reason := no_derivative(function):
-        raise NoRule(reason)
+def plain_tangents(tangents: tuple, named: dict) -> tuple[tuple, dict]:
+    """Tangents as a function without a rule takes them: None in place of ZERO. Raises NoRule for those of a parameter."""
 
-    def given(tangent: Any) -> Any:
+    def plain(tangent: Any) -> Any:
         if isinstance(tangent, Scaled):
             raise NoRule("the tangent of a parameter reaches it, which the fallback cannot pass on")
         return None if tangent is ZERO else tangent
 
-    changes = map_aggregate((tangents, named or {}), given)
-    if is_opaque(function):
-        from fxstn.frontends.live.opaque import function_jvp  # which follows the function by this very table
+    return map_aggregate((tangents, named), plain)  # type: ignore[return-value]
 
-        both = function_jvp(function)(args, kwargs, *changes)
-    else:
-        both = node_jvp(function)(args, kwargs, *changes)  # type: ignore[misc]
+
+def fallback(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
+) -> tuple[Any, Any]:
+    """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
+    if reason := no_derivative(function):
+        raise NoRule(reason)
+    both = node_jvp(function)(args, kwargs, *plain_tangents(tangents, named or {}))  # type: ignore[misc]
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 

@@ -29,11 +29,10 @@ from fxstn.frontends.live.tracer import Sites, inlined
 from fxstn.hp import OPERATIONS, Operation, Spec
 from fxstn.ir.errors import TransformError
 from fxstn.ir.input_errors import explained_errors
+from fxstn.ir.vocabulary import DROPOUTS, SPATIAL
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import Response
-from fxstn.passes.condition import SPATIAL
-from fxstn.passes.in_place import DROPOUTS
 from fxstn.transform import transform
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)

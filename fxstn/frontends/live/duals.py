@@ -17,8 +17,8 @@ from fxstn.frontends.live.tracer import Call, Sites
 from fxstn.ir.errors import TransformError, operation_name
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
+from fxstn.ir.vocabulary import LINKS, VIEWS
 from fxstn.ops.kernels import zeros_tangent
-from fxstn.passes.pushforward import LINKS, VIEWS
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.rules.layers import dense
 

@@ -18,9 +18,9 @@ from fxstn.frontends.live.containers import mapped, reachable
 from fxstn.frontends.live.duals import Duals, Note
 from fxstn.frontends.live.record import Recorded
 from fxstn.frontends.live.tracer import Following, Position, Sites
+from fxstn.hp.binding import Binding
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.response import Response, for_all_examples, parameter_changes
-from fxstn.passes.match import Binding
 
 _WHERE = "a forward that runs as it is"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.duals import Duals
 from fxstn.ir.staging import staged
+from fxstn.rules.registry import plain_tangents
 
 
 @functools.cache
@@ -34,6 +36,17 @@ def function_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
 
     jvp.__name__ = f"jvp_{function.__name__}"
     return staged(jvp)
+
+
+def opaque_tangent(
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict
+) -> tuple[Any, Any]:
+    """(y, dy) of one call of a Python function that fx does not look into, as `fxstn.rules.apply_rule` gives of others.
+
+    Raises NoRule where a parameter's structured tangent reaches it.
+    """
+    both = function_jvp(function)(args, kwargs, *plain_tangents(tangents, named))
+    return operator.getitem(both, 0), operator.getitem(both, 1)
 
 
 def _record(duals: Duals, value: Any, tangent: Any) -> None:

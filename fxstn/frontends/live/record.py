@@ -18,7 +18,7 @@ from fxstn.frontends.live.tracer import Call, ModuleCall, argument_names
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import rename
 from fxstn.ir.spelling import Spelled
-from fxstn.passes.in_place import dropout_settings
+from fxstn.ir.vocabulary import dropout_settings
 
 
 class Recorded(nn.Module):

@@ -26,11 +26,10 @@ from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.containers import mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Spelled, Unspellable, respell
+from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
 from fxstn.ops.heads import attention_scores, attention_values
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
-from fxstn.passes.condition import ALPHA, SPATIAL
-from fxstn.passes.in_place import DROPOUTS, dropout_settings
 from fxstn.rules import RULES
 
 Address = tuple[str, str, int]  # module path, operation, which call of it within one call of the module
