@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import fxstn
 from benchmarks import zoo
+from fxstn.ir.graphs import forked_rng
+from fxstn.ir.node_info import info_of
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
@@ -60,9 +62,9 @@ def _rules(stn: fxstn.SelfTuningNetwork, inputs: tuple) -> Counter[str]:
     """How many operations that a tangent goes through are done by which kind of rule."""
     graph: Any = stn.graph("pushforward")
     if stn.frontend != "live":
-        return Counter(node.meta["rule"] for node in graph.graph.nodes if "rule" in node.meta)
+        return Counter(rule for node in graph.graph.nodes if (rule := info_of(node).rule))
     log: list[Any] = []
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked_rng(), torch.no_grad():
         graph.duals(inputs, {}, None, torch.zeros_like(stn.hparams.unconstrained), log)
     return Counter(note.kind for note in log if note.kind != "dropout")
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
+from fxstn.ir.graphs import forked_rng
 from fxstn.ir.staging import with_breaks
 from fxstn.ir.tangents import BATCH_FIRST
 from fxstn.ops.penalty import penalty, penalty_perturbed
@@ -334,7 +335,7 @@ class SelfTuningNetwork(nn.Module):
         """Run every graph once on example inputs; running statistics and random generators are left as they were."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         delta = torch.zeros_like(self.hparams.unconstrained)
-        with torch.random.fork_rng(), torch.no_grad():
+        with forked_rng(), torch.no_grad():
             for name in ("train", "eval"):
                 self.graph(name).forward(*inputs)
             for name in ("pushforward", "pushforward_eval"):

@@ -19,6 +19,7 @@ import fxstn
 from fxstn import hp
 from fxstn.frontends.export import InputSpec, follow_by_export
 from fxstn.frontends.symbolic import trace
+from fxstn.ir.node_info import info_of
 from fxstn.ops.noise import dropout_mask, track_batch
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.simplify import simplify
@@ -244,9 +245,9 @@ def test_both_frontends_make_the_same_graph(net):
 
         def described(module):
             return [
-                (node.target, [call[1:] for call in node.meta["scope"]], [call[1:] for call in node.meta["exits"]])
+                (node.target, [call[1:] for call in info_of(node).scope], [call[1:] for call in info_of(node).exits])
                 for node in module.graph.nodes
-                if node.op == "call_function" and node.meta.get("exits")
+                if node.op == "call_function" and info_of(node).exits
             ]
 
         assert described(export) == described(symbolic)

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture, same
 from fxstn.ir.errors import TransformError
+from fxstn.ir.graphs import forked_rng
 
 _BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
@@ -112,7 +113,7 @@ def _quiet() -> Iterator[None]:
             redirect_stdout(io.StringIO()),
             redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
-            torch.random.fork_rng(),
+            forked_rng(),
             torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")

@@ -20,6 +20,7 @@ from fxstn.frontends.guards import UnsupportedError
 from fxstn.frontends.symbolic import first_names
 from fxstn.ir.errors import source_of
 from fxstn.ir.graphs import assemble
+from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ops.inputs import require_equal, require_full_precision, require_sizes
 
 aten = torch.ops.aten
@@ -146,13 +147,14 @@ class _Rewriter:
         target: Any = node.target
         args, kwargs = self._value(node.args, scope), self._value(node.kwargs, scope)
         kwargs = {key: value for key, value in kwargs.items() if key not in _STORAGE}
-        meta: dict[str, Any] = {"scope": scope, "stack_trace": node.meta.get("stack_trace")}
-        if target is aten.alias.default:
-            target, meta["handed_through"] = torch.clone, True
+        handed_through = target is aten.alias.default
+        if handed_through:
+            target = torch.clone
         elif target is aten.feature_dropout.default:
             target = _SPATIAL_DROPOUT[node.args[0].meta["val"].dim()]  # type: ignore[union-attr]
         new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
-        new.meta = meta
+        new.meta = {"stack_trace": node.meta.get("stack_trace")}
+        annotate(new, scope=scope, handed_through=handed_through)
         self.values[node] = new
         if isinstance(node.meta.get("val"), Tensor):
             self.tensors.append(new)
@@ -174,11 +176,11 @@ class _Rewriter:
         if (target, scope) not in self.read:
             name = target.partition(".")[2].replace(".", "_")
             node = self.graph.create_node("get_attr", target, name=name)
-            node.meta["scope"] = scope
+            annotate(node, scope=scope)
             if target.startswith("constants."):
                 device = self.graph.call_function(getattr, (self.device_of, "device"))
                 node = self.graph.call_function(Tensor.to, (node, device))
-                node.meta["scope"] = scope
+                annotate(node, scope=scope)
             self.read[target, scope] = node
         return self.read[target, scope]
 
@@ -213,7 +215,7 @@ class _Rewriter:
         if not isinstance(value, fx.Node):
             return value
         node = self.graph.call_function(torch.detach, (value,))
-        node.meta["scope"] = scope
+        annotate(node, scope=scope)
         return node
 
     # Modules and outputs
@@ -227,15 +229,15 @@ class _Rewriter:
             if key not in self.calls:
                 path = self.paths.get(path, path)
                 kind = type(self.model.get_submodule(path)) if path in self.paths else nn.Module
-                self.calls[key] = (len(self.calls) + 1, path, kind)
+                self.calls[key] = ModuleCall(len(self.calls) + 1, path, kind)
             scope.append(self.calls[key])
         return tuple(scope)
 
     def _mark_exits(self, node: fx.Node) -> None:
         """Which module calls a value leaves: those that some reader of it does not belong to, innermost first."""
-        outside = [call for call in node.meta["scope"] if any(call not in _scope_of(user) for user in node.users)]
+        outside = [call for call in info_of(node).scope if any(call not in _scope_of(user) for user in node.users)]
         if outside:
-            node.meta["exits"] = outside[::-1]
+            annotate(node, exits=tuple(outside[::-1]))
 
     def _output(self, flat: Any) -> None:
         for spec in self.program.graph_signature.output_specs:
@@ -248,7 +250,7 @@ class _Rewriter:
 
 
 def _scope_of(node: fx.Node) -> tuple:
-    return node.meta.get("scope", ())
+    return info_of(node).scope
 
 
 def _step(key: Any, value: fx.Node) -> tuple[Any, tuple]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
 from fxstn.ir.graphs import assemble
+from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.inputs import require_full_precision
 
@@ -55,8 +56,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(fx.Tracer):
     """Traces through every module except batch norm, whose bookkeeping Python cannot be followed symbolically.
 
-    Nodes carry: meta["scope"], the module calls they belong to as (call number, path, type), outermost first;
-    meta["exits"], the module calls whose output they are, innermost first.
+    Nodes know their scope and exits (`fxstn.ir.node_info`).
     """
 
     record_stack_traces = True
@@ -64,7 +64,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, supplied: int) -> None:
         super().__init__()
         self.unsupported = Unsupported(self.path_of_current)
-        self.calls: list[tuple[int, str, type]] = []
+        self.calls: list[ModuleCall] = []
         self.number_of_calls = 0
         self.supplied = supplied
         self.own: dict[int, str] = {}
@@ -118,7 +118,7 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def path_of_current(self) -> str:
-        return self.calls[-1][1] if self.calls else ""
+        return self.calls[-1].path if self.calls else ""
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
@@ -126,7 +126,7 @@ class _Tracer(fx.Tracer):
                 "a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad"
             )
         node = super().create_node(*args, **kwargs)
-        node.meta["scope"] = tuple(self.calls)
+        annotate(node, scope=tuple(self.calls))
         return node
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
@@ -134,7 +134,7 @@ class _Tracer(fx.Tracer):
         if any(getattr(module, hooks) for hooks in HOOKS):
             self.unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", path)
         self.number_of_calls += 1
-        call = (self.number_of_calls, path, type(module))
+        call = ModuleCall(self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
         output = super().call_module(module, forward, args, kwargs)
         entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
@@ -142,15 +142,15 @@ class _Tracer(fx.Tracer):
         self.calls.pop()
         return output
 
-    def _mark_exit(self, value: Any, call: tuple, entered: set[int], module: nn.Module) -> Any:
+    def _mark_exit(self, value: Any, call: ModuleCall, entered: set[int], module: nn.Module) -> Any:
         if not isinstance(value, fx.Proxy):
             return value
         if id(value.node) in entered:  # handed through, as nn.Identity does: its output needs a node of its own
             value = self.create_proxy("call_function", torch.clone, (value,), {})
-            value.node.meta["handed_through"] = True
-        value.node.meta.setdefault("exits", []).append(call)
-        if self.is_leaf_module(module, call[1]):
-            value.node.meta["training"] = module.training
+            annotate(value.node, handed_through=True)
+        annotate(value.node, exits=(*info_of(value.node).exits, call))
+        if self.is_leaf_module(module, call.path):
+            annotate(value.node, training=module.training)
         return value
 
 

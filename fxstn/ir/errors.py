@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxstn.ir.node_info import info_of
+
 
 @dataclass(frozen=True)
 class Diagnostic:
@@ -43,8 +45,7 @@ class TransformError(ValueError):
 
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module whose forward made this node; "" for the model itself."""
-    scope = node.meta.get("scope", ())
-    return scope[-1][1] if scope else ""
+    return info_of(node).path
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')

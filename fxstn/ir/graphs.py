@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fxstn.ir.node_info import copy_facts
 
 
 class Draft(fx.GraphModule):
@@ -42,8 +45,16 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     outputs = [node for node in module.graph.nodes if node.op == "output"]
     graph.output(result)
     output = next(iter(reversed(graph.nodes)))
-    output.meta = dict(outputs[0].meta)
+    copy_facts(output, outputs[0])
     return assemble(module, graph)
+
+
+@contextmanager
+def forked_rng() -> Iterator[None]:
+    """Random generators are as they were afterwards, on every device that something has used; no warning on several of them."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
 
 
 def reseed() -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.graphs import copied, rename
+from fxstn.ir.node_info import annotate, copy_facts, copy_place, info_of
 from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.heads import attention_scores, attention_values
@@ -43,15 +44,16 @@ def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
     _count_batches(module)
     parts: Parts = {}
     for node in list(module.graph.nodes):
-        if "mutates" in node.meta:
-            problems.extend(functionalize(node, node.meta.pop("mutates"), parts))
+        if (position := info_of(node).mutates) is not None:
+            annotate(node, mutates=None)
+            problems.extend(functionalize(node, position, parts))
     if problems:
         raise TransformError(problems)
     for node in list(module.graph.nodes):
         _simplify_structure(node)
     for node in module.graph.nodes:
-        if node.meta.get("exits") and node.op == "call_function":
-            rename(node, node.meta["exits"][0][1].replace(".", "_") or node.name)
+        if (exits := info_of(node).exits) and node.op == "call_function":
+            rename(node, exits[0].path.replace(".", "_") or node.name)
     module.graph.lint()
     return module
 
@@ -61,11 +63,11 @@ class _Inliner(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__(node.graph)
-        self.meta: dict[str, Any] = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+        self.source = node
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta = dict(self.meta)
+        copy_place(node, self.source)
         return node
 
 
@@ -88,7 +90,7 @@ def _open(node: fx.Node) -> None:
     for user in [node] if single else list(node.users):
         result = results if single else results[user.args[1]]  # type: ignore[index]
         user.replace_all_uses_with(result.node)
-        result.node.meta |= {"exits": user.meta["exits"]} if "exits" in user.meta else {}
+        annotate(result.node, exits=info_of(user).exits or info_of(result.node).exits)
         node.graph.erase_node(user)
     if not single:
         node.graph.erase_node(node)
@@ -98,23 +100,23 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     graph, path = module.graph, str(node.target)
     norm: Any = module.get_submodule(path)
     tracked = norm.running_mean is not None
-    training = node.meta["training"] or not tracked
+    training = info_of(node).training or not tracked
 
     def attribute(name: str) -> fx.Node | None:
         if getattr(norm, name) is None:
             return None
         label = f"{path.removeprefix('model.')}.{name}".replace(".", "_")
         result = graph.create_node("get_attr", f"{path}.{name}", name=label)
-        result.meta["scope"] = node.meta["scope"]
+        copy_place(result, node)
         return result
 
     with graph.inserting_before(node):
         momentum: Any = 0.0 if norm.momentum is None else norm.momentum
-        if node.meta["training"] and tracked and norm.num_batches_tracked is not None:
+        if info_of(node).training and tracked and norm.num_batches_tracked is not None:
             momentum = graph.call_function(track_batch, (attribute("num_batches_tracked"), norm.momentum))
         names = ("running_mean", "running_var", "weight", "bias")
         arguments = (node.args[0], *(attribute(name) for name in names), training, momentum, norm.eps)
-    synced = isinstance(norm, nn.SyncBatchNorm) and (node.meta["training"] or tracked)
+    synced = isinstance(norm, nn.SyncBatchNorm) and (info_of(node).training or tracked)
     node.op, node.args, node.kwargs = "call_function", arguments, {}
     node.target = synced_batch_norm if synced else F.batch_norm
 
@@ -136,7 +138,7 @@ def _count_batches(module: fx.GraphModule) -> None:
 
 
 def _adds_one(node: fx.Node) -> bool:
-    return bool("mutates" in node.meta and node.target is operator.add and node.args[1] == 1)
+    return bool(info_of(node).mutates is not None and node.target is operator.add and node.args[1] == 1)
 
 
 def _owner(value: Any) -> str:
@@ -156,7 +158,7 @@ def _respell(node: fx.Node) -> None:
         if not isinstance(value, Spelled):
             return value
         new = node.graph.call_function(value.function, *map_aggregate((value.args, value.kwargs), emitted))
-        new.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+        copy_place(new, node)
         return new
 
     with node.graph.inserting_before(node):
@@ -165,7 +167,7 @@ def _respell(node: fx.Node) -> None:
         mutated = node.args[0] if node.args else node.all_input_nodes[0]
         if mutated not in args:
             raise Unspellable(f"{operation_name(node.target)} changes a tensor in place")
-        node.meta["mutates"] = args.index(mutated)
+        annotate(node, mutates=args.index(mutated))
     node.op, node.target, node.args, node.kwargs = "call_function", spelled.function, args, kwargs
 
 
@@ -207,7 +209,6 @@ def _open_attention(node: fx.Node) -> None:
     if not isinstance(p, fx.Node) and p == 0:
         return
     scored = (given.get("attn_mask"), given.get("is_causal", False), given.get("scale"), grouped)
-    meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
     weights: Any = None
     for function, *arguments in (
         (attention_scores, given["query"], given["key"], *scored),
@@ -217,7 +218,7 @@ def _open_attention(node: fx.Node) -> None:
         with node.graph.inserting_before(node):
             arguments = arguments if weights is None else [weights, *arguments]
             weights = node.graph.call_function(function, tuple(arguments))
-        weights.meta = dict(meta)
+        copy_place(weights, node)
     with node.graph.inserting_before(node):
         values = node.graph.call_function(attention_values, (given["value"], given["query"], grouped))
     node.target, node.args, node.kwargs = operator.matmul, (weights, values), {}
@@ -234,7 +235,8 @@ def _bypass(node: fx.Node) -> None:
     source = node.args[0]
     with node.graph.inserting_before(node):
         through = node.graph.call_function(torch.clone, (source,))
-    through.meta = dict(node.meta) | {"handed_through": True}
+    copy_facts(through, node)
+    annotate(through, handed_through=True)
     node.replace_all_uses_with(through)
     node.graph.erase_node(node)
 
@@ -243,7 +245,7 @@ def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
     """Remove the copies that only kept a module's output apart from its input (fxstn.passes.condition may need them)."""
     module = copied(module)
     for node in list(module.graph.nodes):
-        if node.meta.get("handed_through"):
+        if info_of(node).handed_through:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     return module

@@ -12,6 +12,7 @@ from torch import fx
 from fxstn.hp import OPERATIONS, Activity, Dropout, Operation
 from fxstn.hp.binding import Binding, Site
 from fxstn.ir.graphs import add_placeholder, copied, placeholders
+from fxstn.ir.node_info import annotate, copy_place, info_of
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, weight_mask
@@ -89,7 +90,7 @@ def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: BatchAxis) ->
         return _draw_dropout(graph, node, strengths[0], place)
     if all(strength == 0 for strength in strengths):
         node.target, node.args, node.kwargs = torch.clone, (x,), {}
-        node.meta["handed_through"] = True
+        annotate(node, handed_through=True)
         return node
     with graph.inserting_before(node):
         arguments: tuple = (x.args if operation.follows else x, *strengths)  # type: ignore[union-attr]
@@ -97,7 +98,7 @@ def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: BatchAxis) ->
         if operation.examples is None and place != BATCH_FIRST:
             settings["place"] = place
         drawn = graph.create_node("call_function", operation.draw, arguments, settings, f"{node.name}_draw")
-    drawn.meta = {"scope": node.meta.get("scope", ())}
+    copy_place(drawn, node)
     node.target, node.args = operation.apply, (x, drawn)
     node.kwargs = node.kwargs if getattr(operation.apply, "staged", False) else {}  # torch's own take no settings
     return drawn
@@ -110,7 +111,7 @@ def _draw_dropout(graph: fx.Graph, node: fx.Node, p: fx.Node | float, place: Bat
         arguments: tuple = (x, p, spatial) if spatial or place != BATCH_FIRST else (x, p)
         arguments += (place,) if place != BATCH_FIRST else ()
         noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
-        noise.meta = {"scope": node.meta.get("scope", ())}
+        copy_place(noise, node)
         if node.target in ALPHA:
             multiplier = graph.call_function(operator.getitem, (noise, 0))
             shift = graph.call_function(operator.getitem, (noise, 1))
@@ -131,7 +132,7 @@ def _drop_weights(graph: fx.Graph, weight: fx.Node, p: fx.Node, name: str) -> No
             "call_function", operator.mul, (weight, mask), name=f"{name}_kept".replace(".", "_")
         )
     for node in (p, mask, product):
-        node.meta = {"scope": weight.meta.get("scope", ())}
+        copy_place(node, weight)
     for reader in readers:
         reader.replace_input_with(weight, product)
 
@@ -142,9 +143,9 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strengths: Any, last_in
     readers = [
         user
         for user in value.users
-        if site.outside is None or all(call != site.outside for call, _, _ in user.meta.get("scope", ()))
+        if site.outside is None or all(call.number != site.outside for call in info_of(user).scope)
     ]
-    scope = tuple(entry for entry in value.meta.get("scope", ()) if entry[0] != site.outside)
+    scope = tuple(call for call in info_of(value).scope if call.number != site.outside)
     anchor = after.next
     while anchor.op == "placeholder" or anchor.target == "hparams":
         anchor = anchor.next
@@ -157,7 +158,8 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, strengths: Any, last_in
     with graph.inserting_before(anchor):
         name = f"{site.path or 'output'}_{function.__name__}".replace(".", "_")
         result = graph.create_node("call_function", function, arguments, settings, name)
-    result.meta = {"scope": scope, "stack_trace": value.meta.get("stack_trace")}
+    copy_place(result, value)
+    annotate(result, scope=scope)
     drawn = _draw(graph, result, *strengths(site, result))
     for reader in readers:
         reader.replace_input_with(value, result)

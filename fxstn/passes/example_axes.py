@@ -20,7 +20,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.hp import OPERATIONS
-from fxstn.ir.graphs import evaluated, placeholders, reseed
+from fxstn.ir.graphs import evaluated, forked_rng, placeholders, reseed
+from fxstn.ir.node_info import info_of
 from fxstn.ir.tangents import BatchAxis
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
@@ -51,7 +52,7 @@ def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -
     readers = {node: len(node.users) for node in module.graph.nodes}
     found: dict[str, BatchAxis | None] = {}
     device = next((leaf.device.type for leaf in tree_leaves(runs[0]) if isinstance(leaf, Tensor)), "cpu")
-    with torch.random.fork_rng(), torch.no_grad(), torch.autocast(device, enabled=False):
+    with forked_rng(), torch.no_grad(), torch.autocast(device, enabled=False):
         for node in module.graph.nodes:
             if node.op == "output":
                 break
@@ -97,7 +98,7 @@ def _variants(inputs: tuple, batch: int, examples: int) -> Iterator[tuple]:
         return leaf
 
     base = tree_map(first_few, inputs)
-    with torch.random.fork_rng():
+    with forked_rng():
         reseed()
         yield base
         for index in (0, examples - 1):
@@ -135,7 +136,7 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any])
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
     if node.target is track_batch:
         return 0.0
-    if node.target in DROPOUTS or node.target in OPERATIONS or node.meta.get("handed_through"):
+    if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
         return values[node.args[0]]  # type: ignore[index]
     return evaluated(node, values)
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, model_of
+from fxstn.ir.node_info import RowScales, annotate
 from fxstn.ir.vocabulary import DROPOUTS, is_size
 from fxstn.ops.response import Response
 from fxstn.ops.synced import BATCH_NORMS
@@ -207,9 +208,8 @@ def response_modules(model: nn.Module, found: Responses, hyperparameters: int, s
 def hyperize(module: fx.GraphModule) -> fx.GraphModule:
     """Add the input `delta` and, beside each parameter with a Response, its scales U δ and its response R.
 
-    Nodes remember by name what the pushforward pass needs: meta["response"] of a parameter, the name of R (its own where R
-    is the parameter); meta["scales"] of it and of every value computed from it row by row, (name of the scales, axis, runs
-    of rows).
+    Nodes remember what the pushforward pass needs: a parameter the name of R (its own where R is the parameter); it and every
+    value computed from it row by row their scales (`fxstn.ir.node_info`).
     """
     module = copied(module)
     graph = module.graph
@@ -235,14 +235,14 @@ def hyperize(module: fx.GraphModule) -> fx.GraphModule:
                     made[name] = node.name
                 elif name not in made:
                     made[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
-                node.meta["response"] = made[name]
+                annotate(node, response=made[name])
         rows = derived[node].rows
         if rows is not None:
             size = responding[name].U.shape[0]
             runs = () if rows.runs == ((0, size),) else rows.runs
-            node.meta["scales"] = (scales[shared], rows.axis, runs)
+            annotate(node, scales=RowScales(scales[shared], rows.axis, runs))
         else:
-            node.meta["scales"] = (scales[shared], None, ())
+            annotate(node, scales=RowScales(scales[shared], None, ()))
     graph.lint()
     return module
 

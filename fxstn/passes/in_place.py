@@ -13,6 +13,7 @@ from torch import fx
 
 from fxstn.ir.assignment import assigned, overwritten
 from fxstn.ir.errors import Diagnostic, module_path, operation_name, source_of
+from fxstn.ir.node_info import copy_place, info_of
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
@@ -44,7 +45,7 @@ def may_share_memory(node: fx.Node) -> bool:
     """Whether the result of an operation may be (a view of) its first argument."""
     if node.op != "call_function" or is_size(node) or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.meta.get("handed_through"):
+    if info_of(node).handed_through:
         return True
     if node.target in DROPOUTS:
         return not dropout_settings(node)[1]
@@ -102,7 +103,7 @@ def functionalize(node: fx.Node, position: int, parts: Parts) -> Iterator[Diagno
             part = result
             with node.graph.inserting_after(part):
                 result = node.graph.call_function(assigned, (value, index, part))
-            result.meta = {key: node.meta[key] for key in ("scope", "stack_trace") if key in node.meta}
+            copy_place(result, node)
             parts[part] = (result, index)
         for user in _later_users(value, node):
             if user is not result:

@@ -27,6 +27,7 @@ from fxstn.hp import (
 from fxstn.hp.binding import Binding, Site
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import model_of, placeholders
+from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.passes.hyperize import layer_weights
@@ -37,8 +38,8 @@ _SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # resul
 
 def operation_path(node: fx.Node) -> str:
     """What patterns are matched against: the module's path, or 'path.node' for a functional call inside a module."""
-    scope = node.meta.get("scope", ())
-    if node.target in OPERATIONS or (scope and issubclass(scope[-1][2], _DropoutNd)):
+    scope = info_of(node).scope
+    if node.target in OPERATIONS or (scope and issubclass(scope[-1].kind, _DropoutNd)):
         return module_path(node)
     return f"{module_path(node)}.{node.name}".lstrip(".")
 
@@ -170,7 +171,7 @@ def _results(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.No
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is function:
             path = module_path(node)
-            ends = any(called == path for _, called, _ in node.meta.get("exits", ()))
+            ends = any(call.path == path for call in info_of(node).exits)
             found.setdefault(path if ends else operation_path(node), []).append(node)
     return found
 
@@ -204,7 +205,7 @@ def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
     comes out too, the first that is used."""
     whole: set[int] = set()
     for node in module.graph.nodes:
-        for call, path, kind in node.meta.get("exits", ()):
+        for call, path, kind in info_of(node).exits:
             if not issubclass(kind, STATEFUL):
                 yield node, call, path
             elif call not in whole and node.users:
@@ -239,7 +240,7 @@ def _stages(module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
     }
 
     def stage_of(node: fx.Node) -> str | None:
-        return next((path for _, path, _ in node.meta.get("scope", ()) if path in weighted), None)
+        return next((path for _, path, _ in info_of(node).scope if path in weighted), None)
 
     ends: dict[str, fx.Node] = {}
     for node, _, path in _left(module):
@@ -250,7 +251,7 @@ def _stages(module: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
         last = path
         while (follower := _only_follower(node)) is not None and stage_of(follower) is None:
             node = follower
-            last = next((p for _, p, _ in node.meta.get("exits", ()) if p), last)
+            last = next((p for _, p, _ in info_of(node).exits if p), last)
         yield last, node
 
 

@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.graphs import assemble, copied
+from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
 from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
@@ -37,7 +38,7 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
     ) -> Any:
         assert self.source is not None
         node = self.graph.create_node(kind, target, args, kwargs, f"t_{self.source.name}", type_expr)
-        node.meta["scope"] = self.source.meta.get("scope", ())
+        annotate(node, scope=info_of(self.source).scope)
         return node
 
 
@@ -74,10 +75,10 @@ class _Pushforward:
         tangents = tuple(self.tangent(argument) for argument in node.args) if node.op == "call_function" else ()
         if all_zero(tangents) and all_zero(self.tangent(node.kwargs) if node.op == "call_function" else ()):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
-            if "response" in node.meta:
-                self.tangents[node] = self._structured(node, self.named[node.meta["response"]])
+            if (response := info_of(node).response) is not None:
+                self.tangents[node] = self._structured(node, self.named[response])
             return
-        derived = "scales" in node.meta
+        derived = info_of(node).scales is not None
         tangents = map_aggregate(tangents, lambda tangent: self._passed(tangent, node, derived))  # type: ignore[assignment]
         try:
             y, dy = self._apply(node, tangents)
@@ -85,7 +86,8 @@ class _Pushforward:
             self.problems.append(_no_rule(node, str(reason)))
             y, dy = self.copy(node), ZERO
         kind = kind_of(node.target, tangents)  # type: ignore[arg-type]
-        y.node.meta = dict(node.meta) | {"rule": kind, "operation": operation_name(node.target)}
+        copy_facts(y.node, node)
+        annotate(y.node, rule=kind, operation=operation_name(node.target))
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")
@@ -122,9 +124,9 @@ class _Pushforward:
 
     def _structured(self, node: fx.Node, response: Any) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""
-        name, axis, runs = node.meta["scales"]
-        scale: Any = self.named[name]
-        return Scaled(pick_rows(scale, runs) if runs else scale, response, axis)
+        scales: Any = info_of(node).scales
+        scale: Any = self.named[scales.name]
+        return Scaled(pick_rows(scale, scales.runs) if scales.runs else scale, response, scales.axis)
 
     def run(self, finish: Callable[[_Pushforward, Any], Any]) -> fx.GraphModule:
         for node in self.module.graph.nodes:
@@ -136,7 +138,7 @@ class _Pushforward:
             if self.problems:
                 raise TransformError(self.problems)
             output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
-            output.meta = dict(node.meta)
+            copy_facts(output, node)
         return assemble(self.module, self.graph)
 
 

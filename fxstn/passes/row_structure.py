@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxstn.ir.graphs import evaluated, model_of, reseed
+from fxstn.ir.graphs import evaluated, forked_rng, model_of, reseed
 from fxstn.ir.vocabulary import is_size
 from fxstn.ops.noise import draws
 
@@ -129,7 +129,7 @@ def _probe(
 
         return change
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked_rng(), torch.no_grad():
         base = run(lambda value: value)
         bits = max(1, (rows - 1).bit_length())
         changes: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {node: [] for node in base}

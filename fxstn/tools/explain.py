@@ -17,6 +17,8 @@ from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.live.duals import Note
 from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path
+from fxstn.ir.graphs import forked_rng
+from fxstn.ir.node_info import info_of
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, draws, dropout_mask
 from fxstn.ops.response import Response, for_all_examples
@@ -157,7 +159,7 @@ def _operations(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple)
     """One run of a forward that is no graph."""
     log: list[Note] = []
     graph: Any = stn.graph("pushforward")
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked_rng(), torch.no_grad():
         graph.duals(inputs, {}, None, torch.zeros_like(stn.hparams.unconstrained), log)
     for note in log:
         if note.kind == "dropout":
@@ -190,9 +192,9 @@ def _nodes(explanation: Explanation, graph: fx.GraphModule, names: tuple[str, ..
             became = f"strength from λ: {', '.join(tuned)}" if tuned else kept
             name = "dropout" if dropout else node.target.__name__.removeprefix("draw_")  # type: ignore[union-attr]
             rows.append(Row(module_path(node), name, became, "conditioned" if tuned else "fixed noise"))
-        elif "rule" in node.meta:
-            became = "responds to λ" if node.meta["rule"] == "hyperlayer" else "carries a tangent"
-            rows.append(Row(module_path(node), node.meta["operation"], became, node.meta["rule"]))
+        elif (info := info_of(node)).rule and info.operation:
+            became = "responds to λ" if info.rule == "hyperlayer" else "carries a tangent"
+            rows.append(Row(module_path(node), info.operation, became, info.rule))
     shared = [str(node.args[2]) for node in graph.graph.nodes if node.target is for_all_examples]
     if shared:
         explanation.notes.append(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxstn.hp import Mixing, Operation
+from fxstn.ir.graphs import forked_rng
 
 
 def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
@@ -23,7 +24,7 @@ def _row(spec: Operation, batch: Tensor, strengths: list[list[float]], seed: int
     """The first image of a batch at each of the strengths, with one random draw: the clearest of eight."""
 
     def drawn(number: int, given: list[float]) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
+        with forked_rng():
             torch.manual_seed(8 * seed + number)
             return spec.function(batch, *given, **spec.settings)[0]
 

@@ -28,6 +28,7 @@ from fxstn.frontends.live.reference_run import Float64Mode, ReferenceRun
 from fxstn.frontends.live.tracer import Sites, inlined
 from fxstn.hp import OPERATIONS, Operation, Spec
 from fxstn.ir.errors import TransformError
+from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.ir.vocabulary import DROPOUTS, SPATIAL
 from fxstn.network import SelfTuningNetwork
@@ -235,7 +236,7 @@ def verify(
     report = VerifyResult(tolerance)
     inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     passed: set[tuple[str, str]] = set()
-    with torch.random.fork_rng():
+    with forked_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((inputs, None), "inputs", model):

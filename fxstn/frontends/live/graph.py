@@ -19,6 +19,7 @@ from fxstn.frontends.live.duals import Duals, Note
 from fxstn.frontends.live.record import Recorded
 from fxstn.frontends.live.tracer import Following, Position, Sites
 from fxstn.hp.binding import Binding
+from fxstn.ir.node_info import info_of
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.response import Response, for_all_examples, parameter_changes
 
@@ -58,14 +59,14 @@ def addresses(
     """What `located` takes: addresses of the nodes that the binding's sites name, the last calls of their modules, and which
     leaves of module outputs they are."""
     names = {site.node for site in binding.sites}
-    known = {node.name: node.meta["address"] for node in recorded.graph.nodes if "address" in node.meta}
+    known = {node.name: address for node in recorded.graph.nodes if (address := info_of(node).address) is not None}
     last: dict[str, int] = {}
     for kind, path, *rest in known.values():
         if kind == "operation":
             last[path] = max(last.get(path, 0), rest[2])
     found = {name: known[name] for name in names}
     nodes = [node for node in recorded.graph.nodes if node.name in names]
-    positions = {(n.name, call): leaf for n in nodes for call, leaf in n.meta.get("positions", {}).items()}
+    positions = {(n.name, call): leaf for n in nodes for call, leaf in info_of(n).positions.items()}
     return found, {path: last[path] for kind, path, *_ in found.values() if kind == "operation"}, positions
 
 

@@ -14,9 +14,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxstn.frontends.guards import mode_of, module_state, restore
 from fxstn.frontends.live.constant_guard import ConstantGuard, attributes, mutated, unchanged, user_frame
 from fxstn.frontends.live.containers import arguments_mapped, leaves, reachable, tensors_in
-from fxstn.frontends.live.tracer import Call, ModuleCall, argument_names
+from fxstn.frontends.live.tracer import Call, RunningCall, argument_names
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
-from fxstn.ir.graphs import rename
+from fxstn.ir.graphs import forked_rng, rename
+from fxstn.ir.node_info import ModuleCall, annotate, copy_facts, info_of
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.vocabulary import dropout_settings
 
@@ -49,7 +50,7 @@ class Tape(ConstantGuard):
         for (name, optional), value in zip(argument_names(model, inputs), inputs, strict=False):
             for i, (_, leaf) in enumerate(reachable(value, name)):
                 node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
-                node.meta["address"] = ("argument", name)
+                annotate(node, address=("argument", name))
                 self.nodes[leaf] = node
         self.held = WeakTensorKeyDictionary()
         for name, tensor in attributes(model):
@@ -64,11 +65,11 @@ class Tape(ConstantGuard):
         if x not in self.held:
             return x
         node = self.graph.get_attr(self.held[x])
-        node.meta["scope"] = self.scope()
+        annotate(node, scope=self.scope())
         return node
 
-    def scope(self) -> tuple[tuple[int, str, type], ...]:
-        return tuple((call.number, call.path, call.kind) for call in self.calls if call.path)
+    def scope(self) -> tuple[ModuleCall, ...]:
+        return tuple(ModuleCall(call.number, call.path, call.kind) for call in self.calls if call.path)
 
     def node(self, function: Any, args: tuple, kwargs: dict) -> fx.Node:
         """Append one operation; its tensors are replaced by their nodes."""
@@ -80,7 +81,8 @@ class Tape(ConstantGuard):
 
         kwargs = {name: spelled(value) for name, value in kwargs.items()}
         node = self.graph.call_function(function, tuple(spelled(value) for value in args), kwargs)
-        node.meta = {"scope": self.scope(), "stack_trace": user_frame()}
+        node.meta = {"stack_trace": user_frame()}
+        annotate(node, scope=self.scope())
         return node
 
     def observe(self, call: Call) -> Any:
@@ -97,13 +99,14 @@ class Tape(ConstantGuard):
         """Make `node` stand for what an operation returned."""
         address = (self.path, operation_name(call.function), call.order, self.calls[-1].occurrence)
         if isinstance(result, Tensor):
-            node.meta["address"] = ("operation", *address, None)
+            annotate(node, address=("operation", *address, None))
             self.nodes[result] = node
         elif isinstance(result, (tuple, list)):
             for i, entry in enumerate(result):
                 if isinstance(entry, Tensor):
                     element = self.graph.call_function(operator.getitem, (node, i))
-                    element.meta = dict(node.meta) | {"address": ("operation", *address, i)}
+                    copy_facts(element, node)
+                    annotate(element, address=("operation", *address, i))
                     self.nodes[entry] = element
 
     def drop(self, call: Call, index: int | None) -> Any:
@@ -116,10 +119,10 @@ class Tape(ConstantGuard):
         self.enter_result(call, node, result)
         return result
 
-    def enter(self, call: ModuleCall, inputs: Any) -> None:
+    def enter(self, call: RunningCall, inputs: Any) -> None:
         self.entered[call.number] = {self.nodes[x] for x in leaves(inputs) if isinstance(x, Tensor) and x in self.nodes}
 
-    def leave(self, call: ModuleCall, output: Any) -> None:
+    def leave(self, call: RunningCall, output: Any) -> None:
         entered = self.entered.pop(call.number)
         for position, leaf in enumerate(leaves(output)):
             node = self.nodes.get(leaf) if isinstance(leaf, Tensor) and call.path else None
@@ -127,12 +130,13 @@ class Tape(ConstantGuard):
                 continue
             if node in entered:  # handed through, as nn.Identity does: its output needs a node of its own
                 node = self.node(torch.clone, (leaf,), {})
-                node.meta |= {"handed_through": True, "address": ("exit", call.path, position)}
+                annotate(node, handed_through=True, address=("exit", call.path, position))
                 self.nodes[leaf] = node
-            if node.op == "call_function" and not node.meta.get("exits"):
+            if node.op == "call_function" and not info_of(node).exits:
                 rename(node, call.path.replace(".", "_"))
-            node.meta.setdefault("exits", []).append((call.number, call.path, call.kind))
-            node.meta.setdefault("positions", {})[call.number] = position
+            info = info_of(node)
+            exits = (*info.exits, ModuleCall(call.number, call.path, call.kind))
+            annotate(node, exits=exits, positions={**info.positions, call.number: position})
 
     def finish(self, output: Any) -> Recorded:
         """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""
@@ -151,7 +155,7 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
     before = module_state(model)
     held = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(model))}
     try:
-        with unchanged(held.values()), mode_of(model, training, frozen), torch.random.fork_rng(), torch.enable_grad():
+        with unchanged(held.values()), mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
             with tape.following():
                 output = model(*inputs)
             return tape.finish(output)

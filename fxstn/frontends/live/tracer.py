@@ -62,7 +62,7 @@ class Sites:
 
 
 @dataclass(eq=False)
-class ModuleCall:
+class RunningCall:
     """One call of a module. occurrence: how many calls of that module came before it; counts: of operations so far."""
 
     number: int
@@ -143,7 +143,7 @@ class Following(TorchFunctionMode):
         super().__init__()
         self.model, self.sites, self.strengths = model, sites or Sites(), strengths
         self.paths = {module: name for name, module in model.named_modules()}
-        self.calls = [ModuleCall(0, "", type(model))]
+        self.calls = [RunningCall(0, "", type(model))]
         self.occurrences: Counter[str] = Counter()
         self.number_of_calls = 0
         self.counted: set[str] | None = self.sites.operations()  # None: all of them
@@ -205,7 +205,7 @@ class Following(TorchFunctionMode):
         if path is None:
             return
         self.number_of_calls += 1
-        call = ModuleCall(self.number_of_calls, path, type(module), self.occurrences[path])
+        call = RunningCall(self.number_of_calls, path, type(module), self.occurrences[path])
         self.occurrences[path] += 1
         self.calls.append(call)
         with torch._C.DisableTorchFunction():
@@ -234,10 +234,10 @@ class Following(TorchFunctionMode):
 
         return mapped(leaf, output)
 
-    def enter(self, call: ModuleCall, inputs: Any) -> None:
+    def enter(self, call: RunningCall, inputs: Any) -> None:
         """A call of one of the model's modules begins."""
 
-    def leave(self, call: ModuleCall, output: Any) -> None:
+    def leave(self, call: RunningCall, output: Any) -> None:
         """It ends, with this output."""
 
     def leave_function(self, args: tuple, output: Any) -> Any:

@@ -1,0 +1,84 @@
+"""What passes know about a node of a graph, besides what fx says: one frozen record, in place of loose keys of `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import fx
+
+_KEY = "fxstn"
+_STACK = "stack_trace"
+
+
+class ModuleCall(NamedTuple):
+    """One call of a module during a forward: its number in order, the module's path, its type."""
+
+    number: int
+    path: str
+    kind: type
+
+
+class RowScales(NamedTuple):
+    """Scales of a value's rows: the node that computes them, the rows' axis (None: mixed), runs of rows (start, stop)."""
+
+    name: str
+    axis: int | None
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Facts about one node. Copies of a node share the record; `annotate` replaces it.
+
+    scope: the module calls that the node belongs to, outermost first. By the frontend, as the next four.
+    exits: the module calls whose output it is, innermost first.
+    training: of a module that stays one node, whether it was in train mode.
+    handed_through: the node only keeps a module's output apart from its input.
+    address, positions: of a live recording; see `fxstn.frontends.live.record`.
+    mutates: position of the argument that it writes into; gone after canonicalize.
+    response: of a parameter, the name of the node that holds its response R. By hyperize, as the next one.
+    scales: of a parameter that responds and of every value computed from it row by row.
+    rule, operation: of a node that a tangent goes through, the kind of its rule and its name. By pushforward.
+    """
+
+    scope: tuple[ModuleCall, ...] = ()
+    exits: tuple[ModuleCall, ...] = ()
+    training: bool | None = None
+    handed_through: bool = False
+    address: tuple[Any, ...] | None = None
+    positions: Mapping[int, int] = field(default_factory=dict)
+    mutates: int | None = None
+    response: str | None = None
+    scales: RowScales | None = None
+    rule: str | None = None
+    operation: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Path of the innermost module whose forward made this node; "" for the model itself."""
+        return self.scope[-1].path if self.scope else ""
+
+
+_NOTHING = NodeInfo()
+
+
+def info_of(node: fx.Node) -> NodeInfo:
+    return node.meta.get(_KEY, _NOTHING)
+
+
+def annotate(node: fx.Node, **facts: Any) -> None:
+    """Replace some facts about a node; the record that its copies share stays as it is."""
+    node.meta[_KEY] = replace(info_of(node), **facts)
+
+
+def copy_place(node: fx.Node, source: fx.Node) -> None:
+    """Let a new node stand where `source` does: in the same module call, at the same line. All else is forgotten."""
+    node.meta = {_STACK: source.meta[_STACK]} if _STACK in source.meta else {}
+    annotate(node, scope=info_of(source).scope)
+
+
+def copy_facts(node: fx.Node, source: fx.Node) -> None:
+    """Let a new node stand for `source`, with all that is known about it."""
+    node.meta = dict(source.meta)
