@@ -10,7 +10,6 @@ from fxstn.bilevel import (
     History,
     RunWarning,
     Schedule,
-    TensorBoard,
     accuracy,
     average_gradients,
     general_loss,
@@ -19,6 +18,7 @@ from fxstn.bilevel import (
 )
 from fxstn.bilevel.losses import cross_entropy
 from fxstn.frontends.decompositions.torchvision import register_operation
+from fxstn.integrations.tensorboard import TensorBoard
 from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.network import SelfTuningNetwork
 from fxstn.rules.own import register_rule

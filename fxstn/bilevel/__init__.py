@@ -1,6 +1,5 @@
-"""Bilevel training: the three objectives, and a runner that alternates them."""
+"""Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps."""
 
-from fxstn.bilevel.callbacks import TensorBoard
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History
@@ -20,7 +19,6 @@ __all__ = [
     "History",
     "RunWarning",
     "Schedule",
-    "TensorBoard",
     "accuracy",
     "average_gradients",
     "general_loss",

@@ -1,4 +1,4 @@
-"""Hyperparameters: specs to ask for them, and the space that holds them.
+"""Hyperparameters: the specs that ask for them, and the space that holds λ. A new spec is a class in one of these files.
 
 >>> from fxstn import hp
 >>> hparams = [hp.Dropout("input", "layer*"), hp.WeightDecay("*", shared=True), hp.ColorJitter(init={"hue": 0.1})]

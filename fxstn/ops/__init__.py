@@ -1,1 +1,1 @@
-"""Runtime of the emitted graphs: response parameters, structured products, noise, penalties. Knows no pass."""
+"""Operations that emitted graphs call: response parameters, structured products, noise, penalties."""

@@ -1,4 +1,4 @@
-"""The tangent rules. Importing this package fills `RULES`."""
+"""Tangent rules: one per canonical operation, by subject. A new tangent rule is a line in one of these files."""
 
 from fxstn.rules import (
     activation,

@@ -1,0 +1,1 @@
+"""Tools around a network: explain, verify, report, show, benchmarks, data, and the command line."""

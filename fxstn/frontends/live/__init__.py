@@ -1,1 +1,1 @@
-"""Rung 3: the original forward runs as it is, with tangents carried beside it."""
+"""The live frontend: the original forward runs as it is, with tangents carried beside it."""
