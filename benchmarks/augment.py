@@ -40,9 +40,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def strengths(batch: int) -> torch.Tensor:
     """(batch, 10): the specs' starts, perturbed with σ = 1, per example."""
-    quantities = [quantity for spec in SPECS for quantity in spec().quantities("input")]
-    start = torch.tensor([quantity.unconstrained for quantity in quantities])
-    return Bijection(quantities)(start + torch.randn(batch, len(start)))
+    hyperparameters = [one for spec in SPECS for one in spec().hyperparameters("input")]
+    start = torch.tensor([one.unconstrained for one in hyperparameters])
+    return Bijection(hyperparameters)(start + torch.randn(batch, len(start)))
 
 
 def batched(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _transformed(
     frozen = tuple(sorted(frozen_modules(model)))
     graphs = canonical_graphs(frontend, model, frozen, example_inputs)
     binding = bind(graphs[0], hparams)
-    space = HyperparameterSpace(binding.quantities)
+    space = HyperparameterSpace(binding.hyperparameters)
     found = responses(graphs, structured)
     if not found.axes:
         raise ValueError(

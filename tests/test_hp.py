@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from torch import nn
 
 import fxstn
 from fxstn import hp
-from fxstn.hp import HyperparameterSpace, Quantity
+from fxstn.hp import Hyperparameter, HyperparameterSpace
 
 SPACE = [
-    Quantity("rate", 0.05, 0.0, 0.95),
-    Quantity("decay", 1e-4, 1e-7, 1e-1, log=True),
-    Quantity("any", 3.0, 0.0, math.inf),
-    Quantity("holes", 1.5, 0.0, 5.0, integer=True),
+    Hyperparameter(0.05, 0.0, 0.95, name="rate"),
+    Hyperparameter(1e-4, 1e-7, 1e-1, log=True, name="decay"),
+    Hyperparameter(3.0, 0.0, math.inf, name="any"),
+    Hyperparameter(1.5, 0.0, 5.0, integer=True, name="holes"),
 ]
 
 
@@ -47,19 +48,88 @@ def test_the_bijection_inverts(share):
     for log in (False, True):
         low, high = 1e-3, 2.0
         init = low * (high / low) ** share if log else low + share * (high - low)
-        quantity = Quantity("q", init, low, high, log=log)
-        space = HyperparameterSpace([quantity]).double()
+        one = Hyperparameter(init, low, high, log=log, name="q")
+        space = HyperparameterSpace([one]).double()
         assert space.values()["q"] == pytest.approx(init, rel=1e-4)
 
 
+INTEGERS = {
+    "linear": Hyperparameter(1, 0, 5, integer=True, name="k"),
+    "log": Hyperparameter(4, 3, 1000, log=True, integer=True, name="k"),
+    "negative": Hyperparameter(0, -7, 3, integer=True, name="k"),
+    "two": Hyperparameter(1, 0, 1, integer=True, name="k"),
+}
+
+
 def test_integers_are_floored_per_example():
-    space = HyperparameterSpace([SPACE[3]])
-    values = space(torch.tensor([[-9.0], [0.0], [0.6], [9.0]]))
-    assert values.flatten().tolist() == [0.0, 1.0, 2.0, 4.0]
+    space = HyperparameterSpace([INTEGERS["linear"]])
+    values = space.bijection(torch.tensor([[-1e3], [-9.0], [0.0], [0.6], [9.0], [1e3]]))  # of [0, 6)
+    assert values.flatten().tolist() == [0.0, 0.0, 3.0, 3.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_every_integer_of_a_range_can_be_the_start_and_can_be_set(kind):
+    one = INTEGERS[kind]
+    space = HyperparameterSpace([one])
+    for value in range(int(one.low), int(one.high) + 1):
+        assert HyperparameterSpace([replace(one, init=value)]).values() == {"k": value}
+        space.set({"k": value})
+        assert space.values() == {"k": value}
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_every_integer_of_a_range_has_its_share_of_the_real_line(kind):
+    one = INTEGERS[kind]
+    share = torch.linspace(0, 1, 200_001, dtype=torch.float64)[1:-1]
+    values = HyperparameterSpace([one]).double().bijection(torch.logit(share)[:, None]).flatten()
+    edges = torch.arange(one.low, one.high + 2, dtype=torch.float64)  # k lies in [k, k + 1)
+    edges = edges.log() if one.log else edges
+    expected = edges.diff() / (edges[-1] - edges[0])
+    counts = torch.bincount((values - one.low).long(), minlength=len(expected)) / len(values)
+    torch.testing.assert_close(counts, expected, atol=2e-5, rtol=0, check_dtype=False)
+
+
+def test_a_positive_integer_without_upper_end_starts_and_stays_where_it_is_put():
+    space = HyperparameterSpace([Hyperparameter(7, 0, math.inf, integer=True, name="k")])
+    assert space.values() == {"k": 7}
+    for value in (0, 1, 1000):
+        space.set({"k": value})
+        assert space.values() == {"k": value}
+
+
+def test_a_schedule_of_integers_is_replayed_as_it_was():
+    space, column = HyperparameterSpace([INTEGERS["linear"]]), [0, 5, 5, 3]
+    schedule = fxstn.Schedule({"k": column})
+    for k, value in enumerate(column):
+        space.set(schedule.at(k))
+        assert space.values() == {"k": value}
+    for share in torch.linspace(
+        0, 1, 1001, dtype=torch.float64
+    ).tolist():  # (1 - share) · 5 + share · 5 is not always 5
+        space.set(schedule.at(1 + share))
+        assert space.values() == {"k": 5}
+
+
+@pytest.mark.parametrize(("end", "sides"), [("low", (0, 2)), ("high", (5, 24))])
+def test_cutout_starts_at_both_ends_of_its_ranges(end, sides):
+    holes, length = sides
+    stn = fxstn.transform(SmallConv(), [hp.Cutout("input", init={"holes": holes, "length": length})])
+    assert list(stn.hparams.values().values()) == [holes, length]
+    stn.hparams.set({name: {"holes": 1, "length": 4}[name.rpartition(".")[2]] for name in stn.hparams.names})
+    stn.hparams.set(dict(zip(stn.hparams.names, sides, strict=True)))
+    assert list(stn.hparams.values().values()) == [holes, length]
+
+
+def test_the_loss_function_is_given_both_ends_of_an_integer():
+    stn = fxstn.transform(mlp(), [hp.Scalar("k", 2, 1, 3, integer=True)])
+    strengths = stn.hparams(torch.tensor([[-30.0], [0.0], [30.0]]))
+    assert stn.hparams.named(strengths)["k"].tolist() == [1, 2, 3]
 
 
 def test_samples_have_scale_sigma_and_carry_its_gradient():
-    space = HyperparameterSpace([Quantity("a", 0.5, 0, 1, scale=0.3), Quantity("b", 0.5, 0, 1, scale=2.0)])
+    space = HyperparameterSpace(
+        [Hyperparameter(0.5, 0, 1, scale=0.3, name="a"), Hyperparameter(0.5, 0, 1, scale=2.0, name="b")]
+    )
     samples = space.sample(20000)
     assert samples.shape == (20000, 2)
     torch.testing.assert_close(samples.std(0), torch.tensor([0.3, 2.0]), rtol=0.03, atol=0)
@@ -68,7 +138,9 @@ def test_samples_have_scale_sigma_and_carry_its_gradient():
 
 
 def test_entropy_is_that_of_a_gaussian():
-    space = HyperparameterSpace([Quantity("a", 0.5, 0, 1, scale=0.3), Quantity("b", 0.5, 0, 1, scale=2.0)])
+    space = HyperparameterSpace(
+        [Hyperparameter(0.5, 0, 1, scale=0.3, name="a"), Hyperparameter(0.5, 0, 1, scale=2.0, name="b")]
+    )
     expected = torch.distributions.Normal(0, torch.tensor([0.3, 2.0])).entropy().sum()
     torch.testing.assert_close(space.entropy(), expected)
 
@@ -76,12 +148,14 @@ def test_entropy_is_that_of_a_gaussian():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Quantity("q", 2.0, 0.0, 1.0), r"q: init=2.0 is not strictly between low=0.0 and high=1.0"),
-        (lambda: Quantity("q", 0.0, 0.0, 1.0), "not strictly between"),
-        (lambda: Quantity("q", 0.5, 1.0, 1.0), "not below"),
-        (lambda: Quantity("q", 0.5, 0.0, 1.0, scale=0.0), "scale=0.0"),
-        (lambda: Quantity("q", 0.5, 0.0, 1.0, log=True), "low > 0"),
-        (lambda: Quantity("q", 0.5, 0.1, math.inf), "low=0"),
+        (lambda: Hyperparameter(2.0, 0.0, 1.0, name="q"), r"q: init=2.0 is not strictly between low=0.0 and high=1.0"),
+        (lambda: Hyperparameter(0.0, 0.0, 1.0, name="q"), "not strictly between"),
+        (lambda: Hyperparameter(0.5, 1.0, 1.0, name="q"), "not below"),
+        (lambda: Hyperparameter(0.5, 0.0, 1.0, scale=0.0, name="q"), "scale=0.0"),
+        (lambda: Hyperparameter(0.5, 0.0, 1.0, log=True, name="q"), "low > 0"),
+        (lambda: Hyperparameter(0.5, 0.1, math.inf, name="q"), "low=0"),
+        (lambda: Hyperparameter(6, 0, 5, integer=True, name="q"), "q: init=6 is not between low=0 and high=5"),
+        (lambda: Hyperparameter(2, 0.5, 5, integer=True, name="q"), "q: the range of an integer needs whole ends"),
         (lambda: hp.Dropout("0", high=1.0), "high < 1"),
         (lambda: hp.WeightDecay("0", low=0.0), "0 < low"),
         (lambda: HyperparameterSpace([]), "nothing to tune"),

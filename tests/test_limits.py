@@ -233,6 +233,6 @@ def test_a_metric_cannot_take_the_place_of_a_column_of_the_run(argument):
 def test_which_numbers_regularise():
     scalars = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1, regularizes=True)]
     space = make(hparams=[hp.Dropout("2", init=0.3), *scalars, hp.LabelSmoothing()]).stn.hparams
-    assert {q.name: q.regularizes for q in space.quantities} == {
+    assert {p.name: p.regularizes for p in space.hyperparameters} == {
         "2.dropout": True, "a": False, "b": True, "label_smoothing": True,
     }  # fmt: skip

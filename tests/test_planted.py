@@ -6,9 +6,11 @@ strength is worth. (Weight decay: tests/test_quadratic.py.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.ops.erase import cutout_mask
+from fxstn.ops.noise import by_example
 
 SIZE, IMAGES = 6, 3072
 
@@ -44,10 +48,15 @@ def only(kind: type[hp.Operation], name: str) -> Callable[[float], hp.Spec]:
     return spec
 
 
-def cutout(start: float) -> hp.Spec:
-    return hp.Cutout(
-        init={"holes": 1.5, "length": start}, low={"holes": 1, "length": 2}, high={"holes": 2, "length": 8}
-    )
+class OneHole(hp.Operation):
+    """Cutout whose one hole has a tuned side."""
+
+    numbers: ClassVar = {"length": hp.Hyperparameter(4, 2, 8, integer=True)}
+    apply = operator.mul
+
+    @staticmethod
+    def draw(x: Tensor, length: Tensor | float) -> Tensor:
+        return (~cutout_mask(x, by_example(1.0, x), by_example(length, x), most=1)).to(x.dtype)
 
 
 def applied(kind: type[hp.Operation], name: str, x: Tensor, strength: float) -> Tensor:
@@ -59,7 +68,9 @@ PLANTS = {
         lambda start: hp.Dropout("input", init=start),
         lambda x, p: x * (torch.rand_like(x) >= p) / (1 - p), 0.3, (0.03, 0.8), "input.dropout",
     ),
-    "cutout": Plant(cutout, lambda x, length: hp.Cutout.function(x, 1, int(length)), 4.5, (2.5, 6.3), "input.length"),
+    "cutout": Plant(
+ lambda start: OneHole(init=start), lambda x, length: hp.Cutout.function(x, 1, int(length)), 4.5, (2.5, 6.3), "input.length",
+),
     "colour": Plant(
         only(hp.ColorJitter, "brightness"), partial(applied, hp.ColorJitter, "brightness"), 0.5, (0.05, 0.9),
         "input.brightness",

@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
-from fxstn.hp.specs import Number
 from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask
 from fxstn.tools.verify import ReplayedDropout
 
@@ -335,7 +334,7 @@ def test_sizes_and_scalars_in_the_forward_stay_python_numbers(stn):
 class Gain(hp.Operation):
     """x (1 + gain): a batch norm undoes it, if it is that of all examples."""
 
-    numbers: ClassVar = {"gain": Number(0.5, 0.0, 2.0)}
+    numbers: ClassVar = {"gain": hp.Hyperparameter(0.5, 0.0, 2.0)}
 
     @staticmethod
     def draw(x, gain):

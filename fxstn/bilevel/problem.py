@@ -235,13 +235,13 @@ class NetworkProblem(BilevelProblem):
         return self.stn.hparams.values()
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        return {quantity.name: (quantity.low, quantity.high) for quantity in self.stn.hparams.quantities}
+        return {p.name: (p.low, p.high) for p in self.stn.hparams.hyperparameters}
 
     def scales(self) -> dict[str, float]:
         return dict(zip(self.stn.hparams.names, self.stn.hparams.scale.tolist(), strict=True))
 
     def regularizing(self) -> list[bool]:
-        return [quantity.regularizes for quantity in self.stn.hparams.quantities]
+        return [p.regularizes for p in self.stn.hparams.hyperparameters]
 
     def training_hypergradient(self) -> Tensor | None:
         return None if self.joint else self.stn.hypergradient()

@@ -16,7 +16,8 @@ from fxstn.hp.augment import (
     Rotation,
     VerticalFlip,
 )
-from fxstn.hp.bijection import Bijection, Quantity
+from fxstn.hp.bijection import Bijection
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.mix import CutMix, Mixing, MixUp
 from fxstn.hp.operation import OPERATIONS, Operation
 from fxstn.hp.regularize import (
@@ -30,7 +31,7 @@ from fxstn.hp.regularize import (
     TemporalDecay,
 )
 from fxstn.hp.space import HyperparameterSpace
-from fxstn.hp.specs import Dropout, LabelSmoothing, Number, Scalar, Spec, WeightDecay
+from fxstn.hp.specs import Dropout, LabelSmoothing, Scalar, Spec, WeightDecay
 from fxstn.hp.terms import Auxiliary, LossTerms
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "GaussianBlur",
     "GaussianNoise",
     "Grayscale",
+    "Hyperparameter",
     "HyperparameterSpace",
     "JacobianNorm",
     "LabelSmoothing",
@@ -58,9 +60,7 @@ __all__ = [
     "LossTerms",
     "MixUp",
     "Mixing",
-    "Number",
     "Operation",
-    "Quantity",
     "Rotation",
     "Scalar",
     "Spec",

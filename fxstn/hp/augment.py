@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation
-from fxstn.hp.specs import Number
 from fxstn.ops.color import as_float, gray, jitter, like_before
 from fxstn.ops.erase import cutout_mask, erasing_mask
 from fxstn.ops.geometry import inverse_affine, resample
@@ -38,11 +38,11 @@ class ColorJitter(Operation):
     """Brightness, contrast, saturation, factors 1 ± strength in [0, 1], and hue, ± strength of a circle in [0, 0.5]: in a
     random order, the first three in an order of each example's own. As `v2.ColorJitter`, which it takes over."""
 
-    numbers: Mapping[str, Number] = {
-        "brightness": Number(0.05, 0, 1),
-        "contrast": Number(0.05, 0, 1),
-        "saturation": Number(0.05, 0, 1),
-        "hue": Number(0.05, 0, 0.5),
+    numbers: Mapping[str, Hyperparameter] = {
+        "brightness": Hyperparameter(0.05, 0, 1),
+        "contrast": Hyperparameter(0.05, 0, 1),
+        "saturation": Hyperparameter(0.05, 0, 1),
+        "hue": Hyperparameter(0.05, 0, 0.5),
     }
     defaults: Mapping[str, Any] = dict.fromkeys(numbers, BOTH)
 
@@ -71,11 +71,11 @@ class Affine(Operation):
     1 ± strength in [0, 0.5]. As `v2.RandomAffine`, which it takes over. mode: "bilinear" or "nearest"; fill: what is
     outside of the image, a tuple of one value or one per channel, None for 0; center: (x, y) in pixels, None for the middle."""
 
-    numbers: Mapping[str, Number] = {
-        "rotation": Number(5, 0, 45),
-        "translate": Number(0.05, 0, 0.5),
-        "scale": Number(0.05, 0, 0.5),
-        "shear": Number(5, 0, 45),
+    numbers: Mapping[str, Hyperparameter] = {
+        "rotation": Hyperparameter(5, 0, 45),
+        "translate": Hyperparameter(0.05, 0, 0.5),
+        "scale": Hyperparameter(0.05, 0, 0.5),
+        "shear": Hyperparameter(5, 0, 45),
     }
     defaults: Mapping[str, Any] = {
         "rotation": BOTH, "translate": (1.0, 1.0), "scale": BOTH, "shear": (*BOTH, 0.0, 0.0), "mode": "bilinear",
@@ -116,7 +116,7 @@ class Rotation(Operation):
     """Rotation by ± strength degrees, in [0, 180]. As `v2.RandomRotation` without expand, which it takes over; settings as
     of `hp.Affine`."""
 
-    numbers: Mapping[str, Number] = {"rotation": Number(5, 0, 180)}
+    numbers: Mapping[str, Hyperparameter] = {"rotation": Hyperparameter(5, 0, 180)}
     defaults: Mapping[str, Any] = {"rotation": BOTH, "mode": "bilinear", "fill": None, "center": None}
     apply = staticmethod(resample)
 
@@ -153,10 +153,13 @@ def _from_middle(center: tuple[float, float] | None, x: Tensor) -> tuple[float, 
 
 
 class Cutout(Operation):
-    """`holes`, in [0, 5], squares of side `length`, in [2, 24] pixels, at random places set to 0 (DeVries & Taylor 2017,
-    arXiv 1708.04552); both whole numbers, by floor."""
+    """`holes`, 0 to 5, squares of side `length`, 2 to 24 pixels, at random places set to 0 (DeVries & Taylor 2017, arXiv
+    1708.04552); both are whole numbers."""
 
-    numbers: Mapping[str, Number] = {"holes": Number(1, 0, 5, integer=True), "length": Number(4, 2, 24, integer=True)}
+    numbers: Mapping[str, Hyperparameter] = {
+        "holes": Hyperparameter(1, 0, 5, integer=True),
+        "length": Hyperparameter(4, 2, 24, integer=True),
+    }
     apply = operator.mul
 
     @staticmethod
@@ -169,7 +172,7 @@ class Erasing(Operation):
     over. scale: range of the box's share of the area; ratio: of its height to its width; value: what is put there, one
     number or one per channel; None: normal noise."""
 
-    numbers: Mapping[str, Number] = {"erasing": Number(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"erasing": Hyperparameter(0.05, 0, 1)}
     defaults: Mapping[str, Any] = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
 
     @classmethod
@@ -206,7 +209,7 @@ class _Chosen(Operation):
 class Flip(_Chosen):
     """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`."""
 
-    numbers: Mapping[str, Number] = {"flip": Number(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.05, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -216,7 +219,7 @@ class Flip(_Chosen):
 class VerticalFlip(_Chosen):
     """Probability, in [0, 1], of a mirror image, top to bottom. Takes over `v2.RandomVerticalFlip`."""
 
-    numbers: Mapping[str, Number] = {"vertical_flip": Number(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.05, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ class VerticalFlip(_Chosen):
 class Grayscale(_Chosen):
     """Probability, in [0, 1], of a grey image. Takes over `v2.RandomGrayscale`."""
 
-    numbers: Mapping[str, Number] = {"grayscale": Number(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"grayscale": Hyperparameter(0.05, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class Grayscale(_Chosen):
 class GaussianNoise(Operation):
     """Standard deviation of noise, in [0, 0.5]. Takes over `v2.GaussianNoise`. clip: keep values in [0, 1]."""
 
-    numbers: Mapping[str, Number] = {"sigma": Number(0.05, 0, 0.5)}
+    numbers: Mapping[str, Hyperparameter] = {"sigma": Hyperparameter(0.05, 0, 0.5)}
     defaults: Mapping[str, Any] = {"mean": 0.0, "clip": True}
 
     @staticmethod
@@ -255,7 +258,7 @@ class GaussianBlur(Operation):
 
     kernel_size: (width, height), odd. shares: the range of the draw, in shares of the strength."""
 
-    numbers: Mapping[str, Number] = {"blur": Number(0.5, 0, 5)}
+    numbers: Mapping[str, Hyperparameter] = {"blur": Hyperparameter(0.5, 0, 5)}
     defaults: Mapping[str, Any] = {"kernel_size": (5, 5), "shares": (0.0, 1.0)}
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxstn.hp.bijection import Quantity
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.specs import Spec
 from fxstn.hp.terms import LossTerms
 
@@ -13,9 +13,9 @@ from fxstn.hp.terms import LossTerms
 class Site:
     """Where the training graph reads λ[indices], the strengths of one operation.
 
-    node: the operation that is taken over; or, with insert=True, the value that gets one of its own, for those of its
-    readers that lie outside module call number `outside` (None: for all of them). spec: whose operation; `hp.Dropout`'s
-    depends on the node that is taken over.
+    node: the operation that is taken over; with insert=True, the value after which an operation is inserted.
+    spec: whose operation it is; that of `hp.Dropout` depends on the node that is taken over.
+    outside: an inserted operation acts for the readers outside this module call, by number; None: for all readers.
     """
 
     indices: tuple[int, ...]
@@ -34,11 +34,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Binding:
-    """quantities: what is tuned, in the order of λ. sites: where the graph reads it. dropped: (parameter name, index of its
-    DropConnect rate). auxiliary: sites whose values the training objectives read beside the output, in the order they act.
-    terms: what else those objectives have."""
+    """What is tuned, and where it acts.
 
-    quantities: tuple[Quantity, ...]
+    hyperparameters: what is tuned, in the order of λ.
+    sites: where the graph reads it.
+    dropped: (parameter name, index of its DropConnect rate).
+    auxiliary: sites whose values the training objectives read beside the output, in the order they act.
+    terms: what else those objectives have.
+    """
+
+    hyperparameters: tuple[Hyperparameter, ...]
     sites: tuple[Site, ...]
     dropped: tuple[tuple[str, int], ...]
     auxiliary: tuple[Site, ...]

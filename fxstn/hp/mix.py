@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation
-from fxstn.hp.specs import Number
 from fxstn.hp.terms import Auxiliary
 from fxstn.ops.color import as_float, like_before
 from fxstn.ops.erase import boxes_mask
@@ -32,7 +32,7 @@ class MixUp(Mixing):
     """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Zhang et al. 2018, arXiv 1710.09412): examples become
     x + share · (x' − x), with x' another of the batch. The example keeps the larger share, so that α = 0 mixes nothing."""
 
-    numbers: Mapping[str, Number] = {"mixup": Number(0.1, 0, 2)}
+    numbers: Mapping[str, Hyperparameter] = {"mixup": Hyperparameter(0.1, 0, 2)}
 
     @staticmethod
     def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class CutMix(Mixing):
     """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Yun et al. 2019, arXiv 1905.04899): a box of that share
     of the area comes from another image of the batch; at most half the area, so that α = 0 mixes nothing."""
 
-    numbers: Mapping[str, Number] = {"cutmix": Number(0.1, 0, 2)}
+    numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(0.1, 0, 2)}
 
     @staticmethod
     def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

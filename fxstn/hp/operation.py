@@ -17,12 +17,12 @@ OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 class Operation(Spec):
     """Base of the specs that take over a random operation of the model, or insert one; off in eval mode.
 
-    A subclass has `numbers`, {name: Number}, the strengths in the order of draw's arguments, and two static functions:
+    A subclass has `numbers`, {name: Hyperparameter}, the strengths in the order of draw's arguments, and two static functions:
 
     draw(x, *strengths, **settings) → drawn: all randomness, and nothing that is differentiated. A strength is a number, a
     0-d tensor, or (batch,) with one per example; `fxstn.ops.noise.by_example` makes it broadcast.
     apply(x, drawn, **settings) → y, shaped like x, of ordinary torch operations, or one that has a tangent rule; x itself,
-    bit for bit, at strengths 0. Where more of one is not a stronger regularisation, its Number says regularizes=False.
+    bit for bit, at strengths 0. Where more of one is not a stronger regularisation, its hyperparameter says regularizes=False.
 
     settings are fixed: `read` takes them from a module, the constructor from the user. inserts: whether "input" is the
     place without a pattern and without such a module in the model; otherwise only what is there is taken over. examples:

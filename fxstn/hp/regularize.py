@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation
-from fxstn.hp.specs import Choice, Coefficient, Number, Spec
+from fxstn.hp.specs import Choice, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
@@ -22,7 +23,7 @@ class StochasticDepth(Operation):
     Takes over `torchvision.ops.StochasticDepth` by row; inserts nothing.
     """
 
-    numbers: Mapping[str, Number] = {"stochastic_depth": Number(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"stochastic_depth": Hyperparameter(0.05, 0, 0.95)}
     inserts = False
     apply = operator.mul
 
@@ -43,7 +44,7 @@ class LockedDropout(Operation):
     Inserted after the matched modules; values that are not floating point, such as words, are left alone.
     """
 
-    numbers: Mapping[str, Number] = {"locked_dropout": Number(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"locked_dropout": Hyperparameter(0.05, 0, 0.95)}
     defaults: Mapping[str, Any] = {"axis": 1}
     examples = None
     apply = operator.mul
@@ -61,7 +62,7 @@ class EmbeddingDropout(Operation):
     to the table.
     """
 
-    numbers: Mapping[str, Number] = {"embedding_dropout": Number(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"embedding_dropout": Hyperparameter(0.05, 0, 0.95)}
     examples = None
     follows = staticmethod(F.embedding)
     apply = operator.mul
@@ -76,7 +77,7 @@ class DropConnect(Spec):
     perturbation, on the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern. A
     pattern may also match a weight by its full name, where the layer that owns it is not matched."""
 
-    numbers: Mapping[str, Number] = {"drop_connect": Number(0.05, 0, 0.95, by_batch=True)}
+    numbers: Mapping[str, Hyperparameter] = {"drop_connect": Hyperparameter(0.05, 0, 0.95, by_batch=True)}
 
 
 class Activity(Auxiliary, Coefficient):
@@ -101,7 +102,7 @@ class Activity(Auxiliary, Coefficient):
 class ActivationDecay(Activity):
     """Coefficient of the mean square of a module's output, on a log scale (Merity et al. 2017, arXiv 1708.01009)."""
 
-    numbers: Mapping[str, Number] = {"activation_decay": Number(1e-3, 1e-6, 10, log=True)}
+    numbers: Mapping[str, Hyperparameter] = {"activation_decay": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
     @staticmethod
     def measure(h: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class TemporalDecay(Activity):
     al. 2017, arXiv 1708.01009); 0 for a single time. axis: that of time; 1 for outputs (batch, time, ...), 0 for
     (time, batch, ...). Raises ValueError for one counted from the end."""
 
-    numbers: Mapping[str, Number] = {"temporal_decay": Number(1e-3, 1e-6, 10, log=True)}
+    numbers: Mapping[str, Hyperparameter] = {"temporal_decay": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
     def __init__(self, *where: str, axis: int = 1, **choices: Any) -> None:
         if axis < 0:
@@ -135,7 +136,7 @@ class JacobianNorm(Coefficient):
     pass that is differentiated again: operations without a second derivative are refused when they run.
     """
 
-    numbers: Mapping[str, Number] = {"jacobian_norm": Number(1e-3, 1e-6, 10, log=True)}
+    numbers: Mapping[str, Hyperparameter] = {"jacobian_norm": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
     def __init__(self, *, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  perturb: str | None = None, projections: int | None = 1) -> None:  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxstn.hp.bijection import Bijection, Quantity
+from fxstn.hp.bijection import Bijection
+from fxstn.hp.hyperparameter import Hyperparameter
 
 
 class HyperparameterSpace(nn.Module):
@@ -21,9 +21,9 @@ class HyperparameterSpace(nn.Module):
 
     by_batch: Tensor | None
 
-    def __init__(self, quantities: Sequence[Quantity]) -> None:
+    def __init__(self, hyperparameters: Sequence[Hyperparameter]) -> None:
         super().__init__()
-        names = [quantity.name for quantity in quantities]
+        names = [hyperparameter.name for hyperparameter in hyperparameters]
         if not names:
             raise ValueError(
                 "there is nothing to tune: no hyperparameter was asked for and none was found; give hparams, [hp.WeightDecay()]"
@@ -31,11 +31,11 @@ class HyperparameterSpace(nn.Module):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two hyperparameters are called {', '.join(map(repr, repeated))}; match each site once")
         self.names: tuple[str, ...] = tuple(names)
-        self.quantities = tuple(quantities)
-        self.unconstrained = nn.Parameter(torch.tensor([q.unconstrained for q in quantities]))
-        self.raw_scale = nn.Parameter(torch.tensor([math.log(math.expm1(q.scale)) for q in quantities]))
-        self.bijection = Bijection(quantities)
-        by_batch = torch.tensor([q.by_batch for q in quantities])
+        self.hyperparameters = tuple(hyperparameters)
+        self.unconstrained = nn.Parameter(torch.tensor([p.unconstrained for p in hyperparameters]))
+        self.raw_scale = nn.Parameter(torch.tensor([math.log(math.expm1(p.scale)) for p in hyperparameters]))
+        self.bijection = Bijection(hyperparameters)
+        by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
     def __len__(self) -> int:
@@ -60,24 +60,25 @@ class HyperparameterSpace(nn.Module):
 
     @torch.no_grad()
     def set(self, values: dict[str, float]) -> None:
-        """Put λ₀ where these constrained values are, each at least 1e-6 of its range from the ends; others stay.
+        """Put λ₀ where these constrained values are; others stay.
 
+        A value that is no integer is moved inside its range, by 1e-6 of the width at either end.
         Raises ValueError for a name that is not tuned, or a value outside its range, TypeError for one that is no number.
         """
-        numbers = {name: number for number, name in enumerate(self.names)}
+        indices = {name: index for index, name in enumerate(self.names)}
         for name, value in values.items():
-            if name not in numbers:
+            if name not in indices:
                 raise ValueError(f"there is no hyperparameter {name!r}; there are {', '.join(self.names)}")
             if not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} must be a number within its range")
-            quantity = self.quantities[numbers[name]]
-            if not quantity.low <= value <= quantity.high or math.isinf(value):
-                raise ValueError(
-                    f"{name}={value} is outside its range [{quantity.low}, {quantity.high}]; give one inside"
-                )
-            margin = 1e-6 * (quantity.low if quantity.log else min(quantity.high - quantity.low, 1.0))
-            inside = min(max(value, quantity.low + margin), quantity.high - margin)
-            self.unconstrained[numbers[name]] = replace(quantity, init=inside).unconstrained
+            hyperparameter = self.hyperparameters[indices[name]]
+            low, high = hyperparameter.low, hyperparameter.high
+            if not low <= value <= high or math.isinf(value):
+                raise ValueError(f"{name}={value} is outside its range [{low}, {high}]; give one inside")
+            if not hyperparameter.integer:
+                margin = 1e-6 * (low if hyperparameter.log else min(high - low, 1.0))
+                value = min(max(value, low + margin), high - margin)
+            self.unconstrained[indices[name]] = hyperparameter.unconstrained_at(value)
 
     def named(self, strengths: Tensor) -> dict[str, Tensor]:
         """name → column of a matrix of strengths (..., h): what a loss function receives as `hparams`."""

@@ -6,38 +6,12 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from fxstn.hp.bijection import Quantity
+from fxstn.hp.hyperparameter import Hyperparameter
 
 Choice = float | Mapping[str, float] | None
-
-
-@dataclass(frozen=True)
-class Number:
-    """One number that a spec tunes: start and range of the constrained value, low < init < high, and the first σ, > 0.
-
-    log: the range is stretched in log space. integer: the value is floored. by_batch: one perturbation for the whole batch,
-    because its operation has one strength for all examples. regularizes: a higher value is a stronger regularisation.
-    """
-
-    init: float
-    low: float
-    high: float
-    scale: float = 1.0
-    log: bool = False
-    integer: bool = False
-    by_batch: bool = False
-    regularizes: bool = True
-
-    def inside(self, start: float) -> float:
-        """A module's own strength moved just inside the range: by 1 % of its width at either end."""
-        margin = 0.01 * (self.high - self.low)
-        return min(max(start, self.low + margin), self.high - margin)
-
-    def __str__(self) -> str:
-        return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"
 
 
 class Spec:
@@ -53,7 +27,7 @@ class Spec:
     Raises ValueError for a name that is none of its numbers, where a number's range is impossible, for another `perturb`.
     """
 
-    numbers: Mapping[str, Number] = {}
+    numbers: Mapping[str, Hyperparameter] = {}
     examples: int | None = 0
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
@@ -92,7 +66,7 @@ class Spec:
             )
         self.numbers = self._changed("by_batch", shared)
 
-    def _changed(self, key: str, choice: float | Mapping[str, float]) -> dict[str, Number]:
+    def _changed(self, key: str, choice: float | Mapping[str, float]) -> dict[str, Hyperparameter]:
         by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
         if unknown := [name for name in by_name if name not in self.numbers]:
             known = ", ".join(map(repr, self.numbers))
@@ -118,18 +92,18 @@ class Spec:
         numbers = ", ".join(f"{name}: {number}" if several else str(number) for name, number in self.numbers.items())
         return f"hp.{type(self).__name__}({patterns}{numbers})"
 
-    def quantities(self, path: str, starts: Mapping[str, float] | None = None) -> list[Quantity]:
-        """The tunable numbers at one match: 'path.name'; 'name' when shared or at the root; 'path' where it ends so.
+    def hyperparameters(self, path: str, starts: Mapping[str, float] | None = None) -> list[Hyperparameter]:
+        """The hyperparameters at one match.
 
-        starts: a module's own strengths by name, taken in place of init, moved inside the range.
+        They are called 'path.name', but 'name' when shared or at the root, and 'path' where it ends in the name.
+        starts: a module's own strengths by name, in place of init. They are moved inside the range.
         """
         result = []
         for kind, number in self.numbers.items():
-            named_so = path.rpartition(".")[2] == kind
-            name = kind if self.shared or not path else path if named_so else f"{path}.{kind}"
+            name = kind if self.shared or not path else path if path.rpartition(".")[2] == kind else f"{path}.{kind}"
             if starts and kind in starts:
-                number = replace(number, init=number.inside(starts[kind]))
-            result.append(Quantity(name, **vars(number)))
+                number = number.starting_inside(starts[kind])
+            result.append(number.named(name))
         return result
 
     def match(self, names: Iterable[str], what: str = "") -> list[str]:
@@ -153,7 +127,7 @@ class Dropout(Spec):
     pattern it acts where `hparams=None` would. Masks are per element, or per channel on a Dropout1d/2d/3d it takes over.
     """
 
-    numbers: Mapping[str, Number] = {"dropout": Number(0.05, 0.0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"dropout": Hyperparameter(0.05, 0.0, 0.95)}
     examples = None
 
     def check(self) -> None:
@@ -184,7 +158,7 @@ class WeightDecay(Coefficient):
     The penalty enters the training objectives in closed form on the structured response.
     """
 
-    numbers: Mapping[str, Number] = {"weight_decay": Number(1e-4, 1e-7, 1e-1, log=True)}
+    numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(1e-4, 1e-7, 1e-1, log=True)}
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | None = None, norm: int = 2) -> None:  # fmt: skip
@@ -199,9 +173,11 @@ class WeightDecay(Coefficient):
 class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
-    log: stretch the range in log space (low > 0). integer: floor the value. high=inf with low=0: any positive number.
-    regularizes: a higher value is a stronger regularisation, whose steps are limited by how far the network overfits
-    (`fxstn.bilevel.limits`).
+    low, high: ends of the range. high=inf with low=0 means any positive number.
+    log: the range is stretched in log space (low > 0).
+    integer: the value is floored. It reaches both ends.
+    regularizes: a higher value is a stronger regularisation. Its steps are limited by how far the network overfits
+        (`fxstn.bilevel.limits`).
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
@@ -211,7 +187,7 @@ class Scalar(Spec):
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
             )
         self._need_numbers(init=init, low=low, high=high, scale=scale)
-        self.numbers = {name: Number(init, low, high, scale, log, integer, regularizes=regularizes)}
+        self.numbers = {name: Hyperparameter(init, low, high, scale, log, integer, regularizes=regularizes)}
         super().__init__(shared=True, perturb=perturb)
 
 

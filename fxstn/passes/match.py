@@ -16,10 +16,10 @@ from fxstn.hp import (
     Auxiliary,
     DropConnect,
     Dropout,
+    Hyperparameter,
     JacobianNorm,
     LossTerms,
     Operation,
-    Quantity,
     Scalar,
     Spec,
     WeightDecay,
@@ -50,21 +50,21 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
     Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice, TypeError for
     what is no list of specs.
     """
-    quantities: list[Quantity] = []
+    hyperparameters: list[Hyperparameter] = []
     sites: list[Site] = []
     penalties: list[tuple[str, int, int]] = []
     jacobian: list[tuple[int, int | None]] = []
     dropped: list[tuple[str, int]] = []
 
     def add(spec: Spec, path: str, starts: Mapping[str, float] | None = None) -> tuple[int, ...]:
-        if not (spec.shared and len(quantities) > first):
-            quantities.extend(spec.quantities(path, starts))
-        return tuple(range(len(quantities) - len(spec.numbers), len(quantities)))
+        if not (spec.shared and len(hyperparameters) > first):
+            hyperparameters.extend(spec.hyperparameters(path, starts))
+        return tuple(range(len(hyperparameters) - len(spec.numbers), len(hyperparameters)))
 
     if specs is not None and not isinstance(specs, (list, tuple)):
         raise TypeError(f"hparams={specs!r} must be a list of specs, such as [hp.Dropout()], or None")
     for spec in _found(module) if specs is None else specs:
-        first = len(quantities)
+        first = len(hyperparameters)
         if isinstance(spec, (Dropout, Operation, Activity)):
             for path, found, starts in _sites(module, spec):
                 indices = add(spec, path, starts)
@@ -93,7 +93,7 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
     order = {node.name: position for position, node in enumerate(module.graph.nodes)}
     auxiliary = sorted((site for site in sites if isinstance(site.spec, Auxiliary)), key=lambda site: order[site.node])
     terms = LossTerms(tuple(penalties), tuple(site.spec for site in auxiliary), tuple(jacobian))  # type: ignore[misc]
-    return Binding(tuple(quantities), tuple(sites), tuple(dropped), tuple(auxiliary), terms)
+    return Binding(tuple(hyperparameters), tuple(sites), tuple(dropped), tuple(auxiliary), terms)
 
 
 def _found(module: fx.GraphModule) -> list[Spec]:

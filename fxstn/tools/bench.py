@@ -98,7 +98,7 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
     graph = followed(model, True, frozen_modules(model))
     binding = bind(graph, hparams)
     dropouts = [site for site in binding.sites if isinstance(site.spec, hp.Dropout)]  # others the model has itself
-    rates = {site.path: binding.quantities[site.index].init for site in dropouts}
+    rates = {site.path: binding.hyperparameters[site.index].init for site in dropouts}
     for path, p in rates.items():
         if path == "input":
             model.register_forward_pre_hook(

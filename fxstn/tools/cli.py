@@ -109,7 +109,7 @@ def tune(args: argparse.Namespace) -> int:
     tests = runner.evaluate(DataLoader(split.test, 256))
     print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
     print(f"last epoch {last['epoch']}: test loss {tests['valid_loss']:.4f}, accuracy {tests['accuracy']:.3f}")
-    starts = {quantity.name: quantity.init for quantity in stn.hparams.quantities}
+    starts = {p.name: p.init for p in stn.hparams.hyperparameters}
     values = stn.hparams.values()
     print(tabulate([(n, f"{starts[n]:.3g}", f"{values[n]:.3g}") for n in values], ["hyperparameter", "start", "now"]))
     print(f"in {out}: {', '.join(written)}")

@@ -1,0 +1,95 @@
+"""One hyperparameter: its start, its range, and the point of the real line where the optimisation of λ starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number that is tuned: start, range and first perturbation scale.
+
+    init: the start. It lies strictly between low and high; that of an integer may also be low or high.
+    low, high: ends of the range. low=0 with high=inf means any positive number.
+    scale: σ at the start, > 0.
+    log: the range is stretched in log space, so that equal steps multiply. It needs low > 0.
+    integer: the value is floored. Integers reach both ends: the real line is mapped to [low, high + 1) before the floor, and a
+        whole start k stands for the middle of [k, k + 1).
+    by_batch: all examples of a batch get the same perturbation.
+    regularizes: a higher value is a stronger regularisation.
+    name: as in `stn.hparams.names`. A spec holds hyperparameters without a name; each match in the model names a copy.
+
+    Raises ValueError, for a hyperparameter with a name, when the range is empty or impossible, when the start lies outside of
+    it, or when scale is not positive and finite.
+    """
+
+    init: float
+    low: float
+    high: float
+    scale: float = 1.0
+    log: bool = False
+    integer: bool = False
+    by_batch: bool = False
+    regularizes: bool = True
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name:  # a spec's own may start outside its range, where each match has a start of its own
+            self._check()
+
+    def _check(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(
+                f"{self.name}: low={self.low} is not below high={self.high}; give a range that is not empty"
+            )
+        if self.integer and not all(math.isinf(end) or end == int(end) for end in (self.low, self.high)):
+            raise ValueError(
+                f"{self.name}: the range of an integer needs whole ends, got low={self.low}, high={self.high}"
+            )
+        if not (self.low <= self.init <= self.high if self.integer else self.low < self.init < self.high):
+            between = "between" if self.integer else "strictly between"
+            raise ValueError(
+                f"{self.name}: init={self.init} is not {between} low={self.low} and high={self.high}; "
+                "move it inside the range, or widen the range"
+            )
+        if not self.scale > 0 or math.isinf(self.scale):
+            raise ValueError(f"{self.name}: scale={self.scale} must be positive and finite")
+        if math.isinf(self.high) and self.low != 0:
+            raise ValueError(f"{self.name}: a range without upper end must start at low=0, got low={self.low}")
+        if self.log and not self.low > 0:
+            raise ValueError(f"{self.name}: a logarithmic range needs low > 0, got low={self.low}")
+
+    def named(self, name: str) -> Hyperparameter:
+        """A copy with a name. Raises ValueError where its start or its range is impossible."""
+        return replace(self, name=name)
+
+    def starting_inside(self, start: float) -> Hyperparameter:
+        """A copy that starts at a module's own strength, at least 1 % of the range's width from either end."""
+        margin = 0.0 if self.integer else 0.01 * (self.high - self.low)
+        return replace(self, init=min(max(start, self.low + margin), self.high - margin))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """What the real line is mapped to, before an integer is floored: [low, high], or [low, high + 1) of an integer."""
+        return self.low, self.high + self.integer
+
+    @property
+    def unconstrained(self) -> float:
+        """The point of the real line that is mapped to init."""
+        return self.unconstrained_at(self.init)
+
+    def unconstrained_at(self, value: float) -> float:
+        """The point of the real line that is mapped to a value inside the range."""
+        low, high = self.interval
+        if self.integer and math.isclose(value, whole := round(value), rel_tol=1e-9):  # means of schedules are inexact
+            value = whole + 0.5
+        if math.isinf(high):
+            return math.log(value)
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        share = (value - low) / (high - low)
+        return math.log(share) - math.log1p(-share)
+
+    def __str__(self) -> str:
+        return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"
