@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxstn.frontends.preservation import preserved
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
@@ -332,16 +333,12 @@ class SelfTuningNetwork(nn.Module):
         return found if isinstance(found, Response) else None
 
     def check(self, *inputs: Any) -> None:
-        """Run every graph once on example inputs; running statistics and random generators are left as they were."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        """Run every graph once on example inputs. The model, the inputs and random generators are left as they were."""
         delta = torch.zeros_like(self.hparams.unconstrained)
-        with forked_rng(), torch.no_grad():
-            for name in ("train", "eval"):
-                self.graph(name).forward(*inputs)
-            for name in ("pushforward", "pushforward_eval"):
-                self.graph(name).forward(*inputs, delta=delta)
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
+        for name in ("train", "eval", "pushforward", "pushforward_eval"):
+            moved = {"delta": delta} if name.startswith("pushforward") else {}
+            with preserved(self.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
+                self.graph(name).forward(*stand_ins, **moved)
 
 
 def batch_size(inputs: Any) -> int:

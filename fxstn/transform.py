@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.export import InputSpec, follow_by_export
-from fxstn.frontends.guards import frozen_modules, module_state, refuse_wrapped, restore
-from fxstn.frontends.live.constant_guard import attributes, unchanged
-from fxstn.frontends.live.containers import reachable
+from fxstn.frontends.guards import frozen_modules, refuse_wrapped
 from fxstn.frontends.live.graph import LiveRecipe, addresses
 from fxstn.frontends.live.record import record
 from fxstn.frontends.symbolic import trace as trace_module
@@ -237,11 +235,8 @@ def _transformed(
     for name in ("train", "eval", "pushforward", "pushforward_eval"):
         network.graph(name)
     if example_inputs is not None:
-        before = module_state(model)
-        held = unchanged(tensor for _, tensor in (*reachable(inputs, ""), *attributes(model)))
-        with held, explained_errors((inputs, None), "example_inputs", model):
+        with explained_errors((inputs, None), "example_inputs", model):
             network.check(*inputs)
-        restore(before)
     return network
 
 

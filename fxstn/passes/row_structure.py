@@ -109,7 +109,7 @@ def _probe(
             if node not in needed:
                 continue
             if node.op == "get_attr":
-                value = operator.attrgetter(str(node.target))(module).detach()
+                value = operator.attrgetter(str(node.target))(module).detach().clone()  # later nodes may write into it
                 values[node] = changed(value) if node.target in parameters else value
             elif draws(node.target):
                 values[node] = torch.ones_like(values[node.args[0]])

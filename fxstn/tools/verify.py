@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import RANDOM
-from fxstn.frontends.live.containers import leaves
+from fxstn.frontends.live.containers import leaves, mapped
 from fxstn.frontends.live.graph import located
 from fxstn.frontends.live.reference_run import Float64Mode, ReferenceRun
 from fxstn.frontends.live.tracer import Sites, inlined
@@ -166,6 +165,11 @@ def relative_error(tangent: Any, function: Callable[[float], Any], tolerance: fl
     return min(errors)
 
 
+def _copies(inputs: tuple) -> tuple:
+    """Inputs for one run, which may write into them."""
+    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
 def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
     """A float64 copy at a generic point: constant parameters shifted a little, running statistics those of one forward.
 
@@ -186,7 +190,7 @@ def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for module in norms:
             module.momentum = 1.0
-        model.train()(*inputs)
+        model.train()(*_copies(inputs))
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     for child, mode in zip(model.modules(), modes, strict=True):
@@ -234,7 +238,7 @@ def verify(
     drawn from `seeds` seeds until one passes. The model is left as it was. Raises what `transform` raises.
     """
     report = VerifyResult(tolerance)
-    inputs = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    inputs = mapped(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     passed: set[tuple[str, str]] = set()
     with forked_rng():
         for seed in range(seeds):
@@ -303,7 +307,7 @@ def _comparisons(
         sites = located(chosen, *stn.recipe.places) if training else Sites()
         witness = ReferenceRun(module, sites, stn.hparams(), constants[training, inserting] if step else None)
         torch.manual_seed(seed)
-        output = witness.run_constant(inputs)
+        output = witness.run_constant(_copies(inputs))
         if not step:
             constants[training, inserting] = witness.kept
         return output
@@ -317,7 +321,7 @@ def _comparisons(
             witness.get_submodule(name).training = False
         buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
         with ReplayedDropout(rates if training else []), replayed_operations(operations):
-            return functional_call(witness, buffers | stn.best_response(step * delta), inputs)
+            return functional_call(witness, buffers | stn.best_response(step * delta), _copies(inputs))
 
     def of_graph(step: float) -> Any:
         if live:
@@ -325,12 +329,12 @@ def _comparisons(
         torch.manual_seed(seed)
         graph = stn.graph("train")
         state = {name: buffer.clone() for name, buffer in stn.model.named_buffers()} | stn.best_response(step * delta)
-        return functional_call(graph, {f"model.{name}": value for name, value in state.items()}, inputs)
+        return functional_call(graph, {f"model.{name}": value for name, value in state.items()}, _copies(inputs))
 
     def tangent(network: SelfTuningNetwork, training: bool) -> Any:
         torch.manual_seed(seed)
         with torch.no_grad():
-            return network.train(training).pushforward(*inputs, delta=delta)[1]
+            return network.train(training).pushforward(*_copies(inputs), delta=delta)[1]
 
     def without_insertions() -> SelfTuningNetwork:
         sites = tuple(site for site in binding.sites if not site.insert)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxstn.frontends.live.containers import reachable, tensors_in
+from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.tracer import Call, Following
 from fxstn.ir.errors import LIBRARY, Diagnostic, TransformError, innermost_user_frame, operation_name
 
-_INTERNAL = set(vars(nn.Module()))
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
 
 
@@ -30,16 +26,6 @@ def user_frame() -> str:
     code = frame.f_code
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n  {line}\n'
-
-
-def attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every parameter, buffer and other tensor that the model's modules hold."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-    for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key not in _INTERNAL:
-                yield from reachable(value, f"{path}.{key}".lstrip("."))
 
 
 def mutated(call: Call) -> list[Tensor]:
@@ -69,18 +55,6 @@ def _written(call: Call) -> list[Any]:
             given = dict(zip((a.name for a in schema.arguments), call.args, strict=False)) | call.kwargs
             return [value for name, value in given.items() if name in names]
     return []
-
-
-@contextmanager
-def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """What is written into these tensors inside is undone after it."""
-    before = [(x, x.detach().clone()) for x in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for x, value in before:
-                x.copy_(value)
 
 
 class ConstantGuard(Following):

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+_INTERNAL = set(vars(nn.Module()))
+
 
 def arguments_mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Arguments of one operation, or its results, with each tensor replaced: through tuples, lists and dicts."""
@@ -75,3 +77,13 @@ def reachable(value: Any, name: str, seen: set[int] | None = None) -> Iterator[t
             entries = vars(value).items()
         for key, entry in list(entries):
             yield from reachable(entry, f"{name}.{key}" if name else str(key), seen)
+
+
+def attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every parameter, buffer and other tensor that an attribute of the model's modules reaches."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _INTERNAL:
+                yield from reachable(value, f"{path}.{key}".lstrip("."))

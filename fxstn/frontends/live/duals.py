@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxstn.frontends.live.constant_guard import ConstantGuard, attributes, mutated
-from fxstn.frontends.live.containers import arguments_mapped, leaves, mapped, tensors_in
+from fxstn.frontends.live.constant_guard import ConstantGuard, mutated
+from fxstn.frontends.live.containers import arguments_mapped, attributes, leaves, mapped, tensors_in
 from fxstn.frontends.live.tangent_table import SharedMemory, Table, differentiable, same_form, share_memory
 from fxstn.frontends.live.tracer import Call, Sites
 from fxstn.ir.errors import TransformError, operation_name

@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.guards import mode_of, module_state, restore
-from fxstn.frontends.live.constant_guard import attributes
-from fxstn.frontends.live.containers import mapped, reachable
+from fxstn.frontends.live.containers import attributes, mapped, reachable
 from fxstn.frontends.live.duals import Duals, Note
 from fxstn.frontends.live.record import Recorded
 from fxstn.frontends.live.tracer import Following, Position, Sites

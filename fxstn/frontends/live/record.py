@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxstn.frontends.guards import mode_of, module_state, restore
-from fxstn.frontends.live.constant_guard import ConstantGuard, attributes, mutated, unchanged, user_frame
-from fxstn.frontends.live.containers import arguments_mapped, leaves, reachable, tensors_in
+from fxstn.frontends.guards import mode_of
+from fxstn.frontends.live.constant_guard import ConstantGuard, mutated, user_frame
+from fxstn.frontends.live.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.frontends.live.tracer import Call, RunningCall, argument_names
+from fxstn.frontends.preservation import preserved
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import forked_rng, rename
 from fxstn.ir.node_info import ModuleCall, annotate, copy_facts, info_of
@@ -151,20 +152,17 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
     Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
     fails or computes with a tensor that cannot be followed.
     """
-    tape = Tape(model, inputs)
-    before = module_state(model)
-    held = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(model))}
-    try:
-        with unchanged(held.values()), mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
-            with tape.following():
-                output = model(*inputs)
-            return tape.finish(output)
-    except TransformError:
-        raise
-    except Exception as error:
-        source = innermost_user_frame(traceback.format_exc())
-        what = f"the forward fails on the example inputs ({type(error).__name__}: {error})"
-        remedy = "give example_inputs as the model takes them when it trains; it has to run on them as it is"
-        raise TransformError([*tape.problems, Diagnostic(tape.path, what, source, remedy)]) from error
-    finally:
-        restore(before)
+    with preserved(model, inputs) as inputs:
+        tape = Tape(model, inputs)
+        try:
+            with mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
+                with tape.following():
+                    output = model(*inputs)
+                return tape.finish(output)
+        except TransformError:
+            raise
+        except Exception as error:
+            source = innermost_user_frame(traceback.format_exc())
+            what = f"the forward fails on the example inputs ({type(error).__name__}: {error})"
+            remedy = "give example_inputs as the model takes them when it trains; it has to run on them as it is"
+            raise TransformError([*tape.problems, Diagnostic(tape.path, what, source, remedy)]) from error

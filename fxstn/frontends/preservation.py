@@ -1,0 +1,114 @@
+"""A forward that is run to look at it leaves the model and the inputs as they were, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxstn.frontends.guards import module_state, restore
+from fxstn.frontends.live.containers import attributes, mapped, reachable
+
+Inputs = TypeVar("Inputs")
+
+
+@contextmanager
+def preserved(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """Around forwards of the model, which may write into whatever they reach: afterwards all of it has its value back.
+
+    model: parameters, buffers, attributes of its modules, and every tensor that an attribute reaches.
+    inputs: any structure. The context yields its stand-ins, see `stand_ins`; the forward is to be run on those.
+    """
+    state = module_state(model)
+    tensors = (tensor for _, tensor in (*attributes(model), *reachable(inputs, "")))
+    saved = [SavedTensor(tensor) for tensor in distinct(tensors)]
+    try:
+        yield stand_ins(inputs)
+    finally:
+        restore(state)
+        for tensor in saved:
+            tensor.restore()
+
+
+def stand_ins(inputs: Inputs) -> Inputs:
+    """The same values in containers and tensor objects of their own, over the memory of the originals.
+
+    A forward that resizes an input, writes a value with a gradient into it or removes it from a dict does so to the stand-in.
+    An inference tensor is copied to an ordinary one, because autograd refuses inference tensors.
+    """
+    known: dict[int, Tensor] = {}
+
+    def stand_in(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in known:
+            alias = leaf.clone() if leaf.is_inference() else leaf.detach()
+            known[id(leaf)] = alias.requires_grad_(leaf.requires_grad)
+        return known[id(leaf)]
+
+    with torch.inference_mode(False):
+        result: Inputs = mapped(stand_in, inputs)
+    return result
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Every tensor object once, in order."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+class SavedTensor:
+    """A tensor object, the memory that it shows, and the bytes in that memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.requires_grad = tensor, tensor.requires_grad
+        with torch._C.DisableTorchFunction():
+            self.alias = tensor.detach()
+            self.memories = list(_memories(self.alias))
+            self.values = [memory.clone() for memory in self.memories]
+
+    def restore(self) -> None:
+        """Give the object its memory back, and the memory its bytes. Nothing is written where nothing has changed, because
+        the memory may be read-only (numpy.memmap)."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for memory, value in zip(self.memories, self.values, strict=True):
+                if not torch.equal(memory, value):
+                    memory.copy_(value)
+            if self.tensor.grad_fn is not None and not self.requires_grad:
+                self.tensor.detach_()  # a value with a gradient was written into it
+            if self.tensor.is_leaf:
+                self.tensor.requires_grad_(self.requires_grad)
+            if not _shows(self.tensor, self.alias):
+                self.tensor.data = self.alias
+
+
+def _memories(x: Tensor) -> Iterator[Tensor]:
+    """The bytes from a tensor's first entry to its last, as 1-d tensors over its own memory: one, or one per part."""
+    if x.layout is torch.sparse_coo:
+        yield from (*_memories(x._indices()), *_memories(x._values()))
+    elif x.layout is not torch.strided:
+        inner, outer = (
+            (x.crow_indices, x.col_indices)
+            if x.layout in (torch.sparse_csr, torch.sparse_bsr)
+            else (x.ccol_indices, x.row_indices)
+        )
+        yield from (*_memories(inner()), *_memories(outer()), *_memories(x.values()))
+    elif x.numel() and x.device.type != "meta":
+        size = 1 + sum((n - 1) * stride for n, stride in zip(x.size(), x.stride(), strict=True))
+        span = torch.empty(0, dtype=x.dtype, device=x.device).set_(
+            x.untyped_storage(), x.storage_offset(), (size,), (1,)
+        )
+        yield span.view(torch.uint8)
+
+
+def _shows(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensor objects show the same memory in the same way."""
+    if x.layout is not torch.strided or y.layout is not torch.strided:
+        return x.layout is y.layout
+
+    def place(z: Tensor) -> tuple[object, ...]:
+        return z.untyped_storage()._cdata, z.storage_offset(), z.size(), z.stride(), z.dtype
+
+    return place(x) == place(y)

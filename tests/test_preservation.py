@@ -1,0 +1,114 @@
+"""transform, verify and explain leave the model, its copy in the network, and the inputs as they were, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fxstn
+from fxstn import hp
+from fxstn.frontends.live.containers import attributes, reachable
+
+SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+
+
+class Writer(nn.Module):
+    """A layer between whatever `write` does to its buffers, its attributes or the input."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.fc, self.write, self.memory = nn.Linear(6, 6), write, {"seen": [torch.ones(6)]}
+        self.register_buffer("buffer", torch.ones(6))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("wide", torch.ones(1).expand(6))
+
+    def forward(self, x):
+        return self.fc(x) * self.write(self, x)
+
+
+WRITES = {
+    "out": lambda m, x: torch.mul(m.buffer, 2, out=m.buffer),
+    "out of a layer's values": lambda m, x: F.normalize(m.fc.weight[0].detach(), dim=0, out=m.buffer),
+    "foreach": lambda m, x: (torch._foreach_add_([m.buffer, m.memory["seen"][0]], 1), m.buffer)[1],
+    "data": lambda m, x: (m.buffer.data.add_(1), m.buffer)[1],
+    "numpy": lambda m, x: (m.count.numpy().__iadd__(1), 1)[1],
+    "set_": lambda m, x: m.buffer.set_(m.buffer * 3),
+    "resize_": lambda m, x: m.buffer.resize_(12)[:6],
+    "view": lambda m, x: (m.buffer[::2].mul_(3), m.buffer)[1],
+    "expanded view": lambda m, x: (m.wide[0].mul_(3), m.wide)[1],
+    "count": lambda m, x: (m.count.add_(1), m.buffer * m.count)[1],
+    "assigned buffer": lambda m, x: setattr(m, "buffer", m.buffer + 1) or m.buffer,
+    "attribute": lambda m, x: m.memory["seen"][0].add_(x.detach().mean(0)),
+    "appended": lambda m, x: (m.memory["seen"].append(m.buffer + 1), m.memory["seen"][-1])[1],
+    "input": lambda m, x: x.mul_(2),
+    "row of the input": lambda m, x: (x[0].mul_(2), x)[1],
+    "input with a gradient": lambda m, x: x.mul_(m.fc.bias),
+    "input that requires gradients": lambda m, x: x.requires_grad_(),
+    "resized input": lambda m, x: x.unsqueeze_(0)[0],
+}
+
+
+def state(model, inputs):
+    tensors = [*attributes(model), *reachable(inputs, "inputs")]
+    values = {
+        name: (id(x), x.detach().clone(), x.requires_grad, x.grad_fn, x.stride(), x.data_ptr()) for name, x in tensors
+    }
+    return values, {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+def assert_same(before, after):
+    assert before[0].keys() == after[0].keys()
+    for name, (identity, value, *facts) in before[0].items():
+        assert torch.equal(after[0][name][1], value), name
+        assert (after[0][name][0], *after[0][name][2:]) == (identity, *facts), name
+    assert before[1] == after[1]
+
+
+CALLS = {
+    "transform": lambda model, x: fxstn.transform(model, SCALAR, example_inputs=x, trace="live"),
+    "auto": lambda model, x: fxstn.transform(model, SCALAR, example_inputs=x),
+    "explain": lambda model, x: fxstn.explain(model, SCALAR, x),
+    "verify": lambda model, x: fxstn.verify(model, x, hparams=SCALAR, trace="live"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("write", WRITES)
+def test_whatever_a_forward_writes_into_is_left_as_it_was(write, call):
+    model, x = Writer(WRITES[write]), torch.randn(4, 6)
+    if call == "verify":
+        model, x = model.double(), x.double()
+    before, plain = state(model, x), [tensor.clone() for _, tensor in attributes(model)]
+    result = CALLS[call](model, x)
+    assert_same(before, state(model, x))
+    if call == "verify":
+        assert result.ok, str(result)
+    elif call != "explain":
+        assert all(map(torch.equal, plain, [tensor for _, tensor in attributes(result.model)]))
+
+
+def test_a_converged_spectral_norm_stays_converged():
+    torch.manual_seed(0)
+    net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(4, 6)
+    for _ in range(300):
+        net(x)
+    expected = copy.deepcopy(net).eval()(x)
+    stn = fxstn.transform(net, [hp.Dropout("0")], example_inputs=x, trace="live")
+    assert torch.equal(stn.eval()(x), expected)
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_inputs_that_cannot_be_written_to_are_taken(trace):
+    with torch.inference_mode():
+        of_inference = torch.randn(4, 6)
+    for x in (torch.randn(1, 6).expand(4, -1), of_inference, torch.randn(4, 6).mT.contiguous().mT):
+        before = x.clone()
+        fxstn.transform(mlp(0.3), example_inputs=x, trace=trace)
+        assert torch.equal(x, before)
