@@ -208,16 +208,19 @@ OLD_WORDS = {  # parts of names: each has a standard word now (CHANGELOG.md has 
     *("rivals", "witness", "widened", "opened"),
 }
 OLD_NAMES = {
-    "Stream",
-    "Streams",
-    "Quantity",
-    "Number",
-    "Terms",
-    "Reads",
-    "Reading",
-    "Losses",
-    "nothing_lost",
-    "by_value",
+    *(
+        "Stream",
+        "Streams",
+        "Quantity",
+        "Number",
+        "Terms",
+        "Reads",
+        "Reading",
+        "Losses",
+        "nothing_lost",
+        "by_value",
+        "along",
+    ),
 }
 PARTICIPLES = {"found", "made", "given", "told", "taken", "kept", "asked", "wanted", "held", "followed"}
 

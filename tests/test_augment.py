@@ -459,7 +459,7 @@ def test_the_recipe_of_contributing_works():
 
 
 def test_show_draws_a_row_for_each_number(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need the extra fxstn[plot]")
     specs = [hp.ColorJitter(), hp.Cutout(), hp.Flip()]
     fxstn.show(specs, images(2), tmp_path / "grid.png", columns=3)
     header = (tmp_path / "grid.png").read_bytes()[:24]
@@ -470,7 +470,7 @@ def test_show_draws_a_row_for_each_number(tmp_path):
 
 
 def test_the_command_that_draws_says_what_there_is(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need the extra fxstn[plot]")
     assert main(["show", "Flip", "--columns", "2", "--image-size", "16", "--out", str(tmp_path / "flip.png")]) == 0
     assert (tmp_path / "flip.png").exists()
     assert main(["show", "Flop"]) == 2

@@ -47,7 +47,7 @@ def test_own_loop_trains_tunes_and_exports(capsys):
 
 
 def test_the_steps_go_into_a_loop_of_accelerate(capsys):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate comes with the extra fxstn[accelerate]")
     from examples import with_accelerate
 
     plain = with_accelerate.main(["--cpu", "--epochs", "3"])
@@ -121,6 +121,7 @@ def test_a_cut_run_of_an_own_problem_ends_like_an_uncut_one(tmp_path):
     resumed.fit(4)
     assert without_times(resumed.history) == without_times(whole.history)
     assert torch.equal(resumed.problem.logits, whole.problem.logits)
+    assert len(whole.problem.seen) == len(resumed.problem.seen) > 0
     assert all(map(torch.equal, resumed.problem.seen, whole.problem.seen))
 
 

@@ -100,7 +100,7 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_from_there(tmp_path
     before = signal.getsignal(number)
     with pytest.raises(raised) as caught:
         runner.fit(4)
-    assert raised is KeyboardInterrupt or caught.value.code == 128 + signal.SIGTERM
+    assert getattr(caught.value, "code", None) == (128 + signal.SIGTERM if raised is SystemExit else None)
     assert signal.getsignal(number) is before
     saved = load_checkpoint(tmp_path / "last.pt")
     assert 0 < saved["processes"][0]["sums"]["steps"] < 5

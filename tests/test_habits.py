@@ -205,6 +205,7 @@ def test_replay_trains_on_the_schedule_and_takes_no_step_of_response_or_hyperpar
         assert history[name][:3] == pytest.approx(tuned[name], rel=1e-4)
         assert history[name][3] == pytest.approx(tuned[name][2], rel=1e-4)
         values = [tuned.start[name], *tuned[name], tuned[name][-1]]
+        assert len(seen) == 20  # four epochs of five steps
         for step, at in enumerate(seen):
             epoch, share = divmod(step, 5)
             share = (share + 1) / 5

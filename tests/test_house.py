@@ -14,6 +14,8 @@ HOLDS = [
     "__init__ files that define something",
     "files without a first line",
     "private names that another file imports",
+    "tests that return early",
+    "skips without a reason",
 ]
 
 
@@ -73,3 +75,52 @@ def test_law_6_is_about_every_room_that_training_runs_and_every_pass_in_the_fold
 def test_the_first_lines_say_where_a_new_thing_goes(thing, room):
     lines = {name: house.first_line(path).lower() for name, path in house.FILES.items()}
     assert [name for name, line in lines.items() if thing in line] == [f"fxstn.{room}"]
+
+
+RETURNING = """
+def test_that_gives_up(x):
+    def helper():
+        return x
+    if x:
+        return
+    try:
+        assert helper()
+    except ValueError:
+        return None
+
+def test_that_does_not():
+    def helper():
+        return 1
+    class Net:
+        def forward(self):
+            return 2
+    assert helper() == 1
+    pytest.skip("why")
+    pytest.skip(reason="why")
+
+def helper():
+    return 1
+"""
+
+
+def test_an_early_return_and_a_skip_without_a_reason_are_found_in_tests_alone():
+    source = ast.parse(RETURNING)
+    assert house.early_returns(source) == ["test_that_gives_up:6", "test_that_gives_up:10"]
+    assert house.skips_without_reason(source) == ["skip:19"]
+
+
+def test_private_attributes_of_another_file_are_found(tmp_path, monkeypatch):
+    owner, other = tmp_path / "owner.py", tmp_path / "other.py"
+    owner.write_text("class A:\n    def __init__(self):\n        self._state = 1\n        self.shown = self._state\n")
+    other.write_text("def f(a):\n    return a.shown + a._state + a._of_torch\n")
+    monkeypatch.setattr(house, "FILES", {"owner": owner, "other": other})
+    monkeypatch.setattr(house, "short", lambda path: path.name)
+    assert house.reached_into() == ["other.py:2 _state"]
+
+
+def test_old_words_are_found_in_names_but_not_in_text(tmp_path, monkeypatch):
+    path = tmp_path / "names.py"
+    path.write_text("# the rung\nclass CheckpointKeeper:\n    found, along_dim = 'rung', _along = 1, 2\n")
+    monkeypatch.setattr(house, "FILES", {"names": path})
+    monkeypatch.setattr(house, "short", lambda path: path.name)
+    assert house.old_words() == ["names.py:2 CheckpointKeeper", "names.py:3 found", "names.py:3 _along"]

@@ -273,7 +273,9 @@ def test_monitors_keep_what_they_told():
 
 def events(folder) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: tag → (step, value)."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra fxstn[tensorboard]"
+    )
     shown = accumulator.EventAccumulator(str(folder))
     shown.Reload()
     return {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}

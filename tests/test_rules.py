@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from cases import ALIGNED, CASES, FALLBACK_CASES, ZERO_CASES, Case, X
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -110,6 +110,10 @@ def name(case: Case) -> str:
     return operation_name(case.function)
 
 
+def count_of_tangents(case: Case) -> int:
+    return len(case.shapes if case.varying is None else case.varying)
+
+
 VARYING = [case for case in (*CASES, *FALLBACK_CASES) if case.varying != ()]
 NAMES = [f"{i}-{name(case)}" for i, case in enumerate(VARYING)]
 every_varying_case = pytest.mark.parametrize("case", VARYING, ids=NAMES)
@@ -122,13 +126,13 @@ def test_a_rule_equals_forward_mode_and_a_central_difference(case):
 
 @pytest.mark.parametrize("case", [case for case in VARYING if not case.forward], ids=name)
 def test_torch_has_no_forward_mode_where_a_case_says_so(case):
-    """It raises, or, for operators of other libraries, answers zero."""
+    """It raises, or, for operators of other libraries, answers zero, where the rule does not."""
     prepared = Prepared(case)
     try:
         _, dy = torch.func.jvp(prepared.function, prepared.primals(), tuple(prepared.directions))
     except (NotImplementedError, RuntimeError):
-        return
-    assert not any(leaf.any() for leaf in tree_leaves(dy))
+        dy = None
+    assert dy is None or not any(leaf.any() for leaf in tree_leaves(dy))
     assert any(leaf.any() for leaf in tree_leaves(prepared.rule(prepared.directions)[1]) if leaf is not ZERO)
 
 
@@ -159,14 +163,12 @@ def test_the_gradient_with_respect_to_a_tangent_is_the_transpose(case):
     close(found, expected, 1e-10)
 
 
-@every_varying_case
+@pytest.mark.parametrize("case", [case for case in VARYING if count_of_tangents(case) > 1], ids=name)
 def test_each_mask_of_zeros_equals_the_rule_with_zeros_written_out(case):
     prepared = Prepared(case)
     count = len(prepared.directions)
-    for mask in itertools.product((True, False), repeat=min(count, 3)):
-        on = [*mask, *[False] * (count - len(mask))]
-        if not any(on) or all(on):
-            continue
+    masks = [[*mask, *[False] * (count - 3)] for mask in itertools.product((True, False), repeat=min(count, 3))]
+    for on in (mask for mask in masks if any(mask) and not all(mask)):
         symbolic = [d if keep else ZERO for d, keep in zip(prepared.directions, on, strict=True)]
         written = [d if keep else torch.zeros_like(d) for d, keep in zip(prepared.directions, on, strict=True)]
         dy, expected = prepared.rule(symbolic)[1], prepared.rule(written)[1]
@@ -195,11 +197,9 @@ def test_a_rule_on_proxies_emits_what_it_computes_on_tensors(case):
     close(fx.GraphModule({}, graph)(*inputs), prepared.rule(prepared.directions), 1e-12)
 
 
-@pytest.mark.parametrize("case", [*CASES, *ZERO_CASES], ids=name)
-def test_zero_in_gives_zero_out(case):
+@pytest.mark.parametrize("case", [c for c in (*CASES, *ZERO_CASES) if c.function is not torch.Tensor.cuda], ids=name)
+def test_zero_in_gives_zero_out(case):  # without torch.Tensor.cuda, which needs a device
     prepared = Prepared(case)
-    if case.function is torch.Tensor.cuda:
-        return
     assert all_zero(prepared.rule([ZERO] * len(prepared.directions))[1])
 
 
@@ -321,8 +321,13 @@ def test_the_gradient_with_respect_to_a_tangent_passes_gradcheck(case):
     assert torch.autograd.gradcheck(changes, directions, fast_mode=True)
 
 
+def needs_float64(case: Case) -> bool:
+    """Whether a case names its type, or is complex."""
+    return case.imaginary or any(value is torch.float64 for value in (*case.args, *case.kwargs.values()))
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", WITH_RULE, ids=name)
+@pytest.mark.parametrize("case", [case for case in WITH_RULE if not needs_float64(case)], ids=name)
 def test_a_tangent_has_the_type_and_the_shape_of_its_primal(case, precision):
     """In another precision than the one that everything else here is computed in."""
     prepared = Prepared(case)
@@ -330,19 +335,20 @@ def test_a_tangent_has_the_type_and_the_shape_of_its_primal(case, precision):
     def narrowed(value):
         return value.to(precision) if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
 
-    if case.imaginary or any(kind in [*case.args, *case.kwargs.values()] for kind in (torch.float64,)):
-        return
     directions = [narrowed(d) for d in prepared.directions]
     try:
         args, kwargs = case.placed([narrowed(x) for x in prepared.tensors], narrowed)
         case.function(*args, **kwargs)
-    except (RuntimeError, NotImplementedError):
-        return  # torch computes it in other types only
+    except (RuntimeError, NotImplementedError) as error:
+        if precision is torch.float32:
+            raise
+        pytest.skip(reason=f"torch has no {name(case)} in {precision}: {error}")
     y, dy = prepared.rule(directions, [narrowed(x) for x in prepared.tensors], rest=narrowed)
-    for value, change in zip(tree_leaves(y), tree_leaves(dy), strict=True):
-        if change is not ZERO:
-            assert change.shape == value.shape
-            assert change.dtype == value.dtype
+    pairs = [pair for pair in zip(tree_leaves(y), tree_leaves(dy), strict=True) if pair[1] is not ZERO]
+    assert pairs
+    for value, change in pairs:
+        assert change.shape == value.shape
+        assert change.dtype == value.dtype
 
 
 Drawn = Callable[[int, int, int], Case]
@@ -395,8 +401,7 @@ def test_rules_hold_for_drawn_shapes_and_zero_masks(make, seed, sizes, mask):
     dilation=st.integers(1, 2),
 )
 def test_convolution_and_pooling_rules_hold_for_drawn_settings(seed, channels, size, kernel, stride, dilation):
-    if dilation * (kernel - 1) + 1 > size:
-        return
+    assume(dilation * (kernel - 1) + 1 <= size)
     window = {"stride": stride, "padding": kernel // 2, "dilation": dilation}
     image = (2, channels, size, size)
     weight = (2 * channels, 1, kernel, kernel)
