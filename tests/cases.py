@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.assignment import assigned, overwritten
 from fxstn.ops.geometry import resample
+from fxstn.ops.attention import attention_scores, attention_values
 from fxstn.ops.heads import (
-    attention_scores,
-    attention_values,
     join_heads,
     join_windows,
     joint_mask,
@@ -157,6 +156,7 @@ CASES = [
     Case(F.softshrink, away=(-0.5, 0.5)),
     Case(F.hardshrink, away=(-0.5, 0.5)),
     Case(torch.softmax, args=(1,)),
+    Case(torch._safe_softmax, args=(1,)),
     Case(torch.log_softmax, args=(1,)),
     Case(F.softmin, args=(1,)),
     Case(F.softmin, kwargs={"dtype": torch.float64, "dim": 0}),
@@ -536,10 +536,12 @@ CASES = [
     Case(joined_states, ((2, 4), (2, 4)), ([X, X], 3)),
     Case(joined_states, ((1, 4), (1, 4)), ([X, X], 2)),
     Case(attention_scores, (*GROUPED[:2], (3, 5)), (X, False, 0.3, True), varying=(1, 2)),
+    Case(attention_scores, (*QKV[:2], (2, 1, 3, 5)), (X, False, None, False), varying=(0,)),
     Case(attention_values, GROUPED[2:], (torch.ones(1, 4, 1, 1), True)),
+    Case(attention_values, (GROUPED[2], GROUPED[0]), (X, X, True)),
     Case(split_windows, ((2, 5, 6, 3),), ([2, 4], [1, 2])),
-    Case(join_windows, ((2 * 6, 8, 3),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
-    Case(mask_windows, ((2 * 6, 1, 8, 8),), (torch.ones(2, 5, 6, 3), [2, 4], [1, 2])),
+    Case(join_windows, ((2 * 6, 8, 3), (2, 5, 6, 3)), (X, X, [2, 4], [1, 2])),
+    Case(mask_windows, ((2 * 6, 1, 8, 8), (2, 5, 6, 3)), (X, X, [2, 4], [1, 2])),
     Case(torch.conv_transpose3d, shapes=((2, 2, 3, 3, 3), (2, 3, 2, 2, 2)), varying=(1,)),
     Case(F.batch_norm, shapes=((5, 3, 4), (3,), (3,), (3,), (3,)), args=(False,), domain=POSITIVE, varying=(0,)),
     Case(F.batch_norm, ((5, 3, 4), (3,), (3,), (3,), (3,)), (False,), domain=POSITIVE, varying=(0, 3, 4)),

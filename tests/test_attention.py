@@ -180,3 +180,66 @@ def test_probabilities_of_attention_are_dropped_at_a_rate_from_lambda():
     stn = fxstn.transform(NETS["dropout"]())
     assert stn.hparams.names == ("attention.dropout",)
     assert next(iter(stn.hparams.values().values())) == pytest.approx(0.3)
+
+
+# Rows with nothing to attend to
+
+
+class Product(nn.Module):
+    """scaled_dot_product_attention with a mask, (True: attended to)."""
+
+    def __init__(self, dropout, mask):
+        super().__init__()
+        self.project, self.dropout, self.mask = nn.Linear(D, D), dropout, mask
+
+    def forward(self, x):
+        p = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(self.project(x), x.cos(), x.sin(), self.mask(x), dropout_p=p)
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout, hidden):
+        super().__init__()
+        self.layer, self.hidden = nn.TransformerEncoderLayer(D, HEADS, 16, dropout=dropout, batch_first=True), hidden
+
+    def forward(self, x):
+        return self.layer(x, src_key_padding_mask=self.hidden(x))
+
+
+def sees_nothing(name, kind, dropout):
+    """A network in which the second example sees nothing and the others four positions, by a bool or by a float mask."""
+
+    def hidden(x):
+        number = torch.ones_like(x[..., 0]).cumsum(0)
+        mask = (number == 2) | (torch.arange(6) >= 4)
+        return mask if kind == "bool" else torch.zeros_like(number).masked_fill(mask, -torch.inf)
+
+    def mask(x):
+        return (~hidden(x) if kind == "bool" else hidden(x)).unsqueeze(1)
+
+    if name == "function":
+        return Product(dropout, mask)
+    if name == "encoder layer":
+        return Encoder(dropout, hidden)
+    keywords = {"need_weights": name == "weights"}
+    return Attend(lambda a, x: itself(a, x, key_padding_mask=hidden(x), **keywords), batch_first=True, dropout=dropout)
+
+
+WAYS = [(name, kind) for name in ("function", "encoder layer", "multi-head", "weights") for kind in ("bool", "float")]
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+@pytest.mark.parametrize(("name", "kind"), WAYS)
+def test_a_row_that_sees_nothing_is_as_in_torch(name, kind, trace):
+    x, net = torch.randn(3, 6, D), sees_nothing(name, kind, 1e-12)  # the path of dropout, of which nothing is dropped
+    expected = copy.deepcopy(net).train()(x)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x, trace=trace).train()
+    torch.testing.assert_close(stn(x), expected, equal_nan=True)
+    assert torch.isnan(expected[0] if name == "weights" else expected).any() == (name == "weights")
+
+
+@pytest.mark.parametrize("trace", ["fx", "live"])
+@pytest.mark.parametrize(("name", "kind"), [way for way in WAYS if way[0] != "weights"])
+def test_the_tangent_of_a_row_that_sees_nothing_is_the_derivative_of_the_original(name, kind, trace):
+    report = fxstn.verify(sees_nothing(name, kind, 0.3), torch.randn(3, 6, D), hparams=SCALAR, trace=trace)
+    assert report.ok, report

@@ -91,7 +91,9 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
         if kind == "call_function" and target in DECOMPOSITIONS:
-            return DECOMPOSITIONS[target](*args, **kwargs)
+            result = DECOMPOSITIONS[target](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if kind == "call_function" and is_opaque(target):
             last = next(iter(reversed(self.graph.nodes)))
             try:

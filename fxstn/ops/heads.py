@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ops.attention import share_heads, softmax_scale
 
 
 @staged
@@ -49,27 +48,6 @@ def joint_mask(query: Tensor, attention: Tensor | None, padding: Tensor | None) 
     if padding is not None:
         parts.append(added(padding).unsqueeze(-2).unsqueeze(-2))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-@staged
-def attention_scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, grouped: bool
-) -> Tensor:
-    """scale · Q Kᵀ + mask, −inf where masked: what attention takes the softmax of. Arguments as in
-    `torch.nn.functional.scaled_dot_product_attention`, grouped for its enable_gqa."""
-    scores = torch.matmul(query * softmax_scale(query, scale), share_heads(key, query, grouped).mT)
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores
-
-
-@staged
-def attention_values(value: Tensor, query: Tensor, grouped: bool) -> Tensor:
-    """Values with one head per head of the query."""
-    return share_heads(value, query, grouped)
 
 
 def _padded(sizes: Sequence[int], window: Sequence[int]) -> list[int]:

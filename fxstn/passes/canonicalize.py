@@ -20,7 +20,6 @@ from fxstn.ir.graphs import copied, rename
 from fxstn.ir.node_info import annotate, copy_facts, copy_place, info_of
 from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
-from fxstn.ops.heads import attention_scores, attention_values
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import synced_batch_norm
 from fxstn.passes.in_place import Parts, functionalize
@@ -86,6 +85,8 @@ def _open(node: fx.Node) -> None:
         proxy: Any = lambda value: fx.Proxy(value, opener)  # noqa: E731
         args, kwargs = map_arg((spelled.args, spelled.kwargs), proxy)
         results = DECOMPOSITIONS[spelled.function](*args, **kwargs)
+    if results is NotImplemented:
+        return
     single = isinstance(results, fx.Proxy)
     for user in [node] if single else list(node.users):
         result = results if single else results[user.args[1]]  # type: ignore[index]
@@ -189,8 +190,6 @@ def _simplify_structure(node: fx.Node) -> None:
             _bypass(node)
         else:
             node.args, node.kwargs = (node.args[0], p, True), {}
-    elif node.target is F.scaled_dot_product_attention:
-        _open_attention(node)
     elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
         arguments: Any = node.args
         structure: Any = node.target(*arguments, **node.kwargs)
@@ -199,29 +198,6 @@ def _simplify_structure(node: fx.Node) -> None:
                 user.args = (map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
         if not node.users:
             node.graph.erase_node(node)
-
-
-def _open_attention(node: fx.Node) -> None:
-    """Attention that drops its probabilities inside becomes scores, softmax, dropout and product."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    p, grouped = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
-    if not isinstance(p, fx.Node) and p == 0:
-        return
-    scored = (given.get("attn_mask"), given.get("is_causal", False), given.get("scale"), grouped)
-    weights: Any = None
-    for function, *arguments in (
-        (attention_scores, given["query"], given["key"], *scored),
-        (torch.softmax, -1),
-        (F.dropout, p, True),
-    ):
-        with node.graph.inserting_before(node):
-            arguments = arguments if weights is None else [weights, *arguments]
-            weights = node.graph.call_function(function, tuple(arguments))
-        copy_place(weights, node)
-    with node.graph.inserting_before(node):
-        values = node.graph.call_function(attention_values, (given["value"], given["query"], grouped))
-    node.target, node.args, node.kwargs = operator.matmul, (weights, values), {}
 
 
 _NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}

@@ -59,6 +59,7 @@ pointwise(F.prelu, lambda dx, y, x, weight: dx * torch.where(x > 0, 1, along_cha
           lambda dw, y, x, weight: along_channels(dw, x) * torch.clamp(x, max=0))  # fmt: skip
 pointwise(F.rrelu, lambda dx, y, x, *_, **__: dx * torch.where(x < 0, y / x, 1))  # the slope drawn is the one y shows
 pointwise(torch.softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
+pointwise(torch._safe_softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))
 
 

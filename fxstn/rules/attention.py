@@ -1,48 +1,63 @@
-"""Attention: primal and tangent share the explicit softmax probabilities."""
+"""Attention: primal and tangent share scores and softmax probabilities."""
 
 from __future__ import annotations
 
-import operator
-
+import torch
 import torch.nn.functional as F
 
-from fxstn.ir.tangents import ZERO
-from fxstn.ops.attention import attention_tangent, attention_with_probabilities
-from fxstn.ops.heads import (
-    attention_scores,
-    attention_values,
-    join_heads,
-    join_windows,
-    mask_windows,
-    split_heads,
-    split_windows,
-)
-from fxstn.ops.kernels import expand_like
-from fxstn.rules.registry import NoRule, linear, pointwise, rule, total
+from fxstn.ops.attention import attention_scores, attention_values
+from fxstn.ops.heads import join_heads, join_windows, mask_windows, split_heads, split_windows
+from fxstn.ops.kernels import expand_like, softmax_jacobian
+from fxstn.rules.registry import NoRule, linear, rule, total
 
 
 @rule(F.scaled_dot_product_attention)
 def attention(
     d, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
+    """dy = dP V + P dV; dP is the softmax's Jacobian applied to the tangent of the scores."""
     if not isinstance(dropout_p, (int, float)) or dropout_p > 0:
         raise NoRule("its dropout is drawn inside; pass dropout_p=0 and drop the probabilities or the output instead")
-    results = attention_with_probabilities(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    y, probabilities = operator.getitem(results, 0), operator.getitem(results, 1)
-    tangents = tuple(None if t is ZERO else t for t in (d.query, d.key, d.value, d.attn_mask))
-    return y, attention_tangent(tangents, query, key, value, scale, enable_gqa, probabilities)
-
-
-linear(split_heads, join_heads, split_windows, join_windows, attention_values)
-pointwise(mask_windows, lambda dx, y, x, *_: dx)
+    scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    values = attention_values(value, query, enable_gqa)
+    dscores = _scores_tangent(d.query, d.key, d.attn_mask, query, key, scores, scale, enable_gqa)
+    return torch.matmul(weights, values), total(
+        (dscores, lambda dscores: torch.matmul(softmax_jacobian(dscores, weights, -1), values)),
+        (d.value, lambda dv: torch.matmul(weights, attention_values(dv, query, enable_gqa))),
+    )
 
 
 @rule(attention_scores)
 def masked_scores(d, query, key, mask, is_causal, scale, grouped):
-    settings = (None, False, scale, grouped)
     scores = attention_scores(query, key, mask, is_causal, scale, grouped)
-    return scores, total(
-        (d.query, lambda dq: attention_scores(dq, key, *settings)),
-        (d.key, lambda dk: attention_scores(query, dk, *settings)),
-        (d.mask, lambda dmask: expand_like(dmask, scores)),
+    return scores, _scores_tangent(d.query, d.key, d.mask, query, key, scores, scale, grouped)
+
+
+def _scores_tangent(dquery, dkey, dmask, query, key, scores, scale, grouped):
+    """scale · (dQ Kᵀ + Q dKᵀ) + dmask; finite also where the scores are −∞."""
+    settings = (None, False, scale, grouped)
+    tangent = total(
+        (dquery, lambda dq: attention_scores(dq, key, *settings)),
+        (dkey, lambda dk: attention_scores(query, dk, *settings)),
+        (dmask, lambda dmask: dmask),
     )
+    return total((tangent, lambda tangent: expand_like(tangent, scores)))
+
+
+@rule(attention_values, kind="linear")
+def values_of_heads(d, value, query, grouped):
+    return attention_values(value, query, grouped), total((d.value, lambda dv: attention_values(dv, query, grouped)))
+
+
+@rule(join_windows, kind="linear")
+def joined_windows(d, x, like, window, shift):
+    return join_windows(x, like, window, shift), total((d.x, lambda dx: join_windows(dx, like, window, shift)))
+
+
+@rule(mask_windows)
+def masked_windows(d, scores, like, window, shift):
+    return mask_windows(scores, like, window, shift), d.scores
+
+
+linear(split_heads, join_heads, split_windows)

@@ -13,8 +13,25 @@ from torchvision.models.video.swin_transformer import shifted_window_attention_3
 from torchvision.ops import stochastic_depth
 
 from fxstn.frontends.decompositions.registry import decomposes
+from fxstn.ops.attention import attention_scores, attention_values
 from fxstn.ops.heads import join_heads, join_windows, joint_mask, mask_windows, split_heads, split_windows
 from fxstn.ops.noise import row_mask
+
+
+@decomposes(F.scaled_dot_product_attention)
+def attention_with_dropout(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Attention that drops its probabilities: scores, softmax, dropout and product. Without dropout it stays one operation.
+
+    A row with nothing to attend to gives zeros, as in torch.
+    """
+    if isinstance(dropout_p, (int, float)) and dropout_p == 0:
+        return NotImplemented
+    scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    return torch.matmul(F.dropout(weights, dropout_p, True), attention_values(value, query, enable_gqa))
 
 
 @decomposes(nn.MultiheadAttention)
@@ -22,7 +39,10 @@ def multi_head_attention(
     module: Any, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
     attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """nn.MultiheadAttention without its fast paths and shape checks. A causal hint needs its mask, which is used."""
+    """nn.MultiheadAttention without its fast paths and shape checks. A causal hint needs its mask, which is used.
+
+    A row with nothing to attend to gives zeros, and NaN where the weights are asked for, as in torch.
+    """
     if module.bias_k is not None or module.add_zero_attn:
         raise NotImplementedError("add_bias_kv and add_zero_attn of nn.MultiheadAttention")
     if is_causal and attn_mask is None:
@@ -37,8 +57,7 @@ def multi_head_attention(
         mask = joint_mask(q, attn_mask, key_padding_mask)
     p = module.dropout if module.training else 0.0
     if need_weights:
-        scores = torch.matmul(q * module.head_dim**-0.5, k.transpose(-2, -1))
-        weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+        weights = torch.softmax(attention_scores(q, k, mask, False, None, False), -1)
         weights = F.dropout(weights, p, True) if p else weights
         output = torch.matmul(weights, v)
         weights = weights.mean(-3) if average_attn_weights else weights
@@ -132,7 +151,7 @@ def window_attention(
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = scores * torch.clamp(logit_scale, max=4.605170185988092).exp()  # ln 100
     else:
-        scores = torch.matmul(q * (q.shape[-1] ** -0.5), k.transpose(-2, -1))
+        scores = attention_scores(q, k, None, False, None, False)
     scores = mask_windows(scores + relative_position_bias, input, window_size, shift_size)
     weights = F.dropout(F.softmax(scores, dim=-1), attention_dropout, training)
     x = F.linear(join_heads(torch.matmul(weights, v), True), proj_weight, proj_bias)

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -27,7 +26,6 @@ from fxstn.frontends.live.containers import mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Spelled, Unspellable, respell
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
-from fxstn.ops.heads import attention_scores, attention_values
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
 from fxstn.rules import RULES
@@ -120,16 +118,6 @@ def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append((parameter.name, parameter.default is not parameter.empty))
     return names
-
-
-def attention_with_dropout(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """Attention that drops its probabilities inside, as scores, softmax, dropout and product."""
-    scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = F.dropout(torch.softmax(scores, -1), dropout_p, True)
-    return torch.matmul(weights, attention_values(value, query, enable_gqa))
 
 
 class Following(TorchFunctionMode):
@@ -263,7 +251,9 @@ class Following(TorchFunctionMode):
         body = None if dropout else self._body(call)
         if body is not None:
             with self:
-                return body(*args, **kwargs)
+                result = body(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         name = operation_name(call.function)
         if not dropout and self.counted is not None and name not in self.counted:
             return self.apply(call)
@@ -282,10 +272,6 @@ class Following(TorchFunctionMode):
 
     def _body(self, call: Call) -> Callable[..., Any] | None:
         """What to run in place of an operation that is followed into its parts."""
-        if call.function is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p")
-            given = dict(zip(names, call.args, strict=False)) | call.kwargs
-            return attention_with_dropout if given.get("dropout_p") else None
         spelled = call.spelled
         if spelled is not None and spelled.function in DECOMPOSITIONS:
             return lambda *_, **__: DECOMPOSITIONS[spelled.function](*spelled.args, **spelled.kwargs)
