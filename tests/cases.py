@@ -12,8 +12,8 @@ import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.assignment import assigned, overwritten
-from fxstn.ops.geometry import resample
 from fxstn.ops.attention import attention_scores, attention_values
+from fxstn.ops.geometry import resample
 from fxstn.ops.heads import (
     join_heads,
     join_windows,

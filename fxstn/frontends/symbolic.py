@@ -20,6 +20,7 @@ from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.inputs import require_full_precision
+from fxstn.rules import RULES
 
 
 class _Results(tuple):
@@ -90,10 +91,9 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: tuple, kwargs: dict, name: Any = None, type_expr: Any = None, *rest: Any
     ) -> Any:
         """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
-        if kind == "call_function" and target in DECOMPOSITIONS:
-            result = DECOMPOSITIONS[target](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if kind == "call_function" and target in DECOMPOSITIONS and target not in RULES:
+            # One with a rule can stay a node, and canonicalize writes it out.
+            return DECOMPOSITIONS[target](*args, **kwargs)
         if kind == "call_function" and is_opaque(target):
             last = next(iter(reversed(self.graph.nodes)))
             try:

@@ -1,4 +1,4 @@
-"""Pieces of scaled dot-product attention: scores and values. What is between them, softmax and dropout, are nodes of their own."""
+"""Pieces of scaled dot-product attention: scores and values. Softmax and dropout between them are nodes of their own."""
 
 from __future__ import annotations
 
