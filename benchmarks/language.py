@@ -23,7 +23,8 @@ import fxstn
 from benchmarks.overhead import RESULTS
 from examples.language_model import LanguageModel, cross_entropy, specs
 from fxstn import Carried
-from fxstn.bilevel.optimizers import SettlingAdam, adam
+from fxstn.bilevel.optim import SettlingAdam
+from fxstn.bilevel.optimizers import adam
 from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY
 from fxstn.ops.noise import locked_mask, weight_mask, word_mask
 from fxstn.tools.measure import step_times

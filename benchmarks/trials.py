@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam
 from fxstn.tools.cli import loader
 
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optimizers import SettlingAdam
 from fxstn.tools import data
 
 
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
 
     optimizer = torch.optim.SGD(stn.general_parameters(), lr=0.02, momentum=0.9)
     response_optimizer = torch.optim.Adam(stn.response_parameters(), lr=1e-2)
-    hyper_optimizer = SettlingAdam([stn.hparams.unconstrained])  # Adam(..., lr=0.03) does, too
+    hyper_optimizer = fxstn.optim.SettlingAdam([stn.hparams.unconstrained])  # Adam(..., lr=0.03) does, too
     validation, steps = iter(valid), 0
     for epoch in range(1, args.epochs + 1):
         total = 0.0

@@ -14,6 +14,7 @@ from fxstn.bilevel import (
     average_gradients,
     general_loss,
     hyper_loss,
+    optim,
     response_loss,
 )
 from fxstn.bilevel.losses import cross_entropy
@@ -50,6 +51,7 @@ __all__ = [
     "general_loss",
     "hp",
     "hyper_loss",
+    "optim",
     "register_operation",
     "register_rule",
     "response_loss",

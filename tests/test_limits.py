@@ -15,86 +15,71 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.limits import limit
-from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam
 
 
-def gaps(runner: fxstn.BilevelRunner) -> list[float]:
+def gap(runner: fxstn.BilevelRunner) -> float | None:
     return runner.optimizers["hyper_optimizer"].param_groups[0]["gap"]
-
-
-def moved(train: float, valid: float) -> list[float]:
-    """What of a free step numbers make whose gradients say down, up and up; the last does not regularise."""
-    x = nn.Parameter(torch.zeros(3))
-    optimizer = SettlingAdam([x], lr=0.1, certainty=None)
-    limit(optimizer, [True, True, False], train, valid)
-    x.grad = torch.tensor([1.0, -1.0, -1.0])
-    optimizer.step()
-    return (x.detach() / 0.1).tolist()
-
-
-@pytest.mark.parametrize(("train", "valid", "share"), [(0.3, 0.4, 0.25), (0.0, 2.0, 1.0), (0.5, 0.4, 0.0)])
-def test_steps_that_raise_a_regularisation_are_multiplied_by_the_gaps_share(train, valid, share):
-    assert moved(train, valid) == pytest.approx([-1.0, share, 1.0], abs=1e-5)
-
-
-@pytest.mark.parametrize(("train", "valid"), [(-0.1, 0.4), (-0.5, -0.4), (0.0, 0.0), (math.nan, 0.4), (math.inf, 0.4)])
-def test_losses_that_say_nothing_leave_steps_whole(train, valid):
-    assert moved(train, valid) == pytest.approx([-1.0, 1.0, 1.0], abs=1e-5)
-
-
-def test_an_optimizer_that_knows_no_limits_is_left_alone():
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
-    limit(optimizer, [True], 0.3, 0.4)
-    assert "gap" not in optimizer.param_groups[0]
-
-
-def walked(gradients: torch.Tensor, gap: float | list[float], certainty: float, start: float = 0.0) -> torch.Tensor:
-    """How far numbers get on gradients (steps, h), from a start on which their place in a range depends; in steps so small that
-    it stays, and in units of these."""
-    x = nn.Parameter(torch.full_like(gradients[0], start))
-    optimizer = SettlingAdam([x], lr=1e-6, settle=1e12, certainty=certainty)
-    optimizer.param_groups[0]["gap"] = gap
-    for gradient in gradients:
-        x.grad = gradient.clone()
-        optimizer.step()
-    return (x.detach() - start) / 1e-6
-
-
-DOWN = torch.rand(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # of one sign, and many sizes
-UP = -DOWN
-
-
-@pytest.mark.parametrize("gap", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(
-    ("place", "above", "below"), [(1e-9, 1.0, 0.0), (0.05, 1.0, 0.5), (0.5, 1.0, 1.0), (0.95, 0.5, 1.0), (1 - 1e-9, 0.0, 1.0)]
-)  # fmt: skip
-def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(gap, place, above, below):
-    """ReferenceRun: an optimizer without a gap, of the certainty that is left."""
-    certainty, free, start = 20.0, math.nan, math.log(place / (1 - place))
-    assert 0 < walked(UP, free, certainty) < 0.5 * walked(UP, free, 0.0)
-    up = gap * walked(UP, free, certainty * (1 - gap * above))
-    down = walked(DOWN, free, certainty * (1 - (1 - gap) * below))
-    torch.testing.assert_close(walked(UP, gap, certainty, start), up, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(walked(DOWN, gap, certainty, start), down, rtol=1e-4, atol=1e-6)
-
-
-def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show():
-    """Sixteen numbers, every second of which goes up; alone none would go far. ReferenceRun: as above, one for each number."""
-    certainty, free, gaps = 4.0, math.nan, [0.3, 0.9, math.nan, math.nan] * 4
-    sizes = torch.rand(60, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 8
-    gradients = sizes * torch.tensor([-1.0, 1.0] * 8, dtype=torch.float64)
-    together = walked(gradients, free, certainty)
-    alone = torch.cat([walked(gradients[:, i : i + 1], free, certainty) for i in range(16)])
-    assert alone.abs().mean() < 0.5 * together.abs().mean()
-    for i, (got, gap) in enumerate(zip(walked(gradients, gaps, certainty), gaps, strict=True)):
-        share, factor = (1.0, 1.0) if math.isnan(gap) else (gap, 1.0) if i % 2 else (1 - gap, gap)
-        torch.testing.assert_close(got, factor * walked(gradients, free, certainty * share)[i], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_begins_with_a_gap_of_zero():
     """So that nothing rises in the first epoch, and little evidence lowers."""
-    assert gaps(make()) == [0.0] * 3
+    runner = make()
+    assert gap(runner) == 0.0
+    assert runner.optimizers["hyper_optimizer"].param_groups[0]["limited"] == [True] * 3
+
+
+class Ends(fxstn.BilevelProblem):
+    """One regularising number, near the lower end of its range or where there is none; its gradient is what loaders yield."""
+
+    def __init__(self, logits: bool):
+        super().__init__()
+        self.weight, self.number = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.full((1,), -9.0))
+        self.logits = logits
+
+    def general_parameters(self):
+        return [self.weight]
+
+    def hyper_parameters(self):
+        return [self.number]
+
+    def general_loss(self, inputs, target):
+        return 1 + self.weight.square().sum()
+
+    def hyper_loss(self, inputs, target):
+        return 1 + (inputs * self.number).sum()
+
+    def validation_loss(self, inputs, target):
+        return inputs.sum() * 0 + 1, inputs
+
+    def regularizing(self):
+        return [True]
+
+    def positions(self, unconstrained):
+        return unconstrained.sigmoid() if self.logits else super().positions(unconstrained)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_only_a_number_near_an_end_of_its_range_needs_certainty_of_steps_towards_it(logits):
+    """A gap of zero, so that steps down need no certainty but at the end; of that more than these gradients show."""
+    noise = 1.0 + torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(noise, noise), 1)
+    problem = Ends(logits)
+    runner = fxstn.BilevelRunner(
+        problem, None, loader, loader, train_steps=1, progress=False,
+        hyper_optimizer=lambda params: SettlingAdam(params, lr=0.1, settle=1e12, certainty=100.0),
+    )  # fmt: skip
+    runner.fit(1)
+    assert (problem.number.item() == -9.0) == logits
+
+
+@pytest.mark.parametrize("high", [0.95, math.inf])
+def test_where_in_their_ranges_the_numbers_of_a_network_are(high):
+    """ReferenceRun: the constrained value as a share of the range; a range without upper end has no ends."""
+    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("a", 0.2, 0.0, high, regularizes=True)])
+    position = runner.optimizers["hyper_optimizer"].position(runner.stn.hparams.unconstrained.detach())
+    shares = [0.3 / runner.problem.ranges()["2.dropout"][1], 0.2 / high if math.isfinite(high) else 0.5]
+    torch.testing.assert_close(position, torch.tensor(shares))
 
 
 class Rising(fxstn.BilevelProblem):
@@ -152,7 +137,7 @@ def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
         expected = F.cross_entropy(runner.best_model().eval()(x), y).item()
     assert row["clean_train_loss"] == pytest.approx(expected, rel=1e-5)
     assert row["clean_train_loss"] != pytest.approx(row["train_loss"], rel=1e-3)
-    assert gaps(runner) == pytest.approx([min(max(1 - expected / row["valid_loss"], 0.0), 1.0)] * 3, abs=1e-5)
+    assert gap(runner) == pytest.approx(min(max(1 - expected / row["valid_loss"], 0.0), 1.0), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +151,7 @@ def test_where_nothing_is_limited_nothing_is_measured(settings):
     (row,) = runner.fit(1)
     assert "clean_train_loss" not in row
     (group,) = runner.optimizers["hyper_optimizer"].param_groups
-    assert torch.tensor(group.get("gap", math.nan)).isnan().all()
+    assert group.get("gap") is None
 
 
 @pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyError, RuntimeError])
@@ -185,24 +170,24 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothi
         history = runner.fit(2)
     assert {w.filename for w in told_of if w.category is fxstn.RunWarning} == {__file__}
     assert all(map(math.isnan, history["clean_train_loss"]))
-    assert gaps(runner) == pytest.approx([math.nan], nan_ok=True)
+    assert gap(runner) is None
 
 
 def test_a_run_resumed_without_limits_has_none(tmp_path):
     make(tmp_path).fit(1)
     runner = make(tmp_path, recalibrate=0)
     runner.fit(2)
-    assert gaps(runner) == pytest.approx([math.nan] * 3, nan_ok=True)
+    assert gap(runner) is None
 
 
 def test_limits_are_part_of_a_saved_run(tmp_path):
     first = make(tmp_path / "a")
     first.fit(2)
-    first.optimizers["hyper_optimizer"].param_groups[0]["gap"] = [0.1, 0.2, math.nan]
+    first.optimizers["hyper_optimizer"].param_groups[0]["gap"] = 0.1
     first.save(tmp_path / "run.pt")
     second = make()
     second.load(tmp_path / "run.pt")
-    assert gaps(second) == pytest.approx([0.1, 0.2, math.nan], nan_ok=True)
+    assert gap(second) == 0.1
 
 
 @pytest.mark.parametrize("said", [[True], [True, False, True]])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam
 from fxstn.ops.erase import cutout_mask
 from fxstn.ops.noise import by_example
 

@@ -19,7 +19,6 @@ from torchvision import models
 import fxstn
 from fxstn import hp
 from fxstn.bilevel import problem as steps
-from fxstn.bilevel.optimizers import SettlingAdam
 from fxstn.tools import cli, data
 from fxstn.tools.bench import Setup, bench
 
@@ -105,73 +104,6 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
     expected = along(after, xv, yv) - correction * along(before, x, y)
     start = torch.zeros(2)  # the middle of the range
     torch.testing.assert_close(start - stn.hparams.unconstrained.detach(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_rate_of_lambda_falls_with_the_steps_done_and_a_resumed_run_goes_on_where_it_was():
-    weight = torch.nn.Parameter(torch.ones(2))
-
-    def rate_of_step(optimizer, number, done=0):
-        for _ in range(number - done + 1):
-            weight.grad = torch.ones(2)
-            optimizer.step()
-        return optimizer.param_groups[0]["lr"]
-
-    first = SettlingAdam([weight], lr=0.2, settle=25)
-    assert rate_of_step(first, 0) == 0.2
-    assert rate_of_step(first, 75, done=1) == pytest.approx(0.1)
-    other = SettlingAdam([weight])
-    other.load_state_dict(first.state_dict())
-    assert rate_of_step(other, 200, done=76) == pytest.approx(0.2 / 3)
-
-
-def settled(gradients, certainty):
-    """Where x gets from zero on these gradients, (steps, h), at a rate that does not fall."""
-    x = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
-    optimizer = SettlingAdam([x], lr=0.1, settle=1e12, certainty=certainty)
-    for gradient in gradients:
-        x.grad = gradient.clone()
-        optimizer.step()
-    return x.detach()
-
-
-def test_without_certainty_it_is_adam():
-    gradients = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
-    adam = torch.nn.Parameter(torch.zeros(6))
-    expected = torch.optim.Adam([adam], lr=0.1)
-    for gradient in gradients:
-        adam.grad = gradient.clone()
-        expected.step()
-    torch.testing.assert_close(settled(gradients, None), adam.detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("h", [1, 3, 19])
-def test_noise_does_not_move_lambda_and_a_sure_gradient_does_and_drags_no_other_along(h):
-    """Root mean squares over 20 draws of 200 steps."""
-    draws = [torch.randn(200, h, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
-    sure = [noise + 3.0 * (torch.arange(h) == 0) for noise in draws]
-
-    def far(gradients, certainty, first=0):
-        return torch.stack([settled(g, certainty)[first:] for g in gradients]).square().mean().sqrt().item()
-
-    assert far(draws, 2.0) < 0.3 * far(draws, None)
-    assert far([g[:, :1] for g in sure], 2.0) > 0.8 * far([g[:, :1] for g in sure], None)
-    if h > 1:
-        assert far(sure, 2.0, first=1) < 0.4 * far(sure, None, first=1)
-
-
-def test_what_each_gradient_alone_does_not_show_all_together_do():
-    """Gradients of half their noise: a number of its own mostly stays, one among 19 that agree in this moves."""
-    gradients = 0.5 + torch.randn(100, 19, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([settled(gradients[:, i : i + 1], 2.0) for i in range(19)])
-    assert settled(gradients, 2.0).mean() < 1.5 * alone.mean() < 0
-
-
-def test_a_gradient_that_changes_slowly_is_not_taken_for_a_noisy_one():
-    """From 5 to 1 in 100 steps, noise 0.1: the deviation from its mean is large, that from the last ones is not."""
-    gradients = torch.linspace(5, 1, 100)[:, None] + 0.1 * torch.randn(
-        100, 1, generator=torch.Generator().manual_seed(0)
-    )
-    assert settled(gradients, 2.0).item() == pytest.approx(settled(gradients, None).item(), rel=0.1)
 
 
 def test_a_fixed_scale_stays():

@@ -1,5 +1,6 @@
 """Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps."""
 
+from fxstn.bilevel import optim
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History
@@ -23,5 +24,6 @@ __all__ = [
     "average_gradients",
     "general_loss",
     "hyper_loss",
+    "optim",
     "response_loss",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 8
+FORMAT = 9
 # A file: what torch.save writes, the format in 4 digits, the SHA-256 of all that, and a mark.
 _MARK = b"fxstn-run"
 _SEAL = hashlib.sha256().digest_size + len(_MARK)

@@ -145,7 +145,7 @@ class Monitors:
             self._warn("limits", f"epoch {epoch}: training batches have a loss of {train:.4g}, validation {valid:.4g}: no "
                        "regularisation rises in a network that fits so badly, and little evidence lowers it; where "
                        "many of their labels are wrong, or validation data are of another kind, free λ by "
-                       "SettlingAdam(params, limits=False)")  # fmt: skip
+                       "fxstn.optim.SettlingAdam(params, limits=False)")  # fmt: skip
         errors = [row.get("linearization_error", 0.0) for row in recent]
         if min(errors) > 0.9 and errors[-1] >= errors[0]:
             self._warn("linearization", f"epoch {epoch}: the linearised loss says little of the true one (relative error "

@@ -87,9 +87,18 @@ class BilevelProblem(nn.Module):
         return {}
 
     def regularizing(self) -> Sequence[bool]:
-        """Of each number of the one λ, in order, whether it regularises more where it is higher: steps of that are limited by
-        how far the network overfits (`fxstn.bilevel.limits`), λ taken for logits. Empty: nothing is known, and limited."""
+        """For each number of the one λ, in order, whether a higher value is a stronger regularisation.
+
+        The generalisation gap limits the steps of these (`fxstn.optim.set_gap`). Empty: nothing is known, and nothing limited.
+        """
         return ()
+
+    def positions(self, unconstrained: Tensor) -> Tensor:
+        """Where in its range each number of λ is, in [0, 1] and in the shape of λ: torch.sigmoid(unconstrained) for logits.
+
+        Near an end, steps towards it need more certainty (`fxstn.optim.SettlingAdam`). The default, 0.5: no number has ends.
+        """
+        return torch.full_like(unconstrained, 0.5)
 
     def training_hypergradient(self) -> Tensor | None:
         """The training loss's derivative in λ, from the gradients of w₀; None: nothing to correct (`inner_correction`)."""
@@ -242,6 +251,9 @@ class NetworkProblem(BilevelProblem):
 
     def regularizing(self) -> list[bool]:
         return [p.regularizes for p in self.stn.hparams.hyperparameters]
+
+    def positions(self, unconstrained: Tensor) -> Tensor:
+        return self.stn.hparams.bijection.position(unconstrained)
 
     def training_hypergradient(self) -> Tensor | None:
         return None if self.joint else self.stn.hypergradient()

@@ -75,8 +75,7 @@ def restore(runner: BilevelRunner, state: dict[str, Any], source: str) -> None:
                          f"{shapes.get(other[0], 'missing')} here; choose another out_dir")  # fmt: skip
     runner.problem.load_state_dict(state["problem"])
     runner.updates.load_state_dict(state["updates"])
-    if not runner._limits.on:
-        runner._limits.begin()
+    runner._limit.load_state_dict({})
     if runner._averaged:
         runner._averaged.load(state["averages"])
     start, rows = state["history"]

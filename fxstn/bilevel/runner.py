@@ -19,9 +19,9 @@ from fxstn.bilevel.evaluation import Evaluator
 from fxstn.bilevel.faults import BadLoss, LossGuard, Monitors, Stop
 from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.keeper import CheckpointManager
-from fxstn.bilevel.limits import Limits
 from fxstn.bilevel.objectives import LossFunction
-from fxstn.bilevel.optimizers import OptimizerLike, SettlingAdam, adam, made, sgd
+from fxstn.bilevel.optim import SettlingAdam, generalisation_gap
+from fxstn.bilevel.optimizers import OptimizerLike, adam, made, sgd
 from fxstn.bilevel.problem import BilevelProblem, NetworkProblem
 from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import (
@@ -35,7 +35,7 @@ from fxstn.bilevel.settings import (
     described,
     shared,
 )
-from fxstn.bilevel.steps import Stepper
+from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.streams import ResumableLoader
 from fxstn.bilevel.tally import RunningMeans, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
@@ -58,7 +58,7 @@ class BilevelRunner:
 
     optimizer (default SGD, momentum 0.9, lr 1e-2), response_optimizer (Adam, lr 1e-2; of a structured response as the
     weights'), hyper_optimizer (Adam, whose rate falls from 0.4, and that moves λ only as far as its gradient's sign is
-    certain: `fxstn.bilevel.optimizers.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
+    certain: `fxstn.optim.SettlingAdam`), scale_optimizer (RMSprop, lr 1e-2): a factory, or an optimizer that holds
     exactly those parameters. tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7); False keeps σ, and
     the hyper step takes the gradient at λ itself.
     train_steps, valid_steps: T_train, T_valid ≥ 1. warmup_epochs: epochs without hyper steps. entropy_weight: τ ≥ 0.
@@ -85,7 +85,7 @@ class BilevelRunner:
     network that evaluation, best.pt and best_model then use. recalibrate: ≥ 0, training batches, those of the last steps, on
     which evaluation, best.pt and best_model estimate the statistics of batch norms anew, in eval mode
     (`fxstn.bilevel.recalibration`), and whose loss, evaluated so, says how far the network overfits, by which λ is limited
-    (`fxstn.bilevel.limits`); 0: the statistics that training keeps, and no limits. step_schedulers: as schedulers, stepped with
+    (`fxstn.optim.set_gap`); 0: the statistics that training keeps, and no limits. step_schedulers: as schedulers, stepped with
     their optimizer.
     schedule: train on a schedule (`History.schedule()`, a file) and take no step of Θ, λ or σ.
     unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
@@ -243,8 +243,8 @@ class BilevelRunner:
         self._stepper = Stepper(problem, self.updates, self._watch, self._place, inner_correction, self._precision)
         self._evaluator = Evaluator(problem, self._train, self._averaged, self.metrics, self._place, self._precision)
         self._tally: RunningMeans | None = None  # of the epoch that is under way
-        wanted = recalibrate > 0 and schedule is None
-        self._limits = Limits(self.optimizers.get("hyper_optimizer"), problem, wanted)
+        measured = recalibrate > 0 and schedule is None
+        self._limit = GapLimit(self.optimizers.get("hyper_optimizer"), problem, measured)
         self.rollbacks_done, self._stopped = 0, False
         self._keeper = CheckpointManager(self, self.out_dir, save_minutes, keep, rollbacks)
 
@@ -329,9 +329,9 @@ class BilevelRunner:
         with self._evaluator.evaluating():
             found, sample = self._evaluator.means(self.valid_loader, "valid_loader")
             self._watch.check({"valid_loss": found["valid_loss"]}, f"epoch {number}")
-            if self._limits.on:
+            if self._limit.on:
                 losses["clean_train_loss"] = self._evaluator.clean_train_loss()
-                self._limits.set(losses["clean_train_loss"], found["valid_loss"])
+                self._limit.set(generalisation_gap(losses["clean_train_loss"], found["valid_loss"]))
             row: dict[str, Any] = {"epoch": number, **losses, **found}
             row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
             if not self.schedule and not distributed.any_of(not sample, self.device):

@@ -1,4 +1,4 @@
-"""One step each: of w₀, of Θ, of λ and σ."""
+"""One step each: of w₀, of Θ, of λ and σ; and the limit of λ's steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.faults import LossGuard
+from fxstn.bilevel.optim import SettlingAdam, set_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
@@ -81,3 +82,45 @@ class Stepper:
             self.updates.backward(loss / len(batches))
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+
+class GapLimit:
+    """Limits the steps of λ by the generalisation gap, in a run that measures it.
+
+    optimizer: of λ. None, or an optimizer that takes no limits: nothing is limited.
+    problem: says which numbers regularise, and where in their ranges they are.
+    measured: whether the run measures the gap.
+
+    `on` is False where nothing is limited. The gap is 0 until it is measured: what has learned nothing does not overfit, and no
+    regulariser rises in the first epoch.
+    Raises ValueError when the problem does not say of every number of one λ whether it regularises.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, measured: bool) -> None:
+        self.optimizer, self.regularizing = optimizer, tuple(problem.regularizing())
+        shapes = [tuple(parameter.shape) for parameter in problem.hyper_parameters()]
+        if self.regularizing and shapes != [(len(self.regularizing),)]:
+            raise ValueError(
+                f"regularizing() of {type(problem).__name__} is about one λ of shape ({len(self.regularizing)},), its "
+                f"hyper_parameters() have the shapes {shapes}; give one entry for each number, or none"
+            )
+        groups = optimizer.param_groups if optimizer is not None else []
+        limits = bool(groups) and all(group.get("limits") for group in groups)
+        self.on = measured and limits and any(self.regularizing)
+        if isinstance(optimizer, SettlingAdam) and optimizer.position is None:
+            optimizer.position = problem.positions
+        self.set(0.0)
+
+    def set(self, gap: float | None) -> None:
+        """gap: the share of `fxstn.optim.generalisation_gap`; None: no limit."""
+        if self.optimizer is not None and self.regularizing:
+            set_gap(self.optimizer, gap if self.on else None, self.regularizing)
+
+    def state_dict(self) -> dict[str, object]:
+        """Nothing: the gap is part of the optimizer's state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Lift the limit that the optimizer's state brought from a run that measured the gap, where this one does not."""
+        if not self.on:
+            self.set(None)

@@ -47,6 +47,10 @@ class Bijection(torch.nn.Module):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.any_exponential, self.any_unbounded, self.any_integer = any(log), any(unbounded), any(integer)
 
+    def position(self, unconstrained: Tensor) -> Tensor:
+        """The share of its range, in [0, 1], that lies below each number; 0.5 where the range has no upper end."""
+        return torch.where(self.unbounded, 0.5, torch.sigmoid(unconstrained))
+
     def forward(self, unconstrained: Tensor) -> Tensor:
         value = self.low + self.width * torch.sigmoid(unconstrained)
         if self.any_exponential:

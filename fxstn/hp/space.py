@@ -97,9 +97,8 @@ class HyperparameterSpace(nn.Module):
     def widening(self, most: float) -> Tensor:
         """What σ is multiplied by, (h,), for about equal perturbations of the constrained value wherever λ is in its range:
         ¼ / s(1 - s), s its share of the range, that is 1 in the middle and more near the ends; at most `most`, ≥ 1."""
-        share = torch.sigmoid(self.unconstrained.detach())
-        factor = (0.25 / (share * (1 - share))).clamp(max=most)
-        return torch.where(self.bijection.unbounded, 1.0, factor)
+        share = self.bijection.position(self.unconstrained.detach())
+        return (0.25 / (share * (1 - share))).clamp(max=most)
 
     def entropy(self) -> Tensor:
         """H[ε] of the perturbation, Σ ½ log(2πe σ²), a scalar (paper, Eq. 2.7)."""

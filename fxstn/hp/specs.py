@@ -177,7 +177,7 @@ class Scalar(Spec):
     log: the range is stretched in log space (low > 0).
     integer: the value is floored. It reaches both ends.
     regularizes: a higher value is a stronger regularisation. Its steps are limited by how far the network overfits
-        (`fxstn.bilevel.limits`).
+        (`fxstn.optim.set_gap`).
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,

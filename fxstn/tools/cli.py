@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optimizers import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam
 from fxstn.bilevel.settings import check_device
 from fxstn.tools import data
 from fxstn.tools.bench import VARIANTS, Setup, write_json
