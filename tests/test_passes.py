@@ -197,8 +197,22 @@ def part_changed_in_place(y):
     return y + 1
 
 
+def product_changed_in_place(y):
+    product = torch.einsum("ij,kj->ik", y, y)
+    product += 1
+    return product @ y
+
+
 @pytest.mark.parametrize(
-    "body", [mutated_then_read, shared_iadd, assigned_then_read, assigned_by_mask, part_changed_in_place]
+    "body",
+    [
+        product_changed_in_place,
+        mutated_then_read,
+        shared_iadd,
+        assigned_then_read,
+        assigned_by_mask,
+        part_changed_in_place,
+    ],
 )
 def test_a_mutation_is_seen_by_later_readers(body):
     net, x = Aliased(body), torch.randn(3, 4)
@@ -218,7 +232,43 @@ def another_part_then_read(y):
     return part + y[:, 2:]
 
 
-@pytest.mark.parametrize("body", [view_then_read, chunk_then_read, another_part_then_read, part_between_two_changes])
+def transposed_by_einsum(y):
+    turned = torch.einsum("ij->ji", y)
+    y += 1
+    return turned.mT
+
+
+def moved_to_its_own_device(y):
+    same = y.cpu()
+    y += 1
+    return same
+
+
+def summed_to_its_own_size(y):
+    same = y.sum_to_size(3, 4)
+    y += 1
+    return same
+
+
+def broadcast_beside_another(y):
+    _, same = torch.broadcast_tensors(torch.ones(4), y)
+    y += 1
+    return same
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        view_then_read,
+        chunk_then_read,
+        another_part_then_read,
+        part_between_two_changes,
+        transposed_by_einsum,
+        moved_to_its_own_device,
+        summed_to_its_own_size,
+        broadcast_beside_another,
+    ],
+)
 def test_a_mutation_through_shared_memory_is_refused(body):
     with pytest.raises(fxstn.TransformError, match="in place on a tensor whose memory"):
         canonicalize(trace(Aliased(body), True))

@@ -117,7 +117,7 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
         return _attribute(target, args)
     if target in IN_PLACE_OPERATORS:
         return replace(respell(IN_PLACE_OPERATORS[target], args, kwargs), in_place=True)
-    origin, _, in_place = _origin(target)
+    origin, _, in_place = origin_of(target)
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other":
         return Spelled(target, args, kwargs)
@@ -153,7 +153,7 @@ def _attribute(getter: Any, args: tuple) -> Spelled:
 
 
 @functools.cache
-def _origin(target: Any) -> tuple[str, str, bool]:
+def origin_of(target: Any) -> tuple[str, str, bool]:
     """(where the spelling is from, name of the operation by values, whether this spelling works in place).
 
     From: "method", "operator", "aten", "builtin" (in torch, with ATen's signatures), "function" (in torch, written in
@@ -193,7 +193,7 @@ def _inplace_position(target: Any) -> int | None:
 @functools.cache
 def _signature(target: Any) -> Callable[..., Spelled] | None:
     """The signature of this spelling in fxstn.ir.signatures, where it differs from the canonical function's."""
-    origin, name, in_place = _origin(target)
+    origin, name, in_place = origin_of(target)
     if origin == "other" or (origin == "operator" and target is not operator.setitem):
         return None
     names = (f"{name}.{target._overloadname}", name) if isinstance(target, OpOverload) else (name,)
@@ -209,7 +209,7 @@ _PREFIXES = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.f
 @functools.cache
 def _function(target: Any) -> Callable[..., Any] | None:
     """The canonical function with the arguments of this spelling; None for a mutation without one."""
-    origin, name, in_place = _origin(target)
+    origin, name, in_place = origin_of(target)
     if in_place and name in _OTHER_MEANING:
         return None
     if origin == "operator":

@@ -46,6 +46,12 @@ def staged(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def derivative_of(function: Callable[..., Any], helper: F) -> F:
+    """Mark a staged helper that runs `function` and differentiates it: it draws and writes whatever that does."""
+    helper.primal = function  # type: ignore[attr-defined]
+    return helper
+
+
 def eager(function: F) -> F:
     """Mark a helper that torch.compile should call as it is, because it would unroll a loop: see `with_breaks`."""
     function.eager = True  # type: ignore[attr-defined]

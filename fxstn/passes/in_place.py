@@ -2,73 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from fxstn.ir.assignment import assigned, overwritten
+from fxstn.ir.assignment import assigned
 from fxstn.ir.errors import Diagnostic, module_path, operation_name, source_of
-from fxstn.ir.node_info import copy_place, info_of
-from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
-from fxstn.ops.noise import track_batch
-from fxstn.ops.synced import BATCH_NORMS
-from fxstn.rules import RULES
-
-# Results in memory of their own, beside what ATen's schemas say. Anything else may share its input's: better a refusal
-# than a mutation overlooked.
-FRESH = {F.pad, *BATCH_NORMS, F.normalize, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.max_pool1d, F.max_pool2d,
-         F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate, F.layer_norm,
-         F.group_norm, operator.neg, operator.truediv, operator.pow, assigned, overwritten, track_batch}  # fmt: skip
-# Operations that may return their input, or views of it, though their schemas do not say so.
-UNDECLARED = {"einsum", "type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "atleast_1d",
-              "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "tensordot"}  # fmt: skip
-FRESH_KINDS = {"pointwise", "additive", "bilinear", "layer"}
-
-
-@functools.cache
-def is_fresh(function: Any) -> bool:
-    """Whether the result of an operation never is (a view of) one of its arguments: by our list, or ATen's schemas."""
-    name = getattr(function, "__name__", "")
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and name not in UNDECLARED else None
-    if function in FRESH or packet is None:
-        return function in FRESH
-    schemas = [getattr(packet, overload)._schema for overload in packet.overloads() if "out" not in overload]
-    return all(result.alias_info is None for schema in schemas for result in schema.returns)
-
-
-def may_share_memory(node: fx.Node) -> bool:
-    """Whether the result of an operation may be (a view of) its first argument."""
-    if node.op != "call_function" or is_size(node) or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if info_of(node).handed_through:
-        return True
-    if node.target in DROPOUTS:
-        return not dropout_settings(node)[1]
-    kind = RULES[node.target].kind if node.target in RULES else None
-    return not (is_fresh(node.target) or kind in FRESH_KINDS)
+from fxstn.ir.node_info import copy_place
+from fxstn.ir.vocabulary import is_size
+from fxstn.passes.effects import shared_arguments
 
 
 def _later_users(node: fx.Node, point: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user is not point and point < user]
 
 
-def _aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """Every value that may share memory with `node`, itself excluded."""
-    base = node
-    while may_share_memory(base):
-        base = base.args[0]  # type: ignore[assignment]
-    pending, seen = [base], {node}
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Every value that may share memory with `node`, itself excluded: what it may be a part of, and their other parts."""
+    sources, pending = {node}, [node]
+    while pending:
+        found = [source for source in shared_arguments(pending.pop()) if source not in sources]
+        sources.update(found)
+        pending += found
+    result, pending = set(sources), list(sources)
     while pending:
         value = pending.pop()
-        if value not in seen:
-            seen.add(value)
-            yield value
-        pending += [user for user in value.users if may_share_memory(user) and user.args[0] is value]
+        found = [user for user in value.users if user not in result and value in shared_arguments(user)]
+        result.update(found)
+        pending += found
+    return result - {node}
 
 
 Parts = dict[fx.Node, tuple[fx.Node, Any]]  # values that are in the memory of another one, at an index
@@ -89,7 +54,7 @@ def functionalize(node: fx.Node, position: int, parts: Parts) -> Iterator[Diagno
     while (whole := parts.get(chain[-1][0]) or _whole(chain[-1][0])) is not None:
         chain.append(whole)
     written = [value for value, _ in chain]
-    for alias in dict.fromkeys(alias for value in written for alias in (value, *_aliases(value))):
+    for alias in sorted({alias for value in written for alias in (value, *_aliases(value))}):
         if alias.op == "get_attr":
             what = f"{name} in place changes '{str(alias.target).removeprefix('model.')}', of the model itself,"
             yield Diagnostic(module_path(node), what, source_of(node), "update it outside of the forward")

@@ -9,35 +9,21 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxstn.ir.graphs import assemble
-from fxstn.ops.inputs import REQUIREMENTS
-from fxstn.ops.noise import draws, track_batch
+from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.response import add_bias
-from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.canonicalize import drop_handed_through
-
-_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "empty", "rrelu", "gumbel", "fractional", "poisson",
-           "attention", "stochastic", "uniform", "exponential")  # fmt: skip
+from fxstn.passes.effects import has_effect, is_pure, shared_arguments
 
 
-def _may_merge(node: fx.Node) -> bool:
-    """Reading an attribute, and calls whose result depends on their arguments alone."""
-    if node.op in ("get_attr", "call_module"):
-        return True
-    if node.op != "call_function" or draws(node.target) or node.target is track_batch or _updates_statistics(node):
-        return False
-    name = getattr(node.target, "__name__", "")
-    return not any(word in name for word in _RANDOM)
-
-
-def _updates_statistics(node: fx.Node) -> bool:
-    if node.target not in BATCH_NORMS:
-        return False
-    settings = dict(zip(("x", "mean", "var", "weight", "bias", "training"), node.args, strict=False)) | node.kwargs
-    return settings.get("mean") is not None and bool(settings.get("training"))
-
-
-def _has_effect(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or node.target in REQUIREMENTS or _updates_statistics(node)
+def _handed_out(graph: fx.Graph) -> set[fx.Node]:
+    """Computed values that a user's function gets, or whose memory it gets: it may write into them."""
+    result: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and any(
+            is_opaque(user.target) or (user in result and node in shared_arguments(user)) for user in node.users
+        ):
+            result.add(node)
+    return result
 
 
 def _key(node: fx.Node) -> Any:
@@ -89,8 +75,9 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
     the code."""
     module = drop_handed_through(module)
     seen: dict[Any, fx.Node] = {}
+    handed_out = _handed_out(module.graph)
     for node in list(module.graph.nodes):
-        if not _may_merge(node):
+        if node in handed_out or not is_pure(node):
             continue
         try:
             first = seen.setdefault(_key(node), node)
@@ -99,9 +86,9 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         if first is not node:
             node.replace_all_uses_with(first)
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code(_has_effect)
+    module.graph.eliminate_dead_code(has_effect)
     for node in list(module.graph.nodes):
         _join_products(node)
-    module.graph.eliminate_dead_code(_has_effect)
+    module.graph.eliminate_dead_code(has_effect)
     module.graph.lint()
     return assemble(module, module.graph, "Graph", fx.GraphModule)

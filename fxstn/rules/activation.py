@@ -63,7 +63,7 @@ pointwise(torch._safe_softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobia
 pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))
 
 
-@rule(F.softmin)
+@rule(F.softmin, fresh=True)
 def softmin(d, input, dim=None, _stacklevel=3, dtype=None):
     if dim is None:
         return fallback(F.softmin, (d.input,), (input,), {"dtype": dtype})
@@ -71,7 +71,7 @@ def softmin(d, input, dim=None, _stacklevel=3, dtype=None):
     return y, -softmax_jacobian(d.input, y, dim)
 
 
-@rule(F.gumbel_softmax)
+@rule(F.gumbel_softmax, random=True, fresh=True)
 def gumbel_softmax(d, logits, tau=1.0, hard=False, eps=1e-10, dim=-1):
     """hard: one-hot values with the tangent of the soft ones, as in torch (straight through)."""
     soft = F.gumbel_softmax(logits, tau=tau, dim=dim)

@@ -92,7 +92,7 @@ pointwise(torch.clamp_min, lambda dx, y, x, min: dx * (x >= min), lambda dmin, y
 pointwise(torch.clamp_max, lambda dx, y, x, max: dx * (x <= max), lambda dmax, y, x, max: dmax * (x > max))
 
 
-@rule(torch.clamp, kind="pointwise")
+@rule(torch.clamp, kind="pointwise", fresh=True)
 def clamp(d, input, min=None, max=None):
     y = torch.clamp(input, min, max)
     return y, total(
@@ -102,7 +102,7 @@ def clamp(d, input, min=None, max=None):
     )
 
 
-@rule(torch.where)
+@rule(torch.where, fresh=True)
 def where(d, condition, input=None, other=None):
     if input is None:
         return torch.where(condition), ZERO
@@ -114,7 +114,7 @@ def where(d, condition, input=None, other=None):
 
 
 def _register_power(function):
-    @rule(function, kind="pointwise")
+    @rule(function, kind="pointwise", fresh=True)
     def power(d, input, exponent):
         y = function(input, exponent)
         if d.exponent is ZERO and isinstance(exponent, (int, float)):

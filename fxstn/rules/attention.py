@@ -11,7 +11,7 @@ from fxstn.ops.kernels import expand_like, softmax_jacobian
 from fxstn.rules.registry import NoRule, linear, rule, total
 
 
-@rule(F.scaled_dot_product_attention)
+@rule(F.scaled_dot_product_attention, fresh=True)
 def attention(
     d, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip

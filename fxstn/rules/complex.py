@@ -7,9 +7,20 @@ import torch
 from fxstn.rules.registry import filled, linear, rule, total
 
 linear(torch.real, torch.imag, torch.conj, torch.resolve_conj, torch.view_as_real, torch.view_as_complex)
-linear(torch.fft.fft, torch.fft.ifft, torch.fft.rfft, torch.fft.irfft, torch.fft.fft2, torch.fft.ifft2, torch.fft.rfft2)
-linear(torch.fft.irfft2, torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn, torch.fft.fftshift)
-linear(torch.fft.ifftshift)
+linear(
+    torch.fft.fft,
+    torch.fft.ifft,
+    torch.fft.rfft,
+    torch.fft.irfft,
+    torch.fft.fft2,
+    torch.fft.ifft2,
+    torch.fft.rfft2,
+    fresh=True,
+)
+linear(
+    torch.fft.irfft2, torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn, torch.fft.fftshift, fresh=True
+)
+linear(torch.fft.ifftshift, fresh=True)
 
 
 @rule(torch.complex)

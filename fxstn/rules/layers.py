@@ -68,12 +68,12 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     return y, dy
 
 
-@rule(F.linear, kind="layer", reads={1: ParameterRole("weight", (0, 1)), 2: BIAS})
+@rule(F.linear, kind="layer", fresh=True, reads={1: ParameterRole("weight", (0, 1)), 2: BIAS})
 def linear_layer(d, input, weight, bias=None):
     return _hyperlayer(d, F.linear, input, weight, bias, channel=-1)
 
 
-@rule(F.bilinear, kind="layer", reads={2: ParameterRole("weight", (0,)), 3: BIAS})
+@rule(F.bilinear, kind="layer", fresh=True, reads={2: ParameterRole("weight", (0,)), 3: BIAS})
 def bilinear_layer(d, input1, input2, weight, bias=None):
     d.input = ZERO
     y, dy = _hyperlayer(d, lambda _, w, b: F.bilinear(input1, input2, w, b), None, weight, bias, channel=-1)
@@ -83,12 +83,12 @@ def bilinear_layer(d, input1, input2, weight, bias=None):
 
 
 def _register_convolution(function, transposed, spatial):
-    @rule(function, kind="layer", reads={1: ParameterRole("weight", (0,)), 2: BIAS})
+    @rule(function, kind="layer", fresh=True, reads={1: ParameterRole("weight", (0,)), 2: BIAS})
     def convolution(d, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return _hyperlayer(d, partial(function, **settings), input, weight, bias, channel=-1 - spatial)
 
-    @rule(transposed, kind="layer", reads={1: ParameterRole("weight", (1,)), 2: BIAS})
+    @rule(transposed, kind="layer", fresh=True, reads={1: ParameterRole("weight", (1,)), 2: BIAS})
     def transposed_convolution(
         d, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
     ):  # fmt: skip
@@ -110,14 +110,14 @@ def _looked_up(d, operation, weight):
     return y, operation(d.weight)
 
 
-@rule(F.embedding, kind="layer", reads={1: ParameterRole("table", (1,))})
+@rule(F.embedding, kind="layer", fresh=True, reads={1: ParameterRole("table", (1,))})
 def embedding(d, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     if max_norm is not None:
         raise NoRule("max_norm changes the table in place")
     return _looked_up(d, lambda table: F.embedding(input, table, padding_idx), weight)
 
 
-@rule(F.embedding_bag, kind="layer", reads={1: ParameterRole("table", (1,))})
+@rule(F.embedding_bag, kind="layer", fresh=True, reads={1: ParameterRole("table", (1,))})
 def embedding_bag(
     d, input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, mode="mean", sparse=False,
     per_sample_weights=None, include_last_offset=False, padding_idx=None,

@@ -20,7 +20,7 @@ def _register_loss(function):
         both = separable_loss(function)(args, kwargs, given)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
-    register(function, "loss", apply, inspect.signature(function))
+    register(function, "loss", apply, inspect.signature(function), fresh=True)
 
 
 for function in (
@@ -32,13 +32,13 @@ for function in (
     _register_loss(function)
 
 
-@rule(F.pairwise_distance)
+@rule(F.pairwise_distance, fresh=True)
 def pairwise_distance(d, x1, x2, p=2.0, eps=1e-6, keepdim=False):
     y = F.pairwise_distance(x1, x2, p, eps, keepdim)
     return y, vector_norm_tangent(filled(d.x1, x1) - filled(d.x2, x2), x1 - x2 + eps, p, -1, keepdim)
 
 
-@rule(torch.cdist)
+@rule(torch.cdist, fresh=True)
 def cdist(d, x1, x2, p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary"):
     y = torch.cdist(x1, x2, p, compute_mode)
     return y, total(

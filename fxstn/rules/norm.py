@@ -65,14 +65,14 @@ OF_BATCH = F.batch_norm, batch_norm_with_statistics, batch_norm_jacobian
 OF_PROCESSES = synced_batch_norm, synced_batch_norm_with_statistics, synced_batch_norm_jacobian
 
 
-@rule(F.batch_norm, reads={3: GAIN, 4: SHIFT})
+@rule(F.batch_norm, reads={3: GAIN, 4: SHIFT}, fresh=True)
 def batch_norm(
     d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):  # fmt: skip
     return _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, OF_BATCH)
 
 
-@rule(synced_batch_norm, reads={3: GAIN, 4: SHIFT})
+@rule(synced_batch_norm, reads={3: GAIN, 4: SHIFT}, fresh=True)
 def batch_norm_of_processes(
     d, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):  # fmt: skip
@@ -87,12 +87,12 @@ def _group_norm(d, input, groups, weight, bias, eps):
     return y, _affine(d, y, jacobian, plain, weight, bias)
 
 
-@rule(F.group_norm, reads={2: GAIN, 3: SHIFT})
+@rule(F.group_norm, reads={2: GAIN, 3: SHIFT}, fresh=True)
 def group_norm(d, input, num_groups, weight=None, bias=None, eps=1e-5):
     return _group_norm(d, input, num_groups, weight, bias, eps)
 
 
-@rule(F.instance_norm, reads={3: GAIN, 4: SHIFT})
+@rule(F.instance_norm, reads={3: GAIN, 4: SHIFT}, fresh=True)
 def instance_norm(
     d,
     input,
@@ -109,7 +109,7 @@ def instance_norm(
     return batch_norm(d, input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
-@rule(F.layer_norm, reads={2: GAIN, 3: SHIFT})
+@rule(F.layer_norm, reads={2: GAIN, 3: SHIFT}, fresh=True)
 def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     results = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
@@ -117,7 +117,7 @@ def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return y, _affine(d, y, jacobian, lambda: F.layer_norm(input, normalized_shape, eps=eps), weight, bias, channel=-1)
 
 
-@rule(F.rms_norm, reads={2: GAIN})
+@rule(F.rms_norm, reads={2: GAIN}, fresh=True)
 def rms_norm(d, input, normalized_shape, weight=None, eps=None):
     inverse = inverse_rms(input, normalized_shape, eps)
     normalized = input * inverse
@@ -128,13 +128,13 @@ def rms_norm(d, input, normalized_shape, weight=None, eps=None):
     return y, _affine(d, y, jacobian, lambda: normalized, weight, None, channel=-1)
 
 
-@rule(F.local_response_norm)
+@rule(F.local_response_norm, fresh=True)
 def local_response_norm(d, input, size, alpha=1e-4, beta=0.75, k=1.0):
     y = F.local_response_norm(input, size, alpha, beta, k)
     return y, local_response_tangent(d.input, input, size, alpha, beta, k)
 
 
-@rule(F.normalize)
+@rule(F.normalize, fresh=True)
 def normalize(d, input, p=2.0, dim=1, eps=1e-12):
     """y = x/n with n = max(‖x‖, eps): dy = (dx − y dn)/n."""
     norm = torch.linalg.vector_norm(input, p, dim, keepdim=True)
@@ -144,7 +144,7 @@ def normalize(d, input, p=2.0, dim=1, eps=1e-12):
     return y, (d.input - y * change) / divisor
 
 
-@rule(F.cosine_similarity)
+@rule(F.cosine_similarity, fresh=True)
 def cosine_similarity(d, x1, x2, dim=1, eps=1e-8):
     (u1, du1), (u2, du2) = (_unit(dx, x, dim, eps) for dx, x in ((d.x1, x1), (d.x2, x2)))
     product = lambda a, b: (a * b).sum(dim)  # noqa: E731

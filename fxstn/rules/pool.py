@@ -12,26 +12,26 @@ from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import pick
 from fxstn.rules.registry import fallback, linear, rule
 
-linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-linear(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-linear(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, fresh=True)
+linear(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, fresh=True)
+linear(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, fresh=True)
 
 
 def _register_max_pool(function, with_indices, spatial):
-    @rule(function)
+    @rule(function, fresh=True)
     def max_pool(d, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
         results = with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
         return _picked(d.input, results, spatial, return_indices)
 
 
 def _register_adaptive_max_pool(function, with_indices, spatial):
-    @rule(function)
+    @rule(function, fresh=True)
     def adaptive_max_pool(d, input, output_size, return_indices=False):
         return _picked(d.input, with_indices(input, output_size), spatial, return_indices)
 
 
 def _register_fractional_max_pool(function, with_indices, spatial):
-    @rule(function)
+    @rule(function, random=True, fresh=True)
     def fractional_max_pool(
         d, input, kernel_size, output_size=None, output_ratio=None, return_indices=False, _random_samples=None
     ):
@@ -59,7 +59,7 @@ def _register_power_pool(function, spatial):
     """lp_pool: (Σ x^p)^(1/p) over windows, of x^p as torch writes it: signed where p is odd."""
     average = getattr(F, f"avg_pool{spatial}d")
 
-    @rule(function)
+    @rule(function, fresh=True)
     def power_pool(d, input, norm_type, kernel_size, stride=None, ceil_mode=False):
         if math.isinf(norm_type):
             return fallback(function, (d.input,), (input, norm_type, kernel_size, stride, ceil_mode), {})

@@ -59,6 +59,7 @@ def _through(d_weight, product, value, weight):
 @rule(
     recurrent_layer,
     kind="layer",
+    fresh=True,
     reads={4: WEIGHT, 5: BIAS, 6: WEIGHT, 7: BIAS, 8: WEIGHT},
     finite=_moved,
 )

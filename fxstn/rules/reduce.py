@@ -29,7 +29,7 @@ def _moment_settings(dim=None, unbiased=None, keepdim=False, *, correction=None,
 
 
 def _register_moment(function, root, with_mean):
-    @rule(function)
+    @rule(function, fresh=True)
     def moment(d, input, *settings, **named):
         y = function(input, *settings, **named)
         dim, correction, keepdim = _moment_settings(*settings, **named)
@@ -62,7 +62,7 @@ def norm(d, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     return y, vector_norm_tangent(d.input, input, 2 if p in ("fro", None) else p, dim, keepdim)
 
 
-@rule(torch.linalg.norm)
+@rule(torch.linalg.norm, fresh=True)
 def linalg_norm(d, A, ord=None, dim=None, keepdim=False, *, dtype=None):
     if ord is None or isinstance(dim, int) or (ord == "fro" and dim is not None):
         y = torch.linalg.norm(A, ord, dim, keepdim, dtype=dtype)
@@ -83,7 +83,7 @@ def prod(d, input, dim=None, keepdim=False, *, dtype=None):
 
 
 def _register_extremum(function):
-    @rule(function)
+    @rule(function, fresh=True)
     def extremum(d, input, dim=(), keepdim=False):
         y = function(input, dim, keepdim)
         return y, attained_tangent(d.input, input, y, dim, keepdim)
@@ -101,7 +101,7 @@ def _along(dx, indices, dim, keepdim):
 
 
 def _register_choice(function, of_two):
-    @rule(function)
+    @rule(function, fresh=True)
     def choice(d, input, dim=None, keepdim=False):
         """max(x), max(x, dim) → (values, indices), max(x, other tensor)."""
         if dim is None:

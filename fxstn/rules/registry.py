@@ -44,6 +44,8 @@ class Rule:
     reads: {position: ParameterRole} of a hyperlayer.
     finite: as apply, but y at weights moved by a finite step; None where that is y + dy, because the operation is linear in
         them.
+    random: whether the operation draws random numbers, where torch has no tag that says so.
+    fresh: whether the result is in memory of its own. Needed where torch has no schema that says so.
     """
 
     kind: str
@@ -51,6 +53,8 @@ class Rule:
     signature: inspect.Signature | None = None
     reads: Mapping[int, ParameterRole] = field(default_factory=dict)
     finite: Callable[[tuple, tuple, dict], Any] | None = None
+    random: bool = False
+    fresh: bool = False
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -68,11 +72,13 @@ def register(
     signature: inspect.Signature | None = None,
     reads: Mapping[int, ParameterRole] = _NONE,
     finite: Callable[[tuple, tuple, dict], Any] | None = None,
+    random: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
         raise ValueError(f"{function} already has a {RULES[function].kind} rule; there is nothing to register")
-    RULES[function] = Rule(kind, apply, signature, reads, finite)
+    RULES[function] = Rule(kind, apply, signature, reads, finite, random, fresh)
 
 
 def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
@@ -91,10 +97,11 @@ def filled(tangent: Any, primal: Any) -> Any:
     return 0 if isinstance(primal, (int, float)) else torch.zeros_like(primal)
 
 
-def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = None) -> None:
+def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = None, fresh: bool = False) -> None:
     """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent.
 
     tangent: another spelling of the operation for the tangent, whose memory format may differ from the primal's.
+    fresh: as in `Rule`.
     """
     for function in functions:
 
@@ -106,14 +113,15 @@ def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = 
                 dx = [filled(d, x) for d, x in zip(dx, args[0], strict=True)]
             return call(function, *args, **kwargs), call(tangent or function, dx, *args[1:], **kwargs)
 
-        register(function, "linear", apply)
+        register(function, "linear", apply, fresh=fresh)
 
 
-def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> None:
+def pointwise(function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True) -> None:
     """Elementwise in its first arguments, one partial each: dy = Σ partial(dx, y, *arguments).
 
     With one partial also any other function of its first argument alone; each partial has the shape of y. Their
     parameters after y have the names of torch's own arguments.
+    fresh: as in `Rule`.
     """
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
@@ -124,7 +132,7 @@ def pointwise(function: Callable[..., Any], *partials: Callable[..., Any]) -> No
         return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
     parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
-    register(function, "pointwise", apply, inspect.Signature(parameters))
+    register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh)
 
 
 def additive(function: Callable[..., Any]) -> None:
@@ -140,7 +148,7 @@ def additive(function: Callable[..., Any]) -> None:
         db = call(function, 0, db)
         return y, db if isinstance(args[0], (int, float)) else expand_like(db, y)
 
-    register(function, "additive", apply)
+    register(function, "additive", apply, fresh=True)
 
 
 def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
@@ -155,7 +163,7 @@ def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
             product = lambda a, b: call(function, a, b, *more, **rest)  # noqa: E731
             return product(a, b), total((da, lambda da: product(da, b)), (db, lambda db: product(a, db)))
 
-        register(function, "bilinear", apply, inspect.Signature(names))
+        register(function, "bilinear", apply, inspect.Signature(names), fresh=True)
 
 
 def zero(*functions: Callable[..., Any]) -> None:
@@ -173,13 +181,15 @@ def rule(
     kind: str = "own",
     reads: Mapping[int, ParameterRole] = _NONE,
     finite: Callable[..., Any] | None = None,
+    random: bool = False,
+    fresh: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
     The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
     `*tensors` a tuple of them.
     reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled. finite: of a layer
-    that is not linear in them, finite(d, *arguments) → y where they are moved by all of `d`.
+    that is not linear in them, finite(d, *arguments) → y where they are moved by all of `d`. random, fresh: as in `Rule`.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +208,7 @@ def rule(
             return apply
 
         for function in functions:
-            register(function, kind, applied(body), signature, reads, finite and applied(finite))
+            register(function, kind, applied(body), signature, reads, finite and applied(finite), random, fresh)
         return body
 
     return decorate

@@ -10,11 +10,11 @@ from fxstn.ops.geometry import resample
 from fxstn.ops.sampling import grid_tangent
 from fxstn.rules.registry import linear, rule, total
 
-linear(F.interpolate, F.affine_grid, F.unfold, F.fold)
+linear(F.interpolate, F.affine_grid, F.unfold, F.fold, fresh=True)
 linear(F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle)
 
 
-@rule(F.grid_sample)
+@rule(F.grid_sample, fresh=True)
 def grid_sample(d, input, grid, mode="bilinear", padding_mode="zeros", align_corners=None):
     sample = lambda x: F.grid_sample(x, grid, mode, padding_mode, bool(align_corners))  # noqa: E731
     d_grid = ZERO if mode == "nearest" else d.grid

@@ -18,9 +18,9 @@ linear(Tensor.view_as, tangent=Tensor.reshape_as)
 linear(torch.flatten, torch.ravel, torch.reshape, Tensor.reshape_as, torch.unflatten, Tensor.unflatten)
 linear(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t, torch.adjoint, torch.rot90)
 linear(torch.unsqueeze, torch.squeeze, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
-linear(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.repeat, torch.tile)
-linear(torch.flip, torch.fliplr, torch.flipud, torch.roll, torch.narrow, torch.select, Tensor.unfold, operator.getitem)
-linear(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack, torch.column_stack)
+linear(Tensor.expand, Tensor.expand_as, torch.broadcast_to, torch.narrow, torch.select, Tensor.unfold, operator.getitem)
+linear(torch.flip, torch.fliplr, torch.flipud, torch.roll, Tensor.repeat, torch.tile, fresh=True)
+linear(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack, torch.column_stack, fresh=True)
 linear(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.hsplit, torch.vsplit, torch.dsplit)
 
 
@@ -38,7 +38,7 @@ for function in (torch.block_diag, torch.broadcast_tensors, torch.meshgrid):
     _register_joint(function)
 
 
-@rule(F.pad)
+@rule(F.pad, fresh=True)
 def pad(d, input, pad, mode="constant", value=None):
     constant = {"value": value} if mode == "constant" else {}
     return F.pad(input, pad, mode, **constant), F.pad(d.input, pad, mode)

@@ -1,0 +1,86 @@
+"""What torch says about its own operations: their schemas, the memory of their results, whether they draw random numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch._C import DispatchKey
+from torch._ops import OpOverload, OpOverloadPacket
+
+from fxstn.ir.spelling import origin_of
+
+Function = Callable[..., object] | str
+TRUSTED = ("aten", "prims", "torchvision")  # namespaces whose schemas say all that an operation does
+
+
+@functools.cache
+def overloads(function: Function) -> tuple[OpOverload, ...]:
+    """The dispatcher's overloads of an operation, those with out= excepted.
+
+    function: an overload, a packet, or a function, operator or Tensor method of torch that ATen knows by the same name.
+
+    Returns () for anything else: torch then says nothing about it.
+    """
+    if isinstance(function, OpOverload):
+        return (function,)
+    packet: object = function
+    if not isinstance(function, OpOverloadPacket):
+        name = getattr(function, "__name__", "")
+        of_torch = origin_of(function)[0] != "other"
+        packet = getattr(torch.ops.aten, name, None) if of_torch and name.isidentifier() else None
+    if not isinstance(packet, OpOverloadPacket):
+        return ()
+    found = (getattr(packet, name) for name in packet.overloads())
+    return tuple(overload for overload in found if _dispatched(overload) and not _writes_out(overload))
+
+
+def _dispatched(overload: OpOverload) -> bool:
+    """Whether an overload exists outside of TorchScript, whose own overloads say less."""
+    return torch._C._dispatch_has_kernel(overload.name())
+
+
+def _writes_out(overload: OpOverload) -> bool:
+    return any(argument.is_out for argument in overload._schema.arguments)
+
+
+@functools.cache
+def is_seeded(function: Function) -> bool:
+    """Whether torch tags an operation as one that may draw random numbers."""
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads(function))
+
+
+@functools.cache
+def writes(function: Function) -> bool:
+    """Whether an operation changes one of its arguments."""
+    return any(overload._schema.is_mutable for overload in overloads(function))
+
+
+@functools.cache
+def is_functional(function: Function) -> bool:
+    """Whether the schemas promise that the result depends on the arguments alone and that nothing else happens.
+
+    The schema of a user's custom operator does not promise this: it has no word for random numbers and side effects.
+    """
+    known = overloads(function)
+    trusted = all(overload.namespace in TRUSTED for overload in known)
+    return bool(known) and trusted and not writes(function) and not is_seeded(function)
+
+
+@functools.cache
+def is_view(function: Function) -> bool:
+    """Whether the schemas say that the result may be (a view of) the first argument; of no operation is it another one."""
+    return any(result.alias_info is not None for overload in overloads(function) for result in overload._schema.returns)
+
+
+@functools.cache
+def is_fresh(function: Function) -> bool:
+    """Whether the schemas promise that the result is in memory of its own.
+
+    Torch checks this promise for operations with a kernel. An operation composed of others (`type_as`, `atleast_1d`) may
+    return its argument although its schema does not say so.
+    """
+    known = overloads(function)
+    composed = (overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) for overload in known)
+    return bool(known) and not is_view(function) and not any(composed)

@@ -1,0 +1,159 @@
+"""What passes believe about an operation, against what it does: random draws, side effects, shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, FALLBACK_CASES, ZERO_CASES, Case
+from nets import randomize_response
+from test_rules import Prepared, name
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+import fxstn
+from fxstn import hp
+from fxstn.frontends.symbolic import trace
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.effects import is_pure, is_random, shared_arguments
+from fxstn.passes.simplify import simplify
+
+ALL_CASES = [case for case in (*CASES, *ZERO_CASES, *FALLBACK_CASES) if case.function is not torch.Tensor.cuda]
+CALLS: list[str] = []
+
+
+@torch.fx.wrap
+def jitter(x):
+    return x + torch.rand_like(x) if len(x) else x
+
+
+@torch.fx.wrap
+def noted(x):
+    CALLS.append("noted")
+    return x * 2 if len(x) else x
+
+
+@torch.fx.wrap
+def zeroed(x):
+    x.zero_()
+    return x.sum() if len(x) else x
+
+
+@torch.library.custom_op("fxstn_tests::jitter", mutates_args=())
+def custom_jitter(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.rand_like(x)
+
+
+fxstn.register_rule(torch.ops.fxstn_tests.jitter, lambda dx, y, x: dx)
+
+
+class Calls(nn.Module):
+    """What `body` makes of a layer's output."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.layer, self.body = nn.Linear(4, 4), body
+
+    def forward(self, x):
+        return self.body(self.layer(x))
+
+
+DRAWS = {
+    "fx.wrap": lambda h: jitter(h) - jitter(h),
+    "custom operator": lambda h: torch.ops.fxstn_tests.jitter(h) - torch.ops.fxstn_tests.jitter(h),
+    "gumbel_softmax": lambda h: F.gumbel_softmax(h) - F.gumbel_softmax(h),
+    "rrelu": lambda h: F.rrelu(-h.abs(), training=True) - F.rrelu(-h.abs(), training=True),
+    "bernoulli": lambda h: h * torch.bernoulli(torch.sigmoid(h)) - h * torch.bernoulli(torch.sigmoid(h)),
+    "normal": lambda h: torch.normal(h.detach(), 1.0) - torch.normal(h.detach(), 1.0) + 0 * h,
+    "rand_like": lambda h: torch.rand_like(h) - torch.rand_like(h) + 0 * h,
+    "multinomial": lambda h: h * (torch.multinomial(h.exp(), 4) - torch.multinomial(h.exp(), 4)),
+    "fractional_max_pool2d": lambda h: _pooled(h) - _pooled(h),
+}
+
+
+def _pooled(h):
+    image = h.reshape(1, -1, 2, 1).expand(1, -1, 2, 9)
+    return F.fractional_max_pool2d(image + torch.arange(9.0), (1, 2), output_size=(1, 3)).sum(3).reshape(h.shape[0], -1)
+
+
+@pytest.mark.parametrize("body", DRAWS.values(), ids=DRAWS)
+def test_two_draws_stay_two(body):
+    stn = fxstn.transform(Calls(body), [hp.Scalar("unused", 0.5, 0, 1)]).train()
+    randomize_response(stn)
+    x = torch.randn(9, 4)
+    y, dy = stn.pushforward(x, delta=torch.ones(1))
+    assert stn(x).any()
+    assert y.any()
+    assert torch.isfinite(dy).all()
+
+
+def test_a_draw_that_nobody_reads_may_go():
+    graph = fx.symbolic_trace(lambda x: (torch.rand_like(x), x + 1)[1])
+    assert not any(node.target is torch.rand_like for node in simplify(graph).graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "body", [lambda h: noted(h) + noted(h), lambda h: (noted(h), noted(h), h)[2]], ids=["read", "not"]
+)
+def test_a_users_function_runs_as_often_as_in_the_model(body):
+    """It may write a log, or count its calls."""
+    net = Calls(body)
+    stn = fxstn.transform(net, [hp.Scalar("unused", 0.5, 0, 1)]).train()
+    CALLS.clear()
+    torch.testing.assert_close(stn(torch.ones(3, 4)), net(torch.ones(3, 4)))
+    assert len(CALLS) == 4
+
+
+def written_then_compared(h):
+    first, second = h.exp(), h.exp()
+    return zeroed(first.view(-1)) + first - second
+
+
+def test_values_that_a_users_function_may_write_into_are_not_merged():
+    net, x = Calls(written_then_compared), torch.randn(3, 4)
+    assert torch.equal(simplify(canonicalize(trace(net, True)))(x), net(x))
+    assert net(x).any()
+
+
+class TwoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        y = F.instance_norm(x, self.mean, self.var, use_input_stats=True)
+        return self.layer(y + F.instance_norm(x, self.mean, self.var, use_input_stats=True))
+
+
+def test_two_updates_of_one_statistic_stay_two():
+    net, x = TwoNorms(), torch.randn(5, 4, 6)
+    stn = fxstn.transform(net, [hp.Scalar("unused", 0.5, 0, 1)]).train()
+    stn(x), net.train()(x)
+    assert torch.equal(stn.model.mean, net.mean)
+
+
+def called(case: Case) -> tuple[fx.Node, list[torch.Tensor], object, object]:
+    """(a node that calls the case's function, its tensors, the results of two calls)."""
+    prepared = Prepared(case)
+    args, kwargs = case.placed(prepared.tensors)
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(prepared.tensors))]
+    node = graph.call_function(case.function, *case.placed(nodes))
+    return node, prepared.tensors, case.function(*args, **kwargs), case.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=name)
+def test_results_that_share_memory_and_random_results_are_known(case):
+    node, tensors, first, second = called(case)
+    results = [leaf for leaf in tree_leaves(first) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+    memory = {leaf.untyped_storage().data_ptr() for leaf in results}
+    shared = {source for source, tensor in zip(node.graph.nodes, tensors, strict=False)
+              if tensor.untyped_storage().data_ptr() in memory}  # fmt: skip
+    assert shared <= set(shared_arguments(node))
+    others = [leaf for leaf in tree_leaves(second) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+    same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, others, strict=True))
+    uninitialised = "empty" in name(case)
+    assert same or uninitialised or is_random(case.function)
+    assert not (is_random(case.function) and is_pure(node))
