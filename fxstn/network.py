@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.interface import Frontend, Graph, Plan
+from fxstn.hp.binding import Binding
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ir.staging import with_breaks
-from fxstn.ir.tangents import BATCH_FIRST
+from fxstn.ir.tangents import BATCH_FIRST, Layouts
 from fxstn.ops.penalty import penalty, penalty_perturbed
 from fxstn.ops.response import Response, for_all_examples, parameter_changes, pulled_back
 
@@ -39,12 +40,33 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class Recipe(Protocol):
+    """Makes the graphs of one network, now and again after a copy. root: the network."""
+
+    @property
+    def frontend(self) -> Frontend: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def with_binding(self, binding: Binding) -> Recipe:
+        """The same with another decision on which λ belongs where."""
+
+    def canonical(self, root: SelfTuningNetwork, training: bool) -> fx.GraphModule: ...
+
+    def emit(self, root: SelfTuningNetwork, kind: GraphKind, layouts: Layouts) -> Graph: ...
+
+    def locate(self, root: SelfTuningNetwork, training: bool, inputs: tuple) -> Layouts: ...
+
+
 class SelfTuningNetwork(nn.Module):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
-    recipe: builds the graphs from the children (fxstn.transform.Recipe). frontend: how the forward is followed ("fx", "live");
-    rejected: what stood in the way of those before. augments: whether the model has modules that stay random in eval mode,
-    as torchvision's transforms do, so that its evaluation graph runs in its place.
+    recipe: makes the graphs from the children.
+    rejected: what stood in the way of the frontends before this one.
+    augments: whether the model has modules that stay random in eval mode, as torchvision's transforms do, so that its
+        evaluation graph runs in its place.
+
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
     first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
@@ -61,38 +83,36 @@ class SelfTuningNetwork(nn.Module):
         hparams: HyperparameterSpace,
         terms: LossTerms,
         method: str,
-        recipe: Any,
+        recipe: Recipe,
     ) -> None:
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
         self.terms, self.method = terms, method
         self.recipe = recipe
         self._canonical: dict[bool, fx.GraphModule] = {}
-        self._graphs: dict[str, fx.GraphModule] = {}
-        self._places: dict[bool, dict[str, Any]] = {}
+        self._graphs: dict[GraphKind, Graph] = {}
+        self._compiled: dict[GraphKind, Any] = {}
+        self._layouts: dict[bool, Layouts] = {}
         self._per_example: bool | None = None
-        self._compiled: dict[str, Any] = {}
         self._compile_options: dict[str, Any] | None = None
-        self.frontend, self.augments = "fx", False
+        self.augments = False
         self.rejected: tuple[Diagnostic, ...] = ()
         self.train(model.training)
 
     # Graphs
 
-    def graph(self, name: str) -> fx.GraphModule:
-        """The emitted GraphModule: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives,
-        "general", "linearized", "perturbed", "trained", which return (output, auxiliary) where there are any.
+    def graph(self, name: str) -> Graph:
+        """The emitted graph: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives, "general",
+        "linearized", "perturbed", "trained", which return (output, auxiliary) where there are any.
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
-        bases = ("pushforward", "linearized", "perturbed")
-        known = ("train", "eval", "general", "trained", *bases, *(f"{base}_eval" for base in bases))
-        if name not in known:
-            raise ValueError(f"no graph is called {name!r}; there are {', '.join(known)}")
-        if name not in self._graphs:
-            training = not name.endswith("eval")
-            self._graphs[name] = self.recipe.emit(self.canonical(training), name, self._places.get(training, {}))
-        return self._graphs[name]
+        return self._graph(graph_kind(name))
+
+    def _graph(self, kind: GraphKind) -> Graph:
+        if kind not in self._graphs:
+            self._graphs[kind] = self.recipe.emit(self, kind, self._layouts.get(kind.training, {}))
+        return self._graphs[kind]
 
     def canonical(self, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling: what every other graph is made from."""
@@ -100,19 +120,25 @@ class SelfTuningNetwork(nn.Module):
             self._canonical[training] = self.recipe.canonical(self, training)
         return self._canonical[training]
 
-    def keep_canonical(self, training: bool, graph: fx.GraphModule) -> None:
-        self._canonical[training] = graph
+    def keep_canonical(self, graphs: Sequence[fx.GraphModule]) -> None:
+        """Use these graphs of the model, of train and of eval mode, as the canonical ones."""
+        for training, graph in zip((True, False), graphs, strict=True):
+            self._canonical[training] = graph
+
+    @property
+    def frontend(self) -> str:
+        """Which frontend follows the forward: "fx", "export" or "live"."""
+        return self.recipe.frontend.name
 
     def locate_examples(self, *inputs: Any) -> None:
         """Find out, once, where the examples of a batch are in every value, by running a few of them.
 
         Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
         """
-        if self._places:
+        if self._layouts:
             return
-        for training in (True, False):
-            self._places[training] = self.recipe.locate(self.canonical(training), inputs)
-        if any(place != BATCH_FIRST for places in self._places.values() for place in places.values()):
+        self._layouts = {training: self.recipe.locate(self, training, inputs) for training in (True, False)}
+        if any(axis != BATCH_FIRST for layouts in self._layouts.values() for axis in layouts.values()):
             self._graphs.clear()
             self._compiled.clear()
 
@@ -141,21 +167,24 @@ class SelfTuningNetwork(nn.Module):
             raise ValueError("a network with hp.JacobianNorm cannot be compiled: its gradient is differentiated again")
         self._compile_options, self._compiled = {"fullgraph": True} | options, {}
 
-    def _compiled_graph(self, name: str) -> Any:
-        if name not in self._compiled:
-            options, broken = self._compile_options or {}, with_breaks(self.graph(name))
+    def _compiled_graph(self, kind: GraphKind) -> Any:
+        if kind not in self._compiled:
+            graph: Any = self._graph(kind)
+            options, broken = self._compile_options or {}, with_breaks(graph)
             options = options if broken is None else options | {"fullgraph": False}
-            self._compiled[name] = torch.compile(broken or self.graph(name), **options)  # type: ignore[call-overload]
-        return self._compiled[name]
+            self._compiled[kind] = torch.compile(broken or graph, **options)
+        return self._compiled[kind]
 
-    def with_recipe(self, recipe: Any) -> SelfTuningNetwork:
-        """A network over the same modules and parameters whose graphs are built by another recipe."""
+    def with_recipe(self, recipe: Recipe) -> SelfTuningNetwork:
+        """A network over the same modules and parameters whose graphs are made by another recipe."""
         result = self.__class__.__new__(self.__class__)
-        result.__dict__ = {**self.__dict__, "recipe": recipe, "_graphs": {}, "_compiled": {}}
+        result.__dict__ = {**self.__dict__, "recipe": recipe, **_no_graphs(), "_layouts": {}, "_per_example": None}
+        if recipe.frontend is self.recipe.frontend and recipe.plan.frozen == self.recipe.plan.frozen:
+            result._canonical = self._canonical  # the same forward, followed in the same way
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}, "_canonical": {}, "_compiled": {}}
+        return {**self.__dict__, **_no_graphs()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelfTuningNetwork:
         result = self.__class__.__new__(self.__class__)
@@ -221,14 +250,14 @@ class SelfTuningNetwork(nn.Module):
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
             if self.training:
-                return self._beside(self._call("trained", inputs, delta=delta, **named))[0]
-            return self._call("perturbed_eval", inputs, delta=delta, **named)
+                return self._with_auxiliary(self._call(GraphKind("trained", True), inputs, delta=delta, **named))[0]
+            return self._call(GraphKind("perturbed", False), inputs, delta=delta, **named)
         if self.training or self.augments:
-            return self._call("train" if self.training else "eval", inputs, **named)
+            return self._call(GraphKind("plain", self.training), inputs, **named)
         return self.model(*inputs, **named)
 
-    def _call(self, name: str, inputs: tuple, **named: Any) -> Any:
-        graph = self.graph(name)
+    def _call(self, kind: GraphKind, inputs: tuple, **named: Any) -> Any:
+        graph = self._graph(kind)
         first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
         own = [str(node.target) for node in first if node.name not in ("condition", "delta")]
         if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
@@ -240,14 +269,14 @@ class SelfTuningNetwork(nn.Module):
             return graph.forward(*inputs, **named)  # not __call__, which at an error prints the code of the graph
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            return self._compiled_graph(name)(*inputs, **named)
+            return self._compiled_graph(kind)(*inputs, **named)
 
     def conditioned_output(self, *inputs: Any) -> tuple[Any, tuple]:
         """(output, auxiliary) of the training graph at λ₀ and w₀, whatever the module's mode. auxiliary: a value for each of
         `terms.auxiliary`."""
-        return self._beside(self._call("general" if self.terms.auxiliary else "train", inputs))
+        return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
 
-    def _beside(self, result: Any) -> tuple[Any, tuple]:
+    def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
         return result if self.terms.auxiliary else (result, ())
 
     def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
@@ -258,8 +287,7 @@ class SelfTuningNetwork(nn.Module):
         structure; dy is None for leaves that are not float. w₀ is held fixed: gradients reach Θ and delta only.
         Raises ValueError for another shape, or for more rows than examples.
         """
-        name = "pushforward" if self.training else "pushforward_eval"
-        return self._run(name, inputs, delta, condition)
+        return self._run(GraphKind("pushforward", self.training), inputs, delta, condition)
 
     def perturbed_output(
         self,
@@ -276,22 +304,21 @@ class SelfTuningNetwork(nn.Module):
         module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only). auxiliary: as in
         `conditioned_output`; none in eval mode.
         """
-        kind = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
-        evaluating = not (self.training if training is None else training)
+        objective = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
+        kind = GraphKind(objective, self.training if training is None else training)
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained.detach()
-        if evaluating:
-            return self._run(f"{kind}_eval", inputs, delta, condition), ()
-        return self._beside(self._run(kind, inputs, delta, condition))
+        output = self._run(kind, inputs, delta, condition)
+        return self._with_auxiliary(output) if kind.training else (output, ())
 
-    def _run(self, name: str, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
+    def _run(self, kind: GraphKind, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
         moved = {"delta": self._checked(delta, "delta", inputs)}
         if condition is not None:
             moved["condition"] = self._checked(condition, "condition", inputs)
         if any(value.dim() > 1 for value in moved.values()):
             self.locate_examples(*inputs)
         with held(() if self.method == "stn" else self.general_parameters()):
-            return self._call(name, inputs, **moved)
+            return self._call(kind, inputs, **moved)
 
     def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
         h = len(self.hparams)
@@ -332,13 +359,10 @@ class SelfTuningNetwork(nn.Module):
             return None
         return found if isinstance(found, Response) else None
 
-    def check(self, *inputs: Any) -> None:
-        """Run every graph once on example inputs. The model, the inputs and random generators are left as they were."""
-        delta = torch.zeros_like(self.hparams.unconstrained)
-        for name in ("train", "eval", "pushforward", "pushforward_eval"):
-            moved = {"delta": delta} if name.startswith("pushforward") else {}
-            with preserved(self.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
-                self.graph(name).forward(*stand_ins, **moved)
+
+def _no_graphs() -> dict[str, Any]:
+    """State of a network that has to make its graphs again."""
+    return {"_graphs": {}, "_canonical": {}, "_compiled": {}}
 
 
 def batch_size(inputs: Any) -> int:

@@ -376,7 +376,7 @@ row("examples of another shape", r"example_inputs: .* inputs float32 \(4, 5\): .
 )
 row(
     "examples of another shape, run as it is",
-    r"fails on the example inputs .*4x5 and 6x8.*; give example_inputs as the model",
+    r"example_inputs: .* inputs float32 \(4, 5\): .*4x5 and 6x8.*; give inputs of the .*shapes",
 )(lambda folder: fxstn.transform(mlp(), example_inputs=torch.randn(4, 5), trace="live"))
 row(
     "verify on another shape", r"inputs: the model cannot take inputs float64 \(4, 5\): .*; give inputs of the .*shapes"

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.export import InputSpec, follow_by_export
-from fxstn.frontends.symbolic import trace
+from fxstn.frontends.export import Export
+from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.node_info import info_of
 from fxstn.ops.noise import dropout_mask, track_batch
 from fxstn.passes.canonicalize import canonicalize
@@ -179,7 +180,7 @@ MODELS = {
 
 def by_both_modes(net):
     examples = InputSpec.of(net, (torch.randn(4, 6),))
-    return [(mode, simplify(canonicalize(follow_by_export(net, mode, (), examples)))) for mode in (True, False)]
+    return [(mode, simplify(canonicalize(Export(examples).capture(net, mode)))) for mode in (True, False)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -224,7 +225,7 @@ def test_parameters_keep_their_names(name):
     assert all(n.op != "call_method" and "aten" not in str(n.target) for n in stn.graph("train").graph.nodes)
 
 
-class Symbolic(nn.Module):
+class FollowedByBoth(nn.Module):
     """What both frontends follow: repeated and nested calls, an identity, a leaf batch norm, dropout."""
 
     def __init__(self):
@@ -236,12 +237,12 @@ class Symbolic(nn.Module):
         return self.tail(self.mark(self.block(self.block(x)) + x))
 
 
-@pytest.mark.parametrize("net", [Symbolic(), SmallConv()], ids=["symbolic", "conv"])
+@pytest.mark.parametrize("net", [FollowedByBoth(), SmallConv()], ids=["symbolic", "conv"])
 def test_both_frontends_make_the_same_graph(net):
-    x = torch.randn(4, 6) if isinstance(net, Symbolic) else torch.randn(4, 3, 8, 8)
+    x = torch.randn(4, 6) if isinstance(net, FollowedByBoth) else torch.randn(4, 3, 8, 8)
     for mode in (True, False):
-        export = canonicalize(follow_by_export(net, mode, (), InputSpec.of(net, (x,))))
-        symbolic = canonicalize(trace(net, mode))
+        export = canonicalize(Export(InputSpec.of(net, (x,))).capture(net, mode))
+        symbolic = canonicalize(Symbolic().capture(net, mode))
 
         def described(module):
             return [
@@ -346,7 +347,7 @@ def test_recurrent_layers_are_followed_and_left_as_they_were():
 
     net, x = Recurrent(), torch.randn(4, 3, 6)
     weights = list(net.lstm._flat_weights)
-    graph = simplify(canonicalize(follow_by_export(net, True, (), InputSpec.of(net, x[:2]))))
+    graph = simplify(canonicalize(Export(InputSpec.of(net, (x[:2],))).capture(net, True)))
     torch.testing.assert_close(graph(x), net(x))
     assert all(a is b for a, b in zip(net.lstm._flat_weights, weights, strict=True))
 

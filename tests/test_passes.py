@@ -16,7 +16,9 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.symbolic import trace
+from fxstn.frontends.interface import Plan
+from fxstn.frontends.symbolic import Symbolic
+from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import info_of
 from fxstn.ops.noise import dropout_mask
@@ -67,11 +69,11 @@ def text(module: fx.GraphModule) -> str:
 
 def conditioned(net: nn.Module, specs=None) -> fx.GraphModule:
     stn = fxstn.transform(net, specs)
-    graph = canonicalize(trace(stn.model, True))
+    graph = canonicalize(Symbolic().capture(stn.model, True))
     binding = bind(graph, specs)
     for child in ("hparams", "response"):
         graph.add_module(child, stn.get_submodule(child))
-    return condition(graph, binding)
+    return condition(graph, Plan(GraphKind("plain", training=True), binding))
 
 
 def hyperized(net: nn.Module) -> fx.GraphModule:
@@ -80,7 +82,7 @@ def hyperized(net: nn.Module) -> fx.GraphModule:
 
 @pytest.mark.parametrize("last", [canonicalize, simplify, pushforward, linearized, perturbed])
 def test_a_pass_does_not_change_its_input(last):
-    before = trace(SmallConv(), True) if last is canonicalize else hyperized(SmallConv())
+    before = Symbolic().capture(SmallConv(), True) if last is canonicalize else hyperized(SmallConv())
     text_before, meta_before = text(before), [info_of(node) for node in before.graph.nodes]
     state = copy.deepcopy(before.state_dict())
     last(before)
@@ -139,7 +141,7 @@ def test_spellings_of_one_computation_become_one_graph():
     plain, other = Spellings(True), Spellings(False)
     other.load_state_dict(plain.state_dict())
     x = torch.randn(3, 4)
-    graphs = [simplify(canonicalize(trace(net, True))) for net in (plain, other)]
+    graphs = [simplify(canonicalize(Symbolic().capture(net, True))) for net in (plain, other)]
     assert torch.equal(graphs[0](x), graphs[1](x))
     assert torch.equal(graphs[1](x), other(x))
     functions = [[n.target for n in g.graph.nodes if n.op == "call_function"] for g in graphs]
@@ -216,7 +218,7 @@ def product_changed_in_place(y):
 )
 def test_a_mutation_is_seen_by_later_readers(body):
     net, x = Aliased(body), torch.randn(3, 4)
-    assert torch.equal(simplify(canonicalize(trace(net, True)))(x), net(x))
+    assert torch.equal(simplify(canonicalize(Symbolic().capture(net, True)))(x), net(x))
 
 
 def part_between_two_changes(y):
@@ -271,7 +273,7 @@ def broadcast_beside_another(y):
 )
 def test_a_mutation_through_shared_memory_is_refused(body):
     with pytest.raises(fxstn.TransformError, match="in place on a tensor whose memory"):
-        canonicalize(trace(Aliased(body), True))
+        canonicalize(Symbolic().capture(Aliased(body), True))
 
 
 def graph_of(function) -> fx.GraphModule:

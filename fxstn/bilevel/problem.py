@@ -227,7 +227,7 @@ class NetworkProblem(BilevelProblem):
         return evaluate
 
     def recalibrated(self, batches: Iterable[tuple[Any, Any]]) -> AbstractContextManager[None]:
-        frozen = self.stn.recipe.frozen
+        frozen = self.stn.recipe.plan.frozen
         norms = [m for n, m in self.stn.model.named_modules() if isinstance(m, _BatchNorm) and n not in frozen]
         norms = [norm for norm in norms if norm.running_mean is not None]
         return recalibrated(norms, partial(self._run, batches)) if norms else nullcontext()

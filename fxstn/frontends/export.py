@@ -1,4 +1,4 @@
-"""Pass 1 by torch.export, where symbolic tracing cannot follow the forward: nn.Module → the fx graph that `trace` makes.
+"""The frontend "export": torch.export follows what symbolic tracing cannot. nn.Module → the graph that `symbolic` makes.
 
 Export runs the forward on fake tensors of the example inputs' shapes, so that Python may branch on sizes; the batch stays
 symbolic. Its program (ATen operations, parameters as inputs) is rewritten to a graph under a root with the child `model`.
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture, same
+from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.interface import GraphFrontend
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
 
@@ -34,48 +36,27 @@ _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
 
 @dataclass(frozen=True)
-class InputSpec:
-    """Example inputs without their values: enough to follow a model again after it was copied, moved or loaded.
+class Export(GraphFrontend):
+    """Follows a forward by torch.export. examples: whose sizes later inputs have, dimension 0 aside."""
 
-    inputs: tensors on the meta device, in the structure of the positional inputs. dtype: of the model's parameters then.
-    """
+    examples: InputSpec
+    name: ClassVar[str] = "export"
+    needs_examples: ClassVar[bool] = True
 
-    inputs: tuple
-    dtype: torch.dtype
+    def capture(
+        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
+    ) -> fx.GraphModule:
+        """The forward in train or in eval mode, as symbolic tracing makes it but with ATen operations.
 
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> InputSpec | None:
-        """Of a tuple of positional inputs, or of one input; None for no examples."""
-        if example_inputs is None:
-            return None
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        return cls(
-            tree_map_only(Tensor, lambda x: x.detach().to("meta"), inputs),
-            next(model.parameters(), torch.empty(0)).dtype,
-        )
+        frozen: modules that stay in eval mode in the training graph.
 
-    def like(self, model: nn.Module) -> tuple:
-        """Inputs on the model's device, and in its dtype where they were so before; a batch of one becomes two."""
-        parameter = next(model.parameters(), torch.empty(0))
-        sizes = [leaf.shape[0] for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-
-        def real(x: Tensor) -> Tensor:
-            if sizes[:1] == [1] and x.dim() and x.shape[0] == 1:
-                x = x.repeat(2, *[1] * (x.dim() - 1))  # export would take a batch of one for a constant
-            dtype = parameter.dtype if x.dtype == self.dtype else x.dtype
-            return torch.zeros_like(x, dtype=dtype, device=parameter.device)
-
-        return tree_map_only(Tensor, real, self.inputs)
+        The graph requires its inputs to have the examples' sizes, dimension 0 aside. Raises TransformError where the forward
+        depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
+        """
+        return _exported(model, training, frozen, self.examples.like(model))
 
 
-def follow_by_export(model: nn.Module, training: bool, frozen: Collection[str], examples: InputSpec) -> fx.GraphModule:
-    """Follow model.forward by torch.export, in train or in eval mode; the model is left as it was.
-
-    frozen: modules that stay in eval mode in the training graph. The result is that of symbolic tracing, with ATen
-    operations, and requires its inputs to have the examples' sizes, dimension 0 aside. Raises TransformError where the
-    forward depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
-    """
-    inputs = examples.like(model)
+def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> fx.GraphModule:
     calls = _Calls(model)
     unsupported = Unsupported(calls.innermost)
     with guarded_capture(model, training, frozen, "torch.export", calls.innermost, unsupported=unsupported):

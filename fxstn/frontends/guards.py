@@ -62,12 +62,16 @@ class Unsupported:
 
 
 def module_state(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
-    """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change."""
+    """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change.
+
+    A scripted module keeps its attributes out of Python; only its tensors can change.
+    """
 
     def held(value: Any) -> Any:
         return copy.copy(value) if type(value) in _CONTAINERS else value
 
-    return {module: {name: (value, held(value)) for name, value in vars(module).items()} for module in model.modules()}
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    return {module: {name: (value, held(value)) for name, value in vars(module).items()} for module in modules}
 
 
 def restore(state: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> list[str]:

@@ -1,11 +1,12 @@
-"""Pass 1, trace: nn.Module → fx graph, once for train mode and once for eval mode, parameters shared."""
+"""The frontend "fx": symbolic tracing. nn.Module → fx graph, in train or in eval mode, parameters shared."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
+from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.interface import GraphFrontend
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.vocabulary import is_opaque
@@ -194,24 +197,35 @@ def _proxies(structure: Any) -> Iterator[fx.Proxy]:
     return iter(found)
 
 
-def trace(model: nn.Module, training: bool, frozen: Collection[str] = (), supplied: int = 0) -> fx.GraphModule:
-    """Follow model.forward with symbolic values, in train or in eval mode; the model is left as it was.
+@dataclass(frozen=True)
+class Symbolic(GraphFrontend):
+    """Follows a forward with symbolic values. examples: which inputs callers pass; None for all without a default."""
 
-    frozen: modules that stay in eval mode in the training graph. supplied: how many inputs callers pass; those beyond it
-    that have a constant default keep it. Raises TransformError where the model's Python depends on data, or does something
-    that a traced graph would drop or freeze without a word: hooks, no_grad and autocast regions, custom autograd
-    functions, random draws, attributes that the forward assigns.
-    """
-    tracer = _Tracer(supplied)
+    examples: InputSpec | None = None
+    name: ClassVar[str] = "fx"
+    needs_examples: ClassVar[bool] = False
 
-    def full_precision() -> None:
-        tracer.create_proxy("call_function", require_full_precision, (), {})
+    def capture(
+        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
+    ) -> fx.GraphModule:
+        """The forward in train or in eval mode.
 
-    place, unsupported = tracer.path_of_current, tracer.unsupported
-    watched = guarded_capture(model, training, frozen, "symbolic tracing", place, full_precision, unsupported)
-    with watched, _StrictMode(model, tracer):
-        graph = tracer.trace(model)
-    return _under_root(model, graph)
+        frozen: modules that stay in eval mode in the training graph.
+
+        Inputs that have a constant default keep it, unless the examples supply them. Raises TransformError where the model's
+        Python depends on data, or does something that a graph would drop or freeze without a word: hooks, no_grad and
+        autocast regions, custom autograd functions, random draws, attributes that the forward assigns.
+        """
+        tracer = _Tracer(len(self.examples.inputs) if self.examples else 0)
+
+        def full_precision() -> None:
+            tracer.create_proxy("call_function", require_full_precision, (), {})
+
+        place, unsupported = tracer.path_of_current, tracer.unsupported
+        guard = guarded_capture(model, training, frozen, "symbolic tracing", place, full_precision, unsupported)
+        with guard, _StrictMode(model, tracer):
+            graph = tracer.trace(model)
+        return _under_root(model, graph)
 
 
 def first_names(model: nn.Module) -> dict[int, str]:

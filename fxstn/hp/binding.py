@@ -48,3 +48,6 @@ class Binding:
     dropped: tuple[tuple[str, int], ...]
     auxiliary: tuple[Site, ...]
     terms: LossTerms
+
+
+NOTHING_BOUND = Binding((), (), (), (), LossTerms((), (), ()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.ir.node_info import copy_facts
 
 
@@ -95,7 +96,8 @@ def add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
     """A new last input with default None (before **kwargs, where the model takes any)."""
     existing = placeholders(graph)
     if any(str(node.target).lstrip("*") == name for node in existing):
-        raise ValueError(f"the model's forward has an input named {name!r}, which fxstn needs; rename that input")
+        what = f"the forward has an input named {name!r}, which the graphs need themselves,"
+        raise TransformError([Diagnostic("", what, "", "rename that input")])
     keyword = [node for node in existing if str(node.target).startswith("**")]
     anchor = keyword[0] if keyword else next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(anchor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class BatchAxis(NamedTuple):
 
 
 BATCH_FIRST = BatchAxis()
+Layouts = Mapping[str, BatchAxis | None]  # by node name; None: no single place. A name that is missing: a plain batch.
 
 
 @dataclass(frozen=True)

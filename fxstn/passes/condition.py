@@ -9,30 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.hp import OPERATIONS, Activity, Dropout, Operation
-from fxstn.hp.binding import Binding, Site
+from fxstn.hp.binding import NOTHING_BOUND, Site
 from fxstn.ir.graphs import add_placeholder, copied, placeholders
 from fxstn.ir.node_info import annotate, copy_place, info_of
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, weight_mask
 from fxstn.ops.response import for_all_examples
-from fxstn.passes.example_axes import PLAIN, Layouts
 from fxstn.passes.match import own_strengths
 
 
-def condition(
-    module: fx.GraphModule, binding: Binding | None, layouts: Layouts = PLAIN, auxiliary: bool = False
-) -> fx.GraphModule:
+def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """Random operations as an explicit draw and what is done with it, with strengths from `hparams(condition)` where tuned.
 
-    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units. binding: None for an evaluation graph, which
-    tunes nothing. layouts: where the examples are. auxiliary: return (output, values) with a value for each of the binding's
-    auxiliary: what was drawn, or (strength, activation).
+    Adds the input `condition`: None, (h,) or (batch, h), unconstrained units. An evaluation graph tunes nothing. The graph of a
+    training objective returns (output, values) with a value for each of the binding's auxiliary sites, where there are any:
+    what was drawn, or (strength, activation).
     """
+    binding = plan.binding if plan.kind.training else NOTHING_BOUND
     module = copied(module)
     graph = module.graph
-    sites = binding.sites if binding else ()
+    sites = binding.sites
     by_name = {node.name: node for node in graph.nodes}
     placeholder = add_placeholder(graph, "condition")
     hparams: fx.Node | None = None
@@ -48,7 +47,7 @@ def condition(
             return graph.create_node("call_function", operator.getitem, (hparams, entry), name=name.replace(".", "_"))
 
     def strengths(site: Site, before: fx.Node) -> tuple[tuple[Any, ...], BatchAxis]:
-        place = layouts.get(site.node, BATCH_FIRST)
+        place = plan.layouts.get(site.node, BATCH_FIRST)
         dropout = isinstance(site.spec, Dropout)
         expected = site.spec.examples
         known = place is not None and (expected is None or place == BatchAxis(expected))
@@ -69,10 +68,10 @@ def condition(
     inserted = [site for site in sites if site.insert and not isinstance(site.spec, Activity)]
     for site in reversed(inserted):  # of two after one value the first asked for acts first
         drawn[site] = _insert(graph, by_name[site.node], site, strengths, last_input)
-    for name, index in binding.dropped if binding else ():
+    for name, index in binding.dropped:
         for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == f"model.{name}"]:
             _drop_weights(graph, node, read(index, f"{name}_p", node.next), name)
-    if binding and auxiliary and binding.auxiliary:
+    if plan.kind.auxiliary and binding.auxiliary:
         output = next(node for node in graph.nodes if node.op == "output")
         told = [
             (*strengths(site, output)[0], by_name[site.node]) if isinstance(site.spec, Activity) else drawn[site]

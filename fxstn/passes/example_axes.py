@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 
-Layouts = Mapping[str, BatchAxis | None]  # by node name; None: no single place. A name that is missing: a plain batch.
-PLAIN: Layouts = MappingProxyType({})
 EXAMPLES = 3  # a prime: a size that is a multiple of it by accident is rare, and told by its pattern
 
 

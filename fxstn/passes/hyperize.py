@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, model_of
 from fxstn.ir.node_info import RowScales, annotate
@@ -205,7 +206,7 @@ def response_modules(model: nn.Module, found: Responses, hyperparameters: int, s
     return tree
 
 
-def hyperize(module: fx.GraphModule) -> fx.GraphModule:
+def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """Add the input `delta` and, beside each parameter with a Response, its scales U δ and its response R.
 
     Nodes remember what the pushforward pass needs: a parameter the name of R (its own where R is the parameter); it and every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
+from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.graphs import assemble, copied
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
-from fxstn.ir.tangents import BATCH_FIRST, ZERO, Scaled, all_zero
+from fxstn.ir.tangents import BATCH_FIRST, ZERO, Layouts, Scaled, all_zero
 from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
 from fxstn.ops.kernels import zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
 from fxstn.ops.synced import BATCH_NORMS
-from fxstn.passes.example_axes import PLAIN, Layouts
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
 
@@ -151,18 +151,13 @@ def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
     )
 
 
-def hold_statistics(module: fx.GraphModule, running: bool = False) -> fx.GraphModule:
-    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3).
-
-    running: batch norms that have running statistics normalise by them, as in eval mode.
-    """
+def hold_statistics(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
+    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
     module = copied(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in BATCH_NORMS and node.args[5]:
-            x, mean, variance, weight, bias, _, _, eps = node.args
-            by_batch = not running or mean is None
-            kept = (None, None) if by_batch else (mean, variance)
-            node.args = (x, *kept, weight, bias, by_batch, 0.0, eps)
+            x, _, _, weight, bias, _, _, eps = node.args
+            node.args = (x, None, None, weight, bias, True, 0.0, eps)
         elif node.op == "call_function" and node.target is F.instance_norm:
             bound = inspect.signature(F.instance_norm).bind(*node.args, **node.kwargs)
             bound.apply_defaults()
@@ -172,18 +167,30 @@ def hold_statistics(module: fx.GraphModule, running: bool = False) -> fx.GraphMo
     return module
 
 
-def normalise_by_batch(module: fx.GraphModule, frozen: Collection[str]) -> fx.GraphModule:
-    """Batch norms of an evaluation graph use the statistics of the batch, as in training; not the `frozen` ones."""
+def choose_statistics(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Batch norms normalise by the plan's statistics in both modes; the frozen ones by their running statistics.
+
+    "batch": those of an evaluation graph use the batch too, as in training.
+    "running": those of a training graph that have running statistics use them, as in eval mode.
+    """
     module = copied(module)
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in BATCH_NORMS and not node.args[5]:
-            x, mean, _, weight, bias, _, _, eps = node.args
-            if str(mean.target).removeprefix("model.").rpartition(".")[0] not in frozen:
-                node.args = (x, None, None, weight, bias, True, 0.0, eps)
+        if node.op != "call_function" or node.target not in BATCH_NORMS:
+            continue
+        x, mean, variance, weight, bias, by_batch, _, eps = node.args
+        if plan.statistics == "running" and by_batch and mean is not None:
+            node.args = (x, mean, variance, weight, bias, False, 0.0, eps)
+        elif plan.statistics == "batch" and not by_batch and not (plan.kind.training or _frozen(mean, plan)):
+            node.args = (x, None, None, weight, bias, True, 0.0, eps)
     return module
 
 
-def pushforward(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
+def _frozen(statistic: fx.Node, plan: Plan) -> bool:
+    """Whether a running statistic is that of a module which stays in eval mode."""
+    return str(statistic.target).removeprefix("model.").rpartition(".")[0] in plan.frozen
+
+
+def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph f(x, delta) → graph (y, dy) with dy = J_yw Θ delta, in the model's own output structure.
 
     dy is real zeros where nothing depends on the weights, None for leaves that are not float. Raises TransformError
@@ -199,13 +206,13 @@ def pushforward(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphMod
 
         return walk.value(output.args[0]), map_aggregate(output.args[0], real)
 
-    return _Pushforward(hold_statistics(module), layouts, fold=False).run(pair)
+    return _Pushforward(module, plan.layouts, fold=False).run(pair)
 
 
-def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN, running_statistics: bool = False) -> fx.GraphModule:
+def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
 
-    running_statistics: batch norms normalise by those, in train mode too. An output that ends in softmax, log-softmax or
+    An output that ends in softmax, log-softmax or
     sigmoid is linearised before it: link(z + dz). Otherwise the loss of y + dy has no lower bound.
     """
 
@@ -231,17 +238,12 @@ def linearized(module: fx.GraphModule, layouts: Layouts = PLAIN, running_statist
 
         return map_aggregate(output.args[0], leaf_sum)
 
-    return _Pushforward(hold_statistics(module, running_statistics), layouts, fold=False).run(add)
+    return _Pushforward(module, plan.layouts, fold=False).run(add)
 
 
-def perturbed(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
+def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph → graph of f(x; w₀ + Θ delta), not linearised: each hyperlayer's tangent is added on the spot.
 
     The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
     """
-    return trained(hold_statistics(module), layouts)
-
-
-def trained(module: fx.GraphModule, layouts: Layouts = PLAIN) -> fx.GraphModule:
-    """As `perturbed`, but running statistics are updated: where "stn" trains, there is no other training step."""
-    return _Pushforward(module, layouts, fold=True).run(lambda walk, output: walk.value(output.args[0]))
+    return _Pushforward(module, plan.layouts, fold=True).run(lambda walk, output: walk.value(output.args[0]))

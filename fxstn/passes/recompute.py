@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
+from fxstn.frontends.interface import Plan
 from fxstn.ir.graphs import assemble
 
 
@@ -28,12 +29,15 @@ class Recomputed(nn.Module):
         return checkpoint(self.piece, *fixed, use_reentrant=False)
 
 
-def recompute(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in about √n pieces that keep nothing but their inputs (Chen et al. 2016, arXiv 1604.06174).
+def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Where the plan asks for it, the same graph in about √n pieces that keep nothing but their inputs (Chen et al. 2016, arXiv
+    1604.06174).
 
     Costs a second forward, and memory then grows as √n. For graphs that update no running statistics: those would count
     a batch twice.
     """
+    if not plan.recompute:
+        return module
     nodes = list(module.graph.nodes)
     outside = _outside(nodes)
     graph = fx.Graph()

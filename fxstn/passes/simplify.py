@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import assemble
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.response import add_bias
@@ -70,7 +71,7 @@ def _join_products(node: fx.Node) -> None:
     node.graph.erase_node(first)
 
 
-def simplify(module: fx.GraphModule) -> fx.GraphModule:
+def simplify(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """Common subexpressions and dead values removed, products joined; an update of running statistics is never dead. Generates
     the code."""
     module = drop_handed_through(module)

@@ -24,10 +24,12 @@ from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.optimizers import adam, sgd
 from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION
 from fxstn.frontends.guards import frozen_modules
+from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.match import bind
+from fxstn.passes.recipe import canonical_graphs
 from fxstn.tools.baselines import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
 from fxstn.tools.measure import peak_memory, step_times
-from fxstn.transform import followed, transform
+from fxstn.transform import transform
 
 VARIANTS = (
     "plain",
@@ -95,7 +97,7 @@ class _FixedDropout:
 def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -> nn.Module:
     """The original model with torch's own dropout, at fixed rates, wherever `hparams` tunes one."""
     model = copy.deepcopy(model)
-    graph = followed(model, True, frozen_modules(model))
+    graph, _ = canonical_graphs(Symbolic(), model, tuple(frozen_modules(model)), None)
     binding = bind(graph, hparams)
     dropouts = [site for site in binding.sites if isinstance(site.spec, hp.Dropout)]  # others the model has itself
     rates = {site.path: binding.hyperparameters[site.index].init for site in dropouts}

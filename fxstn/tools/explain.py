@@ -7,13 +7,14 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
 from torch import fx, nn
 
 from fxstn.frontends.guards import frozen_modules
+from fxstn.frontends.inputs import InputSpec, as_tuple
 from fxstn.frontends.live.duals import Note
 from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path
@@ -23,7 +24,8 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, draws, dropout_mask
 from fxstn.ops.response import Response, for_all_examples
 from fxstn.passes.hyperize import responses
-from fxstn.transform import FRONTENDS, canonical_graphs, transform
+from fxstn.passes.recipe import canonical_graphs
+from fxstn.transform import FRONTENDS, transform
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,19 @@ def explain(
     stn = model if isinstance(model, SelfTuningNetwork) else None
     made = stn is not None
     model = stn.model if stn is not None else copy.deepcopy(model)
+    inputs = None if example_inputs is None else as_tuple(example_inputs)
     try:
         stn = stn or transform(model, hparams, example_inputs=example_inputs)
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        if example_inputs is not None:
+        if inputs is not None:
             stn.locate_examples(*inputs)
-        if stn.frontend == "live" and example_inputs is None:
+        if stn.frontend == "live" and inputs is None:
             explanation.notes.append(
                 "what runs is known when it runs: fxstn.explain(network, example_inputs=...) lists it"
             )
-        elif stn.frontend == "live":
+        elif stn.frontend == "live" and inputs is not None:
             _operations(explanation, stn, inputs)
         else:
-            _nodes(explanation, stn.graph("pushforward"), stn.hparams.names)
+            _nodes(explanation, cast(fx.GraphModule, stn.graph("pushforward")), stn.hparams.names)
         _penalties(explanation, stn)
     except TransformError as error:
         explanation.problems += error.problems
@@ -99,12 +101,12 @@ def explain(
     if made and stn is not None:
         _responding(explanation, stn)
         return explanation
-    available = FRONTENDS if example_inputs is not None else FRONTENDS[:1]
-    for frontend in (stn.frontend,) if stn else available:
+    for kind in FRONTENDS:
+        if (stn is not None and stn.frontend != kind.name) or (inputs is None and kind.needs_examples):
+            continue
         try:
-            _parameters(
-                explanation, model, canonical_graphs(frontend, model, tuple(frozen_modules(model)), example_inputs)
-            )
+            frontend = kind(InputSpec.of(model, inputs))
+            _parameters(explanation, model, canonical_graphs(frontend, model, tuple(frozen_modules(model)), inputs))
             break
         except TransformError:  # listed already
             continue
@@ -114,7 +116,7 @@ def explain(
 def _penalties(explanation: Explanation, stn: SelfTuningNetwork) -> None:
     """What the training objectives add to the loss."""
     found = [(name, f"L{norm} penalty", index) for name, index, norm in stn.terms.penalties]
-    sites = (site for site in stn.recipe.binding.auxiliary if isinstance(site.spec, Activity))
+    sites = (site for site in stn.recipe.plan.binding.auxiliary if isinstance(site.spec, Activity))
     found += [(site.path, "activation penalty", site.index) for site in sites]
     found += [("", "Jacobian penalty", index) for index, _ in stn.terms.jacobian]
     for path, what, index in found:

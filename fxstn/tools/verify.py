@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.live.containers import leaves, mapped
+from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.graph import located
 from fxstn.frontends.live.reference_run import Float64Mode, ReferenceRun
 from fxstn.frontends.live.tracer import Sites, inlined
@@ -213,7 +214,7 @@ def _strengths(stn: SelfTuningNetwork) -> tuple[list[Tensor | None], list[tuple 
     """Rates of the dropout calls, and strengths of the other random operations, of the original model, in execution order:
     tuned ones at λ₀, None for others."""
     strengths = stn.hparams()
-    taken = {s.node: tuple(strengths[i] for i in s.indices) for s in stn.recipe.binding.sites if not s.insert}
+    taken = {s.node: tuple(strengths[i] for i in s.indices) for s in stn.recipe.plan.binding.sites if not s.insert}
     nodes = [node for node in stn.canonical(True).graph.nodes if node.op == "call_function"]
     rates = [taken.get(node.name, (None,))[0] for node in nodes if node.target in DROPOUTS]
     return rates, [taken.get(node.name) for node in nodes if node.target in OPERATIONS]
@@ -288,7 +289,8 @@ def _comparisons(
 ) -> Any:
     """(mode, against, error) of every comparison that has not passed yet."""
     error, witness = partial(relative_error, tolerance=tolerance), copy.deepcopy(original)
-    binding, frozen = stn.recipe.binding, stn.recipe.frozen
+    recipe = stn.recipe
+    binding, frozen = recipe.plan.binding, recipe.plan.frozen
     live = stn.frontend == "live"
     rates, operations = ([], []) if live else _strengths(stn)
     inserts = bool(binding.dropped) or any(site.insert for site in binding.sites)
@@ -304,7 +306,7 @@ def _comparisons(
             module.get_submodule(name).training = False
         module.load_state_dict(stn.best_response(step * delta), strict=False)
         chosen = replace(binding, sites=tuple(site for site in binding.sites if inserting or not site.insert))
-        sites = located(chosen, *stn.recipe.places) if training else Sites()
+        sites = located(chosen, *cast(Live, recipe.frontend).places) if training else Sites()
         witness = ReferenceRun(module, sites, stn.hparams(), constants[training, inserting] if step else None)
         torch.manual_seed(seed)
         output = witness.run_constant(_copies(inputs))
@@ -327,7 +329,7 @@ def _comparisons(
         if live:
             return of_live(step, True, True)
         torch.manual_seed(seed)
-        graph = stn.graph("train")
+        graph = cast(nn.Module, stn.graph("train"))
         state = {name: buffer.clone() for name, buffer in stn.model.named_buffers()} | stn.best_response(step * delta)
         return functional_call(graph, {f"model.{name}": value for name, value in state.items()}, _copies(inputs))
 
@@ -338,7 +340,7 @@ def _comparisons(
 
     def without_insertions() -> SelfTuningNetwork:
         sites = tuple(site for site in binding.sites if not site.insert)
-        return stn.with_recipe(replace(stn.recipe, binding=replace(binding, sites=sites, dropped=())))
+        return stn.with_recipe(recipe.with_binding(replace(binding, sites=sites, dropped=())))
 
     if ("eval", "original model") not in passed:
         yield "eval", "original model", error(tangent(stn, False), lambda step: of_original(step, False))

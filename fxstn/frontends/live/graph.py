@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.guards import mode_of, module_state, restore
+from fxstn.frontends.interface import Root
 from fxstn.frontends.live.containers import attributes, mapped, reachable
 from fxstn.frontends.live.duals import Duals, Note
 from fxstn.frontends.live.record import Recorded
 from fxstn.frontends.live.tracer import Following, Position, Sites
 from fxstn.hp.binding import Binding
+from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.node_info import info_of
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.response import Response, for_all_examples, parameter_changes
@@ -107,14 +108,13 @@ def lent(tensors: Iterable[Tensor]) -> Iterator[None]:
 class LiveGraph:
     """One graph of a live network, called as graph(*inputs, condition=None, delta=None).
 
-    name: as for `SelfTuningNetwork.graph`. root: holds the children model, response and hparams. One perturbation for the
+    root: holds the children model, response and hparams. One perturbation for the
     whole batch only: condition and delta of shape (h,); ValueError for others.
     """
 
-    def __init__(self, root: nn.Module, name: str, sites: Sites, frozen: Collection[str]) -> None:
-        self.root, self.name, self.frozen = root, name, frozen
-        self.training = not name.endswith("eval")
-        self.kind = name.removesuffix("_eval")
+    def __init__(self, root: Root, kind: GraphKind, sites: Sites, frozen: Collection[str]) -> None:
+        self.root, self.kind, self.frozen = root, kind, frozen
+        self.objective, self.training = kind.objective, kind.training
         self.sites = sites if self.training else Sites()
 
     @property
@@ -140,21 +140,21 @@ class LiveGraph:
 
     def __repr__(self) -> str:
         beside = {"pushforward": ", tangents carried beside it", "linearized": ", tangents carried beside it and added"}
-        weights = ", at the weights that the response predicts" if self.kind in ("perturbed", "trained") else ""
+        weights = ", at the weights that the response predicts" if self.objective in ("perturbed", "trained") else ""
         mode = "train" if self.training else "eval"
         called = f"{type(self.model).__name__}.forward in {mode} mode, run as it is"
-        return f"LiveGraph({self.name}: {called}{beside.get(self.kind, '')}{weights})"
+        return f"LiveGraph({self.kind}: {called}{beside.get(self.objective, '')}{weights})"
 
     def forward(self, *inputs: Any, condition: Tensor | None = None, delta: Tensor | None = None, **named: Any) -> Any:
-        if self.kind in ("pushforward", "linearized"):
+        if self.objective in ("pushforward", "linearized"):
             return self.duals(inputs, named, condition, delta)
         replaced: dict[int, Tensor] = {}
-        if self.kind in ("perturbed", "trained"):
+        if self.objective in ("perturbed", "trained"):
             replaced = self._moved(delta)
-        if self.kind == "perturbed":
+        if self.objective == "perturbed":
             replaced |= {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         mode = Following(self.model, self.sites, self._strengths(condition))
-        keep = self.kind != "perturbed"
+        keep = self.objective != "perturbed"
         with borrowed(self.model, self.training, self.frozen, replaced, keep):
             return mode.run(inputs, named)
 
@@ -173,8 +173,8 @@ class LiveGraph:
         parameters, strengths = self._tangents(delta), self._strengths(condition)
         strengths = None if strengths is None else strengths.detach()
         with borrowed(self.model, self.training, self.frozen, buffers, keep=False):
-            if self.name == "linearized_eval":
-                for name, module in self.model.named_modules():  # as fxstn.passes.pushforward.normalise_by_batch
+            if self.objective == "linearized" and not self.training:
+                for name, module in self.model.named_modules():  # as fxstn.passes.pushforward.choose_statistics
                     module.training = isinstance(module, _BatchNorm) and name not in self.frozen
             mode = Duals(self.model, parameters, self.sites, strengths, log)
             given = {id(x): x for _, x in (*reachable((inputs, named), ""), *attributes(self.model))}
@@ -182,7 +182,9 @@ class LiveGraph:
             with lent(given.values()), torch.enable_grad():
                 output = mode.run(inputs, named)
                 mode.finish(output)
-                result = mode.linearized(output) if self.kind == "linearized" else (output, mode.tangents_of(output))
+                result = (
+                    mode.linearized(output) if self.objective == "linearized" else (output, mode.tangents_of(output))
+                )
                 return mapped(lambda leaf: leaf.data if id(leaf) in given else leaf, result)
 
     def _strengths(self, condition: Tensor | None) -> Tensor | None:
@@ -195,7 +197,7 @@ class LiveGraph:
 
     def _tangents(self, delta: Tensor | None) -> dict[str, Scaled]:
         if delta is None:
-            raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
+            raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
         find = self.model.get_parameter
         return {name: Scaled(r(delta), r.direction(find(name)), r.axis) for name, r in self._responses()}
@@ -203,32 +205,8 @@ class LiveGraph:
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
         """Weights w₀ + Θ·delta, by the id of w₀."""
         if delta is None:
-            raise TypeError(f"the graph {self.name!r} takes delta, of shape (h,)")
+            raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
         changes = parameter_changes(self.root.get_submodule("response"), self.model, delta)
         parameters = dict(self.model.named_parameters())
         return {id(parameters[name]): parameters[name] + change for name, change in changes.items()}
-
-
-@dataclass(frozen=True)
-class LiveRecipe:
-    """What a live network's graphs need besides its children; stands where `fxstn.transform.Recipe` stands for others.
-
-    places: from `addresses`.
-    """
-
-    binding: Binding
-    frozen: tuple[str, ...]
-    places: tuple[Mapping[str, tuple], Mapping[str, int], Mapping[tuple[str, int], int]]
-
-    def canonical(self, root: nn.Module, training: bool) -> nn.Module:
-        """There is no graph of the model itself: it runs as it is."""
-        return root
-
-    def emit(self, canonical: nn.Module, name: str, places: Any) -> LiveGraph:
-        """One graph by name. canonical: the network, with the children model, hparams and response."""
-        return LiveGraph(canonical, name, located(self.binding, *self.places), self.frozen)
-
-    def locate(self, canonical: nn.Module, inputs: tuple) -> dict[str, Any]:
-        """Nothing is known about where the examples are; graphs refuse one perturbation per example."""
-        return {}

@@ -1,0 +1,86 @@
+"""Builds the network of one frontend: capture, decide which λ belongs where and which weights respond, emit, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstn.frontends.decompositions.torchvision import AUGMENTING
+from fxstn.frontends.guards import frozen_modules
+from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.interface import Frontend, Pass, Plan
+from fxstn.frontends.preservation import preserved
+from fxstn.frontends.selection import errors_as_diagnostics
+from fxstn.hp import HyperparameterSpace
+from fxstn.ir.graph_kind import graph_kind
+from fxstn.ir.graphs import forked_rng
+from fxstn.network import SelfTuningNetwork
+from fxstn.passes.hyperize import Responses, response_modules, responses
+from fxstn.passes.match import bind
+from fxstn.passes.recipe import PipelineRecipe, canonical_graphs, with_children
+from fxstn.passes.request import Request
+
+_PUBLIC = ("train", "eval", "pushforward", "pushforward_eval")
+
+
+def build_network(
+    kind: type[Frontend], model: nn.Module, request: Request, pipelines: Mapping[str, Sequence[Pass]]
+) -> SelfTuningNetwork:
+    """The network of a model by one frontend. model: a copy that the network may keep.
+
+    Raises TransformError where the frontend cannot follow the model, ValueError and TypeError for a mistake in the request.
+    """
+    frozen, inputs = tuple(sorted(frozen_modules(model))), request.inputs
+    frontend = kind(InputSpec.of(model, inputs))
+    graphs = canonical_graphs(frontend, model, frozen, inputs)
+    binding = bind(graphs[0], request.hparams)
+    frontend = frontend.bind(graphs[0], binding)
+    space = HyperparameterSpace(binding.hyperparameters)
+    responding = responding_parameters(graphs, request.structured)
+    reference = next(model.parameters())
+    space.to(device=reference.device, dtype=reference.dtype)
+    plan = Plan(binding=binding, frozen=frozen, recompute=request.recompute, statistics=request.statistics)
+    recipe = PipelineRecipe(frontend, plan, pipelines)
+    modules = response_modules(model, responding, len(space), request.structured)
+    network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
+    network.augments = frontend.rewritable and augmentation(model) is not None
+    if frontend.rewritable:
+        network.keep_canonical([with_children(graph, network) for graph in graphs])
+    check(network, inputs)
+    return network
+
+
+def responding_parameters(graphs: Sequence[Any], structured: bool) -> Responses:
+    """Which parameters respond. Raises ValueError where none does."""
+    found = responses(graphs, structured)
+    if not found.axes:
+        raise ValueError(
+            "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
+            "whose parameters it uses directly"
+            + ("" if structured else ", and whose scale no batch norm takes away")
+            + "; fxstn.explain(model) lists why"
+        )
+    return found
+
+
+def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:
+    """Emit the public graphs, and run each on the example inputs, where there are any; the network is left as it was.
+
+    Raises TransformError where that fails: the model itself takes the inputs, as `check_inputs` has found.
+    """
+    delta = torch.zeros_like(network.hparams.unconstrained)
+    for name in _PUBLIC:
+        with errors_as_diagnostics(f"the graph {name!r} of the forward"):
+            graph = network.graph(name)
+            if inputs is not None:
+                moved = {"delta": delta} if graph_kind(name).moves_weights else {}
+                with preserved(network.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
+                    graph.forward(*stand_ins, **moved)
+
+
+def augmentation(model: nn.Module) -> str | None:
+    """Path of the first module that stays random in eval mode, as torchvision's transforms do."""
+    return next((name for name, module in model.named_modules() if type(module) in AUGMENTING), None)

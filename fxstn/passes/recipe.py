@@ -1,0 +1,63 @@
+"""From a frontend to a network: what is decided once, and how each graph is made, now and again after a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from fxstn.frontends.interface import Frontend, Graph, Pass, Plan, Root
+from fxstn.frontends.selection import errors_as_diagnostics
+from fxstn.hp.binding import Binding
+from fxstn.ir.graph_kind import GraphKind
+from fxstn.ir.tangents import Layouts
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.example_axes import layouts
+
+
+@dataclass(frozen=True)
+class PipelineRecipe:
+    """Makes the graphs of one network from its modules. It holds none of them, so that it is copied and pickled with them.
+
+    frontend: how the forward is followed.
+    plan: what is decided once for all graphs; each is made by a copy with its kind and layouts.
+    pipelines: `fxstn.transform.PIPELINES`, the passes by objective.
+    """
+
+    frontend: Frontend
+    plan: Plan
+    pipelines: Mapping[str, Sequence[Pass]]
+
+    def with_binding(self, binding: Binding) -> PipelineRecipe:
+        """The same with another decision on which λ belongs where."""
+        return replace(self, plan=replace(self.plan, binding=binding))
+
+    def canonical(self, root: Root, training: bool) -> fx.GraphModule:
+        """The model's own graph in one mode, in canonical spelling, with the children of root."""
+        model = root.get_submodule("model")
+        return with_children(canonicalize(self.frontend.capture(model, training, self.plan.frozen, None)), root)
+
+    def emit(self, root: Root, kind: GraphKind, layouts: Layouts) -> Graph:
+        """One graph."""
+        plan = replace(self.plan, kind=kind, layouts=layouts)
+        return self.frontend.emit(root, plan, self.pipelines[kind.objective])
+
+    def locate(self, root: Root, training: bool, inputs: tuple) -> Layouts:
+        """Where the examples of a batch are in every value of the canonical graph; {} where there is none."""
+        return layouts(root.canonical(training), inputs) if self.frontend.rewritable else {}
+
+
+def with_children(graph: fx.GraphModule, root: Root) -> fx.GraphModule:
+    """The graph of a model with the network's other children beside it."""
+    for child in ("hparams", "response"):
+        graph.add_module(child, root.get_submodule(child))
+    return graph
+
+
+def canonical_graphs(frontend: Frontend, model: nn.Module, frozen: Sequence[str], inputs: tuple | None) -> list[Any]:
+    """The model's training and evaluation graph, as far as passes need them to decide."""
+    with errors_as_diagnostics("following the forward"):
+        captured = [frontend.capture(model, training, frozen, inputs) for training in (True, False)]
+        return [canonicalize(graph) for graph in captured] if frontend.rewritable else captured

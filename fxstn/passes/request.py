@@ -1,0 +1,92 @@
+"""What a caller of `transform` asks for, checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxstn.frontends.guards import refuse_wrapped
+from fxstn.frontends.inputs import as_tuple
+from fxstn.frontends.interface import Frontend
+from fxstn.hp import Spec
+from fxstn.network import METHODS, SelfTuningNetwork
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `fxstn.transform` but the model. Raises ValueError and TypeError as it does.
+
+    frontends: what `trace` may name, in the order that "auto" tries them.
+    """
+
+    hparams: Sequence[Spec] | None
+    example_inputs: Any
+    method: str
+    response: str | None
+    trace: str
+    recompute: bool
+    statistics: str
+    frontends: Sequence[type[Frontend]]
+
+    def __post_init__(self) -> None:
+        if self.example_inputs is not None and not any(isinstance(x, Tensor) for x in tree_leaves(self.example_inputs)):
+            raise TypeError(
+                f"example_inputs must be a tensor or a tuple of them, got {type(self.example_inputs).__name__}; take the "
+                "inputs of a batch, next(iter(loader))[0]"
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
+        if self.response not in (None, "scaled", "structured") or (self.response == "scaled" and self.method == "stn"):
+            raise ValueError(f"response={self.response!r} is neither 'scaled' (not for method 'stn') nor 'structured'")
+        named = {frontend.name: frontend for frontend in self.frontends}
+        if self.trace not in ("auto", *named):
+            raise ValueError(f"trace={self.trace!r} is not one of auto, {', '.join(named)}")
+        if self.statistics not in ("batch", "running"):
+            raise ValueError(f"statistics={self.statistics!r} is neither 'batch' nor 'running'")
+        if self.trace in named and named[self.trace].needs_examples and self.example_inputs is None:
+            raise ValueError(f"trace={self.trace!r} needs example_inputs")
+        if self.needs_graph and (self.method != "delta" or not self.candidates):
+            what = "recompute=True" if self.recompute else f"statistics={self.statistics!r}"
+            raise ValueError(
+                f"{what} is for method 'delta', traced by fx or export; got {self.method!r} and {self.trace!r}"
+            )
+
+    @property
+    def candidates(self) -> list[type[Frontend]]:
+        """The frontends to try, in their order."""
+        return [
+            frontend
+            for frontend in self.frontends
+            if self.trace in ("auto", frontend.name)
+            and (self.example_inputs is not None or not frontend.needs_examples)
+            and (frontend.rewritable or not self.needs_graph)
+        ]
+
+    @property
+    def inputs(self) -> tuple | None:
+        """The example inputs by position."""
+        return None if self.example_inputs is None else as_tuple(self.example_inputs)
+
+    @property
+    def structured(self) -> bool:
+        """Whether R is learned."""
+        return self.response == "structured" or (self.response is None and self.method != "delta")
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether only a graph that passes rewrite will do."""
+        return self.recompute or self.statistics != "batch"
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is no model or is transformed already, ValueError for one wrapped for several processes."""
+    if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
+        raise TypeError(
+            f"model must be an nn.Module that is not transformed yet, got {model if isinstance(model, type) else type(model)}; "
+            "give the plain model, with its weights"
+        )
+    refuse_wrapped(model)
