@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.optim import SettlingAdam
-from fxstn.tools.cli import loader
+from fxstn.tools.data import loader
 
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 PAPERS = ("delta", "centered", "stn")

@@ -1,62 +1,70 @@
 """fxstn: tune dozens of regularisation hyperparameters in one training run (Δ-STN, Bae & Grosse 2020)."""
 
-from fxstn import hp
-from fxstn.bilevel import (
-    PAPER,
-    BilevelProblem,
-    BilevelRunner,
-    Carried,
-    DivergedError,
-    History,
-    RunWarning,
-    Schedule,
-    accuracy,
-    average_gradients,
-    general_loss,
-    hyper_loss,
-    optim,
-    response_loss,
-)
-from fxstn.bilevel.losses import cross_entropy
-from fxstn.frontends.decompositions.torchvision import register_operation
-from fxstn.integrations.tensorboard import TensorBoard
-from fxstn.ir.errors import Diagnostic, TransformError
-from fxstn.network import SelfTuningNetwork
-from fxstn.rules.own import register_rule
-from fxstn.tools.explain import Explanation, explain
-from fxstn.tools.report import write_report
-from fxstn.tools.show import show
-from fxstn.tools.verify import VerifyResult, verify
-from fxstn.transform import transform
+import sys
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PAPER",
-    "BilevelProblem",
-    "BilevelRunner",
-    "Carried",
-    "Diagnostic",
-    "DivergedError",
-    "Explanation",
-    "History",
-    "RunWarning",
-    "Schedule",
-    "SelfTuningNetwork",
-    "TensorBoard",
-    "TransformError",
-    "VerifyResult",
-    "accuracy",
-    "average_gradients",
-    "cross_entropy",
-    "explain",
-    "general_loss",
-    "hp",
-    "hyper_loss",
-    "optim",
-    "register_operation",
-    "register_rule",
-    "response_loss",
-    "show",
-    "transform",
-    "verify",
-    "write_report",
-]
+from fxstn.tools.lazy import LazyPackage
+
+if TYPE_CHECKING:
+    from fxstn import hp as hp
+    from fxstn.bilevel import PAPER as PAPER
+    from fxstn.bilevel import BilevelProblem as BilevelProblem
+    from fxstn.bilevel import BilevelRunner as BilevelRunner
+    from fxstn.bilevel import Carried as Carried
+    from fxstn.bilevel import DivergedError as DivergedError
+    from fxstn.bilevel import History as History
+    from fxstn.bilevel import RunWarning as RunWarning
+    from fxstn.bilevel import Schedule as Schedule
+    from fxstn.bilevel import accuracy as accuracy
+    from fxstn.bilevel import average_gradients as average_gradients
+    from fxstn.bilevel import general_loss as general_loss
+    from fxstn.bilevel import hyper_loss as hyper_loss
+    from fxstn.bilevel import optim as optim
+    from fxstn.bilevel import response_loss as response_loss
+    from fxstn.bilevel.losses import cross_entropy as cross_entropy
+    from fxstn.frontends.decompositions.torchvision import register_operation as register_operation
+    from fxstn.integrations.tensorboard import TensorBoard as TensorBoard
+    from fxstn.ir.errors import Diagnostic as Diagnostic
+    from fxstn.ir.errors import TransformError as TransformError
+    from fxstn.network import SelfTuningNetwork as SelfTuningNetwork
+    from fxstn.rules.own import register_rule as register_rule
+    from fxstn.tools.explain import Explanation as Explanation
+    from fxstn.tools.explain import explain as explain
+    from fxstn.tools.report import write_report as write_report
+    from fxstn.tools.show import show as show
+    from fxstn.tools.verify import VerifyResult as VerifyResult
+    from fxstn.tools.verify import verify as verify
+    from fxstn.transform import transform as transform
+
+EXPORTS = {
+    "fxstn.bilevel": [
+        "PAPER",
+        "BilevelProblem",
+        "BilevelRunner",
+        "Carried",
+        "DivergedError",
+        "History",
+        "RunWarning",
+        "Schedule",
+        "accuracy",
+        "average_gradients",
+        "general_loss",
+        "hyper_loss",
+        "optim",
+        "response_loss",
+    ],
+    "fxstn.bilevel.losses": ["cross_entropy"],
+    "fxstn.frontends.decompositions.torchvision": ["register_operation"],
+    "fxstn.integrations.tensorboard": ["TensorBoard"],
+    "fxstn.ir.errors": ["Diagnostic", "TransformError"],
+    "fxstn.network": ["SelfTuningNetwork"],
+    "fxstn.rules.own": ["register_rule"],
+    "fxstn.tools.explain": ["Explanation", "explain"],
+    "fxstn.tools.report": ["write_report"],
+    "fxstn.tools.show": ["show"],
+    "fxstn.tools.verify": ["VerifyResult", "verify"],
+    "fxstn.transform": ["transform"],
+}  # the imports above, which type checkers read, once more for Python
+__all__ = ["hp", *(name for names in EXPORTS.values() for name in names)]
+
+sys.modules[__name__].__class__ = LazyPackage

@@ -519,14 +519,14 @@ row(
 )(command("explain", "resnet99"))
 row(
     "CLI module unknown",
-    r"--model 'nowhere:net' cannot be made: No module named 'nowhere'; name a function that can be",
+    r"--model 'nowhere:net' cannot be built: No module named 'nowhere'; name a function that can be",
 )(command("explain", "nowhere:net"))
-row("CLI function unknown", r"--model 'nets:net' cannot be made: .*no attribute 'net'; name a function that can be")(
+row("CLI function unknown", r"--model 'nets:net' cannot be built: .*no attribute 'net'; name a function that can be")(
     command("explain", "nets:net")
 )
 row(
     "CLI function without num_classes",
-    r"--model 'nets:mlp' cannot be made: .*num_classes.*; name a function .*takes num_classes",
+    r"--model 'nets:mlp' cannot be built: .*num_classes.*; name a function .*takes num_classes",
 )(command("explain", "nets:mlp"))
 row("CLI function that makes no model", r"--model '.*:not_a_model' must return an nn\.Module, it returns int")(
     command("explain", f"{__name__}:not_a_model")

@@ -17,7 +17,7 @@ import fxstn
 from benchmarks.overhead import NETWORKS
 from fxstn import hp
 from fxstn.passes.recompute import Recomputed
-from fxstn.tools.cli import build_model
+from fxstn.tools.models import build_model
 
 HPARAMS = [hp.Dropout("bn1", init=0.3), hp.WeightDecay()]
 

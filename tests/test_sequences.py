@@ -12,7 +12,7 @@ from torch.func import functional_call
 import fxstn
 from fxstn import hp
 from fxstn.ops.noise import draws, locked_mask, word_mask
-from fxstn.tools.cli import AUGMENTATIONS
+from fxstn.tools.commands import AUGMENTATIONS
 
 WORDS, BATCH, TIME, FEATURES = 12, 4, 5, 6
 

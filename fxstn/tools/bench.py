@@ -28,19 +28,11 @@ from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import canonical_graphs
 from fxstn.tools.baselines import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
+from fxstn.tools.choices import VARIANTS
 from fxstn.tools.measure import peak_memory, step_times
+from fxstn.tools.models import build_model
 from fxstn.transform import transform
 
-VARIANTS = (
-    "plain",
-    "general",
-    "response",
-    "schedule",
-    "schedule-default",
-    "func-jvp",
-    "func-jvp-batch",
-    "double-backward",
-)
 TRAIN_STEPS = 5
 Steps = dict[str, tuple[Callable[[], None], int]]  # name → (what to run, inner steps that it does)
 
@@ -72,8 +64,6 @@ class Setup:
 
     def built(self) -> tuple[nn.Module, Tensor, Tensor]:
         """(model in train mode, a batch of images, its classes)."""
-        from fxstn.tools.cli import build_model
-
         torch.manual_seed(0)
         model = build_model(self.model, self.classes).to(self.device).train()
         x = torch.randn(self.batch_size, 3, self.image_size, self.image_size)

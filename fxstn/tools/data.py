@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
+from fxstn.tools.choices import DATA_SETS
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,18 @@ def load(
             )
         parts = order[:train], order[train : train + valid], order[train + valid :]
         sets = [(images[part], labels[part]) for part in parts]
-    elif name in NAMES:
+    elif name in DATA_SETS:
         sets = _torchvision(name, train, valid, seed, root or os.environ.get("FXSTN_DATA"))
     else:
-        raise ValueError(f"data set {name!r} is not one of {', '.join(NAMES)}")
+        raise ValueError(f"data set {name!r} is not one of {', '.join(DATA_SETS)}")
     mean, std = (sets[0][0].mean(), sets[0][0].std()) if normalise else (torch.zeros(()), torch.ones(()))
     prepared = [TensorDataset(_prepare(x, image_size, mean, std), y) for x, y in sets]
     return Split(prepared[0], prepared[1], prepared[2], classes=10)
+
+
+def loader(dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
+    """Batches in an order that only the seed decides."""
+    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def _prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:

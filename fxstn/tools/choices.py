@@ -1,0 +1,13 @@
+"""Names to choose from on the command line, apart from the modules that need torch."""
+
+DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+VARIANTS = (
+    "plain",
+    "general",
+    "response",
+    "schedule",
+    "schedule-default",
+    "func-jvp",
+    "func-jvp-batch",
+    "double-backward",
+)

@@ -1,0 +1,41 @@
+"""A package that imports its public names when they are first used, so that `fxstn --help` does without torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class LazyPackage(ModuleType):
+    """The class of a package with `EXPORTS`, {module: names that it defines and that the package hands on}.
+
+    A package becomes one by `sys.modules[__name__].__class__ = LazyPackage`. Reading a name of EXPORTS imports its module;
+    reading the name of a submodule imports that. Raises AttributeError for any other name.
+    """
+
+    EXPORTS: dict[str, list[str]]
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # Python asks every module for some: __path__, __wrapped__
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        for module, names in self.EXPORTS.items():
+            if name in names:
+                value = getattr(import_module(module), name)
+                setattr(self, name, value)
+                return value
+        submodule = f"{self.__name__}.{name}"
+        try:
+            return import_module(submodule)
+        except ModuleNotFoundError as error:
+            if error.name != submodule:
+                raise
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python's import puts the module fxstn.transform where the function fxstn.transform belongs.
+        if isinstance(value, ModuleType) and name in self.EXPORTS.get(value.__name__, ()):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for names in self.EXPORTS.values() for name in names)})

@@ -1,0 +1,109 @@
+"""What is imported when: the shell's help does without torch, and the package's names come when they are first used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import torch
+from nets import mlp
+
+import fxstn
+from fxstn.tools import cli
+from fxstn.tools.lazy import LazyPackage
+
+
+def python(code: str, *words: object) -> str:
+    """What a fresh process prints; -P: the current folder is not searched for modules, as in a script of pip's."""
+    command = [sys.executable, "-P", "-W", "error", "-c", code, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [(), *[(name,) for name in cli.COMMANDS]], ids=lambda words: " ".join(words) or "fxstn"
+)
+def test_help_and_wrong_options_import_no_torch(words):
+    code = """
+import sys
+from fxstn.tools.cli import main
+status = []
+for last in ("--help", "--no-such-option"):
+    try:
+        main([*sys.argv[1:], last])
+    except SystemExit as end:
+        status.append(end.code)
+assert status == [0, 2], status
+print(sorted({"torch", "torchvision", "numpy", "tabulate"} & set(sys.modules)))
+"""
+    shown = python(code, *words)
+    assert "usage: fxstn" in shown
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_the_names_for_python_are_those_for_type_checkers():
+    tree = ast.parse(Path(fxstn.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert all(alias.asname == alias.name for node in block.body for alias in node.names)  # else it is no public name
+    exports = {(module, name) for module, names in fxstn.EXPORTS.items() for name in names}
+    assert imports == {("fxstn", "hp"), *exports}
+
+
+def test_every_name_can_be_read_and_is_listed():
+    values = {name: getattr(fxstn, name) for name in fxstn.__all__}
+    assert set(values) <= set(dir(fxstn))
+    modules = {name for name, value in values.items() if isinstance(value, type(sys))}
+    assert modules == {"hp", "optim"}
+    with pytest.raises(AttributeError, match="module 'fxstn' has no attribute 'transfrom'"):
+        _ = fxstn.transfrom
+
+
+@pytest.mark.parametrize("first", ["import fxstn.transform", "from fxstn.tools import bench", "from fxstn import *"])
+def test_transform_is_the_function_whatever_is_imported_first(first):
+    code = f"{first}\nimport fxstn\nprint(type(fxstn.transform).__name__, fxstn.hp.Dropout.__name__)"
+    assert python(code).split() == [FunctionType.__name__, "Dropout"]
+
+
+def test_an_error_inside_a_submodule_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "parcel").mkdir()
+    (tmp_path / "parcel" / "__init__.py").write_text("EXPORTS = {}\n")
+    (tmp_path / "parcel" / "part.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import parcel
+
+    parcel.__class__ = LazyPackage
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+        _ = parcel.part
+    with pytest.raises(AttributeError, match="module 'parcel' has no attribute 'whole'"):
+        _ = parcel.whole
+
+
+def test_a_saved_network_is_loaded_by_a_process_that_has_imported_nothing(tmp_path):
+    stn = fxstn.transform(mlp()).eval()
+    torch.save(stn, tmp_path / "network.pt")
+    code = """
+import sys, torch
+stn = torch.load(sys.argv[1], weights_only=False)
+torch.manual_seed(3)
+y, dy = stn.train().pushforward(torch.ones(2, 6), delta=torch.ones(len(stn.hparams)))
+print(y.tolist(), dy.tolist())
+"""
+    torch.manual_seed(3)
+    y, dy = stn.train().pushforward(torch.ones(2, 6), delta=torch.ones(len(stn.hparams)))
+    assert python(code, tmp_path / "network.pt").strip() == f"{y.tolist()} {dy.tolist()}"
+
+
+def test_a_function_in_the_current_folder_is_found_by_the_shell(tmp_path, monkeypatch, capsys):
+    (tmp_path / "models_of_mine.py").write_text(
+        "from torch import nn\ndef build(num_classes):\n    return nn.Sequential(nn.Linear(6, num_classes))\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["explain", "models_of_mine:build"]) == 0
+    assert "2 parameters respond" in capsys.readouterr().out
