@@ -19,10 +19,11 @@ from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import AUGMENTING, RANDOM
 from fxstn.hp.augment import spread
+from fxstn.ir.staging import draws
 from fxstn.ops.color import jitter
 from fxstn.ops.erase import boxes_mask, cutout_mask, erasing_mask
 from fxstn.ops.geometry import inverse_affine, resample
-from fxstn.ops.noise import by_example, draws, weight_mask
+from fxstn.ops.noise import by_example, weight_mask
 from fxstn.ops.penalty import penalty, penalty_perturbed
 from fxstn.tools.cli import main
 from fxstn.tools.show import strengths_of

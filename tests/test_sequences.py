@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
-from fxstn.ops.noise import draws, locked_mask, word_mask
+from fxstn.ir.staging import draws
+from fxstn.ops.noise import locked_mask, word_mask
 from fxstn.tools.commands import AUGMENTATIONS
 
 WORDS, BATCH, TIME, FEATURES = 12, 4, 5, 6

@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
+from fxstn.ir.staging import draws
 from fxstn.ops.color import as_float
 from fxstn.ops.mixing import lesser_share, mixed_target
-from fxstn.ops.noise import draws
 from fxstn.ops.penalty import squared_jacobian
 
 MIXING = [hp.MixUp, hp.CutMix]

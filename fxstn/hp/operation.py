@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fxstn.hp.specs import Choice, Spec
-from fxstn.ir.staging import staged
-from fxstn.ops.noise import draw
+from fxstn.ir.staging import staged, staging_of
 
 OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 
@@ -60,8 +59,8 @@ class Operation(Spec):
 
         # Functions of this class's own, so that graphs name them and two classes can share an implementation.
         cls.function = staticmethod(staged(_named(run, kind)))
-        cls.draw = staticmethod(draw(_named(drawing, f"draw_{kind}")))
-        if not of_torch and not getattr(applying, "staged", False):
+        cls.draw = staticmethod(staged(random=True)(_named(drawing, f"draw_{kind}")))
+        if not of_torch and staging_of(applying) is None:
             cls.apply = staticmethod(staged(_named(applying, f"apply_{kind}")))
         OPERATIONS[cls.function] = cls
 

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+_KEY = "staging"
 
 
-def _proxy_in(value: Any) -> fx.Proxy | None:
+@dataclass(frozen=True)
+class Staging:
+    """How a staged helper is treated.
+
+    random: it draws random numbers. Two calls are never merged, and its tangent is ZERO.
+    overridable: function modes see it as one operation, as they see torch's.
+    compiled: torch.compile looks into it. It should not look into a loop over time, which it would unroll.
+    derivative_of: the operation that the helper runs and differentiates; it draws and writes what that does.
+    """
+
+    random: bool = False
+    overridable: bool = False
+    compiled: bool = True
+    derivative_of: Callable[..., object] | None = None
+
+
+def staging_of(function: object) -> Staging | None:
+    """How a node's target is staged; None where it is no staged helper."""
+    return getattr(function, _KEY, None)
+
+
+def draws(function: object) -> bool:
+    """Whether a node's target is a staged helper that draws random numbers."""
+    staging = staging_of(function)
+    return staging is not None and staging.random
+
+
+def _proxy_in(value: object) -> fx.Proxy | None:
     if isinstance(value, fx.Proxy):
         return value
     if isinstance(value, (tuple, list)):
@@ -21,66 +51,75 @@ def _proxy_in(value: Any) -> fx.Proxy | None:
     return None
 
 
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _emit(proxy: fx.Proxy, function: Callable[..., object], args: tuple, kwargs: dict) -> Any:
+    """One node that calls a function. Its proxy stands for the result, of whatever type that is."""
+    return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+
+def call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """function(*args, **kwargs), or one node that calls it when an argument is an fx.Proxy (methods included)."""
     proxy = _proxy_in((*args, *kwargs.values()))
     if proxy is None:
         return function(*args, **kwargs)
-    return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+    return _emit(proxy, function, args, kwargs)
 
 
-def staged(function: F) -> F:
-    """Make `function` stage itself as a single call_function node whenever an argument is an fx.Proxy.
+@overload
+def staged(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def staged(
+    *,
+    random: bool = ...,
+    overridable: bool = ...,
+    compiled: bool = ...,
+    derivative_of: Callable[..., object] | None = ...,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def staged(function: Callable[..., R] | None = None, /, **flags: bool | Callable[..., object] | None) -> object:
+    """Decorator: the helper becomes a single call_function node whenever an argument is an fx.Proxy.
+
+    flags: the fields of `Staging`, `@staged(random=True)` say.
 
     `torch.fx.wrap` only works while `symbolic_trace` patches the module; rules also run outside of it.
     """
+    if function is None:
+        return functools.partial(_staged, Staging(**flags))  # type: ignore[arg-type]
+    return _staged(Staging(), function)
+
+
+def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
+    overridable = staging.overridable
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        proxy = _proxy_in((*args, *kwargs.values()))
-        if proxy is None:
-            return function(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
-
-    wrapper.staged = True  # type: ignore[attr-defined]
-    return wrapper  # type: ignore[return-value]
-
-
-def derivative_of(function: Callable[..., Any], helper: F) -> F:
-    """Mark a staged helper that runs `function` and differentiates it: it draws and writes whatever that does."""
-    helper.primal = function  # type: ignore[attr-defined]
-    return helper
-
-
-def eager(function: F) -> F:
-    """Mark a helper that torch.compile should call as it is, because it would unroll a loop: see `with_breaks`."""
-    function.eager = True  # type: ignore[attr-defined]
-    return function
-
-
-def with_breaks(module: fx.GraphModule) -> fx.GraphModule | None:
-    """A graph in which torch.compile calls helpers marked `eager` as they are, children shared; None where there is none."""
-    if not any(getattr(node.target, "eager", False) for node in module.graph.nodes):
-        return None
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if getattr(node.target, "eager", False):
-            node.target = torch.compiler.disable(node.target)
-    return fx.GraphModule(module, graph)
-
-
-def operation(function: F) -> F:
-    """A staged function that function modes see as one operation of its own, as they see torch's."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         proxy = _proxy_in((*args, *kwargs.values()))
         if proxy is not None:
-            return proxy.tracer.create_proxy("call_function", wrapper, args, kwargs)
-        if has_torch_function(args):
+            return _emit(proxy, wrapper, args, kwargs)
+        if overridable and has_torch_function(args):
             return handle_torch_function(wrapper, args, *args, **kwargs)
         return function(*args, **kwargs)
 
-    wrapper.staged = True  # type: ignore[attr-defined]
-    return wrapper  # type: ignore[return-value]
+    vars(wrapper)[_KEY] = staging
+    return wrapper
+
+
+def _breaks(node: fx.Node) -> bool:
+    staging = staging_of(node.target)
+    return staging is not None and not staging.compiled
+
+
+def with_breaks(module: fx.GraphModule) -> fx.GraphModule | None:
+    """A graph in which torch.compile calls helpers that are not to be compiled as they are.
+
+    Returns None where there is no such helper. Children are shared.
+    """
+    if not any(map(_breaks, module.graph.nodes)):
+        return None
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in filter(_breaks, graph.nodes):
+        node.target = torch.compiler.disable(node.target)
+    return fx.GraphModule(module, graph)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fxstn.ir.staging import derivative_of, staged
+from fxstn.ir.staging import staged
 
 
 class _LinearMap(torch.autograd.Function):
@@ -207,4 +207,4 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
         return y, dy
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"
-    return derivative_of(function, staged(jvp))
+    return staged(derivative_of=function)(jvp)

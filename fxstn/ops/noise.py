@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,20 +10,6 @@ from torch import Tensor
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.examples import along_examples
-
-F = TypeVar("F", bound=Callable)
-
-
-def draw(function: F) -> F:
-    """Decorator: a staged function that draws random numbers. Two calls are never merged, and its tangent is ZERO."""
-    result = staged(function)
-    result.draws = True  # type: ignore[attr-defined]
-    return result
-
-
-def draws(function: object) -> bool:
-    """Whether a node's target draws random numbers by `draw`."""
-    return getattr(function, "draws", False) is True
 
 
 def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
@@ -41,7 +26,7 @@ def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     return low + (high - low) * torch.rand(shape, device=x.device, dtype=dtype)
 
 
-@draw
+@staged(random=True)
 def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
 
@@ -104,7 +89,7 @@ def word_mask(index: Tensor, table: Tensor, p: Tensor | float, place: BatchAxis 
     return ((noise[index] >= p) / (1 - p)).to(table.dtype).unsqueeze(-1)
 
 
-@draw
+@staged(random=True)
 def alpha_dropout_coefficients(
     x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +106,7 @@ def alpha_dropout_coefficients(
     return kept * gain, (1 - kept) * (gain * limit) - gain * p * limit
 
 
-@draw
+@staged(random=True)
 def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
 
@@ -131,7 +116,7 @@ def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     return mask.div_(1 - p) if p < 1 else mask
 
 
-@draw
+@staged(random=True)
 def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
     """Multiplier of DropConnect, shaped like the weight: 0 with probability p, else 1/(1 − p), one for the whole batch.
 

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxstn.ir.staging import eager, operation, staged
+from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BatchAxis
 from fxstn.ops.response import align, materialised
 
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
-@eager
-@operation
+@staged(overridable=True, compiled=False)
 def recurrent_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
     bias_hh: Tensor | None, weight_hr: Tensor | None = None,
@@ -109,8 +108,7 @@ _CELLS: dict[str, Any] = {
 }
 
 
-@eager
-@staged
+@staged(compiled=False)
 def steps(
     mode: str, products: Tensor, h: Tensor, c: Tensor | None, weight_hh: Tensor, bias_hh: Tensor | None,
     weight_hr: Tensor | None,
@@ -191,8 +189,7 @@ def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | Non
     return torch.stack(outputs), dc
 
 
-@eager
-@staged
+@staged(compiled=False)
 def recurrence_tangent(
     mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, did: Steps,
     weight_hh: Tensor, weight_hr: Tensor | None,
@@ -210,8 +207,7 @@ def recurrence_tangent(
     return (dy, dy[-1], last) if lstm else (dy, dy[-1])
 
 
-@eager
-@staged
+@staged(compiled=False)
 def perturbed_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple
 ) -> tuple[Tensor, ...]:

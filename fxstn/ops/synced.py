@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxstn.ir.staging import eager, staged
+from fxstn.ir.staging import staged
 from fxstn.ops.norms import batch_norm_jacobian, batch_norm_with_statistics
 
 
@@ -69,8 +69,7 @@ def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None, like
     return (y if bias is None else y + _along(bias, y)).to(like.dtype)
 
 
-@eager
-@staged
+@staged(compiled=False)
 def synced_batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
@@ -86,8 +85,7 @@ def synced_batch_norm(
     return _affine(normalized, weight, bias, input)
 
 
-@eager
-@staged
+@staged(compiled=False)
 def synced_batch_norm_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,8 +96,7 @@ def synced_batch_norm_with_statistics(
     return _affine(normalized, weight, bias, x), mean, torch.rsqrt(variance + eps)
 
 
-@eager
-@staged
+@staged(compiled=False)
 def synced_batch_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> Tensor:

@@ -14,6 +14,7 @@ from fxstn.hp import OPERATIONS, Activity, Dropout, Operation
 from fxstn.hp.binding import NOTHING_BOUND, Site
 from fxstn.ir.graphs import add_placeholder, copied, placeholders
 from fxstn.ir.node_info import annotate, copy_place, info_of
+from fxstn.ir.staging import staging_of
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, weight_mask
@@ -99,7 +100,7 @@ def _draw(graph: fx.Graph, node: fx.Node, strengths: tuple, place: BatchAxis) ->
         drawn = graph.create_node("call_function", operation.draw, arguments, settings, f"{node.name}_draw")
     copy_place(drawn, node)
     node.target, node.args = operation.apply, (x, drawn)
-    node.kwargs = node.kwargs if getattr(operation.apply, "staged", False) else {}  # torch's own take no settings
+    node.kwargs = node.kwargs if staging_of(operation.apply) else {}  # torch's own take no settings
     return drawn
 
 

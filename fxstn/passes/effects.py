@@ -12,9 +12,10 @@ from torch.fx.node import Target
 
 from fxstn.ir.facts import is_fresh, is_functional, is_seeded, is_view, overloads, writes
 from fxstn.ir.node_info import info_of
+from fxstn.ir.staging import draws, staging_of
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_opaque, is_size
 from fxstn.ops.inputs import REQUIREMENTS
-from fxstn.ops.noise import draws, track_batch
+from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.rules import RULES
 
@@ -35,11 +36,12 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def _is_declared_pure(function: Target) -> bool:
-    if primal := getattr(function, "primal", None):  # the derivative of one operation runs that operation
-        return _is_declared_pure(primal)
+    staging = staging_of(function)
+    if staging and staging.derivative_of:  # it runs that operation
+        return _is_declared_pure(staging.derivative_of)
     if is_opaque(function) or is_random(function):
         return False
-    if function is getattr or getattr(function, "staged", False):
+    if function is getattr or staging:
         return True
     if getattr(function, "__module__", "") in ("_operator", "math"):
         return True

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fxstn.ir.graphs import evaluated, forked_rng, model_of, reseed
+from fxstn.ir.staging import draws
 from fxstn.ir.vocabulary import is_size
-from fxstn.ops.noise import draws
 
 MOST_RUNS = 64
 

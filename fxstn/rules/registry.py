@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
-from fxstn.ir.staging import call
+from fxstn.ir.staging import call, draws
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
 from fxstn.ops.kernels import expand_like, node_jvp
-from fxstn.ops.noise import draws
 
 Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 

@@ -20,8 +20,9 @@ from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
+from fxstn.ir.staging import draws
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.noise import alpha_dropout_coefficients, draws, dropout_mask
+from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import Response, for_all_examples
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs

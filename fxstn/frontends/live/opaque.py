@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.duals import Duals
-from fxstn.ir.staging import derivative_of, staged
+from fxstn.ir.staging import staged
 from fxstn.rules.registry import plain_tangents
 
 
@@ -35,7 +35,7 @@ def function_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
         return y, duals.tangents_of(y)
 
     jvp.__name__ = f"jvp_{function.__name__}"
-    return derivative_of(function, staged(jvp))
+    return staged(derivative_of=function)(jvp)
 
 
 def opaque_tangent(
