@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from torchvision.transforms.v2 import functional as vision
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.decompositions.torchvision import AUGMENTING, RANDOM
 from fxstn.hp.augment import spread
 from fxstn.ir.staging import draws
 from fxstn.ops.color import jitter
@@ -427,33 +424,6 @@ def test_penalties_equal_those_of_materialised_weights(norm):
     moved = [penalty(weight + s[:, None] * response, k, norm) for s, k in zip(scale, strength, strict=True)]
     found = penalty_perturbed(weight, strength, scale, response, norm=norm)
     torch.testing.assert_close(found, torch.stack(moved).mean(), rtol=1e-12, atol=0)
-
-
-# The recipe
-
-
-def test_the_recipe_of_contributing_works():
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-    recipe = text.partition("## Add a conditioned operation")[2].partition("```python\n")[2].partition("```")[0]
-    before = dict(DECOMPOSITIONS), set(RANDOM), set(AUGMENTING), dict(hp.OPERATIONS)
-    names: dict = {"__name__": "recipe"}
-    try:
-        exec(recipe, names)
-        model = classifier(nn.Conv2d(3, 3, 1), v2.RandomSolarize(0.5, p=0.3))
-        assert fxstn.verify(model, images()).ok
-        stn = fxstn.transform(model)
-        assert stn.hparams.values() == {"1.solarize": pytest.approx(0.3)}
-        assert "solarize" in str(fxstn.explain(model))
-        inserted = fxstn.transform(classifier(), [names["Solarize"]("input")])
-        assert inserted.hparams.names == ("input.solarize",)
-        with pytest.raises(ValueError, match="RandomSolarize is followed already"):
-            fxstn.register_operation(names["Solarize"], v2.RandomSolarize)
-        x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
-        assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])
-    finally:
-        for now, was in zip((DECOMPOSITIONS, RANDOM, AUGMENTING, hp.OPERATIONS), before, strict=True):
-            now.clear()
-            now.update(was)  # type: ignore[arg-type]
 
 
 # The picture
