@@ -1,8 +1,9 @@
-"""CONTRIBUTING.md: every block of Python runs, and what it adds works as the page says."""
+"""Pages: every block of Python of CONTRIBUTING.md runs; what README and docs name exists."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import operator
 import re
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from fxstn.ir.tangents import ZERO
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.rules import RULES, apply_rule
 
-PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = {
     title: re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -116,3 +118,37 @@ def test_a_conditioned_operation_is_a_class_and_a_line(names):
         fxstn.register_operation(names["Solarize"], v2.RandomSolarize)
     x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
     assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])
+
+
+PAGES = [path for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md")) if path.stem != "CHANGELOG"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_files_that_a_page_names_exist(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:fxstn|tests|benchmarks|examples|docs)/[\w./]*\w", text)
+    linked = [str((path.parent / link).relative_to(ROOT)) for link in re.findall(r"\]\((?!http)([\w./-]+)", text)]
+    assert [name for name in (*named, *linked) if not (ROOT / name).exists()] == []
+
+
+def resolved(dotted: str) -> bool:
+    """Whether `fxstn.a.b` is a module or an attribute of one."""
+    value: Any = fxstn
+    for name in dotted.split(".")[1:]:
+        if not hasattr(value, name):
+            return importlib.util.find_spec(dotted) is not None
+        value = getattr(value, name)
+    return True
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_names_of_the_library_that_a_page_uses_exist(path):
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"\bfxstn(?:\.[A-Za-z]\w*)+", text))
+    named |= {f"fxstn.{name}" for name in re.findall(r"\bhp\.[A-Z]\w*", text)}
+    assert sorted(name for name in named if not resolved(name)) == []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fxstn"):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], block
