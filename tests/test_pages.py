@@ -6,6 +6,7 @@ import ast
 import importlib
 import operator
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import AUGMENTING, RANDOM
-from fxstn.frontends.symbolic import trace
+from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.tangents import ZERO
 from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.condition import condition
+from fxstn.passes.simplify import simplify
 from fxstn.rules import RULES, apply_rule
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,7 @@ BLOCKS = {
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
 }
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+TRANSFORM: Any = sys.modules[fxstn.transform.__module__]
 
 
 @pytest.fixture
@@ -40,10 +44,15 @@ def names() -> Iterator[dict[str, Any]]:
     """A namespace to run blocks in. What they register is gone afterwards."""
     tables: list[Any] = [RULES, DECOMPOSITIONS, RANDOM, AUGMENTING, hp.OPERATIONS]
     before = [table.copy() for table in tables]
-    yield {"__name__": "contributed", "torch": torch}
+    yield {"__name__": "contributed", "torch": torch, "nn": nn}
     for table, content in zip(tables, before, strict=True):
         table.clear()
         table.update(content)
+
+
+def run(block: str, names: dict[str, Any]) -> None:
+    """As a file of its own, which has no annotations as strings."""
+    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
 
 
 def images() -> torch.Tensor:
@@ -55,7 +64,9 @@ def classifier(*first: nn.Module) -> nn.Module:
 
 
 def test_every_block_belongs_to_a_recipe_that_is_checked_here():
-    checked = {f"Add a {thing}" for thing in ("tangent rule", "decomposition", "pass", "conditioned operation")}
+    checked = {
+        f"Add a {thing}" for thing in ("tangent rule", "decomposition", "pass", "frontend", "conditioned operation")
+    }
     assert {title for title, blocks in BLOCKS.items() if blocks} == checked
     assert PAGE.count("```python") == sum(map(len, BLOCKS.values()))
 
@@ -63,7 +74,7 @@ def test_every_block_belongs_to_a_recipe_that_is_checked_here():
 def test_a_rule_is_a_line_and_so_is_its_test(names):
     rules, lines = BLOCKS["Add a tangent rule"]
     before = set(RULES)
-    exec(rules, names)
+    run(rules, names)
     added = [eval(ast.unparse(line), vars(cases) | names) for line in ast.parse(lines).body]
     assert {case.function for case in added} == set(RULES) - before
     for case in added:
@@ -75,7 +86,7 @@ def test_a_rule_is_a_line_and_so_is_its_test(names):
 
 def test_a_decomposition_makes_a_module_followable(names):
     (block,) = BLOCKS["Add a decomposition"]
-    exec(block, names)
+    run(block, names)
     net, x = nn.Sequential(names["Normalized"](4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
     stn = fxstn.transform(net, SCALAR)
     torch.testing.assert_close(stn(x), net(x))
@@ -86,15 +97,15 @@ def test_a_decomposition_makes_a_module_followable(names):
         fxstn.transform(net, SCALAR)
 
 
-def test_a_pass_edits_a_copy(names):
+def test_a_pass_edits_a_copy_and_is_an_entry_in_the_list(names, monkeypatch):
     (block,) = BLOCKS["Add a pass"]
-    exec(block, names)
+    run(block, names)
 
     class Net(nn.Module):
         def forward(self, x):
             return torch.exp(x) - 1 + (torch.exp(x) - 2)
 
-    graph, x = canonicalize(trace(Net(), True)), torch.full((3,), 1e-9, dtype=torch.float64)
+    graph, x = canonicalize(Symbolic().capture(Net(), True)), torch.full((3,), 1e-9, dtype=torch.float64)
     before = str(graph.graph)
     result = names["exact_near_zero"](graph)
     assert str(graph.graph) == before
@@ -102,11 +113,29 @@ def test_a_pass_edits_a_copy(names):
         torch.expm1, torch.exp, operator.sub, operator.add
     ]  # fmt: skip
     torch.testing.assert_close(fx.GraphModule(result, result.graph)(x), Net()(x))
+    passes = {"plain": (condition, names["exact_near_zero"], simplify)}
+    monkeypatch.setattr(TRANSFORM, "PIPELINES", dict(TRANSFORM.PIPELINES) | passes)
+    stn = fxstn.transform(nn.Sequential(nn.Linear(2, 2), Net()), SCALAR)
+    targets = {node.target for node in stn.graph("train").graph.nodes}
+    assert torch.expm1 in targets
+    assert torch.expm1 not in {node.target for node in stn.graph("pushforward").graph.nodes}
+
+
+def test_a_frontend_is_a_class_and_an_entry(names, monkeypatch):
+    (block,) = BLOCKS["Add a frontend"]
+    run(block, names)
+    monkeypatch.setattr(TRANSFORM, "FRONTENDS", (*TRANSFORM.FRONTENDS, names["Plain"]))
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
+    stn = fxstn.transform(net, [*SCALAR, hp.WeightDecay()], trace="plain")
+    assert stn.frontend == "plain"
+    assert stn.hparams.names == ("a", "0.weight_decay", "2.weight_decay")
+    torch.testing.assert_close(stn(x), net(x))
+    assert fxstn.verify(net, x, hparams=SCALAR, trace="plain").ok
 
 
 def test_a_conditioned_operation_is_a_class_and_a_line(names):
     (block,) = BLOCKS["Add a conditioned operation"]
-    exec(block, names)
+    run(block, names)
     model = classifier(nn.Conv2d(3, 3, 1), v2.RandomSolarize(0.5, p=0.3))
     assert fxstn.verify(model, images()).ok
     stn = fxstn.transform(model)
