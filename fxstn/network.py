@@ -20,7 +20,7 @@ from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ir.staging import with_breaks
-from fxstn.ir.tangents import BATCH_FIRST, Layouts
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.penalty import penalty, penalty_perturbed
 from fxstn.ops.response import Response, for_all_examples, parameter_changes, pulled_back
 
@@ -54,9 +54,9 @@ class Recipe(Protocol):
 
     def canonical(self, root: SelfTuningNetwork, training: bool) -> fx.GraphModule: ...
 
-    def emit(self, root: SelfTuningNetwork, kind: GraphKind, layouts: Layouts) -> Graph: ...
+    def emit(self, root: SelfTuningNetwork, kind: GraphKind, batch_axes: BatchAxes) -> Graph: ...
 
-    def locate(self, root: SelfTuningNetwork, training: bool, inputs: tuple) -> Layouts: ...
+    def locate(self, root: SelfTuningNetwork, training: bool, inputs: tuple) -> BatchAxes: ...
 
 
 class SelfTuningNetwork(nn.Module):
@@ -92,7 +92,7 @@ class SelfTuningNetwork(nn.Module):
         self._canonical: dict[bool, fx.GraphModule] = {}
         self._graphs: dict[GraphKind, Graph] = {}
         self._compiled: dict[GraphKind, Any] = {}
-        self._layouts: dict[bool, Layouts] = {}
+        self._batch_axes: dict[bool, BatchAxes] = {}
         self._per_example: bool | None = None
         self._compile_options: dict[str, Any] | None = None
         self.augments = False
@@ -111,7 +111,7 @@ class SelfTuningNetwork(nn.Module):
 
     def _graph(self, kind: GraphKind) -> Graph:
         if kind not in self._graphs:
-            self._graphs[kind] = self.recipe.emit(self, kind, self._layouts.get(kind.training, {}))
+            self._graphs[kind] = self.recipe.emit(self, kind, self._batch_axes.get(kind.training, {}))
         return self._graphs[kind]
 
     def canonical(self, training: bool) -> fx.GraphModule:
@@ -135,10 +135,10 @@ class SelfTuningNetwork(nn.Module):
 
         Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
         """
-        if self._layouts:
+        if self._batch_axes:
             return
-        self._layouts = {training: self.recipe.locate(self, training, inputs) for training in (True, False)}
-        if any(axis != BATCH_FIRST for layouts in self._layouts.values() for axis in layouts.values()):
+        self._batch_axes = {training: self.recipe.locate(self, training, inputs) for training in (True, False)}
+        if any(axis != BATCH_FIRST for batch_axes in self._batch_axes.values() for axis in batch_axes.values()):
             self._graphs.clear()
             self._compiled.clear()
 
@@ -178,7 +178,7 @@ class SelfTuningNetwork(nn.Module):
     def with_recipe(self, recipe: Recipe) -> SelfTuningNetwork:
         """A network over the same modules and parameters whose graphs are made by another recipe."""
         result = self.__class__.__new__(self.__class__)
-        result.__dict__ = {**self.__dict__, "recipe": recipe, **_no_graphs(), "_layouts": {}, "_per_example": None}
+        result.__dict__ = {**self.__dict__, "recipe": recipe, **_no_graphs(), "_batch_axes": {}, "_per_example": None}
         if recipe.frontend is self.recipe.frontend and recipe.plan.frozen == self.recipe.plan.frozen:
             result._canonical = self._canonical  # the same forward, followed in the same way
         return result

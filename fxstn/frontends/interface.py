@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxstn.frontends.inputs import InputSpec
 from fxstn.hp.binding import NOTHING_BOUND, Binding
 from fxstn.ir.graph_kind import PLAIN_EVAL, GraphKind
-from fxstn.ir.tangents import Layouts
+from fxstn.ir.tangents import BatchAxes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
     kind: which graph it is.
     binding: which λ belongs where. A graph in eval mode reads no λ.
     frozen: paths of the modules that stay in eval mode while the network trains.
-    layouts: where the examples of a batch are in every value; empty for a plain batch.
+    batch_axes: where the examples of a batch are in every value; empty for a plain batch.
     recompute: whether the linearised output keeps its activations or computes them again in the backward pass.
     statistics: what batch norms normalise by in the linearised output: "batch" or "running".
     """
@@ -32,7 +32,7 @@ class Plan:
     kind: GraphKind = PLAIN_EVAL
     binding: Binding = NOTHING_BOUND
     frozen: tuple[str, ...] = ()
-    layouts: Layouts = field(default_factory=dict)
+    batch_axes: BatchAxes = field(default_factory=dict)
     recompute: bool = False
     statistics: str = "batch"
 

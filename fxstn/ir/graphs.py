@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument, map_arg
 
 from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.ir.node_info import copy_facts
@@ -58,34 +59,26 @@ def forked_rng() -> Iterator[None]:
         yield
 
 
-def reseed() -> None:
-    """Let the next random draws be those after the last call of this; what torch.manual_seed does, without its bookkeeping
-    for devices that nothing has used yet."""
-    torch.default_generator.manual_seed(0)
+def reseed(seed: int = 0) -> None:
+    """Makes the next random draws those after the last call with this seed.
+
+    It does what torch.manual_seed does, without the bookkeeping for devices that nothing has used yet.
+    """
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(seed)
+
+
+def filled_in(argument: Argument, values: Mapping[fx.Node, Any]) -> Any:
+    """An argument of a node, with values in place of the nodes in it."""
+    return map_arg(argument, lambda node: values[node])
 
 
 def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """What a call_function node computes from the values of other nodes."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return values[value]
-        if isinstance(value, (list, tuple)):
-            entries = [plain(entry) for entry in value]
-            return (
-                type(value)(*entries)
-                if hasattr(value, "_fields")
-                else list(entries)
-                if isinstance(value, list)
-                else tuple(entries)
-            )
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        return slice(plain(value.start), plain(value.stop), plain(value.step)) if isinstance(value, slice) else value
-
-    return node.target(*plain(node.args), **plain(node.kwargs))  # type: ignore[operator]
+    if not callable(node.target):
+        raise TypeError(f"{node.format_node()} calls no function")
+    return node.target(*filled_in(node.args, values), **filled_in(node.kwargs, values))
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

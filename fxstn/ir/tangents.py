@@ -32,7 +32,9 @@ class BatchAxis(NamedTuple):
 
 
 BATCH_FIRST = BatchAxis()
-Layouts = Mapping[str, BatchAxis | None]  # by node name; None: no single place. A name that is missing: a plain batch.
+BatchAxes = Mapping[
+    str, BatchAxis | None
+]  # by node name; None: no single place. A name that is missing: a plain batch.
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
             return graph.create_node("call_function", operator.getitem, (hparams, entry), name=name.replace(".", "_"))
 
     def strengths(site: Site, before: fx.Node) -> tuple[tuple[Any, ...], BatchAxis]:
-        place = plan.layouts.get(site.node, BATCH_FIRST)
+        place = plan.batch_axes.get(site.node, BATCH_FIRST)
         dropout = isinstance(site.spec, Dropout)
         expected = site.spec.examples
         known = place is not None and (expected is None or place == BatchAxis(expected))

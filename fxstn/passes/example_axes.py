@@ -9,102 +9,126 @@ one example is another, show which entries belong to whom, for any operation and
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxstn.hp import OPERATIONS
-from fxstn.ir.graphs import evaluated, forked_rng, placeholders, reseed
+from fxstn.ir.graphs import evaluated, filled_in, forked_rng, placeholders, reseed
 from fxstn.ir.node_info import info_of
-from fxstn.ir.tangents import BatchAxis
+from fxstn.ir.tangents import BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
+from fxstn.passes.probe import Values, Variant, changed, probe
 
-EXAMPLES = 3  # a prime: a size that is a multiple of it by accident is rare, and told by its pattern
+EXAMPLES = (3, 5)  # primes: a size that is a multiple of one by accident is rare, and told by its pattern
+MOST_TRIALS = 32
+# What operations and a model's own assertions raise where a size does not fit.
+SIZE_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 
 
-def layouts(module: fx.GraphModule, inputs: tuple) -> dict[str, BatchAxis | None]:
-    """The place of the examples in the value of each node, from one batch of inputs (any structure, batch first).
+def find_batch_axes(module: fx.GraphModule, inputs: tuple) -> BatchAxes:
+    """The place of the examples in the value of each node.
+
+    inputs: one batch of inputs, of any structure. Dimension 0 of the first tensor is the batch.
 
     Dropout is left out of the runs, and batch norm takes its statistics from the first, so that it joins no examples and
     keeps values in the range that activations are made for. Values that are no tensors are left out of the result; a value
     that does not depend on the examples is None.
     """
-    batch = next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
-    try:
-        return _layouts(module, inputs, batch, EXAMPLES)
-    except Exception:  # whatever a model may raise: some are written for one batch size
-        return _layouts(module, inputs, batch, max(2, batch))
+    leaves, structure = tree_flatten(inputs)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
+    batch = len(leaves[tensors[0]])
+    candidates = [i for i in tensors if len(leaves[i]) == batch]
+    few = next(number for number in EXAMPLES if number != batch)
+    for rows in _by_likelihood(candidates):
+        try:
+            return _axes(module, _variants(leaves, structure, rows, few), few)
+        except SIZE_ERRORS:
+            continue
+    few = max(2, batch)  # some models are written for one batch size
+    return _axes(module, _variants(leaves, structure, candidates, few), few)
 
 
-def _layouts(module: fx.GraphModule, inputs: tuple, batch: int, examples: int) -> dict[str, BatchAxis | None]:
-    own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
-    runs = [_bound(own, variant) for variant in _variants(inputs, batch, examples)]
-    readers = {node: len(node.users) for node in module.graph.nodes}
-    found: dict[str, BatchAxis | None] = {}
-    device = next((leaf.device.type for leaf in tree_leaves(runs[0]) if isinstance(leaf, Tensor)), "cpu")
-    with forked_rng(), torch.no_grad(), torch.autocast(device, enabled=False):
-        for node in module.graph.nodes:
-            if node.op == "output":
-                break
-            if node.target in BATCH_NORMS:
-                for values, result in zip(runs, _normalised(module, node, runs), strict=True):
-                    values[node] = result
-            for values in runs:
-                if node not in values:
-                    reseed()  # random draws are the same in the three runs
-                    values[node] = _value(module, node, values)
-            base, *others = (values[node] for values in runs)
-            if (
-                isinstance(base, tuple) and base and isinstance(base[0], Tensor)
-            ):  # as its first value, that of a recurrent layer
-                base, *others = (values[node][0] for values in runs)
-            if isinstance(base, Tensor) and node.op != "get_attr":
-                found[node.name] = _place(base, others, examples)
-            for source in node.all_input_nodes:
-                readers[source] -= 1
-                if not readers[source]:
-                    for values in runs:
-                        del values[source]
-    return found
+def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
+    """Which inputs may be batches, of those that are as long as one; the first is.
+
+    A mask of (L, L) entries is as long as a batch of L examples. With fewer examples the model then fails, unless the mask
+    keeps its size.
+    """
+    first, *others = candidates
+    trials = (set(kept) for size in range(len(others), -1, -1) for kept in combinations(others, size))
+    for _, kept in zip(range(MOST_TRIALS), trials, strict=False):
+        yield [first, *(i for i in others if i in kept)]
 
 
-def _variants(inputs: tuple, batch: int, examples: int) -> Iterator[tuple]:
-    """A few examples of the inputs; the same with the first one another; the same with the last one another."""
+def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[tuple]:
+    """A few examples of the inputs; the same with the first one another; the same with the last one another.
 
-    def first_few(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
-            return leaf
-        return leaf.detach()[torch.arange(examples) % batch]
+    rows: positions of the leaves that hold examples. few: how many examples.
+    """
 
-    def with_another(leaf: Any, index: int) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != examples or leaf.dtype == torch.bool:
-            return leaf
-        leaf = leaf.clone()
-        if leaf.is_floating_point():
-            leaf[index] += torch.randn_like(leaf[index]) * (leaf.std() + 0.1)
-        else:  # other indices, each one that occurs
-            values = leaf.unique()
-            leaf[index] = values[(torch.searchsorted(values, leaf[index]) + 1) % len(values)]
-        return leaf
+    def with_examples(change: Callable[[Tensor], Tensor]) -> tuple:
+        return tree_unflatten([change(leaf) if i in rows else leaf for i, leaf in enumerate(leaves)], structure)
 
-    base = tree_map(first_few, inputs)
+    leaves = [leaf.detach()[torch.arange(few) % len(leaf)] if i in rows else leaf for i, leaf in enumerate(leaves)]
     with forked_rng():
         reseed()
-        yield base
-        for index in (0, examples - 1):
-            yield tree_map(lambda leaf, i=index: with_another(leaf, i), base)
+        return [with_examples(lambda leaf: leaf), *(with_examples(partial(_with_another, i)) for i in (0, few - 1))]
 
 
-def _bound(nodes: list[fx.Node], inputs: tuple) -> dict[fx.Node, Any]:
+def _with_another(index: int, leaf: Tensor) -> Tensor:
+    """The same examples, one of them another. A mask stays: another one may leave nothing to compute with."""
+    if leaf.dtype == torch.bool:
+        return leaf
+    leaf = leaf.clone()
+    if leaf.is_floating_point():
+        leaf[index] += torch.randn_like(leaf[index]) * (leaf.std() + 0.1)
+    else:  # other indices, each one that occurs
+        values = leaf.unique()
+        leaf[index] = values[(torch.searchsorted(values, leaf[index]) + 1) % len(values)]
+    return leaf
+
+
+def _axes(module: fx.GraphModule, variants: Sequence[tuple], few: int) -> dict[str, BatchAxis | None]:
+    own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
+    axes: dict[str, BatchAxis | None] = {}
+
+    def look(node: fx.Node, values: list[object]) -> None:
+        results = [
+            value[0] if isinstance(value, tuple) and value else value for value in values
+        ]  # of several the first
+        tensors = [value for value in results if isinstance(value, Tensor)]
+        if tensors and node.op != "get_attr":
+            axes[node.name] = _axis_of(tensors[0], tensors[1:], few)
+
+    nodes = [node for node in module.graph.nodes if node.op != "output"]
+    device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
+    with torch.autocast(device, enabled=False):
+        probe(nodes, [_variant(module, _bound(own, inputs)) for inputs in variants], look)
+    return axes
+
+
+def _variant(module: fx.GraphModule, inputs: Values) -> Variant:
+    def value(node: fx.Node, values: Values, base: Values) -> object:
+        if node in inputs:
+            return inputs[node]
+        if node.target in BATCH_NORMS:
+            return _normalised(node, values, base)
+        return _value(module, node, values)
+
+    return value
+
+
+def _bound(nodes: list[fx.Node], inputs: tuple) -> Values:
     """Values of the placeholders: inputs by position, defaults for the rest."""
-    values: dict[fx.Node, Any] = {}
+    values: Values = {}
     for i, node in enumerate(nodes):
         name = str(node.target)
         if name.startswith("**"):
@@ -116,40 +140,36 @@ def _bound(nodes: list[fx.Node], inputs: tuple) -> dict[fx.Node, Any]:
     return values
 
 
-def _normalised(module: fx.GraphModule, node: fx.Node, runs: list[dict[fx.Node, Any]]) -> Iterator[Tensor]:
-    """Batch norm of every run by the statistics of the first."""
-    lookup: Any = runs[0].__getitem__
-    arguments: Any = node.args
-    x, _, _, weight, bias, _, _, eps = map_arg(arguments, lookup)
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    var, mean = torch.var_mean(x, axes, correction=0)
-    for values in runs:
-        yield F.batch_norm(values[arguments[0]], mean, var, weight, bias, False, 0.0, eps)
+def _normalised(node: fx.Node, values: Values, base: Values) -> Tensor:
+    """Batch norm by the statistics of the first run."""
+    x, _, _, weight, bias, _, _, eps = filled_in(node.args, base)
+    var, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return F.batch_norm(filled_in(node.args[0], values), mean, var, weight, bias, False, 0.0, eps)
 
 
-def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def _value(module: fx.GraphModule, node: fx.Node, values: Values) -> object:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
     if node.target is track_batch:
         return 0.0
     if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
-        return values[node.args[0]]  # type: ignore[index]
+        return filled_in(node.args[0], values)
     return evaluated(node, values)
 
 
-def _place(base: Tensor, others: list[Tensor], examples: int) -> BatchAxis | None:
+def _axis_of(base: Tensor, others: Sequence[Tensor], examples: int) -> BatchAxis | None:
     """Where the entries that change with the first, and with the last example, are along one axis."""
     if any(other.shape != base.shape for other in others) or not base.dim():
         return None
-    changed = [(other != base) & ~(other.isnan() & base.isnan()) for other in others]
-    if not all(change.any() for change in changed):
+    changes = [changed(base, other) for other in others]
+    if not all(change.any() for change in changes):
         return None
     best: tuple[float, BatchAxis] | None = None
     for axis, size in enumerate(base.shape):
         if size % examples:
             continue
-        first, last = (change.movedim(axis, 0).reshape(size, -1).any(1) for change in changed)
+        first, last = (change.movedim(axis, 0).reshape(size, -1).any(1) for change in changes)
         position, folded = torch.arange(size, device=base.device), size // examples
         for right in (r for r in range(1, folded + 1) if folded % r == 0):
             example = (position // right) % examples

@@ -18,7 +18,7 @@ from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_n
 from fxstn.ir.graphs import assemble, copied
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
-from fxstn.ir.tangents import BATCH_FIRST, ZERO, Layouts, Scaled, all_zero
+from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
 from fxstn.ops.kernels import zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
@@ -45,8 +45,8 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
 class _Pushforward:
     """Walks a canonical graph once; `values` and `tangents` map its nodes to those of the new graph."""
 
-    def __init__(self, module: fx.GraphModule, layouts: Layouts, fold: bool) -> None:
-        self.module, self.fold, self.layouts = module, fold, layouts
+    def __init__(self, module: fx.GraphModule, batch_axes: BatchAxes, fold: bool) -> None:
+        self.module, self.fold, self.batch_axes = module, fold, batch_axes
         self.graph = fx.Graph()
         self.emitter = _Emitter(self.graph)
         self.values: dict[fx.Node, fx.Proxy] = {}
@@ -117,7 +117,7 @@ class _Pushforward:
             return tangent
         if derived:
             return tangent.response
-        place = self.layouts.get(node.name, BATCH_FIRST)
+        place = self.batch_axes.get(node.name, BATCH_FIRST)
         if place is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
         return replace(tangent, examples=place)
@@ -206,7 +206,7 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
 
         return walk.value(output.args[0]), map_aggregate(output.args[0], real)
 
-    return _Pushforward(module, plan.layouts, fold=False).run(pair)
+    return _Pushforward(module, plan.batch_axes, fold=False).run(pair)
 
 
 def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
@@ -238,7 +238,7 @@ def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMod
 
         return map_aggregate(output.args[0], leaf_sum)
 
-    return _Pushforward(module, plan.layouts, fold=False).run(add)
+    return _Pushforward(module, plan.batch_axes, fold=False).run(add)
 
 
 def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
@@ -246,4 +246,4 @@ def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
 
     The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
     """
-    return _Pushforward(module, plan.layouts, fold=True).run(lambda walk, output: walk.value(output.args[0]))
+    return _Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output.args[0]))

@@ -12,9 +12,9 @@ from fxstn.frontends.interface import Frontend, Graph, Pass, Plan, Root
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp.binding import Binding
 from fxstn.ir.graph_kind import GraphKind
-from fxstn.ir.tangents import Layouts
+from fxstn.ir.tangents import BatchAxes
 from fxstn.passes.canonicalize import canonicalize
-from fxstn.passes.example_axes import layouts
+from fxstn.passes.example_axes import find_batch_axes
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PipelineRecipe:
     """Makes the graphs of one network from its modules. It holds none of them, so that it is copied and pickled with them.
 
     frontend: how the forward is followed.
-    plan: what is decided once for all graphs; each is made by a copy with its kind and layouts.
+    plan: what is decided once for all graphs; each is made by a copy with its kind and batch axes.
     pipelines: `fxstn.transform.PIPELINES`, the passes by objective.
     """
 
@@ -39,14 +39,14 @@ class PipelineRecipe:
         model = root.get_submodule("model")
         return with_children(canonicalize(self.frontend.capture(model, training, self.plan.frozen, None)), root)
 
-    def emit(self, root: Root, kind: GraphKind, layouts: Layouts) -> Graph:
+    def emit(self, root: Root, kind: GraphKind, batch_axes: BatchAxes) -> Graph:
         """One graph."""
-        plan = replace(self.plan, kind=kind, layouts=layouts)
+        plan = replace(self.plan, kind=kind, batch_axes=batch_axes)
         return self.frontend.emit(root, plan, self.pipelines[kind.objective])
 
-    def locate(self, root: Root, training: bool, inputs: tuple) -> Layouts:
+    def locate(self, root: Root, training: bool, inputs: tuple) -> BatchAxes:
         """Where the examples of a batch are in every value of the canonical graph; {} where there is none."""
-        return layouts(root.canonical(training), inputs) if self.frontend.rewritable else {}
+        return find_batch_axes(root.canonical(training), inputs) if self.frontend.rewritable else {}
 
 
 def with_children(graph: fx.GraphModule, root: Root) -> fx.GraphModule:

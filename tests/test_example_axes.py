@@ -1,0 +1,124 @@
+"""Where the examples are in every value, and which inputs hold examples at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import randomize_response
+from torch import nn
+
+import fxstn
+from fxstn import hp
+from fxstn.ir.tangents import BATCH_FIRST
+
+LENGTH = 5
+
+
+class Masked(nn.Module):
+    """Attention with a mask that all examples share, given as an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(torch.softmax(q @ k.mT + mask, -1) @ v).mean(1)
+
+
+class Embedded(nn.Module):
+    """A table of positions as an input, through a layer that sees no example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x, table):
+        return self.out(F.relu(x + self.position(table)).mean(1))
+
+
+class Paired(nn.Module):
+    """Two inputs, both of them batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 2), nn.Linear(LENGTH, 2)
+
+    def forward(self, x, y):
+        return self.left(x).mean(1) * self.right(y)
+
+
+def mask() -> torch.Tensor:
+    return torch.zeros(LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e9)
+
+
+CASES = {
+    "mask": (Masked(), mask),
+    "table": (Embedded(), lambda: torch.randn(LENGTH, 3)),
+}
+
+
+def prepared(net: nn.Module, *inputs: torch.Tensor):
+    stn = fxstn.transform(net.double(), [hp.Scalar("a", 0.5, 0, 1)]).eval()
+    randomize_response(stn)
+    stn.locate_examples(*inputs)
+    return stn, {training: dict(stn._batch_axes[training]) for training in (True, False)}
+
+
+@pytest.mark.parametrize(("net", "other"), CASES.values(), ids=CASES)
+def test_an_input_as_long_as_the_batch_is_not_taken_for_one(net, other):
+    """The axes are those of a batch of another size."""
+    other = other().double()
+    _, axes = prepared(net, torch.randn(LENGTH, LENGTH, 4).double(), other)
+    _, expected = prepared(net, torch.randn(LENGTH + 2, LENGTH, 4).double(), other)
+    assert axes == expected
+    assert BATCH_FIRST in axes[False].values()
+
+
+def test_a_shared_mask_leaves_rows_what_their_delta_makes_of_all():
+    stn, _ = prepared(Masked(), x := torch.randn(LENGTH, LENGTH, 4).double(), m := mask().double())
+    assert stn.per_example(x, m)
+    delta = torch.randn(LENGTH, 1).double()
+    _, rows = stn.pushforward(x, m, delta=delta)
+    for i in range(LENGTH):
+        torch.testing.assert_close(rows[i], stn.pushforward(x, m, delta=delta[i])[1][i])
+
+
+def test_two_inputs_that_are_both_batches():
+    _, axes = prepared(Paired(), torch.randn(LENGTH, 3, 4).double(), torch.randn(LENGTH, LENGTH).double())
+    assert axes[False]["left"] == axes[False]["right"] == BATCH_FIRST
+
+
+ERRORS = {error.__name__: error for error in (
+    RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError, OSError
+)}  # fmt: skip
+
+
+@torch.fx.wrap
+def checked(x, error):
+    if len(x) != LENGTH:
+        raise ERRORS[error](f"the batch has {len(x)} examples")
+    return x
+
+
+class OneSize(nn.Module):
+    """Written for one batch size."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(4, 2), error
+
+    def forward(self, x):
+        return checked(self.layer(x), self.error)
+
+
+@pytest.mark.parametrize("error", [error for error in ERRORS if error != "OSError"])
+def test_a_model_for_one_batch_size_runs_with_that(error):
+    _, axes = prepared(OneSize(error), torch.randn(LENGTH, 4).double())
+    assert axes[False]["layer"] == BATCH_FIRST
+
+
+def test_an_error_that_is_not_about_sizes_is_raised():
+    with pytest.raises(OSError, match="the batch has 3 examples"):
+        prepared(OneSize("OSError"), torch.randn(LENGTH, 4).double())
