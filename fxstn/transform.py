@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from fxstn.frontends.export import Export
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.interface import Frontend, Pass
 from fxstn.frontends.live.frontend import Live
-from fxstn.frontends.original import check_inputs
+from fxstn.frontends.original import check_inputs, plain_copy
 from fxstn.frontends.selection import first_that_works, with_remedy
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.hp import Spec
@@ -87,7 +86,7 @@ def transform(
     """
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
-    model = copy.deepcopy(model)
+    model = plain_copy(model)
     if request.inputs is not None:
         check_inputs(model, frozen_modules(model), request.inputs)
     try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +170,136 @@ def test_everything_that_a_trace_would_lose_is_listed_at_once():
         ("3", "a hook"),
     ]
     assert all("test_errors.py" in problem.source for problem in caught.value.problems[:3])
+
+
+class Several(nn.Module):
+    """A forward that symbolic tracing cannot follow, because it looks at a size."""
+
+    def __init__(self, body=lambda h: h):
+        super().__init__()
+        self.a, self.dropout, self.b, self.body = nn.Linear(6, 6), nn.Dropout(0.3), nn.Linear(6, 3), body
+
+    def forward(self, x):
+        h = self.dropout(self.a(x))
+        return self.b(self.body(h) if h.shape[1] == 6 else h)
+
+
+@dataclasses.dataclass
+class Prediction:
+    logits: torch.Tensor
+    name: str
+
+
+class Predicting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return Prediction(self.fc(x), "three")
+
+
+def test_a_dataclass_as_output_is_a_reason_to_take_the_frontend_that_keeps_it():
+    net, x = Predicting(), torch.randn(4, 6)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x)
+    assert stn.frontend == "live"
+    assert [problem.frontend for problem in stn.rejected] == ["fx", "export"]
+    for mode in (True, False):
+        y = stn.train(mode)(x)
+        assert (type(y), y.name) == (Prediction, "three")
+        torch.testing.assert_close(y.logits, net(x).logits)
+    for frontend in ("fx", "export"):
+        with pytest.raises(fxstn.TransformError, match="Prediction"):
+            fxstn.transform(net, SCALAR, example_inputs=x, trace=frontend)
+
+
+def test_a_scripted_submodule_is_refused_by_every_frontend_with_its_path():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and still around
+        net = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 3))
+    with pytest.raises(fxstn.TransformError) as caught:
+        fxstn.transform(net, SCALAR, example_inputs=torch.randn(4, 6))
+    assert [problem.frontend for problem in caught.value.problems] == ["fx", "export", "live"]
+    assert [(problem.where, problem.what.split(",")[0]) for problem in caught.value.problems[:2]] == [
+        ("0", "a scripted module")
+    ] * 2
+    with pytest.raises(fxstn.TransformError, match=r"a scripted module.*in module '0'.*; or give example_inputs"):
+        fxstn.transform(net, SCALAR)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "submodule"])
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_a_compiled_model_is_followed_as_the_model_that_was_compiled(trace, inside):
+    torch.manual_seed(0)
+    plain, x = mlp(0.3), torch.randn(4, 6)
+    net = copy.deepcopy(plain)
+    if inside:
+        net[0] = torch.compile(net[0], backend="eager")
+        net[1].compile(backend="eager")
+    else:
+        net = torch.compile(net, backend="eager")
+    stn = fxstn.transform(net, example_inputs=x, trace=trace)
+    assert stn.hparams.names == fxstn.transform(plain).hparams.names
+    torch.testing.assert_close(stn.eval()(x), plain.eval()(x))
+    plain.load_state_dict(stn.export().state_dict(), strict=True)
+    assert fxstn.verify(net, x, trace=trace).ok
+    assert fxstn.explain(net, example_inputs=x).ok
+    assert ("_orig_mod" in str(net.state_dict())) == (net is not plain)
+
+
+def test_a_graph_that_fails_where_the_model_runs_is_a_reason_and_no_fault_of_the_inputs(broken_when_exported):
+    net, x = Several(broken_when_exported), torch.randn(4, 6)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x)
+    assert stn.frontend == "live"
+    problem = stn.rejected[-1]
+    assert (problem.frontend, "the graph 'train'" in problem.what) == ("export", True)
+    assert "TypeError: not on this machine" in problem.what
+    with pytest.raises(fxstn.TransformError, match="not on this machine"):
+        fxstn.transform(net, SCALAR, example_inputs=x, trace="export")
+
+
+@pytest.fixture
+def broken_when_exported():
+    """A function that calls an operator in exported graphs only, and that operator fails."""
+
+    @torch.library.custom_op("fxstn_tests::broken", mutates_args=())
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise TypeError("not on this machine")
+
+    broken.register_fake(torch.empty_like)
+    return lambda h: h + broken(h.detach()) if torch.compiler.is_exporting() else h
+
+
+def test_example_inputs_that_the_model_itself_refuses_are_the_callers_mistake():
+    def refuse(h):
+        raise KeyError("no such batch")
+
+    for trace in ("auto", "export", "live"):
+        with pytest.raises(ValueError, match=r"^example_inputs: the model cannot take inputs float32 \(4, 5\)"):
+            fxstn.transform(Several(), SCALAR, example_inputs=torch.randn(4, 5), trace=trace)
+        with pytest.raises(KeyError, match="no such batch"):
+            fxstn.transform(Several(refuse), SCALAR, example_inputs=torch.randn(4, 6), trace=trace)
+
+
+def test_networks_over_the_same_modules_know_their_own_example_axes():
+    """What one of them finds out about the examples is not taken for granted by the other, whose graphs are made already."""
+
+    class TimeMajor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x.transpose(0, 1)).tanh()).transpose(0, 1)
+
+    stn = fxstn.transform(TimeMajor().double(), SCALAR).eval()
+    randomize_response(stn)
+    twin = stn.with_recipe(stn.recipe)
+    x, delta = torch.randn(3, 5, 4).double(), torch.randn(3, 1).double()
+    twin.graph("pushforward_eval")
+    expected = stn.pushforward(x, delta=delta)[1]
+    torch.testing.assert_close(twin.pushforward(x, delta=delta)[1], expected)
+    assert (stn.per_example(x), twin.per_example(x)) == (True, True)
 
 
 def test_hooks_are_refused():

@@ -183,6 +183,7 @@ def guarded_capture(
     with mode_of(model, training, frozen):
         before, draws = module_state(model), _generators()
         try:
+            _refuse_scripted(model)
             if any(getattr(model, hooks) for hooks in HOOKS):
                 unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
             with ExitStack() as stack:
@@ -214,6 +215,13 @@ def guarded_capture(
             restore(before)
         if unsupported.problems:
             raise TransformError(unsupported.problems)
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = "a scripted module, whose operations Python does not see,"
+            raise UnsupportedError(name, what, "put the module that was scripted in its place")
 
 
 def _refusal(error: BaseException | None) -> UnsupportedError | None:

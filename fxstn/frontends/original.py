@@ -1,7 +1,8 @@
-"""The model as it is, run on the example inputs: a mistake in them is told from a fault of a frontend."""
+"""The model as it is: a copy to keep, and a run on the example inputs, so that no frontend is blamed for a mistake in them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 import torch
@@ -11,6 +12,25 @@ from fxstn.frontends.guards import mode_of
 from fxstn.frontends.preservation import preserved
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
+
+_COMPILED = "_orig_mod"  # the child of a module from torch.compile: the module that was compiled
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model in which compiled modules stand as they were before torch.compile.
+
+    A frontend follows Python, and the graphs of a network are compiled as a whole (`SelfTuningNetwork.compile`).
+    """
+    model = copy.deepcopy(model)
+    while _COMPILED in model._modules:
+        model = model.get_submodule(_COMPILED)
+    for module in [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]:
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None  # what nn.Module.compile leaves
+        for name, child in module._modules.items():
+            while child is not None and _COMPILED in child._modules:
+                module._modules[name] = child = child.get_submodule(_COMPILED)
+    return model
 
 
 def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> None:

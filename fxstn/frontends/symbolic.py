@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -83,6 +84,13 @@ class _Tracer(fx.Tracer):
                 arguments[i] = node.args[0]
                 self.graph.erase_node(node)
         return function, arguments
+
+    def create_arg(self, a: Any) -> Any:
+        """fx would make a dataclass by an operation of the graph, which no rule knows."""
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            what = f"the forward makes a {type(a).__name__}, which a graph cannot hold,"
+            raise UnsupportedError(self.path_of_current(), what, "return tensors in tuples, lists or dicts")
+        return super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)

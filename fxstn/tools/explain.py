@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import fx, nn
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.inputs import InputSpec, as_tuple
 from fxstn.frontends.live.duals import Note
+from fxstn.frontends.original import plain_copy
 from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path
 from fxstn.ir.graphs import forked_rng
@@ -77,7 +77,7 @@ def explain(
     explanation = Explanation()
     stn = model if isinstance(model, SelfTuningNetwork) else None
     made = stn is not None
-    model = stn.model if stn is not None else copy.deepcopy(model)
+    model = stn.model if stn is not None else plain_copy(model)
     inputs = None if example_inputs is None else as_tuple(example_inputs)
     try:
         stn = stn or transform(model, hparams, example_inputs=example_inputs)

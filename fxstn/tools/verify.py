@@ -26,6 +26,7 @@ from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.graph import located
 from fxstn.frontends.live.reference_run import Float64Mode, ReferenceRun
 from fxstn.frontends.live.tracer import Sites, inlined
+from fxstn.frontends.original import plain_copy
 from fxstn.hp import OPERATIONS, Operation, Spec
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
@@ -177,7 +178,7 @@ def _prepare(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
     After the first seed, biases of norms are shifted by three standard deviations too, up or down: then few of the values
     that a ReLU after them gets are near its kink.
     """
-    model = copy.deepcopy(model).double()
+    model = plain_copy(model).double()
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
