@@ -44,7 +44,7 @@ def betty_steps(setup: Setup, method: str) -> Any:
     from betty.engine import Engine
     from betty.problems import ImplicitProblem
 
-    model, x, target = setup.built()
+    model, x, target = setup.build()
 
     def weights(module: nn.Module) -> list[Tensor]:
         return [layer.weight for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +33,21 @@ from fxstn.tools.models import build_model
 from fxstn.transform import transform
 
 TRAIN_STEPS = 5
+BASELINES = {"func-jvp", "func-jvp-batch", "double-backward"}
 Steps = dict[str, tuple[Callable[[], None], int]]  # name → (what to run, inner steps that it does)
+Row = dict[str, str | int | float | bool | None]
+Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: a model by name (or 'package.module:function'), its input, and how it is run.
+    """What is measured: a model, its input, and how it is run.
 
+    model: a name, as for `build_model`.
     tuned: "dropout" (hparams=None), "weight-decay" (one per layer), or a number of hyperparameters that only the loss could
-    read, which cost what any cost in the response. compile, bf16, channels_last: for every variant, plain too. recompute:
-    activation checkpointing in the response and hyper steps.
+        read, which cost what any hyperparameter costs in the response.
+    compile, bf16, channels_last: for every variant, plain training too.
+    recompute: activation checkpointing in the response and hyper steps.
     """
 
     model: str
@@ -62,26 +66,36 @@ class Setup:
             return [hp.WeightDecay("*")]
         return None if self.tuned == "dropout" else [hp.Scalar(f"s{i}", 0.5, 0, 1) for i in range(int(self.tuned))]
 
-    def built(self) -> tuple[nn.Module, Tensor, Tensor]:
+    def build(self) -> tuple[nn.Module, Tensor, Tensor]:
         """(model in train mode, a batch of images, its classes)."""
         torch.manual_seed(0)
         model = build_model(self.model, self.classes).to(self.device).train()
         x = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
         target = torch.randint(self.classes, (self.batch_size,))
         layout = torch.channels_last if self.channels_last else None
-        if layout:
-            model = model.to(memory_format=layout)  # type: ignore[call-overload]
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         return model, *placed((x, target), torch.device(self.device), layout)
 
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
-class _FixedDropout:
+
+class FixedDropout:
     """A forward hook: plain dropout after a module."""
 
     def __init__(self, p: float) -> None:
         self.p = p
 
-    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
+    def __call__(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> object:
         return F.dropout(output, self.p, module.training) if isinstance(output, Tensor) else output
+
+
+class FixedInputDropout(FixedDropout):
+    """A forward pre-hook: plain dropout before a module."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[object, ...], output: object = None) -> object:
+        return super().__call__(module, (), inputs[0]), *inputs[1:]
 
 
 def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -> nn.Module:
@@ -93,9 +107,7 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
     rates = {site.path: binding.hyperparameters[site.index].init for site in dropouts}
     for path, p in rates.items():
         if path == "input":
-            model.register_forward_pre_hook(
-                lambda module, inputs, p=p: (F.dropout(inputs[0], p, module.training), *inputs[1:])
-            )
+            model.register_forward_pre_hook(FixedInputDropout(p))
             continue
         module = model.get_submodule(path)
         if isinstance(module, _DropoutNd):
@@ -103,68 +115,99 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
         elif isinstance(module, nn.MultiheadAttention):
             module.dropout = p
         else:
-            module.register_forward_hook(_FixedDropout(p))
+            module.register_forward_hook(FixedDropout(p))
     return model
 
 
-def variants(setup: Setup, names: Sequence[str]) -> Steps:
-    """The named variants, each with its optimizer's step: a structured response, SGD with momentum and the paper's settings;
-    for "schedule-default" those of the runner."""
-    model, x, target = setup.built()
-    precision = partial(torch.autocast, setup.device, torch.bfloat16, enabled=setup.bf16)
+class Stepper:
+    """One optimizer's step on any loss."""
 
-    def stepper(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
-        def step(
-            loss_of: Callable[..., Tensor], *arguments: Any, before: Callable[[], Any] | None = None, **settings: Any
-        ) -> None:
-            with precision():
-                loss = loss_of(*arguments, **settings)
-            loss.backward()
-            if before is not None:
-                before()
-            optimizer.step()
-            optimizer.zero_grad()
+    def __init__(self, setup: Setup, optimizer: torch.optim.Optimizer) -> None:
+        self.setup, self.optimizer = setup, optimizer
 
-        return step
+    def __call__(self, loss_of: Callable[[], Tensor], before: Callable[[], object] | None = None) -> None:
+        """before: runs between the backward pass and the optimizer's step."""
+        with self.setup.precision():
+            loss = loss_of()
+        loss.backward()
+        if before is not None:
+            before()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    def steps_of(kind: str, learn: Callable[..., torch.optim.Optimizer]) -> tuple[Any, ...]:
-        stn = transform(model, setup.hparams(), response=kind, recompute=setup.recompute).train()
+
+class TunedTraining:
+    """The steps of tuning a network on one batch, which serves for training and validation.
+
+    response: as for `transform`. response_optimizer: a factory.
+    """
+
+    def __init__(
+        self, setup: Setup, model: nn.Module, x: Tensor, target: Tensor, response: str, response_optimizer: Factory
+    ) -> None:
+        self.x, self.target = x, target
+        self.stn = transform(model, setup.hparams(), response=response, recompute=setup.recompute).train()
         if setup.compile:
-            stn.compile()
-        parameters = list(stn.general_parameters()), list(stn.response_parameters()), list(stn.hparams.parameters())
-        optimizers = sgd(parameters[0]), learn(parameters[1]), torch.optim.RMSprop(parameters[2], lr=1e-3)
-        return stn, *map(stepper, optimizers)
+            self.stn.compile()
+        hparams = list(self.stn.hparams.parameters())
+        self.step_general = Stepper(setup, sgd(list(self.stn.general_parameters())))
+        self.step_response = Stepper(setup, response_optimizer(list(self.stn.response_parameters())))
+        self.step_hyper = Stepper(setup, torch.optim.RMSprop(hparams, lr=1e-3))
 
-    def cycle(made: tuple[Any, ...], fraction: float, every: int, perturb: str | None, corrected: bool) -> None:
-        stn, general, response, hyper = made
-        for number in range(math.lcm(TRAIN_STEPS, every)):
-            general(general_loss, stn, F.cross_entropy, x, target, before=stn.hypergradient if corrected else None)
-            if (number + 1) % every == 0:
-                response(response_loss, stn, F.cross_entropy, *part((x, target), fraction))
-            if (number + 1) % TRAIN_STEPS == 0:
-                hyper(hyper_loss, stn, F.cross_entropy, x, target, perturb=perturb)
+    def general(self, corrected: bool = False) -> None:
+        loss = partial(general_loss, self.stn, F.cross_entropy, self.x, self.target)
+        self.step_general(loss, before=self.stn.hypergradient if corrected else None)
 
-    made: Steps = {}
+    def response(self, fraction: float = 1.0) -> None:
+        self.step_response(partial(response_loss, self.stn, F.cross_entropy, *part((self.x, self.target), fraction)))
+
+    def hyper(self, perturb: str | None) -> None:
+        self.step_hyper(partial(hyper_loss, self.stn, F.cross_entropy, self.x, self.target, perturb=perturb))
+
+    def cycle(self, fraction: float, every: int, perturb: str | None, corrected: bool) -> None:
+        """The steps until the schedule repeats itself.
+
+        fraction: part of the batch that a response step gets. every: inner steps from one response step to the next.
+        perturb: of the hyper step. corrected: with the training hypergradient.
+        """
+        for number in range(1, math.lcm(TRAIN_STEPS, every) + 1):
+            self.general(corrected)
+            if number % every == 0:
+                self.response(fraction)
+            if number % TRAIN_STEPS == 0:
+                self.hyper(perturb)
+
+
+def variants(setup: Setup, names: Sequence[str]) -> Steps:
+    """The named variants, each with its optimizer's step.
+
+    They have a structured response, SGD with momentum and the paper's settings; "schedule-default" has those of the runner.
+    """
+    model, x, target = setup.build()
+    steps: Steps = {}
     if "plain" in names:
         plain = plain_baseline(model, setup.hparams()).train()
         run = torch.compile(plain) if setup.compile else plain
-        plain_step = stepper(sgd(list(plain.parameters())))
-        made["plain"] = lambda: plain_step(lambda: F.cross_entropy(run(x), target)), 1
+        plain_step = Stepper(setup, sgd(list(plain.parameters())))
+        steps["plain"] = partial(plain_step, lambda: F.cross_entropy(run(x), target)), 1
     if not {"plain", "schedule-default"}.issuperset(names):
-        faithful = stn, general, response, _ = steps_of("structured", sgd)
-        made["general"] = partial(general, general_loss, stn, F.cross_entropy, x, target), 1
-        made["response"] = partial(response, response_loss, stn, F.cross_entropy, x, target), 1
-        made["schedule"] = partial(cycle, faithful, 1.0, 1, None, False), TRAIN_STEPS
+        paper = TunedTraining(setup, model, x, target, "structured", sgd)
+        steps["general"] = paper.general, 1
+        steps["response"] = paper.response, 1
+        steps["schedule"] = partial(paper.cycle, 1.0, 1, None, False), TRAIN_STEPS
     if "schedule-default" in names:
-        every = DEFAULT_RESPONSE_EVERY
-        settings = (DEFAULT_RESPONSE_FRACTION, every, "none", True)
-        made["schedule-default"] = partial(cycle, steps_of("scaled", adam), *settings), math.lcm(TRAIN_STEPS, every)
-    if not {"func-jvp", "func-jvp-batch", "double-backward"}.isdisjoint(names):
+        default, every = TunedTraining(setup, model, x, target, "scaled", adam), DEFAULT_RESPONSE_EVERY
+        cycle = partial(default.cycle, DEFAULT_RESPONSE_FRACTION, every, "none", True)
+        steps["schedule-default"] = cycle, math.lcm(TRAIN_STEPS, every)
+    if not BASELINES.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))
-        made["func-jvp"] = partial(response, func_jvp_per_example, stn, x, target), 1
-        made["func-jvp-batch"] = partial(response, func_jvp_per_batch, stn, original, x, target), 1
-        made["double-backward"] = partial(response, double_backward, stn, original, x, target), 1
-    return {name: made[name] for name in VARIANTS if name in names}
+        losses: dict[str, Callable[[], Tensor]] = {
+            "func-jvp": partial(func_jvp_per_example, paper.stn, x, target),
+            "func-jvp-batch": partial(func_jvp_per_batch, paper.stn, original, x, target),
+            "double-backward": partial(double_backward, paper.stn, original, x, target),
+        }
+        steps |= {name: (partial(paper.step_response, loss), 1) for name, loss in losses.items()}
+    return {name: steps[name] for name in VARIANTS if name in names}
 
 
 def memory_of(setup: Setup, variant: str) -> float:
@@ -180,6 +223,17 @@ def _memory_in_fresh_process(setup: Setup, variant: str) -> float:
     return float(result.stdout.split()[-1])
 
 
+def _failures(steps: Steps) -> dict[str, str]:
+    """{variant: reason} of those that cannot run once."""
+    failures = {}
+    for variant, (step, _) in steps.items():
+        try:
+            step()
+        except Exception as error:  # torch.func.jvp cannot run every model; the others must not suffer for it
+            failures[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return failures
+
+
 def bench(
     setup: Setup,
     *,
@@ -188,45 +242,41 @@ def bench(
     warmup: int = 3,
     memory: Sequence[str] = VARIANTS,
     quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """Rows {'variant', 'step_ms', 'ratio', 'peak_mb'} and the setup; ratio against plain in the same run.
+) -> list[Row]:
+    """Rows {'variant', 'step_ms', 'ratio', 'peak_mb'} and the setup. ratio is against plain training in the same run.
 
-    Median over `rounds` rounds in which the variants alternate, optimiser steps included; a schedule's step is its mean
-    over whole cycles of inner and hyper steps. peak_mb: from a fresh process each, for the variants in `memory`, else None.
-    A variant that cannot run is reported with step_ms None and the reason. Raises ValueError where plain training cannot.
+    names: variants; plain training always runs.
+    rounds, warmup: rounds in which the variants alternate. step_ms is the median over the rounds after the warmup, optimizer
+        steps included; a schedule's step is its mean over whole cycles of inner and hyper steps.
+    memory: variants whose peak_mb is measured, in a fresh process each; None for the others.
+
+    A variant that cannot run has step_ms None and a reason, 'failed'. Raises ValueError where plain training cannot run.
     """
     steps = variants(setup, ("plain", *names))
-    failures: dict[str, str] = {}
-    for variant in list(steps):
-        try:
-            steps[variant][0]()
-        except Exception as error:  # torch.func.jvp cannot run every model; the others must not suffer for it
-            failures[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            del steps[variant]
+    failures = _failures(steps)
     if "plain" in failures:
         raise ValueError(f"plain training of {setup.model} fails on {setup.batch_size} images of {setup.image_size} pixels: "
                          f"{failures['plain']}; choose others")  # fmt: skip
-    times = step_times(steps, rounds, warmup, setup.device, quiet)
-    shared = asdict(setup) | environment(setup.device)
-    rows: list[dict[str, Any]] = []
-    for variant in [name for name in VARIANTS if name in (*times, *failures)]:
-        row: dict[str, Any] = {"variant": variant, "step_ms": None, "ratio": None, "peak_mb": None}
+    times = step_times({k: v for k, v in steps.items() if k not in failures}, rounds, warmup, setup.device, quiet)
+    rows: list[Row] = []
+    for variant in steps:
+        row: Row = {"variant": variant, "step_ms": None, "ratio": None, "peak_mb": None}
         if variant in failures:
             row["failed"] = failures[variant]
         else:
             row["step_ms"] = round(1e3 * times[variant], 2)
             row["ratio"] = round(times[variant] / times["plain"], 3)
             row["peak_mb"] = round(_memory_in_fresh_process(setup, variant), 1) if variant in memory else None
-        rows.append(row | shared)
+        rows.append(row | asdict(setup) | environment(setup.device))
     return rows
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> Row:
     """Where figures were taken: device, threads, versions."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def write_json(path: str | Path, rows: list[dict[str, Any]]) -> None:
+def write_json(path: str | Path, rows: list[Row]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(rows, indent=1) + "\n")
