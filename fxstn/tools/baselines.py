@@ -13,18 +13,18 @@ from fxstn.ops.response import parameter_changes
 
 
 def func_jvp_per_example(stn: SelfTuningNetwork, x: Tensor, target: Tensor) -> Tensor:
-    """ε per example, by torch.func.jvp in δ at 0 of the network with hyperlayers."""
+    """With one ε per example: torch.func.jvp with respect to δ, at δ = 0, of the network with hyperlayers."""
     epsilon = stn.hparams.sample(len(x)).detach()
     graph = stn.graph("perturbed")  # batch statistics recomputed, none updated: torch.func.jvp refuses the update
     with held(stn.general_parameters()):
-        y, dy = torch.func.jvp(  # type: ignore[misc]
+        duals = torch.func.jvp(
             lambda delta: graph(x, condition=epsilon, delta=delta), (torch.zeros_like(epsilon),), (epsilon,)
         )
-    return F.cross_entropy(y + dy, target)
+    return F.cross_entropy(duals[0] + duals[1], target)
 
 
 def without_statistics(model: nn.Module) -> nn.Module:
-    """A model in train mode whose batch norms keep no running statistics; changed in place."""
+    """Puts a model into train mode and takes the running statistics of its batch norms away; in place."""
     for module in model.train().modules():
         if isinstance(module, _NormBase):
             module.running_mean = module.running_var = module.num_batches_tracked = None
@@ -33,6 +33,7 @@ def without_statistics(model: nn.Module) -> nn.Module:
 
 
 def _weights_and_tangents(stn: SelfTuningNetwork, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a model by name, detached, and Θε of each."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with held(stn.general_parameters()):
         changes = parameter_changes(stn.response, stn.model, stn.hparams.sample(1)[0].detach())
@@ -40,14 +41,14 @@ def _weights_and_tangents(stn: SelfTuningNetwork, model: nn.Module) -> tuple[dic
 
 
 def func_jvp_per_batch(stn: SelfTuningNetwork, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """One ε for the batch, so that Θε can be materialised and the original network used as it is."""
+    """With one ε for the batch: Θε is materialised, and torch.func.jvp runs the original network."""
     weights, tangents = _weights_and_tangents(stn, model)
-    y, dy = torch.func.jvp(lambda w: functional_call(model, w, (x,)), (weights,), (tangents,))  # type: ignore[misc]
-    return F.cross_entropy(y + dy, target)
+    duals = torch.func.jvp(lambda w: functional_call(model, w, (x,)), (weights,), (tangents,))
+    return F.cross_entropy(duals[0] + duals[1], target)
 
 
 def double_backward(stn: SelfTuningNetwork, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """The same by two backward passes: Jᵀu is linear in u, and its transpose applied to Θε is J Θε."""
+    """With one ε for the batch, by two backward passes: Jᵀu is linear in u, and its transpose maps Θε to J Θε."""
     weights, tangents = _weights_and_tangents(stn, model)
     leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
     y = functional_call(model, leaves, (x,))

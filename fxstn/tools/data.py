@@ -16,7 +16,7 @@ from fxstn.tools.choices import DATA_SETS
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint sets of (image (3, size, size) float, class index) and the number of classes."""
+    """Three disjoint sets of (image, class), with images (3, size, size) of floating point, and the number of classes."""
 
     train: TensorDataset
     valid: TensorDataset
@@ -28,12 +28,17 @@ def load(
     name: str, image_size: int = 32, train: int | None = None, valid: int | None = None, seed: int = 0,
     root: str | None = None, normalise: bool = True,
 ) -> Split:  # fmt: skip
-    """Images of a data set, shuffled by seed and split; three channels, normalised to mean 0 and variance 1, or in [0, 1].
+    """Images of a data set, shuffled by the seed and split.
 
-    digits: 1,797 images; train and valid (default 500 each) are taken, the rest is the test set. The others come from
-    torchvision under `root` (default: the variable FXSTN_DATA), downloaded there when missing; of CIFAR-10 the binary version
-    (root/cifar-10-batches-bin) is read too. valid (default 15 %) is
-    split off their training set. Raises ValueError for another name or sizes that do not fit.
+    name: "digits" are scikit-learn's 1,797 images; what training and validation leave is the test set. The others come from
+        torchvision and have a test set of their own. CIFAR-10 is also read from its binary version (cifar-10-batches-bin).
+    image_size: pixels; images are scaled to it and have three channels.
+    train, valid: sizes. None: 500 each of the digits; of the others 15 % of the training images validate, the rest trains.
+    seed: of the order.
+    root: folder of torchvision's data, downloaded there where it is missing; None: the variable FXSTN_DATA.
+    normalise: to mean 0 and variance 1 of the training images; else they stay in [0, 1].
+
+    Raises ValueError for another name and for sizes that do not fit.
     """
     for what, size in {"image_size": image_size, "train": train, "valid": valid}.items():
         if size is not None and size < 1:
@@ -79,7 +84,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def photographs(size: int = 96) -> Tensor:
-    """scikit-learn's two photographs, their middle square scaled to (2, 3, size, size), in [0, 1]."""
+    """The middle squares of scikit-learn's two photographs, scaled to (2, 3, size, size), in [0, 1]."""
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
@@ -90,8 +95,9 @@ def photographs(size: int = 96) -> Tensor:
 
 
 def _cifar10_binary(folder: Path, training: bool) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) in [0, 1] and classes from CIFAR-10's binary version: a byte of class and 3,072 of pixels each.
+    """Images (n, 3, 32, 32) in [0, 1] and classes from CIFAR-10's binary version.
 
+    A record is one byte for the class and 3,072 for the pixels.
     Raises ValueError where a file is missing or not made of whole records.
     """
     records = []
@@ -133,5 +139,4 @@ def _torchvision(
     train = train or len(labels) - valid
     if train + valid > len(labels):
         raise ValueError(f"{name} has {len(labels)} training images, too few for train={train} and valid={valid}")
-    chosen = order[:train], order[train : train + valid]
-    return [*((images[part], labels[part]) for part in chosen), tensors(False)]
+    return [*((images[part], labels[part]) for part in (order[:train], order[train : train + valid])), tensors(False)]

@@ -20,9 +20,12 @@ def _synchronize(device: str) -> None:
 def step_times(
     steps: Mapping[str, tuple[Callable[[], None], int]], rounds: int, warmup: int, device: str, quiet: bool
 ) -> dict[str, float]:
-    """Median seconds per inner step; the variants alternate within each round.
+    """Median seconds per inner step, by name. The variants alternate within each round.
 
     steps: name → (what to run, how many inner steps it does).
+    rounds, warmup: rounds that are measured, and rounds before them.
+    device: CUDA is synchronized before each reading of the clock.
+    quiet: no progress bar.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(warmup + rounds), desc="rounds", disable=True if quiet else None):
@@ -37,7 +40,7 @@ def step_times(
 
 
 def peak_memory(step: Callable[[], None], device: str, steps: int = 3) -> float:
-    """Peak MB over a few steps, minus what was held before the first. Meant for a fresh process."""
+    """Peak MB over a few steps, less what is in use before the first. Meant for a fresh process."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -51,6 +54,7 @@ def peak_memory(step: Callable[[], None], device: str, steps: int = 3) -> float:
 
 
 def _status_kb(key: str) -> int | None:
+    """A line of /proc/self/status; None where there is none."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(key):
@@ -65,7 +69,7 @@ def _peak_kb() -> int:
 
 
 def _reset_peak() -> int:
-    """Resident kB now; Linux is asked to forget the peak of building the model."""
+    """Resident kB now. Linux forgets the peak, which building the model may have set."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""fxstn.write_report: one HTML file that says what came out of a run, and of what run."""
+"""fxstn.write_report: one HTML file about a run, with its results and its settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from html import escape
 from importlib import metadata
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import torch
 
@@ -35,10 +34,14 @@ def write_report(
 ) -> None:
     """Write a report of a run, after `fit` or from a callback: an HTML file that needs no other file, script or network.
 
-    Results at the best epoch, warnings, the values found with their place in their ranges, plots, steps and times, settings,
-    environment, and what became of the network. explanation: of the network, from `fxstn.explain`; None makes it. Of
-    several processes the first one writes. Raises ValueError where no epoch is done yet, ImportError without matplotlib
-    (fxstn[plot]), OSError.
+    It has the results at the best epoch, warnings, the values and their places in their ranges, plots, steps and times,
+    settings, environment, and what became of the network. Of several processes the first one writes.
+
+    path: of the file.
+    explanation: of the network, from `fxstn.explain`; None: the report makes one.
+    title: heading of the page.
+
+    Raises ValueError where no epoch is done yet, ImportError without matplotlib (fxstn[plot]), and OSError.
     """
     figure_class("fxstn.write_report")
     runner.history.best()  # raises
@@ -49,7 +52,7 @@ def write_report(
     sections = {
         "": _headline(runner),
         "Warnings": "".join(f"<p class='warning'>{escape(text)}</p>" for _, text in runner.warnings),
-        "Values found": _found(runner),
+        "Values found": _values(runner),
         "Course of the run": _plots(runner),
         "What it cost": _cost(runner),
         "Settings": _settings(runner),
@@ -75,12 +78,13 @@ def _seconds(value: float) -> str:
 
 
 class Markup(str):
-    """A cell that is HTML already; all others are escaped."""
+    """A cell that is HTML already. All other cells are escaped."""
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
+    """kind: the table's class in the style sheet."""
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         if isinstance(value, float):
             return f"<td class='number'>{_number(value)}</td>"
         return f"<td>{value if isinstance(value, Markup) else escape(str(value))}</td>"
@@ -106,13 +110,13 @@ def _headline(runner: BilevelRunner) -> str:
     return f"<div class='cards'>{''.join(cards)}</div>\n<p>Losses and metrics are those of the best epoch.</p>"
 
 
-def _found(runner: BilevelRunner) -> str:
+def _values(runner: BilevelRunner) -> str:
     history, ranges = runner.history, runner.problem.ranges()
     best, last, rows = history.best(), history.rows[-1], []
     bounded = {name: ends for name, ends in ranges.items() if math.isfinite(ends[1] - ends[0]) and ends[0] < ends[1]}
     for name in history.names:
         start = history.start.get(name, math.nan)
-        row: list[Any] = [name, start, best[name], last[name]]
+        row: list[object] = [name, start, best[name], last[name]]
         if ranges:
             row += ["", "", ""] if name not in ranges else ["[{:.4g}, {:.4g}]".format(*ranges[name]), "", ""]
         if name in bounded:
@@ -150,8 +154,8 @@ def _plots(runner: BilevelRunner) -> str:
         )
         data = base64.b64encode(buffer.getvalue()).decode()
         images.append(f"<img alt='{escape(panel.title)} over epochs' src='data:image/svg+xml;base64,{data}'>")
-    kept = {row[column] for row in runner.history for column in row if column.startswith(SCALE)}
-    note = f" The perturbation scale σ was kept at {_number(kept.pop())}." if len(kept) == 1 else ""
+    scales = {row[column] for row in runner.history for column in row if column.startswith(SCALE)}
+    note = f" The perturbation scale σ was kept at {_number(scales.pop())}." if len(scales) == 1 else ""
     return f"<div class='plots'>{''.join(images)}</div>\n<p>The dotted line is the best epoch.{note}</p>"
 
 
@@ -169,44 +173,41 @@ def _cost(runner: BilevelRunner) -> str:
                                         "was not measured in this run; <code>fxstn bench</code> does.</p>")  # fmt: skip
 
 
+def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimizer) -> list[str]:
+    """A row of the table of optimizers. name: of the runner's argument."""
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group.get("first_lr", optimizer.defaults.get("lr")))
+    options = {key: group[key] for key in optimizer.defaults if key not in ("lr", "first_lr", "gap") and key in group}
+    text = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (None, False, 0))
+    updates = runner.updates
+    schedulers = [type(part[name]) for part in (updates.schedulers, updates.step_schedulers) if name in part]
+    size = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    return [
+        name,
+        type(optimizer).__name__,
+        f"{size:,} parameters",
+        f"{rate} → {group['lr']:.4g}",
+        text,
+        ", ".join(scheduler.__name__ for scheduler in schedulers),
+    ]
+
+
 def _settings(runner: BilevelRunner) -> str:
-    rows = []
-    for name, optimizer in runner.optimizers.items():
-        group = optimizer.param_groups[0]
-        rate = group.get("initial_lr", group.get("first_lr", optimizer.defaults.get("lr")))
-        others = {
-            key: group[key] for key in optimizer.defaults if key not in ("lr", "first_lr", "gap") and key in group
-        }
-        text = ", ".join(f"{key} {value}" for key, value in others.items() if value not in (None, False, 0))
-        after = [
-            type(part[name]).__name__
-            for part in (runner.updates.schedulers, runner.updates.step_schedulers)
-            if name in part
-        ]
-        size = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-        rows.append(
-            [
-                name,
-                type(optimizer).__name__,
-                f"{size:,} parameters",
-                f"{rate} → {group['lr']:.4g}",
-                text,
-                ", ".join(after),
-            ]
-        )
+    rows = [_optimizer(runner, name, optimizer) for name, optimizer in runner.optimizers.items()]
     optimizers = _table(("argument", "optimizer", "of", "lr, first → last", "others", "scheduler"), rows)
     data = {"training data": _data(runner.train_loader), "validation data": _data(runner.valid_loader)}
     elsewhere = (*COSTLY, *runner.optimizers, "train_loader", "valid_loader")
-    given = data | {name: text for name, text in runner.settings.items() if name not in elsewhere}
-    unset = [name for name, text in given.items() if text == "None"]
-    pairs = _pairs((name, text) for name, text in given.items() if name not in unset)
+    others = data | {name: text for name, text in runner.settings.items() if name not in elsewhere}
+    unset = [name for name, text in others.items() if text == "None"]
+    pairs = _pairs((name, text) for name, text in others.items() if name not in unset)
     return optimizers + pairs + (f"<p>Not set: {', '.join(unset)}.</p>" if unset else "")
 
 
-def _data(loader: Any) -> str:
+def _data(loader: object) -> str:
+    """Its type, and how many batches of what size it has, where it knows."""
     try:
-        batches = f", {len(loader):,} batches"
-    except TypeError:  # an IterableDataset does not know it
+        batches = f", {len(loader):,} batches" if isinstance(loader, Sized) else ""
+    except TypeError:  # an IterableDataset without a length
         batches = ""
     size = getattr(loader, "batch_size", None)
     return type(loader).__name__ + batches + (f" of {size}" if batches and size else "")

@@ -13,7 +13,7 @@ from fxstn.ir.graphs import forked_rng
 
 
 def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
-    """Strengths for each column: one number from low to high, the others of its spec at their starts."""
+    """The strengths of a spec for each column: one number goes from low to high, the others stay at their starts."""
     number = spec.numbers[name]
     values = torch.linspace(number.low, number.high, columns)
     values = values.floor() if number.integer else values
@@ -21,25 +21,31 @@ def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
 
 
 def _row(spec: Operation, batch: Tensor, strengths: list[list[float]], seed: int) -> Tensor:
-    """The first image of a batch at each of the strengths, with one random draw: the clearest of eight."""
+    """The first image of a batch at each of the strengths, with one random draw: of eight, the one that changes it most."""
 
-    def drawn(number: int, given: list[float]) -> Tensor:
+    def image(attempt: int, values: list[float]) -> Tensor:
         with forked_rng():
-            torch.manual_seed(8 * seed + number)
-            return spec.function(batch, *given, **spec.settings)[0]
+            torch.manual_seed(8 * seed + attempt)
+            return spec.function(batch, *values, **spec.settings)[0]
 
-    change = [
-        (drawn(i, strengths[-1]).float() - drawn(i, strengths[0]).float()).square().sum().item() for i in range(8)
+    changes = [
+        (image(i, strengths[-1]).float() - image(i, strengths[0]).float()).square().sum().item() for i in range(8)
     ]
-    return torch.stack([drawn(change.index(max(change)), given) for given in strengths])
+    return torch.stack([image(changes.index(max(changes)), values) for values in strengths])
 
 
 def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, columns: int = 7, seed: int = 0) -> None:
-    """Draw a grid into an image file: rows are hyperparameters, columns their strength from low to high.
+    """Draw a grid into an image file. A row is a hyperparameter, and its columns go from the low to the high end of its range.
 
-    specs: augmentations, such as `hp.ColorJitter()`. images: (n, channels, H, W), uint8 or in [0, 1]; rows take turns. A row
-    has one random draw, so that only the strength differs. Raises ImportError without matplotlib (fxstn[plot]) and
-    ValueError where there is nothing to show.
+    A row has one random draw, so that only the strength differs.
+
+    specs: augmentations, such as `hp.ColorJitter()`.
+    images: (n, channels, H, W), uint8 or in [0, 1]. Rows take turns.
+    path: of the image file.
+    columns: at least 2.
+    seed: of the draws.
+
+    Raises ImportError without matplotlib (fxstn[plot]) and ValueError where there is nothing to show.
     """
     try:
         from matplotlib.figure import Figure
@@ -54,10 +60,10 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
         strengths = strengths_of(spec, name, columns)
         batch = images.roll(-(place % len(images)), 0)
         row = _row(spec, batch if isinstance(spec, Mixing) else batch[:1], strengths, seed + place)
-        at = list(spec.numbers).index(name)
-        for axis, image, given in zip(axes[place], row, strengths, strict=True):
+        index = list(spec.numbers).index(name)
+        for axis, image, values in zip(axes[place], row, strengths, strict=True):
             axis.imshow(image.movedim(0, -1).expand(-1, -1, 3).cpu().numpy())
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{given[at]:.3g}", fontsize=8, pad=2)
+            axis.set_title(f"{values[index]:.3g}", fontsize=8, pad=2)
         axes[place][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     figure.savefig(path, dpi=75)

@@ -17,7 +17,11 @@ END, UNKNOWN = "<eos>", "<unk>"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three texts as word numbers, (words,) each, and the words they stand for, those of the training text and <unk>."""
+    """Three texts as numbers of words.
+
+    train, valid, test: (words,) each.
+    words: what the numbers stand for, the words of the training text and <unk>.
+    """
 
     train: Tensor
     valid: Tensor
@@ -26,12 +30,16 @@ class Corpus:
 
 
 def load(*paths: str | Path, most: int | None = None) -> Corpus:
-    """Plain text: words between white space, and <eos> at each end of a line. Words that the training text lacks are <unk>.
+    """A corpus of plain text. Words stand between white space, and <eos> stands at each end of a line.
 
-    paths: training, validation and test file; or one file, whose first 80 % are trained on and whose last 10 % test; or none,
-    for the reference texts of Python that come with it (`pydoc_data.topics`, PSF licence), in lower case, a mark a word. most:
-    how many words of the training text to take, from its start. Raises ValueError for another number of files, a file
-    that cannot be read, or no text.
+    Words that the training text lacks become <unk>.
+
+    paths: a training, a validation and a test file. Or one file: 80 % are for training, then 10 % for validation and 10 % for
+        testing. Or none, for the reference texts that come with Python (`pydoc_data.topics`, PSF licence), split alike, in
+        lower case, with every punctuation mark a word.
+    most: how many words of the training text are used, from its start; None: all.
+
+    Raises ValueError for another number of files, for a file that cannot be read, and for too short a text.
     """
     if len(paths) == 3:
         texts = [_words(_read(path)) for path in paths]
@@ -72,10 +80,16 @@ def _reference() -> list[str]:
 
 
 class Windows:
-    """Running text as rows that are read side by side: batches (words, next words), (rows, length) each, in order, the last one
-    shorter; row i of a batch goes on where row i of the one before ended. What does not fill all rows is left out.
+    """Batches (words, next words), (rows, length) each, of a text that is cut into rows of equal length.
 
-    Raises ValueError where the text is too short for one word a row and the next.
+    Row i of a batch goes on where row i of the batch before ended. The last batch may be shorter. Words at the end of the text
+    that do not fill all rows are left out.
+
+    text: (words,).
+    rows: number of rows, read side by side.
+    length: words of a row in one batch.
+
+    Raises ValueError where the text is too short for one word and the next in each row.
     """
 
     def __init__(self, text: Tensor, rows: int, length: int) -> None:
@@ -90,4 +104,5 @@ class Windows:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, self.words.shape[1], self.length):
-            yield tuple(part[:, start : start + self.length] for part in (self.words, self.next))  # type: ignore[misc]
+            columns = slice(start, start + self.length)
+            yield self.words[:, columns], self.next[:, columns]
