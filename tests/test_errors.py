@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import operator
+import re
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import Double, mlp, randomize_response
 from torch import nn
+from torch._ops import OpOverloadPacket
 
 import fxstn
 from fxstn import hp
@@ -100,6 +105,60 @@ def test_a_rule_needs_partials_or_a_kind(square):
         fxstn.register_rule(square)
     with pytest.raises(ValueError, match="kind='smooth'"):
         fxstn.register_rule(square, kind="smooth")
+
+
+@pytest.fixture
+def rules_as_before():
+    before = dict(RULES)
+    yield before
+    RULES.clear()
+    RULES.update(before)
+
+
+def spellings():
+    """Every ATen overload, and every function of torch, Tensor and torch.nn.functional."""
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads() if isinstance(packet, OpOverloadPacket) else ():
+            if torch._C._dispatch_has_kernel(getattr(packet, overload).name()):  # not TorchScript's own
+                yield getattr(packet, overload)
+    for namespace in (torch, torch.Tensor, F, operator):
+        yield from filter(inspect.isroutine, (getattr(namespace, name) for name in dir(namespace)))
+
+
+REFUSALS = {  # kinds of messages; each names the operation
+    "another operation's": r"register_rule: a graph has \S+\.\S+ in place of \S+, and that already has a",
+    "another operation": r"register_rule: a graph has \S+\.\S+ in place of \S+, with other arguments",
+    "a mutation": r"register_rule: \S+ changes a tensor in place",
+    "its own": r"(F|torch|Tensor|operator)\.\S+ already has a",
+}
+
+
+def outcome(spelling):
+    """Which kind of message register_rule refuses a spelling with; "registered" where it takes it."""
+    try:
+        fxstn.register_rule(spelling, lambda dx, y, *_: dx)
+    except ValueError as error:
+        return next((kind for kind, pattern in REFUSALS.items() if re.match(pattern, str(error))), str(error))
+    return "registered"
+
+
+def test_any_spelling_gets_a_rule_or_the_error_says_which_operation_has_it(rules_as_before):
+    outcomes = Counter()
+    for spelling in dict.fromkeys(spellings()):
+        outcomes[outcome(spelling)] += 1
+        RULES.clear()
+        RULES.update(rules_as_before)
+    assert set(outcomes) == {"registered", *REFUSALS}
+    assert min(outcomes[key] for key in ("registered", "another operation's", "a mutation", "its own")) > 50
+
+
+def test_a_rule_for_a_spelling_with_arguments_of_its_own_names_the_operation_that_has_it(rules_as_before):
+    with pytest.raises(
+        ValueError, match=r"F\.elu in place of torch\.ops\.aten\.elu\.default, .* already has a rule \(pointwise\)"
+    ):
+        fxstn.register_rule(torch.ops.aten.elu.default, lambda dx, y, x, *_: dx)
+    assert rules_as_before == RULES
 
 
 def test_an_operation_without_rule_falls_back_to_torchs_forward_mode():

@@ -106,6 +106,8 @@ ANY |= {
     "rsub": lambda input, other, alpha=1: spell(operator.sub, other, _times(alpha, input)),
     "addmm": lambda input, mat1, mat2, **scales: _sum(input, spell(torch.mm, mat1, mat2), **scales),
     "baddbmm": lambda input, batch1, batch2, **scales: _sum(input, spell(torch.bmm, batch1, batch2), **scales),
+    "addmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.addmm.dtype, *arguments, **scales),
+    "baddbmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.baddbmm.dtype, *arguments, **scales),
     "addcmul": lambda input, tensor1, tensor2, value=1: _sum(input, spell(operator.mul, tensor1, tensor2), 1, value),
     "addcdiv": lambda input, tensor1, tensor2, value=1: _sum(
         input, spell(operator.truediv, tensor1, tensor2), 1, value

@@ -130,7 +130,7 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     place = _inplace_position(target)
     in_place = bool(kwargs.pop("inplace", False)) or in_place or (place is not None and any(args[place:]))
     args = args[:place]
-    if signature := _signature(target):
+    if signature := signature_of(target):
         return replace(signature(*args, **kwargs), in_place=in_place)
     function = _function(target)
     if function is None:
@@ -191,7 +191,7 @@ def _inplace_position(target: Any) -> int | None:
 
 
 @functools.cache
-def _signature(target: Any) -> Callable[..., Spelled] | None:
+def signature_of(target: Any) -> Callable[..., Spelled] | None:
     """The signature of this spelling in fxstn.ir.signatures, where it differs from the canonical function's."""
     origin, name, in_place = origin_of(target)
     if origin == "other" or (origin == "operator" and target is not operator.setitem):

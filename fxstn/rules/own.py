@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fxstn.ir.spelling import respell
+import torch
+
+from fxstn.ir.errors import operation_name
+from fxstn.ir.facts import overloads
+from fxstn.ir.spelling import Unspellable, respell, signature_of
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
 
 _KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear, "zero": zero}
@@ -14,9 +19,12 @@ _KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear
 def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], kind: str | None = None) -> None:
     """Teach fxstn the tangent of one operation: of a custom operator, say, or a Python function given to `torch.fx.wrap`.
 
-    function: as models call it. partials: one for each of its first arguments that may vary, partial(dx, y, *arguments),
-    which gives that argument's part of dy in torch operations, linear and differentiable in dx. Or kind: "linear" (the same
-    operation on the tangent of the first argument), "bilinear" (of the first two), "zero" (no tangent comes out).
+    function: as models call it.
+    partials: one for each of its first arguments that may vary, partial(dx, y, *arguments), which gives that argument's part
+        of dy in torch operations, linear and differentiable in dx.
+    kind: in place of partials. "linear" (the same operation on the tangent of the first argument), "bilinear" (of the first
+        two), "zero" (no tangent comes out).
+
     `fxstn.verify` then checks models that use it. Rules written out with more freedom: `fxstn.rules.registry.rule`.
 
     Raises ValueError for an operation that has a rule, an unknown kind, or neither partials nor a kind, TypeError for what is
@@ -27,7 +35,7 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
     if wrong := [partial for partial in partials if not callable(partial)]:
         raise TypeError(f"register_rule: the partial {wrong[0]!r} must be a function, partial(dx, y, *arguments)")
     operator = getattr(function, "_opoverload", function)  # of torch.library.custom_op
-    canonical = respell(operator, (), {}).function if operator not in RULES else operator
+    canonical = operator if operator in RULES else _canonical(operator)
     if partials and kind is None:
         pointwise(canonical, *partials)
     elif kind is not None and kind in _KINDS and not partials:
@@ -36,3 +44,58 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
         raise ValueError(
             f"give partials, or a kind out of {', '.join(_KINDS)}; got {len(partials)} partials, kind={kind!r}"
         )
+
+
+def _canonical(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that stands for this spelling in a graph, where a rule of its own can be given to it.
+
+    Raises ValueError where that function has a rule already, or other arguments than this spelling.
+    """
+    name, schemas = operation_name(function), [overload._schema for overload in overloads(function)]
+    try:
+        if any(argument.is_out for schema in schemas for argument in schema.arguments):
+            raise Unspellable(name)
+        spelled = respell(function, *_stand_ins(function))
+    except Unspellable:
+        raise ValueError(
+            f"register_rule: {name} changes a tensor in place; register the operation that returns a new tensor"
+        ) from None
+    canonical = spelled.function
+    if canonical is not function and canonical in RULES:
+        raise ValueError(
+            f"register_rule: a graph has {operation_name(canonical)} in place of {name}, and that already has a "
+            f"rule ({RULES[canonical].kind}); there is nothing to register"
+        )
+    if canonical is not function and signature_of(function):
+        raise ValueError(
+            f"register_rule: a graph has {operation_name(canonical)} in place of {name}, with other arguments; register the "
+            f"rule for {operation_name(canonical)}"
+        )
+    return canonical
+
+
+def _stand_ins(function: Callable[..., Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of the types that an operation takes, to see its canonical spelling; nothing is computed with them."""
+    if known := overloads(function):
+        arguments = known[0]._schema.arguments
+        entries = [argument for argument in arguments if not argument.has_default_value()]
+        values = {argument.name: _stand_in(str(argument.type)) for argument in entries}
+        return _split(values, {argument.name for argument in entries if argument.kwarg_only})
+    signature = signature_of(function)
+    parameters = inspect.signature(signature).parameters.values() if signature else ()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return tuple(torch.empty(0) for _ in required), {}
+
+
+def _split(values: Mapping[str, object], named: set[str]) -> tuple[tuple, dict[str, Any]]:
+    return tuple(value for name, value in values.items() if name not in named), {n: values[n] for n in named}
+
+
+def _stand_in(type_name: str) -> object:
+    """A value of a schema's type."""
+    if type_name.startswith("List["):
+        return [_stand_in(type_name.removeprefix("List[").removesuffix("]"))]
+    if type_name.startswith("Optional["):
+        return None
+    values = {"Tensor": torch.empty(0), "int": 0, "float": 0.0, "number": 0, "bool": False, "str": ""}
+    return values.get(type_name)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
+from fxstn.ir.errors import operation_name
 from fxstn.ir.staging import call, draws
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
 from fxstn.ops.kernels import expand_like, node_jvp
@@ -76,7 +77,9 @@ def register(
 ) -> None:
     """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
     if function in RULES:
-        raise ValueError(f"{function} already has a {RULES[function].kind} rule; there is nothing to register")
+        raise ValueError(
+            f"{operation_name(function)} already has a rule ({RULES[function].kind}); there is nothing to register"
+        )
     RULES[function] = Rule(kind, apply, signature, reads, finite, random, fresh)
 
 
