@@ -1,4 +1,4 @@
-"""One thread per worker, one seed per test."""
+"""One thread per worker, one seed per test, slow tests first."""
 
 import os
 
@@ -12,3 +12,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """A slow test that starts last keeps one worker busy while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -66,6 +66,7 @@ def end(out: Path, epochs: int) -> dict:
     return torch.load(out / "end.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, kills):
     epochs = 8 if kills == 3 else 30

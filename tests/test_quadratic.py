@@ -119,6 +119,7 @@ def test_hypergradient_at_the_jacobian_is_the_derivative_of_the_validation_loss(
     assert stn.hparams.unconstrained.grad.item() == pytest.approx(witness, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", ridge.STARTS)
 def test_runner_reaches_the_weight_decay_of_the_closed_form_search(problem: ridge.Problem, factor: float) -> None:
     optimum = ridge.optimal_weight_decay(problem)

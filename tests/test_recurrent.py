@@ -91,6 +91,7 @@ def built(configuration, training=True):
     return model, model.inputs()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     CONFIGURATIONS, st.booleans(), st.sampled_from(["fx", "export", "live"]), st.sampled_from(["scaled", "structured"])
@@ -109,6 +110,7 @@ def test_a_tangent_equals_a_central_difference_of_the_original(configuration, tr
     assert all((ahead[name] != parameter).any() for name, parameter in model.named_parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(CONFIGURATIONS, st.sampled_from(["delta", "centered", "stn"]))
 def test_each_example_moves_as_it_would_alone(configuration, method):

@@ -8,6 +8,8 @@ import torch
 import fxstn
 from benchmarks import zoo
 
+pytestmark = pytest.mark.slow
+
 WHOLE = ["alexnet", "densenet121", "efficientnet_b0", "fcn_resnet50", "googlenet", "lraspp_mobilenet_v3_large",
          "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "r3d_18", "resnet18", "shufflenet_v2_x0_5",
          "squeezenet1_0"]  # fmt: skip
