@@ -4,59 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
-from fxstn.frontends.interface import Frontend, Graph, Plan
-from fxstn.hp.binding import Binding
+from fxstn.frontends.graph_cache import GraphCache, Recipe
+from fxstn.frontends.interface import Graph
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
-from fxstn.ir.staging import with_breaks
-from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
-from fxstn.ops.penalty import penalty, penalty_perturbed
-from fxstn.ops.response import Response, for_all_examples, parameter_changes, pulled_back
+from fxstn.ops.examples import batch_size
+from fxstn.ops.penalty import total_penalty
+from fxstn.ops.response import Response, frozen, parameter_changes, pulled_back
 
 METHODS = ("delta", "centered", "stn")
-
-
-@contextmanager
-def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters as constants: nothing computed inside records a gradient for them."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-class Recipe(Protocol):
-    """Makes the graphs of one network, now and again after a copy. root: the network."""
-
-    @property
-    def frontend(self) -> Frontend: ...
-
-    @property
-    def plan(self) -> Plan: ...
-
-    def with_binding(self, binding: Binding) -> Recipe:
-        """The same with another decision on which λ belongs where."""
-
-    def canonical(self, root: SelfTuningNetwork, training: bool) -> fx.GraphModule: ...
-
-    def emit(self, root: SelfTuningNetwork, kind: GraphKind, batch_axes: BatchAxes) -> Graph: ...
-
-    def locate(self, root: SelfTuningNetwork, training: bool, inputs: tuple) -> BatchAxes: ...
 
 
 class SelfTuningNetwork(nn.Module):
@@ -68,8 +33,8 @@ class SelfTuningNetwork(nn.Module):
         evaluation graph runs in its place.
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
-    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are built when
-    first asked for and rebuilt after unpickling or copying; moving the module moves what they read.
+    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are made when first
+    asked for, and made again after unpickling or copying; moving the module moves what they read.
     """
 
     model: nn.Module
@@ -88,13 +53,7 @@ class SelfTuningNetwork(nn.Module):
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
         self.terms, self.method = terms, method
-        self.recipe = recipe
-        self._canonical: dict[bool, fx.GraphModule] = {}
-        self._graphs: dict[GraphKind, Graph] = {}
-        self._compiled: dict[GraphKind, Any] = {}
-        self._batch_axes: dict[bool, BatchAxes] = {}
-        self._per_example: bool | None = None
-        self._compile_options: dict[str, Any] | None = None
+        self._graphs = GraphCache(recipe)
         self.augments = False
         self.rejected: tuple[Diagnostic, ...] = ()
         self.train(model.training)
@@ -107,23 +66,20 @@ class SelfTuningNetwork(nn.Module):
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
-        return self._graph(graph_kind(name))
-
-    def _graph(self, kind: GraphKind) -> Graph:
-        if kind not in self._graphs:
-            self._graphs[kind] = self.recipe.emit(self, kind, self._batch_axes.get(kind.training, {}))
-        return self._graphs[kind]
+        return self._graphs.graph(self, graph_kind(name))
 
     def canonical(self, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling: what every other graph is made from."""
-        if training not in self._canonical:
-            self._canonical[training] = self.recipe.canonical(self, training)
-        return self._canonical[training]
+        return self._graphs.canonical_graph(self, training)
 
     def keep_canonical(self, graphs: Sequence[fx.GraphModule]) -> None:
         """Use these graphs of the model, of train and of eval mode, as the canonical ones."""
-        for training, graph in zip((True, False), graphs, strict=True):
-            self._canonical[training] = graph
+        self._graphs.keep_canonical(graphs)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What makes the graphs from the children."""
+        return self._graphs.recipe
 
     @property
     def frontend(self) -> str:
@@ -135,21 +91,11 @@ class SelfTuningNetwork(nn.Module):
 
         Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
         """
-        if self._batch_axes:
-            return
-        self._batch_axes = {training: self.recipe.locate(self, training, inputs) for training in (True, False)}
-        if any(axis != BATCH_FIRST for batch_axes in self._batch_axes.values() for axis in batch_axes.values()):
-            self._graphs.clear()
-            self._compiled.clear()
+        self._graphs.locate_examples(self, inputs)
 
     def per_example(self, *inputs: Any) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
-        if self._per_example is None:
-            self.locate_examples(*inputs)
-            graphs = (self.graph("pushforward"), self.graph("pushforward_eval"))
-            lost = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
-            self._per_example = not any(lost)
-        return self._per_example
+        return self._graphs.per_example(self, inputs)
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on; between its recurrent layers,
@@ -165,31 +111,12 @@ class SelfTuningNetwork(nn.Module):
             )
         if self.terms.jacobian:
             raise ValueError("a network with hp.JacobianNorm cannot be compiled: its gradient is differentiated again")
-        self._compile_options, self._compiled = {"fullgraph": True} | options, {}
-
-    def _compiled_graph(self, kind: GraphKind) -> Any:
-        if kind not in self._compiled:
-            graph: Any = self._graph(kind)
-            options, broken = self._compile_options or {}, with_breaks(graph)
-            options = options if broken is None else options | {"fullgraph": False}
-            self._compiled[kind] = torch.compile(broken or graph, **options)
-        return self._compiled[kind]
+        self._graphs.compile(options)
 
     def with_recipe(self, recipe: Recipe) -> SelfTuningNetwork:
         """A network over the same modules and parameters whose graphs are made by another recipe."""
-        result = self.__class__.__new__(self.__class__)
-        result.__dict__ = {**self.__dict__, "recipe": recipe, **_no_graphs(), "_batch_axes": {}, "_per_example": None}
-        if recipe.frontend is self.recipe.frontend and recipe.plan.frozen == self.recipe.plan.frozen:
-            result._canonical = self._canonical  # the same forward, followed in the same way
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **_no_graphs()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SelfTuningNetwork:
-        result = self.__class__.__new__(self.__class__)
-        memo[id(self)] = result
-        result.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()}
+        result = copy.copy(self)
+        result._graphs = self._graphs.with_recipe(recipe)
         return result
 
     # Parameters
@@ -213,7 +140,7 @@ class SelfTuningNetwork(nn.Module):
         delta: (h,), unconstrained units. Returns one tensor per original parameter, in its shape.
         Raises ValueError when delta does not have h entries.
         """
-        delta = self._checked(delta, "delta")
+        delta = self._perturbation(delta, "delta")
         if delta.dim() != 1:
             raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
         if self.method == "stn":
@@ -257,7 +184,7 @@ class SelfTuningNetwork(nn.Module):
         return self.model(*inputs, **named)
 
     def _call(self, kind: GraphKind, inputs: tuple, **named: Any) -> Any:
-        graph = self._graph(kind)
+        graph = self._graphs.graph(self, kind)
         first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
         own = [str(node.target) for node in first if node.name not in ("condition", "delta")]
         if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
@@ -265,11 +192,11 @@ class SelfTuningNetwork(nn.Module):
                 f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
                 "example_inputs with all the inputs you pass"
             )
-        if self._compile_options is None:
+        if self._graphs.compile_options is None:
             return graph.forward(*inputs, **named)  # not __call__, which at an error prints the code of the graph
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            return self._compiled_graph(kind)(*inputs, **named)
+            return self._graphs.compiled_graph(self, kind)(*inputs, **named)
 
     def conditioned_output(self, *inputs: Any) -> tuple[Any, tuple]:
         """(output, auxiliary) of the training graph at λ₀ and w₀, whatever the module's mode. auxiliary: a value for each of
@@ -312,15 +239,15 @@ class SelfTuningNetwork(nn.Module):
         return self._with_auxiliary(output) if kind.training else (output, ())
 
     def _run(self, kind: GraphKind, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
-        moved = {"delta": self._checked(delta, "delta", inputs)}
+        moved = {"delta": self._perturbation(delta, "delta", inputs)}
         if condition is not None:
-            moved["condition"] = self._checked(condition, "condition", inputs)
+            moved["condition"] = self._perturbation(condition, "condition", inputs)
         if any(value.dim() > 1 for value in moved.values()):
             self.locate_examples(*inputs)
-        with held(() if self.method == "stn" else self.general_parameters()):
+        with frozen(() if self.method == "stn" else self.general_parameters()):
             return self._call(kind, inputs, **moved)
 
-    def _checked(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
+    def _perturbation(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
         h = len(self.hparams)
         if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -334,40 +261,8 @@ class SelfTuningNetwork(nn.Module):
         mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
         if not self.terms.penalties:
             return 0.0
-        strengths = self.hparams(condition)
-        parameters = dict(self.model.named_parameters())
-        total: Tensor | float = 0.0
-        for name, index, norm in self.terms.penalties:
-            response = self._response(name)
-            weight: Tensor = parameters[name]
-            if condition is not None and self.method != "stn":
-                weight = weight.detach()
-            if condition is None or response is None:
-                total = total + penalty(weight, strengths[..., index].mean(), norm)
-                continue
-            delta = condition + self.hparams.unconstrained.detach() if self.method == "stn" else condition
-            scale = response(delta)
-            total = total + penalty_perturbed(
-                weight, strengths[..., index], scale, response.direction(weight), response.axis, norm
-            )
-        return total
-
-    def _response(self, name: str) -> Response | None:
-        try:
-            found = self.response.get_submodule(name)
-        except AttributeError:
-            return None
-        return found if isinstance(found, Response) else None
-
-
-def _no_graphs() -> dict[str, Any]:
-    """State of a network that has to make its graphs again."""
-    return {"_graphs": {}, "_canonical": {}, "_compiled": {}}
-
-
-def batch_size(inputs: Any) -> int:
-    """Examples in a batch: dimension 0 of its first tensor. Raises ValueError when it holds no tensor."""
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    raise ValueError("the inputs hold no tensor with a batch dimension")
+        delta = condition
+        if condition is not None and self.method == "stn":
+            delta = condition + self.hparams.unconstrained.detach()
+        constant = condition is not None and self.method != "stn"
+        return total_penalty(self.terms.penalties, self.model, self.response, self.hparams(condition), delta, constant)

@@ -63,7 +63,7 @@ def prepared(net: nn.Module, *inputs: torch.Tensor):
     stn = fxstn.transform(net.double(), [hp.Scalar("a", 0.5, 0, 1)]).eval()
     randomize_response(stn)
     stn.locate_examples(*inputs)
-    return stn, {training: dict(stn._batch_axes[training]) for training in (True, False)}
+    return stn, {training: dict(stn._graphs.batch_axes[training]) for training in (True, False)}
 
 
 @pytest.mark.parametrize(("net", "other"), CASES.values(), ids=CASES)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import fxstn
 from benchmarks import ridge
 from fxstn import hp
-from fxstn.network import held
-from fxstn.ops.response import parameter_changes
+from fxstn.ops.response import frozen, parameter_changes
 
 LOW, HIGH = 1e-4, 1e3
 # Multiplicities of a three-node Gauss–Hermite rule for N(0, 1): exact for polynomials up to degree 5.
@@ -151,7 +150,7 @@ def test_penalty_of_the_response_is_that_of_materialised_weights(response: str, 
     total = torch.zeros((), dtype=torch.float64)
     for row in epsilon:
         strengths = stn.hparams(row)
-        with held(() if method == "stn" else stn.general_parameters()):
+        with frozen(() if method == "stn" else stn.general_parameters()):
             changes = parameter_changes(stn.response, stn.model, row + uncentred)
         for name in names:
             base = general[name] if method == "stn" else general[name].detach()

@@ -206,7 +206,7 @@ def test_a_compiled_run_is_the_same_run():
     compiled = make(compile={"backend": "aot_eager"})
     for a, b in zip(plain, without_times(compiled.fit(2)), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    assert set(map(str, compiled.stn._compiled)) == {"train", "linearized", "linearized_eval"}
+    assert set(map(str, compiled.stn._graphs.compiled)) == {"train", "linearized", "linearized_eval"}
 
 
 def test_low_precision_and_memory_format_stay_close_to_the_plain_run():

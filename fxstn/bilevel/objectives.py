@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.lending import evaluating
 from fxstn.ir.input_errors import explained_loss_errors
-from fxstn.network import SelfTuningNetwork, batch_size, held
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.examples import batch_size
 from fxstn.ops.penalty import squared_jacobian
+from fxstn.ops.response import frozen
 
 LossFunction = Callable[..., Tensor]
 Perturb = str | Tensor | None
@@ -173,7 +175,7 @@ def hyper_loss(
     delta = unconstrained - unconstrained.detach()
     if perturb != "none":
         delta = delta + perturbation(stn, inputs, perturb)
-    with held((*stn.response_parameters(), *stn.general_parameters())):
+    with frozen((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()
 

@@ -27,7 +27,8 @@ from fxstn.bilevel.objectives import (
 )
 from fxstn.bilevel.recalibration import recalibrated
 from fxstn.bilevel.sequences import Carried
-from fxstn.network import SelfTuningNetwork, batch_size
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.examples import batch_size
 
 
 class BilevelProblem(nn.Module):

@@ -39,7 +39,8 @@ from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.streams import ResumableLoader
 from fxstn.bilevel.tally import RunningMeans, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
-from fxstn.network import SelfTuningNetwork, batch_size
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.examples import batch_size
 
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)

@@ -1,10 +1,19 @@
-"""Values with one row per example, put where the examples are in another value."""
+"""The examples of a batch: how many there are, and values with one row per example where another value has them."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.tangents import BatchAxis
+
+
+def batch_size(inputs: object) -> int:
+    """Examples in a batch: dimension 0 of its first tensor. Raises ValueError when it holds no tensor."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf.shape[0]
+    raise ValueError("the inputs hold no tensor with a batch dimension")
 
 
 def along_examples(rows: Tensor, output: Tensor, place: BatchAxis) -> Tensor:

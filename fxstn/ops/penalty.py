@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from fxstn.ops.response import responses_in
 
 
 def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
@@ -31,6 +34,34 @@ def penalty_perturbed(
     cross, square = torch.linalg.vecdot(w, r), torch.linalg.vecdot(r, r)
     norms = torch.linalg.vecdot(w, w).sum() + 2 * scale @ cross + scale.square() @ square
     return 0.5 * (strength * norms).mean()
+
+
+def total_penalty(
+    penalties: Sequence[tuple[str, int, int]],
+    model: nn.Module,
+    tree: nn.Module,
+    strengths: Tensor,
+    delta: Tensor | None,
+    constant: bool,
+) -> Tensor:
+    """The sum of the penalties of several parameters, the mean over the batch.
+
+    penalties: (parameter name, index of its strength, norm) of each.
+    tree: the Response modules of the model's parameters.
+    strengths: (h,) or (batch, h).
+    delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
+    constant: whether the weights themselves get no gradient.
+    """
+    total, responses = strengths.new_zeros(()), responses_in(tree)
+    for name, index, norm in penalties:
+        response, weight = responses.get(name), model.get_parameter(name)
+        w = weight.detach() if constant else weight
+        if delta is None or response is None:
+            total = total + penalty(w, strengths[..., index].mean(), norm)
+        else:
+            direction = response.direction(w)
+            total = total + penalty_perturbed(w, strengths[..., index], response(delta), direction, response.axis, norm)
+    return total
 
 
 def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +48,29 @@ class Response(nn.Module):
         return parameter if self.R is None else self.R
 
 
+def responses_in(tree: nn.Module) -> dict[str, Response]:
+    """{parameter name: its response} of a tree of Response modules that mirrors the model's parameter names."""
+    return {name: module for name, module in tree.named_modules() if isinstance(module, Response)}
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters as constants: nothing computed inside records a gradient for them."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
     """{parameter name: Δw} for one delta of shape (h,), over a tree of Response modules of the model's parameters."""
     return {
-        name: materialised(module(delta), module.direction(model.get_parameter(name)), module.axis)
-        for name, module in tree.named_modules()
-        if isinstance(module, Response)
+        name: materialised(response(delta), response.direction(model.get_parameter(name)), response.axis)
+        for name, response in responses_in(tree).items()
     }
 
 
@@ -59,10 +78,11 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
 def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
     """Θᵀ g, (h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
     total: Tensor | float = 0.0
-    for name, module in tree.named_modules():
-        if isinstance(module, Response) and (parameter := model.get_parameter(name)).grad is not None:
-            products = parameter.grad * module.direction(parameter)
-            total = total + products.movedim(module.axis, 0).reshape(len(module.U), -1).sum(1) @ module.U
+    for name, response in responses_in(tree).items():
+        parameter = model.get_parameter(name)
+        if parameter.grad is not None:
+            products = parameter.grad * response.direction(parameter)
+            total = total + products.movedim(response.axis, 0).reshape(len(response.U), -1).sum(1) @ response.U
     return total
 
 

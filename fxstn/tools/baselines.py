@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from fxstn.network import SelfTuningNetwork, held
-from fxstn.ops.response import parameter_changes
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.response import frozen, parameter_changes
 
 
 def func_jvp_per_example(stn: SelfTuningNetwork, x: Tensor, target: Tensor) -> Tensor:
     """With one ε per example: torch.func.jvp with respect to δ, at δ = 0, of the network with hyperlayers."""
     epsilon = stn.hparams.sample(len(x)).detach()
     graph = stn.graph("perturbed")  # batch statistics recomputed, none updated: torch.func.jvp refuses the update
-    with held(stn.general_parameters()):
+    with frozen(stn.general_parameters()):
         duals = torch.func.jvp(
             lambda delta: graph(x, condition=epsilon, delta=delta), (torch.zeros_like(epsilon),), (epsilon,)
         )
@@ -35,7 +35,7 @@ def without_statistics(model: nn.Module) -> nn.Module:
 def _weights_and_tangents(stn: SelfTuningNetwork, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights of a model by name, detached, and Θε of each."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with held(stn.general_parameters()):
+    with frozen(stn.general_parameters()):
         changes = parameter_changes(stn.response, stn.model, stn.hparams.sample(1)[0].detach())
     return weights, {name: changes.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
 

@@ -1,0 +1,115 @@
+"""The graphs of one network: emitted when first asked for, forgotten by its copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import fx
+
+from fxstn.frontends.interface import Frontend, Graph, Plan, Root
+from fxstn.hp.binding import Binding
+from fxstn.ir.graph_kind import GraphKind
+from fxstn.ir.staging import with_breaks
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
+from fxstn.ops.response import for_all_examples
+
+
+class Recipe(Protocol):
+    """Makes the graphs of a network from its modules. It holds none of them, so that it is copied and pickled with them.
+
+    frontend: how the forward is followed.
+    plan: what is decided once for all graphs.
+    """
+
+    @property
+    def frontend(self) -> Frontend: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def with_binding(self, binding: Binding) -> Recipe:
+        """The same with another decision on which λ belongs where."""
+
+    def canonical(self, root: Root, training: bool) -> fx.GraphModule:
+        """The model's own graph in one mode, in canonical spelling."""
+
+    def emit(self, root: Root, kind: GraphKind, batch_axes: BatchAxes) -> Graph:
+        """One graph."""
+
+    def locate(self, root: Root, training: bool, inputs: tuple) -> BatchAxes:
+        """Where the examples of a batch are in every value of the canonical graph."""
+
+
+class GraphCache:
+    """Graphs of one network by kind, and what was found out about its examples. `root` in all methods: the network."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.batch_axes: dict[bool, BatchAxes] = {}
+        self.compile_options: dict[str, Any] | None = None
+        self._per_example: bool | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.canonical: dict[bool, fx.GraphModule] = {}
+        self.emitted: dict[GraphKind, Graph] = {}
+        self.compiled: dict[GraphKind, Callable[..., Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs, which read the very modules of this network; a copy makes its own."""
+        return {**vars(self), "canonical": {}, "emitted": {}, "compiled": {}}
+
+    def with_recipe(self, recipe: Recipe) -> GraphCache:
+        """An empty cache for another recipe, with the canonical graphs where both follow the forward in the same way."""
+        result = GraphCache(recipe)
+        result.compile_options = self.compile_options
+        if recipe.frontend is self.recipe.frontend and recipe.plan.frozen == self.recipe.plan.frozen:
+            result.canonical = self.canonical
+        return result
+
+    def keep_canonical(self, graphs: Sequence[fx.GraphModule]) -> None:
+        """Use these canonical graphs, of train and of eval mode."""
+        self.canonical = dict(zip((True, False), graphs, strict=True))
+
+    def canonical_graph(self, root: Root, training: bool) -> fx.GraphModule:
+        if training not in self.canonical:
+            self.canonical[training] = self.recipe.canonical(root, training)
+        return self.canonical[training]
+
+    def graph(self, root: Root, kind: GraphKind) -> Graph:
+        if kind not in self.emitted:
+            self.emitted[kind] = self.recipe.emit(root, kind, self.batch_axes.get(kind.training, {}))
+        return self.emitted[kind]
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile every graph from now on when it first runs."""
+        self.compile_options, self.compiled = options, {}
+
+    def compiled_graph(self, root: Root, kind: GraphKind) -> Callable[..., Any]:
+        if kind not in self.compiled:
+            graph = cast(fx.GraphModule, self.graph(root, kind))
+            options, broken = {"fullgraph": True, **(self.compile_options or {})}, with_breaks(graph)
+            if broken is not None:
+                options["fullgraph"] = False
+            self.compiled[kind] = torch.compile(graph if broken is None else broken, **options)
+        return self.compiled[kind]
+
+    def locate_examples(self, root: Root, inputs: tuple) -> None:
+        """Find out, once, where the examples of a batch are; graphs made for a plain batch are made again where they differ."""
+        if self.batch_axes:
+            return
+        self.batch_axes = {training: self.recipe.locate(root, training, inputs) for training in (True, False)}
+        if any(axis != BATCH_FIRST for axes in self.batch_axes.values() for axis in axes.values()):
+            self.emitted.clear()
+            self.compiled.clear()
+
+    def per_example(self, root: Root, inputs: tuple) -> bool:
+        """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
+        if self._per_example is None:
+            self.locate_examples(root, inputs)
+            graphs = [self.graph(root, GraphKind("pushforward", training)) for training in (True, False)]
+            shared = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
+            self._per_example = not any(shared)
+        return self._per_example
