@@ -57,8 +57,8 @@ def transform(
     hparams: a list of specs from `fxstn.hp`. None tunes every dropout, stochastic depth and augmentation of the model, from its
         own strength moved just inside the range. Where the model has none, None inserts dropout at the input and after each
         top-level stage but the last.
-    example_inputs: a tensor or a tuple of them. The model and every graph run once on copies of it, so that whatever fails
-        does so here. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
+    example_inputs: a tensor or a tuple of them. Every graph runs once on it, so that whatever fails does so here; the inputs
+        stay as they are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
     method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et
         al. 2019: uncentred, one objective).
     response: what the weights can do when λ moves by δ. "scaled": (1 + U δ) ⊙ w. Every unit is scaled; there is little to
@@ -87,13 +87,13 @@ def transform(
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
     model = plain_copy(model)
-    if request.inputs is not None:
-        check_inputs(model, frozen_modules(model), request.inputs)
     try:
         network, rejected = first_that_works(
             request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)
         )
     except TransformError as error:
+        if request.inputs is not None:
+            check_inputs(model, frozen_modules(model), request.inputs)
         raise with_remedy(error) if trace == "auto" and example_inputs is None else error from error.__cause__
     network.rejected = rejected
     if hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:

@@ -143,7 +143,7 @@ def test_compiled_graphs_have_no_break_and_give_the_same_numbers(batch, recomput
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(dict(twin.named_buffers()), dict(stn.named_buffers()))
         stn.zero_grad(), twin.zero_grad()
-    assert pickle.loads(pickle.dumps(twin))._compile_options == {"fullgraph": True, "backend": "aot_eager"}
+    assert pickle.loads(pickle.dumps(twin))._graphs.compile_options == {"fullgraph": True, "backend": "aot_eager"}
 
 
 @pytest.mark.nightly

@@ -84,16 +84,17 @@ class GraphCache:
         return self.emitted[kind]
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Compile every graph from now on when it first runs."""
-        self.compile_options, self.compiled = options, {}
+        """Compile every graph from now on when it first runs, as a whole unless the options say otherwise."""
+        self.compile_options, self.compiled = {"fullgraph": True} | options, {}
 
     def compiled_graph(self, root: Root, kind: GraphKind) -> Callable[..., Any]:
         if kind not in self.compiled:
             graph = cast(fx.GraphModule, self.graph(root, kind))
-            options, broken = {"fullgraph": True, **(self.compile_options or {})}, with_breaks(graph)
-            if broken is not None:
-                options["fullgraph"] = False
-            self.compiled[kind] = torch.compile(graph if broken is None else broken, **options)
+            options, broken = self.compile_options or {}, with_breaks(graph)
+            if broken is None:
+                self.compiled[kind] = torch.compile(graph, **options)
+            else:
+                self.compiled[kind] = torch.compile(broken, **options | {"fullgraph": False})
         return self.compiled[kind]
 
     def locate_examples(self, root: Root, inputs: tuple) -> None:

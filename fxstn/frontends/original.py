@@ -1,4 +1,4 @@
-"""The model as it is: a copy to keep, and a run on the example inputs, so that no frontend is blamed for a mistake in them."""
+"""The model as it is: a copy to keep, and a run that tells whether inputs or frontends are to blame for a failure."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def responding_parameters(graphs: Sequence[Any], structured: bool) -> Responses:
 def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:
     """Emit the public graphs, and run each on the example inputs, where there are any; the network is left as it was.
 
-    Raises TransformError where that fails: the model itself takes the inputs, as `check_inputs` has found.
+    Raises TransformError where that fails.
     """
     delta = torch.zeros_like(network.hparams.unconstrained)
     for name in _PUBLIC:
