@@ -1,0 +1,226 @@
+"""The original model as a witness: its own forward and torch's own kernels, with the random draws of a network made from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.torchvision import RANDOM
+from fxstn.frontends.guards import mode_of
+from fxstn.frontends.live.constant_guard import mutated
+from fxstn.frontends.live.containers import arguments_mapped, leaves
+from fxstn.frontends.live.frontend import Live
+from fxstn.frontends.live.graph import located
+from fxstn.frontends.live.tracer import Call, Following, Sites
+from fxstn.frontends.preservation import preserved
+from fxstn.hp import OPERATIONS, Operation
+from fxstn.ir.graphs import forked_rng
+from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
+from fxstn.network import SelfTuningNetwork
+
+Value = TypeVar("Value")
+
+
+class Float64Mode(TorchFunctionMode):
+    """Operations asked for float32 keep float64: differences need its digits, and some models ask for float32 everywhere."""
+
+    def __torch_function__(
+        self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        function = Tensor.double if function is Tensor.float else function
+        return function(*_in_float64(args), **_in_float64(kwargs or {}))
+
+
+def _in_float64(value: Value) -> Value:
+    """Arguments of an operation with float64 in place of float32."""
+    if isinstance(value, list):
+        return cast(Value, [_in_float64(entry) for entry in value])
+    if isinstance(value, tuple) and type(value) is tuple:
+        return cast(Value, tuple(_in_float64(entry) for entry in value))
+    if isinstance(value, dict):
+        return cast(Value, {key: _in_float64(entry) for key, entry in value.items()})
+    return cast(Value, torch.float64) if value is torch.float32 else value
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Which λ the random operations of the original read, so that they draw what the network draws from the same seed.
+
+    sites: by address, for a network that runs the forward as it is.
+    dropouts: an index into λ for each dropout call in the order of execution, for a network of graphs; None there means the
+        call's own rate, as do calls beyond the last. None as a whole: `sites` decides.
+    operations: indices into λ for each call of a module that is a random operation, in the order of execution; None means
+        the module's own strengths.
+    """
+
+    sites: Sites = field(default_factory=Sites)
+    dropouts: tuple[int | None, ...] | None = None
+    operations: tuple[tuple[int, ...] | None, ...] = ()
+
+
+def strengths_of(network: SelfTuningNetwork, training: bool, inserting: bool = False) -> Strengths:
+    """What the original reads to draw what the network draws. In eval mode no λ is read.
+
+    inserting: whether dropouts that the specs insert take part (frontend "live" only).
+    """
+    binding = network.recipe.plan.binding
+    live = network.frontend == "live"
+    if not training:
+        return Strengths(dropouts=None if live else ())
+    if live:
+        sites = tuple(site for site in binding.sites if inserting or not site.insert)
+        return Strengths(located(replace(binding, sites=sites), *cast(Live, network.recipe.frontend).places))
+    read = {site.node: site.indices for site in binding.sites if not site.insert}
+    nodes = [node for node in network.canonical(True).graph.nodes if node.op == "call_function"]
+    dropouts = [read.get(node.name) for node in nodes if node.target in DROPOUTS]
+    operations = tuple(read.get(node.name) for node in nodes if node.target in OPERATIONS)
+    return Strengths(Sites(), tuple(None if indices is None else indices[0] for indices in dropouts), operations)
+
+
+class ReferenceRun(Following):
+    """One run of the original forward. It knows no tangent and no rule for tangents.
+
+    strengths: which λ the random operations read; values: λ itself, (h,).
+    constants: values of everything that autograd takes for constant, results of detach and of regions without gradients, in
+        order of execution; None for the first run, which collects them in `collected`.
+    """
+
+    def __init__(
+        self, model: nn.Module, strengths: Strengths, values: Tensor, constants: Sequence[Tensor] | None = None
+    ) -> None:
+        super().__init__(model, strengths.sites, values)
+        self.collected: list[Tensor] = []
+        self.constants: Iterator[Tensor] | None = None if constants is None else iter(constants)
+        self.operations = strengths.operations
+        self.dropouts: Iterator[int | None] | None = None if strengths.dropouts is None else iter(strengths.dropouts)
+
+    def output(self, inputs: tuple) -> object:
+        """The model's output, with grad mode on as in training. The model's parameters should not require gradients."""
+        with torch.enable_grad(), self._operations_at_strengths():
+            return self.run(inputs, {})
+
+    def _body(self, call: Call) -> Callable[..., object] | None:
+        """A kernel that draws nothing runs as it is, so that a decomposition is never its own witness."""
+        decomposed = call.spelled is not None and call.spelled.function in DECOMPOSITIONS
+        return None if decomposed and not _draws(call) else super()._body(call)
+
+    def drop(self, call: Call, index: int | None) -> object:
+        assert call.spelled is not None
+        if self.dropouts is not None and dropout_settings(call.spelled)[1]:
+            index = next(self.dropouts, None)
+        return super().drop(call, index)
+
+    def apply(self, call: Call) -> object:
+        changed, result = mutated(call), call.run()
+        if not (self.disabled() or call.function is torch.detach):
+            return result
+        for x in changed:
+            constant = self._constant(x)
+            if constant is not x:
+                x.copy_(constant)
+        return arguments_mapped(lambda y: y if any(y is x for x in changed) else self._constant(y), result)
+
+    def _constant(self, x: Tensor) -> Tensor:
+        """The value that x had in the first run: x itself where it is equal, because later writes into x reach its memory."""
+        if not x.is_floating_point():
+            return x
+        if self.constants is None:
+            self.collected.append(x.detach().clone())
+            return x
+        constant = next(self.constants)
+        return x if torch.equal(x, constant) else constant.clone()
+
+    @contextmanager
+    def _operations_at_strengths(self) -> Iterator[None]:
+        """Modules that are random operations are replaced by what a graph runs for them."""
+        remaining = iter(self.operations)
+
+        def call(operation: type[Operation], module: nn.Module, x: object) -> object:
+            own, settings = operation.read(module)
+            indices = next(remaining, None) if module.training else ()
+            numbers: list[float | Tensor] = [own.get(name, 0.0) for name in operation.numbers]
+            if indices is not None:
+                assert self.strengths is not None
+                numbers = [self.strengths[index] for index in indices]
+            if not any(map(float, numbers)):  # such a call is no part of a graph
+                return x
+            return operation.function(x, *numbers, **{**operation.defaults, **settings})
+
+        with ExitStack() as stack:
+            if self.dropouts is not None:
+                stack.enter_context(mock.patch.object(Operation, "call", classmethod(call)))
+                for kind in RANDOM:
+                    stack.enter_context(mock.patch.object(kind, "forward", DECOMPOSITIONS[kind]))
+            yield
+
+
+def _draws(call: Call) -> bool:
+    """Whether an operation draws random numbers with these arguments."""
+    with forked_rng():
+        before = _generator_states()
+        call.run()
+        return not all(map(torch.equal, before, _generator_states()))
+
+
+def _generator_states() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def flat(output: object) -> Tensor:
+    """The float entries of an output, copied into one vector."""
+    floats = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.flatten() for leaf in floats])
+
+
+class Reference:
+    """The output of the original model as a function of a step along `delta`: at weights `network.best_response(step · delta)`.
+
+    The draws are those that the network makes from `seed`. What autograd takes for constant has its value at step 0.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        network: SelfTuningNetwork,
+        inputs: tuple,
+        delta: Tensor,
+        seed: int,
+        training: bool,
+        inserting: bool = False,
+    ) -> None:
+        self.model = copy.deepcopy(original).requires_grad_(False)
+        self.network, self.inputs, self.delta, self.seed, self.training = network, inputs, delta, seed, training
+        self.strengths = strengths_of(network, training, inserting)
+        self.constants: list[Tensor] | None = None
+
+    def __call__(self, step: float) -> Tensor:
+        if step and self.constants is None:
+            self(0.0)
+        frozen = self.network.recipe.plan.frozen
+        with preserved(self.model, self.inputs) as inputs, mode_of(self.model, self.training, frozen):
+            move_weights(self.model, self.network, step * self.delta)
+            run = ReferenceRun(
+                self.model, self.strengths, self.network.hparams().detach(), self.constants if step else None
+            )
+            torch.manual_seed(self.seed)
+            output = flat(run.output(inputs))
+        if not step:
+            self.constants = run.collected
+        return output
+
+
+def move_weights(model: nn.Module, network: SelfTuningNetwork, delta: Tensor) -> None:
+    """Write the weights that the network's response predicts into a model, also where one parameter has several names."""
+    weights = network.best_response(delta)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])

@@ -1,0 +1,159 @@
+"""verify: an independent witness on every frontend, for modules and parameters under several names and for constants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxstn
+from fxstn import hp
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.tools.reference import Reference
+from fxstn.tools.verify import Check, VerifyResult
+
+SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
+
+
+class SharedModules(nn.Module):
+    """A layer, a norm and a dropout, each at two attribute paths; the second layer is called at its second path only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.drop, self.late = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6)
+        self.b, self.bn2, self.drop2, self.head = self.a, self.bn, self.drop, self.late
+
+    def forward(self, x):
+        return self.head(self.drop2(torch.tanh(self.bn2(self.b(self.drop(torch.tanh(self.bn(self.a(x)))))))))
+
+
+class SharedTensors(nn.Module):
+    """A weight, a bias and a buffer, each of two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight, self.bias = self.a.weight, self.a.bias
+        self.register_buffer("scale", torch.rand(6))
+        self.b.register_buffer("scale", self.scale)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))) * self.scale + self.bias * self.b.scale
+
+
+class SharedBlocks(nn.Module):
+    """One block three times in a list, and once more beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.2))] * 3)
+        self.head = self.blocks[0]
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+@pytest.mark.parametrize("specs", [SCALAR, None, [hp.WeightDecay()], [hp.Dropout("input")]], ids=str)
+@pytest.mark.parametrize("make", [SharedModules, SharedTensors, SharedBlocks])
+def test_what_has_several_names_is_one_thing(make, specs, trace):
+    x = torch.randn(5, 6)
+    report = fxstn.verify(make(), x, hparams=specs, trace=trace)
+    assert report.frontend == trace
+    assert report.ok, str(report)
+    assert fxstn.explain(make(), specs, x).ok
+
+
+def without_gradients(net, x):
+    h = net.a(x)
+    with torch.no_grad():
+        gate = torch.tanh(net.b(h))
+    return h * gate
+
+
+def written_without_gradients(net, x):
+    gate = torch.empty(len(x), 6)
+    with torch.no_grad():
+        gate[1:] = net.b(x)[1:]
+        gate[:1] = 0.5
+    return net.a(x) * gate
+
+
+CONSTANTS = {
+    "detach": (lambda net, x: net.a(x) * net.b(x).detach(), ("fx", "export", "live")),
+    "straight through": (
+        lambda net, x: net.a(x).softmax(1) + net.b(x) - net.b(x).detach(),
+        ("fx", "export", "live"),
+    ),
+    "data": (lambda net, x: net.a(x) * net.b(x).data.tanh(), ("fx", "live")),
+    "no_grad": (without_gradients, ("export", "live")),
+    "written in no_grad": (written_without_gradients, ("live",)),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.a, self.b, self.body = nn.Linear(6, 6), nn.Linear(6, 6), body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(("name", "trace"), [(name, trace) for name in CONSTANTS for trace in CONSTANTS[name][1]])
+def test_what_autograd_takes_for_constant_is_constant_for_the_witness(name, trace):
+    report = fxstn.verify(Net(CONSTANTS[name][0]), torch.randn(5, 6), hparams=SCALAR, trace=trace)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("trace", ["fx", "live"])
+def test_the_witness_draws_what_the_network_draws(trace):
+    """The same forward, draw by draw: with the weights where they are, the reference gives the network's output."""
+
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop, self.channels = nn.Linear(6, 6), nn.Dropout(0.3), nn.Dropout1d(0.2)
+            self.layer = nn.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True)
+            self.rnn, self.alpha = nn.LSTM(6, 6, 2, dropout=0.4, batch_first=True), nn.AlphaDropout(0.2)
+
+        def forward(self, x):
+            x = self.channels(self.layer(self.drop(self.a(x)))) + torch.rand_like(x)
+            return F.dropout(self.alpha(self.rnn(x)[0]), 0.1)
+
+    torch.manual_seed(0)
+    model, x = Drawing().double(), torch.randn(3, 4, 6).double()
+    stn = fxstn.transform(model, [hp.Dropout("drop"), hp.Dropout("alpha")], example_inputs=x, trace=trace)
+    for training in (True, False):
+        torch.manual_seed(5)
+        expected = stn.graph("train" if training else "eval")(x)
+        reference = Reference(model, stn, (x,), torch.ones(2).double(), 5, training)
+        torch.testing.assert_close(reference(0.0), expected.flatten())
+
+
+def test_a_kernel_that_draws_nothing_is_not_replaced_by_its_decomposition(monkeypatch):
+    """A decomposition that computes something else is found, because the witness runs torch's own kernel."""
+    original = DECOMPOSITIONS[torch._VF.lstm]
+    net = nn.LSTM(6, 6, batch_first=True)
+    assert fxstn.verify(net, torch.randn(3, 4, 6), hparams=SCALAR, trace="live").ok
+
+    def wrong(*args):
+        output, *states = original(*args)
+        return output * output, *states
+
+    monkeypatch.setitem(DECOMPOSITIONS, torch._VF.lstm, wrong)
+    assert not fxstn.verify(net, torch.randn(3, 4, 6), hparams=SCALAR, trace="live").ok
+
+
+def test_the_table_says_which_rows_were_repeated():
+    rows = [Check("train", "original model", seed, error) for seed, error in enumerate([1e-2, 3e-9])]
+    text = str(VerifyResult(1e-6, rows)).splitlines()
+    assert text[2].endswith("above the tolerance, repeated at another point")
+    assert text[3].endswith("ok")
+    assert text[-1].startswith("ok: largest error 3.0e-09")
+    text = str(VerifyResult(1e-6, rows[:1])).splitlines()
+    assert text[2].endswith("above the tolerance")
+    assert text[-1].startswith("NOT ok: largest error 1.0e-02")
