@@ -128,7 +128,7 @@ def _probe(
 def _variant(module: fx.GraphModule, parameters: Container[str], change: Callable[[Tensor], Tensor]) -> Variant:
     def value(node: fx.Node, values: Values, _: Values) -> object:
         if node.op == "get_attr":
-            attribute = operator.attrgetter(str(node.target))(module).detach()
+            attribute = operator.attrgetter(str(node.target))(module).detach().clone()  # later nodes may write into it
             return change(attribute) if node.target in parameters else attribute
         if draws(node.target):
             return torch.ones_like(filled_in(node.args[0], values))
