@@ -421,7 +421,12 @@ def test_penalties_equal_those_of_materialised_weights(norm):
     weight, response = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
     scale = 1e-3 * torch.randn(5, 3, dtype=torch.float64, generator=generator)  # no entry changes its sign
     strength = torch.rand(5, dtype=torch.float64, generator=generator)
-    moved = [penalty(weight + s[:, None] * response, k, norm) for s, k in zip(scale, strength, strict=True)]
+    weights = [weight + s[:, None] * response for s in scale]
+    sizes = [w.abs().sum() if norm == 1 else 0.5 * w.square().sum() for w in weights]
+    moved = [k * size for k, size in zip(strength, sizes, strict=True)]
+    torch.testing.assert_close(
+        torch.stack([penalty(w, k, norm) for w, k in zip(weights, strength, strict=True)]), torch.stack(moved)
+    )
     found = penalty_perturbed(weight, strength, scale, response, norm=norm)
     torch.testing.assert_close(found, torch.stack(moved).mean(), rtol=1e-12, atol=0)
 

@@ -75,7 +75,7 @@ def test_only_a_number_near_an_end_of_its_range_needs_certainty_of_steps_towards
 
 @pytest.mark.parametrize("high", [0.95, math.inf])
 def test_where_in_their_ranges_the_numbers_of_a_network_are(high):
-    """ReferenceRun: the constrained value as a share of the range; a range without upper end has no ends."""
+    """Reference: the constrained value as a share of the range; a range without upper end has no ends."""
     runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("a", 0.2, 0.0, high, regularizes=True)])
     position = runner.optimizers["hyper_optimizer"].position(runner.stn.hparams.unconstrained.detach())
     shares = [0.3 / runner.problem.ranges()["2.dropout"][1], 0.2 / high if math.isfinite(high) else 0.5]

@@ -263,7 +263,7 @@ UP = -DOWN
     ("place", "above", "below"), [(1e-9, 1.0, 0.0), (0.05, 1.0, 0.5), (0.5, 1.0, 1.0), (0.95, 0.5, 1.0), (1 - 1e-9, 0.0, 1.0)]
 )  # fmt: skip
 def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(gap, place, above, below):
-    """ReferenceRun: an optimizer without a gap, of the certainty that is left."""
+    """Reference: an optimizer without a gap, of the certainty that is left."""
     certainty, start = 20.0, math.log(place / (1 - place))
     assert 0 < walk(UP, None, certainty) < 0.5 * walk(UP, None, 0.0)
     up = gap * walk(UP, None, certainty * (1 - gap * above))
@@ -274,7 +274,7 @@ def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_f
 
 @pytest.mark.parametrize("gap", [0.3, 0.9])
 def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show(gap):
-    """Sixteen numbers, every second of which goes up; alone none would go far. ReferenceRun: as above, one for each number."""
+    """Sixteen numbers, every second of which goes up; alone none would go far. Reference: as above, one for each number."""
     certainty, limited = 4.0, [True, True, False, False] * 4
     sizes = torch.rand(60, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 8
     gradients = sizes * torch.tensor([1.0, -1.0] * 8, dtype=torch.float64)

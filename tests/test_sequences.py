@@ -158,7 +158,7 @@ def by_hand(name: str, model: Model, weights: dict[str, Tensor], rates: Tensor, 
 @pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_primal_and_tangent_have_one_draw_at_the_rates_of_each_example(name, time_first):
-    """ReferenceRun: the model written out by hand with its masks, and its central difference along the best response."""
+    """Reference: the model written out by hand with its masks, and its central difference along the best response."""
     model = language_model(time_first)
     stn = fxstn.transform(model, DROPOUTS[name](int(not time_first)), example_inputs=words()).train()
     assert stn.per_example(words())
