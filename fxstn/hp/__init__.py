@@ -5,7 +5,6 @@
 """
 
 from fxstn.hp.augment import (
-    Affine,
     ColorJitter,
     Cutout,
     Erasing,
@@ -13,10 +12,10 @@ from fxstn.hp.augment import (
     GaussianBlur,
     GaussianNoise,
     Grayscale,
-    Rotation,
     VerticalFlip,
 )
 from fxstn.hp.bijection import Bijection
+from fxstn.hp.geometry import Affine, Rotation
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.mix import CutMix, Mixing, MixUp
 from fxstn.hp.operation import OPERATIONS, Operation

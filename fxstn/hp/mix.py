@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.hp.operation import Operation
+from fxstn.hp.operation import Operation, Strength
 from fxstn.hp.terms import Auxiliary
 from fxstn.ops.color import as_float, like_before
 from fxstn.ops.erase import boxes_mask
@@ -18,24 +17,28 @@ from fxstn.ops.noise import by_example
 
 
 class Mixing(Auxiliary, Operation):
-    """Base of operations whose draw ends with (partner, share): the example mixed in, (batch,), and its share, (batch,).
+    """Base of operations whose draw ends with (partner, share), (batch,) each: the example that is mixed in, and its share.
 
-    A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes; one
+    A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes. A target
     of floating point numbers is mixed as it is. Evaluation and the hyper step see plain examples.
     """
 
-    def retarget(self, target: Any, output: Any, value: Any) -> Any:
-        return mixed_target(target, output, *value[-2:])
+    def retarget(self, target: object, output: object, value: tuple[Tensor, ...]) -> object:
+        partner, share = value[-2:]
+        return mixed_target(target, output, partner, share)
 
 
 class MixUp(Mixing):
-    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Zhang et al. 2018, arXiv 1710.09412): examples become
-    x + share · (x' − x), with x' another of the batch. The example keeps the larger share, so that α = 0 mixes nothing."""
+    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Zhang et al. 2018, arXiv 1710.09412).
+
+    An example becomes x + share · (x' − x), with x' another example of the batch. It keeps the larger share, so that α = 0
+    mixes nothing.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"mixup": Hyperparameter(0.1, 0, 2)}
 
     @staticmethod
-    def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor]:
+    def draw(x: Tensor, alpha: Strength) -> tuple[Tensor, Tensor]:
         return torch.randperm(len(x), device=x.device), lesser_share(x, alpha)
 
     @staticmethod
@@ -46,13 +49,16 @@ class MixUp(Mixing):
 
 
 class CutMix(Mixing):
-    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Yun et al. 2019, arXiv 1905.04899): a box of that share
-    of the area comes from another image of the batch; at most half the area, so that α = 0 mixes nothing."""
+    """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Yun et al. 2019, arXiv 1905.04899).
+
+    A box with that share of the area comes from another image of the batch. It has at most half the area, so that α = 0 mixes
+    nothing.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(0.1, 0, 2)}
 
     @staticmethod
-    def draw(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(x: Tensor, alpha: Strength) -> tuple[Tensor, Tensor, Tensor]:
         half = 0.5 * lesser_share(x, alpha).sqrt()[:, None]
         starts, lengths = [], []
         for size in x.shape[-2:]:

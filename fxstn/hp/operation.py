@@ -5,32 +5,41 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from torch import Tensor, nn
 
 from fxstn.hp.specs import Choice, Spec
 from fxstn.ir.staging import staged, staging_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Strength = Tensor | float
+Settings = Mapping[str, object]
 OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 
 
 class Operation(Spec):
-    """Base of the specs that take over a random operation of the model, or insert one; off in eval mode.
+    """Base of the specs that take over a random operation of the model, or insert one. In eval mode it is off.
 
     A subclass has `numbers`, {name: Hyperparameter}, the strengths in the order of draw's arguments, and two static functions:
 
     draw(x, *strengths, **settings) → drawn: all randomness, and nothing that is differentiated. A strength is a number, a
-    0-d tensor, or (batch,) with one per example; `fxstn.ops.noise.by_example` makes it broadcast.
-    apply(x, drawn, **settings) → y, shaped like x, of ordinary torch operations, or one that has a tangent rule; x itself,
-    bit for bit, at strengths 0. Where more of one is not a stronger regularisation, its hyperparameter says regularizes=False.
+        0-d tensor, or (batch,) with one per example; `fxstn.ops.noise.by_example` makes it broadcast.
+    apply(x, drawn, **settings) → y: shaped like x, of ordinary torch operations, or one operation that has a tangent rule. At
+        strengths 0 it is x itself, bit for bit. Where a higher strength is not a stronger regularisation, its hyperparameter
+        says regularizes=False.
 
-    settings are fixed: `read` takes them from a module, the constructor from the user. inserts: whether "input" is the
-    place without a pattern and without such a module in the model; otherwise only what is there is taken over. examples:
-    None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.ops.examples`).
-    follows: a function, F.embedding say, whose results alone are matched, all of them without a pattern; draw gets the tuple
-    of its arguments, in their canonical order, in place of x.
+    It may also have:
+
+    defaults: settings, which are fixed numbers. `read` takes them from a module, the constructor from the user.
+    inserts: whether, without a pattern, it is inserted at "input" of a model that has no such module.
+    examples: None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.ops.examples`).
+    follows: a function, such as F.embedding, whose results alone are matched, all of them without a pattern. draw gets the
+        tuple of its arguments, in their canonical order, in place of x.
     """
 
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, object] = {}
     inserts: bool = True
     follows: ClassVar[Callable[..., Any] | None] = None
     draw: ClassVar[Callable[..., Any]]
@@ -39,7 +48,7 @@ class Operation(Spec):
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | Mapping[str, str] | None = None,
-                 **settings: Any) -> None:  # fmt: skip
+                 **settings: object) -> None:  # fmt: skip
         if unknown := sorted(set(settings) - set(self.defaults)):
             known = ", ".join(self.defaults) or "none"
             raise TypeError(f"hp.{type(self).__name__} has no setting {unknown[0]!r}; it has {known}")
@@ -51,27 +60,27 @@ class Operation(Spec):
         if not cls.numbers:  # a base of others
             return
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
-        drawing, applying = cls.draw, cls.apply
-        of_torch = getattr(applying, "__module__", "") in ("_operator", "torch")  # has a rule, and takes no settings
+        draw, apply = cls.draw, cls.apply
+        of_torch = getattr(apply, "__module__", "") in ("_operator", "torch")  # has a rule, and takes no settings
 
-        def run(x: Any, *strengths: Any, **settings: Any) -> Any:
-            return applying(x, drawing(x, *strengths, **settings), **({} if of_torch else settings))
+        def run(x: object, *strengths: Strength, **settings: object) -> Tensor:
+            return apply(x, draw(x, *strengths, **settings), **({} if of_torch else settings))
 
         # Functions of this class's own, so that graphs name them and two classes can share an implementation.
         cls.function = staticmethod(staged(_named(run, kind)))
-        cls.draw = staticmethod(staged(random=True)(_named(drawing, f"draw_{kind}")))
-        if not of_torch and staging_of(applying) is None:
-            cls.apply = staticmethod(staged(_named(applying, f"apply_{kind}")))
+        cls.draw = staticmethod(staged(random=True)(_named(draw, f"draw_{kind}")))
+        if not of_torch and staging_of(apply) is None:
+            cls.apply = staticmethod(staged(_named(apply, f"apply_{kind}")))
         OPERATIONS[cls.function] = cls
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-        """({number: the module's own strength}, settings): attributes of the same names, unless a subclass knows better."""
+    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
+        """({number: the module's own strength}, settings). A subclass overrides it where attributes have other names."""
         starts = {name: float(getattr(module, name)) for name in cls.numbers if hasattr(module, name)}
         return starts, {name: getattr(module, name) for name in cls.defaults if hasattr(module, name)}
 
     @classmethod
-    def call(cls, module: Any, x: Any) -> Any:
+    def call(cls, module: nn.Module, x: object) -> object:
         """What stands for module(x) while a forward is followed: x where the module does not train."""
         if not module.training:
             return x
@@ -80,9 +89,11 @@ class Operation(Spec):
         return cls.function(x, *strengths, **{**cls.defaults, **settings})
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _named(function: Callable[P, R], name: str) -> Callable[P, R]:
+    """The same function under another name."""
+
     @functools.wraps(function)
-    def result(*args: Any, **kwargs: Any) -> Any:
+    def result(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
 
     result.__name__ = result.__qualname__ = name

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.hp.operation import Operation
-from fxstn.hp.specs import Choice, Coefficient, Spec
+from fxstn.hp.operation import Operation, Settings, Strength
+from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
@@ -28,38 +28,40 @@ class StochasticDepth(Operation):
     apply = operator.mul
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
         return {"stochastic_depth": module.p}, {}
 
     @staticmethod
-    def draw(x: Tensor, p: Tensor | float) -> Tensor:
+    def draw(x: Tensor, p: Strength) -> Tensor:
         p = by_example(p, x)
         return ((uniform(x) >= p) / (1 - p)).to(x.dtype)
 
 
 class LockedDropout(Operation):
-    """Rate, in [0, 0.95], of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287): the mask of an example is the
-    same at all times. axis: that of time; 1 for values (batch, time, ...), 0 for (time, batch, ...).
+    """Rate, in [0, 0.95], of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287).
 
-    Inserted after the matched modules; values that are not floating point, such as words, are left alone.
+    The mask of an example is the same at all times. It is inserted after the matched modules. Values that are not floating
+    point, such as words, are left alone.
+
+    axis: of time; 1 for values (batch, time, ...), 0 for (time, batch, ...).
     """
 
     numbers: Mapping[str, Hyperparameter] = {"locked_dropout": Hyperparameter(0.05, 0, 0.95)}
-    defaults: Mapping[str, Any] = {"axis": 1}
+    defaults: Mapping[str, object] = {"axis": 1}
     examples = None
     apply = operator.mul
 
     @staticmethod
-    def draw(x: Tensor, p: Tensor | float, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
+    def draw(x: Tensor, p: Strength, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
         return locked_mask(x, p, axis, place)
 
 
 class EmbeddingDropout(Operation):
-    """Rate, in [0, 0.95], at which words are dropped, rows of an embedding's table, each wherever it occurs in the batch
-    (Gal & Ghahramani 2016; Merity et al. 2017, arXiv 1708.02182). Examples at a higher rate drop more of the same words.
+    """Rate, in [0, 0.95], at which words are dropped (Gal & Ghahramani 2016; Merity et al. 2017, arXiv 1708.02182).
 
-    Acts on the lookups of the matched modules, of all without a pattern, a draw for each; not on a layer whose weight is tied
-    to the table.
+    A word, a row of an embedding's table, is dropped wherever it occurs in the batch. Examples at a higher rate drop more of
+    the same words. It acts on the lookups of the matched modules, of all modules without a pattern, with a draw for each
+    lookup. It does not act on a layer whose weight is tied to the table.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"embedding_dropout": Hyperparameter(0.05, 0, 0.95)}
@@ -68,14 +70,17 @@ class EmbeddingDropout(Operation):
     apply = operator.mul
 
     @staticmethod
-    def draw(lookup: tuple[Any, ...], p: Tensor | float, place: BatchAxis = BATCH_FIRST) -> Tensor:
+    def draw(lookup: tuple[Tensor, ...], p: Strength, place: BatchAxis = BATCH_FIRST) -> Tensor:
         return word_mask(lookup[0], lookup[1], p, place)
 
 
 class DropConnect(Spec):
-    """Probability, in [0, 0.95], that a weight is dropped (Wan et al. 2013): one mask for the whole batch, and so one
-    perturbation, on the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern. A
-    pattern may also match a weight by its full name, where the layer that owns it is not matched."""
+    """Probability, in [0, 0.95], that a weight is dropped (Wan et al. 2013).
+
+    There is one mask for the whole batch, and so one perturbation. It acts on the weights (no biases, no norms) of the matched
+    linear and convolution layers, of all without a pattern. A pattern may also match a weight by its full name, where the layer
+    that owns it is not matched.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"drop_connect": Hyperparameter(0.05, 0, 0.95, by_batch=True)}
 
@@ -83,18 +88,20 @@ class DropConnect(Spec):
 class Activity(Auxiliary, Coefficient):
     """Base of penalties λ · measure(h) on what the matched modules put out, the outermost of the matches.
 
-    A subclass has `numbers`, one coefficient, and a function measure(h) → (batch,), of h (batch, ...) or with the batch
-    along `examples`; in the response step h is the linearised output of the module, h + dh. Raises TypeError without a pattern.
+    A subclass has `numbers`, one coefficient, and a function measure(h) → (batch,). h is (batch, ...), or has the batch along
+    `examples`. In the response step it is the linearised output of the module, h + dh.
+
+    Raises TypeError without a pattern.
     """
 
     measure: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, *where: str, **choices: Any) -> None:
+    def __init__(self, *where: str, **choices: Unpack[Choices]) -> None:
         if not where:
             raise TypeError(f"hp.{type(self).__name__} needs the names of modules whose outputs it penalises")
         super().__init__(*where, **choices)
 
-    def penalty(self, value: Any) -> Tensor | float:
+    def penalty(self, value: tuple[Tensor, ...]) -> Tensor | float:
         strength, h = value
         return (strength * self.measure(h)).mean()
 
@@ -111,12 +118,14 @@ class ActivationDecay(Activity):
 
 class TemporalDecay(Activity):
     """Coefficient of the mean square of the change of a module's output from one time to the next, on a log scale (Merity et
-    al. 2017, arXiv 1708.01009); 0 for a single time. axis: that of time; 1 for outputs (batch, time, ...), 0 for
-    (time, batch, ...). Raises ValueError for one counted from the end."""
+    al. 2017, arXiv 1708.01009). It is 0 for a single time.
+
+    axis: of time; 1 for outputs (batch, time, ...), 0 for (time, batch, ...). Raises ValueError for one counted from the end.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"temporal_decay": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
-    def __init__(self, *where: str, axis: int = 1, **choices: Any) -> None:
+    def __init__(self, *where: str, axis: int = 1, **choices: Unpack[Choices]) -> None:
         if axis < 0:
             raise ValueError(f"hp.TemporalDecay: axis={axis} must be counted from the front, 0 or more")
         self.axis, self.examples = axis, int(axis == 0)
@@ -128,12 +137,14 @@ class TemporalDecay(Activity):
 
 
 class JacobianNorm(Coefficient):
-    """Coefficient λ of λ ‖∂y/∂x‖², the squared Frobenius norm of the Jacobian of the (linearised) output with respect to the
-    floating point inputs, on a log scale.
+    """Coefficient λ of λ ‖∂y/∂x‖², on a log scale: the squared Frobenius norm of the Jacobian of the (linearised) output with
+    respect to the floating point inputs.
 
-    projections: n random ones estimate it without bias, ‖∂⟨u, y⟩/∂x‖² with u of random signs (Hutchinson 1990; Hoffman et al.
-    2019, arXiv 1908.02729); None adds up all outputs, exactly. A single output is exact in any case. Each takes a backward
-    pass that is differentiated again: operations without a second derivative are refused when they run.
+    projections: random projections that estimate it without bias, ‖∂⟨u, y⟩/∂x‖² with u of random signs (Hutchinson 1990;
+        Hoffman et al. 2019, arXiv 1908.02729). None: the sum over all outputs, which is exact; so is a single output.
+
+    Each projection takes a backward pass that is differentiated again. Operations without a second derivative are refused
+    when they run.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"jacobian_norm": Hyperparameter(1e-3, 1e-6, 10, log=True)}

@@ -1,4 +1,4 @@
-"""The hyperparameters as the network carries them: λ, σ, their names, and perturbations."""
+"""The hyperparameters of a network: λ, σ, their names, and perturbations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HyperparameterSpace(nn.Module):
     def forward(self, condition: Tensor | None = None) -> Tensor:
         """Constrained strengths at λ₀ + condition: (h,) for condition None or (h,), (batch, h) for (batch, h).
 
-        Cut off from λ: in the training objectives λ is a constant (paper, Alg. 1).
+        They have no gradient to λ: in the training objectives λ is a constant (paper, Alg. 1).
         """
         unconstrained = self.unconstrained.detach()
         return self.bijection(unconstrained if condition is None else unconstrained + condition)
@@ -87,7 +87,7 @@ class HyperparameterSpace(nn.Module):
     def sample(self, n: int) -> Tensor:
         """n perturbations ε ~ N(0, diag σ²), (n, h), differentiable in σ (paper, Sec. 2.2).
 
-        Columns of hyperparameters that have one strength for all examples have one value.
+        All rows have the same value where a hyperparameter has one strength for all examples.
         """
         noise = torch.randn(n, len(self), device=self.raw_scale.device, dtype=self.raw_scale.dtype)
         if self.by_batch is not None:
@@ -95,8 +95,11 @@ class HyperparameterSpace(nn.Module):
         return self.scale * noise
 
     def widening(self, most: float) -> Tensor:
-        """What σ is multiplied by, (h,), for about equal perturbations of the constrained value wherever λ is in its range:
-        ¼ / s(1 - s), s its share of the range, that is 1 in the middle and more near the ends; at most `most`, ≥ 1."""
+        """Factors of σ, (h,), that perturb the constrained value about equally wherever λ is in its range.
+
+        They are ¼ / s(1 − s) for λ at share s of its range: 1 in the middle, more near the ends.
+        most: largest factor, ≥ 1.
+        """
         share = self.bijection.position(self.unconstrained.detach())
         return (0.25 / (share * (1 - share))).clamp(max=most)
 

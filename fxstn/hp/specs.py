@@ -7,24 +7,37 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 from fxstn.hp.hyperparameter import Hyperparameter
 
 Choice = float | Mapping[str, float] | None
 
 
+class Choices(TypedDict, total=False):
+    """The keywords of every spec."""
+
+    init: Choice
+    low: Choice
+    high: Choice
+    scale: Choice
+    shared: bool
+    perturb: str | Mapping[str, str] | None
+
+
 class Spec:
     """Base of all specs.
 
-    where: fnmatch patterns over full module names, the root "" included (`*` crosses dots). init, low, high, scale: in place
-    of the numbers' own, for all of them or by name, {"hue": 0.1}. shared: one λ for all matches in place of one each. perturb:
-    "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by name too.
+    where: fnmatch patterns over full module names, the root "" included (`*` crosses dots).
+    init, low, high, scale: in place of the numbers' own, for all of them or by name, {"hue": 0.1}.
+    shared: one λ for all matches in place of one each.
+    perturb: "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by
+        name too.
 
-    A subclass has `numbers` and `examples`, the dimension of a value along which it expects the examples where strengths
-    differ between them; None: any, as it is told.
+    A subclass has `numbers`, {name: Hyperparameter}, and `examples`, the dimension of a value along which it expects the
+    examples where strengths differ between them; with None it learns the dimension from its argument `place`.
 
-    Raises ValueError for a name that is none of its numbers, where a number's range is impossible, for another `perturb`.
+    Raises ValueError for a name that is none of its numbers, for an impossible range, and for another `perturb`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {}
@@ -35,49 +48,54 @@ class Spec:
         if not all(isinstance(pattern, str) for pattern in where):
             raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
         self.where, self.shared = where, shared
-        for key, choice in {"init": init, "low": low, "high": high, "scale": scale}.items():
-            self._need_numbers(**{key: choice})
-            if choice is not None:
-                self.numbers = self._changed(key, choice)
-        if perturb is not None:
-            self._perturb(perturb)
+        choices: dict[str, Choice] = {"init": init, "low": low, "high": high, "scale": scale}
+        for key, choice in choices.items():
+            self._check_numbers(key, choice)
+            self._check_names(key, choice)
+        self.numbers = {
+            name: replace(
+                number,
+                init=_choice(init, name, number.init),
+                low=_choice(low, name, number.low),
+                high=_choice(high, name, number.high),
+                scale=_choice(scale, name, number.scale),
+                by_batch=self._by_batch(name, number, perturb),
+            )
+            for name, number in self.numbers.items()
+        }
+        self._check_names("perturb", perturb)
         self.check()
 
     @classmethod
-    def _need_numbers(cls, **given: Any) -> None:
-        """Raises TypeError for what is neither a number nor a mapping to some, nor None."""
-        for key, choice in given.items():
-            for value in choice.values() if isinstance(choice, Mapping) else [choice]:
-                if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                    raise TypeError(
-                        f"hp.{cls.__name__}: {key}={value!r} must be a number, or numbers by name; write {key}=0.1, say"
-                    )
+    def _check_numbers(cls, key: str, choice: object) -> None:
+        """Raises TypeError for what is neither a number nor a mapping to numbers, nor None."""
+        for value in choice.values() if isinstance(choice, Mapping) else [choice]:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(
+                    f"hp.{cls.__name__}: {key}={value!r} must be a number, or numbers by name; write {key}=0.1, say"
+                )
 
-    def _perturb(self, choice: str | Mapping[str, str]) -> None:
-        by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
-        if wrong := [value for value in by_name.values() if value not in ("example", "batch")]:
-            raise ValueError(f"hp.{type(self).__name__}: perturb={wrong[0]!r} is neither 'example' nor 'batch'")
-        shared = {name: value == "batch" for name, value in by_name.items()}
-        if alike := [
-            name for name in shared if name in self.numbers and self.numbers[name].by_batch and not shared[name]
-        ]:
-            raise ValueError(
-                f"hp.{type(self).__name__}: {alike[0]} has one value for all examples of a batch, perturb='batch'"
-            )
-        self.numbers = self._changed("by_batch", shared)
-
-    def _changed(self, key: str, choice: float | Mapping[str, float]) -> dict[str, Hyperparameter]:
-        by_name = choice if isinstance(choice, Mapping) else dict.fromkeys(self.numbers, choice)
-        if unknown := [name for name in by_name if name not in self.numbers]:
+    def _check_names(self, key: str, choice: object) -> None:
+        """Raises ValueError for a choice by name where a name is none of the spec's numbers."""
+        if isinstance(choice, Mapping) and (unknown := [name for name in choice if name not in self.numbers]):
             known = ", ".join(map(repr, self.numbers))
             raise ValueError(f"hp.{type(self).__name__}: {key} is given for {unknown[0]!r}; its numbers are {known}")
-        return {
-            name: replace(number, **{key: by_name[name]}) if name in by_name else number  # type: ignore[arg-type]
-            for name, number in self.numbers.items()
-        }
+
+    def _by_batch(self, name: str, number: Hyperparameter, perturb: str | Mapping[str, str] | None) -> bool:
+        """Whether all examples share the perturbation of a number."""
+        choice = perturb.get(name) if isinstance(perturb, Mapping) else perturb
+        if choice is None:
+            return number.by_batch
+        if choice not in ("example", "batch"):
+            raise ValueError(f"hp.{type(self).__name__}: perturb={choice!r} is neither 'example' nor 'batch'")
+        if number.by_batch and choice == "example":
+            raise ValueError(
+                f"hp.{type(self).__name__}: {name} has one value for all examples of a batch; write perturb='batch'"
+            )
+        return choice == "batch"
 
     def check(self) -> None:
-        """Raise ValueError where a range is impossible for the operation: what its own limits leave."""
+        """Raises ValueError for a range that is not inside the one that the operation allows."""
         own = type(self).numbers
         for name, number in self.numbers.items():
             if name in own and not own[name].low <= number.low < number.high <= own[name].high:
@@ -107,8 +125,10 @@ class Spec:
         return result
 
     def match(self, names: Iterable[str], what: str = "") -> list[str]:
-        """The names that a pattern matches, in the order given. Raises ValueError for a pattern that matches none; what:
-        they are, for the message."""
+        """The names that a pattern matches, in their own order.
+
+        what: what the names are, for the message. Raises ValueError for a pattern that matches none.
+        """
         names = list(names)
         for pattern in self.where:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -121,10 +141,10 @@ class Spec:
 
 
 class Dropout(Spec):
-    """Dropout rate, in [0, 1). Takes over the dropout modules it matches; after any other module it inserts one.
+    """Dropout rate, in [0, 1). It takes over the dropout modules that it matches, and inserts one after other modules.
 
-    Only the outermost of the matches that are not dropouts get one inserted; "input" is the model's input. Without a
-    pattern it acts where `hparams=None` would. Masks are per element, or per channel on a Dropout1d/2d/3d it takes over.
+    Of the matches that are no dropouts only the outermost get one. "input" is the model's input. Without a pattern it acts
+    where `hparams=None` would. Masks are per element, or per channel where it takes over a Dropout1d, 2d or 3d.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"dropout": Hyperparameter(0.05, 0.0, 0.95)}
@@ -137,7 +157,7 @@ class Dropout(Spec):
 
 
 class Coefficient(Spec):
-    """Base of the specs of a penalty's coefficient: any positive range, on a log scale; low=0 with high=inf: any at all."""
+    """Base of the specs of a penalty's coefficient, on a log scale: any positive range, or low=0 with high=inf."""
 
     def check(self) -> None:
         ((name, number),) = self.numbers.items()
@@ -151,11 +171,13 @@ class Coefficient(Spec):
 
 
 class WeightDecay(Coefficient):
-    """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale; of λ ‖w‖₁ with norm=1.
+    """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale.
 
-    Applies to the weights (no biases, no norms) of the matched linear and convolution layers, all without a pattern. A
-    pattern may also match a weight by its full name, where the layer that owns it is not matched.
-    The penalty enters the training objectives in closed form on the structured response.
+    It acts on the weights (no biases, no norms) of the matched linear and convolution layers, of all without a pattern. A
+    pattern may also match a weight by its full name, where the layer that owns it is not matched. The penalty enters the
+    training objectives in closed form.
+
+    norm: 2, or 1 for λ ‖w‖₁.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(1e-4, 1e-7, 1e-1, log=True)}
@@ -173,6 +195,8 @@ class WeightDecay(Coefficient):
 class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
+    name: also what the hyperparameter is called.
+    init, scale: start, and first σ.
     low, high: ends of the range. high=inf with low=0 means any positive number.
     log: the range is stretched in log space (low > 0).
     integer: the value is floored. It reaches both ends.
@@ -186,16 +210,24 @@ class Scalar(Spec):
             raise TypeError(
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
             )
-        self._need_numbers(init=init, low=low, high=high, scale=scale)
+        for key, value in {"init": init, "low": low, "high": high, "scale": scale}.items():
+            self._check_numbers(key, value)
         self.numbers = {name: Hyperparameter(init, low, high, scale, log, integer, regularizes=regularizes)}
         super().__init__(shared=True, perturb=perturb)
 
 
 class LabelSmoothing(Scalar):
-    """Label smoothing, in [0, 1): `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7)."""
+    """Label smoothing, in [0, 1). `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7)."""
 
     def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
                  perturb: str | None = None) -> None:  # fmt: skip
         if not 0 <= low < high < 1:
             raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
         super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb, regularizes=True)
+
+
+def _choice(choice: Choice, name: str, own: float) -> float:
+    """What is chosen for a number; its own value where nothing is."""
+    if isinstance(choice, Mapping):
+        return choice.get(name, own)
+    return own if choice is None else choice

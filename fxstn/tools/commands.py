@@ -25,9 +25,8 @@ from fxstn.tools.show import show
 from fxstn.tools.verify import verify
 from fxstn.transform import transform
 
-AUGMENTATIONS = {
-    cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.__module__ in ("fxstn.hp.augment", "fxstn.hp.mix")
-}
+OF_IMAGES = ("fxstn.hp.augment", "fxstn.hp.geometry", "fxstn.hp.mix")
+AUGMENTATIONS = {cls.__name__: cls for cls in hp.OPERATIONS.values() if cls.__module__ in OF_IMAGES}
 
 
 def _network(args: argparse.Namespace, classes: int) -> SelfTuningNetwork:
