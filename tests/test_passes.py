@@ -21,7 +21,7 @@ from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import info_of
-from fxstn.ops.noise import dropout_mask
+from fxstn.ops.noise import dropout_mask, weight_mask
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.hyperize import hyperize
@@ -448,3 +448,20 @@ def test_an_identity_handed_through_is_dropped_only_for_its_own_readers():
         stn.model.fc.weight.zero_()
         stn.model.fc.bias.zero_()
     assert torch.equal(stn(x), x)
+
+
+def test_one_mask_of_a_weight_takes_one_rate():
+    """DropConnect at a rate per example is refused; one rate in all rows is that rate."""
+    stn, x = fxstn.transform(mlp(), [hp.DropConnect("0", init=0.4), hp.Dropout("3")]).train(), torch.randn(5, 6)
+    delta, condition = torch.zeros(2), torch.tensor([0.3, 0.0])
+    torch.manual_seed(0)
+    shared, _ = stn.pushforward(x, delta=delta, condition=condition)
+    torch.manual_seed(0)
+    rows = condition.repeat(5, 1)
+    assert torch.equal(stn.pushforward(x, delta=delta, condition=rows)[0], shared)
+    stn.pushforward(x, delta=delta, condition=rows + torch.tensor([0.0, 1.0]) * torch.arange(5.0)[:, None])
+    rows[3, 0] = 0.5
+    with pytest.raises(RuntimeError, match=r"hp.DropConnect on '0.weight' has one strength for all examples"):
+        stn.pushforward(x, delta=delta, condition=rows)
+    with pytest.raises(ValueError, match="5 rates for one mask; give one rate"):
+        weight_mask(torch.ones(3, 3), torch.full((5,), 0.4))

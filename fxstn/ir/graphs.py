@@ -44,10 +44,7 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph a pass may edit; names and meta are kept, parameters shared."""
     graph = fx.Graph()
     result = graph.graph_copy(module.graph, {})
-    outputs = [node for node in module.graph.nodes if node.op == "output"]
-    graph.output(result)
-    output = next(iter(reversed(graph.nodes)))
-    copy_facts(output, outputs[0])
+    copy_facts(graph.output(result), output_of(module.graph))
     return assemble(module, graph)
 
 
@@ -79,6 +76,11 @@ def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if not callable(node.target):
         raise TypeError(f"{node.format_node()} calls no function")
     return node.target(*filled_in(node.args, values), **filled_in(node.kwargs, values))
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The node that returns the graph's output."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -116,13 +116,34 @@ def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     return mask.div_(1 - p) if p < 1 else mask
 
 
+@staged
+def one_for_all_examples(strength: Tensor, where: str) -> Tensor:
+    """The one strength of all examples, 0-d.
+
+    strength: 0-d, or (batch,) with the same value in all rows.
+    where: what reads it, for the message.
+
+    Raises RuntimeError where the rows differ. On CUDA torch raises it at the next synchronisation, so that none is needed
+    here.
+    """
+    if not strength.dim():
+        return strength
+    message = f"{where} has one strength for all examples of a batch; give `condition` the same value there in all rows"
+    torch._assert_async((strength == strength[0]).all(), message)
+    return strength[0]
+
+
 @staged(random=True)
 def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
     """Multiplier of DropConnect, shaped like the weight: 0 with probability p, else 1/(1 − p), one for the whole batch.
 
-    p: in [0, 1), 0-d, or (batch,) with one value in all rows.
+    p: in [0, 1), 0-d.
+
+    Raises ValueError for a rate per example: the examples share the mask.
     """
-    p = p.to(weight.dtype).reshape(-1)[0]
+    if p.dim():
+        raise ValueError(f"hp.DropConnect: {len(p)} rates for one mask; give one rate for the whole batch")
+    p = p.to(weight.dtype)
     return (torch.rand_like(weight) >= p) / (1 - p)
 
 

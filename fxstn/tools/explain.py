@@ -23,7 +23,7 @@ from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples
 from fxstn.ops.response import Response, for_all_examples
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
@@ -178,7 +178,7 @@ def _row_of_draw(node: fx.Node, names: tuple[str, ...]) -> Row:
 
 def _index(strength: fx.node.Argument) -> int | None:
     """Which λ an argument of a draw is, λ[..., index]; None for a number of its own."""
-    while isinstance(strength, fx.Node) and strength.target is for_all_examples:
+    while isinstance(strength, fx.Node) and strength.target in (for_all_examples, one_for_all_examples):
         strength = strength.args[0]
     if not isinstance(strength, fx.Node) or strength.target is not operator.getitem:
         return None
