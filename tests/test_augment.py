@@ -20,7 +20,7 @@ from fxstn.ir.staging import draws
 from fxstn.ops.color import jitter
 from fxstn.ops.erase import boxes_mask, cutout_mask, erasing_mask
 from fxstn.ops.geometry import inverse_affine, resample
-from fxstn.ops.noise import by_example, one_for_all_examples, weight_mask
+from fxstn.ops.noise import by_example, weight_mask
 from fxstn.ops.penalty import penalty, penalty_perturbed
 from fxstn.tools.cli import main
 from fxstn.tools.show import strengths_of
@@ -223,7 +223,7 @@ def test_stochastic_depth_and_drop_connect_have_their_rates_and_means():
     for rows, p in ((mask[::2], 0.2), (mask[1::2], 0.7)):
         assert (rows == 0).float().mean().item() == pytest.approx(p, abs=0.05)
         assert rows.mean().item() == pytest.approx(1, abs=0.12)
-    weights = weight_mask(torch.ones(100, 100), one_for_all_examples(torch.tensor([0.3] * 7), "it"))
+    weights = weight_mask(torch.ones(100, 100), torch.tensor(0.3))
     assert (weights == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert weights.max() == pytest.approx(1 / 0.7)
 

@@ -117,19 +117,21 @@ def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
 
 
 @staged
-def one_for_all_examples(strength: Tensor, where: str) -> Tensor:
+def one_for_all_examples(strength: Tensor, condition: Tensor | None, index: int, where: str) -> Tensor:
     """The one strength of all examples, 0-d.
 
-    strength: 0-d, or (batch,) with the same value in all rows.
-    where: what reads it, for the message.
+    strength: 0-d, or (batch,) where `condition` has a row per example.
+    condition: what the strength is computed from, (batch, h): column `index` has one value in all rows.
+    where: what reads the strength, for the message.
 
     Raises RuntimeError where the rows differ. On CUDA torch raises it at the next synchronisation, so that none is needed
     here.
     """
-    if not strength.dim():
+    if condition is None or condition.dim() < 2:
         return strength
+    values = condition[:, index]
     message = f"{where} has one strength for all examples of a batch; give `condition` the same value there in all rows"
-    torch._assert_async((strength == strength[0]).all(), message)
+    torch._assert_async((values == values[0]).all(), message)
     return strength[0]
 
 

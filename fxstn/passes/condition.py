@@ -97,8 +97,9 @@ class _StrengthReader:
     def of_weight(self, index: int, name: str, before: fx.Node) -> fx.Node:
         """The strength of an operation on a parameter, of which all examples see the same."""
         strength = self.read(index, f"{name}_p", before)
+        arguments = (strength, self.condition, index, f"hp.DropConnect on '{name}'")
         with self.graph.inserting_before(before):
-            return self.graph.call_function(one_for_all_examples, (strength, f"hp.DropConnect on '{name}'"))
+            return self.graph.call_function(one_for_all_examples, arguments)
 
 
 def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: BatchAxis) -> fx.Node:
@@ -155,9 +156,8 @@ def _drop_weights(graph: fx.Graph, weight: fx.Node, p: fx.Node, name: str) -> No
         mask = graph.create_node("call_function", weight_mask, (weight, p), name=f"{label}_mask")
     with graph.inserting_after(mask):
         product = graph.create_node("call_function", operator.mul, (weight, mask), name=f"{label}_kept")
-    for node in (*p.all_input_nodes, p, mask, product):
-        if node.op == "call_function":
-            copy_place(node, weight)
+    for node in (p.all_input_nodes[0], p, mask, product):
+        copy_place(node, weight)
     for reader in readers:
         reader.replace_input_with(weight, product)
 
