@@ -176,7 +176,7 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, reader: _StrengthReader
     arguments: tuple[Argument, ...] = (value, 0.0, True)
     settings: Mapping[str, Argument] = {}
     if isinstance(site.spec, Operation):
-        function, settings = site.spec.function, site.spec.settings
+        function, settings = site.spec.function, cast(Mapping[str, Argument], site.spec.settings)
         arguments = (value, *[0.0] * len(site.spec.numbers))
     name = f"{site.path or 'output'}_{function.__name__}".replace(".", "_")
     with graph.inserting_before(anchor):
