@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxstn.ir.errors import operation_name
-from fxstn.ir.signatures import ANY, METHODS, RAW, Spelled, Unspellable, spell
+from fxstn.ir.layer_signatures import ANY, METHODS, RAW
+from fxstn.ir.signatures import Spelled, Unspellable, spell
 
 __all__ = ["Spelled", "Unspellable", "respell"]
 
