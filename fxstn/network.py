@@ -17,7 +17,7 @@ from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import total_penalty
 from fxstn.ops.response import Response, frozen, parameter_changes, pulled_back
 

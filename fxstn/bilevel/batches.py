@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fxstn.bilevel.faults import check_batch
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxstn.bilevel.lending import evaluating
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian
 from fxstn.ops.response import frozen
 

@@ -28,7 +28,7 @@ from fxstn.bilevel.objectives import (
 from fxstn.bilevel.recalibration import recalibrated
 from fxstn.bilevel.sequences import Carried
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 
 
 class BilevelProblem(nn.Module):

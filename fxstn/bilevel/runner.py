@@ -40,7 +40,7 @@ from fxstn.bilevel.streams import ResumableLoader
 from fxstn.bilevel.tally import RunningMeans, one_number
 from fxstn.bilevel.updates import Averaged, SchedulerFactories, Updates
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 
 DEFAULT_RESPONSE_FRACTION, DEFAULT_RESPONSE_EVERY = 1.0, 4
 _rmsprop = partial(torch.optim.RMSprop, lr=1e-2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.objectives import LossFunction, as_tuple, takes_hparams
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 
 State = tuple[Tensor, ...]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel import distributed
-from fxstn.ops.examples import batch_size
+from fxstn.ops.batch_axis import batch_size
 
 
 @dataclass

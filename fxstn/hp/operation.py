@@ -34,7 +34,7 @@ class Operation(Spec):
 
     defaults: settings, which are fixed numbers. `read` takes them from a module, the constructor from the user.
     inserts: whether, without a pattern, it is inserted at "input" of a model that has no such module.
-    examples: None where draw also takes `place`, (axis, left, right), and finds the examples there (`fxstn.ops.examples`).
+    examples: None where draw also takes `batch_axis`, and finds the examples there (`fxstn.ops.batch_axis`).
     follows: a function, such as F.embedding, whose results alone are matched, all of them without a pattern. draw gets the
         tuple of its arguments, in their canonical order, in place of x.
     """

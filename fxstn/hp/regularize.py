@@ -52,8 +52,8 @@ class LockedDropout(Operation):
     apply = operator.mul
 
     @staticmethod
-    def draw(x: Tensor, p: Strength, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
-        return locked_mask(x, p, axis, place)
+    def draw(x: Tensor, p: Strength, axis: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor | int:
+        return locked_mask(x, p, axis, batch_axis)
 
 
 class EmbeddingDropout(Operation):
@@ -70,8 +70,8 @@ class EmbeddingDropout(Operation):
     apply = operator.mul
 
     @staticmethod
-    def draw(lookup: tuple[Tensor, ...], p: Strength, place: BatchAxis = BATCH_FIRST) -> Tensor:
-        return word_mask(lookup[0], lookup[1], p, place)
+    def draw(lookup: tuple[Tensor, ...], p: Strength, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+        return word_mask(lookup[0], lookup[1], p, batch_axis)
 
 
 class DropConnect(Spec):

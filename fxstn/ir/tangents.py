@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch.fx.node import map_aggregate
-
 
 class SymbolicZero:
     """The tangent of a value that does not depend on the weights. Costs nothing: no node is emitted for it."""
@@ -41,25 +39,25 @@ BatchAxes = Mapping[
 class Scaled:
     """Tangent of a parameter, or of a value computed from it row by row: `response` times `scale` along `axis` (Eq. 3.14).
 
-    scale: (n,) for one perturbation of the whole batch, or (batch, n). response: shaped like the value, n entries along
-    `axis`. examples: where the examples are in the output of the operation that consumes it. Never materialised per
-    example; the rules of the layers consume it as it is.
+    It is never materialised per example. The rules of the layers take it as it is.
+
+    scale: (n,) for one perturbation of the whole batch, or (batch, n). A tensor or a proxy, as `response`.
+    response: shaped like the value, n entries along `axis`.
+    batch_axis: where the examples are in the output of the operation that takes it.
     """
 
     scale: Any
     response: Any
     axis: int = 0
-    examples: BatchAxis = BATCH_FIRST
+    batch_axis: BatchAxis = BATCH_FIRST
 
 
-def all_zero(tangents: Any) -> bool:
-    """True when a nested structure of tangents holds nothing but ZERO (and non-tangents)."""
-    found = False
-
-    def visit(leaf: Any) -> Any:
-        nonlocal found
-        found = found or leaf is not ZERO
-        return leaf
-
-    map_aggregate(tangents, visit)
-    return not found
+def all_zero(tangents: object) -> bool:
+    """Whether all leaves of a nested structure of tangents are ZERO."""
+    if isinstance(tangents, (tuple, list)):
+        return all(map(all_zero, tangents))
+    if isinstance(tangents, dict):
+        return all(map(all_zero, tangents.values()))
+    if isinstance(tangents, slice):
+        return all(map(all_zero, (tangents.start, tangents.stop, tangents.step)))
+    return tangents is ZERO

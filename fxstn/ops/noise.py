@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.examples import along_examples
+from fxstn.ops.batch_axis import expand_rows
 
 
 def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
@@ -27,90 +27,111 @@ def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 
 @staged(random=True)
-def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
+def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
 
-    x: what will be multiplied. p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example, which are
-    at `place` in x, (axis, left, right).
+    x: what will be multiplied.
+    p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example.
     spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it.
+    batch_axis: where the examples are in x.
 
     Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.
     Raises ValueError when p has a rate per example but x has another number of examples.
     """
-    if not x.is_floating_point():
-        return 1
+    return _dropout_mask(x, p, spatial, batch_axis) if x.is_floating_point() else 1
+
+
+def _dropout_mask(x: Tensor, p: Tensor | float, spatial: int, batch_axis: BatchAxis) -> Tensor:
     leading = x.dim() if not spatial else max(1, min(2, x.dim() - spatial))  # (channels, ...) is an unbatched value
-    return _inverted(x, x.shape[:leading] + (1,) * (x.dim() - leading), p, place)
+    return _inverted(x, x.shape[:leading] + (1,) * (x.dim() - leading), p, batch_axis)
 
 
-def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, place: BatchAxis) -> Tensor:
+def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: BatchAxis) -> Tensor:
     """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
     noise = torch.rand(shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if isinstance(p, Tensor):
-        p = _by_example(p.to(noise.dtype), x, place)
+        p = _by_example(p.to(noise.dtype), x, batch_axis)
         return noise.ge_(p).div_((1 - p).clamp_min(torch.finfo(noise.dtype).tiny)).to(x.dtype)
     return noise.ge_(p).div_(max(1 - p, torch.finfo(noise.dtype).tiny)).to(x.dtype)
 
 
-def _by_example(p: Tensor, x: Tensor, place: BatchAxis) -> Tensor:
+def _by_example(p: Tensor, x: Tensor, batch_axis: BatchAxis) -> Tensor:
     """A rate, or one per example, so that it broadcasts with x."""
     if not p.dim():
         return p
-    return along_examples(p, x, place).view([-1 if i == place[0] else 1 for i in range(x.dim())])
+    return expand_rows(p, x, batch_axis).view([-1 if i == batch_axis.axis else 1 for i in range(x.dim())])
 
 
-def locked_mask(x: Tensor, p: Tensor | float, axis: int, place: BatchAxis = BATCH_FIRST) -> Tensor | int:
-    """Multiplier of variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287): x's shape, but 1 along `axis`, time.
+def locked_mask(x: Tensor, p: Tensor | float, axis: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor | int:
+    """Multiplier of variational dropout: one draw for all times (Gal & Ghahramani 2016, arXiv 1512.05287).
 
-    x, p, place, what is returned: as in `dropout_mask`. Raises ValueError where x has no such axis, or its examples there.
+    x, p, batch_axis: as in `dropout_mask`.
+    axis: dimension of x that is time.
+
+    Returns a tensor shaped like x, but 1 along `axis`; or 1 where x is not floating point. Raises ValueError where x has no
+    such axis, or its examples there.
     """
     if not x.is_floating_point():
         return 1
     time = axis % x.dim() if -x.dim() <= axis < x.dim() else None
-    located = place != BATCH_FIRST or (isinstance(p, Tensor) and p.dim() > 0)
-    if time is None or (located and time == place[0]):
+    located = batch_axis != BATCH_FIRST or (isinstance(p, Tensor) and p.dim() > 0)
+    if time is None or (located and time == batch_axis.axis):
         raise ValueError(
             f"hp.LockedDropout: axis={axis} cannot be that of time in a value of shape {tuple(x.shape)}"
-            + (f", whose examples are along dimension {place[0]}" if located else "")
+            + (f", whose examples are along dimension {batch_axis.axis}" if located else "")
             + "; pass axis=1 for (batch, time, ...), axis=0 for (time, batch, ...)"
         )
-    return _inverted(x, [1 if i == time else size for i, size in enumerate(x.shape)], p, place)
+    return _inverted(x, [1 if i == time else size for i, size in enumerate(x.shape)], p, batch_axis)
 
 
-def word_mask(index: Tensor, table: Tensor, p: Tensor | float, place: BatchAxis = BATCH_FIRST) -> Tensor:
-    """Multiplier of a lookup whose words, rows of the table, are dropped wherever they occur (Gal & Ghahramani 2016):
-    (*index.shape, 1), 1[u_index ≥ p]/(1 − p), with one u per row for the whole batch.
+def word_mask(index: Tensor, table: Tensor, p: Tensor | float, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+    """Multiplier of a lookup whose words are dropped wherever they occur (Gal & Ghahramani 2016): 1[u ≥ p]/(1 − p).
 
-    index: whole numbers. table: (words, features). p: in [0, 1), as in `dropout_mask`, rates per example at `place` in index.
+    There is one u per word, a row of the table, for the whole batch.
+
+    index: whole numbers, of any shape.
+    table: (words, features).
+    p: in [0, 1), as in `dropout_mask`.
+    batch_axis: where the examples are in `index`.
+
+    Returns (*index.shape, 1).
     """
     noise = torch.rand(len(table), device=index.device, dtype=torch.promote_types(table.dtype, torch.float32))
     if isinstance(p, Tensor):
-        p = _by_example(p.to(noise.dtype), index, place)
+        p = _by_example(p.to(noise.dtype), index, batch_axis)
     return ((noise[index] >= p) / (1 - p)).to(table.dtype).unsqueeze(-1)
 
 
 @staged(random=True)
 def alpha_dropout_coefficients(
-    x: Tensor, p: Tensor | float, spatial: int = 0, place: BatchAxis = BATCH_FIRST
+    x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: BatchAxis = BATCH_FIRST
 ) -> tuple[Tensor, Tensor]:
     """(multiplier, shift) of alpha dropout (Klambauer et al. 2017, Sec. "Alpha dropout"): y = x · multiplier + shift.
 
-    Shapes and ranges as in `dropout_mask`; p < 1. Dropped units are set to SELU's lower limit and the result is rescaled
-    to keep zero mean and unit variance.
+    Dropped units are set to SELU's lower limit, and the result is rescaled to keep zero mean and unit variance.
+
+    x, spatial, batch_axis: as in `dropout_mask`.
+    p: as in `dropout_mask`, but below 1.
+
+    Returns two tensors that broadcast with x.
     """
     limit = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
-    kept = (dropout_mask(x, p, spatial, place) != 0).to(x.dtype)  # type: ignore[union-attr]
+    mask = (_dropout_mask(x, p, spatial, batch_axis) != 0).to(x.dtype)
     if isinstance(p, Tensor):
-        p = _by_example(p.to(x.dtype), x, place)
+        p = _by_example(p.to(x.dtype), x, batch_axis)
     gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
-    return kept * gain, (1 - kept) * (gain * limit) - gain * p * limit
+    return mask * gain, (1 - mask) * (gain * limit) - gain * p * limit
 
 
 @staged(random=True)
 def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
     """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
 
-    x: (batch, ...). p: in [0, 1]. Returns a tensor that broadcasts with x.
+    x: (batch, ...).
+    p: in [0, 1].
+    whole: one draw for the whole batch.
+
+    Returns a tensor that broadcasts with x.
     """
     mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
     return mask.div_(1 - p) if p < 1 else mask
@@ -151,6 +172,12 @@ def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
 
 @staged
 def track_batch(num_batches_tracked: Tensor, momentum: float | None) -> float | Tensor:
-    """Count one training batch of a batch norm and return the factor of its running average (None: cumulative)."""
+    """Count one training batch of a batch norm.
+
+    num_batches_tracked: the counter, to which 1 is added.
+    momentum: of the norm; None stands for a cumulative average.
+
+    Returns the factor of the running average.
+    """
     num_batches_tracked.add_(1)
     return 1.0 / float(num_batches_tracked) if momentum is None else momentum

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.examples import along_examples
+from fxstn.ops.batch_axis import expand_rows
 
 
 class Response(nn.Module):
@@ -96,10 +96,10 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
     return response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])
 
 
-def align(scale: Tensor, output: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
     """View scales, (n,) or (batch, n), so that they broadcast over `output` along its channels, dimension `dim`.
 
-    In the type of `output`, which autocast may have lowered. place: where the examples are in `output`. Raises ValueError
+    In the type of `output`, which autocast may have lowered. batch_axis: where the examples are in `output`. Raises ValueError
     when the rows of a per-example scale are not there.
     """
     scale = scale.to(output.dtype)
@@ -107,10 +107,10 @@ def align(scale: Tensor, output: Tensor, dim: int, place: BatchAxis = BATCH_FIRS
     shape[dim] = scale.shape[-1]
     if scale.dim() == 1:
         return scale.view(shape)
-    axis, channel = place[0], dim % output.dim()
+    axis, channel = batch_axis.axis, dim % output.dim()
     if axis == channel:
         raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
-    scale = along_examples(scale, output, place)
+    scale = expand_rows(scale, output, batch_axis)
     shape[axis] = scale.shape[0]
     return (scale if axis < channel else scale.T).reshape(shape)
 
@@ -143,27 +143,29 @@ def without_bias(output: Tensor, bias: Tensor, dim: int) -> Tensor:
 
 
 @staged
-def scale_channels(output: Tensor, scale: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
     """`output` with channel `dim` multiplied by `scale`, per example when scale is (batch, channels)."""
-    return output * align(scale, output, dim, place)
+    return output * align(scale, output, dim, batch_axis)
 
 
 @staged
-def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
     """tangent + scale ⊙ output in one kernel; shapes as in `scale_channels`."""
-    return torch.addcmul(tangent, output, align(scale, output, dim, place))
+    return torch.addcmul(tangent, output, align(scale, output, dim, batch_axis))
 
 
 @staged
-def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
     """tangent + the tangent of a bias, scale ⊙ response, along channel `dim`."""
-    return tangent + align(scale * response, tangent, dim, place)
+    return tangent + align(scale * response, tangent, dim, batch_axis)
 
 
 @staged
-def bias_tangent(output: Tensor, scale: Tensor, response: Tensor, dim: int, place: BatchAxis = BATCH_FIRST) -> Tensor:
+def bias_tangent(
+    output: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST
+) -> Tensor:
     """The tangent of a bias alone, expanded to the shape of `output`."""
-    return align(scale * response, output, dim, place).expand_as(output)
+    return align(scale * response, output, dim, batch_axis).expand_as(output)
 
 
 @staged

@@ -114,7 +114,7 @@ def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: 
     source = x.args if operation.follows and isinstance(x, fx.Node) else x
     settings = dict(node.kwargs)
     if operation.examples is None and axis != BATCH_FIRST:
-        settings["place"] = axis
+        settings["batch_axis"] = axis
     with graph.inserting_before(node):
         noise = graph.create_node(
             "call_function", operation.draw, (source, *strengths), settings, name=f"{node.name}_draw"

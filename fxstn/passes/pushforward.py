@@ -120,7 +120,7 @@ class _Pushforward:
         place = self.batch_axes.get(node.name, BATCH_FIRST)
         if place is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
-        return replace(tangent, examples=place)
+        return replace(tangent, batch_axis=place)
 
     def _structured(self, node: fx.Node, response: Any) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""

@@ -24,22 +24,22 @@ from fxstn.rules.registry import NoRule, ParameterRole, rule
 BIAS = ParameterRole("bias", (0,))
 
 
-def _place(tangent):
+def _batch_axis(tangent):
     """Where the examples are, as a further argument; none in a plain network, so that its graph stays short."""
-    where = tangent.examples
+    where = tangent.batch_axis
     return () if where == BATCH_FIRST else (where,)
 
 
 def with_scaled(dy, product, tangent, channel, repeats=1):
     """dy + the tangent of a weight: what its response makes of the input, each channel times its scale."""
     scale = pick_rows(tangent.scale, ((0, None),) * repeats) if repeats > 1 else tangent.scale
-    scaled = (scale, channel, *_place(tangent))
+    scaled = (scale, channel, *_batch_axis(tangent))
     return scale_channels(product, *scaled) if dy is ZERO else add_scaled(dy, product, *scaled)
 
 
 def with_shifted(dy, y, tangent, channel):
     """dy + the tangent of a bias of y."""
-    change = (tangent.scale, tangent.response, channel, *_place(tangent))
+    change = (tangent.scale, tangent.response, channel, *_batch_axis(tangent))
     return bias_tangent(y, *change) if dy is ZERO else add_bias(dy, *change)
 
 
@@ -50,7 +50,7 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     if (
         isinstance(d.weight, Scaled) and channel == -1 and d.weight.axis == 1
     ):  # tied to an embedding: columns are scaled
-        term = operation(scale_channels(input, d.weight.scale, -1, *_place(d.weight)), d.weight.response, None)
+        term = operation(scale_channels(input, d.weight.scale, -1, *_batch_axis(d.weight)), d.weight.response, None)
         dy = term if dy is ZERO else dy + term
     elif isinstance(d.weight, Scaled):
         if d.weight.response is not weight:
@@ -106,7 +106,7 @@ def _looked_up(d, operation, weight):
     """(y, dy) of a lookup, linear in its table, whose columns are scaled."""
     y = operation(weight)
     if isinstance(d.weight, Scaled):
-        return y, scale_channels(operation(d.weight.response), d.weight.scale, -1, *_place(d.weight))
+        return y, scale_channels(operation(d.weight.response), d.weight.scale, -1, *_batch_axis(d.weight))
     return y, operation(d.weight)
 
 

@@ -38,7 +38,7 @@ def _change(tangent):
     """The tangent of a weight as `perturbed_layer` takes it."""
     if tangent is ZERO:
         return None
-    return tangent.scale, tangent.response, tangent.examples.left, tangent.examples.right
+    return tangent.scale, tangent.response, tangent.batch_axis.left, tangent.batch_axis.right
 
 
 def _moved(d, mode, x, h, c, *weights):

@@ -16,13 +16,17 @@ def batch_size(inputs: object) -> int:
     raise ValueError("the inputs hold no tensor with a batch dimension")
 
 
-def along_examples(rows: Tensor, output: Tensor, place: BatchAxis) -> Tensor:
-    """rows (batch, ...) → (left · batch · right, ...), as many as `output` has entries along the axis of its examples.
+def expand_rows(rows: Tensor, output: Tensor, batch_axis: BatchAxis) -> Tensor:
+    """Rows, one per example, repeated to one per entry of `output` along the axis of its examples.
 
-    A factor that stands alone on its side (left or right is 1) is read off the sizes: the number of windows follows the
-    image. Raises ValueError when that axis is not made of the examples.
+    rows: (batch, ...).
+    output: a value with left · batch · right entries along that axis.
+    batch_axis: where the examples are in `output`. A factor that stands alone on its side (left or right is 1) is read off the
+        sizes: the number of windows follows the image.
+
+    Returns (left · batch · right, ...). Raises ValueError when that axis is not made of the examples.
     """
-    axis, left, right = place
+    axis, left, right = batch_axis
     batch, size = rows.shape[0], output.shape[axis] if axis < output.dim() else 0
     if left == 1:
         right = size // batch
