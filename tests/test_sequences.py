@@ -12,6 +12,7 @@ from torch.func import functional_call
 import fxstn
 from fxstn import hp
 from fxstn.ir.staging import draws
+from fxstn.ir.tangents import BatchAxis
 from fxstn.ops.noise import locked_mask, word_mask
 from fxstn.tools.commands import AUGMENTATIONS
 
@@ -77,7 +78,7 @@ def test_a_locked_mask_is_the_same_at_all_times_and_has_each_examples_rate(axis)
     time_first = axis == 0
     x = torch.zeros((TIME, 400, 50) if time_first else (400, TIME, 50), dtype=torch.float64)
     p = torch.tensor([0.2, 0.7]).repeat(200)
-    mask = locked_mask(x, p, axis, (1, 1, 1) if time_first else (0, 1, 1))
+    mask = locked_mask(x, p, axis, BatchAxis(1 if time_first else 0))
     assert mask.shape == ((1, 400, 50) if time_first else (400, 1, 50))
     assert mask.dtype == x.dtype
     rows = mask.reshape(400, 50)
@@ -104,7 +105,7 @@ def test_words_are_dropped_wherever_they_occur_and_at_each_examples_rate():
     alike = word_mask(index, table, torch.tensor(0.4))
     assert torch.equal(alike[0], alike[1])
     assert not torch.equal(alike, word_mask(index, table, torch.tensor(0.4)))
-    by_time = word_mask(index.t(), table, torch.tensor([0.0, 0.7]), (1, 1, 1))
+    by_time = word_mask(index.t(), table, torch.tensor([0.0, 0.7]), BatchAxis(1))
     assert (by_time[:, 0] == 1).all()
     assert (by_time[:, 1] == 0).any()
 
