@@ -117,12 +117,12 @@ def test_values_that_are_not_floating_point_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("shape", "p", "axis", "place"),
-    [((3,), 0.5, 1, (0, 1, 1)), ((3, 4), torch.rand(3), 0, (0, 1, 1)), ((4, 3, 2), 0.5, 1, (1, 1, 1))],
+    ("shape", "p", "axis", "batch_axis"),
+    [((3,), 0.5, 1, BatchAxis(0)), ((3, 4), torch.rand(3), 0, BatchAxis(0)), ((4, 3, 2), 0.5, 1, BatchAxis(1))],
 )
-def test_a_mask_is_not_locked_along_the_examples(shape, p, axis, place):
+def test_a_mask_is_not_locked_along_the_examples(shape, p, axis, batch_axis):
     with pytest.raises(ValueError, match=rf"hp\.LockedDropout: axis={axis} cannot be that of time .* pass axis=1 for"):
-        locked_mask(torch.zeros(shape), p, axis, place)
+        locked_mask(torch.zeros(shape), p, axis, batch_axis)
 
 
 # In the graph
