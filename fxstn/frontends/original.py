@@ -44,6 +44,19 @@ def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> No
             preserved(model, inputs) as stand_ins,
             mode_of(model, training, frozen),
             forked_rng(),
-            torch.enable_grad(),
         ):
-            model(*stand_ins)
+            _run(model, stand_ins)
+
+
+def _run(model: nn.Module, inputs: tuple) -> None:
+    """One forward, with gradients where the model can have them.
+
+    A forward that takes derivatives itself needs them. torchvision's ColorJitter behind a layer writes into views and cannot
+    have them; transform takes it over.
+    """
+    try:
+        with torch.enable_grad():
+            model(*inputs)
+    except RuntimeError:
+        with torch.no_grad():
+            model(*inputs)
