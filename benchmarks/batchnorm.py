@@ -67,7 +67,7 @@ PROBLEM = Problem(network, SIZES[:3], logits, lambda weights, unconstrained: 0.0
 def hypergradients(stn: fxstn.SelfTuningNetwork, train: TensorDataset, valid: TensorDataset) -> Tensor:
     """Θᵀ∇L_V and the corrected one, (2, 3); leaves gradients and running statistics as they were."""
     kept = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
-    loss = fxstn.hyper_loss(stn.train(), F.cross_entropy, *valid.tensors, entropy_weight=0.0, perturb="none")
+    loss = fxstn.hyper_loss(stn.train(), F.cross_entropy, *valid.tensors, entropy_weight=0.0, perturb="off")
     (outer,) = torch.autograd.grad(loss, stn.hparams.unconstrained)
     for _ in range(BATCHES):
         chosen = torch.randperm(len(train))[: PROBLEM.batch]

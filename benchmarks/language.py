@@ -22,10 +22,10 @@ from torch import Tensor
 import fxstn
 from benchmarks.overhead import RESULTS
 from examples.language_model import LanguageModel, cross_entropy, specs
-from fxstn import Carried
+from fxstn import CarriedState
 from fxstn.bilevel.optim import SettlingAdam
 from fxstn.bilevel.optimizers import adam
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY
+from fxstn.bilevel.settings import Settings
 from fxstn.ops.noise import locked_mask, weight_mask, word_mask
 from fxstn.tools.measure import step_times
 
@@ -82,7 +82,7 @@ def variants(args: argparse.Namespace) -> Steps:
         stn = fxstn.transform(model, specs(2, 0.05, 1e-3), response=response).to(args.device).train()
         if args.compile:
             stn.compile()
-        carried = Carried(cross_entropy, stn.model.initial_state)
+        carried = CarriedState(cross_entropy, stn.model.initial_state)
         inputs, target = carried.inputs(batch[0]), batch[1]
         own = {
             "general": (sgd(stn.general_parameters()), lambda: fxstn.general_loss(stn, carried.loss, inputs, target)),
@@ -93,7 +93,7 @@ def variants(args: argparse.Namespace) -> Steps:
             "hyper": (
                 SettlingAdam([stn.hparams.unconstrained]),
                 lambda: fxstn.hyper_loss(stn, carried.loss, inputs, target,
-                                         perturb=None if response == "structured" else "none"),
+                                         perturb="auto" if response == "structured" else "off"),
             ),
         }  # fmt: skip
 
@@ -126,7 +126,7 @@ def variants(args: argparse.Namespace) -> Steps:
     steps["general"], steps["response"] = (paper[0], 1), (paper[1], 1)
     steps["schedule"] = cycle(*paper, 1)
     steps["response-default"] = default[1], 1
-    steps["schedule-default"] = cycle(*default, DEFAULT_RESPONSE_EVERY)
+    steps["schedule-default"] = cycle(*default, Settings.response_every)
     return steps
 
 

@@ -30,7 +30,8 @@ SMALL = {"width": 200, "words": 100_000, "epochs": 20, "rate": 20.0, "patience":
 class LanguageModel(nn.Module):
     """Words (batch, time) and the state of its layers, h and c (batch, layers, width), → scores (batch, time, words), state.
 
-    This is the protocol of `fxstn.Carried`: state goes in after the inputs and comes out beside the output, a row per example.
+    This is the protocol of `fxstn.CarriedState`: state goes in after the inputs and comes out beside the output, a row per
+    example.
     """
 
     def __init__(self, words: int, width: int, layers: int) -> None:

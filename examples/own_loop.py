@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
                 if (batch := next(validation, None)) is None:
                     validation = iter(valid)
                     batch = next(validation)
-                step(hyper_optimizer, fxstn.hyper_loss(stn, F.cross_entropy, *batch, perturb="none"))  # for λ
+                step(hyper_optimizer, fxstn.hyper_loss(stn, F.cross_entropy, *batch, perturb="off"))  # for λ
         values = ", ".join(f"{name} {value:.3g}" for name, value in stn.hparams.values().items())
         print(f"epoch {epoch}: train loss {total / len(train):.3f}, valid loss {evaluate(stn, valid)[0]:.3f}; {values}")
     plain = stn.export()  # an nn.Sequential again

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
             steps += 1
             if steps % args.every == 0:
                 with accelerator.autocast():
-                    loss = fxstn.hyper_loss(stn, F.cross_entropy, *next(validation), perturb="none")
+                    loss = fxstn.hyper_loss(stn, F.cross_entropy, *next(validation), perturb="off")
                 step(hyper_optimizer, loss)
         values = ", ".join(f"{name} {value:.3g}" for name, value in stn.hparams.values().items())
         accelerator.print(f"epoch {epoch}: valid loss {evaluate(stn, valid)[0]:.3f}; {values}")

@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from fxstn.bilevel import PAPER as PAPER
     from fxstn.bilevel import BilevelProblem as BilevelProblem
     from fxstn.bilevel import BilevelRunner as BilevelRunner
-    from fxstn.bilevel import Carried as Carried
+    from fxstn.bilevel import CarriedState as CarriedState
     from fxstn.bilevel import DivergedError as DivergedError
     from fxstn.bilevel import History as History
     from fxstn.bilevel import RunWarning as RunWarning
     from fxstn.bilevel import Schedule as Schedule
     from fxstn.bilevel import accuracy as accuracy
     from fxstn.bilevel import average_gradients as average_gradients
+    from fxstn.bilevel import cross_entropy as cross_entropy
     from fxstn.bilevel import general_loss as general_loss
     from fxstn.bilevel import hyper_loss as hyper_loss
     from fxstn.bilevel import optim as optim
     from fxstn.bilevel import response_loss as response_loss
-    from fxstn.bilevel.losses import cross_entropy as cross_entropy
     from fxstn.frontends.decompositions.torchvision import register_operation as register_operation
     from fxstn.integrations.tensorboard import TensorBoard as TensorBoard
     from fxstn.ir.errors import Diagnostic as Diagnostic
@@ -41,19 +41,19 @@ EXPORTS = {
         "PAPER",
         "BilevelProblem",
         "BilevelRunner",
-        "Carried",
+        "CarriedState",
         "DivergedError",
         "History",
         "RunWarning",
         "Schedule",
         "accuracy",
         "average_gradients",
+        "cross_entropy",
         "general_loss",
         "hyper_loss",
         "optim",
         "response_loss",
     ],
-    "fxstn.bilevel.losses": ["cross_entropy"],
     "fxstn.frontends.decompositions.torchvision": ["register_operation"],
     "fxstn.integrations.tensorboard": ["TensorBoard"],
     "fxstn.ir.errors": ["Diagnostic", "TransformError"],

@@ -37,3 +37,14 @@ def make(out_dir=None, generator=True, train=40, **settings):
 
 def without_times(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def same(a, b) -> bool:
+    """Whether two structures of tensors, dicts, lists and numbers are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)

@@ -103,7 +103,12 @@ for _name, _value, _message in (
     ("response_fraction", float("nan"), r"response_fraction=nan must be in \(0, 1\]"),
     ("entropy_weight", float("inf"), "entropy_weight=inf must not be negative or infinite"),
     ("ema", 1.0, r"ema=1\.0 must be in \(0, 1\)"),
-    ("perturb", "sample", "perturb='sample' must be 'example', 'batch' or None"),
+    ("perturb", "sample", "perturb='sample' must be 'auto', 'example' or 'batch'"),
+    (
+        "perturb",
+        "off",
+        "perturb=.off. must be .auto., .example. or .batch.: the response is learned from perturbations",
+    ),
     ("autocast", torch.float64, r"autocast=torch\.float64 must be torch\.bfloat16, torch\.float16 or None"),
     ("memory_format", "channels_last", r"memory_format='channels_last' must be such as torch\.channels_last"),
     ("compile", "yes", "compile='yes' must be True, False or a dict"),

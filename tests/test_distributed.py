@@ -221,7 +221,7 @@ class Seen:
     def state(self):
         runner = self.runner
         return {name: value.clone() for name, value in runner.problem.state_dict().items()} | {
-            f"average {i}": average.clone() for i, average in enumerate(runner._averaged.averages)
+            f"average {i}": average.clone() for i, average in enumerate(runner._tuner.averages.averages)
         }
 
     def look(self, runner):
@@ -299,7 +299,7 @@ def sent(rank):
     dist.all_reduce = all_reduce
     problem = seen.runner.problem
     kinds = (problem.general_parameters(), problem.response_parameters(), seen.runner.stn.hparams.parameters())
-    kinds = (*kinds, seen.runner.local_tensors())
+    kinds = (*kinds, seen.runner._epoch_tensors.tensors())
     return messages, [sum(p.numel() for p in kind) for kind in kinds]
 
 
@@ -329,15 +329,15 @@ def cut_runs(rank, folder):
     after.runner.fit(3)
 
     cut = Seen(f"{folder}/amid")
-    step, taken = cut.runner._inner_step, []
+    step, taken = cut.runner._tuner.inner_step, []
 
-    def counted(batches):
+    def counted(*arguments):
         taken.append(0)
         if rank == 1 and len(taken) == 9:  # of 6 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(batches)
+        return step(*arguments)
 
-    cut.runner._inner_step = counted
+    cut.runner._tuner.inner_step = counted
     try:
         cut.runner.fit(3)
         status = None
@@ -357,7 +357,7 @@ def cut_runs(rank, folder):
 
 def going_on(rank, folder):
     seen = Seen(f"{folder}/amid")
-    seen.runner._keeper.resume()
+    seen.runner._checkpoints.resume()
     at_start = seen.state()
     seen.runner.fit(3)
     return seen.result() | {"start": at_start, "steps": seen.runner.steps}
@@ -405,7 +405,11 @@ def nan_in_one(rank):
         warnings.simplefilter("always")
         seen.runner.fit(4)
     rates = [group["lr"] for group in seen.runner.optimizers["optimizer"].param_groups]
-    return seen.result() | {"back": seen.runner.rollbacks_done, "said": [str(w.message) for w in said], "rates": rates}
+    return seen.result() | {
+        "back": seen.runner._tuner.counters.rollbacks,
+        "said": [str(w.message) for w in said],
+        "rates": rates,
+    }
 
 
 def test_all_go_back_when_one_sees_nan():

@@ -81,7 +81,7 @@ def test_the_hypergradient_reaches_the_weights_of_classes_through_the_response()
 
     def gradient() -> torch.Tensor:
         stn.zero_grad()
-        fxstn.hyper_loss(stn, class_weights.loss_fn, x, y, perturb="none").backward()
+        fxstn.hyper_loss(stn, class_weights.loss_fn, x, y, perturb="off").backward()
         return stn.hparams.unconstrained.grad
 
     assert not gradient().any()  # Θ is zero at first

@@ -16,27 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import dataset, make, without_times
+from runs import dataset, make, same, without_times
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
+from fxstn.bilevel.batches import ResumableLoader
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
-from fxstn.bilevel.faults import PERSISTENT, Monitors
-from fxstn.bilevel.streams import ResumableLoader
+from fxstn.bilevel.monitors import PERSISTENT, Monitors
 
 HERE = Path(__file__).resolve().parent
-
-
-def same(a, b) -> bool:
-    """Whether two structures of tensors, dicts, lists and numbers are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
 
 
 # Kills
@@ -111,12 +100,12 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_from_there(tmp_path
     assert getattr(caught.value, "code", None) == (128 + signal.SIGTERM if raised is SystemExit else None)
     assert signal.getsignal(number) is before
     saved = load_checkpoint(tmp_path / "last.pt")
-    assert 0 < saved["processes"][0]["sums"]["steps"] < 5
-    done = saved["steps"]
+    assert 0 < saved["processes"][0]["means"]["steps"] < 5
+    done = saved["shared"]["counters"]["steps"]
     resumed = make(tmp_path)
     assert without_times(resumed.fit(4)) == without_times(whole)
     assert resumed.steps == 20
-    assert done == 5 * (len(saved["history"][1])) + saved["processes"][0]["sums"]["steps"]
+    assert done == 5 * len(saved["shared"]["history"]["rows"]) + saved["processes"][0]["means"]["steps"]
 
 
 # Files
@@ -165,7 +154,7 @@ def test_a_hundred_damaged_files_are_all_noticed_and_the_one_before_is_used(file
         ):
             state = latest_checkpoint(tmp_path / "last.pt")
         assert state is not None
-        assert len(state["history"][1]) == 2, name
+        assert len(state["shared"]["history"]["rows"]) == 2, name
         assert (tmp_path / "last.pt.broken").read_bytes() == broken
         assert (tmp_path / "last.1.pt").read_bytes() == older
 
@@ -202,7 +191,7 @@ def test_a_file_of_another_format_is_no_damage(tmp_path, monkeypatch):
 
 def test_as_many_files_are_kept_as_asked_for(tmp_path):
     make(tmp_path, keep=4).fit(6)
-    found = {path.name: len(load_checkpoint(path)["history"][1]) for path in tmp_path.glob("last*.pt")}
+    found = {path.name: len(load_checkpoint(path)["shared"]["history"]["rows"]) for path in tmp_path.glob("last*.pt")}
     assert found == {"last.pt": 6, "last.1.pt": 5, "last.2.pt": 4, "last.3.pt": 3}
 
 
@@ -220,11 +209,11 @@ def test_a_full_disk_is_a_warning_and_training_goes_on(tmp_path):
         with pytest.warns(fxstn.RunWarning, match=r"cannot write to .*: File too large; training goes on") as caught:
             runner.fit(3)
         assert len(caught) == 1
-        assert len(load_checkpoint(tmp_path / "last.pt")["history"][1]) == 1
+        assert len(load_checkpoint(tmp_path / "last.pt")["shared"]["history"]["rows"]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert without_times(runner.fit(5)) == without_times(whole)
-    assert len(load_checkpoint(tmp_path / "last.pt")["history"][1]) == 5
+    assert len(load_checkpoint(tmp_path / "last.pt")["shared"]["history"]["rows"]) == 5
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):

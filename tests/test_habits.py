@@ -59,16 +59,16 @@ def test_averages_are_those_of_torch_and_are_what_is_evaluated_and_kept(tmp_path
     reference = torch.optim.swa_utils.AveragedModel(
         runner.stn.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     )
-    original = runner._averaged.update
+    original = runner._tuner.averages.update
     reference.update_parameters(runner.stn.model)  # the first update copies
 
     def update():
         original()
         reference.update_parameters(runner.stn.model)
 
-    runner._averaged.update = update
+    runner._tuner.averages.update = update
     history = runner.fit(3)
-    with runner._averaged.in_place():
+    with runner._tuner.averages.swapped():
         for ours, theirs in zip(runner.stn.model.parameters(), reference.module.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     x, y = runner.valid_loader.dataset.tensors

@@ -17,8 +17,8 @@ from torch import nn
 from torch.func import functional_call
 
 import fxstn
-from fxstn import Carried, hp
-from fxstn.bilevel import problem as runner_module
+from fxstn import CarriedState, hp
+from fxstn.bilevel import network_problem
 from fxstn.tools import text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def test_a_window_begins_with_the_state_after_the_one_before_and_sends_no_gradie
     torch.manual_seed(0)
     model = Model()
     stn = fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)])
-    carried, windows = Carried(loss, model.initial_state), list(text.Windows(corpus(40, 0), 2, 8))
+    carried, windows = CarriedState(loss, model.initial_state), list(text.Windows(corpus(40, 0), 2, 8))
     for words, target in windows[:2]:
         stn.zero_grad()
         inputs = carried.inputs(words)
@@ -111,19 +111,19 @@ def test_a_window_begins_with_the_state_after_the_one_before_and_sends_no_gradie
 def test_the_response_step_keeps_a_perturbation_and_its_state_for_some_windows(monkeypatch):
     """ε is drawn anew every second window; the window between begins with the state of the perturbed network."""
     seen = []
-    original = runner_module.response_loss
+    original = network_problem.response_loss
 
     def watched(stn, loss_fn, inputs, target, *, perturb, widening):
         result = original(stn, loss_fn, inputs, target, perturb=perturb, widening=widening)
         seen.append((inputs[1], perturb))
         return result
 
-    monkeypatch.setattr(runner_module, "response_loss", watched)
+    monkeypatch.setattr(network_problem, "response_loss", watched)
     runner = make(response_windows=2)
     general = []
 
     def advance():
-        Carried.advance(runner.problem.training_windows)
+        CarriedState.advance(runner.problem.training_windows)
         general.append(runner.problem.training_windows.state[0])
 
     monkeypatch.setattr(runner.problem.training_windows, "advance", advance)
@@ -145,7 +145,7 @@ def test_a_state_that_carries_a_perturbation_makes_the_tangent_reach_back():
     windows, epsilon = list(text.Windows(corpus(40, 0), 2, 8))[:2], torch.ones(1, dtype=torch.float64)
 
     def over_both(size, carry=True):
-        carried = Carried(loss, stn.model.initial_state)
+        carried = CarriedState(loss, stn.model.initial_state)
         for words, target in windows:
             inputs = carried.inputs(words)
             value = fxstn.response_loss(stn, carried.loss, inputs, target, perturb=size * epsilon)

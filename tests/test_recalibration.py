@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.recalibration import recalibrated
+from fxstn.bilevel.temporary import recalibrated_norms
 
 
 class Net(nn.Sequential):
@@ -57,7 +57,7 @@ def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_o
     before = copy.deepcopy(model.state_dict())
     batches = [torch.rand(n, 3, 8, 8) for n in (6, 6, 2)]
     expected, model = by_torch(model, batches), model.eval()
-    with recalibrated(norms_of(model), lambda: [model(x) for x in batches]):
+    with recalibrated_norms(norms_of(model), lambda: [model(x) for x in batches]):
         for ours, theirs in zip(norms_of(model), norms_of(expected), strict=True):
             torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_o
 def test_norms_that_see_nothing_or_one_value_keep_theirs():
     norm = nn.BatchNorm1d(3).eval()
     for run in (lambda: None, lambda: norm(torch.randn(1, 3))):
-        with recalibrated([norm], run):
+        with recalibrated_norms([norm], run):
             assert torch.equal(norm.running_mean, torch.zeros(3))
             assert torch.equal(norm.running_var, torch.ones(3))
 
@@ -85,14 +85,14 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
     torch.manual_seed(0)
     model = nn.Sequential(v2.ColorJitter(0.4), Net()) if augmented else Net()
     runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], recalibrate=3)
-    seen, take = [], runner._train.take
+    seen, take = [], runner._tuner.train.take
 
     def watched(n):
         batches = take(n)
         seen.extend(x for x, _ in batches)
         return batches
 
-    runner._train.take = watched
+    runner._tuner.train.take = watched
     loss = runner.fit(1)["valid_loss"][-1]
     net = runner.stn.model[1] if augmented else runner.stn.model
     expected = by_torch(net, seen[-3:])

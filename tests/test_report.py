@@ -18,7 +18,7 @@ from test_runner import make, without_times
 import fxstn
 from fxstn import hp
 from fxstn.bilevel import plots
-from fxstn.bilevel.faults import Monitors
+from fxstn.bilevel.monitors import Monitors
 
 VOID = ("meta", "img", "br", "link", "input")
 with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")
@@ -104,7 +104,7 @@ def test_every_text_of_a_report_is_escaped(tmp_path):
     bad = "<script>alert('&\"')</script>"
     runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)], metrics={bad: fxstn.accuracy})
     runner.fit(2)
-    runner._monitors.told.append((1, bad))
+    runner._monitors.warnings.append((1, bad))
     runner.settings["out_dir"] = bad
     explanation = fxstn.explain(torch.nn.ModuleDict({"<i>": torch.nn.Linear(2, 2)}))
     explanation.rows.append(fxstn.explain(mlp()).rows[0].__class__(bad, bad, bad, bad))
@@ -122,8 +122,8 @@ def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
     make(tmp_path, callbacks=callbacks).fit(2)
     assert "of 2" in (tmp_path / "report.html").read_text()
     again = make(tmp_path, callbacks=callbacks)
-    again._keeper.resume()
-    again._monitors.told.append((2, "seen before"))
+    again._checkpoints.resume()
+    again._monitors.warnings.append((2, "seen before"))
     again.save(tmp_path / "last.pt")
     resumed = make(tmp_path, callbacks=callbacks)
     assert without_times(resumed.fit(4)) == without_times(plain)
@@ -239,7 +239,7 @@ def test_an_explanation_of_a_network_is_that_of_its_model():
 def test_panels_of_a_history():
     runner = make(tune_scale=True, metrics={"accuracy": fxstn.accuracy}, scale_optimizer=torch.optim.Adam)
     runner.fit(2)
-    shown = {panel.title: panel for panel in plots.panels(runner.history)}
+    shown = {panel.title: panel for panel in plots.panels(runner.history.groups(), runner.history.start)}
     assert list(shown) == ["loss", "accuracy", "dropout", "weight_decay", "perturbation scale σ", "diagnostics"]
     assert list(shown["dropout"].lines) == ["2", "5"]
     assert shown["dropout"].lines["2"][0] == pytest.approx(0.3)
@@ -259,13 +259,13 @@ def test_any_number_of_hyperparameters_can_be_drawn(count, tmp_path):
     assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_monitors_keep_what_they_told():
+def test_monitors_keep_the_warnings_of_a_run():
     monitors = Monitors({"a": (0.0, 1.0)})
     rows = [{"epoch": epoch, "a": 1.0} for epoch in (1, 2, 3, 4)]
     with pytest.warns(fxstn.RunWarning):
         monitors.read(rows[:3])
     monitors.read(rows)
-    assert [epoch for epoch, _ in monitors.told] == [3]
+    assert [epoch for epoch, _ in monitors.warnings] == [3]
 
 
 # TensorBoard

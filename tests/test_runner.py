@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import json
 import math
+import re
+import typing
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp, randomize_response
-from runs import dataset, make, without_times
+from runs import dataset, make, same, without_times
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel import problem as steps
+from fxstn.bilevel import network_problem as steps
+from fxstn.bilevel.settings import Settings, SettingsDict
 from fxstn.tools import cli, data
 from fxstn.tools.bench import Setup, bench
 
@@ -255,6 +260,64 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     wider.stn.model[6] = torch.nn.Linear(8, 4)
     with pytest.raises(ValueError, match=r"another model: stn.model.6.bias is \(3,\) there and \(4,\) here"):
         wider.fit(2)
+
+
+def group_per_tensor(parameters):
+    return torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hparams": [hp.Dropout("2")]}, "has hyperparameters .* choose another out_dir, or the same settings"),
+        ({"optimizer": group_per_tensor}, r"has optimizers .*SGD of 6 tensors.*, this run .*SGD of 1, 1, 1.* tensors"),
+        ({"ema": 0.9}, r"has averages \(ema\) False, this run True"),
+        ({"generator": False}, "has train_loader with 1 generators of its own, this run 0; .* the same loaders"),
+    ],
+    ids=["hyperparameters", "parameter groups", "averages", "generators of the loaders"],
+)
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path, settings, message):
+    make(tmp_path, optimizer=partial(torch.optim.SGD, lr=0.1)).fit(1)
+    runner = make(**({"optimizer": partial(torch.optim.SGD, lr=0.1)} | settings))
+    before = copy.deepcopy((runner._checkpoints.parts.state_dict(), torch.get_rng_state()))
+    with pytest.raises(ValueError, match=message):
+        runner.load(tmp_path / "last.pt")
+    after = (runner._checkpoints.parts.state_dict(), torch.get_rng_state())
+    assert same(without_seconds(after), without_seconds(before))
+
+
+def without_seconds(state):
+    """Without the clock."""
+    state[0]["processes"][0]["means"].pop("seconds")
+    return state
+
+
+def test_a_run_that_scales_its_losses_goes_on_from_one_that_does_not(tmp_path):
+    """float16 scales them; the state of a scaler that is off is empty."""
+    make(tmp_path).fit(1)
+    runner = make()
+    runner.updates.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    runner.load(tmp_path / "last.pt")
+    assert runner.updates.scaler.get_scale() == 8.0
+    assert len(runner.history) == 1
+
+
+def test_the_keywords_are_the_settings_and_documented():
+    """What type checkers read of `BilevelRunner(...)` has the names and types of the dataclass, and its docstring says each."""
+    fields = typing.get_type_hints(Settings)
+    assert typing.get_type_hints(SettingsDict) == fields
+    for name in fields:
+        assert re.search(rf"^    {name}: ", fxstn.BilevelRunner.__doc__, re.MULTILINE), name
+
+
+def test_a_keyword_that_is_none_is_refused_with_the_nearest_one():
+    with pytest.raises(TypeError, match=r"BilevelRunner has no argument 'train_step'; did you mean 'train_steps'\?"):
+        make(train_step=3)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().train_steps = 3
 
 
 def test_the_best_model_needs_an_epoch():

@@ -3,25 +3,26 @@
 from fxstn.bilevel import optim
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.faults import DivergedError, RunWarning
-from fxstn.bilevel.history import History
-from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
+from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.means import accuracy
+from fxstn.bilevel.objectives import cross_entropy, general_loss, hyper_loss, response_loss
 from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.runner import PAPER, BilevelRunner
-from fxstn.bilevel.schedule import Schedule
-from fxstn.bilevel.sequences import Carried
-from fxstn.bilevel.tally import accuracy
+from fxstn.bilevel.runner import BilevelRunner
+from fxstn.bilevel.sequences import CarriedState
+from fxstn.bilevel.settings import PAPER
 
 __all__ = [
     "PAPER",
     "BilevelProblem",
     "BilevelRunner",
-    "Carried",
+    "CarriedState",
     "DivergedError",
     "History",
     "RunWarning",
     "Schedule",
     "accuracy",
     "average_gradients",
+    "cross_entropy",
     "general_loss",
     "hyper_loss",
     "optim",

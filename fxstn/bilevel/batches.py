@@ -1,32 +1,40 @@
-"""What happens to a batch before a step: unpacked, moved to the device, laid out, cut to a part of its examples."""
+"""Batches: read from a loader whose place can be saved, moved to the device, laid out, checked, cut to a part."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.bilevel.faults import check_batch
+from fxstn.bilevel.state import State, random_state, set_random_state
 from fxstn.ops.batch_axis import batch_size
 
+Batch = tuple[Any, Any]  # (inputs, target)
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
-def placed(
-    batch: Any, device: torch.device, memory_format: torch.memory_format | None, name: str = "a loader"
-) -> tuple[Any, Any]:
-    """(inputs, target) on the device, images in the memory format. Raises ValueError for anything but such a pair."""
+def to_device(
+    batch: object, device: torch.device, memory_format: torch.memory_format | None, name: str = "a loader"
+) -> Batch:
+    """(inputs, target) on the device, images in the memory format.
+
+    name: what the error calls the source of the batch.
+
+    Raises ValueError where the batch is not a pair.
+    """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
         raise ValueError(f"{name} must yield (inputs, target), got {type(batch).__name__}{length}; give unpack=, a function of "
                          "the batch that returns such a pair")  # fmt: skip
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.to(device, non_blocking=True)
@@ -38,49 +46,174 @@ def placed(
     return inputs, target
 
 
-class BatchPreparer:
-    """Brings a loader's batches to (inputs, target) on the device. unpack, memory_format: of `BilevelRunner`.
+def check_finite(batch: Batch, place: str) -> None:
+    """Raises ValueError when a batch holds NaN or an infinity. place: what the error calls the batch."""
+    for part, value in zip(("inputs", "target"), batch, strict=True):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
+                rows = leaf.reshape(len(leaf), -1) if leaf.dim() else leaf[None, None]
+                bad = (~torch.isfinite(rows)).any(1).nonzero()
+                raise ValueError(f"{place} has {part} that are NaN or infinite (row {int(bad[0])} of shape "
+                                 f"{tuple(leaf.shape)}); mend or drop these examples")  # fmt: skip
 
-    Knows the batch placed `last` and which it is, `where`; the `time` alone is such as "epoch 1, step 3". Raises ValueError for
-    anything but a pair, and, while `wary()`, for NaN and infinities.
+
+class BatchPreparer:
+    """Prepares a loader's batches: unpacks them and moves them to the device.
+
+    memory_format, unpack: of `BilevelRunner`.
+
+    `last` is the batch prepared last, `place` its name, such as "a batch of train_loader in epoch 1, step 3", and `time` the
+    end of that.
+    `check_finite`: whether every batch is checked for NaN and infinities.
     """
 
     def __init__(
         self,
         device: torch.device,
         memory_format: torch.memory_format | None,
-        unpack: Callable[[Any], tuple[Any, Any]] | None,
-        wary: Callable[[], bool],
+        unpack: Callable[[Any], Batch] | None,
     ) -> None:
-        self.device, self.memory_format, self.unpack, self.wary = device, memory_format, unpack, wary
-        self.last: tuple[Any, Any] = (None, None)
-        self.where = self.time = ""
+        self.device, self.memory_format, self.unpack = device, memory_format, unpack
+        self.check_finite = False
+        self.last: Batch = (None, None)
+        self.place = self.time = ""
 
-    def __call__(self, batch: Any, name: str, time: str) -> tuple[Any, Any]:
-        """name: of the loader."""
+    def __call__(self, batch: object, name: str, time: str) -> Batch:
+        """(inputs, target) on the device. name: of the loader.
+
+        Raises ValueError where the batch is not a pair, and for NaN and infinities where they are checked.
+        """
         source = name if self.unpack is None else f"unpack of a batch of {name}"
-        if self.unpack is not None:  # of a copy, for it may take things out, and recent batches are looked at again
+        if self.unpack is not None:  # of a copy: it may take things out, and recent batches are read again
             batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
-        self.last = placed(batch, self.device, self.memory_format, source)
-        self.where, self.time = f"a batch of {name} in {time}", time
-        if self.wary():
+        self.last = to_device(batch, self.device, self.memory_format, source)
+        self.place, self.time = f"a batch of {name} in {time}", time
+        if self.check_finite:
             self.check()
         return self.last
 
     def check(self) -> None:
         """Raises ValueError where the last batch holds NaN or an infinity."""
-        check_batch(self.last, self.where)
+        check_finite(self.last, self.place)
 
 
-def part(batch: tuple[Any, Any], fraction: float) -> tuple[Any, Any]:
+def first_part(batch: Batch, fraction: float) -> Batch:
     """The first ⌈fraction · examples⌉ examples of a (shuffled) batch; fraction in (0, 1]."""
     if fraction == 1:
         return batch
     examples = batch_size(batch[0])
     count = math.ceil(examples * fraction)
 
-    def cut(leaf: Any) -> Any:
+    def cut(leaf: object) -> object:
         return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
 
     inputs, target = tree_map(cut, batch)
     return inputs, target
+
+
+def _sources(loader: object) -> tuple[object, ...]:
+    return loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    """The generators from which a loader draws its order, besides the global one."""
+    own = [getattr(source, "generator", None) for source in _sources(loader)]
+    return list({id(g): g for g in own if isinstance(g, torch.Generator)}.values())
+
+
+class ResumableLoader:
+    """Passes over a loader, whose place can be saved and restored. A part with a state in each process.
+
+    name: what errors call the loader.
+    remember: the number of batches kept in `recent`, the last ones of this pass, as the loader gave them.
+
+    The state is the generators at the start of the pass and the number of batches taken.
+    A sampler with set_epoch (torch's DistributedSampler) gets the number of the pass.
+    """
+
+    def __init__(self, loader: Iterable[object], name: str, remember: int = 0) -> None:
+        self.loader, self.name = loader, name
+        self.recent: deque[object] = deque(maxlen=remember)
+        self._batches: Iterator[object] | None = None
+        self._start: State = {}
+        self._passes = self._taken = 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether batches are kept in `recent`."""
+        return bool(self.recent.maxlen)
+
+    def recent_or_first(self) -> Iterator[object]:
+        """The recent batches; before there is one, as many first ones of another pass."""
+        yield from self.recent or itertools.islice(self.loader, self.recent.maxlen)
+
+    @property
+    def open(self) -> bool:
+        """Whether a pass has begun and is not over."""
+        return self._batches is not None
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._start = {"random": random_state(), "own": [g.get_state() for g in _generators(self.loader)]}
+        for source in _sources(self.loader):
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(self._passes)
+        self._passes += 1
+        self._batches, self._taken = iter(self.loader), 0
+        self.recent.clear()
+
+    def close(self) -> None:
+        """End this pass here."""
+        self._batches = None
+
+    def take(self, n: int = 1) -> list[object]:
+        """The next n batches of this pass; fewer, or none, at its end. Where there is none the pass is over."""
+        assert self._batches is not None
+        batches = list(itertools.islice(self._batches, n))
+        self._taken += len(batches)
+        self.recent.extend(batches)
+        if not batches:
+            self._batches = None
+        return batches
+
+    def next(self) -> tuple[object, bool]:
+        """The next batch, and whether it is the first of a pass; a pass that is over is followed by another.
+
+        Raises ValueError where the loader yields no batch.
+        """
+        if not self.open or not (batches := self.take()):
+            self.begin()
+            batches = self.take()
+        if not batches:
+            raise ValueError(f"{self.name} is empty: it yielded no batch")
+        return batches[0], self._taken == 1
+
+    def state_dict(self) -> State:
+        own = [g.get_state() for g in _generators(self.loader)]
+        return {"open": self.open, "passes": self._passes, "taken": self._taken, "start": self._start, "own": own}
+
+    def load_state_dict(self, state: State) -> None:
+        self._passes, self._batches = state["passes"], None
+        if state["open"]:
+            before = random_state()
+            set_random_state(state["start"]["random"])
+            self._set_own(state["start"]["own"])
+            self._passes -= 1
+            self.begin()
+            for _ in range(state["taken"]):
+                self.take()
+            set_random_state(before)
+        self._set_own(state["own"])
+
+    def refusal(self, state: State) -> str:
+        theirs, ours = len(state["own"]), len(_generators(self.loader))
+        return "" if theirs == ours else f"{self.name} with {theirs} generators of its own, this run {ours}"
+
+    def restart(self, state: State) -> None:
+        self._passes, self._batches = state["passes"], None
+        if not self.refusal(state):
+            self._set_own(state["own"])
+
+    def _set_own(self, states: list[Tensor]) -> None:
+        for generator, saved in zip(_generators(self.loader), states, strict=True):
+            generator.set_state(saved.cpu())

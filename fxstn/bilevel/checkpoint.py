@@ -1,15 +1,18 @@
-"""Files of a run: written atomically, with a checksum, the last ones kept; for a damaged one that before it is read."""
+"""Files of a run: written atomically and with a checksum; where the newest is damaged, the one before it is read."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
+
+from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.state import State
 
 FORMAT = 9
 # A file: what torch.save writes, the format in 4 digits, the SHA-256 of all that, and a mark.
@@ -21,17 +24,17 @@ class DamagedError(ValueError):
     """A file that is not, or no longer, a checkpoint."""
 
 
-class _Hashing:
-    """A file that counts what it writes into a checksum, and keeps the error that torch.save would hide."""
+class _HashingFile:
+    """Writes to a file, adds what it writes to a checksum, and keeps the error that torch.save would hide."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sum = file, hashlib.sha256()
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         self.sum.update(data)
         try:
-            return int(self.file.write(data))
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
@@ -40,12 +43,12 @@ class _Hashing:
         self.file.flush()
 
 
-def _written(state: Any, path: Path, checksum: bool) -> Path:
+def _write_temporary(state: Mapping[str, object], path: Path, checksum: bool) -> Path:
     """A temporary file beside `path` that holds the state, on the disk. Raises OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as raw:
-        file = _Hashing(raw)
+        file = _HashingFile(raw)
         try:
             torch.save(state, file)  # type: ignore[arg-type]
         except RuntimeError as error:
@@ -58,9 +61,9 @@ def _written(state: Any, path: Path, checksum: bool) -> Path:
     return temporary
 
 
-def save_atomically(state: Any, path: str | Path) -> None:
-    """torch.save to a temporary file in the same folder, then rename: the old file stays whole until the new one is."""
-    os.replace(_written(state, Path(path), checksum=False), path)
+def save_atomically(state: Mapping[str, object], path: str | Path) -> None:
+    """torch.save to a temporary file in the same folder, then rename it: the old file stays whole until the new one is."""
+    os.replace(_write_temporary(state, Path(path), checksum=False), path)
 
 
 def _older(path: Path, age: int) -> Path:
@@ -68,19 +71,22 @@ def _older(path: Path, age: int) -> Path:
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
-def save_checkpoint(state: dict[str, Any], path: str | Path, keep: int = 1) -> None:
-    """Write a checkpoint with its checksum; those before become last.1.pt and so on, `keep` ≥ 1 in all."""
+def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
+    """Write a checkpoint with its checksum. Those before become last.1.pt and so on. keep: ≥ 1, files in all."""
     path = Path(path)
-    temporary = _written(state, path, checksum=True)
+    temporary = _write_temporary(state, path, checksum=True)
     for age in range(keep - 1, 0, -1):
         if _older(path, age - 1).exists():
             os.replace(_older(path, age - 1), _older(path, age))
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The state in a file. Raises DamagedError where the checksum is not that of its contents, or there is none, and
-    ValueError where another version of fxstn wrote it."""
+def load_checkpoint(path: str | Path) -> State:
+    """The state in a file.
+
+    Raises DamagedError where the file is no checkpoint, or does not have the checksum of its contents; ValueError where another
+    version of fxstn wrote it.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -96,19 +102,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(f"{path} was written in format {version} by another version of fxstn, this one reads {FORMAT}; "
                          "remove it, or choose another out_dir")  # fmt: skip
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
 
 
-def latest_checkpoint(path: str | Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint among last.pt, last.1.pt, …; None where there is none at all.
+def latest_checkpoint(path: str | Path) -> State | None:
+    """The newest whole checkpoint among last.pt, last.1.pt, …; None where there is no file at all.
 
-    A damaged file is renamed to NAME.broken, with a warning. Raises DamagedError when all there are were damaged.
+    A damaged file is renamed to NAME.broken, with a warning. Raises DamagedError when all files were damaged.
     """
     path = Path(path)
-    found = [_older(path, age) for age in range(100) if _older(path, age).exists()]
+    files = [_older(path, age) for age in range(100) if _older(path, age).exists()]
     reasons = []
-    for file in found:
+    for file in files:
         try:
             state = load_checkpoint(file)
         except DamagedError as error:
@@ -117,7 +123,7 @@ def latest_checkpoint(path: str | Path) -> dict[str, Any] | None:
             reasons.append(f"{error}; it is now {broken.name}")
             continue
         for reason in reasons:
-            warnings.warn(f"{reason}; the run resumes from {file.name}, saved before it", stacklevel=6)
+            warn_caller(f"{reason}; the run resumes from {file.name}, saved before it", UserWarning)
         return state
     if reasons:
         raise DamagedError(f"{'; '.join(reasons)}; no whole checkpoint is left: run again to start anew")

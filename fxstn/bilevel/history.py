@@ -1,55 +1,131 @@
-"""What happened in each epoch: losses, metrics, λ, σ and times, as rows, as CSV and as a plot of the schedules."""
+"""What happened in each epoch: losses, metrics, λ, σ and times; and the schedule of λ, to train another network with."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from fxstn.bilevel.plots import drawn, panels
-from fxstn.bilevel.schedule import Schedule
+from fxstn.bilevel.plots import Groups, figure_of, panels
+from fxstn.bilevel.state import State
 
 SCALE = "scale:"
 LOSSES = ("train_loss", "response_loss", "clean_train_loss", "valid_loss")
 DIAGNOSTICS = ("response_norm", "linearization_error", "seconds")
+FORMAT = "fxstn-schedule-1"
+Row = dict[str, float]
+
+
+class Schedule:
+    """Values of hyperparameters over the epochs of a run.
+
+    values: {name: [value, …]}, where number k is the value after k epochs; number 0 is the start. Between two epochs it is a
+        straight line.
+
+    Raises ValueError where the lists are empty or differ in length, TypeError where they do not hold finite numbers.
+    """
+
+    def __init__(self, values: Mapping[str, Sequence[float]]) -> None:
+        if not isinstance(values, dict) or not all(isinstance(column, (list, tuple)) for column in values.values()):
+            raise TypeError(f"a schedule is made of a dict, {{name: [value, …]}}, got {reprlib.repr(values)}")
+        for name, column in values.items():
+            if wrong := [value for value in column if not isinstance(value, (int, float)) or not math.isfinite(value)]:
+                raise TypeError(
+                    f"a schedule needs finite numbers, and has {wrong[0]!r} among the values of {name!r}; mend it"
+                )
+        lengths = {len(column) for column in values.values()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(
+                f"a schedule needs as many values of each hyperparameter, at least one; got {sorted(lengths)}"
+            )
+        self.values = {name: [float(value) for value in column] for name, column in values.items()}
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs."""
+        return len(next(iter(self.values.values()))) - 1
+
+    def at(self, epoch: float) -> dict[str, float]:
+        """{name: value} at a time in epochs, which may be a fraction. After the end it is the last value."""
+        whole = min(int(epoch), self.epochs)
+        after, share = min(whole + 1, self.epochs), min(epoch, self.epochs) - whole
+        return {name: (1 - share) * column[whole] + share * column[after] for name, column in self.values.items()}
+
+    def until(self, epoch: int) -> Schedule:
+        """The same up to an epoch, whose values stay from there on."""
+        return Schedule({name: column[: epoch + 1] for name, column in self.values.items()})
+
+    def final(self) -> Schedule:
+        """The last values, from the first epoch on."""
+        return Schedule({name: column[-1:] for name, column in self.values.items()})
+
+    def stretched(self, epochs: int) -> Schedule:
+        """The same course over another number of epochs."""
+        points = [self.at(self.epochs * k / epochs) for k in range(epochs + 1)]
+        return Schedule({name: [point[name] for point in points] for name in self.values})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the schedule to a file that `from_json` reads."""
+        Path(path).write_text(json.dumps({"format": FORMAT, "values": self.values}, indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Schedule:
+        """Read a file. Raises ValueError where it is not a schedule."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a readable schedule: {error}; History.schedule().to_json writes one"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a schedule of fxstn; History.schedule().to_json writes one")
+        try:
+            return cls(content.get("values", {}))
+        except TypeError as error:
+            raise ValueError(f"{path} holds no whole schedule: {error}") from error
 
 
 class History:
-    """A list of rows, one per epoch. names: the hyperparameters; a row also holds 'scale:NAME', the σ of those that have one.
+    """One row of numbers per epoch.
 
-    Other columns: epoch (from 1), train_loss, response_loss, clean_train_loss (as valid_loss, on training batches),
-    valid_loss, one per metric, the problem's diagnostics, seconds.
+    names: of the hyperparameters.
+    rows: {column: number} of each epoch so far.
+    start: {name: value} of the hyperparameters before the first epoch.
+
+    Columns: epoch (from 1), train_loss, response_loss, clean_train_loss (valid_loss on training batches), valid_loss, one for
+    each metric, one for each hyperparameter, "scale:NAME" (its σ, where it has one), the problem's diagnostics, seconds.
     """
 
     def __init__(
-        self, names: tuple[str, ...], rows: list[dict[str, Any]] | None = None, start: dict[str, float] | None = None
+        self, names: tuple[str, ...], rows: list[Row] | None = None, start: dict[str, float] | None = None
     ) -> None:
         self.names, self.start = names, start or {}
-        self.rows: list[dict[str, Any]] = rows or []
+        self.rows: list[Row] = rows or []
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
-    def __getitem__(self, column: str) -> list[Any]:
+    def __getitem__(self, column: str) -> list[float]:
         """One column over all epochs."""
         return [row[column] for row in self.rows]
 
-    def best(self) -> dict[str, Any]:
+    def best(self) -> Row:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""
         if not self.rows:
             raise ValueError("the history is empty: no epoch is done yet; call fit first")
         return min(self.rows, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:
-        """name → value in the best epoch, to begin a search with: `study.enqueue_trial(history.best_values())` of Optuna.
+        """{name: value} of the hyperparameters in the best epoch. Raises ValueError on an empty history.
 
-        Raises ValueError on an empty history.
+        A search can begin with them: `study.enqueue_trial(history.best_values())` of Optuna.
         """
         best = self.best()
         return {name: best[name] for name in self.names}
@@ -59,7 +135,7 @@ class History:
         return [column for column in dict.fromkeys(column for row in self.rows for column in row) if column != "epoch"]
 
     def group(self, column: str) -> str:
-        """What a column is: "loss", "hyperparameter", "scale", "diagnostics" (the time too), or "metric": any other."""
+        """The kind of a column: "loss", "hyperparameter", "scale", "diagnostics" (the time too), or "metric" for any other."""
         if column in self.names:
             return "hyperparameter"
         if column.startswith(SCALE):
@@ -68,12 +144,24 @@ class History:
             return "diagnostics"
         return "loss" if column in LOSSES else "metric"
 
+    def groups(self) -> Groups:
+        """{group: {column: a number per epoch}}; NaN where a row does not have the column."""
+        result: Groups = {}
+        for column in self.columns():
+            result.setdefault(self.group(column), {})[column] = [float(row.get(column, math.nan)) for row in self.rows]
+        return result
+
     def schedule(self, best: bool = False) -> Schedule:
-        """The hyperparameters over epochs, from their start; best: up to the best epoch only, whose values then stay."""
+        """The hyperparameters over the epochs, from their start on.
+
+        best: whether the values stay from the best epoch on.
+
+        Raises ValueError on an empty history.
+        """
         if not self.rows:
-            raise ValueError("the history is empty: there is no schedule yet")
+            raise ValueError("the history is empty: there is no schedule yet; call fit first")
         schedule = Schedule({name: [self.start[name], *self[name]] for name in self.names})
-        return schedule.until(self.best()["epoch"]) if best else schedule
+        return schedule.until(int(self.best()["epoch"])) if best else schedule
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write a line of JSON for each row, atomically."""
@@ -94,11 +182,18 @@ class History:
         os.replace(temporary, path)
 
     def plot(self, path: str | Path) -> None:
-        """Draw losses, metrics, schedules of the hyperparameters by kind, σ unless it is kept, and diagnostics into an image; a
-        dotted line marks the best epoch.
+        """Draw the history into an image: losses, metrics, hyperparameters by kind, σ where it moves, diagnostics.
+
+        A dotted line marks the best epoch.
 
         Raises ValueError on an empty history, ImportError without matplotlib (fxstn[plot]).
         """
-        best, shown = self.best()["epoch"], panels(self)
-        figure = drawn(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
+        best, shown = int(self.best()["epoch"]), panels(self.groups(), self.start)
+        figure = figure_of(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
         figure.savefig(path, dpi=110)
+
+    def state_dict(self) -> State:
+        return {"start": self.start, "rows": list(self.rows)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.start, self.rows = state["start"], list(state["rows"])

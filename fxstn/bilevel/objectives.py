@@ -1,27 +1,45 @@
-"""The three objectives of Δ-STN (paper, Alg. 1), each a scalar to call .backward() on."""
+"""The three objectives of Δ-STN (paper, Alg. 1), each a scalar to call .backward() on, and a loss that reads λ."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxstn.bilevel.lending import evaluating
+from fxstn.bilevel.temporary import eval_mode
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian
 from fxstn.ops.response import frozen
 
-LossFunction = Callable[..., Tensor]
-Perturb = str | Tensor | None
+LossFunction = Callable[..., Tensor]  # (output, target), or (output, target, hparams)
+PerturbMode = Literal["auto", "example", "batch", "off"]
+Perturb = PerturbMode | Tensor
 
 
-def as_tuple(inputs: Any) -> tuple:
+def cross_entropy(output: Tensor, target: Tensor, hparams: Mapping[str, Tensor] | None = None) -> Tensor:
+    """`F.cross_entropy`, with the label smoothing of each example where `hparams` has "label_smoothing".
+
+    output: (batch, classes), logits.
+    target: (batch,), classes, or (batch, classes), probabilities.
+    hparams: {name: (batch,)}. None, as in the hyper step and in evaluation: the plain loss.
+
+    Returns a scalar, the mean over the batch.
+    """
+    losses = F.cross_entropy(output, target, reduction="none")
+    smoothing = None if hparams is None else hparams.get("label_smoothing")
+    if smoothing is not None:
+        losses = losses + smoothing * (-F.log_softmax(output, -1).mean(-1) - losses)
+    return losses.mean()
+
+
+def as_tuple(inputs: object) -> tuple:
     """Inputs as a tuple of them."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
@@ -36,12 +54,14 @@ def takes_hparams(loss_fn: LossFunction) -> bool:
 
 
 def evaluate_loss(
-    loss_fn: LossFunction, output: Any, target: Any, examples: int, hparams: dict[str, Tensor] | None
+    loss_fn: LossFunction, output: object, target: object, examples: int, hparams: dict[str, Tensor] | None
 ) -> Tensor:
     """loss_fn(output, target), with `hparams` where it takes them.
 
-    Raises ValueError when there are no examples, when the target has another number of them than the inputs, when the loss
-    function cannot take the two, and when the loss is not a scalar, or no function of the output that autograd knows.
+    examples: of the inputs.
+
+    Raises ValueError where there are no examples, where the target has another number of them than the inputs, where the loss
+    function cannot take the two, and where the loss is not a scalar, or no function of the output that autograd knows.
     """
     if not examples:
         raise ValueError("the batch has no examples; leave it out")
@@ -50,55 +70,62 @@ def evaluate_loss(
     with explained_loss_errors(output, target):
         loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)
     if not isinstance(loss, Tensor) or loss.dim():
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch; got {got}")
+        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch; got {kind}")
     if not loss.requires_grad and torch.is_grad_enabled() and _has_gradient(output):
         raise ValueError("loss_fn returns a tensor without a gradient; compute it from the output in torch operations, without "
                          ".item(), .detach() or no_grad")  # fmt: skip
     return loss
 
 
-def _has_gradient(output: Any) -> bool:
+def _has_gradient(output: object) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
 
 
-def perturbation(stn: SelfTuningNetwork, inputs: Any, perturb: Perturb) -> Tensor:
-    """ε of a step, (batch, h) or (h,)."""
+def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Tensor:
+    """ε of a step.
+
+    perturb: "example" draws one ε per example, (batch, h), and "batch" one for all examples, (h,). "auto" draws one per example
+        where the network allows. Or ε itself, in one of the two shapes.
+
+    Raises ValueError for anything else.
+    """
     inputs = as_tuple(inputs)
     if isinstance(perturb, Tensor):
         return perturb
-    if perturb not in (None, "example", "batch"):
-        raise ValueError(
-            f"perturb={perturb!r} is neither 'example' nor 'batch' (nor None, for what the network allows)"
-        )
-    per_example = stn.per_example(*inputs) if perturb is None else perturb == "example"
+    if perturb not in ("auto", "example", "batch"):
+        reason = ": a response is learned from perturbations only" if perturb == "off" else ""
+        raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{reason}")
+    per_example = stn.per_example(*inputs) if perturb == "auto" else perturb == "example"
     return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
 
 
 def general_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: Perturb = None
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto"
 ) -> Tensor:
     """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
 
-    inputs: a tensor or a tuple of them, (batch, ...). target: what loss_fn takes. For method "stn" this is the one
-    objective of all parameters, L_T at λ + ε (MacKay et al. 2019), with `perturb` as in `response_loss`; the other methods
-    draw no perturbation here.
+    inputs: a tensor or a tuple of them, (batch, ...).
+    target: what loss_fn takes.
+    perturb: as in `response_loss`, for method "stn" only. There this is the one objective of all parameters, L_T at λ + ε
+        (MacKay et al. 2019); the other methods draw no perturbation here.
     """
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
-    inputs = _watched(stn, inputs)
+    inputs = _differentiable(stn, inputs)
     output, auxiliary = stn.conditioned_output(*inputs)
     return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None)
 
 
 def response_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any, *, perturb: Perturb = None,
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto",
     widening: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
-    Arguments as in `general_loss`. perturb: "example" draws one ε per example (the paper), "batch" one for all; None: per
-    example, unless the network moves the batch dimension where it cannot be followed; or ε itself, (batch, h) or (h,).
+    inputs, target: as in `general_loss`.
+    perturb: "example" draws one ε per example (the paper), "batch" one for all examples. "auto" draws one per example, unless
+        the network moves the batch dimension where it cannot be followed. Or ε itself, (batch, h) or (h,).
     widening: ≥ 1, how many times σ at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
     """
     return _perturbed_loss(stn, loss_fn, inputs, target, perturb, widening, update_statistics=False)
@@ -107,13 +134,13 @@ def response_loss(
 def _perturbed_loss(
     stn: SelfTuningNetwork,
     loss_fn: LossFunction,
-    inputs: Any,
-    target: Any,
+    inputs: object,
+    target: object,
     perturb: Perturb,
     widening: float,
     update_statistics: bool,
 ) -> Tensor:
-    inputs = _watched(stn, inputs)
+    inputs = _differentiable(stn, inputs)
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
@@ -123,24 +150,25 @@ def _perturbed_loss(
     return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, epsilon)
 
 
-def _watched(stn: SelfTuningNetwork, inputs: Any) -> tuple:
-    """The inputs as a tuple; where the Jacobian is penalised, so that derivatives with respect to them are recorded."""
+def _differentiable(stn: SelfTuningNetwork, inputs: object) -> tuple:
+    """The inputs as a tuple; where the Jacobian is penalised, derivatives with respect to them are recorded."""
     inputs = as_tuple(inputs)
     if not stn.terms.jacobian:
         return inputs
-    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+    result: tuple = tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+    return result
 
 
 def _training_loss(
     stn: SelfTuningNetwork,
     loss_fn: LossFunction,
     inputs: tuple,
-    target: Any,
-    output: Any,
-    auxiliary: tuple,
+    target: object,
+    output: object,
+    auxiliary: Sequence,
     epsilon: Tensor | None,
 ) -> Tensor:
-    """L_T of an output at λ₀ + ε (None: λ₀): the loss function and every penalty."""
+    """L_T of an output at λ₀ + ε: the loss function and every penalty. epsilon: None is zero."""
     examples, strengths = batch_size(inputs), stn.hparams(epsilon)
     for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
         target = spec.retarget(target, output, value)
@@ -156,33 +184,37 @@ def _training_loss(
 def hyper_loss(
     stn: SelfTuningNetwork,
     loss_fn: LossFunction,
-    inputs: Any,
-    target: Any,
+    inputs: object,
+    target: object,
     *,
     entropy_weight: float = 1e-3,
-    perturb: Perturb = None,
+    perturb: Perturb = "auto",
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
-    Arguments as in `response_loss`, on validation data; the network is in eval mode, but that with method "delta" batch norms
-    normalise by this batch, as where Θ was learned (`transform`, statistics). entropy_weight: τ ≥ 0. A loss_fn
-    that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly. perturb: also "none", for the
-    gradient at λ itself: ε = 0, and σ gets its gradient from the entropy alone.
+    inputs, target: as in `response_loss`, of validation data.
+    entropy_weight: τ ≥ 0.
+    perturb: as in `response_loss`, or "off": ε = 0, the gradient at λ itself, and σ gets its gradient from the entropy alone.
+
+    The network is in eval mode. With method "delta", batch norms normalise by this batch all the same, as where Θ was learned
+    (`transform`, statistics). A loss_fn that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly.
     """
     inputs = as_tuple(inputs)
     examples = batch_size(inputs)
     unconstrained = stn.hparams.unconstrained
     delta = unconstrained - unconstrained.detach()
-    if perturb != "none":
+    if isinstance(perturb, Tensor) or perturb != "off":
         delta = delta + perturbation(stn, inputs, perturb)
     with frozen((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
     return evaluate_loss(loss_fn, output, target, examples, None) - entropy_weight * stn.hparams.entropy()
 
 
-def validation_loss(stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: Any, target: Any) -> tuple[Tensor, Any]:
+def validation_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object
+) -> tuple[Tensor, object]:
     """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
     inputs = as_tuple(inputs)
-    with evaluating(stn):
+    with eval_mode(stn):
         output = stn(*inputs)
         return evaluate_loss(loss_fn, output, target, batch_size(inputs), None), output

@@ -1,57 +1,239 @@
-"""The optimizers that a run takes where none is given, and the check of those that are given."""
+"""The optimizers of a run: those that it takes where none is given, the check of others, and how they step."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fxstn.bilevel.distributed import average_gradients
+from fxstn.bilevel.optim import SettlingAdam
+from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.state import State, Stateful
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+OptimizerLike = Optimizer | OptimizerFactory | None
+CLIPPED = ("optimizer", "response_optimizer")
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
-OptimizerLike = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 
 
-def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, learning rate 1e-2; one fused kernel per step where the device has it."""
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
+class Scheduler(Stateful, Protocol):
+    """Such as those of torch.optim.lr_scheduler."""
+
+    @property
+    def step(self) -> Callable[..., object]: ...
 
 
-def adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
-    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
+SchedulerFactories = dict[str, Callable[[Optimizer], Scheduler]] | None
 
 
 def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
-def made(given: OptimizerLike, default: Any, parameters: Sequence[nn.Parameter], name: str) -> Any:
-    """An optimizer over exactly `parameters`: the one given, or made by the factory given, or the default.
+def sgd(parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """SGD with momentum 0.9, learning rate 1e-2; one fused kernel per step where the device has it."""
+    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
 
-    Raises TypeError for what is neither, ValueError for one over other parameters, that cannot be made or wants a closure.
+
+def adam(parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """Adam, learning rate 1e-2: for scales U, which are of the order of 1 whatever the layer."""
+    return torch.optim.Adam(parameters, lr=1e-2, fused=_fusible(parameters))
+
+
+rmsprop = partial(torch.optim.RMSprop, lr=1e-2)
+
+
+def build_optimizer(
+    optimizer: OptimizerLike, default: OptimizerFactory, parameters: list[nn.Parameter], name: str
+) -> Optimizer:
+    """An optimizer over exactly these parameters.
+
+    optimizer: the optimizer itself, a factory for it, or None, for the default.
+    default: a factory.
+    name: what errors call it.
+
+    Raises TypeError for anything else. Raises ValueError for an optimizer that cannot be made, has other parameters, or needs a
+    closure.
     """
-    if isinstance(given, torch.optim.Optimizer):
-        result = given
-    elif given is None or callable(given):
+    if isinstance(optimizer, Optimizer):
+        result = optimizer
+    elif optimizer is None or callable(optimizer):
         try:
-            result = (given or default)(parameters)
+            result = (optimizer or default)(parameters)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be made: {error}; {_FACTORY}") from error
     else:
-        raise TypeError(f"{name}={given!r} must be an optimizer or a factory; {_FACTORY}")
-    if not isinstance(result, torch.optim.Optimizer):
+        raise TypeError(f"{name}={optimizer!r} must be an optimizer or a factory; {_FACTORY}")
+    if not isinstance(result, Optimizer):
         raise TypeError(f"{name} must be an optimizer, its factory returns {type(result).__name__}; {_FACTORY}")
     closure = inspect.signature(result.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{name}: {type(result).__name__} evaluates a closure, which a run has none of; use SGD, Adam or "
                          "another that steps on gradients")  # fmt: skip
-    held = {id(parameter) for group in result.param_groups for parameter in group["params"]}
-    wanted = {id(parameter) for parameter in parameters}
-    if held != wanted:
+    theirs = {id(parameter) for group in result.param_groups for parameter in group["params"]}
+    ours = {id(parameter) for parameter in parameters}
+    if theirs != ours:
         raise ValueError(
-            f"{name} holds {len(held - wanted)} parameters that are not its own and lacks {len(wanted - held)} of its "
-            f"{len(wanted)}; {_FACTORY}"
+            f"{name} holds {len(theirs - ours)} parameters that are not its own and lacks {len(ours - theirs)} of its "
+            f"{len(ours)}; {_FACTORY}"
         )
     return result
+
+
+def build_optimizers(
+    problem: BilevelProblem, likes: dict[str, OptimizerLike], structured: bool
+) -> dict[str, Optimizer]:
+    """{argument of the runner: optimizer} for every kind of parameters that a problem has.
+
+    likes: {argument: as `build_optimizer` takes it}.
+    structured: whether the response is a structured one, whose optimizer is by default that of the weights.
+    """
+    kinds: dict[str, tuple[OptimizerFactory, Iterable[nn.Parameter]]] = {
+        "optimizer": (sgd, problem.general_parameters()),
+        "response_optimizer": (sgd if structured else adam, problem.response_parameters()),
+        "hyper_optimizer": (SettlingAdam, problem.hyper_parameters()),
+        "scale_optimizer": (rmsprop, problem.scale_parameters()),
+    }
+    return {
+        name: build_optimizer(likes[name], default, parameters, name)
+        for name, (default, generator) in kinds.items() if (parameters := list(generator))
+    }  # fmt: skip
+
+
+def _build_schedulers(
+    factories: SchedulerFactories, optimizers: dict[str, Optimizer], argument: str
+) -> dict[str, Scheduler]:
+    if unknown := sorted(set(factories or {}) - set(optimizers)):
+        raise ValueError(f"{argument} names {unknown[0]!r}; this run has {', '.join(optimizers)}")
+    if wrong := [name for name, factory in (factories or {}).items() if not callable(factory)]:
+        raise TypeError(
+            f"{argument}[{wrong[0]!r}] must be a factory, such as lambda optimizer: StepLR(optimizer, 30); the runner makes "
+            "the optimizer"
+        )
+    schedulers = {name: factory(optimizers[name]) for name, factory in (factories or {}).items()}
+    if wrong := [name for name, scheduler in schedulers.items() if not hasattr(scheduler, "step")]:
+        raise TypeError(
+            f"{argument}[{wrong[0]!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
+            f"{type(schedulers[wrong[0]]).__name__}"
+        )
+    return schedulers
+
+
+class Updates:
+    """Steps optimizers by name: gradients unscaled, averaged over the processes, clipped; then their step schedulers.
+
+    optimizers: {argument of the runner: optimizer}.
+    schedulers, step_schedulers, clip_norm: of `BilevelRunner`.
+    scaler: of the losses.
+    check: whether a loss may leave gradients for other parameters than its own, which the first step of each kind then checks.
+    """
+
+    def __init__(
+        self,
+        optimizers: dict[str, Optimizer],
+        schedulers: SchedulerFactories,
+        step_schedulers: SchedulerFactories,
+        clip_norm: float | None,
+        scaler: torch.amp.GradScaler,
+        check: bool = False,
+    ) -> None:
+        self.optimizers, self.clip_norm, self.scaler = optimizers, clip_norm, scaler
+        self.check = check
+        self._checked: set[tuple[str, ...]] = set()
+        self.schedulers = _build_schedulers(schedulers, optimizers, "schedulers")
+        self.step_schedulers = _build_schedulers(step_schedulers, optimizers, "step_schedulers")
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, scaled."""
+        self.scaler.scale(loss).backward()
+
+    def _check_gradients(self, names: tuple[str, ...]) -> None:
+        """Raises RuntimeError where the first loss before these steps left gradients that another step would take, too."""
+        if not self.check or names in self._checked:
+            return
+        self._checked.add(names)
+        for other in self.optimizers.keys() - set(names):
+            if any(p.grad is not None for p in self._parameters(other)):
+                raise RuntimeError(f"the loss for the step of {' and '.join(names)} also has gradients for the parameters of "
+                                   f"{other}, which the next step there adds to its own: detach or freeze these")  # fmt: skip
+
+    def ready(self, *names: str) -> None:
+        """Bring the gradients of these optimizers to their true size, the same in all processes."""
+        self._check_gradients(names)
+        for name in names:
+            average_gradients(self._parameters(name))
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.optimizers[name])
+
+    def step(self, *names: str) -> None:
+        """Step these optimizers. Each one's gradients are freed at once: w₀'s and Θ's never take memory together."""
+        for name in names:
+            if self.clip_norm is not None and name in CLIPPED:
+                nn.utils.clip_grad_norm_(self._parameters(name), self.clip_norm)
+            self.scaler.step(self.optimizers[name])
+            self.optimizers[name].zero_grad()
+            if name in self.step_schedulers:
+                self.step_schedulers[name].step()
+        self.scaler.update()
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, such as those that a bad loss left."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def end_epoch(self, valid_loss: float) -> None:
+        """Step the schedulers of epochs."""
+        for scheduler in self.schedulers.values():
+            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([valid_loss] if plateau else []))
+
+    def slow(self, name: str, factor: float) -> float:
+        """Multiply a learning rate, and what its schedulers start from; returns the new one."""
+        groups = self.optimizers[name].param_groups
+        for group in groups:
+            for key in ("lr", "initial_lr", "first_lr"):
+                if key in group:
+                    group[key] = factor * group[key]
+        for scheduler in (self.schedulers.get(name), self.step_schedulers.get(name)):
+            if scheduler is not None and hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
+        return float(groups[0]["lr"])
+
+    def parts(self) -> dict[str, dict[str, Stateful]]:
+        """{kind: {name: part}} of everything with a state."""
+        return {
+            "optimizers": dict(self.optimizers),
+            "schedulers": dict(self.schedulers),
+            "step_schedulers": dict(self.step_schedulers),
+        }
+
+    def identity(self) -> dict[str, object]:
+        """{kind: {name: type and sizes}}: what two runs must have in common for one to load the other's state."""
+        kinds: dict[str, dict[str, str]] = {
+            kind: {name: type(part).__name__ for name, part in parts.items()} for kind, parts in self.parts().items()
+        }
+        for name, optimizer in self.optimizers.items():
+            sizes = ", ".join(str(len(group["params"])) for group in optimizer.param_groups)
+            kinds["optimizers"][name] += f" of {sizes} tensors"
+        return dict(kinds)
+
+    def state_dict(self) -> State:
+        kinds = self.parts().items()
+        states: State = {kind: {name: part.state_dict() for name, part in parts.items()} for kind, parts in kinds}
+        return states | {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        for kind, parts in self.parts().items():
+            for name, part in parts.items():
+                part.load_state_dict(state[kind][name])
+        if state["scaler"]:  # {} of a run that scaled no losses
+            self.scaler.load_state_dict(state["scaler"])

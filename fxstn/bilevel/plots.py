@@ -1,62 +1,70 @@
-"""Pictures of a history: losses, metrics, the schedules of the hyperparameters, σ and diagnostics, a panel each."""
+"""Pictures of a history: a panel each for losses, metrics, hyperparameters by kind, σ and diagnostics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxstn.bilevel.history import History
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+Lines = dict[str, list[float]]  # label → a number per epoch, NaN where there is none
+Groups = dict[str, Lines]  # "loss", "metric", "hyperparameter", "scale", "diagnostics" → its columns
 LOG_FROM = 10.0  # largest over smallest value, from where on an axis is logarithmic
-LOGARITHMIC = ("decay", "norm")  # how names of strengths end that have such ranges
-BESIDE = 6  # lines, from where on the legend is beside the axes, and the colours are in the order of the names
+LOGARITHMIC = ("decay", "norm")  # ends of the names of strengths that have such ranges
+BESIDE = 6  # lines, from where on the legend is beside the axes, and colours are in the order of the names
 MOST_LABELS = 24
 
 
 @dataclass
 class Panel:
-    """lines: label → a number per row of the history, NaN where there is none, or one more, which is the start."""
+    """One pair of axes.
+
+    lines: for "schedule" with one number more, which is the start.
+    group: as of `Groups`; "schedule" for hyperparameters.
+    """
 
     title: str
-    lines: dict[str, list[float]]
+    lines: Lines
     group: str
 
     def logarithmic(self) -> bool:
-        """Numbers that live on a logarithmic scale, and vary enough to show it."""
+        """Whether the numbers live on a logarithmic scale, and vary enough to show it."""
         if self.group != "loss" and not self.title.endswith(LOGARITHMIC):
             return False
         values = [value for line in self.lines.values() for value in line if math.isfinite(value)]
         return bool(values) and min(values) > 0 and max(values) > LOG_FROM * min(values)
 
 
-def panels(history: History) -> list[Panel]:
-    """Losses; each metric; hyperparameters by kind, from their start on; σ, unless it is kept; diagnostics."""
-    groups: dict[str, dict[str, list[float]]] = {}
-    for column in history.columns():
-        line = [float(row.get(column, math.nan)) for row in history]
-        groups.setdefault(history.group(column), {})[column] = line
+def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
+    """The panels of a history.
+
+    groups, start: `History.groups()` and `History.start`.
+
+    The scales σ have no panel where they never move, the time of an epoch has none.
+    """
     losses = {name.removesuffix("_loss"): line for name, line in groups.get("loss", {}).items()}
-    found = [Panel("loss", losses, "loss")]
-    found += [Panel(name.replace("_", " "), {name: line}, "metric") for name, line in groups.get("metric", {}).items()]
-    kinds: dict[str, dict[str, list[float]]] = {}
+    result = [Panel("loss", losses, "loss")]
+    result += [Panel(name.replace("_", " "), {name: line}, "metric") for name, line in groups.get("metric", {}).items()]
+    kinds: Groups = {}
     for name, line in groups.get("hyperparameter", {}).items():
-        line = [history.start.get(name, math.nan), *line]
-        kinds.setdefault(name.rpartition(".")[2], {})[name] = line
+        kinds.setdefault(name.rpartition(".")[2], {})[name] = [start.get(name, math.nan), *line]
     for kind, lines in kinds.items():
         title = kind.replace("_", " ") if len(lines) > 1 else next(iter(lines))
-        found.append(Panel(title, {name.removesuffix(f".{kind}"): line for name, line in lines.items()}, "schedule"))
+        labels = {name.removesuffix(f".{kind}"): line for name, line in lines.items()}
+        result.append(Panel(title, labels, "schedule"))
     scales = {name.partition(":")[2]: line for name, line in groups.get("scale", {}).items()}
     if any(value != line[0] for line in scales.values() for value in line):
-        found.append(Panel("perturbation scale σ", scales, "scale"))
+        result.append(Panel("perturbation scale σ", scales, "scale"))
     diagnostics = {n.replace("_", " "): line for n, line in groups.get("diagnostics", {}).items() if n != "seconds"}
-    return found + ([Panel("diagnostics", diagnostics, "diagnostics")] if diagnostics else [])
+    return result + ([Panel("diagnostics", diagnostics, "diagnostics")] if diagnostics else [])
 
 
-def figure_class(what: str) -> Any:
-    """matplotlib's Figure. Raises ImportError, that says what needs it."""
+def figure_class(what: str) -> type[Figure]:
+    """matplotlib's Figure. Raises ImportError without matplotlib. what: needs it, says the error."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -64,12 +72,9 @@ def figure_class(what: str) -> Any:
     return Figure
 
 
-def draw(axis: Any, panel: Panel, best: int) -> None:
-    """best: the epoch that a line marks."""
+def _draw_lines(axis: Axes, panel: Panel, many: bool) -> None:
     from matplotlib import colormaps
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    many = len(panel.lines) > BESIDE
     every = math.ceil(len(panel.lines) / MOST_LABELS)
     for number, (label, values) in enumerate(panel.lines.items()):
         color = colormaps["turbo"](0.04 + 0.92 * number / (len(panel.lines) - 1)) if many else f"C{number}"
@@ -78,10 +83,14 @@ def draw(axis: Any, panel: Panel, best: int) -> None:
         shown = label if number % every == 0 else "_"  # matplotlib leaves these out of the legend
         marker = "." if len(values) <= 40 and not many else None
         axis.plot(*zip(*points, strict=True), label=shown, color=color, marker=marker, lw=1.4, ms=4)
-    axis.axvline(best, color="0.35", lw=0.9, ls=":")
+
+
+def _set_axes(axis: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     numbers = {value for line in panel.lines.values() for value in line if math.isfinite(value)}
-    if len(numbers) == 1 and (kept := numbers.pop()) > 0:
-        axis.set_ylim(0, 2 * kept)  # what never moved is no reason to zoom in
+    if len(numbers) == 1 and (constant := numbers.pop()) > 0:
+        axis.set_ylim(0, 2 * constant)  # what never moved is no reason to zoom in
     if panel.logarithmic():
         axis.set_yscale("log")
         low, high = axis.get_ylim()
@@ -96,14 +105,26 @@ def draw(axis: Any, panel: Panel, best: int) -> None:
     axis.tick_params(labelsize=8)
     axis.yaxis.get_offset_text().set_fontsize(8)
     axis.grid(alpha=0.3, lw=0.6)
+
+
+def draw(axis: Axes, panel: Panel, best: int) -> None:
+    """Draw a panel. best: the epoch that a dotted line marks."""
+    many = len(panel.lines) > BESIDE
+    _draw_lines(axis, panel, many)
+    axis.axvline(best, color="0.35", lw=0.9, ls=":")
+    _set_axes(axis, panel)
     if many:
         axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, labelspacing=0.25)
     elif len(panel.lines) > 1:
         axis.legend(fontsize=7)
 
 
-def drawn(shown: Sequence[Panel], best: int, what: str, columns: int = 1) -> Any:
-    """A Figure of these panels. Raises ImportError, that says what needs matplotlib."""
+def figure_of(shown: Sequence[Panel], best: int, what: str, columns: int = 1) -> Figure:
+    """A figure of some panels. Raises ImportError without matplotlib.
+
+    best: the epoch that a dotted line marks.
+    what: needs matplotlib, says the error.
+    """
     rows = -(-len(shown) // columns)
     figure = figure_class(what)(figsize=(4.8 * columns, 3.0 * rows), layout="constrained")
     for part, panel in zip(figure.subfigures(rows, columns, squeeze=False).flatten(), shown, strict=False):

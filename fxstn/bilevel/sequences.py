@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -11,42 +10,44 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxstn.bilevel.objectives import LossFunction, as_tuple, takes_hparams
 from fxstn.ops.batch_axis import batch_size
 
-State = tuple[Tensor, ...]
+WindowState = tuple[Tensor, ...]  # the state before or after a window
+InitialState = Callable[[int], WindowState]  # of a batch of so many examples
 
 
-class Carried:
-    """The state of one stream of windows, and the loss that keeps it.
+class CarriedState:
+    """The state of one series of windows, and the loss that keeps it.
 
-    The protocol: forward(*inputs, *state) → (output, state), where state is a tuple of tensors with one row per example, and
-    row i of a window goes on where row i of the window before ended. initial(batch) → the state before the first window; None:
-    a network without state, for which nothing here changes anything. A step is
+    loss_fn: of the output alone.
+    initial: batch size → the state before the first window. None: a network without state, for which nothing changes.
+
+    The network is called as forward(*inputs, *state) → (output, state). A state is a tuple of tensors with one row per example.
+    Row i of a window goes on where row i of the window before ended. A step is
 
         inputs = carried.inputs(x)          # x and the state
         general_loss(stn, carried.loss, inputs, target).backward()
         carried.advance()                   # the next window begins with the state after this one, cut off from its graph
         response_loss(stn, carried.loss, inputs, target).backward()
-
-    loss: loss_fn of the output alone.
     """
 
-    def __init__(self, loss_fn: LossFunction, initial: Callable[[int], State] | None) -> None:
+    def __init__(self, loss_fn: LossFunction, initial: InitialState | None) -> None:
         self.loss_fn, self.initial = loss_fn, initial
-        self.state: State | None = None
-        self._after: State | None = None
+        self.state: WindowState | None = None
+        self._after: WindowState | None = None
         self.loss: LossFunction = loss_fn
         if initial is not None:
             self.loss = self._loss_with_hparams if takes_hparams(loss_fn) else self._loss
 
-    def _loss(self, result: Any, target: Any) -> Tensor:
+    def _loss(self, result: object, target: object) -> Tensor:
         return self.loss_fn(self.output(result), target)
 
-    def _loss_with_hparams(self, result: Any, target: Any, hparams: Any = None) -> Tensor:
+    def _loss_with_hparams(self, result: object, target: object, hparams: dict[str, Tensor] | None = None) -> Tensor:
         return self.loss_fn(self.output(result), target, hparams=hparams)
 
-    def output(self, result: Any) -> Any:
-        """The output alone, of what the network returns; its state is what `advance` goes on with.
+    def output(self, result: object) -> object:
+        """The output alone, of what the network returns; `advance` goes on with the state.
 
-        Raises TypeError where the network does not return (output, state)."""
+        Raises TypeError where the network does not return (output, state).
+        """
         if self.initial is None:
             return result
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -56,8 +57,11 @@ class Carried:
         self._after = tuple(tree_map_only(Tensor, Tensor.detach, tree_leaves(state)))
         return output
 
-    def inputs(self, inputs: Any) -> Any:
-        """The inputs of a window and the state before it, a tuple. Raises ValueError where that has another number of rows."""
+    def inputs(self, inputs: object) -> object:
+        """The inputs of a window and the state before it, a tuple.
+
+        Raises ValueError where the state has another number of rows than the inputs.
+        """
         if self.initial is None:
             return inputs
         inputs = as_tuple(inputs)

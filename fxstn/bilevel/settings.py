@@ -1,218 +1,234 @@
-"""Arguments of a BilevelRunner that cannot be meant: everything wrong is said at once, before anything is trained."""
+"""The settings of a BilevelRunner: their defaults, what they mean, and as texts for reports."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePath
-from types import GeneratorType
-from typing import Any
+from typing import Any, SupportsFloat, TypedDict
 
 import torch
-from torch import nn
 
-from fxstn.bilevel import distributed
-from fxstn.bilevel.history import LOSSES
-from fxstn.bilevel.schedule import Schedule
-from fxstn.ir.input_errors import first_line
+from fxstn.bilevel.batches import Batch
+from fxstn.bilevel.checks import check_settings
+from fxstn.bilevel.history import Row, Schedule
+from fxstn.bilevel.means import Metrics
+from fxstn.bilevel.objectives import LossFunction, PerturbMode
+from fxstn.bilevel.optimizers import OptimizerLike, SchedulerFactories, rmsprop
+from fxstn.bilevel.sequences import InitialState
 
-AT_LEAST_ONE = (
-    "train_steps",
-    "valid_steps",
-    "response_every",
-    "response_windows",
-    "response_widening",
-    "accumulate",
-    "keep",
-)
-FRACTIONS = ("response_fraction", "hyper_fraction")
-NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks", "recalibrate")
-POSITIVE = ("clip_norm", "patience", "save_minutes")  # None: not set
-WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
-         "recalibrate", "patience")  # fmt: skip
-FUNCTIONS = ("valid_loss_fn", "initial_state", "unpack")  # or None
-DICTS = ("metrics", "columns", "schedulers", "step_schedulers")  # or None
-COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # the runner's own
-
-OF_NETWORKS = (
-    "valid_loss_fn",
-    "initial_state",
-    "schedule",
-    "compile",
-    "perturb",
-    "tune_scale",
-)  # nothing to a BilevelProblem
+Columns = dict[str, Callable[[Row], SupportsFloat]]
+Callback = Callable[..., object]  # of the runner
+OF_PROCESS = ("device", "out_dir", "progress")  # settings that may differ between the processes of a run
+OF_NETWORKS = ("valid_loss_fn", "initial_state", "schedule", "compile", "perturb", "tune_scale")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+class SettingsDict(TypedDict, total=False):
+    """The settings as keywords of `BilevelRunner`, for type checkers: names and types of `Settings`."""
+
+    optimizer: OptimizerLike
+    response_optimizer: OptimizerLike
+    hyper_optimizer: OptimizerLike
+    scale_optimizer: OptimizerLike
+    schedulers: SchedulerFactories
+    step_schedulers: SchedulerFactories
+    clip_norm: float | None
+    train_steps: int
+    valid_steps: int
+    warmup_epochs: int
+    accumulate: int
+    response_every: int
+    response_fraction: float
+    response_widening: float
+    response_windows: int
+    hyper_fraction: float
+    inner_correction: float
+    entropy_weight: float
+    tune_scale: bool
+    perturb: PerturbMode
+    schedule: Schedule | None
+    valid_loss_fn: LossFunction | None
+    initial_state: InitialState | None
+    unpack: Callable[[Any], Batch] | None
+    ema: float | None
+    recalibrate: int
+    metrics: Metrics | None
+    columns: Columns | None
+    callbacks: Sequence[Callback]
+    patience: int | None
+    out_dir: str | Path | None
+    save_minutes: float
+    keep: int
+    rollbacks: int
+    progress: bool | None
+    device: torch.device | str | None
+    compile: bool | dict[str, Any]
+    autocast: torch.dtype | None
+    memory_format: torch.memory_format | None
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError that lists every setting out of range, TypeError for a kind that cannot be meant."""
-    numbers = (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *(name for name in POSITIVE if settings[name] is not None))
-    if kinds := [f"{name}={settings[name]!r} must be a number" for name in numbers if not _number(settings[name])]:
-        raise TypeError("; ".join(kinds))
-    _check_kinds(settings)
-    told = {name: settings[name] for name in numbers}
-    wrong = [f"{name}={told[name]} must be at least 1" for name in AT_LEAST_ONE if not told[name] >= 1]
-    wrong += [f"{name}={told[name]} must be in (0, 1]" for name in FRACTIONS if not 0 < told[name] <= 1]
-    wrong += [
-        f"{name}={told[name]} must not be negative or infinite"
-        for name in NOT_NEGATIVE
-        if not 0 <= told[name] < math.inf
-    ]
-    wrong += [f"{name}={told[name]} must be positive" for name in POSITIVE if name in told and not told[name] > 0]
-    wrong += [
-        f"{name}={told[name]} must be a whole number"
-        for name in WHOLE
-        if name in told and not float(told[name]).is_integer()
-    ]
-    ema, perturb, autocast = settings["ema"], settings["perturb"], settings["autocast"]
-    if ema is not None and not (_number(ema) and 0 < ema < 1):
-        wrong.append(f"ema={ema} must be in (0, 1)")
-    if perturb not in (None, "example", "batch"):
-        wrong.append(f"perturb={perturb!r} must be 'example', 'batch' or None")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        wrong.append(f"autocast={autocast} must be torch.bfloat16, torch.float16 or None")
-    if told["response_windows"] > 1 and (settings["initial_state"] is None or told["response_every"] > 1):
-        wrong.append(f"response_windows={told['response_windows']} needs initial_state and response_every=1, a step at every "
-                     "window")  # fmt: skip
-    if told["accumulate"] > 1 and settings["initial_state"] is not None:
-        wrong.append(
-            f"accumulate={told['accumulate']} does not go with initial_state: a window needs the state after the last"
-        )
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    for name in ("metrics", "columns"):
-        if bad := [key for key, function in settings[name].items() if not callable(function)]:
-            raise TypeError(f"{name}[{bad[0]!r}] must be a function, got {type(settings[name][bad[0]]).__name__}")
-        if taken := [key for key in settings[name] if key in COLUMNS]:
-            raise ValueError(f"{name}[{taken[0]!r}]: the history has a column of that name; choose another")
-    callbacks = settings["callbacks"]
-    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a run. Raises ValueError that lists every number out of range, TypeError for a value of another kind.
+
+    Optimizers, each a factory, or an optimizer that holds exactly its parameters:
+    optimizer: of w₀. Default: SGD, momentum 0.9, lr 1e-2.
+    response_optimizer: of Θ. Default: Adam, lr 1e-2; for a structured response as for w₀.
+    hyper_optimizer: of λ. Default: `fxstn.optim.SettlingAdam`, whose rate falls from 0.4, and which shrinks λ's step when its
+        gradient is noisy.
+    scale_optimizer: of σ. Default: RMSprop, lr 1e-2.
+    schedulers: {name of an optimizer argument: factory}, such as
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30). Stepped after each epoch,
+        ReduceLROnPlateau with the validation loss.
+    step_schedulers: as schedulers, stepped with their optimizer.
+    clip_norm: largest norm of a step's gradient of w₀, and of Θ. None: no bound.
+
+    Steps:
+    train_steps: T_train ≥ 1, inner steps of a cycle.
+    valid_steps: T_valid ≥ 1, hyper steps at the end of a cycle.
+    warmup_epochs: ≥ 0, first epochs without hyper steps.
+    accumulate: ≥ 1, batches whose gradients one inner step averages.
+    response_every: ≥ 1, inner steps from one response step to the next. Each step is unbiased, Θ moves less often.
+    response_fraction: in (0, 1], part of each batch that the response step sees; unbiased but for batch statistics.
+    response_widening: ≥ 1, how many σ at most the response step perturbs with near the ends of a range.
+    response_windows: ≥ 1, windows over which the response step keeps ε and goes on with the state of the perturbed network, so
+        that the tangent reaches back over them. 1: each begins with the state of the general step, and a tangent of zero.
+    hyper_fraction: in (0, 1], part of each validation batch that the hyper step sees.
+    inner_correction: c ≥ 0. The hypergradient is Θᵀ(∇L_V − c ∇L_T), with ∇L_T the mean over the inner steps since the last
+        hyper step. Where the weights are at their best ∇L_T is zero and c has no effect. Before that Θᵀ∇L_V also asks for what
+        training does anyway, and c = 1 takes that out: to first order ∇L_V − ∇L_T is ∇L_V after a Newton step of the training
+        loss, as long as both losses have about the same curvature. The paper: 0. Unused by method "stn".
+    entropy_weight: τ ≥ 0.
+    tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7). False keeps σ, and the hyper step takes the
+        gradient at λ itself.
+    perturb: "example" (one ε per example, the paper), "batch" (one for all), or "auto": per example where the network allows.
+    schedule: train on a schedule (`History.schedule()`, a file), and take no step of Θ, λ or σ.
+
+    Losses and batches:
+    valid_loss_fn: takes the place of loss_fn in the hyper step and in evaluation.
+    initial_state: for a network that carries a state from one window of its sequences to the next, forward(*inputs, *state) →
+        (output, state): batch size → the first state (`fxstn.CarriedState`). train_loader then yields windows in order, all
+        with as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
+    unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
+
+    Evaluation:
+    ema: decay in (0, 1) of averages of the network, which evaluation, best.pt and best_model then use. None: no averages.
+    recalibrate: ≥ 0, training batches, those of the last steps, on which evaluation, best.pt and best_model estimate the
+        statistics of batch norms anew, in eval mode. Their loss, evaluated so, says how far the network overfits, which limits
+        the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits.
+    metrics: {name: f(output, target) → number}, averaged over the validation set.
+    columns: {name: f(row) → number}, further columns of the history, from those it has; shown in the progress bar.
+    callbacks: functions of the runner, called after each epoch, such as `fxstn.TensorBoard(folder)`; `runner.stop()` ends the
+        run there.
+    patience: epochs without a better validation loss, after which the run stops. None: it does not.
+
+    Files and faults:
+    out_dir: where history.csv, last.pt and best.pt go. A run that finds its last.pt there resumes, and ends as if it had never
+        been cut. A folder that cannot be written is a warning; training goes on.
+    save_minutes: > 0, after which a checkpoint is written within an epoch; one is at SIGTERM and Ctrl-C, too.
+    keep: ≥ 1, checkpoints kept: last.pt, last.1.pt, …
+    rollbacks: ≥ 0, attempts. When a loss becomes NaN, infinite or 10⁴ times what it was, the run goes back to what was saved
+        last, halves the learning rate of that loss's parameters and goes on, checking every batch. Without out_dir that needs a
+        copy of the run in the main memory; 0 makes none.
+    progress: whether to show a bar. None: on a terminal only.
+
+    Device:
+    device: of the run. None: that of the network.
+    compile: run the graphs through torch.compile; a dict gives its options.
+    autocast: dtype of the losses' forward, such as torch.bfloat16; parameters stay as they are. None: theirs.
+    memory_format: of weights and 4-d (5-d) inputs, such as torch.channels_last. None: as they are.
+    """
+
+    optimizer: OptimizerLike = None
+    response_optimizer: OptimizerLike = None
+    hyper_optimizer: OptimizerLike = None
+    scale_optimizer: OptimizerLike = None
+    schedulers: SchedulerFactories = None
+    step_schedulers: SchedulerFactories = None
+    clip_norm: float | None = None
+    train_steps: int = 5
+    valid_steps: int = 1
+    warmup_epochs: int = 0
+    accumulate: int = 1
+    response_every: int = 4
+    response_fraction: float = 1.0
+    response_widening: float = 2.0
+    response_windows: int = 1
+    hyper_fraction: float = 1.0
+    inner_correction: float = 1.0
+    entropy_weight: float = 1e-3
+    tune_scale: bool = False
+    perturb: PerturbMode = "auto"
+    schedule: Schedule | None = None
+    valid_loss_fn: LossFunction | None = None
+    initial_state: InitialState | None = None
+    unpack: Callable[[Any], Batch] | None = None
+    ema: float | None = None
+    recalibrate: int = 10
+    metrics: Metrics | None = None
+    columns: Columns | None = None
+    callbacks: Sequence[Callback] = ()
+    patience: int | None = None
+    out_dir: str | Path | None = None
+    save_minutes: float = 30.0
+    keep: int = 2
+    rollbacks: int = 2
+    progress: bool | None = None
+    device: torch.device | str | None = None
+    compile: bool | dict[str, Any] = False
+    autocast: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self))
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Those of some settings that are not at their defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def shared(self) -> dict[str, object]:
+        """The settings that are plain values: what all processes of a run must have in common."""
+        plain = (bool, int, float, str, torch.dtype, torch.memory_format, type(None))
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, plain) and name not in OF_PROCESS
+        }
+
+    def texts(self) -> dict[str, str]:
+        """The settings for a reader: numbers as they are, functions and objects by name."""
+        dicts = {"metrics": self.metrics or {}, "columns": self.columns or {}}
+        return {name: text_of(value) for name, value in (vars(self) | dicts).items()}
 
 
-def _check_kinds(settings: dict[str, Any]) -> None:
-    """Raises TypeError for an argument that is not a number and of another kind than it must be, ValueError for an out_dir
-    that is a file."""
-    kinds: dict[str, tuple[Any, str]] = {
-        **dict.fromkeys(FUNCTIONS, (callable, "a function")),
-        **{name: (lambda value: isinstance(value, dict), "a dict by name") for name in DICTS},
-        "schedule": (lambda value: isinstance(value, Schedule), "a fxstn.Schedule, such as Schedule.from_json(path)"),
-        "memory_format": (lambda value: isinstance(value, torch.memory_format), "such as torch.channels_last"),
-        "compile": (lambda value: isinstance(value, (bool, dict)), "True, False or a dict of torch.compile's options"),
-        "out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
-    }
-    for name, (right, what) in kinds.items():
-        if settings[name] is not None and not right(settings[name]):
-            raise TypeError(f"{name}={settings[name]!r} must be {what}, or None")
-    if settings["out_dir"] is not None and Path(settings["out_dir"]).is_file():
-        raise ValueError(
-            f"out_dir={str(settings['out_dir'])!r} is a file; name a folder, which is made where there is none"
-        )
-
-
-def check_device(device: Any, name: str = "device") -> torch.device:
-    """A device that is there. Raises ValueError for any other."""
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        others = [
-            "cpu",
-            *(["cuda"] if torch.cuda.is_available() else []),
-            *(["mps"] if torch.backends.mps.is_available() else []),
-        ]
-        raise ValueError(
-            f"{name}={str(device)!r} cannot be used here: {first_line(error)}; there is {' and '.join(others)}"
-        ) from error
-
-
-def check_loss(loss_fn: Any, name: str) -> None:
-    """Raises TypeError for what cannot be called with (output, target), and with `hparams` where it takes them."""
-    if isinstance(loss_fn, type):
-        raise TypeError(f"{name} is the class {loss_fn.__name__}, not a function; make one: {loss_fn.__name__}()")
-    if not callable(loss_fn):
-        raise TypeError(f"{name} must be a function of (output, target), got {type(loss_fn).__name__}")
-    try:
-        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
-    except ValueError:  # some builtins have none
-        return
-    try:
-        signature.bind(None, None, **({"hparams": None} if "hparams" in signature.parameters else {}))
-    except TypeError as error:
-        raise TypeError(f"{name} must be a function of (output, target), or (output, target, hparams); its arguments are "
-                        f"{signature}: {error}") from error  # fmt: skip
-
-
-def check_length(epochs: Any, minutes: Any) -> None:
-    """Of a run. Raises TypeError for what is no number, ValueError for one out of range."""
-    if not _number(epochs) or not (minutes is None or _number(minutes)):
-        raise TypeError(f"fit takes a number of epochs, and minutes or None; got {epochs!r} and {minutes!r}")
-    if not (epochs >= 0 and float(epochs).is_integer()):
-        raise ValueError(
-            f"fit: epochs={epochs} must be a whole number, 0 or more: that of all epochs, those done included"
-        )
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"fit: minutes={minutes} must be positive, or None for no limit")
-
-
-def shared(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are plain values: what all processes of a run must have in common. Each has its own device."""
-    own = ("device", "out_dir", "progress")
-    plain = (bool, int, float, str, torch.dtype, torch.memory_format, type(None))
-    return {name: value for name, value in settings.items() if isinstance(value, plain) and name not in own}
-
-
-def check_loader(loader: Any, name: str) -> int | None:
-    """How many batches it has, where it knows. Raises TypeError for what is no iterable of batches, ValueError for one that is
-    empty or allows one pass at a time."""
-    if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
-        raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}; "
-                        "DataLoader(dataset, batch_size=64) makes one of a data set")  # fmt: skip
-    if isinstance(loader, (GeneratorType, zip, map)):
+def settings_of(keywords: SettingsDict) -> Settings:
+    """The settings that are given as keywords. Raises TypeError for a name that is none, and the errors of `Settings`."""
+    names = [field.name for field in fields(Settings)]
+    if unknown := [name for name in keywords if name not in names]:
+        close = get_close_matches(unknown[0], names, 1)
         raise TypeError(
-            f"{name} is a {type(loader).__name__}, which yields its batches once; give a DataLoader, or a list of them"
+            f"BilevelRunner has no argument {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    if getattr(loader, "persistent_workers", False) and name == "valid_loader":
-        raise ValueError("valid_loader has persistent_workers=True, which allows one pass at a time; the hyper steps and the "
-                         "evaluation are two: set it to False")  # fmt: skip
-    try:
-        batches = len(loader)
-    except TypeError:  # an IterableDataset does not know it
-        return None
-    if batches == 0:
-        raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
-    return batches
+    return Settings(**keywords)
 
 
-def _text(value: Any) -> str:
+PAPER: dict[str, Any] = {
+    "response_every": 1, "response_fraction": 1.0, "response_widening": 1.0, "tune_scale": True, "hyper_optimizer": rmsprop,
+    "inner_correction": 0.0,
+}  # fmt: skip
+
+
+def text_of(value: object) -> str:
+    """A value for a reader, in a line."""
     if isinstance(value, partial):
-        return f"{_text(value.func)}({', '.join([*map(repr, value.args), *(f'{k}={v!r}' for k, v in value.keywords.items())])})"
-    if isinstance(value, dict):
-        return (
-            ", ".join(f"{key}: {_text(held)}" if not callable(held) else str(key) for key, held in value.items())
-            or "none"
-        )
+        arguments = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        return f"{text_of(value.func)}({', '.join(arguments)})"
+    if isinstance(value, Mapping):
+        entries = (str(key) if callable(entry) else f"{key}: {text_of(entry)}" for key, entry in value.items())
+        return ", ".join(entries) or "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value)) or "none"
+        return ", ".join(map(text_of, value)) or "none"
     if value is None or isinstance(value, (int, float, str, torch.dtype, torch.memory_format, torch.device, PurePath)):
         return str(value)
     return getattr(value, "__name__", None) or type(value).__name__
-
-
-def described(settings: dict[str, Any]) -> dict[str, str]:
-    """The settings of a run for a reader: numbers as they are, functions and objects by name."""
-    return {name: _text(value) for name, value in settings.items() if name not in ("self", "stn")}
-
-
-def check_synced_norms(stn: Any) -> None:
-    """Raises ValueError where a norm over processes would see one of them only."""
-    frontend = getattr(stn, "frontend", "fx")
-    if distributed.processes() > 1 and frontend != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
-        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is "
-                         f"{frontend!r}, which sees its own process only: see stn.rejected, or keep BatchNorm")  # fmt: skip

@@ -1,87 +1,101 @@
-"""One step each: of w₀, of Θ, of λ and σ; and the limit of λ's steps."""
+"""One optimizer step each: of w₀, of Θ, of λ and σ; and the limit of λ's steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import BatchPreparer
+from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.faults import LossGuard
 from fxstn.bilevel.optim import SettlingAdam, set_gap
+from fxstn.bilevel.optimizers import Updates
 from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.updates import Updates
+from fxstn.bilevel.state import State, on_device
 from fxstn.ir.input_errors import explained_errors
 
 
 class Stepper:
-    """Takes them, on batches placed by `place`, which errors name, at the loss of a problem.
+    """Runs one optimizer step of each kind.
 
-    correction: c of `BilevelRunner`. precision: a context for the losses' forward. watch: looks at the hyper step's loss.
-    All raise ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no gradient;
-    RuntimeError where it has one of parameters that another step learns.
+    problem: has the losses.
+    updates: steps the optimizers.
+    guard: checks the hyper step's loss.
+    prepare: has moved the batches to the device, and names the last one in errors.
+    correction: c of `BilevelRunner`, inner_correction.
+    precision: makes a context for the forward of a loss.
+
+    `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step.
+
+    Every step raises ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no
+    gradient; RuntimeError where it has gradients for parameters that another step learns.
     """
 
     def __init__(
         self,
         problem: BilevelProblem,
         updates: Updates,
-        watch: LossGuard,
-        place: BatchPreparer,
+        guard: LossGuard,
+        prepare: BatchPreparer,
         correction: float,
-        precision: Callable[[], AbstractContextManager[Any]],
+        precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self.problem, self.updates, self.watch, self.place = problem, updates, watch, place
+        self.problem, self.updates, self.guard, self.prepare = problem, updates, guard, prepare
         self.correction, self.precision = correction, precision
-        self.along: list[Tensor] = []  # Θᵀ∇L_T of the inner steps since the last cycle ended
+        self.training_hypergradients: list[Tensor] = []
 
-    def inner(self, batches: Sequence[tuple[Any, Any]], tunes: bool) -> Tensor:
-        """Of w₀, and of Θ too for a joint problem; returns the loss. tunes: whether a hyper step will follow."""
+    def inner(self, batches: Sequence[Batch], tunes: bool) -> Tensor:
+        """Step w₀, and Θ too for a joint problem; returns the loss. tunes: whether a hyper step will follow."""
         names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
         loss = self._backward(self.problem.general_loss, batches)
         self.updates.ready(*names)
         if self.correction and tunes:
             gradient = self.problem.training_hypergradient()
-            self.along += [gradient] if gradient is not None else []
+            self.training_hypergradients += [gradient] if gradient is not None else []
         self.updates.step(*names)
         return loss
 
-    def response(self, batches: Sequence[tuple[Any, Any]]) -> Tensor:
-        """Of Θ; returns the loss."""
+    def response(self, batches: Sequence[Batch]) -> Tensor:
+        """Step Θ; returns the loss."""
         loss = self._backward(self.problem.response_loss, batches)
         self.updates.ready("response_optimizer")
         self.updates.step("response_optimizer")
         return loss
 
-    def hyper(self, batch: tuple[Any, Any]) -> None:
-        """Of λ, and of σ where it is tuned. Raises BadLoss too."""
+    def hyper(self, batch: Batch) -> None:
+        """Step λ, and σ where it is tuned. Raises BadLoss too."""
         names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers]
         loss = self._backward(self.problem.hyper_loss, [batch])
-        self.watch.check(distributed.mean({"hyper_loss": loss.item()}, self.place.device), self.place.time)
+        self.guard.check(distributed.mean({"hyper_loss": loss.item()}, self.prepare.device), self.prepare.time)
         self.updates.ready(*names)
-        if self.along:
-            (held,) = self.problem.hyper_parameters()
-            assert held.grad is not None
-            held.grad -= self.correction * torch.stack(self.along).mean(0)
+        if self.training_hypergradients:
+            (parameter,) = self.problem.hyper_parameters()
+            assert parameter.grad is not None
+            parameter.grad -= self.correction * torch.stack(self.training_hypergradients).mean(0)
         self.updates.step(*names)
 
-    def _backward(self, objective: Callable[[Any, Any], Tensor], batches: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _backward(self, objective: Callable[..., Tensor], batches: Sequence[Batch]) -> Tensor:
         """Leave the gradient of the mean loss over the batches; returns that mean."""
         losses = []
         for batch in batches:
-            with self.precision(), explained_errors(batch, self.place.where, self.problem):
+            with self.precision(), explained_errors(batch, self.prepare.place, self.problem):
                 loss = objective(*batch)
             if not loss.requires_grad:
-                raise ValueError(f"{self.place.where}: {objective.__name__} has no gradient; what the model puts out must "
+                raise ValueError(f"{self.prepare.place}: {objective.__name__} has no gradient; what the model puts out must "
                                  "depend on its trainable parameters, without .detach(), no_grad or all of them "
                                  "frozen")  # fmt: skip
             self.updates.backward(loss / len(batches))
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+    def state_dict(self) -> State:
+        return {"training_hypergradients": list(self.training_hypergradients)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.training_hypergradients = list(on_device(state["training_hypergradients"], self.prepare.device))
 
 
 class GapLimit:
@@ -116,11 +130,11 @@ class GapLimit:
         if self.optimizer is not None and self.regularizing:
             set_gap(self.optimizer, gap if self.on else None, self.regularizing)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> State:
         """Nothing: the gap is part of the optimizer's state."""
         return {}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Lift the limit that the optimizer's state brought from a run that measured the gap, where this one does not."""
         if not self.on:
             self.set(None)

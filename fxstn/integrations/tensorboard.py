@@ -49,7 +49,7 @@ class TensorBoard:
             rows = rows[-1:]
         for row in rows:
             self._write(writer, runner, row)
-        self._last = rows[-1]["epoch"]
+        self._last = int(rows[-1]["epoch"])
         writer.flush()
 
     def _write(self, writer: SummaryWriter, runner: BilevelRunner, row: Mapping[str, float]) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn import hp
-from fxstn.bilevel.batches import part, placed
-from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
+from fxstn.bilevel.batches import first_part, to_device
+from fxstn.bilevel.objectives import PerturbMode, general_loss, hyper_loss, response_loss
 from fxstn.bilevel.optimizers import adam, sgd
-from fxstn.bilevel.runner import DEFAULT_RESPONSE_EVERY, DEFAULT_RESPONSE_FRACTION
+from fxstn.bilevel.settings import Settings
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.match import bind
@@ -75,7 +75,7 @@ class Setup:
         layout = torch.channels_last if self.channels_last else None
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        return model, *placed((x, target), torch.device(self.device), layout)
+        return model, *to_device((x, target), torch.device(self.device), layout)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
@@ -159,12 +159,14 @@ class TunedTraining:
         self.step_general(loss, before=self.stn.hypergradient if corrected else None)
 
     def response(self, fraction: float = 1.0) -> None:
-        self.step_response(partial(response_loss, self.stn, F.cross_entropy, *part((self.x, self.target), fraction)))
+        self.step_response(
+            partial(response_loss, self.stn, F.cross_entropy, *first_part((self.x, self.target), fraction))
+        )
 
-    def hyper(self, perturb: str | None) -> None:
+    def hyper(self, perturb: PerturbMode) -> None:
         self.step_hyper(partial(hyper_loss, self.stn, F.cross_entropy, self.x, self.target, perturb=perturb))
 
-    def cycle(self, fraction: float, every: int, perturb: str | None, corrected: bool) -> None:
+    def cycle(self, fraction: float, every: int, perturb: PerturbMode, corrected: bool) -> None:
         """The steps until the schedule repeats itself.
 
         fraction: part of the batch that a response step gets. every: inner steps from one response step to the next.
@@ -194,10 +196,10 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         paper = TunedTraining(setup, model, x, target, "structured", sgd)
         steps["general"] = paper.general, 1
         steps["response"] = paper.response, 1
-        steps["schedule"] = partial(paper.cycle, 1.0, 1, None, False), TRAIN_STEPS
+        steps["schedule"] = partial(paper.cycle, 1.0, 1, "auto", False), TRAIN_STEPS
     if "schedule-default" in names:
-        default, every = TunedTraining(setup, model, x, target, "scaled", adam), DEFAULT_RESPONSE_EVERY
-        cycle = partial(default.cycle, DEFAULT_RESPONSE_FRACTION, every, "none", True)
+        default, every = TunedTraining(setup, model, x, target, "scaled", adam), Settings.response_every
+        cycle = partial(default.cycle, Settings.response_fraction, every, "off", True)
         steps["schedule-default"] = cycle, math.lcm(TRAIN_STEPS, every)
     if not BASELINES.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))

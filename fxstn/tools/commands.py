@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from fxstn import hp
 from fxstn.bilevel import PAPER, BilevelRunner, DivergedError, Schedule, accuracy
+from fxstn.bilevel.checks import check_device
 from fxstn.bilevel.optim import SettlingAdam
-from fxstn.bilevel.settings import check_device
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools import bench, data
 from fxstn.tools.explain import explain
@@ -95,7 +95,7 @@ def run_tune(args: argparse.Namespace) -> int:
     print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
     print(f"last epoch {last['epoch']}: test loss {tests['valid_loss']:.4f}, accuracy {tests['accuracy']:.3f}")
     values = runner.problem.values()
-    starts = {one.name: one.init for one in runner.stn.hparams.hyperparameters}
+    starts = runner.history.start
     print(tabulate([(n, f"{starts[n]:.3g}", f"{values[n]:.3g}") for n in values], ["hyperparameter", "start", "now"]))
     print(f"in {out}: {', '.join(files)}")
     return 0

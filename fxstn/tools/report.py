@@ -18,9 +18,9 @@ from string import Template
 import torch
 
 from fxstn.bilevel import BilevelRunner, distributed
-from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.history import SCALE
-from fxstn.bilevel.plots import drawn, figure_class, panels
+from fxstn.bilevel.monitors import AT_BOUND, share_of_range
+from fxstn.bilevel.plots import figure_class, figure_of, panels
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
 
@@ -147,9 +147,9 @@ def _bound(value: float, ends: tuple[float, float]) -> Markup:
 
 
 def _plots(runner: BilevelRunner) -> str:
-    best, images = runner.history.best()["epoch"], []
-    for panel in panels(runner.history):
-        drawn([panel], best, "fxstn.write_report").savefig(
+    best, images = int(runner.history.best()["epoch"]), []
+    for panel in panels(runner.history.groups(), runner.history.start):
+        figure_of([panel], best, "fxstn.write_report").savefig(
             buffer := io.BytesIO(), format="svg", metadata={"Date": None}
         )
         data = base64.b64encode(buffer.getvalue()).decode()

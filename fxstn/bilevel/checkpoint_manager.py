@@ -1,0 +1,214 @@
+"""Gathers the state of a run's parts into checkpoints, in files or in memory, and restores it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
+from fxstn.bilevel.evaluation import BestModel
+from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.history import History
+from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
+
+# Parts whose values never change once they are there, so that a state in memory may share them.
+GROWING = ("history", "best")
+
+
+@dataclass
+class Counters:
+    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back."""
+
+    steps: int = 0
+    response_steps: int = 0
+    hyper_steps: int = 0
+    rollbacks: int = 0
+
+    def state_dict(self) -> State:
+        return asdict(self)
+
+    def load_state_dict(self, state: State) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class RunParts:
+    """All parts of a run that have a state. States are loaded in the order of the parts.
+
+    counters, history, best: of the run.
+    shared: {name: part} whose state is the same in all processes; "problem" has the parameters.
+    local: {name: part} with a state of its own in each process.
+    identity: what two runs must have in common for one to go on with the other's state.
+    """
+
+    counters: Counters
+    history: History
+    best: BestModel
+    shared: Mapping[str, Stateful]
+    local: Mapping[str, LocalState]
+    identity: Mapping[str, object]
+
+    def all_shared(self) -> dict[str, Stateful]:
+        return {**self.shared, "counters": self.counters, "history": self.history, "best": self.best}
+
+    def state_dict(self) -> State:
+        """Everything that what happens next depends on. Several processes: all must call it."""
+        own = {"random": random_state()} | {name: part.state_dict() for name, part in self.local.items()}
+        return {
+            "identity": dict(self.identity),
+            "shared": {name: part.state_dict() for name, part in self.all_shared().items()},
+            "processes": distributed.gathered(own),
+        }
+
+    def load(self, state: State, source: str) -> None:
+        """Go on from a state. Several processes: all must call it.
+
+        Raises ValueError, and changes nothing, where the state is of a run that trains something else. source: where the state
+        is from, says the error.
+        """
+        self._check(state, source)
+        for name, part in self.all_shared().items():
+            part.load_state_dict(state["shared"][name])
+        saved, rank = state["processes"], distributed.rank()
+        for name, local in self.local.items():
+            if len(saved) == distributed.processes():
+                local.load_state_dict(saved[rank][name])
+            else:
+                local.restart(saved[0][name])
+        set_random_state(saved[min(rank, len(saved) - 1)]["random"])
+        if rank >= len(saved):
+            distributed.seed_apart(self.counters.steps)
+
+    def _check(self, state: State, source: str) -> None:
+        for name, theirs in state["identity"].items():
+            if theirs != self.identity[name]:
+                raise ValueError(f"{source} has {name} {theirs}, this run {self.identity[name]}; choose another out_dir, or "
+                                 "the same settings")  # fmt: skip
+        ours, saved = _shapes(self.shared["problem"].state_dict()), _shapes(state["shared"]["problem"])
+        if other := sorted(name for name in ours.keys() | saved.keys() if ours.get(name) != saved.get(name)):
+            raise ValueError(f"{source} is a run of another model: {other[0]} is {saved.get(other[0], 'missing')} there and "
+                             f"{ours.get(other[0], 'missing')} here; choose another out_dir")  # fmt: skip
+        if len(state["processes"]) == distributed.processes():
+            own = state["processes"][distributed.rank()]
+            refusals = [reason for name, part in self.local.items() if (reason := part.refusal(own[name]))]
+            if refusals := [reason for reasons in distributed.gathered(refusals) for reason in reasons]:
+                raise ValueError(f"{source} has {refusals[0]}; choose another out_dir, or the same loaders")
+
+
+def _shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _copied(state: State) -> State:
+    """The same state in memory of its own, off the accelerator."""
+    growing = {name: value for name, value in state["shared"].items() if name in GROWING}
+    changing = {name: value for name, value in state["shared"].items() if name not in GROWING}
+    copied: State = tree_map_only(
+        Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), {**state, "shared": changing}
+    )
+    return copied | {"shared": copied["shared"] | growing}
+
+
+class CheckpointManager:
+    """Keeps the newest state of a run, in files or in memory, and restores it.
+
+    parts: of the run.
+    device: on which processes agree.
+    out_dir: where last.pt, best.pt and history.csv go. None: the state is in memory.
+    minutes: after which a file is due.
+    files: ≥ 1, checkpoints kept.
+    memory: whether a state that is in no file is kept in memory.
+    """
+
+    def __init__(
+        self, parts: RunParts, device: torch.device, out_dir: Path | None, minutes: float, files: int, memory: bool
+    ) -> None:
+        self.parts, self.device, self.out_dir = parts, device, out_dir
+        self.minutes, self.files, self.memory = minutes, files, memory
+        self.restorations = 0  # of the state kept last
+        self._state: State | None = None  # that state, where it is in no file
+        self._step = -1  # at which it was kept
+        self._time = time.perf_counter()
+        self._unwritable = False
+
+    def due(self) -> bool:
+        """Whether it is time for a file."""
+        return self.out_dir is not None and time.perf_counter() - self._time > 60 * self.minutes
+
+    def begin(self) -> None:
+        """Keep the state in which training starts, unless it is kept already."""
+        if self._step != self.parts.counters.steps:
+            self.keep(write=False)
+
+    def keep(self, better: bool = False, write: bool = True) -> None:
+        """Keep the state as it is. Several processes: all must call it.
+
+        better: whether the best model is a new one, to be written too.
+        write: whether it goes to the files of out_dir.
+        """
+        self.restorations, self._state, self._time = 0, None, time.perf_counter()
+        self._step = self.parts.counters.steps
+        write = write and self.out_dir is not None
+        state = self.parts.state_dict() if write or self.memory else {}
+        if write:
+            write = not distributed.any_of(not self._write(state, better), self.device)
+        if self.memory and not write:
+            self._state = _copied(state)
+
+    def _write(self, state: State, better: bool) -> bool:
+        """Whether the files could be written; a warning, once, where they could not."""
+        if distributed.rank():
+            return True
+        assert self.out_dir is not None
+        try:
+            if better and self.parts.best.record is not None:
+                save_atomically(self.parts.best.record, self.out_dir / "best.pt")
+            self.parts.history.to_csv(self.out_dir / "history.csv")
+            save_checkpoint(state, self.out_dir / "last.pt", self.files)
+        except OSError as error:
+            if not self._unwritable:
+                warn_caller(f"cannot write to {self.out_dir}: {error.strerror or error}; training goes on and tries again "
+                              "after each epoch; what comes after the last file is lost")  # fmt: skip
+            self._unwritable = True
+            return False
+        self._unwritable = False
+        return True
+
+    def restore(self) -> None:
+        """Go back to the state kept last."""
+        self.restorations += 1
+        if self._state is not None:
+            self.parts.load(_copied(self._state), "the state kept")
+        else:
+            assert self.out_dir is not None
+            self.load(self.out_dir / "last.pt")
+
+    def resume(self) -> None:
+        """Go on from the newest whole file of out_dir, if there is one."""
+        if self.out_dir is None:
+            return
+        path = self.out_dir / "last.pt"
+        state = distributed.of_first(lambda: latest_checkpoint(path))
+        if state is not None:
+            self.parts.load(state, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint. Several processes: all must call it. Raises OSError."""
+        state = self.parts.state_dict()
+        distributed.of_first(lambda: save_checkpoint(state, path, self.files))
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file. Raises ValueError as `RunParts.load`, and DamagedError."""
+        try:
+            state = distributed.of_first(lambda: load_checkpoint(path))
+        except DamagedError as error:
+            raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
+        self.parts.load(state, str(path))

@@ -1,0 +1,199 @@
+"""Checks of a BilevelRunner's arguments: everything wrong is reported at once, before anything is trained."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import GeneratorType
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.history import LOSSES, Schedule
+from fxstn.ir.input_errors import first_line
+
+AT_LEAST_ONE = (
+    "train_steps",
+    "valid_steps",
+    "response_every",
+    "response_windows",
+    "response_widening",
+    "accumulate",
+    "keep",
+)
+FRACTIONS = ("response_fraction", "hyper_fraction")
+NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks", "recalibrate")
+POSITIVE = ("clip_norm", "patience", "save_minutes")  # None: not set
+WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
+         "recalibrate", "patience")  # fmt: skip
+COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # the runner's own
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that may be None
+    **dict.fromkeys(("valid_loss_fn", "initial_state", "unpack"), (callable, "a function")),
+    **dict.fromkeys(
+        ("metrics", "columns", "schedulers", "step_schedulers"), (lambda value: isinstance(value, dict), "a dict by name")
+    ),
+    "schedule": (lambda value: isinstance(value, Schedule), "a fxstn.Schedule, such as Schedule.from_json(path)"),
+    "memory_format": (lambda value: isinstance(value, torch.memory_format), "such as torch.channels_last"),
+    "compile": (lambda value: isinstance(value, (bool, dict)), "True, False or a dict of torch.compile's options"),
+    "out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
+}  # fmt: skip
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_settings(settings: Mapping[str, object]) -> None:
+    """Raises ValueError that lists every number out of range, TypeError for a setting of another kind."""
+    names = (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *(name for name in POSITIVE if settings[name] is not None))
+    numbers = {name: value for name in names if _is_number(value := settings[name])}
+    if kinds := [f"{name}={settings[name]!r} must be a number" for name in names if name not in numbers]:
+        raise TypeError("; ".join(kinds))
+    _check_kinds(settings)
+    if wrong := [*_wrong_numbers(numbers), *_wrong_choices(settings), *_wrong_together(settings, numbers)]:
+        raise ValueError("; ".join(wrong))
+    _check_functions(settings)
+
+
+def _wrong_numbers(numbers: Mapping[str, float]) -> list[str]:
+    wrong = [f"{name}={numbers[name]} must be at least 1" for name in AT_LEAST_ONE if not numbers[name] >= 1]
+    wrong += [f"{name}={numbers[name]} must be in (0, 1]" for name in FRACTIONS if not 0 < numbers[name] <= 1]
+    wrong += [
+        f"{name}={numbers[name]} must not be negative or infinite"
+        for name in NOT_NEGATIVE if not 0 <= numbers[name] < math.inf
+    ]  # fmt: skip
+    wrong += [f"{name}={numbers[name]} must be positive" for name in POSITIVE if not numbers.get(name, 1) > 0]
+    return wrong + [
+        f"{name}={numbers[name]} must be a whole number" for name in WHOLE if not float(numbers.get(name, 1)).is_integer()
+    ]  # fmt: skip
+
+
+def _wrong_choices(settings: Mapping[str, object]) -> list[str]:
+    wrong = []
+    ema, perturb, autocast = settings["ema"], settings["perturb"], settings["autocast"]
+    if ema is not None and not (_is_number(ema) and 0 < ema < 1):
+        wrong.append(f"ema={ema} must be in (0, 1)")
+    if perturb not in ("auto", "example", "batch"):
+        reason = ": the response is learned from perturbations only" if perturb == "off" else ""
+        wrong.append(f"perturb={perturb!r} must be 'auto', 'example' or 'batch'{reason}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        wrong.append(f"autocast={autocast} must be torch.bfloat16, torch.float16 or None")
+    return wrong
+
+
+def _wrong_together(settings: Mapping[str, object], numbers: Mapping[str, float]) -> list[str]:
+    wrong, windows, state = [], numbers["response_windows"], settings["initial_state"]
+    if windows > 1 and (state is None or numbers["response_every"] > 1):
+        wrong.append(f"response_windows={windows} needs initial_state and response_every=1, a step at every window")
+    if numbers["accumulate"] > 1 and state is not None:
+        wrong.append(f"accumulate={numbers['accumulate']} does not go with initial_state: a window needs the state after the "
+                     "last")  # fmt: skip
+    return wrong
+
+
+def _check_kinds(settings: Mapping[str, object]) -> None:
+    """Raises TypeError for a setting of another kind than it must be, ValueError for an out_dir that is a file."""
+    for name, (right, kind) in KINDS.items():
+        if settings[name] is not None and not right(settings[name]):
+            raise TypeError(f"{name}={settings[name]!r} must be {kind}, or None")
+    out_dir = settings["out_dir"]
+    if isinstance(out_dir, (str, os.PathLike)) and Path(out_dir).is_file():
+        raise ValueError(f"out_dir={str(out_dir)!r} is a file; name a folder, which is made where there is none")
+
+
+def _check_functions(settings: Mapping[str, object]) -> None:
+    for argument in ("metrics", "columns"):
+        functions = settings[argument]
+        for name, function in functions.items() if isinstance(functions, dict) else ():
+            if not callable(function):
+                raise TypeError(f"{argument}[{name!r}] must be a function, got {type(function).__name__}")
+            if name in COLUMNS:
+                raise ValueError(f"{argument}[{name!r}]: the history has a column of that name; choose another")
+    callbacks = settings["callbacks"]
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")
+
+
+def check_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """The device. Raises ValueError where it is not there. name: what the error calls the argument."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        others = [
+            "cpu",
+            *(["cuda"] if torch.cuda.is_available() else []),
+            *(["mps"] if torch.backends.mps.is_available() else []),
+        ]
+        raise ValueError(
+            f"{name}={str(device)!r} cannot be used here: {first_line(error)}; there is {' and '.join(others)}"
+        ) from error
+
+
+def check_loss(loss_fn: object, name: str) -> None:
+    """Raises TypeError for what cannot be called with (output, target), and with `hparams` where it takes them."""
+    if isinstance(loss_fn, type):
+        raise TypeError(f"{name} is the class {loss_fn.__name__}, not a function; make one: {loss_fn.__name__}()")
+    if not callable(loss_fn):
+        raise TypeError(f"{name} must be a function of (output, target), got {type(loss_fn).__name__}")
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(None, None, **({"hparams": None} if "hparams" in signature.parameters else {}))
+    except TypeError as error:
+        raise TypeError(f"{name} must be a function of (output, target), or (output, target, hparams); its arguments are "
+                        f"{signature}: {error}") from error  # fmt: skip
+
+
+def check_length(epochs: object, minutes: object) -> None:
+    """Of a run. Raises TypeError for what is no number, ValueError for one out of range."""
+    if not _is_number(epochs) or not (minutes is None or _is_number(minutes)):
+        raise TypeError(f"fit takes a number of epochs, and minutes or None; got {epochs!r} and {minutes!r}")
+    if not (epochs >= 0 and float(epochs).is_integer()):
+        raise ValueError(
+            f"fit: epochs={epochs} must be a whole number, 0 or more: that of all epochs, those done included"
+        )
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"fit: minutes={minutes} must be positive, or None for no limit")
+
+
+def check_loader(loader: object, name: str) -> int | None:
+    """The number of batches of a loader, where it knows.
+
+    name: of the argument.
+
+    Raises TypeError for what is no iterable of batches, or yields them once; ValueError where the loader is empty or allows one
+    pass at a time.
+    """
+    if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
+        raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}; "
+                        "DataLoader(dataset, batch_size=64) makes one of a data set")  # fmt: skip
+    if isinstance(loader, (GeneratorType, zip, map)):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__}, which yields its batches once; give a DataLoader, or a list of them"
+        )
+    if getattr(loader, "persistent_workers", False) and name == "valid_loader":
+        raise ValueError("valid_loader has persistent_workers=True, which allows one pass at a time; the hyper steps and the "
+                         "evaluation are two: set it to False")  # fmt: skip
+    try:
+        batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an IterableDataset does not know it
+        return None
+    if batches == 0:
+        raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
+    return batches
+
+
+def check_synced_norms(stn: nn.Module) -> None:
+    """Raises ValueError where a norm over processes would see one of them only."""
+    frontend = getattr(stn, "frontend", "fx")
+    if distributed.processes() > 1 and frontend != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
+        raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is "
+                         f"{frontend!r}, which sees its own process only: see stn.rejected, or keep BatchNorm")  # fmt: skip

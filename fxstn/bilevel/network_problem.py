@@ -1,0 +1,215 @@
+"""The bilevel problem of a network from `fxstn.transform`: λ moves the weights through the response Θ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxstn.bilevel.batches import Batch, first_part
+from fxstn.bilevel.checks import check_loss
+from fxstn.bilevel.objectives import (
+    LossFunction,
+    Perturb,
+    as_tuple,
+    evaluate_loss,
+    general_loss,
+    hyper_loss,
+    perturbation,
+    response_loss,
+    validation_loss,
+)
+from fxstn.bilevel.problem import BilevelProblem, Evaluation
+from fxstn.bilevel.sequences import CarriedState
+from fxstn.bilevel.settings import OF_NETWORKS, Settings
+from fxstn.bilevel.state import State
+from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.batch_axis import batch_size
+
+
+class NetworkProblem(BilevelProblem):
+    """The problem of a network: Θ learns how w₀ responds to λ, and λ moves by what the response says of the validation loss.
+
+    loss_fn, settings: of `BilevelRunner`.
+    """
+
+    def __init__(self, stn: SelfTuningNetwork, loss_fn: LossFunction, settings: Settings) -> None:
+        super().__init__()
+        self.stn, self.joint = stn, stn.method == "stn"
+        self.initial_state, self.valid_loss_fn = settings.initial_state, settings.valid_loss_fn or loss_fn
+        self.training_windows = CarriedState(loss_fn, settings.initial_state)
+        self.perturbed_windows = CarriedState(loss_fn, settings.initial_state)
+        self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)
+        self.entropy_weight, self.tune_scale = settings.entropy_weight, settings.tune_scale
+        self.perturb: Perturb = settings.perturb
+        self.response_fraction, self.response_widening = settings.response_fraction, settings.response_widening
+        self.response_windows, self.hyper_fraction = settings.response_windows, settings.hyper_fraction
+        self._windows = 0  # that the response step has seen in this pass
+        self._epsilon: Tensor | None = None
+        self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
+
+    def general_parameters(self) -> Iterable[nn.Parameter]:
+        return [parameter for parameter in self.stn.general_parameters() if parameter.requires_grad]
+
+    def response_parameters(self) -> Iterable[nn.Parameter]:
+        return self.stn.response_parameters()
+
+    def hyper_parameters(self) -> Iterable[nn.Parameter]:
+        return [self.stn.hparams.unconstrained]
+
+    def scale_parameters(self) -> Iterable[nn.Parameter]:
+        return [self.stn.hparams.raw_scale] if self.tune_scale else []
+
+    def general_loss(self, inputs: Any, target: Any) -> Tensor:
+        carried = self.training_windows
+        inputs = carried.inputs(inputs)
+        self._before = carried.state
+        loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb)
+        carried.advance()
+        return loss
+
+    def response_loss(self, inputs: Any, target: Any) -> Tensor:
+        """L_T at λ + ε, from the state before the window or, while ε stays, from that of the perturbed network."""
+        carried = self.perturbed_windows
+        (inputs, before), target = first_part(((inputs, self._before), target), self.response_fraction)
+        begins = self._windows % self.response_windows == 0
+        if begins:
+            carried.state = before
+        inputs = carried.inputs(inputs)
+        if self.response_windows > 1 and begins:
+            self._epsilon = perturbation(self.stn, inputs, self.perturb).detach()
+        perturb = self.perturb if self._epsilon is None else self._epsilon
+        loss = response_loss(self.stn, carried.loss, inputs, target, perturb=perturb, widening=self.response_widening)
+        carried.advance()
+        self._windows += 1
+        return loss
+
+    def hyper_loss(self, inputs: Any, target: Any) -> Tensor:
+        carried = self.validation_windows
+        inputs, target = first_part((inputs, target), self.hyper_fraction)
+        perturb = self.perturb if self.tune_scale else "off"
+        loss = hyper_loss(
+            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb
+        )
+        carried.advance()
+        return loss
+
+    def validation_loss(self, inputs: Any, target: Any) -> tuple[Tensor, Any]:
+        return self.evaluation()(inputs, target)
+
+    def evaluation(self) -> Evaluation:
+        carried = CarriedState(self.valid_loss_fn, self.initial_state)
+
+        def evaluate(inputs: object, target: object) -> tuple[Tensor, object]:
+            loss, result = validation_loss(self.stn, carried.loss, carried.inputs(inputs), target)
+            carried.advance()
+            return loss, carried.output(result)
+
+        return evaluate
+
+    def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
+        frozen = self.stn.recipe.plan.frozen
+        norms = [m for n, m in self.stn.model.named_modules() if isinstance(m, _BatchNorm) and n not in frozen]
+        norms = [norm for norm in norms if norm.running_mean is not None]
+        return recalibrated_norms(norms, partial(self._run, batches)) if norms else nullcontext()
+
+    def _run(self, batches: Iterable[Batch]) -> None:
+        """Run the network in eval mode on each batch, for what its norms see."""
+        carried = CarriedState(self.valid_loss_fn, self.initial_state)
+        with eval_mode(self.stn):
+            for inputs, _ in batches:
+                carried.output(self.stn(*as_tuple(carried.inputs(inputs))))
+                carried.advance()
+
+    def values(self) -> dict[str, float]:
+        return self.stn.hparams.values()
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {p.name: (p.low, p.high) for p in self.stn.hparams.hyperparameters}
+
+    def scales(self) -> dict[str, float]:
+        return dict(zip(self.stn.hparams.names, self.stn.hparams.scale.tolist(), strict=True))
+
+    def regularizing(self) -> list[bool]:
+        return [p.regularizes for p in self.stn.hparams.hyperparameters]
+
+    def positions(self, unconstrained: Tensor) -> Tensor:
+        return self.stn.hparams.bijection.position(unconstrained)
+
+    def training_hypergradient(self) -> Tensor | None:
+        return None if self.joint else self.stn.hypergradient()
+
+    def begins(self, stream: str) -> None:
+        if stream == "valid":
+            self.validation_windows.reset()
+        else:
+            self.training_windows.reset()
+            self._windows = 0
+
+    @torch.no_grad()
+    def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
+        """How far one ε ~ N(0, σ²), the same for the batch, moves the network.
+
+        "response_norm": ‖Θε‖/‖w₀‖.
+        "linearization_error", for method "delta": |L_lin − L_true| / (|L_lin − L_0| + |L_true − L_0|) in [0, 1], of the
+            validation losses of y + dy, of the network with the weights w₀ + Θε, and of that with w₀, all as the hyper step
+            sees them.
+        """
+        stn, carried = self.stn, CarriedState(self.valid_loss_fn, self.initial_state)
+        noise = torch.randn(len(stn.hparams), generator=torch.Generator().manual_seed(seed))
+        epsilon = stn.hparams.scale.detach() * noise.to(stn.hparams.scale)
+        moved, at_rest = stn.best_response(epsilon), stn.best_response(torch.zeros_like(epsilon))
+        changes = torch.stack([(w - at_rest[n]).norm() for n, w in moved.items()])
+        sizes = torch.stack([w.norm() for w in at_rest.values()])
+        result = {"response_norm": (changes.norm() / sizes.norm()).item()}
+        if stn.method != "delta" or stn.augments:
+            return result
+        inputs = as_tuple(carried.inputs(inputs))
+
+        def loss(delta: Tensor) -> float:
+            output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
+            return evaluate_loss(carried.loss, output, target, batch_size(inputs), None).item()
+
+        linearized, plain = loss(epsilon), loss(torch.zeros_like(epsilon))
+        parameters = dict(stn.model.named_parameters())
+        with swapped_tensors([parameters[name] for name in moved], list(moved.values())):
+            true = loss(torch.zeros_like(epsilon))
+        change = abs(linearized - plain) + abs(true - plain)
+        return result | {"linearization_error": abs(linearized - true) / change if change else 0.0}
+
+    def local_state(self) -> State:
+        windows = (self.training_windows, self.perturbed_windows, self.validation_windows)
+        return {"windows": self._windows, "epsilon": self._epsilon, "carried": [carried.state for carried in windows]}
+
+    def load_local_state(self, state: State) -> None:
+        self._windows, self._epsilon = state["windows"], state["epsilon"]
+        windows = (self.training_windows, self.perturbed_windows, self.validation_windows)
+        for carried, saved in zip(windows, state["carried"], strict=True):
+            carried.state = saved
+
+    def export(self) -> nn.Module:
+        return self.stn.export()
+
+
+def as_problem(
+    stn: SelfTuningNetwork | BilevelProblem, loss_fn: LossFunction | None, settings: Settings
+) -> BilevelProblem:
+    """The problem that a runner's arguments mean. Raises TypeError where they are of another kind, or do not go together."""
+    if isinstance(stn, SelfTuningNetwork):
+        check_loss(loss_fn, "loss_fn")
+        check_loss(settings.valid_loss_fn or loss_fn, "valid_loss_fn")
+        assert loss_fn is not None
+        return NetworkProblem(stn, loss_fn, settings)
+    if not isinstance(stn, BilevelProblem):
+        raise TypeError(f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}")
+    if loss_fn is not None:
+        raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
+    if unused := settings.changed(OF_NETWORKS):
+        raise TypeError(f"{', '.join(unused)}: only for a network from fxstn.transform, not for a BilevelProblem")
+    return stn

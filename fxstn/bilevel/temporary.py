@@ -1,0 +1,109 @@
+"""What a network is for a while: other values in its tensors, eval mode, other statistics of its batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from fxstn.bilevel import distributed
+
+
+@contextmanager
+def swapped_tensors(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the tensors, and every graph that shares them, have these values."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        _fill(tensors, values)
+        yield
+    finally:
+        _fill(tensors, before)
+
+
+@torch.no_grad()
+def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode, and no gradients are recorded."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+@dataclass
+class _Sums:
+    """Sums over batches of the mean and the unbiased variance of each channel."""
+
+    batches: int = 0
+    mean: Tensor | float = 0.0
+    variance: Tensor | float = 0.0
+
+
+class _BatchStatistics(TorchFunctionMode):
+    """Inside, some batch norms in eval mode normalise by the batch; `sums` adds up its statistics."""
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        super().__init__()
+        self.sums = {id(norm.running_mean): _Sums() for norm in norms}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        ours = func is F.batch_norm and len(args) > 2 and id(args[1]) in self.sums
+        if ours and args[0].numel() > args[0].shape[1]:  # more than one value per channel
+            mean, variance = self._count(args[0].detach(), self.sums[id(args[1])])
+            args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _count(x: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
+        values = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+        sums.batches += 1
+        sums.mean, sums.variance = sums.mean + mean, sums.variance + variance * values / (values - 1)
+        return mean, variance
+
+
+@contextmanager
+def recalibrated_norms(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> Iterator[None]:
+    """Inside, batch norms have the mean statistics of the batches of `run`. Several processes: the mean over them.
+
+    norms: with running statistics. A norm that no batch reaches keeps its own.
+    run: calls the network of the norms in eval mode on some batches. All processes must call it.
+
+    The averages that training keeps lag behind the weights, and are those of activations under dropout (Li et al. 2019,
+    Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift). Statistics of some training batches
+    in eval mode (Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, Sec. 3) belong to the network that is evaluated, and for
+    which λ is chosen: the hyper step normalises by its batch.
+    """
+    with torch.no_grad(), _BatchStatistics(norms) as batches:
+        run()
+    statistics, estimates = [], []
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        sums = batches.sums[id(norm.running_mean)]
+        for tensor, total in ((norm.running_mean, sums.mean), (norm.running_var, sums.variance)):
+            statistics.append(tensor)
+            estimates.append(total / sums.batches if isinstance(total, Tensor) else tensor)
+    with swapped_tensors(statistics, estimates):
+        distributed.average(statistics)
+        yield

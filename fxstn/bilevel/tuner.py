@@ -1,0 +1,168 @@
+"""Tuner: the alternation of Alg. 1 over the batches of an epoch: inner steps, response steps, hyper steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
+from fxstn.bilevel.checkpoint_manager import Counters
+from fxstn.bilevel.evaluation import WeightAverages
+from fxstn.bilevel.faults import LossGuard, warn_caller
+from fxstn.bilevel.means import RunningMeans
+from fxstn.bilevel.optimizers import OptimizerLike, Updates, build_optimizers
+from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.settings import Settings
+from fxstn.bilevel.steps import Stepper
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.batch_axis import batch_size
+
+
+def build_updates(
+    problem: BilevelProblem, network: SelfTuningNetwork | None, settings: Settings, device: torch.device
+) -> Updates:
+    """The optimizers of a run, and what is between a backward pass and their steps.
+
+    network: of the problem. None: a problem of the user's own.
+
+    Warns where weight decay is tuned and also set in an optimizer.
+    """
+    likes: dict[str, OptimizerLike] = {
+        "optimizer": settings.optimizer,
+        "response_optimizer": settings.response_optimizer,
+        "hyper_optimizer": settings.hyper_optimizer,
+        "scale_optimizer": settings.scale_optimizer,
+    }
+    optimizers = build_optimizers(problem, likes, network is not None and network.structured)
+    for name in ("optimizer", "response_optimizer"):
+        groups = optimizers[name].param_groups if name in optimizers else []
+        if network is not None and network.terms.penalties and any(g.get("weight_decay") for g in groups):
+            warn_caller(
+                f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", UserWarning
+            )
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast is torch.float16)
+    schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
+    return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scaler, check=network is None)
+
+
+class Tuner:
+    """Runs the steps of an epoch.
+
+    problem: on its device.
+    network: of the problem. None: a problem of the user's own.
+    train_loader, valid_loader, settings: of the runner.
+    batches: the number of them in train_loader. None: unknown.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        network: SelfTuningNetwork | None,
+        train_loader: Iterable[object],
+        valid_loader: Iterable[object],
+        settings: Settings,
+        device: torch.device,
+        batches: int | None,
+    ) -> None:
+        self.problem, self.network, self.settings, self.device = problem, network, settings, device
+        self.schedule, self.counters = settings.schedule, Counters()
+        self.train = ResumableLoader(train_loader, "train_loader", settings.recalibrate)
+        self.valid = ResumableLoader(valid_loader, "valid_loader")
+        self.length = math.ceil(batches / settings.accumulate) if batches else None  # inner steps of an epoch
+        self.uneven = distributed.uneven(train_loader)
+        self.guard, self.means = LossGuard(), RunningMeans(device)
+        self.prepare = BatchPreparer(device, settings.memory_format, settings.unpack)
+        self.precision = partial(torch.autocast, device.type, settings.autocast, enabled=settings.autocast is not None)
+        self.updates = build_updates(problem, network, settings, device)
+        correction = settings.inner_correction
+        self.stepper = Stepper(problem, self.updates, self.guard, self.prepare, correction, self.precision)
+        self.averages: WeightAverages | None = None
+        if settings.ema is not None:
+            averaged = (*problem.general_parameters(), *problem.response_parameters(), *problem.buffers())
+            self.averages = WeightAverages(averaged, settings.ema)
+
+    def epoch(self, number: int, pause: Callable[[], None]) -> dict[str, float]:
+        """Train for the epoch of this number, or for the rest of it; returns the mean losses.
+
+        pause: called between cycles; in a process of its own between inner steps, too.
+
+        Raises BadLoss, and ValueError where the train loader yields no batch.
+        """
+        means, settings = self.means, self.settings
+        if not means.steps:
+            means.begin()
+            self.problem.begins("train")
+            self.train.begin()
+        self.problem.train()
+        tunes = self.schedule is None and number > settings.warmup_epochs
+        while batches := self._next_batches():
+            time = f"epoch {number}, step {means.steps + 1}"
+            self._replay(number - 1, means.steps + 1)
+            means.add(self.inner_step([self.prepare(b, "train_loader", time) for b in batches], tunes))
+            cycle_over = self.counters.steps % settings.train_steps == 0
+            if cycle_over or means.steps == 1:
+                self.guard.check(means.means(), time)
+            if cycle_over:
+                for _ in range(settings.valid_steps if tunes else 0):
+                    self._hyper_step(time)
+                self.stepper.training_hypergradients.clear()
+            if cycle_over or distributed.processes() == 1:
+                pause()
+        if not means.steps:
+            raise ValueError("train_loader is empty: it yielded no batch")
+        losses = means.means()
+        self.guard.check(losses, f"epoch {number}, step {means.steps}")
+        if self._responds:
+            losses.setdefault("response_loss", math.nan)  # a short epoch without a response step
+        return losses
+
+    @property
+    def _responds(self) -> bool:
+        """Whether there are steps of Θ alone."""
+        return "response_optimizer" in self.updates.optimizers and not self.problem.joint and self.schedule is None
+
+    def _next_batches(self) -> list[object]:
+        """The batches of the next inner step; none, in all processes, where one of them has none left."""
+        batches = self.train.take(self.settings.accumulate)
+        if self.uneven and distributed.any_of(not batches, self.device):
+            self.train.close()
+            return []
+        return batches
+
+    def _replay(self, epochs: int, step: int) -> None:
+        """Set λ to where the schedule, if there is one, has it at the end of this step after so many epochs."""
+        if self.schedule is not None and self.network is not None:
+            length = self.length or step  # of a loader that does not know it: the values at the end of the epoch
+            self.network.hparams.set(self.schedule.at(epochs + step / length))
+
+    def inner_step(self, batches: list[Batch], tunes: bool) -> dict[str, Tensor]:
+        """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem.
+
+        tunes: whether hyper steps follow.
+
+        Returns the losses.
+        """
+        losses = {"train_loss": self.stepper.inner(batches, tunes)}
+        if self._responds and (self.counters.steps + 1) % self.settings.response_every == 0:
+            losses["response_loss"] = self.stepper.response(batches)
+            self.counters.response_steps += 1
+        if self.averages:
+            self.averages.update()
+        self.counters.steps += 1
+        return losses
+
+    def _hyper_step(self, time: str) -> None:
+        for _ in range(2):
+            batch, first = self.valid.next()
+            if first:
+                self.problem.begins("valid")
+            pair = self.prepare(batch, "valid_loader", time)
+            if batch_size(pair[0]) > 1:  # else a rest of the set that has no batch statistics
+                break
+        self.stepper.hyper(pair)
+        self.counters.hyper_steps += 1
