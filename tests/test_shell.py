@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,18 @@ def test_a_function_in_the_current_folder_is_found_by_the_shell(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert cli.main(["explain", "models_of_mine:build"]) == 0
     assert "2 parameters respond" in capsys.readouterr().out
+
+
+def test_an_installed_package_has_its_types_its_page_and_its_command(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="pip builds the package with the setuptools that is here")
+    root = Path(fxstn.__file__).parents[1]
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(root / "fxstn", source / "fxstn", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", target, source], check=True, capture_output=True)
+    files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert {"fxstn/py.typed", "fxstn/tools/report.html", "bin/fxstn"} <= files
+    modules = {str(path.relative_to(source)) for path in (source / "fxstn").rglob("*.py")}
+    assert modules <= files
