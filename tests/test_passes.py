@@ -1,11 +1,9 @@
-"""Law 6, and what each pass does to a graph: before and after."""
+"""What each pass does to a graph: before and after, and that it leaves its input alone (law 6; imports: test_house.py)."""
 
 from __future__ import annotations
 
-import ast
 import copy
 import operator
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,39 +26,6 @@ from fxstn.passes.hyperize import hyperize
 from fxstn.passes.match import bind
 from fxstn.passes.pushforward import linearized, perturbed, pushforward
 from fxstn.passes.simplify import simplify
-
-PACKAGE = Path(fxstn.__file__).parent
-PASSES = {
-    "trace",
-    "canonicalize",
-    "bind",
-    "condition",
-    "hyperize",
-    "pushforward",
-    "simplify",
-    "transform",
-    "layout",
-    "graphs",
-    "mutation",
-}
-RUNTIME = ["network.py", "tangents.py", *(f"{folder}/*.py" for folder in ("layers", "hp", "bilevel"))]
-
-
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
-
-
-def test_runtime_modules_import_no_pass():
-    files = [path for pattern in RUNTIME for path in PACKAGE.glob(pattern)]
-    assert len(files) > 12
-    for path in files:
-        assert not {f"fxstn.{name}" for name in PASSES} & imports_of(path), path
 
 
 def text(module: fx.GraphModule) -> str:
