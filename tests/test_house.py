@@ -66,6 +66,7 @@ def test_law_6_is_about_every_room_that_training_runs_and_every_pass_in_the_fold
     ("thing", "room"),
     [
         ("new frontend", "frontends"),
+        ("new decomposition", "frontends.decompositions"),
         ("new pass", "passes"),
         ("new tangent rule", "rules"),
         ("new spec", "hp"),

@@ -1,4 +1,4 @@
-"""A program of torch.export → the graph that what symbolic tracing would have made, under a root."""
+"""A program of torch.export → the graph that symbolic tracing would make, under a root."""
 
 from __future__ import annotations
 

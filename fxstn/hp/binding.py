@@ -1,4 +1,4 @@
-"""Which λ belongs where in a model: what matching specs with a training graph finds."""
+"""Which λ belongs where in a model: the result of matching specs with a training graph."""
 
 from __future__ import annotations
 

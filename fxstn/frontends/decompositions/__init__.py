@@ -1,4 +1,4 @@
-"""Modules and functions that are followed by what they compute; see `fxstn.frontends.decompositions.registry`."""
+"""Decompositions: what tracing cannot look into, written out as operations. A new decomposition goes into one of these."""
 
 from fxstn.frontends.decompositions import attention, recurrent
 from fxstn.frontends.decompositions.registry import DECOMPOSITIONS, decomposes

@@ -1,4 +1,4 @@
-"""Which modules are random operations that a spec can take over, and what else of `torchvision.transforms.v2` is followed."""
+"""Random modules of torchvision that specs take over, and what else of `torchvision.transforms.v2` is followed."""
 
 from __future__ import annotations
 
