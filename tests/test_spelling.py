@@ -7,9 +7,12 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import fxstn
+from fxstn import hp
 from fxstn.ir.spelling import Spelled, Unspellable, respell
 
 Tensor, aten = torch.Tensor, torch.ops.aten
@@ -215,6 +218,33 @@ def test_an_operation_in_place_is_its_counterpart_by_values(target, args, kwargs
     mutated = args[0].clone()
     original(target, (mutated, *args[1:]), kwargs)
     same(value, mutated)
+
+
+@pytest.mark.parametrize("name", ["and_", "or_", "not_", "is_", "is_not", "invert", "index"])
+def test_an_operator_works_in_place_only_where_python_says_so(name):
+    """Python's keywords give some operators an underscore at the end, which in torch means in place."""
+    function = getattr(operator, name)
+    spelled = respell(function, (MASK, MASK) if name in ("and_", "or_", "is_", "is_not") else (MASK,), {})
+    assert spelled.function is function
+    assert not spelled.in_place
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_masks_that_are_joined_stay_as_they_are(trace):
+    class Masks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.fc(x)
+            positive = y > 0
+            both, either = positive & (x > 0), positive | (x > 0)
+            return y * positive, y * both, y * either
+
+    net, x = Masks(), torch.randn(5, 4)
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=x, trace=trace)
+    same(stn(x), net(x))
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
 
+Index = int | slice | Tensor | tuple["Index", ...] | list | None
+
 
 @staged
-def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
-    """x after x[index] = value; x itself stays. index: whatever a tensor takes."""
+def assigned(x: Tensor, index: Index, value: Tensor | float) -> Tensor:
+    """x after x[index] = value. x itself stays as it is.
+
+    x: of any shape.
+    index: whatever indexes a tensor.
+    value: broadcasts to x[index].
+    """
     result = x.clone()
     result[index] = value
     return result

@@ -32,8 +32,8 @@ def overloads(function: Function) -> tuple[OpOverload, ...]:
         packet = getattr(torch.ops.aten, name, None) if of_torch and name.isidentifier() else None
     if not isinstance(packet, OpOverloadPacket):
         return ()
-    found = (getattr(packet, name) for name in packet.overloads())
-    return tuple(overload for overload in found if _dispatched(overload) and not _writes_out(overload))
+    variants = (getattr(packet, name) for name in packet.overloads())
+    return tuple(overload for overload in variants if _dispatched(overload) and not _writes_out(overload))
 
 
 def _dispatched(overload: OpOverload) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.node import Target
 
 from fxstn.ir.errors import operation_name
 from fxstn.ir.layer_signatures import ANY, METHODS, RAW
@@ -102,17 +103,33 @@ _KNOWN = {"_operator", "torch", "torch.functional", "torch.nn.functional", "torc
 _PACKED = {torch.reshape, torch.permute, torch.flip, torch.tile}  # as methods they take sizes as separate arguments
 _UNPACKED = {Tensor.view, Tensor.expand, Tensor.repeat}  # and these always do
 _INPUT_NAMES = ("input", "self", "tensors", "tensor", "x")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "lshift",
+    "rshift",
+    "and",
+    "or",
+    "xor",
+)
 _IN_PLACE_METHODS = {f"__i{name}__": f"__{name}__" for name in (*_OPERATORS, "div")}
 IN_PLACE_OPERATORS = {getattr(operator, f"i{name}"): getattr(operator, f"__{name}__") for name in _OPERATORS}
 
 
-def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
-    """The canonical spelling of target(*args, **kwargs); values are handed through, never computed with.
+def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
+    """The canonical spelling of target(*args, **kwargs). What has only one spelling comes back as it is.
 
     target: a method's name, a torch function or operator, a Tensor method or property getter as a TorchFunctionMode sees
-    it, an ATen overload. What has only one spelling comes back as it is. Raises Unspellable for a mutation without a
-    functional counterpart.
+        it, or an ATen overload.
+    args, kwargs: handed through, never computed with.
+
+    Raises Unspellable for a mutation without a functional counterpart.
     """
     if isinstance(target, types.MethodWrapperType):
         return _attribute(target, args)
@@ -120,7 +137,7 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
         return replace(respell(IN_PLACE_OPERATORS[target], args, kwargs), in_place=True)
     origin, _, in_place = origin_of(target)
     args, kwargs = tuple(args), dict(kwargs)
-    if origin == "other":
+    if origin == "other" and not isinstance(target, str):
         return Spelled(target, args, kwargs)
     if "axis" in kwargs:
         kwargs["dim"] = kwargs.pop("axis")
@@ -135,7 +152,8 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
         return replace(signature(*args, **kwargs), in_place=in_place)
     function = _function(target)
     if function is None:
-        raise Unspellable(f"{operation_name(target)} changes a tensor in place")
+        reason = "changes a tensor in place" if in_place else "is no method of a tensor"
+        raise Unspellable(f"{operation_name(target)} {reason}")
     if origin == "method" and function in _PACKED and len(args) > 1 and not isinstance(args[1], (tuple, list)):
         args = (args[0], args[1:])
     if function in _UNPACKED and len(args) == 2 and isinstance(args[1], (tuple, list)):
@@ -145,22 +163,24 @@ def respell(target: Any, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     return Spelled(function, args, kwargs, in_place)
 
 
-def _attribute(getter: Any, args: tuple) -> Spelled:
+def _attribute(getter: types.MethodWrapperType, args: tuple) -> Spelled:
     """A property of Tensor, as a function mode sees it: Tensor.shape.__get__."""
-    name = getter.__self__.__name__
+    name = getattr(getter.__self__, "__name__", "")
     if getter.__name__ != "__get__":
         raise Unspellable(f"assigning .{name} changes a tensor in place")
     return spell(torch.detach, args[0]) if name == "data" else spell(getattr, args[0], name)
 
 
 @functools.cache
-def origin_of(target: Any) -> tuple[str, str, bool]:
-    """(where the spelling is from, name of the operation by values, whether this spelling works in place).
+def origin_of(target: Target) -> tuple[str, str, bool]:
+    """What the name of a spelling says.
 
-    From: "method", "operator", "aten", "builtin" (in torch, with ATen's signatures), "function" (in torch, written in
+    Returns three things: where it is from, the name of the operation by values, and whether this spelling works in place.
+    It is from "method", "operator", "aten", "builtin" (in torch, with ATen's signatures), "function" (in torch, written in
     Python), or "other", where a name says nothing.
     """
-    name, module = getattr(target, "__name__", target), getattr(target, "__module__", None)
+    name: str = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", None)
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         qualified = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
         namespace, _, name = qualified.partition("::")
@@ -172,18 +192,18 @@ def origin_of(target: Any) -> tuple[str, str, bool]:
     elif module in _KNOWN:
         origin = "operator" if module == "_operator" else "function" if inspect.isfunction(target) else "builtin"
     else:
-        return "other", str(name), False
+        return "other", name, False
     if name in ("setitem", "__setitem__"):
         return origin, name, True
     if name in _IN_PLACE_METHODS:
         return origin, _IN_PLACE_METHODS[name], True
     if name.endswith("_") and not name.endswith("__"):
-        return origin, name[:-1], True
+        return origin, name[:-1], origin != "operator"  # operator.and_ has its underscore from Python's keyword
     return origin, name, False
 
 
 @functools.cache
-def _inplace_position(target: Any) -> int | None:
+def _inplace_position(target: Target) -> int | None:
     """Where a function of torch.nn.functional takes `inplace`, its last argument."""
     if not inspect.isfunction(target) or target.__module__ != "torch.nn.functional":
         return None
@@ -192,7 +212,7 @@ def _inplace_position(target: Any) -> int | None:
 
 
 @functools.cache
-def signature_of(target: Any) -> Callable[..., Spelled] | None:
+def signature_of(target: Target) -> Callable[..., Spelled] | None:
     """The signature of this spelling in fxstn.ir.signatures, where it differs from the canonical function's."""
     origin, name, in_place = origin_of(target)
     if origin == "other" or (origin == "operator" and target is not operator.setitem):
@@ -208,17 +228,18 @@ _PREFIXES = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.f
 
 
 @functools.cache
-def _function(target: Any) -> Callable[..., Any] | None:
+def _function(target: Target) -> Callable[..., Any] | None:
     """The canonical function with the arguments of this spelling; None for a mutation without one."""
     origin, name, in_place = origin_of(target)
+    itself = None if in_place or isinstance(target, str) else target
     if in_place and name in _OTHER_MEANING:
         return None
     if origin == "operator":
-        return NAMES.get(f"__{name.strip('_')}__", target)
+        return NAMES.get(f"__{name.strip('_')}__", itself)
     if name in NAMES:
         return NAMES[name]
-    if origin == "function" and not in_place:
-        return target
+    if origin == "function" and itself is not None:
+        return itself
     namespaces = [(torch, name), (F, name), (Tensor, name)]
     if origin == "method" and not in_place:
         namespaces = [(torch, name), (Tensor, name)]
@@ -226,23 +247,21 @@ def _function(target: Any) -> Callable[..., Any] | None:
         (module, name.removeprefix(prefix)) for prefix, module in _PREFIXES.items() if name.startswith(prefix)
     ]
     for namespace, key in namespaces:
-        found = getattr(namespace, key, None)
-        if inspect.isroutine(found) and _takes_the_same(
-            found, target
-        ):  # torch.float is a dtype, Tensor.float a routine
-            return found
-    return None if in_place else target
+        candidate = getattr(namespace, key, None)  # torch.float is a dtype, Tensor.float a routine
+        if inspect.isroutine(candidate) and _takes_the_same(candidate, target):
+            return candidate
+    return itself
 
 
-def _takes_the_same(function: Callable[..., Any], target: Any) -> bool:
+def _takes_the_same(function: Callable[..., Any], target: Target) -> bool:
     """Whether a function takes the arguments of an ATen overload or builtin in their order; builtins share ATen's."""
     if not inspect.isfunction(function) or isinstance(target, str):
         return True
-    if not isinstance(target, OpOverload):
-        target = getattr(getattr(torch.ops.aten, target.__name__, None), "default", None)
-    if target is None:
+    packet = getattr(torch.ops.aten, getattr(target, "__name__", ""), None)
+    overload = target if isinstance(target, OpOverload) else getattr(packet, "default", None)
+    if overload is None:
         return True
-    names = _argument_names(target)
+    names = _argument_names(overload)
     return names == list(inspect.signature(function).parameters)[: len(names)]
 
 
@@ -261,13 +280,13 @@ def _by_position(function: Callable[..., Any], args: tuple, kwargs: dict[str, An
 
 
 @functools.cache
-def _positions(function: Callable[..., Any], given: frozenset[str]) -> tuple[str, ...]:
-    """Names of a function's positional arguments, in the overload that knows the names given."""
+def _positions(function: Callable[..., Any], keywords: frozenset[str]) -> tuple[str, ...]:
+    """Names of a function's positional arguments, in the overload that knows these keywords."""
     if inspect.isfunction(function):
         parameters = inspect.signature(function).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     packet = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
     for overload in packet.overloads() if isinstance(packet, OpOverloadPacket) else ():
-        if given <= set(_argument_names(getattr(packet, overload))):
+        if keywords <= set(_argument_names(getattr(packet, overload))):
             return tuple(_argument_names(getattr(packet, overload), keywords=False))
     return ()

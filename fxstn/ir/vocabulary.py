@@ -9,24 +9,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Target
 
 from fxstn.ir.signatures import Spelled
 
 SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
-SPATIAL: dict[Any, int] = {
-    F.dropout1d: 1,
-    F.dropout2d: 2,
-    F.dropout3d: 3,
-    F.feature_alpha_dropout: 2,
-}  # whole channels are dropped
+# These drop whole channels, each of so many dimensions.
+SPATIAL: dict[Target, int] = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3, F.feature_alpha_dropout: 2}
 ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
 
 LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}
 VIEWS = {torch.squeeze, torch.unsqueeze, torch.flatten, torch.reshape, torch.Tensor.view, operator.getitem}
 
 
-def is_size(node: Any) -> bool:
+def is_size(node: object) -> bool:
     """Whether a node's value is Python numbers rather than a tensor: sizes and arithmetic on them."""
     if not isinstance(node, fx.Node):
         return True
@@ -49,7 +46,7 @@ def dropout_settings(node: fx.Node | Spelled) -> tuple[float, bool]:
     return settings.get("p", 0.5), bool(settings.get("training", True))
 
 
-def is_opaque(function: Any) -> bool:
+def is_opaque(function: object) -> bool:
     """A Python function that is neither torch's nor a helper of ours: one that user code asked fx not to look into."""
     module = (getattr(function, "__module__", None) or "").partition(".")[0]
     return inspect.isfunction(function) and module not in ("torch", "fxstn", "_operator", "math", "builtins")

@@ -16,8 +16,10 @@ _REMEDY = "give transform example_inputs of the kind that you train with"
 def require_sizes(x: Tensor, sizes: tuple[int | None, ...], name: str) -> None:
     """Raise ValueError unless x has these sizes; None stands for any, the batch."""
     if x.dim() != len(sizes) or any(size not in (None, actual) for size, actual in zip(sizes, x.shape, strict=True)):
-        wanted = ", ".join("batch" if size is None else str(size) for size in sizes)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, but the network was exported with ({wanted}); {_REMEDY}")
+        expected = ", ".join("batch" if size is None else str(size) for size in sizes)
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but the network was exported with ({expected}); {_REMEDY}"
+        )
 
 
 @staged
