@@ -23,7 +23,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.batches import ResumableLoader
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
-from fxstn.bilevel.monitors import PERSISTENT, Monitors
+from fxstn.bilevel.faults import PERSISTENT, Monitors
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,7 +18,7 @@ from test_runner import make, without_times
 import fxstn
 from fxstn import hp
 from fxstn.bilevel import plots
-from fxstn.bilevel.monitors import Monitors
+from fxstn.bilevel.faults import Monitors
 
 VOID = ("meta", "img", "br", "link", "input")
 with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")

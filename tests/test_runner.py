@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -313,6 +314,18 @@ def test_the_keywords_are_the_settings_and_documented():
 def test_a_keyword_that_is_none_is_refused_with_the_nearest_one():
     with pytest.raises(TypeError, match=r"BilevelRunner has no argument 'train_step'; did you mean 'train_steps'\?"):
         make(train_step=3)
+
+
+@pytest.mark.parametrize("perturb", ["off", "none", None, "sample"])
+@pytest.mark.parametrize("objective", ["general", "response", "hyper"])
+def test_an_objective_refuses_perturbations_that_it_does_not_know(objective, perturb):
+    """Method "stn", for which the general loss is perturbed, too. Only the hyper loss has a use for "off"."""
+    stn, (x, y) = fxstn.transform(mlp(), [hp.Dropout("2")], method="stn"), dataset(8, 0).tensors
+    known = (objective, perturb) == ("hyper", "off")
+    message = rf"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor"
+    with contextlib.nullcontext() if known else pytest.raises(ValueError, match=message):
+        loss = getattr(fxstn, f"{objective}_loss")(stn, F.cross_entropy, x, y, perturb=perturb)
+        assert loss.isfinite()
 
 
 def test_settings_do_not_change():

@@ -2,9 +2,9 @@
 
 from fxstn.bilevel import optim
 from fxstn.bilevel.distributed import average_gradients
+from fxstn.bilevel.evaluation import accuracy
 from fxstn.bilevel.faults import DivergedError, RunWarning
 from fxstn.bilevel.history import History, Schedule
-from fxstn.bilevel.means import accuracy
 from fxstn.bilevel.objectives import cross_entropy, general_loss, hyper_loss, response_loss
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.runner import BilevelRunner

@@ -136,7 +136,7 @@ class ResumableLoader:
         self.recent: deque[object] = deque(maxlen=remember)
         self._batches: Iterator[object] | None = None
         self._start: State = {}
-        self._passes = self._taken = 0
+        self._passes = self._position = 0
 
     @property
     def remembers(self) -> bool:
@@ -159,7 +159,7 @@ class ResumableLoader:
             if hasattr(source, "set_epoch"):
                 source.set_epoch(self._passes)
         self._passes += 1
-        self._batches, self._taken = iter(self.loader), 0
+        self._batches, self._position = iter(self.loader), 0
         self.recent.clear()
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class ResumableLoader:
         """The next n batches of this pass; fewer, or none, at its end. Where there is none the pass is over."""
         assert self._batches is not None
         batches = list(itertools.islice(self._batches, n))
-        self._taken += len(batches)
+        self._position += len(batches)
         self.recent.extend(batches)
         if not batches:
             self._batches = None
@@ -186,11 +186,11 @@ class ResumableLoader:
             batches = self.take()
         if not batches:
             raise ValueError(f"{self.name} is empty: it yielded no batch")
-        return batches[0], self._taken == 1
+        return batches[0], self._position == 1
 
     def state_dict(self) -> State:
         own = [g.get_state() for g in _generators(self.loader)]
-        return {"open": self.open, "passes": self._passes, "taken": self._taken, "start": self._start, "own": own}
+        return {"open": self.open, "passes": self._passes, "taken": self._position, "start": self._start, "own": own}
 
     def load_state_dict(self, state: State) -> None:
         self._passes, self._batches = state["passes"], None

@@ -1,10 +1,10 @@
-"""Gathers the state of a run's parts into checkpoints, in files or in memory, and restores it."""
+"""Checkpoints of a run: gathered from its parts, in files or in memory, and restored, also where a loss is no number."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,31 +12,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
 from fxstn.bilevel.evaluation import BestModel
-from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.history import History
+from fxstn.bilevel.optimizers import Updates
+from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
+from fxstn.bilevel.tuner import Counters
 
 # Parts whose values never change once they are there, so that a state in memory may share them.
 GROWING = ("history", "best")
-
-
-@dataclass
-class Counters:
-    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back."""
-
-    steps: int = 0
-    response_steps: int = 0
-    hyper_steps: int = 0
-    rollbacks: int = 0
-
-    def state_dict(self) -> State:
-        return asdict(self)
-
-    def load_state_dict(self, state: State) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 @dataclass
@@ -65,7 +52,7 @@ class RunParts:
         return {
             "identity": dict(self.identity),
             "shared": {name: part.state_dict() for name, part in self.all_shared().items()},
-            "processes": distributed.gathered(own),
+            "processes": distributed.gather(own),
         }
 
     def load(self, state: State, source: str) -> None:
@@ -98,9 +85,9 @@ class RunParts:
                              f"{ours.get(other[0], 'missing')} here; choose another out_dir")  # fmt: skip
         if len(state["processes"]) == distributed.processes():
             own = state["processes"][distributed.rank()]
-            refusals = [reason for name, part in self.local.items() if (reason := part.refusal(own[name]))]
-            if refusals := [reason for reasons in distributed.gathered(refusals) for reason in reasons]:
-                raise ValueError(f"{source} has {refusals[0]}; choose another out_dir, or the same loaders")
+            reasons = [reason for name, part in self.local.items() if (reason := part.refusal(own[name]))]
+            if reasons := [reason for others in distributed.gather(reasons) for reason in others]:
+                raise ValueError(f"{source} has {reasons[0]}; choose another out_dir, or the same loaders")
 
 
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:
@@ -212,3 +199,46 @@ class CheckpointManager:
         except DamagedError as error:
             raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
         self.parts.load(state, str(path))
+
+
+@dataclass
+class Recovery:
+    """Goes back to the state kept last, `attempts` times in all."""
+
+    checkpoints: CheckpointManager
+    problem: BilevelProblem
+    updates: Updates
+    monitors: Monitors
+    prepare: BatchPreparer
+    attempts: int
+
+    def go_back(self, fault: BadLoss) -> None:
+        """Restore the state kept last, and halve the learning rates that the fault speaks against, anew for each attempt.
+
+        From here on every batch is checked. Raises DivergedError after all attempts, or ValueError where the batch at hand
+        holds NaN or an infinity.
+        """
+        counters, history = self.checkpoints.parts.counters, self.checkpoints.parts.history
+        done = counters.rollbacks + 1
+        if done > self.attempts:
+            self.prepare.check()
+            raise DivergedError(self._last_words(fault))
+        before = self.monitors.warnings
+        self.checkpoints.restore()
+        counters.rollbacks = done
+        self.updates.drop_gradients()
+        slowed = [name for name in OFFENDERS[fault.name] if name in self.updates.optimizers]
+        factor = 0.5**self.checkpoints.restorations
+        rates = ", ".join(f"{name} {self.updates.slow(name, factor):.3g}" for name in slowed)
+        text = f"{fault}; back to epoch {len(history)} with lower learning rates: {rates} (attempt {done} of {self.attempts})"
+        self.monitors.warnings = [*before, (len(history) + 1, text)]
+        self.prepare.check_finite = True
+        if not distributed.rank():
+            warn_caller(text)
+
+    def _last_words(self, fault: BadLoss) -> str:
+        values = ", ".join(f"{key}={value:.4g}" for key, value in list(self.problem.values().items())[:20])
+        record, out_dir = self.checkpoints.parts.best.record, self.checkpoints.out_dir
+        place = f"in {out_dir / 'best.pt'}" if out_dir else "in runner.best"
+        best = f"the best model, of epoch {record['epoch']}, is {place}" if record else "no epoch was done"
+        return f"{fault} (λ: {values}); {best}; lower the learning rate of the weights or of the response"

@@ -1,18 +1,17 @@
-"""One run on several processes (torchrun): what they agree on. Every function does nothing in a process of its own.
+"""One run on several processes (torchrun): means, sums and messages between them. In a single process, nothing happens.
 
-Each process has the whole network and its share of the examples, as with DistributedDataParallel, which synchronises only
-`forward`; here three objectives have gradients of their own. They are averaged where an optimizer is about to step, so that w₀,
-Θ, λ and σ stay the same everywhere. Communication per step: one all-reduce of as many numbers as that step's parameters
-(docs/distributed.md).
+Each process has the whole network and its share of the examples. DistributedDataParallel does the same, but synchronises the
+gradients of one `forward`, and here are three objectives. Gradients are averaged before an optimizer steps, so that w₀, Θ, λ
+and σ stay the same everywhere. A step costs one all-reduce of as many numbers as it has parameters (docs/distributed.md).
 
-Every function here but `rank` and `processes` must be called by all processes, or those that do wait for the others.
+All processes must call every function but `rank` and `processes`: a process that calls one waits for the others.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,31 +19,37 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
+T = TypeVar("T")
 APART = 1_000_003  # between the seeds of two processes; a prime, so that runs with seeds 0, 1, 2, … share no noise
 
 
 def processes() -> int:
+    """The number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
 
-def _kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors by type and device, which one message can hold."""
-    found: dict[Any, list[Tensor]] = {}
+def _messages(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors by type and device: one message holds one kind."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        found.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(found.values())
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
 
 
 @torch.no_grad()
 def average(tensors: Iterable[Tensor], constants: bool = False) -> None:
-    """Replace each tensor by its mean over the processes. constants: numbers that agree stay, bit for bit."""
+    """Replace each tensor by its mean over the processes.
+
+    constants: whether numbers that are the same in all processes stay as they are, bit for bit.
+    """
     if processes() == 1:
         return
-    for group in _kinds(tensors):
+    for group in _messages(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         means = flat.clone() if constants else flat
         dist.all_reduce(means)
@@ -60,9 +65,10 @@ def average(tensors: Iterable[Tensor], constants: bool = False) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes. Several processes: all must call it.
 
-    For loops of one's own: call it between `.backward()` and the optimizer's step, with that optimizer's parameters. Gradients
-    of mean losses over batches of one size become those of the mean over all of them. A parameter without a gradient counts
-    as zero, as another process may have one.
+    parameters: of the optimizer that steps next.
+
+    In a loop of your own, call it between `.backward()` and the step. Gradients of mean losses over batches of one size become
+    those of the mean over all of these batches. A parameter without a gradient counts as zero: another process may have one.
     """
     if processes() == 1:
         return
@@ -74,7 +80,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Sums over the processes, which must have the same names."""
+    """{name: sum over the processes}. All processes must have the same names."""
     if processes() == 1:
         return values
     sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
@@ -83,21 +89,22 @@ def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """{name: mean over the processes}. All processes must have the same names."""
     return {name: value / processes() for name, value in total(values, device).items()}
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
+    """Whether the flag is true in any process."""
     return total({"flag": float(flag)}, device)["flag"] > 0
 
 
-def gathered(value: Any) -> list[Any]:
-    """The value of every process, in each; tensors on the CPU, as another process may not see the device."""
+def gather(value: T) -> list[T]:
+    """The values of all processes, in each; tensors are on the CPU, because another process may not see the device."""
     if processes() == 1:
         return [value]
-    found: list[Any] = [None] * processes()
-    dist.all_gather_object(found, tree_map_only(Tensor, Tensor.cpu, value))
-    return found
+    values = [value] * processes()
+    dist.all_gather_object(values, tree_map_only(Tensor, Tensor.cpu, value))
+    return values
 
 
 def _can_be_sent(error: Exception) -> bool:
@@ -107,40 +114,45 @@ def _can_be_sent(error: Exception) -> bool:
         return False
 
 
-def of_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns, or raises, in the first process: for files, which only that one reads and writes."""
+def of_first(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, in the first process: for files, which only that process reads and writes."""
     if processes() == 1:
-        return make()
-    outcome: list[Any] = [None, None]
+        return function()
+    outcome: list[object] = [None, None]  # value, error
     if rank() == 0:
         try:
-            outcome[0] = make()
+            outcome[0] = function()
         except Exception as error:
             outcome[1] = error if _can_be_sent(error) else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, 0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, fault = outcome
+    if isinstance(fault, Exception):
+        raise fault
+    return cast(T, result)
 
 
-def uneven(loader: Any) -> bool:
+def uneven(loader: Iterable[object]) -> bool:
     """Whether one process's loader may end before another's."""
-    sized = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    lengths = gathered(len(loader) if sized else None)
+    length: int | None = None
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        length = len(loader)
+    lengths = gather(length)
     return len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1)
 
 
 def seed_apart(number: int = 0) -> None:
-    """Give every process but the first noise of its own; number: another one for each time it is asked for in a run."""
+    """Give every process but the first noise of its own. number: another one for each call in a run."""
     if rank():
         torch.manual_seed((torch.initial_seed() + APART * rank() + number) % 2**63)
 
 
-def join(module: nn.Module, device: torch.device, settings: dict[str, Any]) -> None:
-    """Begin alike: the first process's parameters and buffers everywhere; noise of its own in each.
+def join(module: nn.Module, device: torch.device, settings: dict[str, object]) -> None:
+    """Begin alike: all processes get the parameters and buffers of the first, and each its own noise.
 
-    Raises ValueError, in all processes, where their settings or the shapes of their parameters differ, or where the backend
-    does not reach the device.
+    settings: that must be the same in all processes.
+
+    Raises ValueError, in all processes, where settings or shapes of parameters differ, or where the backend does not reach the
+    device.
     """
     if processes() == 1:
         return
@@ -150,9 +162,9 @@ def join(module: nn.Module, device: torch.device, settings: dict[str, Any]) -> N
         raise ValueError(f"the process group's backend is nccl, which needs CUDA, and the runner's device is {device}: give "
                          'device=f"cuda:{local_rank}", or init_process_group("gloo")')  # fmt: skip
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
-    told = {name: repr(value) for name, value in settings.items()}
-    told |= {name: f"{tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in tensors.items()}
-    first, *others = gathered(told)
+    texts = {name: repr(value) for name, value in settings.items()}
+    texts |= {name: f"{tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in tensors.items()}
+    first, *others = gather(texts)
     for number, other in enumerate(others, 1):
         if differing := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
             name = differing[0]
@@ -160,6 +172,6 @@ def join(module: nn.Module, device: torch.device, settings: dict[str, Any]) -> N
                              f"{other.get(name, 'missing')} in process {number}")  # fmt: skip
     with torch.no_grad():
         for tensor in tensors.values():
-            dist.broadcast(begun := tensor.contiguous(), 0)
-            tensor.copy_(begun)
+            dist.broadcast(values := tensor.contiguous(), 0)
+            tensor.copy_(values)
     seed_apart()

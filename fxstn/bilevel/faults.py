@@ -1,4 +1,4 @@
-"""What goes wrong in a run: losses that are no numbers, and signals that ask it to end."""
+"""What goes wrong in a run: losses that are no numbers, signs of trouble in the history, signals that ask it to end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.state import State
 
 EXPLODED = 1e4  # a loss so many times as large as at first, or as 1, is one that training cannot bring down
+AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
+PERSISTENT = 3  # epochs in a row that a sign must last
 OFFENDERS = {  # the optimizers whose rates a bad loss speaks against
     "train_loss": ("optimizer",),
     "valid_loss": ("optimizer",),
@@ -66,6 +69,97 @@ class LossGuard:
 
     def load_state_dict(self, state: State) -> None:
         self.first = dict(state["first"])
+
+
+def share_of_range(value: float, low: float, high: float) -> float:
+    """The share of a range below a value; in log space where the range spans a factor of 100."""
+    if low > 0 and high >= 100 * low:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return (value - low) / (high - low)
+
+
+def _bounds_reached(recent: Sequence[Row], ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, str]]:
+    for name, (low, high) in ranges.items():
+        if all(share_of_range(row[name], low, high) > 1 - AT_BOUND for row in recent):
+            yield f"bound {name}", (f"{name} = {recent[-1][name]:.4g} is at the upper end of its range "
+                                    f"[{low:.4g}, {high:.4g}]; if the model is better for it, widen "
+                                    "the range with high=")  # fmt: skip
+
+
+def _scales_lost(recent: Sequence[Row], first: Row, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        column = SCALE + name
+        if all(column in row and row[column] < 1e-3 * max(first[column], 1e-3) for row in recent):
+            yield f"scale {name}", (f"σ of {name} has shrunk to {recent[-1][column]:.2g}, too small to learn a response from; "
+                                    "raise entropy_weight, or keep σ with tune_scale=False")  # fmt: skip
+
+
+def _response_too_large(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    if all(row.get("response_norm", 0.0) > 1 for row in recent):
+        yield "response", ("a perturbation of λ is predicted to change the weights by "
+                           f"{recent[-1]['response_norm']:.2g} times their size; lower response_optimizer's learning rate or "
+                           "the scale of the hyperparameters, or set clip_norm")  # fmt: skip
+
+
+def _underfitting(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    if all(row.get("clean_train_loss", -math.inf) > max(1.1 * row.get("valid_loss", math.inf), 0.0) for row in recent):
+        train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
+        yield "limits", (f"training batches have a loss of {train:.4g}, validation {valid:.4g}: no regularisation rises in a "
+                         "network that fits so badly, and little evidence lowers it; where many of their labels are wrong, or "
+                         "validation data are of another kind, free λ by "
+                         "hyper_optimizer=lambda p: fxstn.optim.SettlingAdam(p, limits=False)")  # fmt: skip
+
+
+def _linearization_poor(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    errors = [row.get("linearization_error", 0.0) for row in recent]
+    if min(errors) > 0.9 and errors[-1] >= errors[0]:
+        yield "linearization", (f"the linearised loss says little of the true one (relative error {errors[-1]:.2f}); lower the "
+                                "scale of the hyperparameters (scale=), or response_optimizer's learning rate")  # fmt: skip
+
+
+def signs(rows: Sequence[Row], ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, str]]:
+    """(sign, text) of every trouble that has lasted for `PERSISTENT` epochs.
+
+    rows: of the history, one at least.
+    ranges: {name: (low, high)} of hyperparameters, finite.
+    """
+    recent = rows[-PERSISTENT:]
+    if len(recent) == PERSISTENT:
+        yield from _bounds_reached(recent, ranges)
+        yield from _scales_lost(recent, rows[0], list(ranges))
+        yield from _response_too_large(recent)
+        yield from _underfitting(recent)
+        yield from _linearization_poor(recent)
+
+
+class Monitors:
+    """Reads each epoch's row, and warns of every sign of trouble once in a run.
+
+    ranges: {name: (low, high)} of the hyperparameters.
+
+    `warnings` has (epoch, text) of every warning of the run, for reports.
+    """
+
+    def __init__(self, ranges: dict[str, tuple[float, float]]) -> None:
+        self.ranges = {name: (low, high) for name, (low, high) in ranges.items() if math.isfinite(high - low)}
+        self.warnings: list[tuple[int, str]] = []
+        self._signs: set[str] = set()  # that a warning was given of
+
+    def read(self, rows: Sequence[Row]) -> None:
+        """Warn of new signs in the rows up to this epoch."""
+        epoch = int(rows[-1]["epoch"])
+        for sign, text in signs(rows, self.ranges):
+            if sign not in self._signs:
+                self._signs.add(sign)
+                self.warnings.append((epoch, text := f"epoch {epoch}: {text}"))
+                warn_caller(text)
+
+    def state_dict(self) -> State:
+        return {"signs": sorted(self._signs), "warnings": list(self.warnings)}
+
+    def load_state_dict(self, state: State) -> None:
+        self._signs = set(state["signs"])
+        self.warnings = [(epoch, text) for epoch, text in state["warnings"]]
 
 
 class Stop:

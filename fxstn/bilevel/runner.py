@@ -11,18 +11,15 @@ from tqdm.auto import tqdm
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
-from fxstn.bilevel.checkpoint_manager import CheckpointManager, RunParts
+from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery, RunParts
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_synced_norms
-from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, Evaluator
-from fxstn.bilevel.faults import BadLoss, Stop
+from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, Evaluator, one_number
+from fxstn.bilevel.faults import BadLoss, Monitors, Stop
 from fxstn.bilevel.history import SCALE, History, Row, Schedule
-from fxstn.bilevel.means import one_number
-from fxstn.bilevel.monitors import Monitors
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
-from fxstn.bilevel.recovery import Recovery
 from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.steps import GapLimit
@@ -43,7 +40,7 @@ class BilevelRunner:
     averaged, noise differs, the first process writes, to its out_dir (docs/distributed.md).
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Warns when weight decay
-    is tuned and also set in an optimizer, and of the signs of trouble that `fxstn.bilevel.monitors` reads.
+    is tuned and also set in an optimizer, and of the signs of trouble that `fxstn.bilevel.faults` reads.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ import torch
 
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checks import check_settings
+from fxstn.bilevel.evaluation import Metrics
 from fxstn.bilevel.history import Row, Schedule
-from fxstn.bilevel.means import Metrics
 from fxstn.bilevel.objectives import LossFunction, PerturbMode
 from fxstn.bilevel.optimizers import OptimizerLike, SchedulerFactories, rmsprop
 from fxstn.bilevel.sequences import InitialState

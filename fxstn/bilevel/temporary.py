@@ -1,9 +1,9 @@
-"""What a network is for a while: other values in its tensors, eval mode, other statistics of its batch norms."""
+"""What a network is for a while: other values in its tensors, averaged weights, eval mode, other statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.state import State
 
 
 @contextmanager
@@ -42,6 +43,36 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
+
+
+class WeightAverages:
+    """Exponential moving averages of the floating-point tensors among some: a ← decay a + (1 − decay) x."""
+
+    def __init__(self, tensors: Iterable[Tensor], decay: float) -> None:
+        self.decay = decay
+        self._live = [t for t in tensors if t.is_floating_point()]
+        self.averages = [t.detach().clone() for t in self._live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Count the tensors as they are now."""
+        torch._foreach_lerp_(self.averages, [t.detach() for t in self._live], 1 - self.decay)
+
+    def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The averages of some of the tensors."""
+        ids = {id(tensor) for tensor in tensors}
+        return [average for live, average in zip(self._live, self.averages, strict=True) if id(live) in ids]
+
+    def swapped(self) -> AbstractContextManager[None]:
+        """Inside, the tensors have their averages."""
+        return swapped_tensors(self._live, self.averages)
+
+    def state_dict(self) -> State:
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state: State) -> None:
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
-from fxstn.bilevel.checkpoint_manager import Counters
-from fxstn.bilevel.evaluation import WeightAverages
+from fxstn.bilevel.evaluation import RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
-from fxstn.bilevel.means import RunningMeans
 from fxstn.bilevel.optimizers import OptimizerLike, Updates, build_optimizers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.settings import Settings
+from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import Stepper
+from fxstn.bilevel.temporary import WeightAverages
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 
@@ -48,6 +49,23 @@ def build_updates(
     scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast is torch.float16)
     schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
     return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scaler, check=network is None)
+
+
+@dataclass
+class Counters:
+    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back."""
+
+    steps: int = 0
+    response_steps: int = 0
+    hyper_steps: int = 0
+    rollbacks: int = 0
+
+    def state_dict(self) -> State:
+        return asdict(self)
+
+    def load_state_dict(self, state: State) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class Tuner:

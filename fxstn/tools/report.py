@@ -18,8 +18,8 @@ from string import Template
 import torch
 
 from fxstn.bilevel import BilevelRunner, distributed
+from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.history import SCALE
-from fxstn.bilevel.monitors import AT_BOUND, share_of_range
 from fxstn.bilevel.plots import figure_class, figure_of, panels
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
