@@ -86,14 +86,14 @@ class SelfTuningNetwork(nn.Module):
         """Which frontend follows the forward: "fx", "export" or "live"."""
         return self.recipe.frontend.name
 
-    def locate_examples(self, *inputs: Any) -> None:
+    def locate_examples(self, *inputs: object) -> None:
         """Find out, once, where the examples of a batch are in every value, by running a few of them.
 
         Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
         """
         self._graphs.locate_examples(self, inputs)
 
-    def per_example(self, *inputs: Any) -> bool:
+    def per_example(self, *inputs: object) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
         return self._graphs.per_example(self, inputs)
 
@@ -172,7 +172,7 @@ class SelfTuningNetwork(nn.Module):
 
     # Forward passes
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: object, **named: object) -> Any:
         """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
@@ -183,7 +183,7 @@ class SelfTuningNetwork(nn.Module):
             return self._call(GraphKind("plain", self.training), inputs, **named)
         return self.model(*inputs, **named)
 
-    def _call(self, kind: GraphKind, inputs: tuple, **named: Any) -> Any:
+    def _call(self, kind: GraphKind, inputs: tuple, **named: object) -> Any:
         graph = self._graphs.graph(self, kind)
         first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
         own = [str(node.target) for node in first if node.name not in ("condition", "delta")]
@@ -198,7 +198,7 @@ class SelfTuningNetwork(nn.Module):
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             return self._graphs.compiled_graph(self, kind)(*inputs, **named)
 
-    def conditioned_output(self, *inputs: Any) -> tuple[Any, tuple]:
+    def conditioned_output(self, *inputs: object) -> tuple[Any, tuple]:
         """(output, auxiliary) of the training graph at λ₀ and w₀, whatever the module's mode. auxiliary: a value for each of
         `terms.auxiliary`."""
         return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
@@ -206,7 +206,7 @@ class SelfTuningNetwork(nn.Module):
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
         return result if self.terms.auxiliary else (result, ())
 
-    def pushforward(self, *inputs: Any, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
+    def pushforward(self, *inputs: object, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
 
         delta: (h,) for the whole batch or (batch, h), unconstrained units; moves the weights only. condition: the same
@@ -218,7 +218,7 @@ class SelfTuningNetwork(nn.Module):
 
     def perturbed_output(
         self,
-        *inputs: Any,
+        *inputs: object,
         delta: Tensor,
         condition: Tensor | None = None,
         training: bool | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -44,7 +43,7 @@ def transform(
     model: nn.Module,
     hparams: Sequence[Spec] | None = None,
     *,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     method: str = "delta",
     response: str | None = None,
     trace: str = "auto",

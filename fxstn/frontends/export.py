@@ -57,16 +57,17 @@ class Export(GraphFrontend):
 
 
 def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> fx.GraphModule:
+    """The model's forward on these inputs, exported and rewritten."""
     calls = _Calls(model)
     unsupported = Unsupported(calls.innermost)
-    with guarded_capture(model, training, frozen, "torch.export", calls.innermost, unsupported=unsupported):
+    with guarded_capture(model, training, frozen, "torch.export", unsupported):
         arguments = _arguments(model, inputs)
         for name, module in model.named_modules():
             if any(getattr(module, hooks) for hooks in HOOKS):
                 unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", name)
         with ExitStack() as stack:
             stack.enter_context(_quiet())
-            stack.enter_context(calls.watched())
+            stack.enter_context(calls.recorded())
             for norm in model.modules():
                 if isinstance(norm, _BatchNorm) and norm.momentum is None:  # its average reads the counter's value
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
@@ -104,43 +105,49 @@ def _quiet() -> Iterator[None]:
 
 
 class _Calls:
-    """The modules whose forwards run, outermost first; they stay there when a forward raises. Refuses their assignments."""
+    """The modules whose forwards run, outermost first; they stay there when a forward raises. Refuses their assignments.
+
+    versions: of the tensors that each of these forwards takes, by id.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
-        self.entered: list[dict[int, int]] = []  # versions of their tensor inputs
+        self.versions: list[dict[int, int]] = []
         self.names = {id(vars(module)): name for name, module in model.named_modules()}  # export's stand-ins share vars
 
     def innermost(self) -> str:
+        """Path of the module whose forward is running."""
         return self.name(self.modules[-1]) if self.modules else ""
 
     def name(self, module: nn.Module) -> str:
+        """Path of a module."""
         return self.names.get(id(vars(module)), "")
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        def enter(module: nn.Module, args: Any) -> None:
+    def recorded(self) -> Iterator[None]:
+        """Inside, module calls are recorded, and a value that a module hands through gets an operation of its own."""
+
+        def enter(module: nn.Module, args: tuple) -> None:
             self.modules.append(module)
-            self.entered.append({id(leaf): leaf._version for leaf in tree_leaves(args) if isinstance(leaf, Tensor)})
+            self.versions.append({id(leaf): leaf._version for leaf in tree_leaves(args) if isinstance(leaf, Tensor)})
 
-        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        def leave(module: nn.Module, args: tuple, output: object) -> Any:
             self.modules.pop()
-            entered = self.entered.pop()
+            before = self.versions.pop()
 
-            def named(value: Tensor) -> Tensor:
-                """What is handed through, as nn.Identity does, gets an operation of its own."""
-                unchanged = entered.get(id(value)) == value._version
-                return torch.ops.aten.alias.default(value) if unchanged else value
+            def own(value: Tensor) -> Tensor:
+                return torch.ops.aten.alias.default(value) if before.get(id(value)) == value._version else value
 
-            return tree_map_only(Tensor, named, output)
+            return tree_map_only(Tensor, own, output)
 
-        def assign(module: nn.Module, name: str, value: Any) -> None:
+        set_attribute = nn.Module.__setattr__
+
+        def assign(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
             if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
                 what = f"the forward assigns {name!r}, which a traced graph would lose,"
                 raise UnsupportedError(self.name(module), what, "return the value, or keep it outside of the model")
             set_attribute(module, name, value)
 
-        set_attribute: Any = nn.Module.__setattr__
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
             with mock.patch.object(nn.Module, "__setattr__", assign):
@@ -150,7 +157,8 @@ class _Calls:
                 handle.remove()
 
 
-def _is_batch(leaf: Any, batch: int) -> bool:
+def _is_batch(leaf: object, batch: int) -> bool:
+    """Whether a leaf of the inputs has one row per example."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import GetAttrKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.fx.node import Argument, map_aggregate
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.frontends.symbolic import first_names
@@ -27,11 +27,14 @@ aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
 _END = torch.iinfo(torch.int64).max
 _STORAGE = ("pin_memory", "layout")  # filled in by export; a graph's tensors are strided
+Scope = tuple[ModuleCall, ...]
 _SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
 def graph_of(program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any]) -> fx.GraphModule:
-    """The program as a graph; arguments: the example inputs by the names of the forward.
+    """The program as a graph.
+
+    arguments: the example inputs by the names of the forward.
 
     Parameters, buffers and constants become nodes where they are read, counted batches and batch norms one operation,
     no_grad regions detached results. Raises UnsupportedError for what the graph cannot express.
@@ -40,7 +43,11 @@ def graph_of(program: ExportedProgram, model: nn.Module, arguments: Mapping[str,
 
 
 class _Rewriter:
-    """Walks a program once; `values` maps its nodes to those of the new graph."""
+    """Walks a program once.
+
+    values: for each of its nodes the node of the new graph, or the number or list that it stands for.
+    attributes: for inputs of the program that are attributes of the root, their names.
+    """
 
     def __init__(self, program: ExportedProgram, model: nn.Module) -> None:
         self.program, self.model = program, model
@@ -49,14 +56,15 @@ class _Rewriter:
         self.constants = nn.Module()
         self.root.model, self.root.constants = model, self.constants
         self.values: dict[fx.Node, Any] = {}
-        self.attributes: dict[fx.Node, str] = {}  # inputs of the program that are attributes of the root
-        self.read: dict[tuple[str, tuple], fx.Node] = {}
-        self.calls: dict[str, tuple[int, str, type]] = {}
+        self.attributes: dict[fx.Node, str] = {}
+        self.attribute_nodes: dict[tuple[str, Scope], fx.Node] = {}
+        self.calls: dict[str, ModuleCall] = {}
         self.tensors: list[fx.Node] = []
         first = {module: name for name, module in model.named_modules()}
         self.paths = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
 
     def run(self, arguments: Mapping[str, Any]) -> fx.GraphModule:
+        """The graph; see `graph_of`."""
         self._bind_attributes()
         self._bind_inputs(arguments)
         nodes = [node for node in self.program.graph.nodes if node.op != "placeholder"]
@@ -70,6 +78,7 @@ class _Rewriter:
         return assemble(self.root, self.graph)
 
     def _bind_attributes(self) -> None:
+        """Find the attribute for each input of the program that stands for one."""
         placeholders = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
         first = first_names(self.model)
         for spec in self.program.graph_signature.input_specs:
@@ -83,8 +92,8 @@ class _Rewriter:
                 what = f"an input of kind {spec.kind.name.lower()}, which a traced graph would lose,"
                 raise UnsupportedError("", what, "keep tensors in parameters and buffers")
 
-    def _constant(self, name: str, value: Any) -> str:
-        """Where a constant of the program is found: an attribute of the model, or of the root."""
+    def _constant(self, name: str, value: Tensor) -> str:
+        """The attribute that holds a constant of the program: the model's own, or a new one of the root."""
         try:
             if operator.attrgetter(name)(self.model) is value:
                 return f"model.{name}"
@@ -124,6 +133,7 @@ class _Rewriter:
     # Operations
 
     def _visit(self, node: fx.Node) -> None:
+        """Append what one node of the program, or of a region in it, computes."""
         target = node.target
         if node.op == "get_attr":
             value = operator.attrgetter(str(target))(node.graph.owning_module)
@@ -135,23 +145,24 @@ class _Rewriter:
             self._inline(node)
         elif isinstance(target, OpOverload) and target._schema.name.startswith(_CHECKS):
             pass
-        elif target is operator.getitem and isinstance(self.values.get(node.args[0]), list):  # type: ignore[arg-type]
-            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif target is operator.getitem and isinstance(self.values.get(_source(node)), list):
+            self.values[node] = self.values[_source(node)][node.args[1]]
         elif _does_nothing(node):
             self.values[node] = self._value(node.args[0], self._scope(node))
         else:
             self._emit(node)
 
     def _emit(self, node: fx.Node) -> None:
+        """Append one operation."""
         scope = self._scope(node)
-        target: Any = node.target
+        target = node.target
         args, kwargs = self._value(node.args, scope), self._value(node.kwargs, scope)
         kwargs = {key: value for key, value in kwargs.items() if key not in _STORAGE}
         handed_through = target is aten.alias.default
         if handed_through:
             target = torch.clone
         elif target is aten.feature_dropout.default:
-            target = _SPATIAL_DROPOUT[node.args[0].meta["val"].dim()]  # type: ignore[union-attr]
+            target = _SPATIAL_DROPOUT[_source(node).meta["val"].dim()]
         new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         new.meta = {"stack_trace": node.meta.get("stack_trace")}
         annotate(new, scope=scope, handed_through=handed_through)
@@ -159,10 +170,10 @@ class _Rewriter:
         if isinstance(node.meta.get("val"), Tensor):
             self.tensors.append(new)
 
-    def _value(self, structure: Any, scope: tuple) -> Any:
+    def _value(self, structure: Argument, scope: Scope) -> Any:
         """A structure of the program with its nodes, and the device of the inputs, replaced by nodes of the graph."""
 
-        def leaf_value(leaf: Any) -> Any:
+        def leaf_value(leaf: Argument) -> Any:
             if isinstance(leaf, torch.device) and leaf == self.device:
                 return self.graph.call_function(getattr, (self.device_of, "device"))
             if not isinstance(leaf, fx.Node):
@@ -171,9 +182,9 @@ class _Rewriter:
 
         return map_aggregate(structure, leaf_value)
 
-    def _attribute(self, target: str, scope: tuple) -> fx.Node:
+    def _attribute(self, target: str, scope: Scope) -> fx.Node:
         """The node that reads an attribute in one module call."""
-        if (target, scope) not in self.read:
+        if (target, scope) not in self.attribute_nodes:
             name = target.partition(".")[2].replace(".", "_")
             node = self.graph.create_node("get_attr", target, name=name)
             annotate(node, scope=scope)
@@ -181,8 +192,8 @@ class _Rewriter:
                 device = self.graph.call_function(getattr, (self.device_of, "device"))
                 node = self.graph.call_function(Tensor.to, (node, device))
                 annotate(node, scope=scope)
-            self.read[target, scope] = node
-        return self.read[target, scope]
+            self.attribute_nodes[target, scope] = node
+        return self.attribute_nodes[target, scope]
 
     def _inline(self, node: fx.Node) -> None:
         """A region of the forward that export has put into a graph of its own."""
@@ -198,20 +209,20 @@ class _Rewriter:
             raise UnsupportedError(
                 scope[-1][1] if scope else "", what, "write it with plain torch operations", source_of(node)
             )
-        body: fx.GraphModule = self.values[node.args[first]]  # type: ignore[index, assignment]
+        body: fx.GraphModule = self.values[_source(node, first)]
         inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        for inner, outer in zip(inputs, node.args[first + 1 :], strict=True):
-            if outer in self.attributes:
-                self.attributes[inner] = self.attributes[outer]  # type: ignore[index]
-            else:
-                self.values[inner] = self.values[outer]  # type: ignore[index]
+        for i, inner in enumerate(inputs, first + 1):
+            outer = _source(node, i)
+            table = self.attributes if outer in self.attributes else self.values
+            table[inner] = table[outer]
         for inner in body.graph.nodes:
             if inner.op not in ("placeholder", "output"):
                 self._visit(inner)
         results = self._value(next(reversed(body.graph.nodes)).args[0], scope)
         self.values[node] = [self._detached(value, scope) if first == 1 else value for value in results]
 
-    def _detached(self, value: Any, scope: tuple) -> Any:
+    def _detached(self, value: Argument, scope: Scope) -> Argument:
+        """A result of a region without gradients."""
         if not isinstance(value, fx.Node):
             return value
         node = self.graph.call_function(torch.detach, (value,))
@@ -220,7 +231,7 @@ class _Rewriter:
 
     # Modules and outputs
 
-    def _scope(self, node: fx.Node) -> tuple:
+    def _scope(self, node: fx.Node) -> Scope:
         """The module calls that a node belongs to, outermost first, the model's own left out."""
         scope = []
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
@@ -235,11 +246,12 @@ class _Rewriter:
 
     def _mark_exits(self, node: fx.Node) -> None:
         """Which module calls a value leaves: those that some reader of it does not belong to, innermost first."""
-        outside = [call for call in info_of(node).scope if any(call not in _scope_of(user) for user in node.users)]
+        outside = [call for call in info_of(node).scope if any(call not in info_of(user).scope for user in node.users)]
         if outside:
             annotate(node, exits=tuple(outside[::-1]))
 
-    def _output(self, flat: Any) -> None:
+    def _output(self, flat: Argument) -> None:
+        """Append the output, in the structure that the forward returns. flat: its leaves."""
         for spec in self.program.graph_signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
                 what = f"the forward changes {spec.target!r}, which a traced graph would lose,"
@@ -249,15 +261,21 @@ class _Rewriter:
         self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
 
 
-def _scope_of(node: fx.Node) -> tuple:
-    return info_of(node).scope
+def _source(node: fx.Node, position: int = 0) -> fx.Node:
+    """An argument of a node that is a node itself."""
+    argument = node.args[position]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
-def _step(key: Any, value: fx.Node) -> tuple[Any, tuple]:
+def _step(key: object, value: fx.Node) -> tuple[Callable[..., Any], tuple]:
     """The operation that takes one step into a structure of inputs."""
     if isinstance(key, GetAttrKey):
         return getattr, (value, key.name)
-    return operator.getitem, (value, key.idx if isinstance(key, SequenceKey) else key.key)
+    if isinstance(key, SequenceKey):
+        return operator.getitem, (value, key.idx)
+    assert isinstance(key, MappingKey)
+    return operator.getitem, (value, key.key)
 
 
 def _does_nothing(node: fx.Node) -> bool:
@@ -267,12 +285,12 @@ def _does_nothing(node: fx.Node) -> bool:
         start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
         return bool(start in (0, None) and end == _END and step == 1)
     constant = aten.lift_fresh_copy.default
-    return node.target is constant or (node.target is aten.detach_.default and node.args[0].target is constant)  # type: ignore[union-attr]
+    return node.target is constant or (node.target is aten.detach_.default and _source(node).target is constant)
 
 
 def _require_plain(structure: TreeSpec) -> None:
     """Raise UnsupportedError where an output is in a structure that a graph cannot hold."""
-    kind: Any = structure.type
+    kind = structure.type
     if kind is not None and not issubclass(kind, (tuple, list, dict)):
         what = f"the forward returns a {kind.__name__}, which a graph cannot hold,"
         raise UnsupportedError("", what, "return tensors in tuples, lists or dicts")

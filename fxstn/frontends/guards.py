@@ -9,7 +9,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
 import numpy
@@ -61,34 +60,37 @@ class Unsupported:
             self.problems.append(Diagnostic(where, what, source, remedy))
 
 
-def module_state(model: nn.Module) -> dict[nn.Module, dict[str, tuple[Any, Any]]]:
+ModuleState = dict[nn.Module, dict[str, tuple[object, object]]]
+
+
+def module_state(model: nn.Module) -> ModuleState:
     """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change.
 
     A scripted module keeps its attributes out of Python; only its tensors can change.
     """
 
-    def held(value: Any) -> Any:
+    def contents(value: object) -> object:
         return copy.copy(value) if type(value) in _CONTAINERS else value
 
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    return {module: {name: (value, held(value)) for name, value in vars(module).items()} for module in modules}
+    return {module: {name: (value, contents(value)) for name, value in vars(module).items()} for module in modules}
 
 
-def restore(state: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> list[str]:
+def restore(state: ModuleState) -> list[str]:
     """Undo what a forward assigned; returns the names of the attributes that it changed."""
     changed = []
     for module, before in state.items():
         now = vars(module)
         for name in {*now, *before}:
-            value, held = before.get(name, (_MISSING, _MISSING))
-            if name in _REGISTERED:
-                found = now[name]
-                changed += [key for key in {*found, *held} if found.get(key, _MISSING) is not held.get(key, _MISSING)]
-            elif not same(now.get(name, _MISSING), held):
+            value, contents = before.get(name, (_MISSING, _MISSING))
+            if name in _REGISTERED and isinstance(contents, dict):
+                registered = now[name]
+                keys = {*registered, *contents}
+                changed += [k for k in keys if registered.get(k, _MISSING) is not contents.get(k, _MISSING)]
+            elif not same(now.get(name, _MISSING), contents):
                 changed.append(name)
-            if type(value) in _CONTAINERS and not same(value, held):
-                value.clear()
-                value.extend(held) if isinstance(value, list) else value.update(held)
+            if not same(value, contents):
+                _refill(value, contents)
             if value is _MISSING:
                 del now[name]
             else:
@@ -96,18 +98,27 @@ def restore(state: dict[nn.Module, dict[str, tuple[Any, Any]]]) -> list[str]:
     return changed
 
 
+def _refill(container: object, contents: object) -> None:
+    """Give a container the contents that a copy of it has."""
+    if isinstance(container, list) and isinstance(contents, list):
+        container[:] = contents
+    elif isinstance(container, (dict, set)) and isinstance(contents, type(container)):
+        container.clear()
+        container.update(contents)
+
+
 _MISSING = object()
 _CONTAINERS = (list, dict, OrderedDict, set)
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """The same object, or an equal plain value, or a container of the same; tensors and modules are never compared."""
     if a is b or type(a) is not type(b):
         return a is b
-    if isinstance(a, dict):
+    if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return isinstance(a, (int, float, str, set)) and a == b
 
@@ -126,7 +137,7 @@ def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterat
             module.training = flag
 
 
-def _generators() -> tuple[Any, ...]:
+def _generators() -> tuple[object, ...]:
     return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
@@ -143,89 +154,102 @@ def guarded_capture(
     model: nn.Module,
     training: bool,
     frozen: Collection[str],
-    follower: str,
-    place: Callable[[], str],
-    full_precision: Callable[[], Any] = lambda: None,
-    unsupported: Unsupported | None = None,
+    tool: str,
+    unsupported: Unsupported,
+    full_precision: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
-    """The model in one mode, for the time that something follows its forward; it is left as it was.
+    """The model in one mode, for the time that a tool follows its forward; it is left as it was.
+
+    tool: what follows the forward, for messages.
+    unsupported: collects what a graph would lose while the forward is followed on, so that all of it is raised together.
+    full_precision: called where a region without autocast begins.
 
     Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
-    regions, custom autograd functions, random draws in Python, attributes that the forward assigns; and in place of whatever
-    else is raised inside. follower: what follows, for messages; place: the path of the module whose forward is running;
-    full_precision: called where a region without autocast begins. unsupported: found so far; what is found here is added, and
-    the forward followed on, so that they are raised together.
+    regions, custom autograd functions, random draws in Python, attributes that the forward assigns, scripted modules; and in
+    place of whatever else is raised inside.
     """
-    unsupported = unsupported or Unsupported(place)
+    with mode_of(model, training, frozen), _errors_explained(tool, unsupported), _nothing_changed(model):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                what = "a scripted module, whose operations Python does not see,"
+                raise UnsupportedError(name, what, "put the module that was scripted in its place")
+        if any(getattr(model, hooks) for hooks in HOOKS):
+            unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
+        with _operations_noticed(unsupported, full_precision):
+            yield
+
+
+@contextmanager
+def _operations_noticed(unsupported: Unsupported, full_precision: Callable[[], object]) -> Iterator[None]:
+    """Decompositions stand in for modules; custom autograd functions and autocast regions are collected as unsupported."""
     enter_autocast = torch.autocast.__enter__
 
-    def refuse_custom_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def custom_function(cls: type[torch.autograd.Function], *args: object, **kwargs: object) -> object:
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
         unsupported.add(what, "write it with torch operations")
-        alone = cls.setup_context is not torch.autograd.Function.setup_context  # type: ignore[attr-defined]
-        return cls.forward(*([] if alone else [mock.MagicMock()]), *args, **kwargs)  # type: ignore[attr-defined]
+        without_context = cls.setup_context is not torch.autograd.Function.setup_context
+        return cls.forward(*([] if without_context else [mock.MagicMock()]), *args, **kwargs)
 
-    def refuse_autocast(region: Any) -> Any:
-        if not region._enabled:
+    def autocast(region: torch.autocast) -> object:
+        if region._enabled:
+            what = "an autocast region, which a traced graph would lose,"
+            unsupported.add(what, "put autocast around the training step")
+        else:
             full_precision()
-            return enter_autocast(region)
-        unsupported.add("an autocast region, which a traced graph would lose,", "put autocast around the training step")
         return enter_autocast(region)
 
-    patches: list[Any] = [
-        mock.patch.object(original, "forward", decomposition)
-        for original, decomposition in DECOMPOSITIONS.items()
-        if isinstance(original, type)
-    ] + [
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_custom_function)),
-        mock.patch.object(torch.autocast, "__enter__", refuse_autocast),
-    ]
-    with mode_of(model, training, frozen):
-        before, draws = module_state(model), _generators()
-        try:
-            _refuse_scripted(model)
-            if any(getattr(model, hooks) for hooks in HOOKS):
-                unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
-            with ExitStack() as stack:
-                for patch in patches:
-                    stack.enter_context(patch)
-                yield
-            if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
-                what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
-                remedy = "return the value, or keep it outside of the model"
-                if assigned[0].startswith("_tensor_constant"):
-                    what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
-                raise UnsupportedError("", what, remedy)
-            if _generators() != draws:
-                what = "a random draw in Python, which a traced graph would freeze,"
-                raise UnsupportedError("", what, "draw it with torch, from the input")
-        except TransformError:
-            raise
-        except Exception as error:
-            source = innermost_user_frame(traceback.format_exc())
-            refused = _refusal(error)
-            if refused is not None:
-                problem = Diagnostic(refused.where, refused.what, refused.source or source, refused.remedy)
-                raise TransformError([*unsupported.problems, problem]) from None
-            message = str(error).strip().partition("\n")[0]
-            what = f"{follower} cannot follow the forward ({type(error).__name__}: {message})"
-            remedy = "replace the branch or loop that depends on data or shapes there"
-            raise TransformError([*unsupported.problems, Diagnostic(place(), what, source, remedy)]) from error
-        finally:
-            restore(before)
-        if unsupported.problems:
-            raise TransformError(unsupported.problems)
+    with ExitStack() as patches:
+        for original, decomposition in DECOMPOSITIONS.items():
+            if isinstance(original, type):
+                patches.enter_context(mock.patch.object(original, "forward", decomposition))
+        patches.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(custom_function)))
+        patches.enter_context(mock.patch.object(torch.autocast, "__enter__", autocast))
+        yield
 
 
-def _refuse_scripted(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            what = "a scripted module, whose operations Python does not see,"
-            raise UnsupportedError(name, what, "put the module that was scripted in its place")
+@contextmanager
+def _nothing_changed(model: nn.Module) -> Iterator[None]:
+    """Raises UnsupportedError where the forward assigned attributes or drew random numbers in Python. What it assigned is
+    undone."""
+    before, generators = module_state(model), _generators()
+    try:
+        yield
+        if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
+            what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
+            remedy = "return the value, or keep it outside of the model"
+            if assigned[0].startswith("_tensor_constant"):
+                what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
+            raise UnsupportedError("", what, remedy)
+        if _generators() != generators:
+            what = "a random draw in Python, which a traced graph would freeze,"
+            raise UnsupportedError("", what, "draw it with torch, from the input")
+    finally:
+        restore(before)
 
 
-def _refusal(error: BaseException | None) -> UnsupportedError | None:
-    """The refusal that an exception is, or that it was raised from."""
+@contextmanager
+def _errors_explained(tool: str, unsupported: Unsupported) -> Iterator[None]:
+    """Raises TransformError in place of whatever is raised inside, with what was collected until then, and for that alone."""
+    try:
+        yield
+    except TransformError:
+        raise
+    except Exception as error:
+        source = innermost_user_frame(traceback.format_exc())
+        reason = _unsupported_behind(error)
+        if reason is not None:
+            problem = Diagnostic(reason.where, reason.what, reason.source or source, reason.remedy)
+            raise TransformError([*unsupported.problems, problem]) from None
+        what = f"{tool} cannot follow the forward ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        remedy = "replace the branch or loop that depends on data or shapes there"
+        problem = Diagnostic(unsupported.place(), what, source, remedy)
+        raise TransformError([*unsupported.problems, problem]) from error
+    if unsupported.problems:
+        raise TransformError(unsupported.problems)
+
+
+def _unsupported_behind(error: BaseException | None) -> UnsupportedError | None:
+    """The UnsupportedError that an exception is, or that it was raised from."""
     while error is not None and not isinstance(error, UnsupportedError):
         error = error.__cause__ or error.__context__
     return error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def as_tuple(example_inputs: Any) -> tuple:
+def as_tuple(example_inputs: object) -> tuple:
     """The positional inputs: one input alone is a tuple of one."""
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 

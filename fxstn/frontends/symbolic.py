@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, Target, map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -35,10 +35,11 @@ class _Results(tuple):
         return SimpleNamespace(meta={})
 
 
-def _as_result(value: Any) -> Any:
+def _as_result(value: object) -> fx.Proxy | _Results:
+    """What a function may return that was looked into though fx was told not to."""
     if isinstance(value, fx.Proxy):
         return value
-    if type(value) in (tuple, list):
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return _Results(value)
     raise TypeError(f"a {type(value).__name__} cannot stand for the result of a function in a graph")
 
@@ -46,7 +47,7 @@ def _as_result(value: Any) -> Any:
 class _Proxy(fx.Proxy):
     """fx traces `y += 1` as y + 1 for want of __iadd__, and another name of y would miss the change."""
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
@@ -75,7 +76,9 @@ class _Tracer(fx.Tracer):
         self.own: dict[int, str] = {}
         self.grad_enabled = torch.is_grad_enabled()
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+    def create_args_for_root(
+        self, root_fn: Callable[..., object], is_module: bool, concrete_args: dict[str, Any] | tuple | None = None
+    ) -> tuple[Callable[..., object], list[object]]:
         """Inputs with a constant default keep it, unless example inputs supply them: `if mask is None` can be followed."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, argument in enumerate(arguments):
@@ -85,7 +88,7 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
         return function, arguments
 
-    def create_arg(self, a: Any) -> Any:
+    def create_arg(self, a: object) -> Argument:
         """fx would make a dataclass by an operation of the graph, which no rule knows."""
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             what = f"the forward makes a {type(a).__name__}, which a graph cannot hold,"
@@ -99,26 +102,33 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_proxy(
-        self, kind: str, target: Any, args: tuple, kwargs: dict, name: Any = None, type_expr: Any = None, *rest: Any
+        self,
+        kind: str,
+        target: Target,
+        args: tuple,
+        kwargs: dict,
+        name: str | None = None,
+        type_expr: object = None,
+        *rest: Callable[[fx.Node], fx.Proxy] | None,
     ) -> Any:
         """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
         if kind == "call_function" and target in DECOMPOSITIONS and target not in RULES:
             # One with a rule can stay a node, and canonicalize writes it out.
             return DECOMPOSITIONS[target](*args, **kwargs)
-        if kind == "call_function" and is_opaque(target):
+        if callable(target) and is_opaque(target):
             last = next(iter(reversed(self.graph.nodes)))
             try:
                 return _as_result(target(*args, **kwargs))
             except UnsupportedError:
                 raise
-            except Exception:  # whatever tracing it may raise: then it stays one node, as fx was told
+            except Exception:  # whatever tracing it may raise: then it stays one node, as fx.wrap asks
                 for node in reversed(list(self.graph.nodes)):
                     if node is last:
                         break
                     self.graph.erase_node(node)
         return super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict[str, fx.Proxy]) -> object:
         """A parameter or buffer becomes one node; fx would look for its name in the whole model at every reading."""
         if not self.own:
             registered = [*self.root.named_parameters(), *self.root.named_buffers()]
@@ -133,16 +143,24 @@ class _Tracer(fx.Tracer):
     def path_of_current(self) -> str:
         return self.calls[-1].path if self.calls else ""
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(
+        self,
+        kind: str,
+        target: Target,
+        args: tuple[Argument, ...],
+        kwargs: dict[str, Argument],
+        name: str | None = None,
+        type_expr: object = None,
+    ) -> fx.Node:
         if torch.is_grad_enabled() != self.grad_enabled:
             self.unsupported.add(
                 "a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad"
             )
-        node = super().create_node(*args, **kwargs)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
         annotate(node, scope=tuple(self.calls))
         return node
 
-    def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+    def call_module(self, module: nn.Module, forward: Callable[..., object], args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(module)
         if any(getattr(module, hooks) for hooks in HOOKS):
             self.unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", path)
@@ -151,19 +169,23 @@ class _Tracer(fx.Tracer):
         self.calls.append(call)  # stays there when the forward raises: the error names it
         output = super().call_module(module, forward, args, kwargs)
         entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
-        output = map_aggregate(output, lambda value: self._mark_exit(value, call, entered, module))
+        training = module.training if self.is_leaf_module(module, path) else None
+
+        def marked(value: Any) -> Any:
+            return self._exit_of(call, value, entered, training) if isinstance(value, fx.Proxy) else value
+
+        output = map_aggregate(output, marked)
         self.calls.pop()
         return output
 
-    def _mark_exit(self, value: Any, call: ModuleCall, entered: set[int], module: nn.Module) -> Any:
-        if not isinstance(value, fx.Proxy):
-            return value
-        if id(value.node) in entered:  # handed through, as nn.Identity does: its output needs a node of its own
+    def _exit_of(self, call: ModuleCall, value: fx.Proxy, entered: set[int], training: bool | None) -> fx.Proxy:
+        """The value that leaves a module call, marked as such. A value that is handed through gets a node of its own."""
+        if id(value.node) in entered:
             value = self.create_proxy("call_function", torch.clone, (value,), {})
             annotate(value.node, handed_through=True)
         annotate(value.node, exits=(*info_of(value.node).exits, call))
-        if self.is_leaf_module(module, call.path):
-            annotate(value.node, training=module.training)
+        if training is not None:
+            annotate(value.node, training=training)
         return value
 
 
@@ -179,7 +201,9 @@ class _StrictMode(TorchFunctionMode):
         self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.tracer = tracer
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if next(_proxies((args, kwargs)), None) is not None:
             return function(*args, **kwargs)
@@ -199,10 +223,16 @@ _FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", 
 _READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
 
 
-def _proxies(structure: Any) -> Iterator[fx.Proxy]:
-    found: list[fx.Proxy] = []
-    map_aggregate(structure, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
-    return iter(found)
+def _proxies(structure: Argument) -> Iterator[fx.Proxy]:
+    """The proxies in the arguments or results of a call."""
+    leaves: list[object] = []
+
+    def collect(leaf: Argument) -> Argument:
+        leaves.append(leaf)
+        return leaf
+
+    map_aggregate(structure, collect)
+    return (leaf for leaf in leaves if isinstance(leaf, fx.Proxy))
 
 
 @dataclass(frozen=True)
@@ -229,8 +259,7 @@ class Symbolic(GraphFrontend):
         def full_precision() -> None:
             tracer.create_proxy("call_function", require_full_precision, (), {})
 
-        place, unsupported = tracer.path_of_current, tracer.unsupported
-        guard = guarded_capture(model, training, frozen, "symbolic tracing", place, full_precision, unsupported)
+        guard = guarded_capture(model, training, frozen, "symbolic tracing", tracer.unsupported, full_precision)
         with guard, _StrictMode(model, tracer):
             graph = tracer.trace(model)
         return _under_root(model, graph)

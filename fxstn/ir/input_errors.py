@@ -40,14 +40,14 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= _MOST else line[: _MOST - 1] + "…"
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """Types and shapes of the tensors in a value, with the range of whole numbers: 'float32 (8, 6), int64 (8,) 0 to 2'."""
     leaves = tree_leaves(value)
     shown = [_one(leaf) for leaf in leaves[:4]] + (["…"] if len(leaves) > 4 else [])
     return ", ".join(shown) or "nothing"
 
 
-def _one(leaf: Any) -> str:
+def _one(leaf: object) -> str:
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     text = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
@@ -62,7 +62,7 @@ def _ends(leaf: Tensor) -> tuple[int, int] | None:
 
 
 @contextmanager
-def explained_loss_errors(output: Any, target: Any) -> Iterator[None]:
+def explained_loss_errors(output: object, target: object) -> Iterator[None]:
     """Around a call of a loss function. Raises ValueError in place of an operation's error."""
     try:
         yield
@@ -75,7 +75,7 @@ def explained_loss_errors(output: Any, target: Any) -> Iterator[None]:
         ) from error
 
 
-def _loss_remedy(output: Any, target: Any) -> str:
+def _loss_remedy(output: object, target: object) -> str:
     if isinstance(output, Tensor) and isinstance(target, Tensor) and 1 < output.dim() == target.dim() + 1:
         classes, ends = output.shape[1], _ends(target)
         if target.is_floating_point():
@@ -100,7 +100,7 @@ def explained_errors(batch: tuple[Any, Any], where: str, model: nn.Module) -> It
         raise kind(f"{where}: {explanation(error, batch[0], model)}") from error
 
 
-def explanation(error: BaseException, inputs: Any, model: nn.Module) -> str:
+def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
     """Why a model cannot take its inputs, and what to do."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     said = f"the model cannot take inputs {described(inputs)}: {first_line(error)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -24,7 +23,7 @@ class Request:
     """
 
     hparams: Sequence[Spec] | None
-    example_inputs: Any
+    example_inputs: object
     method: str
     response: str | None
     trace: str
@@ -82,7 +81,7 @@ class Request:
         return self.recompute or self.statistics != "batch"
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raises TypeError for what is no model or is transformed already, ValueError for one wrapped for several processes."""
     if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
         raise TypeError(

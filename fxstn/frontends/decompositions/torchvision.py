@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from fxstn import hp
@@ -59,7 +59,7 @@ register_operation(hp.GaussianBlur, v2.GaussianBlur)
 
 
 @decomposes(torchvision.ops.StochasticDepth)
-def stochastic_depth(module: Any, input: Any) -> Any:
+def stochastic_depth(module: torchvision.ops.StochasticDepth, input: Tensor) -> Tensor:
     """By example it can be tuned; for the whole batch it stays as it is."""
     if module.mode == "batch":
         return row_dropout(input, module.p, "batch", module.training)
@@ -67,7 +67,7 @@ def stochastic_depth(module: Any, input: Any) -> Any:
 
 
 @decomposes(v2.Compose)
-def compose(module: Any, x: Any) -> Any:
+def compose(module: v2.Compose, x: Tensor) -> Tensor:
     """v2.Compose, whose transforms are no submodules: they follow its mode."""
     for transform in module.transforms:
         if type(transform) not in DECOMPOSITIONS:
@@ -78,13 +78,13 @@ def compose(module: Any, x: Any) -> Any:
 
 
 @decomposes(v2.Normalize)
-def normalize(module: Any, x: Any) -> Any:
+def normalize(module: v2.Normalize, x: Tensor) -> Tensor:
     """(x − mean) / std per channel, in both modes."""
     return normalize_channels(x, tuple(map(float, module.mean)), tuple(map(float, module.std)))
 
 
 @decomposes(v2.ToDtype)
-def to_dtype(module: Any, x: Any) -> Any:
+def to_dtype(module: v2.ToDtype, x: Tensor) -> Tensor:
     """Another type, and with scale=True its range of values, in both modes."""
     if isinstance(module.dtype, dict):
         raise NotImplementedError("v2.ToDtype with a type per type of input")
