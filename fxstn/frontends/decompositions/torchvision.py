@@ -59,7 +59,7 @@ register_operation(hp.GaussianBlur, v2.GaussianBlur)
 
 
 @decomposes(torchvision.ops.StochasticDepth)
-def stochastic_depth(module: torchvision.ops.StochasticDepth, input: Tensor) -> Tensor:
+def stochastic_depth(module: torchvision.ops.StochasticDepth, input: Tensor) -> object:
     """By example it can be tuned; for the whole batch it stays as it is."""
     if module.mode == "batch":
         return row_dropout(input, module.p, "batch", module.training)
