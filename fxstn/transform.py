@@ -20,10 +20,11 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.passes.build import augmentation, build_network
 from fxstn.passes.condition import condition
 from fxstn.passes.hyperize import hyperize
-from fxstn.passes.pushforward import choose_statistics, hold_statistics, linearized, perturbed, pushforward
+from fxstn.passes.pushforward import linearized, perturbed, pushforward
 from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.passes.request import Request, check_model
 from fxstn.passes.simplify import simplify
+from fxstn.passes.statistics import choose_statistics, hold_statistics
 
 # How a forward is followed, in the order that trace="auto" tries: nn.Module → graph, which `canonicalize` respells.
 FRONTENDS: tuple[type[Frontend], ...] = (Symbolic, Export, Live)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
-from fxstn.ir.graphs import assemble, copied
+from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
 from fxstn.ops.kernels import zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
-from fxstn.ops.synced import BATCH_NORMS
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
 
@@ -149,45 +146,6 @@ def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
         source_of(node),
         "register one (CONTRIBUTING.md, 'add a rule'), or freeze the parameters it depends on",
     )
-
-
-def hold_statistics(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
-    module = copied(module)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in BATCH_NORMS and node.args[5]:
-            x, _, _, weight, bias, _, _, eps = node.args
-            node.args = (x, None, None, weight, bias, True, 0.0, eps)
-        elif node.op == "call_function" and node.target is F.instance_norm:
-            bound = inspect.signature(F.instance_norm).bind(*node.args, **node.kwargs)
-            bound.apply_defaults()
-            if bound.arguments["use_input_stats"]:
-                bound.arguments.update(running_mean=None, running_var=None)
-            node.args, node.kwargs = bound.args, bound.kwargs
-    return module
-
-
-def choose_statistics(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Batch norms normalise by the plan's statistics in both modes; the frozen ones by their running statistics.
-
-    "batch": those of an evaluation graph use the batch too, as in training.
-    "running": those of a training graph that have running statistics use them, as in eval mode.
-    """
-    module = copied(module)
-    for node in module.graph.nodes:
-        if node.op != "call_function" or node.target not in BATCH_NORMS:
-            continue
-        x, mean, variance, weight, bias, by_batch, _, eps = node.args
-        if plan.statistics == "running" and by_batch and mean is not None:
-            node.args = (x, mean, variance, weight, bias, False, 0.0, eps)
-        elif plan.statistics == "batch" and not by_batch and not (plan.kind.training or _frozen(mean, plan)):
-            node.args = (x, None, None, weight, bias, True, 0.0, eps)
-    return module
-
-
-def _frozen(statistic: fx.Node, plan: Plan) -> bool:
-    """Whether a running statistic is that of a module which stays in eval mode."""
-    return str(statistic.target).removeprefix("model.").rpartition(".")[0] in plan.frozen
 
 
 def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:

@@ -174,7 +174,7 @@ class LiveGraph:
         strengths = None if strengths is None else strengths.detach()
         with borrowed(self.model, self.training, self.frozen, buffers, keep=False):
             if self.objective == "linearized" and not self.training:
-                for name, module in self.model.named_modules():  # as fxstn.passes.pushforward.choose_statistics
+                for name, module in self.model.named_modules():  # as fxstn.passes.statistics.choose_statistics
                     module.training = isinstance(module, _BatchNorm) and name not in self.frozen
             mode = Duals(self.model, parameters, self.sites, strengths, log)
             given = {id(x): x for _, x in (*reachable((inputs, named), ""), *attributes(self.model))}

@@ -1,0 +1,159 @@
+"""What holds in a graph after each pass, as code that tests run between the passes. Nothing runs it in production."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import fx
+
+from fxstn.frontends.interface import Pass
+from fxstn.hp import OPERATIONS
+from fxstn.ir.graphs import placeholders
+from fxstn.ir.node_info import info_of
+from fxstn.ir.spelling import respell
+from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
+from fxstn.passes.canonicalize import canonicalize
+from fxstn.passes.condition import condition
+from fxstn.passes.effects import has_effect, updates_statistics
+from fxstn.passes.hyperize import hyperize, response_tree
+from fxstn.passes.pushforward import linearized, perturbed, pushforward
+from fxstn.passes.recompute import Recomputed, recompute
+from fxstn.passes.simplify import simplify
+from fxstn.passes.statistics import choose_statistics, hold_statistics
+
+Fact = Callable[[fx.GraphModule], Iterator[str]]  # yields what does not hold
+
+
+def check(module: fx.GraphModule, passes: Sequence[Pass | Callable[[fx.GraphModule], fx.GraphModule]]) -> None:
+    """Checks every fact that the passes have established so far.
+
+    passes: those that have made the graph, in their order.
+
+    Raises ValueError that lists all that does not hold.
+    """
+    module.graph.lint()
+    facts: dict[Fact, None] = {}
+    for done in passes:
+        facts = {fact: None for fact in facts if fact not in ENDS.get(done, ())} | dict.fromkeys(FACTS[done])
+    problems = [problem for fact in facts for problem in fact(module)]
+    if problems:
+        name = getattr(passes[-1], "__name__", "the last pass")
+        raise ValueError(f"{len(problems)} facts do not hold after {name}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def only_functions_are_called(module: fx.GraphModule) -> Iterator[str]:
+    """No method and no module of the model is called; the graph reads λ, responses and recomputed pieces by modules."""
+    for node in module.graph.nodes:
+        if node.op == "call_method":
+            yield f"{node.name} calls the method {node.target}"
+        elif node.op == "call_module" and str(node.target).partition(".")[0] == "model":
+            yield f"{node.name} calls the module '{node.target}'"
+
+
+def spellings_are_canonical(module: fx.GraphModule) -> Iterator[str]:
+    """An operation has one spelling; dropout that does nothing is gone."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or is_size(node):
+            continue
+        if (function := respell(node.target, node.args, node.kwargs).function) is not node.target:
+            yield f"{node.name} calls {node.target} in place of {function}"
+        if node.target in DROPOUTS and not dropout_settings(node)[1]:
+            yield f"{node.name} is dropout in eval mode"
+
+
+def nothing_is_written(module: fx.GraphModule) -> Iterator[str]:
+    """Mutations are expressed by values."""
+    for node in module.graph.nodes:
+        if info_of(node).mutates is not None:
+            yield f"{node.name} writes into its argument {info_of(node).mutates}"
+        elif node.op == "call_function" and not is_size(node) and respell(node.target, node.args, node.kwargs).in_place:
+            yield f"{node.name} works in place"
+
+
+def draws_are_explicit(module: fx.GraphModule) -> Iterator[str]:
+    """A random operation of the vocabulary is a draw, and what is done with it. The strengths come from one place."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (node.target in DROPOUTS or node.target in OPERATIONS):
+            yield f"{node.name} draws inside"
+    if "condition" not in [node.name for node in placeholders(module.graph)]:
+        yield "the graph has no input 'condition'"
+    if len([node for node in module.graph.nodes if node.target == "hparams"]) > 1:
+        yield "the strengths are computed more than once"
+
+
+def parameters_know_their_response(module: fx.GraphModule) -> Iterator[str]:
+    """A parameter that responds names its response R; what is computed from it row by row names its scales."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    responding = {f"model.{name}" for name, _ in response_tree(module)}
+    if "delta" not in [node.name for node in placeholders(module.graph)]:
+        yield "the graph has no input 'delta'"
+    for node in module.graph.nodes:
+        info = info_of(node)
+        if (node.op == "get_attr" and node.target in responding) != (info.response is not None):
+            yield f"{node.name} names the response {info.response}"
+        elif info.response and (info.response not in nodes or nodes[info.response].op != "get_attr"):
+            yield f"{node.name} names the response {info.response}, which is no parameter"
+        elif info.response and not info.scales:
+            yield f"{node.name} responds and names no scales"
+        if info.scales and (info.scales.name not in nodes or nodes[info.scales.name].op != "call_module"):
+            yield f"{node.name} names the scales {info.scales.name}, which no response computes"
+        elif info.scales and not nodes[info.scales.name] < node:
+            yield f"{node.name} comes before its scales {info.scales.name}"
+
+
+def statistics_are_held(module: fx.GraphModule) -> Iterator[str]:
+    """No norm updates running statistics."""
+    for node in module.graph.nodes:
+        if updates_statistics(node):
+            yield f"{node.name} updates running statistics"
+
+
+def tangents_name_their_rule(module: fx.GraphModule) -> Iterator[str]:
+    """A node that a tangent goes through knows the kind of its rule and the name of its operation."""
+    ruled = [node for node in module.graph.nodes if info_of(node).rule is not None]
+    if not ruled:
+        yield "no tangent goes through any node"
+    for node in module.graph.nodes:
+        if (info_of(node).rule is None) != (info_of(node).operation is None):
+            yield f"{node.name} has the rule {info_of(node).rule} and the operation {info_of(node).operation}"
+
+
+def everything_is_read(module: fx.GraphModule) -> Iterator[str]:
+    """No value is dead, and nothing only hands a value on."""
+    for node in module.graph.nodes:
+        if info_of(node).handed_through:
+            yield f"{node.name} hands {node.args[0]} on"
+        elif not node.users and not has_effect(node):
+            yield f"nobody reads {node.name}"
+
+
+def pieces_are_recomputed(module: fx.GraphModule) -> Iterator[str]:
+    """What is left in the graph costs nothing to keep: inputs, parameters, λ and scales."""
+    for node in module.graph.nodes:
+        piece = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Recomputed)
+        if node.op == "call_function" and not all(
+            source.op in ("call_module", "call_function") for source in node.all_input_nodes
+        ):
+            yield f"{node.name} is kept outside of the pieces"
+        elif piece and not node.users:
+            yield f"nobody reads the piece {node.name}"
+
+
+CANONICAL = (only_functions_are_called, spellings_are_canonical, nothing_is_written)
+FACTS: Mapping[object, tuple[Fact, ...]] = {
+    canonicalize: CANONICAL,
+    condition: (draws_are_explicit,),
+    choose_statistics: (),
+    hyperize: (parameters_know_their_response,),
+    hold_statistics: (statistics_are_held,),
+    pushforward: (tangents_name_their_rule,),
+    linearized: (tangents_name_their_rule,),
+    perturbed: (tangents_name_their_rule,),
+    simplify: (everything_is_read,),
+    recompute: (pieces_are_recomputed,),
+}
+# Rules spell as they like; pieces hold the nodes that other facts are about.
+ENDS: Mapping[object, tuple[Fact, ...]] = {
+    **dict.fromkeys((pushforward, linearized, perturbed), CANONICAL),
+    recompute: (tangents_name_their_rule, parameters_know_their_response),
+}
