@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch.nn.utils import parametrizations
 import fxstn
 from fxstn import hp
 from fxstn.frontends.live.containers import attributes, reachable
+from fxstn.frontends.preservation import preserved
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 
@@ -112,3 +115,22 @@ def test_inputs_that_cannot_be_written_to_are_taken(trace):
         before = x.clone()
         fxstn.transform(mlp(0.3), example_inputs=x, trace=trace)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_sparse_buffer_has_its_values_back(sparse):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls its sparse layouts beta
+        model = nn.Module()
+        model.register_buffer("adjacency", sparse(torch.eye(4)))
+        with preserved(model, ()):
+            model.adjacency.mul_(3)
+        assert torch.equal(model.adjacency.to_dense(), torch.eye(4))
+
+
+def test_read_only_memory_that_nothing_writes_into_is_taken(tmp_path):
+    numpy.save(tmp_path / "x.npy", numpy.random.default_rng(0).standard_normal((4, 6), dtype=numpy.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that writing into it would crash
+        x = torch.from_numpy(numpy.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert fxstn.transform(mlp(0.3), example_inputs=x, trace="live").frontend == "live"

@@ -64,18 +64,17 @@ class SavedTensor:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.requires_grad = tensor, tensor.requires_grad
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             self.alias = tensor.detach()
-            self.memories = list(_memories(self.alias))
-            self.values = [memory.clone() for memory in self.memories]
+            self.memory = _memory(tensor)
+            self.value = self.memory.clone()
 
     def restore(self) -> None:
         """Give the object its memory back, and the memory its bytes. Nothing is written where nothing has changed, because
         the memory may be read-only (numpy.memmap)."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            for memory, value in zip(self.memories, self.values, strict=True):
-                if not torch.equal(memory, value):
-                    memory.copy_(value)
+            if self.memory.layout is not torch.strided or not torch.equal(self.memory, self.value):
+                self.memory.copy_(self.value)
             if self.tensor.grad_fn is not None and not self.requires_grad:
                 self.tensor.detach_()  # a value with a gradient was written into it
             if self.tensor.is_leaf:
@@ -84,23 +83,13 @@ class SavedTensor:
                 self.tensor.data = self.alias
 
 
-def _memories(x: Tensor) -> Iterator[Tensor]:
-    """The bytes from a tensor's first entry to its last, as 1-d tensors over its own memory: one, or one per part."""
-    if x.layout is torch.sparse_coo:
-        yield from (*_memories(x._indices()), *_memories(x._values()))
-    elif x.layout is not torch.strided:
-        inner, outer = (
-            (x.crow_indices, x.col_indices)
-            if x.layout in (torch.sparse_csr, torch.sparse_bsr)
-            else (x.ccol_indices, x.row_indices)
-        )
-        yield from (*_memories(inner()), *_memories(outer()), *_memories(x.values()))
-    elif x.numel() and x.device.type != "meta":
-        size = 1 + sum((n - 1) * stride for n, stride in zip(x.size(), x.stride(), strict=True))
-        span = torch.empty(0, dtype=x.dtype, device=x.device).set_(
-            x.untyped_storage(), x.storage_offset(), (size,), (1,)
-        )
-        yield span.view(torch.uint8)
+def _memory(x: Tensor) -> Tensor:
+    """The bytes from a tensor's first entry to its last, (bytes,), over its own memory; a sparse tensor itself."""
+    if x.layout is not torch.strided or x.device.type == "meta" or not x.numel():
+        return x
+    size = 1 + sum((n - 1) * stride for n, stride in zip(x.size(), x.stride(), strict=True))
+    span = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), (size,), (1,))
+    return span.view(torch.uint8)
 
 
 def _shows(x: Tensor, y: Tensor) -> bool:

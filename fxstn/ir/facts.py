@@ -84,3 +84,21 @@ def is_fresh(function: Function) -> bool:
     known = overloads(function)
     composed = (overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) for overload in known)
     return bool(known) and not is_view(function) and not any(composed)
+
+
+@functools.cache
+def written_arguments(function: Function) -> tuple[tuple[int, str], ...]:
+    """(position, name) of every argument that a schema marks as written into, arguments for out= excepted."""
+    return tuple(
+        (position, argument.name)
+        for overload in overloads(function)
+        for position, argument in enumerate(overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@functools.cache
+def returns_tensors(function: Function) -> bool | None:
+    """Whether the result holds tensors; None where torch has no schema."""
+    returns = [result for overload in overloads(function) for result in overload._schema.returns]
+    return any("Tensor" in str(result.type) for result in returns) if overloads(function) else None

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.inputs import InputSpec, as_tuple
-from fxstn.frontends.live.duals import Note
+from fxstn.frontends.live.calls import OperationNote
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
 from fxstn.hp import Activity, Spec
@@ -134,7 +134,7 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple
     if inputs is None:
         explanation.notes.append("what runs is known when it runs: fxstn.explain(network, example_inputs=...) lists it")
         return []
-    log: list[Note] = []
+    log: list[OperationNote] = []
     with forked_rng(), torch.no_grad():
         cast(LiveGraph, stn.graph("pushforward")).duals(
             inputs, {}, None, torch.zeros_like(stn.hparams.unconstrained), log
@@ -143,7 +143,7 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple
     return sorted((_row_of_note(note, stn.hparams.names) for note in log), key=lambda row: row.rule != "fallback")
 
 
-def _row_of_note(note: Note, names: tuple[str, ...]) -> Row:
+def _row_of_note(note: OperationNote, names: tuple[str, ...]) -> Row:
     if note.kind != "dropout":
         return Row(note.module, note.operation, _change(note.kind), note.kind)
     if isinstance(note.strength, int):

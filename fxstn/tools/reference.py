@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.guards import mode_of
-from fxstn.frontends.live.constant_guard import mutated
+from fxstn.frontends.live.calls import Call, mutated
 from fxstn.frontends.live.containers import arguments_mapped, leaves
 from fxstn.frontends.live.frontend import Live
-from fxstn.frontends.live.graph import located
-from fxstn.frontends.live.tracer import Call, Following, Sites
+from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
+from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.frontends.preservation import preserved
 from fxstn.hp import OPERATIONS, Operation
 from fxstn.ir.graphs import forked_rng
@@ -62,7 +62,7 @@ class Strengths:
         the module's own strengths.
     """
 
-    sites: Sites = field(default_factory=Sites)
+    sites: RuntimeSites = field(default_factory=RuntimeSites)
     dropouts: tuple[int | None, ...] | None = None
     operations: tuple[tuple[int, ...] | None, ...] = ()
 
@@ -78,15 +78,16 @@ def strengths_of(network: SelfTuningNetwork, training: bool, inserting: bool = F
         return Strengths(dropouts=None if live else ())
     if live:
         sites = tuple(site for site in binding.sites if inserting or not site.insert)
-        return Strengths(located(replace(binding, sites=sites), *cast(Live, network.recipe.frontend).places))
+        addresses = cast(Live, network.recipe.frontend).addresses
+        return Strengths(runtime_sites(replace(binding, sites=sites), addresses))
     read = {site.node: site.indices for site in binding.sites if not site.insert}
     nodes = [node for node in network.canonical(True).graph.nodes if node.op == "call_function"]
     dropouts = [read.get(node.name) for node in nodes if node.target in DROPOUTS]
     operations = tuple(read.get(node.name) for node in nodes if node.target in OPERATIONS)
-    return Strengths(Sites(), tuple(None if indices is None else indices[0] for indices in dropouts), operations)
+    return Strengths(RuntimeSites(), tuple(None if indices is None else indices[0] for indices in dropouts), operations)
 
 
-class ReferenceRun(Following):
+class ReferenceRun(LiveTracer):
     """One run of the original forward. It knows no tangent and no rule for tangents.
 
     strengths: which λ the random operations read; values: λ itself, (h,).
@@ -108,10 +109,10 @@ class ReferenceRun(Following):
         with torch.enable_grad(), self._operations_at_strengths():
             return self.run(inputs, {})
 
-    def _body(self, call: Call) -> Callable[..., object] | None:
+    def body_of(self, call: Call) -> Callable[..., object] | None:
         """A kernel that draws nothing runs as it is, so that a decomposition is never its own witness."""
         decomposed = call.spelled is not None and call.spelled.function in DECOMPOSITIONS
-        return None if decomposed and not _draws(call) else super()._body(call)
+        return None if decomposed and not _draws(call) else super().body_of(call)
 
     def drop(self, call: Call, index: int | None) -> object:
         assert call.spelled is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,22 +13,26 @@ from torch.utils._pytree import tree_map
 _INTERNAL = set(vars(nn.Module()))
 
 
-def arguments_mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+def arguments_mapped(function: Callable[[Tensor], object], value: object) -> Any:
     """Arguments of one operation, or its results, with each tensor replaced: through tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return kind(arguments_mapped(function, entry) for entry in value)
-    if kind is dict:
+    if type(value) is tuple or type(value) is list:
+        return type(value)(arguments_mapped(function, entry) for entry in value)
+    if type(value) is dict:
         return {key: arguments_mapped(function, entry) for key, entry in value.items()}
     if isinstance(value, tuple) and not hasattr(value, "numel"):  # named results; a torch.Size holds no tensor
-        entries = [arguments_mapped(function, entry) for entry in value]
-        return kind(*entries) if hasattr(value, "_fields") else kind(entries)  # type: ignore[call-arg]
+        return rebuilt(value, [arguments_mapped(function, entry) for entry in value])
     return value
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def rebuilt(original: tuple | list, entries: Iterable[object]) -> Any:
+    """Other entries in a sequence of the same type, named tuples included."""
+    kind: Callable[..., Any] = type(original)
+    return kind(*entries) if hasattr(original, "_fields") else kind(entries)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors among the arguments or results of one operation."""
     if isinstance(value, Tensor):
         yield value
@@ -40,10 +44,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(entry)
 
 
-def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
-    """A model's output with every leaf replaced, through whatever pytree knows and dataclasses besides."""
+def mapped(function: Callable[[Any], object], structure: object) -> Any:
+    """A structure with every leaf replaced, through whatever pytree knows and through dataclasses."""
 
-    def leaf(value: Any) -> Any:
+    def leaf(value: object) -> object:
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return function(value)
         result = copy.copy(value)
@@ -54,21 +58,21 @@ def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
     return tree_map(leaf, structure)
 
 
-def leaves(structure: Any) -> list[Any]:
+def leaves(structure: object) -> list[object]:
     """The leaves that `mapped` visits, in its order."""
-    found: list[Any] = []
-    mapped(found.append, structure)
-    return found
+    result: list[object] = []
+    mapped(result.append, structure)
+    return result
 
 
-def reachable(value: Any, name: str, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every tensor that can be reached from a value: containers, attributes, submodules excepted."""
+def reachable(value: object, name: str, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every tensor that a value reaches through containers and attributes; modules are left out."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield name, value
     elif id(value) not in seen and not isinstance(value, (nn.Module, type, str, bytes)):
         seen.add(id(value))
-        entries: Any = ()
+        entries: Iterable[tuple[object, object]] = ()
         if isinstance(value, dict):
             entries = value.items()
         elif isinstance(value, (tuple, list, set, frozenset)):

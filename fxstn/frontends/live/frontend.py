@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 from torch import nn
 
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import Pass, Plan, Root
-from fxstn.frontends.live.graph import LiveGraph, addresses, located
+from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.live.record import Recorded, record
+from fxstn.frontends.live.sites import Addresses, find_addresses, runtime_sites
 from fxstn.hp import Dropout
 from fxstn.hp.binding import Binding
 from fxstn.ir.errors import Diagnostic, TransformError
 
 
-class Addresses(NamedTuple):
-    """Where the sites of a binding are in a run of the forward; see `fxstn.frontends.live.graph.located`."""
-
-    addresses: Mapping[str, tuple] = {}
-    last: Mapping[str, int] = {}
-    positions: Mapping[tuple[str, int], int] = {}
-
-
 @dataclass(frozen=True)
 class Live:
-    """Runs a forward as it is. places: where its runs read λ, known once the binding is."""
+    """Runs a forward as it is. addresses: where its runs read λ, known once the binding is."""
 
     examples: InputSpec | None = None
-    places: Addresses = field(default_factory=Addresses)
+    addresses: Addresses = field(default_factory=Addresses)
     name: ClassVar[str] = "live"
     needs_examples: ClassVar[bool] = True
     rewritable: ClassVar[bool] = False
@@ -45,11 +38,11 @@ class Live:
             )
         return record(model, training, frozen, inputs)
 
-    def bind(self, captured: Any, binding: Binding) -> Self:
+    def bind(self, captured: Recorded, binding: Binding) -> Self:
         if binding.dropped or binding.terms.jacobian or any(type(site.spec) is not Dropout for site in binding.sites):
             what = "an operation other than dropout, which needs a graph,"
             raise TransformError([Diagnostic("", what, "", "use hp.Dropout")])
-        return replace(self, places=Addresses(*addresses(captured, binding)))
+        return replace(self, addresses=find_addresses(captured.graph, binding))
 
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> LiveGraph:
-        return LiveGraph(root, plan.kind, located(plan.binding, *self.places), plan.frozen)
+        return LiveGraph(root, plan.kind, runtime_sites(plan.binding, self.addresses), plan.frozen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,22 @@ from fxstn.rules.registry import plain_tangents
 
 
 @functools.cache
-def function_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A staged (args, kwargs, tangents, named tangents) → (y, dy) by live duals through one function, whatever its Python does.
+def function_jvp(function: Callable[..., object]) -> Callable[..., tuple[object, object]]:
+    """A staged (args, kwargs, tangents, named tangents) → (y, dy): live duals through one function, whatever its Python does.
 
-    tangents: shaped like args, None where nothing varies. dy has the structure of y: zeros where nothing varies, None for
-    what is not float. Raises TransformError for what live duals cannot follow.
+    tangents: shaped like args; None where nothing varies.
+    named tangents: {name of a keyword: tangent}, likewise.
+
+    dy has the structure of y: zeros where nothing varies, None for what is not float. Raises TransformError for what live
+    duals cannot follow.
     """
 
-    def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[Any, Any]:
+    def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[object, object]:
         duals = Duals(nn.Module(), {})
         _record(duals, args, tangents)
         _record(duals, [kwargs[name] for name in named], list(named.values()))
-        duals.made(tensors_in((args, kwargs)))
-        with torch.enable_grad(), duals.following():
+        duals.add_constants(tensors_in((args, kwargs)))
+        with torch.enable_grad(), duals.active():
             y = function(*args, **kwargs)
         duals.finish(y)
         return y, duals.tangents_of(y)
@@ -39,8 +41,8 @@ def function_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def opaque_tangent(
-    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict
-) -> tuple[Any, Any]:
+    function: Callable[..., object], tangents: tuple, args: tuple, kwargs: dict, named: dict
+) -> tuple[object, object]:
     """(y, dy) of one call of a Python function that fx does not look into, as `fxstn.rules.apply_rule` gives of others.
 
     Raises NoRule where a parameter's structured tangent reaches it.
@@ -49,9 +51,12 @@ def opaque_tangent(
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 
-def _record(duals: Duals, value: Any, tangent: Any) -> None:
+def _record(duals: Duals, value: object, tangent: object) -> None:
+    """Enter the tangents of arguments, which are shaped like the arguments."""
     if isinstance(tangent, Tensor):
+        assert isinstance(value, Tensor)
         duals.table.record(value, tangent)
     elif isinstance(tangent, (list, tuple)):
-        for inner, moved in zip(value, tangent, strict=True):
-            _record(duals, inner, moved)
+        assert isinstance(value, (list, tuple))
+        for inner_value, inner_tangent in zip(value, tangent, strict=True):
+            _record(duals, inner_value, inner_tangent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.frontends.guards import mode_of
-from fxstn.frontends.live.constant_guard import ConstantGuard, mutated, user_frame
+from fxstn.frontends.live.calls import Call, RunningCall, argument_names, mutated
+from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
 from fxstn.frontends.live.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
-from fxstn.frontends.live.tracer import Call, RunningCall, argument_names
 from fxstn.frontends.preservation import preserved
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import forked_rng, rename
@@ -34,69 +34,67 @@ class Recorded(nn.Module):
 class Tape(ConstantGuard):
     """Appends every operation, in the canonical spelling, to `graph`.
 
-    Nodes carry meta["scope"] and meta["exits"] as `fxstn.frontends.symbolic` makes them, meta["positions"], {number of
-    such a call: position among the leaves of its output}, and meta["address"]: ("argument", name),
-    ("exit", module path, which leaf of its output), or ("operation", module path, operation, which one within its call,
-    which call of the module, which element of the result or None).
+    Nodes carry a `NodeInfo` with scope and exits, as those of `fxstn.frontends.symbolic`, and with two facts more.
+    positions: {number of a call whose output the node is: position among the leaves of that output}.
+    address: ("argument", name), ("exit", module path, position among the leaves of its output), or ("operation", module
+        path, operation, order within its call, number of the module's call, element of the result or None).
     """
 
     def __init__(self, model: nn.Module, inputs: tuple) -> None:
         super().__init__(model)
-        self.counted = None
-        self.problems = []
+        self.operations_to_count, self.problems = None, list[Diagnostic]()
         self.graph = fx.Graph()
         self.nodes = WeakTensorKeyDictionary()
-        self.names: dict[int, str] = {}
-        self.entered: dict[int, set[fx.Node]] = {}
+        self.inputs_of_calls: dict[int, set[fx.Node]] = {}
         for (name, optional), value in zip(argument_names(model, inputs), inputs, strict=False):
             for i, (_, leaf) in enumerate(reachable(value, name)):
                 node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
                 annotate(node, address=("argument", name))
                 self.nodes[leaf] = node
-        self.held = WeakTensorKeyDictionary()
+        self.attribute_targets = WeakTensorKeyDictionary()
         for name, tensor in attributes(model):
-            self.held.setdefault(tensor, f"model.{name}")
+            self.attribute_targets.setdefault(tensor, f"model.{name}")
 
-    def known(self, x: Tensor) -> bool:
-        return x in self.nodes or x in self.held
+    def is_known(self, x: Tensor) -> bool:
+        return x in self.nodes or x in self.attribute_targets
 
     def node_of(self, x: Tensor) -> fx.Node | Tensor:
         if x in self.nodes:
             return self.nodes[x]
-        if x not in self.held:
+        if x not in self.attribute_targets:
             return x
-        node = self.graph.get_attr(self.held[x])
+        node = self.graph.get_attr(self.attribute_targets[x])
         annotate(node, scope=self.scope())
         return node
 
     def scope(self) -> tuple[ModuleCall, ...]:
         return tuple(ModuleCall(call.number, call.path, call.kind) for call in self.calls if call.path)
 
-    def node(self, function: Any, args: tuple, kwargs: dict) -> fx.Node:
-        """Append one operation; its tensors are replaced by their nodes."""
+    def node(self, function: Callable[..., object], args: tuple, kwargs: dict) -> fx.Node:
+        """Append one operation. Its tensors are replaced by their nodes."""
 
-        def spelled(value: Any) -> Any:
+        def argument(value: object) -> Any:
             if isinstance(value, Spelled):
                 return self.node(value.function, value.args, value.kwargs)
             return arguments_mapped(self.node_of, value)
 
-        kwargs = {name: spelled(value) for name, value in kwargs.items()}
-        node = self.graph.call_function(function, tuple(spelled(value) for value in args), kwargs)
+        kwargs = {name: argument(value) for name, value in kwargs.items()}
+        node = self.graph.call_function(function, tuple(argument(value) for value in args), kwargs)
         node.meta = {"stack_trace": user_frame()}
         annotate(node, scope=self.scope())
         return node
 
-    def observe(self, call: Call) -> Any:
+    def observe(self, call: Call) -> object:
         spelled = call.spelled or Spelled(call.original, call.args, call.kwargs)
-        changed, result = mutated(call), call.run()
-        if changed or next(tensors_in(result), None) is not None:  # what only reads a size is no use of a value
+        targets, result = mutated(call), call.run()
+        if targets or next(tensors_in(result), None) is not None:  # what only reads a size is no use of a value
             node = self.node(spelled.function, spelled.args, spelled.kwargs)
             self.enter_result(call, node, result)
-            for x in changed:
+            for x in targets:
                 self.nodes[x] = node
         return result
 
-    def enter_result(self, call: Call, node: fx.Node, result: Any) -> None:
+    def enter_result(self, call: Call, node: fx.Node, result: object) -> None:
         """Make `node` stand for what an operation returned."""
         address = (self.path, operation_name(call.function), call.order, self.calls[-1].occurrence)
         if isinstance(result, Tensor):
@@ -110,7 +108,7 @@ class Tape(ConstantGuard):
                     annotate(element, address=("operation", *address, i))
                     self.nodes[entry] = element
 
-    def drop(self, call: Call, index: int | None) -> Any:
+    def drop(self, call: Call, index: int | None) -> object:
         assert call.spelled is not None
         p, training = dropout_settings(call.spelled)
         if not training:
@@ -120,16 +118,18 @@ class Tape(ConstantGuard):
         self.enter_result(call, node, result)
         return result
 
-    def enter(self, call: RunningCall, inputs: Any) -> None:
-        self.entered[call.number] = {self.nodes[x] for x in leaves(inputs) if isinstance(x, Tensor) and x in self.nodes}
+    def enter(self, call: RunningCall, inputs: object) -> None:
+        self.inputs_of_calls[call.number] = {
+            self.nodes[x] for x in leaves(inputs) if isinstance(x, Tensor) and x in self.nodes
+        }
 
-    def leave(self, call: RunningCall, output: Any) -> None:
-        entered = self.entered.pop(call.number)
+    def leave(self, call: RunningCall, output: object) -> None:
+        inputs = self.inputs_of_calls.pop(call.number)
         for position, leaf in enumerate(leaves(output)):
             node = self.nodes.get(leaf) if isinstance(leaf, Tensor) and call.path else None
             if node is None:
                 continue
-            if node in entered:  # handed through, as nn.Identity does: its output needs a node of its own
+            if node in inputs:  # handed through, as nn.Identity does: its output needs a node of its own
                 node = self.node(torch.clone, (leaf,), {})
                 annotate(node, handed_through=True, address=("exit", call.path, position))
                 self.nodes[leaf] = node
@@ -139,9 +139,9 @@ class Tape(ConstantGuard):
             exits = (*info.exits, ModuleCall(call.number, call.path, call.kind))
             annotate(node, exits=exits, positions={**info.positions, call.number: position})
 
-    def finish(self, output: Any) -> Recorded:
+    def finish(self, output: object) -> Recorded:
         """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""
-        self.check_seen("the output", leaves(output))
+        self.check_known("the output", leaves(output))
         self.graph.output(tuple(self.node_of(leaf) for leaf in leaves(output) if isinstance(leaf, Tensor)))
         return Recorded(self.model, self.graph)
 
@@ -156,7 +156,7 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
         tape = Tape(model, inputs)
         try:
             with mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
-                with tape.following():
+                with tape.active():
                     output = model(*inputs)
                 return tape.finish(output)
         except TransformError:

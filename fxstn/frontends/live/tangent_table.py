@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxstn.ir.tangents import ZERO
+from fxstn.ir.tangents import ZERO, Scaled, SymbolicZero
+
+Tangent = Tensor | Scaled | SymbolicZero
 
 
 class SharedMemory(Exception):
-    """A change in place whose effect on the tangents of other tensors in the same memory cannot be followed; says why."""
+    """A change in place moves tensors in the same memory whose tangents cannot be told. The message says why."""
 
 
 @dataclass
 class Entry:
-    """tangent: ZERO, a tensor shaped like its primal, or Scaled. cut: an alias of other memory without its tangent."""
+    """What is known about one tensor object.
 
-    tangent: Any
-    cut: bool = False
+    tangent: ZERO, a tensor shaped like its primal, or Scaled.
+    detached: whether it is an alias of memory in whose tangent it has no part.
+    """
+
+    tangent: Tangent
+    detached: bool = False
 
 
 def memory_of(x: Tensor) -> int | None:
@@ -52,15 +57,15 @@ class Table:
     def find(self, x: Tensor) -> Entry | None:
         return self.entries.get(x)
 
-    def record(self, x: Tensor, tangent: Any, cut: bool = False) -> None:
-        """Enter a tensor object, new or known."""
-        known = x in self.entries
-        self.entries[x] = Entry(tangent, cut)
-        if not known:
+    def record(self, x: Tensor, tangent: Tangent, detached: bool = False) -> None:
+        """Enter a tensor object, or enter it anew."""
+        is_known = x in self.entries
+        self.entries[x] = Entry(tangent, detached)
+        if not is_known:
             self.join(x)
 
     def join(self, x: Tensor) -> None:
-        """Count x to the family of its memory; needed again when its memory was changed."""
+        """Count x to the family of its memory. To be called again when x got other memory."""
         memory = memory_of(x)
         if memory is not None:
             self.families.setdefault(memory, []).append(weakref.ref(x))
@@ -80,11 +85,11 @@ class Table:
         members = self.family(x)
         memory = x.untyped_storage().clone()
         for member in members:
-            place = (member.storage_offset(), member.size(), member.stride())
-            member.data = member.new_empty(0).set_(memory, *place)
+            offset, size, stride = member.storage_offset(), member.size(), member.stride()
+            member.data = member.new_empty(0).set_(memory, offset, size, stride)
             self.join(member)
 
-    def write(self, x: Tensor, y: Tensor, dy: Any) -> None:
+    def write(self, x: Tensor, y: Tensor, dy: Tangent) -> None:
         """The object x takes the values of y, with tangent dy; what shares its memory sees both.
 
         Raises SharedMemory.
@@ -99,46 +104,46 @@ class Table:
             x.copy_(y)
         self.retangent(x, dy, others)
 
-    def retangent(self, x: Tensor, dy: Any, others: list[Tensor]) -> None:
+    def retangent(self, x: Tensor, dy: Tangent, others: list[Tensor]) -> None:
         """Give x a new tangent, and the rest of its family what follows from it. Raises SharedMemory."""
         entry = self.entries[x]
         varying = [member for member in others if self.entries[member].tangent is not ZERO]
-        if entry.cut and others and (varying or dy is not ZERO):
+        if entry.detached and others and (varying or dy is not ZERO):
             raise SharedMemory("changes a detached alias of a tensor in place, whose derivative is undefined")
-        if dy is not ZERO and dy.dtype != x.dtype:
+        if isinstance(dy, Tensor) and dy.dtype != x.dtype:
             dy = dy.to(x)
-        members = [member for member in others if differentiable(member) and not self.entries[member].cut]
+        members = [member for member in others if differentiable(member) and not self.entries[member].detached]
         if members and (varying or dy is not ZERO):
             self._spread(x, dy, members)
         entry.tangent = dy
 
-    def _spread(self, x: Tensor, dy: Any, members: list[Tensor]) -> None:
+    def _spread(self, x: Tensor, dy: Tangent, members: list[Tensor]) -> None:
         """Tangents of the members of a family after x, another member, got the tangent dy: scattered into one image of
         the whole memory and read again from there."""
         if any(member.dtype != x.dtype for member in members):
             raise SharedMemory("changes memory in place that is also viewed with another dtype")
-        size = x.untyped_storage().nbytes() // x.element_size()
-        image = x.new_zeros(size)
-        cover = [m for m in members if m.numel() == size and m.is_contiguous() and m.storage_offset() == 0]
+        count = x.untyped_storage().nbytes() // x.element_size()
+        image = x.new_zeros(count)
+        cover = [m for m in members if m.numel() == count and m.is_contiguous() and m.storage_offset() == 0]
         for member in cover[:1] or members:
             tangent = self.entries[member].tangent
-            if tangent is not ZERO:
+            if isinstance(tangent, Tensor):
                 if _overlaps_itself(member):
                     raise SharedMemory("changes memory in place that is also seen through an expanded view")
                 image = _written(image, member, tangent)
-        image = _written(image, x, torch.zeros_like(x) if dy is ZERO else dy)
+        image = _written(image, x, dy if isinstance(dy, Tensor) else torch.zeros_like(x))
         for member in members:
-            place = (member.size(), member.stride(), member.storage_offset())
-            self.entries[member].tangent = image.as_strided(*place)
+            size, stride, offset = member.size(), member.stride(), member.storage_offset()
+            self.entries[member].tangent = image.as_strided(size, stride, offset)
 
 
-def _written(image: Tensor, place: Tensor, value: Tensor) -> Tensor:
-    """An image of a memory, (entries,), after `value` was written where the tensor `place` lies in that memory.
+def _written(image: Tensor, target: Tensor, value: Tensor) -> Tensor:
+    """An image of a memory, (entries,), after `value` was written where the tensor `target` is in that memory.
 
     Not by as_strided_scatter: torch 2.14.1 gives the image the gradient of the entries that were written over.
     """
     numbers = torch.arange(len(image), device=image.device)
-    positions = numbers.as_strided(place.size(), place.stride(), place.storage_offset())
+    positions = numbers.as_strided(target.size(), target.stride(), target.storage_offset())
     return image.scatter(0, positions.reshape(-1), value.reshape(-1))
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import operator
 import types
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -21,166 +19,89 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.live.calls import Call, RunningCall, argument_names, arithmetic, inlined
 from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.containers import mapped, tensors_in
+from fxstn.frontends.live.sites import Address, Position, RuntimeSites
 from fxstn.ir.errors import operation_name
-from fxstn.ir.spelling import Spelled, Unspellable, respell
+from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
 from fxstn.rules import RULES
 
-Address = tuple[str, str, int]  # module path, operation, which call of it within one call of the module
-_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+# These concern the backward pass alone; on a value without a gradient, which a primal value is, torch refuses them.
 _FOR_BACKWARD = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
 _SWITCHES = {torch._C._set_grad_enabled}
 
 
-@dataclass(frozen=True)
-class Position:
-    """λ[index], for the result of an operation or of a module, or for one element of it."""
+class LiveTracer(TorchFunctionMode):
+    """Runs the original forward. Dropout is drawn from explicit noise, at the strengths of λ where there is a site.
 
-    index: int
-    element: int | None = None
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where a run reads which λ: arguments and module exits that get a dropout; at operations, for each call of their
-    module that was recorded, dropouts that are taken over and values that get one; last: of these calls, by module."""
-
-    arguments: dict[str, int] = field(default_factory=dict)
-    exits: dict[str, list[Position]] = field(default_factory=dict)
-    taken: dict[Address, dict[int, Position]] = field(default_factory=dict)
-    inserted: dict[Address, dict[int, Position]] = field(default_factory=dict)
-    last: dict[str, int] = field(default_factory=dict)
-
-    def operations(self) -> set[str]:
-        return {operation for _, operation, _ in (*self.taken, *self.inserted)}
-
-
-@dataclass(eq=False)
-class RunningCall:
-    """One call of a module. occurrence: how many calls of that module came before it; counts: of operations so far."""
-
-    number: int
-    path: str
-    kind: type
-    occurrence: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operation: as written, and as spelled (None: a mutation without a functional counterpart).
-
-    order: how many of the same operation the innermost module call has carried out before.
-    """
-
-    original: Callable[..., Any]
-    args: tuple
-    kwargs: dict[str, Any]
-    spelled: Spelled | None
-    order: int = 0
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        return self.spelled.function if self.spelled else self.original
-
-    def run(self) -> Any:
-        return self.original(*self.args, **self.kwargs)
-
-
-def _never(*_: Any) -> bool:
-    return False
-
-
-@functools.cache
-def inlined(function: types.FunctionType) -> Callable[..., Any] | None:
-    """A copy of one of torch's Python functions that runs its body also while a mode is active; None for others.
-
-    Such functions hand themselves to the active mode first, so that run inside of it they would come back for ever.
-    """
-    if not any(name in function.__code__.co_names and name in function.__globals__ for name in _CHECKS):
-        return None
-    names = {**function.__globals__, **dict.fromkeys(_CHECKS, _never)}
-    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    body.__kwdefaults__ = function.__kwdefaults__
-    return body
-
-
-def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
-    """(name, whether it has a default) of each argument that is passed by position."""
-    names: list[tuple[str, bool]] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [(f"{parameter.name}_{i}", False) for i in range(len(inputs) - len(names))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append((parameter.name, parameter.default is not parameter.empty))
-    return names
-
-
-class Following(TorchFunctionMode):
-    """Runs the original forward; dropout is drawn from explicit noise, at the strengths of λ where there is a site.
+    sites: where λ is read; None for nowhere.
+    strengths: (h,), constrained; None without sites.
 
     Subclasses change `apply`. Functions of torch without a rule that are written in Python are followed into their body.
-    strengths: (h,), constrained, or None without sites.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites | None = None, strengths: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, sites: RuntimeSites | None = None, strengths: Tensor | None = None) -> None:
         super().__init__()
-        self.model, self.sites, self.strengths = model, sites or Sites(), strengths
+        self.model, self.sites, self.strengths = model, sites or RuntimeSites(), strengths
         self.paths = {module: name for name, module in model.named_modules()}
         self.calls = [RunningCall(0, "", type(model))]
         self.occurrences: Counter[str] = Counter()
         self.number_of_calls = 0
-        self.counted: set[str] | None = self.sites.operations()  # None: all of them
+        self.operations_to_count: set[str] | None = self.sites.operations()  # None: all of them
         self.inside_function = False  # of a custom autograd function, where torch disables grad mode
 
     # Module calls
 
-    def run(self, inputs: tuple, named: dict[str, Any]) -> Any:
+    def run(self, inputs: tuple, named: dict[str, object]) -> object:
         """The model's output."""
-        given = list(inputs)
+        values = list(inputs)
         for i, (name, _) in enumerate(argument_names(self.model, inputs)[: len(inputs)]):
             if name in self.sites.arguments:
-                index = self.sites.arguments[name]
-                given[i] = mapped(lambda leaf, index=index: self.dropped(leaf, index), given[i])  # type: ignore[misc]
-        with self.following():
-            return self.model(*given, **named)
+                values[i] = self._dropped_leaves(values[i], Position(self.sites.arguments[name]))
+        with self.active():
+            return self.model(*values, **named)
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Inside, every torch operation and every call of the model's modules is seen."""
-        function = torch.autograd.Function.__dict__["apply"]
-
-        def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if _get_current_function_mode() is not self:
-                return function.__get__(None, cls)(*args, **kwargs)
-            if runs_again(cls):
-                run, _, *inputs = args
-                return run(*inputs)
-            before, self.inside_function = self.inside_function, not self.disabled()
-            try:
-                output = function.__get__(None, cls)(*args, **kwargs)
-                with torch._C.DisableTorchFunction():
-                    return self.leave_function(args, output)
-            finally:
-                self.inside_function = before
-
         hooks = (
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         )
+        apply = classmethod(self._autograd_apply(torch.autograd.Function.__dict__["apply"]))
         try:
-            with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)), without_checkpoints(), self:
+            with mock.patch.object(torch.autograd.Function, "apply", apply), without_checkpoints(), self:
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _autograd_apply(self, original: classmethod) -> Callable[..., object]:
+        """torch.autograd.Function.apply, after which `leave_function` is told of the output."""
+
+        def apply(cls: type, *args: object, **kwargs: object) -> object:
+            bound = original.__get__(None, cls)
+            if _get_current_function_mode() is not self:
+                return bound(*args, **kwargs)
+            if runs_again(cls):
+                run, _, *inputs = args
+                return cast(Callable[..., object], run)(*inputs)
+            before, self.inside_function = self.inside_function, not self.disabled()
+            try:
+                output = bound(*args, **kwargs)
+                with torch._C.DisableTorchFunction():
+                    return self.leave_function(args, output)
+            finally:
+                self.inside_function = before
+
+        return apply
+
     def disabled(self) -> bool:
-        """Whether the model itself switched gradients off here."""
+        """Whether the model itself has switched gradients off here."""
         return not (torch.is_grad_enabled() or self.inside_function)
 
     @property
@@ -188,7 +109,7 @@ class Following(TorchFunctionMode):
         """Path of the innermost module that is being called."""
         return self.calls[-1].path
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: object) -> None:
         path = self.paths.get(module)
         if path is None:
             return
@@ -199,7 +120,7 @@ class Following(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             self.enter(call, inputs)
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _leave(self, module: nn.Module, inputs: object, output: object) -> Any:
         if module not in self.paths:
             return output
         while len(self.calls) > 1:
@@ -208,36 +129,38 @@ class Following(TorchFunctionMode):
                 break
         with torch._C.DisableTorchFunction():
             self.leave(call, output)
-            for place in self.sites.exits.get(call.path, ()):
-                output = self._dropped_leaves(output, place)
+            for position in self.sites.exits.get(call.path, ()):
+                output = self._dropped_leaves(output, position)
             return output
 
-    def _dropped_leaves(self, output: Any, place: Position) -> Any:
-        """A module's output with a dropout after one of its leaves, or after all of them."""
-        position = itertools.count()
+    def _dropped_leaves(self, output: object, position: Position) -> object:
+        """A structure with a dropout after one of its leaves, or after all of them."""
+        numbers = itertools.count()
 
-        def leaf(value: Any) -> Any:
-            chosen = place.element in (None, next(position))
-            return self.dropped(value, place.index) if chosen else value
+        def leaf(value: object) -> object:
+            chosen = position.element in (None, next(numbers))
+            return self.insert_dropout(value, position.index) if chosen else value
 
         return mapped(leaf, output)
 
-    def enter(self, call: RunningCall, inputs: Any) -> None:
+    def enter(self, call: RunningCall, inputs: object) -> None:
         """A call of one of the model's modules begins."""
 
-    def leave(self, call: RunningCall, output: Any) -> None:
+    def leave(self, call: RunningCall, output: object) -> None:
         """It ends, with this output."""
 
-    def leave_function(self, args: tuple, output: Any) -> Any:
+    def leave_function(self, args: tuple, output: object) -> object:
         """A custom autograd function returns this output."""
         return output
 
-    def made(self, tensors: Iterable[Tensor]) -> None:
+    def add_constants(self, tensors: Iterable[Tensor]) -> None:
         """Tensors that come from outside of the model's forward: its inputs, noise."""
 
     # Operations
 
-    def __torch_function__(self, original: Any, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, original: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if original in _SWITCHES:
             return original(*args, **kwargs)
@@ -247,30 +170,24 @@ class Following(TorchFunctionMode):
             call = Call(original, args, kwargs, respell(original, args, kwargs))
         except Unspellable:
             call = Call(original, args, kwargs, None)
-        dropout = call.function in DROPOUTS
-        body = None if dropout else self._body(call)
+        is_dropout = call.function in DROPOUTS
+        body = None if is_dropout else self.body_of(call)
         if body is not None:
             with self:
                 result = body(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         name = operation_name(call.function)
-        if not dropout and self.counted is not None and name not in self.counted:
+        if not is_dropout and self.operations_to_count is not None and name not in self.operations_to_count:
             return self.apply(call)
         call = replace(call, order=self.calls[-1].counts[name])
         self.calls[-1].counts[name] += 1
-        taken = self._find(self.sites.taken, call, name)
-        result = self.drop(call, taken.index if taken else None) if dropout else self.apply(call)
-        inserted = self._find(self.sites.inserted, call, name)
-        if inserted is None:
-            return result
-        if inserted.element is None:
-            return self.dropped(result, inserted.index)
-        entries = list(result)
-        entries[inserted.element] = self.dropped(entries[inserted.element], inserted.index)
-        return tuple(entries)
+        own = self._position(self.sites.own, call, name)
+        result = self.drop(call, own.index if own else None) if is_dropout else self.apply(call)
+        insertion = self._position(self.sites.insertions, call, name)
+        return result if insertion is None else self._dropped_element(result, insertion)
 
-    def _body(self, call: Call) -> Callable[..., Any] | None:
+    def body_of(self, call: Call) -> Callable[..., object] | None:
         """What to run in place of an operation that is followed into its parts."""
         spelled = call.spelled
         if spelled is not None and spelled.function in DECOMPOSITIONS:
@@ -279,14 +196,14 @@ class Following(TorchFunctionMode):
             return inlined(call.original)
         return None
 
-    def _find(self, sites: Mapping[Address, Mapping[int, Position]], call: Call, name: str) -> Position | None:
-        """Which λ is read here. A module called more often than it was when recorded goes on as in its last call."""
-        places = sites.get((self.path, name, call.order))
-        if places is None:
+    def _position(self, sites: Mapping[Address, Mapping[int, Position]], call: Call, operation: str) -> Position | None:
+        """Which λ is read here. A module called more often than when it was recorded goes on as in its last call."""
+        positions = sites.get((self.path, operation, call.order))
+        if positions is None:
             return None
-        return places.get(min(self.calls[-1].occurrence, self.sites.last[self.path]))
+        return positions.get(min(self.calls[-1].occurrence, self.sites.last[self.path]))
 
-    def apply(self, call: Call) -> Any:
+    def apply(self, call: Call) -> object:
         """Carry out one operation."""
         return call.run()
 
@@ -296,17 +213,26 @@ class Following(TorchFunctionMode):
     # Dropout
 
     def strength(self, index: int) -> Tensor:
+        """λ[index]."""
         assert self.strengths is not None
         return for_all_examples(self.strengths[..., index], 0, f"dropout in module '{self.path}'")
 
-    def dropped(self, x: Any, index: int) -> Any:
-        """A value with a dropout inserted after it; unchanged when it is not a float tensor."""
+    def insert_dropout(self, x: object, index: int) -> object:
+        """A value with a dropout after it; unchanged when it is not a float tensor."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         self.note("dropout", "dropout", index)
-        return self._multiplied(x, (dropout_mask(x, self.strength(index)), None), in_place=False)
+        return self._with_noise(x, dropout_mask(x, self.strength(index)), None, in_place=False)
 
-    def drop(self, call: Call, index: int | None) -> Any:
+    def _dropped_element(self, result: object, position: Position) -> object:
+        """The result of an operation with a dropout after it, or after one of its elements."""
+        if position.element is None:
+            return self.insert_dropout(result, position.index)
+        elements = list(cast(Sequence[object], result))
+        elements[position.element] = self.insert_dropout(elements[position.element], position.index)
+        return tuple(elements)
+
+    def drop(self, call: Call, index: int | None) -> object:
         """A dropout of the model's own, at its own rate or, given an index, at λ[index]."""
         assert call.spelled is not None
         x = call.spelled.args[0]
@@ -315,18 +241,14 @@ class Following(TorchFunctionMode):
             return x
         self.note("dropout", "dropout", float(p) if index is None else index)
         strength = p if index is None else self.strength(index)
-        draw: Any = alpha_dropout_coefficients if call.function in ALPHA else dropout_mask
-        drawn = draw(x, strength, SPATIAL.get(call.function, 0))
-        return self._multiplied(x, drawn if isinstance(drawn, tuple) else (drawn, None), call.spelled.in_place)
+        spatial = SPATIAL.get(call.function, 0)
+        if call.function in ALPHA:
+            multiplier, shift = alpha_dropout_coefficients(x, strength, spatial)
+            return self._with_noise(x, multiplier, shift, call.spelled.in_place)
+        return self._with_noise(x, dropout_mask(x, strength, spatial), None, call.spelled.in_place)
 
-    def _multiplied(self, x: Tensor, noise: tuple[Any, Any], in_place: bool) -> Any:
-        multiplier, shift = noise
-        self.made(tensors_in(noise))
+    def _with_noise(self, x: Tensor, multiplier: Tensor | int, shift: Tensor | None, in_place: bool) -> object:
+        """x · multiplier + shift, as operations of the model."""
+        self.add_constants(tensors_in((multiplier, shift)))
         result = self.apply(arithmetic(operator.mul, x, multiplier, in_place))
-        return result if shift is None else self.apply(arithmetic(operator.add, result, shift, in_place))
-
-
-def arithmetic(function: Callable[..., Any], x: Tensor, other: Any, in_place: bool) -> Call:
-    """x · other or x + other as an operation of the model."""
-    original = {operator.mul: operator.imul, operator.add: operator.iadd}[function] if in_place else function
-    return Call(original, (x, other), {}, Spelled(function, (x, other), {}, in_place))
+        return result if shift is None else self.apply(arithmetic(operator.add, cast(Tensor, result), shift, in_place))

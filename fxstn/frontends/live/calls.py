@@ -1,0 +1,145 @@
+"""One operation of a running forward, one call of a module, and what an operation does with tensors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fxstn.frontends.live.containers import tensors_in
+from fxstn.ir.facts import is_seeded, returns_tensors, written_arguments
+from fxstn.ir.spelling import Spelled
+from fxstn.rules import RULES
+
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+# The schema of requires_grad_ says that it writes, and share_memory_ has no schema; both leave the values as they are.
+_VALUES_UNCHANGED = {"requires_grad_", "share_memory_"}
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """One call of a module.
+
+    number: among all calls of a run.
+    occurrence: how many calls of this module came before.
+    counts: how often each operation was carried out in this call, calls of other modules inside it excepted.
+    """
+
+    number: int
+    path: str
+    kind: type
+    occurrence: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation.
+
+    original, args, kwargs: as the forward writes it.
+    spelled: in the canonical spelling; None for a mutation without a functional counterpart.
+    order: how often the innermost module call has carried out the same operation before.
+    """
+
+    original: Callable[..., object]
+    args: tuple
+    kwargs: dict[str, object]
+    spelled: Spelled | None
+    order: int = 0
+
+    @property
+    def function(self) -> Callable[..., object]:
+        return self.spelled.function if self.spelled else self.original
+
+    @property
+    def name(self) -> str:
+        """Name of the function as the forward writes it."""
+        return getattr(self.original, "__name__", "")
+
+    def run(self) -> object:
+        return self.original(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class OperationNote:
+    """An operation in a module.
+
+    kind: of its rule, or "dropout".
+    strength: of a dropout, an index into λ (int) or a rate of its own (float).
+    """
+
+    module: str
+    operation: str
+    kind: str
+    strength: float | int | None
+
+
+def arithmetic(function: Callable[..., object], x: Tensor, other: Tensor | float, in_place: bool) -> Call:
+    """x · other or x + other as an operation of the model. function: operator.mul or operator.add."""
+    in_place_form = {operator.mul: operator.imul, operator.add: operator.iadd}
+    original = in_place_form[function] if in_place else function
+    return Call(original, (x, other), {}, Spelled(function, (x, other), {}, in_place))
+
+
+def mutated(call: Call) -> list[Tensor]:
+    """The tensors that an operation writes into."""
+    if call.kwargs.get("out") is not None:
+        return list(tensors_in(call.kwargs["out"]))
+    if call.spelled is not None and call.spelled.in_place:  # inplace=True included, which no schema knows
+        return list(tensors_in(call.args[:1]))
+    if call.name in _VALUES_UNCHANGED:
+        return []
+    arguments = written_arguments(call.original)
+    if arguments or call.spelled is not None:
+        by_position = [call.args[i] for i, _ in arguments if i < len(call.args)]
+        return list(tensors_in([*by_position, *(call.kwargs[name] for _, name in arguments if name in call.kwargs)]))
+    return list(tensors_in(call.args[:1]))  # assigning a property, x.data = y, has no schema
+
+
+def is_draw(call: Call) -> bool:
+    """Whether an operation fills a tensor with random numbers, normal_ say: what was in it does not matter."""
+    return call.spelled is None and is_seeded(call.original)
+
+
+def may_return_no_tensor(call: Call) -> bool:
+    """Whether an operation may only say something about a tensor. Its result has to be looked at where torch has no schema."""
+    known = returns_tensors(call.original)
+    of_tensor = isinstance(
+        call.original, (types.MethodDescriptorType, types.MethodWrapperType)
+    )  # Tensor.type, Tensor.shape
+    return known is False or (known is None and (of_tensor or call.function not in RULES))
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+@functools.cache
+def inlined(function: types.FunctionType) -> Callable[..., object] | None:
+    """A copy of one of torch's Python functions that runs its body also while a mode is active; None for others.
+
+    Such a function hands itself to the active mode first, so that run inside of the mode it would come back for ever.
+    """
+    if not any(name in function.__code__.co_names and name in function.__globals__ for name in _CHECKS):
+        return None
+    names = {**function.__globals__, **dict.fromkeys(_CHECKS, _never)}
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
+    """(name, whether it has a default) of each argument that is passed by position."""
+    names: list[tuple[str, bool]] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [(f"{parameter.name}_{i}", False) for i in range(len(inputs) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append((parameter.name, parameter.default is not parameter.empty))
+    return names
