@@ -172,17 +172,17 @@ class _Slot:
     index: int
 
 
-def _opened(value: Any, tangent: Any, found: list[tuple[Tensor, Tensor]]) -> Any:
-    """`value` with a slot for each part that has a tangent; found collects (part, tangent)."""
+def _with_slots(value: Any, tangent: Any, varying: list[tuple[Tensor, Tensor]]) -> Any:
+    """`value` with a slot for each part that has a tangent. The pairs (part, tangent) are added to `varying`."""
     if isinstance(tangent, (list, tuple)):
-        parts = [_opened(v, t, found) for v, t in zip(value, tangent, strict=True)]
+        parts = [_with_slots(v, t, varying) for v, t in zip(value, tangent, strict=True)]
         return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(tangent, dict):
-        return {name: _opened(part, tangent.get(name), found) for name, part in value.items()}
+        return {name: _with_slots(part, tangent.get(name), varying) for name, part in value.items()}
     if tangent is None:
         return value
-    found.append((value, tangent))
-    return _Slot(len(found) - 1)
+    varying.append((value, tangent))
+    return _Slot(len(varying) - 1)
 
 
 @functools.cache
@@ -193,17 +193,18 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[Any, Any]:
-        found: list[tuple[Tensor, Tensor]] = []
-        opened = [_opened(value, tangent, found) for value, tangent in zip(args, tangents, strict=False)]
-        opened += args[len(tangents) :]
-        opened_kwargs = _opened(kwargs, named, found)
+        varying: list[tuple[Tensor, Tensor]] = []
+        slotted = [_with_slots(value, tangent, varying) for value, tangent in zip(args, tangents, strict=False)]
+        slotted += args[len(tangents) :]
+        slotted_kwargs = _with_slots(kwargs, named, varying)
 
         def of_varying(*values: Tensor) -> Any:
             fill = lambda leaf: values[leaf.index] if isinstance(leaf, _Slot) else leaf  # noqa: E731
-            full, full_kwargs = tree_map(fill, (opened, opened_kwargs))
+            full, full_kwargs = tree_map(fill, (slotted, slotted_kwargs))
             return function(*full, **full_kwargs)
 
-        y, dy = torch.func.jvp(of_varying, *zip(*found, strict=True))  # type: ignore[misc, arg-type]
+        primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))
+        y, dy, *_ = torch.func.jvp(of_varying, primals, directions)
         return y, dy
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"

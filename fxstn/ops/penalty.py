@@ -73,9 +73,9 @@ def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tenso
 
     Raises ValueError without floating point inputs or outputs, RuntimeError where an operation has no second derivative.
     """
-    wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    variables = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     leaves = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
-    if not wanted or not leaves:
+    if not variables or not leaves:
         raise ValueError("the Jacobian's norm needs floating point inputs and outputs, (batch, ...)")
     y = torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], 1)
     if projections is None:
@@ -85,8 +85,8 @@ def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tenso
     total = y.new_zeros(len(y))
     for u in directions:
         try:
-            found = torch.autograd.grad(y, wanted, u, create_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(y, variables, u, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise RuntimeError(f"hp.JacobianNorm differentiates the output by the inputs, twice: {error}") from error
-        total = total + sum(gradient.square().flatten(1).sum(1) for gradient in found)
+        total = total + sum(gradient.square().flatten(1).sum(1) for gradient in gradients)
     return total / (len(directions) if projections is not None else 1)

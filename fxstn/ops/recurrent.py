@@ -122,8 +122,8 @@ def steps(
     for x in products:
         v = h @ weight
         hidden.append(v)
-        h, c, kept = cell.step(x, v if bias_hh is None else v + bias_hh, h, c)
-        saved.append(kept)
+        h, c, residuals = cell.step(x, v if bias_hh is None else v + bias_hh, h, c)
+        saved.append(residuals)
         if projection is not None:
             full.append(h)
             h = h @ projection
