@@ -62,7 +62,7 @@ def data_for(kind):
 def objectives(stn, kind, share):
     """Gradients that each objective leaves, averaged, and the running statistics after them."""
     x, y, noise = (part[share] for part in data_for(kind))
-    found = {}
+    gradients = {}
     for name, loss in (
         ("general", lambda: fxstn.general_loss(stn, weighted_loss, x, y, perturb=0.7 * noise)),
         ("response", lambda: fxstn.response_loss(stn, weighted_loss, x, y, perturb=0.7 * noise, widening=2.0)),
@@ -71,9 +71,9 @@ def objectives(stn, kind, share):
         stn.zero_grad()
         loss().backward()
         distributed.average_gradients(stn.parameters())
-        found |= {f"{name} {n}": p.grad.clone() for n, p in stn.named_parameters() if p.grad is not None}
+        gradients |= {f"{name} {n}": p.grad.clone() for n, p in stn.named_parameters() if p.grad is not None}
     statistics = [buffer.clone() for name, buffer in stn.named_buffers() if "running" in name]
-    return {name: g for name, g in found.items() if g.any()}, statistics
+    return {name: g for name, g in gradients.items() if g.any()}, statistics
 
 
 def gradients_of_shares(rank, cases):
@@ -91,8 +91,8 @@ def test_gradients_are_those_of_the_whole_batch(world):
     results = run(world, gradients_of_shares, cases)
     for case, *shares in zip(cases, *results, strict=True):
         whole, statistics = objectives(network(*case), case[0], slice(None))
-        for wanted in ("general model", "response response", "hyper hparams.unc", "hyper hparams.raw"):
-            assert any(name.startswith(wanted) for name in whole), (case, wanted)
+        for prefix in ("general model", "response response", "hyper hparams.unc", "hyper hparams.raw"):
+            assert any(name.startswith(prefix) for name in whole), (case, prefix)
         for gradients, shared in shares:
             assert gradients.keys() == whole.keys()
             for name, expected in whole.items():
@@ -199,11 +199,11 @@ def loaders(train=48, valid=24, batch=4):
 class Seen:
     """What a runner did: state and sampler after each epoch, noise drawn, files wanted."""
 
-    def __init__(self, out_dir=None, model=None, given=None, **settings):
+    def __init__(self, out_dir=None, model=None, own_loaders=None, **settings):
         torch.manual_seed(0)
         stn = fxstn.transform(model or normed(), [hp.Dropout(init=0.3), hp.WeightDecay(shared=True)])
         self.states, self.epochs, self.noise = [], [], []
-        train, valid = given or loaders()
+        train, valid = own_loaders or loaders()
         settings = {"tune_scale": True, "train_steps": 2, "response_every": 1, "ema": 0.9, "progress": False} | settings
         self.also = settings.pop("callbacks", ())
         self.runner = fxstn.BilevelRunner(
@@ -269,13 +269,13 @@ def test_every_process_has_the_same_state_and_other_noise(tmp_path, world, synce
 def picky_run(rank):
     """The validation loss refuses the training batches, of 4, of the second process."""
 
-    def told(output, target):
+    def picky_loss(output, target):
         if rank and len(target) == 4:
             raise ValueError("a training batch")
         return F.cross_entropy(output, target)
 
     (train, _), (_, valid) = loaders(), loaders(batch=3)
-    seen = Seen(given=(train, valid), valid_loss_fn=told)
+    seen = Seen(own_loaders=(train, valid), valid_loss_fn=picky_loss)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         seen.runner.fit(2)
@@ -329,11 +329,11 @@ def cut_runs(rank, folder):
     after.runner.fit(3)
 
     cut = Seen(f"{folder}/amid")
-    step, taken = cut.runner._tuner.inner_step, []
+    step, steps_done = cut.runner._tuner.inner_step, []
 
     def counted(*arguments):
-        taken.append(0)
-        if rank == 1 and len(taken) == 9:  # of 6 an epoch
+        steps_done.append(0)
+        if rank == 1 and len(steps_done) == 9:  # of 6 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
@@ -351,7 +351,7 @@ def cut_runs(rank, folder):
     resumed.runner.fit(3)
     return {
         "whole": whole.result(), "between": after.result(), "amid": resumed.result(), "status": status,
-        "taken": len(taken), "kept": cut.state(), "noise": torch.cat(cut.noise),
+        "taken": len(steps_done), "kept": cut.state(), "noise": torch.cat(cut.noise),
     }  # fmt: skip
 
 
@@ -373,12 +373,12 @@ def test_a_cut_run_goes_on_alike_and_on_any_number_of_processes(tmp_path):
             assert result[other]["rows"] == result["whole"]["rows"]
             assert same(result[other]["states"][-1], result["whole"]["states"][-1])
     assert not share_noise(results[0]["amid"]["noise"], results[1]["amid"]["noise"])
-    kept = results[0]["kept"]
+    saved_state = results[0]["kept"]
     for world in (1, 3):
         shutil.copytree(tmp_path / "kept", tmp_path / f"on {world}" / "amid")
-        first, *others = found = run(world, going_on, tmp_path / f"on {world}")
-        for result in found:
-            assert same(result["start"], kept)
+        first, *others = resumed = run(world, going_on, tmp_path / f"on {world}")
+        for result in resumed:
+            assert same(result["start"], saved_state)
             assert [row["epoch"] for row in result["rows"]] == [1, 2, 3]
             assert result["rows"][0] == results[0]["whole"]["rows"][0]
             assert result["steps"] == 10 + 2 * (48 // (4 * world))
@@ -386,7 +386,7 @@ def test_a_cut_run_goes_on_alike_and_on_any_number_of_processes(tmp_path):
             assert same(first["states"][-1], other["states"][-1])
             assert first["rows"] == other["rows"]
             assert first["epochs"] == other["epochs"] != [None, None]
-        for a, b in combinations(found, 2):
+        for a, b in combinations(resumed, 2):
             assert not share_noise(a["noise"], b["noise"])
 
 
@@ -427,9 +427,9 @@ def uneven(rank):
     """Batches and shares of different number, an empty one in the evaluation; one process calls stop."""
     train, valid = dataset(40, 0), dataset(20, 1)
     batches = [(7, 4), (4, 4)][rank]  # of training, of validation
-    given = [DataLoader(Subset(whole, range(4 * n)), 4) for whole, n in zip((train, valid), batches, strict=True)]
+    own_loaders = [DataLoader(Subset(whole, range(4 * n)), 4) for whole, n in zip((train, valid), batches, strict=True)]
     stop = lambda runner: runner.stop() if rank == 1 and len(runner.history) == 2 else None  # noqa: E731
-    seen = Seen(given=given, callbacks=(stop,), accumulate=2)
+    seen = Seen(own_loaders=own_loaders, callbacks=(stop,), accumulate=2)
     seen.runner.fit(9)
     shares = DataLoader(Subset(valid, range(12 if rank else 0)), 4)
     return seen.result() | {"steps": seen.runner.steps, "evaluated": seen.runner.evaluate(shares)}
@@ -446,9 +446,9 @@ def test_uneven_shares_and_a_stop_in_one_process():
 
 def different(rank, what):
     wrong = rank == 1
-    given = {"settings": {"train_steps": 2 + wrong}, "model": {"model": mlp() if wrong else None}}[what]
+    arguments = {"settings": {"train_steps": 2 + wrong}, "model": {"model": mlp() if wrong else None}}[what]
     try:
-        Seen(**given)
+        Seen(**arguments)
     except ValueError as error:
         return str(error)
 

@@ -191,8 +191,8 @@ def test_a_file_of_another_format_is_no_damage(tmp_path, monkeypatch):
 
 def test_as_many_files_are_kept_as_asked_for(tmp_path):
     make(tmp_path, keep=4).fit(6)
-    found = {path.name: len(load_checkpoint(path)["shared"]["history"]["rows"]) for path in tmp_path.glob("last*.pt")}
-    assert found == {"last.pt": 6, "last.1.pt": 5, "last.2.pt": 4, "last.3.pt": 3}
+    epochs = {path.name: len(load_checkpoint(path)["shared"]["history"]["rows"]) for path in tmp_path.glob("last*.pt")}
+    assert epochs == {"last.pt": 6, "last.1.pt": 5, "last.2.pt": 4, "last.3.pt": 3}
 
 
 def test_a_full_disk_is_a_warning_and_training_goes_on(tmp_path):
@@ -228,8 +228,8 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("taken", [0, 1, 3, 5])
-def test_a_stream_goes_on_where_it_was(own, taken):
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_a_stream_goes_on_where_it_was(own, count):
     def stream():
         generator = torch.Generator().manual_seed(3) if own else None
         return ResumableLoader(
@@ -239,7 +239,7 @@ def test_a_stream_goes_on_where_it_was(own, taken):
     first = stream()
     torch.manual_seed(5)
     first.begin()
-    assert len(first.take(taken) if taken else []) == taken
+    assert len(first.take(count) if count else []) == count
     torch.rand(3)
     state, place = first.state_dict(), torch.get_rng_state()
     expected = [first.take(9), first.next()]
@@ -264,11 +264,11 @@ def broken_at(calls_broken, value=math.nan):
     return loss_fn
 
 
-@pytest.mark.parametrize("kept", ["file", "memory"])
+@pytest.mark.parametrize("storage", ["file", "memory"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
-def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, kept, value):
+def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, storage, value):
     runner = make(
-        tmp_path if kept == "file" else None, loss_fn=broken_at({13}, value), valid_loss_fn=F.cross_entropy,
+        tmp_path if storage == "file" else None, loss_fn=broken_at({13}, value), valid_loss_fn=F.cross_entropy,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )  # fmt: skip
     with pytest.warns(
@@ -287,11 +287,11 @@ def test_what_comes_after_going_back_is_training_at_the_lower_rate(tmp_path):
         loss_fn=broken_at({13}), valid_loss_fn=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
     )
     with pytest.warns(fxstn.RunWarning, match="attempt 1"):
-        found = runner.fit(4)
+        history = runner.fit(4)
     other = make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     other.fit(2)
     other.optimizers["optimizer"].param_groups[0]["lr"] = 0.05
-    assert without_times(found) == without_times(other.fit(4))
+    assert without_times(history) == without_times(other.fit(4))
 
 
 def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
@@ -368,9 +368,9 @@ def test_a_run_driven_to_a_bound_warns_and_knows_it_after_resuming(tmp_path):
         runner.stn.hparams.set({"2.dropout": 0.9499})
 
     runner = make(tmp_path, **up, callbacks=[bent])
-    with pytest.warns(fxstn.RunWarning, match=r"2\.dropout = .* upper end") as told:
+    with pytest.warns(fxstn.RunWarning, match=r"2\.dropout = .* upper end") as warned:
         runner.fit(5)
-    assert {w.filename for w in told if w.category is fxstn.RunWarning} == {__file__}
+    assert {w.filename for w in warned if w.category is fxstn.RunWarning} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(tmp_path, **up).fit(6)
@@ -386,10 +386,10 @@ def test_diagnostics_are_zero_for_a_response_that_predicts_nothing_and_small_for
         with torch.no_grad():
             for parameter in runner.stn.response_parameters():
                 parameter.fill_(size)
-        found = runner.problem.diagnostics(x, y, 0)
-        errors.append(found["linearization_error"])
+        numbers = runner.problem.diagnostics(x, y, 0)
+        errors.append(numbers["linearization_error"])
         epsilon = torch.randn(3, generator=torch.Generator().manual_seed(0)) * runner.stn.hparams.scale.detach()
         moved, plain = runner.stn.best_response(epsilon), dict(runner.stn.model.named_parameters())
         flat = [torch.cat([(w[n] - plain[n] * k).flatten() for n in plain]) for w, k in ((moved, 1), (plain, 0))]
-        assert found["response_norm"] == pytest.approx((flat[0].norm() / flat[1].norm()).item(), rel=1e-4)
+        assert numbers["response_norm"] == pytest.approx((flat[0].norm() / flat[1].norm()).item(), rel=1e-4)
     assert 0 < errors[1] < 0.2 * errors[0] < 0.2

@@ -156,19 +156,21 @@ def test_where_nothing_is_limited_nothing_is_measured(settings):
 
 @pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyError, RuntimeError])
 def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothing_is_limited(kind):
-    def told(output, target):
+    def picky_loss(output, target):
         if len(target) == 8:
             raise kind("a whole training batch")
         return F.cross_entropy(output, target)
 
     loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
-    runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=told, train_steps=2, progress=False)
+    runner = fxstn.BilevelRunner(
+        stn, F.cross_entropy, *loaders, valid_loss_fn=picky_loss, train_steps=2, progress=False
+    )
     with pytest.warns(
         fxstn.RunWarning, match="λ is not limited.*a whole training batch.*give a valid_loss_fn that takes"
-    ) as told_of:
+    ) as warned:
         history = runner.fit(2)
-    assert {w.filename for w in told_of if w.category is fxstn.RunWarning} == {__file__}
+    assert {w.filename for w in warned if w.category is fxstn.RunWarning} == {__file__}
     assert all(map(math.isnan, history["clean_train_loss"]))
     assert gap(runner) is None
 

@@ -89,10 +89,10 @@ def test_no_strength_is_better_than_the_optimum(kind):
 
 def test_a_linear_run_ends_near_the_exact_optimum(monkeypatch):
     monkeypatch.setattr(linear, "problem", lambda name, root, seed: regression())
-    found = linear.run("any", "l2", "delta", 0.1, 1.0, 0, None, 60)
-    assert found["excess"] < 0.02
-    assert found["trajectory"][0] == [0, 0.1]
-    assert math.isfinite(found["final"])
+    outcome = linear.run("any", "l2", "delta", 0.1, 1.0, 0, None, 60)
+    assert outcome["excess"] < 0.02
+    assert outcome["trajectory"][0] == [0, 0.1]
+    assert math.isfinite(outcome["final"])
 
 
 def test_a_linear_network_has_no_bottleneck_and_starts_well_scaled():
@@ -124,8 +124,8 @@ def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     paper.main()  # nothing is missing
     assert (tmp_path / "results" / "tiny-mnist.json").read_text() == before
     studies = paper.journal(tmp_path / "out" / "tiny" / "mnist")
-    kept = optuna.load_study(study_name="tpe 0", storage=studies).trials
-    assert [trial.value for trial in kept] == pytest.approx([cell["valid"] for cell in results["bayes 0"]])
+    unchanged = optuna.load_study(study_name="tpe 0", storage=studies).trials
+    assert [trial.value for trial in unchanged] == pytest.approx([cell["valid"] for cell in results["bayes 0"]])
     shown = report.table("mnist", "tiny")
     assert shown.count("\n") == 1 + len(METHODS)
     assert "0.040 (0.038)" in shown
@@ -160,14 +160,14 @@ def test_robustness_is_over_starts_and_scales_and_a_run_that_diverges_at_once_is
         monkeypatch.setitem(ROWS, "mnist", replace(ROWS["mnist"], data="digits", rate=rate))
         monkeypatch.setattr(sys, "argv", [*command, "--method", method])
         paper.main()
-    found = report.robustness("mnist", "tiny")
+    outcome = report.robustness("mnist", "tiny")
     at = [(START, 1.0), (0.4, 1.0), (START, 2.0)]
-    assert set(found) == {(method, *where) for method in ("delta", "stn") for where in at}
-    assert all(0 < found["delta", *where][0] < 3 for where in at)
-    lines = report.robustness_table(found).splitlines()[2:]
+    assert set(outcome) == {(method, *where) for method in ("delta", "stn") for where in at}
+    assert all(0 < outcome["delta", *where][0] < 3 for where in at)
+    lines = report.robustness_table(outcome).splitlines()[2:]
     assert [tuple(map(float, line.split("|")[1:3])) for line in lines] == at
     assert all("diverges" in line for line in lines)
-    report.draw_robustness(found, tmp_path / "robustness.png")
+    report.draw_robustness(outcome, tmp_path / "robustness.png")
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
 
 

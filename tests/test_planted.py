@@ -146,5 +146,7 @@ def test_the_runner_finds_the_planted_strength(plant: Plant, side: str) -> None:
         progress=False,
     )
     rows = runner.fit(36).rows
-    found = sum(row[plant.name] for row in rows[-8:]) / 8
-    assert abs(found - plant.planted) < 0.3 * abs(start - plant.planted), [round(row[plant.name], 2) for row in rows]
+    mean_strength = sum(row[plant.name] for row in rows[-8:]) / 8
+    assert abs(mean_strength - plant.planted) < 0.3 * abs(start - plant.planted), [
+        round(row[plant.name], 2) for row in rows
+    ]

@@ -119,9 +119,9 @@ def test_a_norm_that_the_user_froze_keeps_its_statistics():
     model[1].eval()
     runner = make(model, [hp.Dropout("6")])
     runner.fit(1)
-    kept = norms_of(runner.best_model())
-    assert torch.equal(kept[0].running_mean, torch.zeros(4))
-    assert not torch.equal(kept[1].running_mean, torch.zeros(8))
+    saved_norms = norms_of(runner.best_model())
+    assert torch.equal(saved_norms[0].running_mean, torch.zeros(4))
+    assert not torch.equal(saved_norms[1].running_mean, torch.zeros(8))
 
 
 def test_a_cut_run_recalibrates_on_the_same_batches(tmp_path):

@@ -284,28 +284,28 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
 @pytest.fixture
 def board():
     pytest.importorskip("tensorboard", reason="needs the extra fxstn[tensorboard]")
-    made = []
+    boards = []
 
     def make_board(folder):
-        made.append(fxstn.TensorBoard(folder))
-        return made[-1]
+        boards.append(fxstn.TensorBoard(folder))
+        return boards[-1]
 
     yield make_board
-    for callback in made:
+    for callback in boards:
         callback.close()
 
 
 def test_tensorboard_has_a_scalar_per_column_and_epoch(tmp_path, board):
     history = make(callbacks=[board(tmp_path)]).fit(3)
-    found = events(tmp_path)
-    assert set(found) == {
+    scalars = events(tmp_path)
+    assert set(scalars) == {
         "loss/train", "loss/clean_train", "loss/valid", "loss/response", "metric/accuracy", "hyperparameter/2.dropout",
         "hyperparameter/5.dropout", "hyperparameter/weight_decay", "scale/2.dropout", "scale/5.dropout",
         "scale/weight_decay", "diagnostics/response_norm", "diagnostics/linearization_error", "diagnostics/seconds",
     }  # fmt: skip
     for tag, column in (("loss/valid", "valid_loss"), ("hyperparameter/2.dropout", "2.dropout")):
-        assert [step for step, _ in found[tag]] == [1, 2, 3]
-        assert [value for _, value in found[tag]] == pytest.approx(history[column])
+        assert [step for step, _ in scalars[tag]] == [1, 2, 3]
+        assert [value for _, value in scalars[tag]] == pytest.approx(history[column])
 
 
 def test_a_resumed_run_is_on_the_board_once(tmp_path, board):
@@ -314,9 +314,9 @@ def test_a_resumed_run_is_on_the_board_once(tmp_path, board):
     cut.load(tmp_path / "run" / "last.pt")
     cut.fit(3)
     history = make(tmp_path / "run", callbacks=[board(tmp_path / "board")]).fit(4)
-    found = events(tmp_path / "board")
-    assert [step for step, _ in found["loss/valid"]] == [1, 2, 3, 4]
-    assert [value for _, value in found["loss/valid"]] == pytest.approx(history["valid_loss"])
+    scalars = events(tmp_path / "board")
+    assert [step for step, _ in scalars["loss/valid"]] == [1, 2, 3, 4]
+    assert [value for _, value in scalars["loss/valid"]] == pytest.approx(history["valid_loss"])
 
 
 def test_a_board_that_comes_later_or_goes_back_is_whole(tmp_path, board):
@@ -341,17 +341,17 @@ def test_a_search_begins_with_the_values_found():
     optuna = pytest.importorskip("optuna", reason="needs the extra fxstn[search]")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runner = make()
-    found = runner.fit(3).best_values()
-    assert found == {name: runner.history.best()[name] for name in runner.history.names}
+    values = runner.fit(3).best_values()
+    assert values == {name: runner.history.best()[name] for name in runner.history.names}
     ranges = runner.problem.ranges()
 
     def objective(trial):
         return sum(trial.suggest_float(name, *ranges[name], log=name == "weight_decay") for name in ranges)
 
     study = optuna.create_study()
-    study.enqueue_trial(found)
+    study.enqueue_trial(values)
     study.optimize(objective, n_trials=2)
-    assert study.trials[0].params == pytest.approx(found)
+    assert study.trials[0].params == pytest.approx(values)
     assert study.trials[1].params != study.trials[0].params
     with pytest.raises(ValueError, match="no epoch is done yet"):
         fxstn.History(("a",)).best_values()

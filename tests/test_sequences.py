@@ -82,10 +82,10 @@ def test_a_locked_mask_is_the_same_at_all_times_and_has_each_examples_rate(axis)
     assert mask.shape == ((1, 400, 50) if time_first else (400, 1, 50))
     assert mask.dtype == x.dtype
     rows = mask.reshape(400, 50)
-    for found, rate in ((rows[::2], 0.2), (rows[1::2], 0.7)):
-        assert (found == 0).double().mean().item() == pytest.approx(rate, abs=0.02)
-        assert found.mean().item() == pytest.approx(1, abs=0.07)
-        torch.testing.assert_close(found.unique(), torch.tensor([0, 1 / (1 - rate)], dtype=x.dtype))
+    for entries, rate in ((rows[::2], 0.2), (rows[1::2], 0.7)):
+        assert (entries == 0).double().mean().item() == pytest.approx(rate, abs=0.02)
+        assert entries.mean().item() == pytest.approx(1, abs=0.07)
+        torch.testing.assert_close(entries.unique(), torch.tensor([0, 1 / (1 - rate)], dtype=x.dtype))
     assert len(rows[::2].unique(dim=0)) == len(rows[1::2].unique(dim=0)) == 200
 
 
@@ -189,8 +189,8 @@ def test_training_reads_the_rates_at_lambda_and_evaluation_drops_nothing(name, t
     rates = stn.hparams().detach()
     assert rates[0].item() == pytest.approx(0.4)
     torch.manual_seed(7)
-    found = stn.train()(words())
-    torch.testing.assert_close(found, by_hand(name, model, dict(model.named_parameters()), rates.expand(BATCH, -1), 7))
+    output = stn.train()(words())
+    torch.testing.assert_close(output, by_hand(name, model, dict(model.named_parameters()), rates.expand(BATCH, -1), 7))
     torch.testing.assert_close(stn.eval()(words()), model(words()), rtol=0, atol=0)
     torch.testing.assert_close(stn.graph("eval")(words()), model(words()), rtol=0, atol=0)
 
@@ -282,8 +282,8 @@ def test_temporal_decay_is_the_mean_square_of_the_change_in_time(axis):
     loss = fxstn.general_loss(stn, nothing, words(), words())
     torch.testing.assert_close(loss, penalty(0.0))
     loss.backward()
-    found = (stn.model.hidden.weight.grad * direction).sum()
-    torch.testing.assert_close(found, (penalty(1e-5) - penalty(-1e-5)) / 2e-5, rtol=1e-8, atol=0)
+    derivative = (stn.model.hidden.weight.grad * direction).sum()
+    torch.testing.assert_close(derivative, (penalty(1e-5) - penalty(-1e-5)) / 2e-5, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("axis", [1, 0])
@@ -347,12 +347,12 @@ def test_only_the_weight_that_is_named_is_dropped():
     stn = fxstn.transform(model, [hp.DropConnect("*.weight_hh", init=0.4)]).train()
     x = torch.randn(7, 3, dtype=torch.float64)
     torch.manual_seed(2)
-    found = stn(x)
+    output = stn(x)
     torch.manual_seed(2)
     weight = model[1].weight_hh
     p = stn.hparams()[0]
-    kept = weight * (torch.rand_like(weight) >= p) / (1 - p)
-    torch.testing.assert_close(found, functional_call(model, {"1.weight_hh": kept}, (x,)))
+    constant = weight * (torch.rand_like(weight) >= p) / (1 - p)
+    torch.testing.assert_close(output, functional_call(model, {"1.weight_hh": constant}, (x,)))
     torch.testing.assert_close(stn.eval()(x), model(x), rtol=0, atol=0)
     assert fxstn.verify(model, x, hparams=[hp.DropConnect("*.weight_hh")]).ok
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from types import GeneratorType
 from typing import TypeGuard
@@ -182,9 +182,11 @@ def check_loader(loader: object, name: str) -> int | None:
     if getattr(loader, "persistent_workers", False) and name == "valid_loader":
         raise ValueError("valid_loader has persistent_workers=True, which allows one pass at a time; the hyper steps and the "
                          "evaluation are two: set it to False")  # fmt: skip
+    if not isinstance(loader, Sized):
+        return None
     try:
-        batches = len(loader)  # type: ignore[arg-type]
-    except TypeError:  # an IterableDataset does not know it
+        batches = len(loader)
+    except TypeError:  # a DataLoader of an IterableDataset does not know it
         return None
     if batches == 0:
         raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
