@@ -1,13 +1,16 @@
-"""Attention modules and functions, and stochastic depth, as the operations that they compute."""
+"""Attention modules and functions, and stochastic depth, as the operations that they compute.
+
+They are called with tensors, or with proxies in their place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import shifted_window_attention
 from torchvision.models.video.swin_transformer import shifted_window_attention_3d
 from torchvision.ops import stochastic_depth
@@ -20,25 +23,26 @@ from fxstn.ops.noise import row_mask
 
 @decomposes(F.scaled_dot_product_attention)
 def attention_with_dropout(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float | fx.Proxy = 0.0,
+    is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
-) -> Any:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Attention that drops its probabilities: scores, softmax, dropout and product. Without dropout it stays one operation.
 
     A row with nothing to attend to gives zeros, as in torch.
     """
-    if isinstance(dropout_p, (int, float)) and dropout_p == 0:
+    if not isinstance(dropout_p, fx.Proxy) and dropout_p == 0:
         return NotImplemented
     scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
     weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
-    return torch.matmul(F.dropout(weights, dropout_p, True), attention_values(value, query, enable_gqa))
+    return torch.matmul(F.dropout(weights, cast(float, dropout_p), True), attention_values(value, query, enable_gqa))
 
 
 @decomposes(nn.MultiheadAttention)
 def multi_head_attention(
-    module: Any, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
-    attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
-) -> tuple[Any, Any]:  # fmt: skip
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """nn.MultiheadAttention without its fast paths and shape checks. A causal hint needs its mask, which is used.
 
     A row with nothing to attend to gives zeros, and NaN where the weights are asked for, as in torch.
@@ -67,12 +71,12 @@ def multi_head_attention(
     return F.linear(joined, module.out_proj.weight, module.out_proj.bias), weights
 
 
-def _projected(module: Any, query: Any, key: Any, value: Any) -> list[Any]:
+def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     if module.in_proj_weight is not None:
         a, b, c = module.in_proj_weight.chunk(3)
     else:
         a, b, c = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-    biases = [None] * 3
+    biases: list[Tensor | None] = [None] * 3
     if module.in_proj_bias is not None:
         p, q, r = module.in_proj_bias.chunk(3)
         biases = [p, q, r]
@@ -81,8 +85,9 @@ def _projected(module: Any, query: Any, key: Any, value: Any) -> list[Any]:
 
 @decomposes(nn.TransformerEncoderLayer)
 def encoder_layer(
-    module: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
-) -> Any:  # fmt: skip
+    module: nn.TransformerEncoderLayer, src: Tensor, src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """nn.TransformerEncoderLayer without its fast path."""
     x, masks = src, (src_mask, src_key_padding_mask, is_causal)
     if module.norm_first:
@@ -94,8 +99,9 @@ def encoder_layer(
 
 @decomposes(nn.TransformerEncoder)
 def encoder(
-    module: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool | None = None
-) -> Any:
+    module: nn.TransformerEncoder, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:  # fmt: skip
     """nn.TransformerEncoder without nested tensors."""
     for layer in module.layers:
         src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal))
@@ -104,9 +110,10 @@ def encoder(
 
 @decomposes(nn.TransformerDecoder)
 def decoder(
-    module: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None, tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None, tgt_is_causal: bool | None = None, memory_is_causal: bool = False,
-) -> Any:  # fmt: skip
+    module: nn.TransformerDecoder, tgt: Tensor, memory: Tensor, tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None, tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None, tgt_is_causal: bool | None = None, memory_is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """nn.TransformerDecoder; the causal hint is not looked for in the mask."""
     masks = {
         "tgt_mask": tgt_mask,
@@ -121,10 +128,11 @@ def decoder(
 
 @decomposes(nn.Transformer)
 def transformer(
-    module: Any, src: Any, tgt: Any, src_mask: Any = None, tgt_mask: Any = None, memory_mask: Any = None,
-    src_key_padding_mask: Any = None, tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None,
+    module: nn.Transformer, src: Tensor, tgt: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None, memory_key_padding_mask: Tensor | None = None,
     src_is_causal: bool | None = None, tgt_is_causal: bool | None = None, memory_is_causal: bool = False,
-) -> Any:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """nn.Transformer without its shape checks."""
     memory = module.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
     paddings = {
@@ -136,10 +144,11 @@ def transformer(
 
 @decomposes(shifted_window_attention, shifted_window_attention_3d)
 def window_attention(
-    input: Any, qkv_weight: Any, proj_weight: Any, relative_position_bias: Any, window_size: Sequence[int], num_heads: int,
-    shift_size: Sequence[int], attention_dropout: float = 0.0, dropout: float = 0.0, qkv_bias: Any = None,
-    proj_bias: Any = None, logit_scale: Any = None, training: bool = True,
-) -> Any:  # fmt: skip
+    input: Tensor, qkv_weight: Tensor, proj_weight: Tensor, relative_position_bias: Tensor, window_size: Sequence[int],
+    num_heads: int,
+    shift_size: Sequence[int], attention_dropout: float = 0.0, dropout: float = 0.0, qkv_bias: Tensor | None = None,
+    proj_bias: Tensor | None = None, logit_scale: Tensor | None = None, training: bool = True,
+) -> Tensor:  # fmt: skip
     """Window attention of Swin (Liu et al. 2021) in two or three dimensions, with a scale the cosine one of its version 2."""
     x = split_windows(input, window_size, shift_size)
     if logit_scale is not None and qkv_bias is not None:  # version 2 has no bias on the keys
@@ -159,7 +168,7 @@ def window_attention(
 
 
 @decomposes(stochastic_depth)
-def row_dropout(input: Any, p: float, mode: str, training: bool = True) -> Any:
+def row_dropout(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
     """Stochastic depth (Huang et al. 2016): whole examples of a branch are dropped, or the whole batch."""
     if not training or p == 0.0:
         return input

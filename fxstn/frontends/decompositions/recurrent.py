@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from fxstn.ir.staging import call
 from fxstn.ops.recurrent import from_time_major, joined_states, recurrent_layer, state_of, time_major, zero_state
 
 STATEFUL = (nn.RNNBase, nn.LSTMCell)  # return a state beside their output, which is what a spec that names them acts on
+State = Tensor | tuple[Tensor, Tensor] | None
+Cell = nn.LSTMCell | nn.GRUCell | nn.RNNCell
 PACKED = (
     "packed sequences are not followed: pass the padded batch itself to the recurrent layer; in one direction the outputs up "
     "to a length do not depend on what comes after it, and the loss can leave the rest out (ignore_index)"
@@ -23,17 +25,20 @@ PACKED = (
 
 
 def recurrent(
-    mode: str, input: Any, hx: Any, params: Sequence[Any], has_biases: bool, num_layers: int, dropout: float, train: bool,
-    bidirectional: bool, batch_first: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    """What torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu compute, (output, h) or (output, h, c).
+    mode: str, input: Tensor, hx: State, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu compute.
 
-    hx: h, or (h, c), or None for zeros. params: weight_ih, weight_hh, the biases and a projection of each layer and direction.
+    input: (time, batch, n), (batch, time, n) where `batch_first`, or (time, n) without examples.
+    hx: h, or of an LSTM (h, c), each (layers · directions, batch, n); None for zeros.
+    params: weight_ih, weight_hh, the biases and a projection of each layer and direction.
+
+    Returns (output, h), of an LSTM (output, h, c).
     """
-    directions, states = 1 + bidirectional, list[list[Any]]()
+    directions, states = 1 + bidirectional, list[list[Tensor]]()
     per_layer = len(params) // (num_layers * directions)
-    given = (None, None) if hx is None else hx if mode == "lstm" else (hx, None)
-    h, c = given
+    h, c = _states(mode, hx)
     rank = call(Tensor.dim, input)
     x = time_major(input, batch_first)
     for layer in range(num_layers):
@@ -61,7 +66,14 @@ def recurrent(
     return from_time_major(x, rank, batch_first), *(joined_states(list(s), rank) for s in zip(*states, strict=True))
 
 
-def _sequence(mode: str, input: Any, hx: Any, params: Any, *settings: Any) -> tuple[Any, ...]:
+def _states(mode: str, hx: State) -> tuple[Tensor | None, Tensor | None]:
+    """(h, c) of the state that a recurrent function gets; c of an LSTM only."""
+    if hx is None:
+        return None, None
+    return (hx[0], hx[1]) if mode == "lstm" else (cast(Tensor, hx), None)
+
+
+def _sequence(mode: str, input: Tensor, hx: State, params: object, *settings: Any) -> tuple[Tensor, ...]:
     if not isinstance(params, (list, tuple)):  # of torch.lstm(data, batch_sizes, hx, params, ...)
         raise NotImplementedError(PACKED)
     return recurrent(mode, input, hx, params, *settings)
@@ -74,7 +86,9 @@ for _mode, _original in {
 
 
 @decomposes(nn.LSTM, nn.GRU, nn.RNN)
-def recurrent_module(module: Any, input: Any, hx: Any = None) -> tuple[Any, Any]:
+def recurrent_module(
+    module: nn.RNNBase, input: Tensor | PackedSequence, hx: State = None
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """nn.LSTM, nn.GRU and nn.RNN without their shape checks."""
     if isinstance(input, PackedSequence):
         raise NotImplementedError(PACKED)
@@ -92,10 +106,19 @@ def recurrent_module(module: Any, input: Any, hx: Any = None) -> tuple[Any, Any]
     return output, tuple(states) if mode == "lstm" else states[0]
 
 
-def _cell(mode: str, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+def _cell(
+    mode: str,
+    input: Tensor,
+    hx: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """A cell, (batch, n) or (n,), as a layer on a sequence of one step."""
-    params = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-    before = hx if hx is None else tuple(s.unsqueeze(0) for s in hx) if mode == "lstm" else hx.unsqueeze(0)
+    params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    h, c = (None if state is None else state.unsqueeze(0) for state in _states(mode, hx))
+    before = h if h is None or c is None else (h, c)
     _, *states = recurrent(mode, input.unsqueeze(0), before, params, b_ih is not None, 1, 0.0, False, False)
     after = tuple(state.squeeze(0) for state in states)
     return after if mode == "lstm" else after[0]
@@ -108,7 +131,7 @@ for _mode, _original in {
 
 
 @decomposes(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-def cell_module(module: Any, input: Any, hx: Any = None) -> Any:
+def cell_module(module: Cell, input: Tensor, hx: State = None) -> Tensor | tuple[Tensor, ...]:
     """nn.LSTMCell, nn.GRUCell and nn.RNNCell without their shape checks."""
     kind = getattr(module, "nonlinearity", None)
     mode = f"rnn_{kind}" if kind else "lstm" if isinstance(module, nn.LSTMCell) else "gru"
