@@ -67,8 +67,11 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each example, in an order of its own.
 
-    factors: (batch, 3), ≥ 0, of the first three; shift: (batch,), of the hue. order: (batch, 3), the order of the first three.
-    arrangement: a permutation of the batch, whose quarters have the hue first, second, third, last.
+    x: (batch, channels, H, W).
+    factors: (batch, 3), ≥ 0, of the first three.
+    shift: (batch,), of the hue.
+    order: (batch, 3), the order of the first three.
+    arrangement: (batch,), a permutation of the batch, whose quarters have the hue first, second, third, last.
 
     All three blend with a grey image: black, the mean luma, or the luma of each pixel. So one blend whose weights depend on
     the example does each of them, and the hue of each example is turned once.
@@ -82,15 +85,19 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     for quarter, (rows, own) in enumerate(zip(arrangement.tensor_split(4), columns.tensor_split(4), strict=True)):
         *blends, turn, still = own[:, :, None, None, None].unbind(1)
         before = y = images.index_select(0, rows)
-        for place in range(4):
-            y = shift_hue(y, turn) if place == quarter else y
-            y = _blend(y, *blends[place::3]) if place < 3 else y
+        for step in range(4):
+            y = shift_hue(y, turn) if step == quarter else y
+            y = _blend(y, *blends[step::3]) if step < 3 else y
         result.index_copy_(0, rows, torch.lerp(y, before, still))
     return like_before(result, x)
 
 
 def _blend(y: Tensor, factor: Tensor, of_mean: Tensor, of_luma: Tensor) -> Tensor:
-    """factor · y + of_luma · (luma of each pixel) + of_mean · (mean luma), in [0, 1]; weights (batch, 1, 1, 1)."""
+    """factor · y + of_luma · (luma of each pixel) + of_mean · (mean luma), cut to [0, 1].
+
+    y: (batch, channels, H, W).
+    factor, of_mean, of_luma: (batch, 1, 1, 1).
+    """
     luma = gray(y)
     other = torch.addcmul(luma.mean((1, 2, 3), keepdim=True) * of_mean, luma, of_luma)
     return torch.addcmul(other, y, factor).clamp_(0, 1)

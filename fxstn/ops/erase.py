@@ -9,19 +9,29 @@ from fxstn.ops.noise import uniform
 
 
 def boxes_mask(top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where boxes cover an image: (batch, boxes) each, in pixels, cut at the borders → bool (batch, 1, H, W)."""
-    covered = []
+    """Where boxes cover an image; they are cut at its borders.
+
+    top, left, height, width: (batch, boxes) each, pixels.
+    size: (H, W).
+
+    Returns bool (batch, 1, H, W).
+    """
+    sides = []
     for start, length, total in ((top, height, size[0]), (left, width, size[1])):
         position = torch.arange(total, device=start.device)
-        covered.append(((position >= start[..., None]) & (position < (start + length)[..., None])).float())
-    rows, columns = covered
+        sides.append(((position >= start[..., None]) & (position < (start + length)[..., None])).float())
+    rows, columns = sides
     return (rows.mT @ columns > 0)[:, None]  # in how many boxes each pixel is
 
 
 def cutout_mask(x: Tensor, holes: Tensor, length: Tensor, most: int) -> Tensor:
-    """Squares at uniformly drawn pixels, cut at the borders (DeVries & Taylor 2017): bool (batch, 1, H, W).
+    """Squares at uniformly drawn pixels, cut at the borders (DeVries & Taylor 2017).
 
-    holes, length: (batch or 1, 1, 1, 1), whole numbers; most: the largest number of holes.
+    x: (batch, channels, H, W).
+    holes, length: (batch or 1, 1, 1, 1), whole numbers: of squares, and their side in pixels.
+    most: the largest number of holes.
+
+    Returns bool (batch, 1, H, W).
     """
     batch, size = x.shape[0], x.shape[-2:]
     length = length.view(-1, 1)
@@ -36,10 +46,15 @@ def cutout_mask(x: Tensor, holes: Tensor, length: Tensor, most: int) -> Tensor:
 def erasing_mask(
     x: Tensor, p: Tensor, scale: tuple[float, float], ratio: tuple[float, float], tries: int = 10
 ) -> Tensor:
-    """One box with probability p (Zhong et al. 2020): bool (batch, 1, H, W).
+    """One box with probability p (Zhong et al. 2020).
 
-    Its share of the area is uniform in `scale`, its ratio of height to width log-uniform in `ratio`; the first of `tries`
-    draws that fits is taken, and none when none does. p: (batch or 1, 1, 1, 1).
+    x: (batch, channels, H, W).
+    p: (batch or 1, 1, 1, 1).
+    scale: range of the box's share of the area, which is uniform.
+    ratio: range of its height over its width, which is log-uniform.
+    tries: draws of a box. The first that fits into the image is used, and none when none does.
+
+    Returns bool (batch, 1, H, W).
     """
     batch, (height, width) = x.shape[0], x.shape[-2:]
     area, logarithm, row, column = torch.rand(4, batch, tries, device=x.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +12,17 @@ from fxstn.ir.staging import staged
 def inverse_affine(
     angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor, center: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
-    """Matrices (batch, 2, 3) that map a pixel of the result to its source, in pixels from the middle of the image.
+    """Matrices that map a pixel of the result to its source, in pixels from the middle of the image.
 
-    The map turns by `angle` (batch,), degrees, clockwise; shears by `shear` (batch, 2), degrees; scales by `scale` (batch,),
-    > 0; about `center`, (x, y) in pixels from the middle; and moves by `translate` (batch, 2) pixels. As
-    `torchvision.transforms.v2.functional.affine`: R(angle) · scale · shear_y · shear_x.
+    As `torchvision.transforms.v2.functional.affine`: R(angle) · scale · shear_y · shear_x.
+
+    angle: (batch,), degrees, clockwise.
+    translate: (batch, 2), pixels.
+    scale: (batch,), above 0.
+    shear: (batch, 2), degrees.
+    center: (x, y) that stays in its place, in pixels from the middle.
+
+    Returns (batch, 2, 3).
     """
     angle, shear = torch.deg2rad(angle), torch.deg2rad(shear)
     shear_x, shear_y = shear.unbind(-1)
@@ -32,12 +36,18 @@ def inverse_affine(
 
 
 @staged
-def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] | None, **others: Any) -> Tensor:
-    """x at the positions that inverse matrices (batch, 2, 3), in pixels from the middle, map its pixels to.
+def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] | None, **others: object) -> Tensor:
+    """Images at the positions that inverse matrices map their pixels to.
 
-    mode: "nearest" or "bilinear". fill: outside of the image, one value, or one per channel; None: 0. others: settings that the
-    matrices were drawn by. Where a matrix is the identity
-    the image stays as it is, bit for bit.
+    Where a matrix is the identity the image stays as it is, bit for bit.
+
+    x: (batch, channels, H, W).
+    matrices: (batch, 2, 3), in pixels from the middle.
+    mode: "nearest" or "bilinear".
+    fill: outside of the image, one value, or one per channel; None stands for 0.
+    others: settings that the matrices were drawn by.
+
+    Returns a tensor in the shape and type of x.
     """
     height, width = x.shape[-2:]
     images = x if x.is_floating_point() else x.to(matrices.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ def require_sizes(x: Tensor, sizes: tuple[int | None, ...], name: str) -> None:
 
 
 @staged
-def require_equal(value: Any, expected: Any, name: str) -> None:
+def require_equal(value: object, expected: object, name: str) -> None:
     """Raise ValueError unless an input that is no tensor has the value that the graph has taken over."""
     if isinstance(value, Tensor) or type(value) is not type(expected) or value != expected:
         shown = "a tensor" if isinstance(value, Tensor) else repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,10 @@ def sum_except(value: Tensor, dim: int) -> Tensor:
 
 @staged
 def regions(boxes: Tensor | list[Tensor]) -> Tensor:
-    """(regions, 5), the image's number before each box, from that or from one (boxes, 4) for each image."""
+    """Regions as one tensor, (regions, 5), the image's number before each box.
+
+    boxes: that tensor itself, or one (boxes, 4) for each image.
+    """
     if isinstance(boxes, Tensor):
         return boxes
     return torch.cat([torch.nn.functional.pad(of_image, (1, 0), value=i) for i, of_image in enumerate(boxes)])
@@ -87,10 +91,13 @@ def regions(boxes: Tensor | list[Tensor]) -> Tensor:
 
 @staged
 def pick_regions(tangent: Tensor, rois: Tensor, indices: Tensor) -> Tensor:
-    """Entries of `tangent` (batch, channels, H, W) that region max pooling chose.
+    """Entries of `tangent` that region max pooling chose.
 
-    rois: (regions, 5), the image's number first. indices: (regions, channels, h, w) into H·W; −1 for an empty bin, which
-    is 0.
+    tangent: (batch, channels, H, W).
+    rois: (regions, 5), the image's number first.
+    indices: (regions, channels, h, w) into H·W; −1 for an empty bin, which is 0.
+
+    Returns (regions, channels, h, w).
     """
     images = tangent[rois[:, 0].long()].flatten(2)
     chosen = images.gather(2, indices.flatten(2).clamp(min=0).long()).view_as(indices)
@@ -124,7 +131,7 @@ def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
 
 
 @staged
-def zeros_tangent(output: Any) -> Any:
+def zeros_tangent(output: object) -> Tensor | None:
     """Real zeros for a floating-point output that depends on no weight; None for anything else."""
     if isinstance(output, Tensor) and output.is_floating_point():
         return torch.zeros_like(output)
@@ -147,7 +154,7 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
                 full[i] = args[i].detach().requires_grad_()
             y = function(*full, **kwargs)
             gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying])
-        dy: Any = 0
+        terms = list[Tensor]()
         for i, gradient in zip(varying, gradients, strict=True):
             term = gradient * tangents[i]
             if y.dim() == 0:
@@ -158,8 +165,8 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise ValueError(
                     f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
                 )
-            dy = dy + term
-        return y.detach(), dy
+            terms.append(term)
+        return y.detach(), functools.reduce(operator.add, terms)
 
     loss.__name__ = f"loss_{getattr(function, '__name__', 'node')}"
     return staged(loss)
@@ -172,14 +179,18 @@ class _Slot:
     index: int
 
 
-def _with_slots(value: Any, tangent: Any, varying: list[tuple[Tensor, Tensor]]) -> Any:
-    """`value` with a slot for each part that has a tangent. The pairs (part, tangent) are added to `varying`."""
+def _with_slots(value: Any, tangent: object, varying: list[tuple[Tensor, Tensor]]) -> object:
+    """`value` with a slot for each part that has a tangent.
+
+    tangent: structured like `value`, None where it is constant.
+    varying: where (part, tangent) of each slot is appended.
+    """
     if isinstance(tangent, (list, tuple)):
         parts = [_with_slots(v, t, varying) for v, t in zip(value, tangent, strict=True)]
         return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(tangent, dict):
         return {name: _with_slots(part, tangent.get(name), varying) for name, part in value.items()}
-    if tangent is None:
+    if not isinstance(tangent, Tensor):
         return value
     varying.append((value, tangent))
     return _Slot(len(varying) - 1)
@@ -194,13 +205,13 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def jvp(args: tuple, kwargs: dict, tangents: tuple, named: dict) -> tuple[Any, Any]:
         varying: list[tuple[Tensor, Tensor]] = []
-        slotted = [_with_slots(value, tangent, varying) for value, tangent in zip(args, tangents, strict=False)]
-        slotted += args[len(tangents) :]
-        slotted_kwargs = _with_slots(kwargs, named, varying)
+        positional = [_with_slots(value, tangent, varying) for value, tangent in zip(args, tangents, strict=False)]
+        positional += args[len(tangents) :]
+        keywords = _with_slots(kwargs, named, varying)
 
         def of_varying(*values: Tensor) -> Any:
             fill = lambda leaf: values[leaf.index] if isinstance(leaf, _Slot) else leaf  # noqa: E731
-            full, full_kwargs = tree_map(fill, (slotted, slotted_kwargs))
+            full, full_kwargs = tree_map(fill, (positional, keywords))
             return function(*full, **full_kwargs)
 
         primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))

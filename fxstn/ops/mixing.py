@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,10 +11,15 @@ from fxstn.ops.noise import by_example
 
 
 def lesser_share(x: Tensor, alpha: Tensor | float) -> Tensor:
-    """The lesser of b and 1 − b with b ~ Beta(α, α), one per example of x (batch, ...): (batch,), in [0, 0.5].
+    """The lesser of b and 1 − b with b ~ Beta(α, α), drawn for each example.
 
-    α ≥ 0, a number or (batch,); 0 gives 0. b is a ratio of gamma variables, in logarithms, which small α need: one of shape α
-    is one of shape α + 1 times U^(1/α) (Marsaglia & Tsang 2000, Sec. 6).
+    b is a ratio of gamma variables. They are drawn in logarithms, which small α need: one of shape α is one of shape α + 1
+    times U^(1/α) (Marsaglia & Tsang 2000, Sec. 6).
+
+    x: (batch, ...).
+    alpha: α ≥ 0, a number or (batch,); 0 gives 0.
+
+    Returns (batch,), in [0, 0.5].
     """
     alpha = by_example(alpha, x).flatten().expand(len(x))
     uniform = torch.rand(2, len(x), device=x.device, dtype=alpha.dtype).clamp_min(torch.finfo(alpha.dtype).tiny)
@@ -24,15 +27,20 @@ def lesser_share(x: Tensor, alpha: Tensor | float) -> Tensor:
     return torch.sigmoid(-(first - second).abs()) * (alpha > 0)
 
 
-def mixed_target(target: Any, output: Any, partner: Tensor, share: Tensor) -> Any:
+def mixed_target(target: object, output: object, partner: Tensor, share: Tensor) -> object:
     """target + share · (target of the partner − target), in every tensor of it.
 
-    target: classes (batch, ...), for an output (batch, classes, ...), become probabilities in the output's shape; anything
-    else is mixed as it is. partner, share: (batch,). Raises ValueError for targets that cannot be mixed; classes out of range
-    are looked for on the CPU only, where that waits for nothing.
+    target: a structure of tensors (batch, ...). Classes, for an output (batch, classes, ...), become probabilities in the
+        output's shape; anything else is mixed as it is.
+    output: of the model.
+    partner: (batch,), the number of the example that each is mixed with.
+    share: (batch,), of the partner.
+
+    Raises ValueError for targets that cannot be mixed. Classes out of range are looked for on the CPU only, where that waits
+    for nothing.
     """
 
-    def mixed(leaf: Any) -> Any:
+    def mixed(leaf: object) -> Tensor:
         if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != len(partner):
             got = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(f"mixup and cutmix mix targets that are tensors with {len(partner)} examples; got {got}")
@@ -43,7 +51,7 @@ def mixed_target(target: Any, output: Any, partner: Tensor, share: Tensor) -> An
     return tree_map(mixed, target)
 
 
-def _as_numbers(target: Tensor, output: Any) -> Tensor:
+def _as_numbers(target: Tensor, output: object) -> Tensor:
     dtype = output.dtype if isinstance(output, Tensor) and output.is_floating_point() else torch.get_default_dtype()
     if not isinstance(output, Tensor) or target.dim() != output.dim() - 1:
         return target.to(dtype)

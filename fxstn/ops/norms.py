@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +41,14 @@ def batch_norm_frozen_tangent(
 
 
 def _layer_norm_transpose(
-    cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Any
+    cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
     return aten.native_layer_norm_backward(cotangent, x, shape, mean, inverse_std, weight, None, _INPUT_ONLY)[0]
 
 
 @linear_map(_layer_norm_transpose)
 def layer_norm_jacobian(
-    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Any
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
     """Jacobian of layer norm over the last dimensions `shape`: the symmetric core, then the weight."""
     core = _layer_norm_transpose(tangent, x, None, mean, inverse_std, shape)
@@ -85,7 +85,7 @@ def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean:
 
 
 @staged
-def inverse_rms(x: Tensor, shape: Any, eps: float | None) -> Tensor:
+def inverse_rms(x: Tensor, shape: Sequence[int], eps: float | None) -> Tensor:
     """1/√(mean x² + eps) over the last dimensions `shape`, kept; eps None: the machine epsilon of x."""
     dims = tuple(range(-len(shape), 0))
     return torch.rsqrt((x * x).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,11 @@ from fxstn.ops.response import responses_in
 
 
 def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
-    """½ λ ‖w‖², or λ ‖w‖₁ for norm 1, a scalar. strength: λ ≥ 0, 0-d."""
+    """½ λ ‖w‖², or λ ‖w‖₁ for norm 1, a scalar.
+
+    weight: of any shape.
+    strength: λ ≥ 0, 0-d.
+    """
     if norm == 1:
         return strength * weight.abs().sum()
     return 0.5 * strength * torch.linalg.vector_norm(weight).square()
@@ -24,9 +27,15 @@ def penalty_perturbed(
 ) -> Tensor:
     """Mean over the batch of the penalty at w + s_i ⊙row R, without per-example weights.
 
-    weight, response: of one shape. strength: 0-d or (batch,). scale: (rows,) or (batch, rows), scales s_i along `axis`.
-    Norm 2 uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r; norm 1 is linearised at w, which is
+    Norm 2 uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r. Norm 1 is linearised at w, which is
     exact until an entry changes its sign: ‖W_r‖₁ + s_r ⟨sign W_r, R_r⟩.
+
+    weight, response: of one shape.
+    strength: λ ≥ 0, 0-d or (batch,).
+    scale: (rows,) or (batch, rows), scales s_i along `axis`.
+    norm: 1 or 2.
+
+    Returns a scalar.
     """
     w, r = (value.movedim(axis, 0).flatten(1) for value in (weight, response))
     if norm == 1:
@@ -64,18 +73,23 @@ def total_penalty(
     return total
 
 
-def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tensor:
-    """‖∂y_i/∂x‖², the squared Frobenius norm, of each example i: (batch,), to be differentiated again.
+def squared_jacobian(output: object, inputs: object, projections: int | None) -> Tensor:
+    """‖∂y_i/∂x‖², the squared Frobenius norm, of each example i, to be differentiated again.
 
-    output: (batch, ...), or a structure of such; inputs: tensors that require a gradient, others are passed over.
-    projections: n vectors of random signs, whose mean is an unbiased estimate; None: a backward pass per output, exact.
     Where examples see each other (batch norm in train mode) row i also has what x_i does to the others.
+
+    output: (batch, ...), or a structure of such.
+    inputs: a structure of tensors (batch, ...); those that require no gradient are passed over.
+    projections: number of vectors of random signs, whose mean is an unbiased estimate. None: exact, by a backward pass for
+        each entry of the output.
+
+    Returns (batch,).
 
     Raises ValueError without floating point inputs or outputs, RuntimeError where an operation has no second derivative.
     """
-    variables = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    sources = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     leaves = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
-    if not variables or not leaves:
+    if not sources or not leaves:
         raise ValueError("the Jacobian's norm needs floating point inputs and outputs, (batch, ...)")
     y = torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], 1)
     if projections is None:
@@ -85,7 +99,7 @@ def squared_jacobian(output: Any, inputs: Any, projections: int | None) -> Tenso
     total = y.new_zeros(len(y))
     for u in directions:
         try:
-            gradients = torch.autograd.grad(y, variables, u, create_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(y, sources, u, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise RuntimeError(f"hp.JacobianNorm differentiates the output by the inputs, twice: {error}") from error
         total = total + sum(gradient.square().flatten(1).sum(1) for gradient in gradients)

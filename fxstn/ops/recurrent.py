@@ -25,8 +25,16 @@ def recurrent_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
     bias_hh: Tensor | None, weight_hr: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(y, last h), for an LSTM (y, last h, last c), by the fused kernel (cuDNN, oneDNN). x (time, batch, n), h and c (batch, n)
-    the state before; weight_hr: projection of an LSTM (Sak et al. 2014)."""
+    """One layer in one direction, by torch's fused kernel (cuDNN, oneDNN).
+
+    mode: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+    x: (time, batch, n).
+    h, c: (batch, n), the state before; c of an LSTM only.
+    weight_ih, bias_ih, weight_hh, bias_hh: as of nn.RNNBase.
+    weight_hr: projection of an LSTM (Sak et al. 2014).
+
+    Returns (y, last h), of an LSTM (y, last h, last c).
+    """
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
     settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
     with warnings.catch_warnings():  # cuDNN says that it copies the weights of one layer at each call
@@ -39,11 +47,21 @@ def recurrent_layer(
         return y, h[0]
 
 
+Change = tuple[Tensor, Tensor, int, int]
+
+
 class Steps(NamedTuple):
-    """What a layer did, by step. results: as of `recurrent_layer`. previous: h before each step; hidden: weight_hh · previous;
-    full: h before an LSTM's projection, else None. The rest are derivatives: of the new state (LSTM: cell, and of the output
-    for its last gate) in what enters each gate from the input, and from h; in the state before (None: zero); and, of an LSTM,
-    of h in the cell."""
+    """What a layer did, by step: all but `results` have the steps in dimension 0.
+
+    results: as of `recurrent_layer`.
+    previous: h before each step.
+    hidden: weight_hh · previous.
+    full: h before an LSTM's projection, else None.
+    by_input, by_hidden: (time, batch, gates, n), derivatives of the new state (LSTM: cell, and of the output for its last
+        gate) in what enters each gate from the input, and from h.
+    carry: derivative of the new state in the state before; None stands for zero.
+    output: of an LSTM, derivative of h in the cell.
+    """
 
     results: tuple[Tensor, ...]
     previous: Tensor
@@ -72,7 +90,7 @@ class _LSTM:
 
 class _GRU:
     @staticmethod
-    def step(x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+    def step(x: Tensor, v: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, None, tuple[Tensor, ...]]:
         (xr, xz, xn), (vr, vz, vn) = x.chunk(3, -1), v.chunk(3, -1)
         r, z = (xr + vr).sigmoid(), (xz + vz).sigmoid()
         n = torch.addcmul(xn, r, vn).tanh()
@@ -91,7 +109,7 @@ class _RNN:
     def __init__(self, activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> None:
         self.activation, self.slope = activation, slope
 
-    def step(self, x: Tensor, v: Tensor, h: Tensor, c: Any) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+    def step(self, x: Tensor, v: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, None, tuple[Tensor, ...]]:
         new = self.activation(x + v)
         return new, None, (new,)
 
@@ -113,7 +131,11 @@ def steps(
     mode: str, products: Tensor, h: Tensor, c: Tensor | None, weight_hh: Tensor, bias_hh: Tensor | None,
     weight_hr: Tensor | None,
 ) -> Steps:  # fmt: skip
-    """A layer one step after the other. products: what the input gives to the gates, (time, batch, gates · n)."""
+    """A layer, one step after the other.
+
+    products: (time, batch, gates · n), what the input gives to the gates.
+    mode, h, c, weight_hh, bias_hh, weight_hr: as in `recurrent_layer`.
+    """
     weight = weight_hh.to(products.dtype).t()
     projection = None if weight_hr is None else weight_hr.to(products.dtype).t()
     cell, saved = _CELLS[mode], list[tuple[Tensor, ...]]()
@@ -136,19 +158,27 @@ def steps(
 
 @staged
 def entering(by_input: Tensor, by_hidden: Tensor, dx: Tensor | None, dv: Tensor | None) -> Tensor:
-    """What changes dx and dv (time, batch, gates · n) of the two products give to each gate, (time, batch, gates, n); either
-    may be None."""
+    """What changes of the two products give to each gate.
+
+    by_input, by_hidden: of `Steps`.
+    dx, dv: (time, batch, gates · n), changes of the product with the input, and with h; None where there is none.
+
+    Returns (time, batch, gates, n).
+    """
     terms = [gain * d.view_as(gain) for gain, d in ((by_input, dx), (by_hidden, dv)) if d is not None]
     return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else torch.zeros_like(by_input)
 
 
 class _Recurrence(torch.autograd.Function):
-    """The tangent of a layer, a linear recurrence with given coefficients: state ← carry · state + Σ gates, each gate
-    entering + by_hidden · (weight_hh dh); dh is the state or, of an LSTM, output · state + the last gate."""
+    """The tangent of a layer, a linear recurrence whose coefficients are constants: state ← carry · state + Σ gates.
+
+    Each gate is entering + by_hidden · (weight_hh dh); dh is the state or, of an LSTM, output · state + the last gate.
+    """
 
     @staticmethod
-    def forward(ctx: Any, entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor, carry: Any,
-                output: Any, weight_hh: Tensor, weight_hr: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor,
+                carry: Tensor | None,
+                output: Tensor | None, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(by_hidden, carry, output, weight_hh, weight_hr)
         return recurrence(entering, dh, dc, projected, by_hidden, carry, output, weight_hh, weight_hr)
 
@@ -174,7 +204,15 @@ class _Recurrence(torch.autograd.Function):
 
 def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor, carry: Tensor | None,
                output: Tensor | None, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dh of every step, the last state): see `_Recurrence`. projected: what the projection's own change gives to dh."""
+    """The recurrence of `_Recurrence`.
+
+    entering, by_hidden: (time, batch, gates, n).
+    dh, dc: (batch, n), of the state before.
+    projected: (time, batch, n), what the tangent of the projection gives to dh.
+    carry, output: (time, batch, n), or None, as of `Steps`.
+
+    Returns dh of every step, (time, batch, n), and the last state.
+    """
     gates, outputs, weight = by_hidden.shape[-2], [], weight_hh.t()
     inner = gates - (output is not None)
     for t in range(len(entering)):
@@ -191,28 +229,37 @@ def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | Non
 
 @staged(compiled=False)
 def recurrence_tangent(
-    mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, did: Steps,
+    mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, trace: Steps,
     weight_hh: Tensor, weight_hr: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Tangents of the results of `recurrent_layer`, from those of what enters the gates and of the state before (None:
-    zero)."""
+    """Tangents of the results of `recurrent_layer`.
+
+    entering: (time, batch, gates, n), tangent of what enters the gates: see `entering`.
+    dh, dc: (batch, n), tangents of the state before; None stands for zero.
+    projected: (time, batch, n), what the tangent of the projection gives to that of h; None without one.
+    trace: what the layer did.
+    """
     lstm = mode == "lstm"
-    dh = torch.zeros_like(did.previous[0]) if dh is None else dh.to(entering.dtype)
+    dh = torch.zeros_like(trace.previous[0]) if dh is None else dh.to(entering.dtype)
     state = dh if not lstm else entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
-    coefficients = (did.by_hidden, did.carry, did.output)
+    coefficients = (trace.by_hidden, trace.carry, trace.output)
     weights = [w if w is None else w.to(entering.dtype) for w in (weight_hh, weight_hr)]
     constant = not any(value is not None and value.requires_grad for value in (*coefficients, *weights))
-    run: Any = _Recurrence.apply if constant else recurrence
+    run: Callable[..., tuple[Tensor, Tensor]] = _Recurrence.apply if constant else recurrence
     dy, last = run(entering, dh, state, projected, *coefficients, *weights)
     return (dy, dy[-1], last) if lstm else (dy, dy[-1])
 
 
 @staged(compiled=False)
 def perturbed_layer(
-    mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple
+    mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple[Change | None, ...]
 ) -> tuple[Tensor, ...]:
-    """`recurrent_layer` with weights moved by a finite step. weights: its last five. changes: for each None, or (scale,
-    response, left, right): one row of scales for the whole batch, or one per example, left · batch · right in dimension 1."""
+    """`recurrent_layer` with weights moved by a finite step.
+
+    weights: its last five arguments.
+    changes: for each weight None, or (scale, response, left, right). scale is one row for the whole batch, or one per
+        example; the examples are then left · batch · right in dimension 1.
+    """
     if all(change is None or change[0].dim() == 1 for change in changes):
         pairs = zip(weights, changes, strict=True)
         moved = [w if change is None else w + materialised(change[0], change[1], 0) for w, change in pairs]
@@ -220,7 +267,7 @@ def perturbed_layer(
     weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = weights
     on_input, on_shift, on_hidden, on_bias, on_projection = changes
 
-    def product(value: Tensor, weight: Tensor, change: Any, axis: int) -> Tensor:
+    def product(value: Tensor, weight: Tensor, change: Change | None, axis: int) -> Tensor:
         """(weight + change) · value, the batch along `axis`."""
         y = F.linear(value, weight)
         if change is None:
@@ -229,7 +276,7 @@ def perturbed_layer(
         of_response = y if response is weight else F.linear(value, response)
         return torch.addcmul(y, of_response, align(scale, y, -1, BatchAxis(axis, left, right)))
 
-    def bias(value: Tensor | None, change: Any, like: Tensor, axis: int) -> Tensor | float:
+    def bias(value: Tensor | None, change: Change | None, like: Tensor, axis: int) -> Tensor | float:
         if value is None:
             return 0.0
         scale, response, left, right = change or (value.new_zeros(len(value)), value, 1, 1)
@@ -249,20 +296,33 @@ def perturbed_layer(
 
 @staged
 def time_major(x: Tensor, batch_first: bool) -> Tensor:
-    """x (time, batch, n), of nn.RNN's input: (batch, time, n) where batch_first, (time, n) without examples. Contiguous: else
-    torch multiplies it with a weight one step at a time."""
+    """The input of nn.RNN with time first.
+
+    It is contiguous: otherwise torch multiplies it with a weight one step at a time.
+
+    x: (time, batch, n), (batch, time, n) where `batch_first`, or (time, n) without examples.
+
+    Returns (time, batch, n).
+    """
     return x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1).contiguous() if batch_first else x
 
 
 @staged
 def from_time_major(y: Tensor, rank: int, batch_first: bool) -> Tensor:
-    """The inverse of `time_major`; rank: of nn.RNN's input."""
+    """The inverse of `time_major`.
+
+    y: (time, batch, n).
+    rank: of nn.RNN's input.
+    """
     return y.squeeze(1) if rank == 2 else y.transpose(0, 1).contiguous() if batch_first else y
 
 
 @staged
 def state_of(h: Tensor, index: int) -> Tensor:
-    """(batch, n) of one layer and direction, from nn.RNN's h (layers · directions, batch, n), or (…, n) without examples."""
+    """The state of one layer and direction, (batch, n).
+
+    h: of nn.RNN, (layers · directions, batch, n), or (layers · directions, n) without examples.
+    """
     return h[index] if h.dim() == 3 else h[index].unsqueeze(0)
 
 
@@ -274,6 +334,10 @@ def zero_state(x: Tensor, size: int) -> Tensor:
 
 @staged
 def joined_states(states: list[Tensor], rank: int) -> Tensor:
-    """nn.RNN's h, of the states (batch, n) of all layers and directions; rank: of its input."""
+    """The h of nn.RNN, the inverse of `state_of`.
+
+    states: (batch, n) of each layer and direction.
+    rank: of nn.RNN's input.
+    """
     joined = torch.stack(states)
     return joined.squeeze(1) if rank == 2 else joined

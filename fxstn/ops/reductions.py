@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
 
+Dims = int | Sequence[int] | None
 
-def _dims(x: Tensor, dim: Any) -> tuple[int, ...]:
+
+def _dims(x: Tensor, dim: Dims) -> tuple[int, ...]:
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return tuple(range(x.dim()))
     return (dim,) if isinstance(dim, int) else tuple(dim)
 
 
 @staged
-def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Any, keepdim: bool) -> Tensor:
+def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Dims, keepdim: bool) -> Tensor:
     """Tangent of (Σ |x|^p)^(1/p) over `dim` (None: all): Σ sign(x) (|x|/‖x‖)^(p−1) dx; 0 where the norm is 0.
 
     For p = ±inf the mean over the entries that attain it.
@@ -38,7 +40,7 @@ def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Any, keepdim:
 
 
 @staged
-def variance_tangent(tangent: Tensor, x: Tensor, dim: Any, correction: float, keepdim: bool) -> Tensor:
+def variance_tangent(tangent: Tensor, x: Tensor, dim: Dims, correction: float, keepdim: bool) -> Tensor:
     """Tangent of the variance of x over `dim` (None: all): 2 Σ (x − mean) dx / (n − correction)."""
     dims = _dims(x, dim)
     centred = x - x.mean(dims, keepdim=True)
@@ -47,7 +49,7 @@ def variance_tangent(tangent: Tensor, x: Tensor, dim: Any, correction: float, ke
 
 
 @staged
-def softmax_weighted(tangent: Tensor, x: Tensor, y: Tensor, dim: Any, keepdim: bool) -> Tensor:
+def softmax_weighted(tangent: Tensor, x: Tensor, y: Tensor, dim: Dims, keepdim: bool) -> Tensor:
     """Σ exp(x − y) dx over `dim`: the tangent of y = logsumexp(x). 0 where every entry is −inf."""
     dims = _dims(x, dim)
     peak = y if keepdim else torch.logsumexp(x, dims, keepdim=True)
@@ -55,7 +57,7 @@ def softmax_weighted(tangent: Tensor, x: Tensor, y: Tensor, dim: Any, keepdim: b
 
 
 @staged
-def attained_tangent(tangent: Tensor, x: Tensor, y: Tensor, dim: Any, keepdim: bool) -> Tensor:
+def attained_tangent(tangent: Tensor, x: Tensor, y: Tensor, dim: Dims, keepdim: bool) -> Tensor:
     """Mean of the tangent over the entries of x that attain the extremum y along `dim` (None: all)."""
     dims = _dims(x, dim)
     if not keepdim:

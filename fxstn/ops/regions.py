@@ -50,8 +50,14 @@ def region_shift(
 ) -> Tensor:
     """Tangent of torchvision's roi_align in the boxes.
 
-    image: (batch, channels, H, W). boxes, tangent: (regions, 5), the image's number first, then x1, y1, x2, y2. ratio:
-    samples per bin and axis, as many as the bin has pixels for ratio ≤ 0. Returns (regions, channels, height, width).
+    tangent, boxes: (regions, 5), the image's number first, then x1, y1, x2, y2.
+    image: (batch, channels, H, W).
+    scale: pixels of the image per unit of the boxes.
+    height, width: bins of each region.
+    ratio: samples per bin and axis; as many as the bin has pixels for ratio ≤ 0.
+    aligned: whether pixels are at half-integers.
+
+    Returns (regions, channels, height, width).
     """
     start, size, follows = _edges(boxes, scale, aligned)
     moved = tangent[:, 1:3] * scale

@@ -95,8 +95,14 @@ def _grid_tangent(tangent: Tensor, image: Tensor, grid: Tensor, mode: int, paddi
 def grid_tangent(
     tangent: Tensor, image: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool
 ) -> Tensor:
-    """Tangent of F.grid_sample(image, grid) in the grid; image (batch, channels, ...), 2 or 3 spatial dimensions.
+    """Tangent of F.grid_sample(image, grid) in the grid.
 
     Each tap's weight is differentiated; at a kink (a position on a pixel) as torch's backward has it, which is its gradient.
+
+    tangent, grid: (batch, *sizes of the result, 2 or 3).
+    image: (batch, channels, ...), with 2 or 3 spatial dimensions.
+    mode, padding_mode, align_corners: as for F.grid_sample.
+
+    Returns (batch, channels, *sizes of the result).
     """
     return _grid_tangent(tangent, image, grid, _MODES.index(mode), _PADDINGS.index(padding_mode), bool(align_corners))

@@ -40,7 +40,8 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _along(value: Tensor, x: Tensor) -> Tensor:
+def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """A value (channels,) so that it broadcasts with x (batch, channels, ...)."""
     return value.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -59,14 +60,14 @@ def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = _wide(x)
     *sums, count = _Total.apply(torch.cat([_sums(x), _share(x)])).split([x.shape[1], 1])
     mean = sums[0] / count
-    centred = x - _along(mean, x)
+    centred = x - _per_channel(mean, x)
     variance = _Total.apply(_sums(centred * centred)) / count
-    return centred * _along(torch.rsqrt(variance + eps), x), mean, variance, count
+    return centred * _per_channel(torch.rsqrt(variance + eps), x), mean, variance, count
 
 
 def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
-    y = normalized if weight is None else normalized * _along(weight, normalized)
-    return (y if bias is None else y + _along(bias, y)).to(like.dtype)
+    y = normalized if weight is None else normalized * _per_channel(weight, normalized)
+    return (y if bias is None else y + _per_channel(bias, y)).to(like.dtype)
 
 
 @staged(compiled=False)
@@ -104,11 +105,11 @@ def synced_batch_norm_jacobian(
     if _alone():
         return batch_norm_jacobian(tangent, x, weight, mean, inverse_std, eps)
     wide, moved = _wide(x), _wide(tangent)
-    normalized = (wide - _along(mean, x)) * _along(inverse_std, x)
+    normalized = (wide - _per_channel(mean, x)) * _per_channel(inverse_std, x)
     sums = torch.cat([_sums(moved), _sums(moved * normalized), _share(wide)])
     shift, slope, count = _Total.apply(sums).split([x.shape[1], x.shape[1], 1])
-    core = moved - _along(shift / count, x) - normalized * _along(slope / count, x)
-    return _affine(core * _along(inverse_std, x), weight, None, x)
+    core = moved - _per_channel(shift / count, x) - normalized * _per_channel(slope / count, x)
+    return _affine(core * _per_channel(inverse_std, x), weight, None, x)
 
 
 BATCH_NORMS = (F.batch_norm, synced_batch_norm)

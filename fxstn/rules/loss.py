@@ -16,8 +16,8 @@ from fxstn.rules.registry import filled, register, rule, total
 
 def _register_loss(function):
     def apply(tangents, args, kwargs):
-        given = tuple(None if tangent is ZERO else tangent for tangent in tangents)
-        both = separable_loss(function)(args, kwargs, given)
+        varying = tuple(None if tangent is ZERO else tangent for tangent in tangents)
+        both = separable_loss(function)(args, kwargs, varying)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
     register(function, "loss", apply, inspect.signature(function), fresh=True)

@@ -32,19 +32,19 @@ GAIN, SHIFT = ParameterRole("gain", (0,)), ParameterRole("shift", (0,))
 
 def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     """J dx + x̂ · dweight + dbias along the channels; plain: computes x̂, the norm of the input without weight and bias."""
-    along = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
+    per_channel = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
     dy = total((d.input, jacobian))
     if isinstance(d.weight, Scaled):
-        own = d.weight.response is weight  # then weight · x̂ is at hand
-        product = (
-            plain() * along(d.weight.response) if not own else y if bias is None else without_bias(y, bias, channel)
-        )
+        if d.weight.response is not weight:
+            product = plain() * per_channel(d.weight.response)
+        else:  # weight · x̂ is at hand
+            product = y if bias is None else without_bias(y, bias, channel)
         dy = with_scaled(dy, product, d.weight, channel)
     elif d.weight is not ZERO:
-        dy = total((dy, lambda dy: dy), (d.weight, lambda dw: plain() * along(dw)))
+        dy = total((dy, lambda dy: dy), (d.weight, lambda dw: plain() * per_channel(dw)))
     if isinstance(d.bias, Scaled):
         return with_shifted(dy, y, d.bias, channel)
-    return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(along(db), y)))
+    return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(per_channel(db), y)))
 
 
 def _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, kernels):

@@ -30,7 +30,8 @@ linear(time_major, from_time_major, state_of, joined_states)
 zero(zero_state)
 
 
-def _given(tangent: Any) -> Any:
+def _or_none(tangent):
+    """A tangent as the helpers of `fxstn.ops.recurrent` take it: None where it is ZERO."""
     return None if tangent is ZERO else tangent
 
 
@@ -66,8 +67,8 @@ def _through(d_weight, product, value, weight):
 def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None):
     of_input = SimpleNamespace(input=d.x, weight=d.weight_ih, bias=d.bias_ih)
     products, dx = linear_layer(of_input, x, weight_ih, bias_ih)
-    did: Any = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)
-    results, previous, hidden, full, by_input, by_hidden = (operator.getitem(did, i) for i in range(6))
+    trace: Any = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)
+    results, previous, hidden, full, by_input, by_hidden = (operator.getitem(trace, i) for i in range(6))
     dv = _through(d.weight_hh, hidden, previous, weight_hh)
     if isinstance(d.bias_hh, Scaled):
         dv = with_shifted(dv, hidden, d.bias_hh, -1)
@@ -75,7 +76,7 @@ def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_h
         dv = d.bias_hh.expand_as(hidden) if dv is ZERO else dv + d.bias_hh
     y = operator.getitem(results, 0)
     projected = ZERO if weight_hr is None else _through(d.weight_hr, y, full, weight_hr)
-    gates = entering(by_input, by_hidden, _given(dx), _given(dv))  # type: ignore[arg-type]
-    dh, dc, projected = map(_given, (d.h, d.c, projected))
-    tangent = recurrence_tangent(mode, gates, dh, dc, projected, did, weight_hh, weight_hr)
+    gates = entering(by_input, by_hidden, _or_none(dx), _or_none(dv))
+    dh, dc, projected = map(_or_none, (d.h, d.c, projected))
+    tangent = recurrence_tangent(mode, gates, dh, dc, projected, trace, weight_hh, weight_hr)
     return results, tuple(operator.getitem(tangent, i) for i in range(3 if mode == "lstm" else 2))

@@ -93,7 +93,7 @@ _register_extremum(torch.amax)
 _register_extremum(torch.amin)
 
 
-def _along(dx, indices, dim, keepdim):
+def _pick(dx, indices, dim, keepdim):
     """The entries of a tangent that an operation along `dim` chose."""
     if keepdim:
         return torch.gather(dx, dim, indices)
@@ -110,7 +110,7 @@ def _register_choice(function, of_two):
         if not isinstance(dim, int):
             return apply_rule(of_two, (d.input, d.dim), (input, dim), {})
         results = function(input, dim, keepdim)
-        return results, (_along(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
+        return results, (_pick(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
 
 
 _register_choice(torch.max, torch.maximum)
@@ -125,7 +125,7 @@ def _register_selection(function, first):
         results = function(input, *settings, **named)
         values = dict(zip((*first, "dim", "keepdim"), settings, strict=False)) | named
         return results, (
-            _along(d.input, operator.getitem(results, 1), values.get("dim", -1), values.get("keepdim", False)),
+            _pick(d.input, operator.getitem(results, 1), values.get("dim", -1), values.get("keepdim", False)),
             ZERO,
         )
 
@@ -140,7 +140,7 @@ def median(d, input, dim=None, keepdim=False):
         y = torch.median(input)
         return y, attained_tangent(d.input, input, y, None, False)
     results = torch.median(input, dim, keepdim)
-    return results, (_along(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
+    return results, (_pick(d.input, operator.getitem(results, 1), dim, keepdim), ZERO)
 
 
 @rule(torch.topk)

@@ -275,10 +275,10 @@ def apply_rule(
     named: tangents of keywords, which a rule with known parameters and the fallback can take.
     Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
     """
-    found = RULES.get(function)
+    known = RULES.get(function)
     varying = [name for name, tangent in (named or {}).items() if not all_zero(tangent)]
     if varying:
-        parameters = list(found.signature.parameters.values()) if found and found.signature else []
+        parameters = list(known.signature.parameters.values()) if known and known.signature else []
         last = max((i for i, parameter in enumerate(parameters) if parameter.name in varying), default=-1)
         moved = parameters[len(args) : last + 1]
         if not {parameter.name for parameter in moved if parameter.kind is parameter.POSITIONAL_OR_KEYWORD} >= {
@@ -290,4 +290,4 @@ def apply_rule(
         tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))  # type: ignore[union-attr]
     if all_zero(tangents) or draws(function):
         return call(function, *args, **kwargs), ZERO
-    return found.apply(tangents, args, kwargs) if found else fallback(function, tangents, args, kwargs)
+    return known.apply(tangents, args, kwargs) if known else fallback(function, tangents, args, kwargs)
