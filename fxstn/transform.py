@@ -20,6 +20,7 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.passes.build import augmentation, build_network
 from fxstn.passes.condition import condition
 from fxstn.passes.hyperize import hyperize
+from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import linearized, perturbed, pushforward
 from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.passes.request import Request, check_model
@@ -31,13 +32,14 @@ FRONTENDS: tuple[type[Frontend], ...] = (Symbolic, Export, Live)
 
 # What makes each graph from the canonical one, by the objective that it serves (`fxstn.ir.graph_kind.GraphKind`).
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
-    "plain": (condition, simplify),
-    "general": (condition, simplify),
-    "pushforward": (condition, hyperize, hold_statistics, pushforward, simplify),
-    "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, simplify, recompute_pass),
-    "perturbed": (condition, hyperize, hold_statistics, perturbed, simplify),
-    "trained": (condition, hyperize, perturbed, simplify),
-}
+    "plain": (condition, restore_types, simplify),
+    "general": (condition, restore_types, simplify),
+    "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
+    "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, restore_types, simplify,
+                   recompute_pass),
+    "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
+    "trained": (condition, hyperize, perturbed, restore_types, simplify),
+}  # fmt: skip
 
 
 def transform(

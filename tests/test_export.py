@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from nets import Double, SmallConv, randomize_response
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 import fxstn
 from fxstn import hp
@@ -539,6 +540,59 @@ def test_frozen_batch_norms_stay_frozen():
     stn(torch.randn(4, 6))
     assert stn.model.norm.num_batches_tracked == 0
     assert not any(n.target is track_batch for n in stn.graph("train").graph.nodes)
+
+
+@dataclass(init=False, eq=False, repr=False)
+class Output(OrderedDict):
+    """What transformers' models return: a dict that is a dataclass too, known to pytree."""
+
+
+register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, keys: Output(zip(keys, values, strict=True)),
+    serialized_type_name="fxstn_tests.Output",
+)
+
+
+class Returning(nn.Module):
+    """Returns what `kind` makes of pairs (name, tensor), inside a tuple."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(6, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        return self.kind({"logits": self.b(h), "states": h, "sizes": x.argmax(1)}), h.sum(1)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Output])
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+@pytest.mark.parametrize("method", ["delta", "stn"])
+def test_outputs_keep_the_type_that_the_forward_returns(kind, trace, method):
+    net, x = Returning(kind), torch.randn(4, 6)
+    stn = fxstn.transform(net, [hp.Dropout("a", init=0.3)], example_inputs=x, trace=trace, method=method)
+    for mode in (True, False):
+        y, dy = stn.train(mode).pushforward(x, delta=torch.ones(1))
+        outputs = (stn(x), y, dy, stn.perturbed_output(x, delta=torch.ones(1))[0], stn.conditioned_output(x)[0])
+        assert [(type(output), type(output[0]), list(output[0])) for output in outputs] == [
+            (tuple, kind, ["logits", "states", "sizes"])
+        ] * 5
+        assert dy[0]["sizes"] is None
+    torch.testing.assert_close(dict(y[0]), dict(stn.model(x)[0]))
+
+
+def test_outputs_of_a_type_that_pytree_does_not_know_are_for_the_live_frontend():
+    class Unknown(dict):
+        pass
+
+    net, x = Returning(Unknown), torch.randn(4, 6)
+    for trace in ("fx", "export"):
+        with pytest.raises(fxstn.TransformError, match="Unknown"):
+            fxstn.transform(net, SCALAR, example_inputs=x, trace=trace)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x)
+    assert (stn.frontend, type(stn.train()(x)[0])) == ("live", Unknown)
 
 
 def test_the_model_is_left_as_it_was():

@@ -14,9 +14,10 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import Argument, map_aggregate
-from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
 
 from fxstn.frontends.guards import UnsupportedError
+from fxstn.frontends.outputs import special_structure
 from fxstn.frontends.symbolic import first_names
 from fxstn.ir.errors import source_of
 from fxstn.ir.graphs import assemble
@@ -257,8 +258,8 @@ class _Rewriter:
                 what = f"the forward changes {spec.target!r}, which a traced graph would lose,"
                 raise UnsupportedError("", what, "update it outside of the forward")
         structure = self.program.call_spec.out_spec
-        _require_plain(structure)
-        self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
+        node = self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
+        annotate(node, structure=special_structure(structure))
 
 
 def _source(node: fx.Node, position: int = 0) -> fx.Node:
@@ -286,13 +287,3 @@ def _does_nothing(node: fx.Node) -> bool:
         return bool(start in (0, None) and end == _END and step == 1)
     constant = aten.lift_fresh_copy.default
     return node.target is constant or (node.target is aten.detach_.default and _source(node).target is constant)
-
-
-def _require_plain(structure: TreeSpec) -> None:
-    """Raise UnsupportedError where an output is in a structure that a graph cannot hold."""
-    kind = structure.type
-    if kind is not None and not issubclass(kind, (tuple, list, dict)):
-        what = f"the forward returns a {kind.__name__}, which a graph cannot hold,"
-        raise UnsupportedError("", what, "return tensors in tuples, lists or dicts")
-    for child in structure.children():
-        _require_plain(child)

@@ -20,6 +20,7 @@ from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
+from fxstn.frontends.outputs import structure_of
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.vocabulary import is_opaque
@@ -75,6 +76,7 @@ class _Tracer(fx.Tracer):
         self.supplied = supplied
         self.own: dict[int, str] = {}
         self.grad_enabled = torch.is_grad_enabled()
+        self.argument: object = None  # of an operation: the last one; in the end what the forward returns
 
     def create_args_for_root(
         self, root_fn: Callable[..., object], is_module: bool, concrete_args: dict[str, Any] | tuple | None = None
@@ -90,10 +92,12 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: object) -> Argument:
         """fx would make a dataclass by an operation of the graph, which no rule knows."""
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+        if dataclasses.is_dataclass(a) and not isinstance(a, (type, dict)):
             what = f"the forward makes a {type(a).__name__}, which a graph cannot hold,"
             raise UnsupportedError(self.path_of_current(), what, "return tensors in tuples, lists or dicts")
-        return super().create_arg(a)
+        argument = super().create_arg(dict(a) if isinstance(a, dict) else a)
+        self.argument = a
+        return argument
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -157,6 +161,8 @@ class _Tracer(fx.Tracer):
                 "a no_grad region, which a traced graph would lose,", "use .detach() in place of no_grad"
             )
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "output":
+            annotate(node, structure=structure_of(self.argument))
         annotate(node, scope=tuple(self.calls))
         return node
 
