@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import numpy
@@ -581,6 +581,17 @@ def test_outputs_keep_the_type_that_the_forward_returns(kind, trace, method):
         ] * 5
         assert dy[0]["sizes"] is None
     torch.testing.assert_close(dict(y[0]), dict(stn.model(x)[0]))
+
+
+Named = namedtuple("Named", ["logits", "states", "sizes"])
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_named_tuples_stay_named_tuples(trace):
+    net, x = Returning(lambda entries: Named(**entries)), torch.randn(4, 6)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x, trace=trace).train()
+    for output in (stn(x), *stn.pushforward(x, delta=torch.ones(1))):
+        assert type(output[0]) is Named
 
 
 def test_outputs_of_a_type_that_pytree_does_not_know_are_for_the_live_frontend():

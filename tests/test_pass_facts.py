@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from nets import Classifier, SmallConv, mlp
 from torch import fx, nn
+from torch.utils._pytree import tree_structure
 
 import fxstn
 from fxstn import hp
@@ -55,11 +57,24 @@ class Recurrent(nn.Module):
         return self.out(self.cell(x)[0][:, -1])
 
 
+class Typed(nn.Module):
+    """Returns a type that a graph gives back in its last pass only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        return OrderedDict(logits=self.b(h), states=h)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list | None]] = {
     "dense": (mlp, torch.randn(4, 6), [hp.Dropout(), hp.DropConnect("0"), hp.WeightDecay(), hp.MixUp()]),
     "convolutions": (SmallConv, torch.randn(4, 3, 16, 16), [hp.Cutout(), hp.Dropout("stem")]),
     "functional": (Classifier, torch.randn(4, 1, 8, 8), None),
     "mutating": (Mutating, torch.randint(9, (4, 3)), [hp.Dropout("out"), hp.ActivationDecay("layer")]),
+    "typed": (Typed, torch.randn(4, 4), [hp.Dropout("a"), hp.ActivationDecay("a")]),
     "recurrent": (Recurrent, torch.randn(4, 3, 4), None),
     "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(4, 5, 8), None),
 }
@@ -194,6 +209,12 @@ def forgets_its_operation(graph):
     annotate(next(node for node in graph.graph.nodes if info_of(node).rule), operation=None)
 
 
+def returns_a_plain_dict(graph):
+    output = graph.graph.output_node()
+    annotate(output, structure=tree_structure(OrderedDict(y=0)))
+    output.args = ({"y": output.args[0]},)
+
+
 def computes_for_nobody(graph):
     last = list(graph.graph.nodes)[-2]
     with graph.graph.inserting_after(last):
@@ -216,6 +237,7 @@ PLANTED = {
     "parameters_know_their_response": (forgets_its_response, "pushforward", "names the response None"),
     "statistics_are_held": (counts_a_batch, "pushforward", "updates running statistics"),
     "tangents_name_their_rule": (forgets_its_operation, "pushforward", "and the operation None"),
+    "outputs_have_their_types": (returns_a_plain_dict, "plain", "a plain dict is returned"),
     "everything_is_read": (computes_for_nobody, "plain", "nobody reads exp"),
     "pieces_are_recomputed": (keeps_an_activation, "linearized", "is kept outside of the pieces"),
 }

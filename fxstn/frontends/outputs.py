@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import namedtuple  # pytree's type of all of them; fx keeps their own
 
 from torch import fx
 from torch.utils._pytree import TreeSpec, tree_flatten
@@ -29,11 +30,11 @@ def special_structure(structure: TreeSpec) -> TreeSpec | None:
 
     Raises UnsupportedError for a type that is none of the three, and no subclass of one: a graph cannot hold it.
     """
-    types = {spec.type for spec in _containers(structure)}
+    types = {spec.type for spec in _containers(structure)} - {*_PLAIN, namedtuple, None}
     for kind in types:
-        if kind is not None and not issubclass(kind, _PLAIN):
+        if not issubclass(kind, _PLAIN):
             raise _unsupported(kind)
-    return structure if types - {*_PLAIN, None} else None
+    return structure if types else None
 
 
 def _containers(structure: TreeSpec) -> list[TreeSpec]:

@@ -16,6 +16,7 @@ from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
+from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import linearized, perturbed, pushforward
 from fxstn.passes.recompute import Recomputed, recompute
 from fxstn.passes.simplify import simplify
@@ -118,6 +119,17 @@ def tangents_name_their_rule(module: fx.GraphModule) -> Iterator[str]:
             yield f"{node.name} has the rule {info_of(node).rule} and the operation {info_of(node).operation}"
 
 
+def outputs_have_their_types(module: fx.GraphModule) -> Iterator[str]:
+    """Where the forward returns a type of its own, the graph does not return a plain dict in its place."""
+    output = module.graph.output_node()
+
+    def plain(value: object) -> bool:
+        return isinstance(value, dict) or (isinstance(value, tuple) and any(map(plain, value)))
+
+    if info_of(output).structure is not None and plain(output.args[0]):
+        yield f"a plain dict is returned in place of {info_of(output).structure}"
+
+
 def everything_is_read(module: fx.GraphModule) -> Iterator[str]:
     """No value is dead, and nothing only hands a value on."""
     for node in module.graph.nodes:
@@ -149,6 +161,7 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     pushforward: (tangents_name_their_rule,),
     linearized: (tangents_name_their_rule,),
     perturbed: (tangents_name_their_rule,),
+    restore_types: (outputs_have_their_types,),
     simplify: (everything_is_read,),
     recompute: (pieces_are_recomputed,),
 }
