@@ -139,8 +139,9 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
 
 def test_a_copy_of_it_goes_on_alike():
     gradients = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    x = nn.Parameter(torch.zeros(3))
-    optimizer = SettlingAdam([x], certainty=0.5)
+    x = nn.Parameter(torch.full((3,), -4.0))  # near the lower end
+    optimizer = SettlingAdam([x], certainty=0.5, position=torch.sigmoid)
+    set_gap(optimizer, 0.7, [True] * 3)
     for number, gradient in enumerate(gradients):
         if number == 10:
             y, other = copy.deepcopy((x, optimizer))
@@ -150,6 +151,7 @@ def test_a_copy_of_it_goes_on_alike():
         y.grad = gradient.clone()
         other.step()
     assert torch.equal(x, y)
+    assert (x != -4.0).any()
 
 
 def test_the_rate_of_lambda_falls_with_the_steps_done_and_a_resumed_run_goes_on_where_it_was():

@@ -79,6 +79,8 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
     ):  # fmt: skip
         assert text in page.text, text
     assert "Warnings" not in page.text
+    assert "limits True" in page.text
+    assert "limited" not in page.text  # a list with an entry for each number
     assert len(page.addresses) == 5  # loss, accuracy, dropout, weight decay, diagnostics
     assert not list(tmp_path.glob("*.part"))
 

@@ -175,6 +175,9 @@ class SettlingAdam(torch.optim.Optimizer):
         super().__init__(params, defaults | {"limits": limits, "gap": None, "limited": None})
         self.position = position
 
+    def __getstate__(self) -> dict[str, object]:
+        return super().__getstate__() | {"position": self.position}
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload

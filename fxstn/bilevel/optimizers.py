@@ -87,11 +87,11 @@ def build_optimizer(
 
 
 def build_optimizers(
-    problem: BilevelProblem, likes: dict[str, OptimizerLike], structured: bool
+    problem: BilevelProblem, choices: dict[str, OptimizerLike], structured: bool
 ) -> dict[str, Optimizer]:
     """{argument of the runner: optimizer} for every kind of parameters that a problem has.
 
-    likes: {argument: as `build_optimizer` takes it}.
+    choices: {argument: as `build_optimizer` takes it}.
     structured: whether the response is a structured one, whose optimizer is by default that of the weights.
     """
     kinds: dict[str, tuple[OptimizerFactory, Iterable[nn.Parameter]]] = {
@@ -101,7 +101,7 @@ def build_optimizers(
         "scale_optimizer": (rmsprop, problem.scale_parameters()),
     }
     return {
-        name: build_optimizer(likes[name], default, parameters, name)
+        name: build_optimizer(choices[name], default, parameters, name)
         for name, (default, generator) in kinds.items() if (parameters := list(generator))
     }  # fmt: skip
 

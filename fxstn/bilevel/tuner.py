@@ -33,13 +33,13 @@ def build_updates(
 
     Warns where weight decay is tuned and also set in an optimizer.
     """
-    likes: dict[str, OptimizerLike] = {
+    choices: dict[str, OptimizerLike] = {
         "optimizer": settings.optimizer,
         "response_optimizer": settings.response_optimizer,
         "hyper_optimizer": settings.hyper_optimizer,
         "scale_optimizer": settings.scale_optimizer,
     }
-    optimizers = build_optimizers(problem, likes, network is not None and network.structured)
+    optimizers = build_optimizers(problem, choices, network is not None and network.structured)
     for name in ("optimizer", "response_optimizer"):
         groups = optimizers[name].param_groups if name in optimizers else []
         if network is not None and network.terms.penalties and any(g.get("weight_decay") for g in groups):

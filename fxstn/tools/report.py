@@ -26,6 +26,7 @@ from fxstn.tools.explain import Explanation, explain
 
 COSTLY = ("train_steps", "valid_steps", "response_every", "response_fraction", "response_windows", "hyper_fraction",
           "accumulate", "perturb", "compile", "autocast", "memory_format")  # fmt: skip
+HIDDEN = ("lr", "first_lr", "gap", "limited")  # of an optimizer: shown otherwise, or the state of a run
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
@@ -177,7 +178,7 @@ def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimize
     """A row of the table of optimizers. name: of the runner's argument."""
     group = optimizer.param_groups[0]
     rate = group.get("initial_lr", group.get("first_lr", optimizer.defaults.get("lr")))
-    options = {key: group[key] for key in optimizer.defaults if key not in ("lr", "first_lr", "gap") and key in group}
+    options = {key: group[key] for key in optimizer.defaults if key not in HIDDEN and key in group}
     text = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (None, False, 0))
     updates = runner.updates
     schedulers = [type(part[name]) for part in (updates.schedulers, updates.step_schedulers) if name in part]
