@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.hp.operation import Operation, Settings, Strength
+from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.ops.color import as_float, gray, jitter, like_before
 from fxstn.ops.erase import cutout_mask, erasing_mask
 from fxstn.ops.noise import by_example, uniform
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Range = tuple[float, float]
 Fill = tuple[float, ...] | None
@@ -49,7 +52,7 @@ class ColorJitter(Operation):
     defaults: Mapping[str, object] = dict.fromkeys(numbers, BOTH)
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
         pairs = {name: spread(getattr(module, name), float(name != "hue")) for name in cls.numbers}
         return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
@@ -97,10 +100,11 @@ class Erasing(Operation):
     defaults: Mapping[str, object] = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        value = None if module.value is None else tuple(map(float, module.value))
-        settings = {"scale": tuple(map(float, module.scale)), "ratio": tuple(map(float, module.ratio)), "value": value}
-        return {"erasing": module.p}, settings
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        own = cast("v2.RandomErasing", module)
+        value = None if own.value is None else tuple(map(float, own.value))
+        settings = {"scale": tuple(map(float, own.scale)), "ratio": tuple(map(float, own.ratio)), "value": value}
+        return {"erasing": own.p}, settings
 
     @staticmethod
     def draw(x: Tensor, erasing: Strength, *, scale: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
@@ -119,8 +123,8 @@ class _ByChance(Operation):
     """Base of what happens to an example with a tuned probability, a module's `p`."""
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        return dict.fromkeys(cls.numbers, module.p), {}
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        return dict.fromkeys(cls.numbers, cast(WithProbability, module).p), {}
 
     @staticmethod
     def draw(x: Tensor, probability: Strength) -> Tensor:
@@ -188,9 +192,10 @@ class GaussianBlur(Operation):
     defaults: Mapping[str, object] = {"kernel_size": (5, 5), "shares": (0.0, 1.0)}
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        low, high = map(float, module.sigma)
-        return {"blur": high}, {"kernel_size": tuple(module.kernel_size), "shares": (low / high, 1.0)}
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        own = cast("v2.GaussianBlur", module)
+        low, high = map(float, own.sigma)
+        return {"blur": high}, {"kernel_size": tuple(own.kernel_size), "shares": (low / high, 1.0)}
 
     @staticmethod
     def draw(x: Tensor, blur: Strength, *, kernel_size: tuple[int, int], shares: Range) -> tuple[Tensor, ...]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxstn.hp.augment import BOTH, Range, spread
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength
 from fxstn.ops.geometry import inverse_affine, resample
 from fxstn.ops.noise import by_example, uniform
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class Affine(Operation):
@@ -37,17 +40,18 @@ class Affine(Operation):
     apply = staticmethod(resample)
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        rotation, scale = spread(module.degrees, 0), spread(module.scale, 1)
-        translate = max(module.translate or (0.0,))
-        sides = tuple(float(side) / translate for side in module.translate) if translate else (1.0, 1.0)
-        shear = [float(angle) for angle in (module.shear or ())]
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        own = cast("v2.RandomAffine", module)
+        rotation, scale = spread(own.degrees, 0), spread(own.scale, 1)
+        translate = max(own.translate or (0.0,))
+        sides = tuple(float(side) / translate for side in own.translate) if translate else (1.0, 1.0)
+        shear = [float(angle) for angle in (own.shear or ())]
         most = max(map(abs, shear), default=0.0)
         angles = [angle / most for angle in shear] if most else [*BOTH]
         angles += [0.0] * (4 - len(angles))
         starts = {"rotation": rotation[0], "translate": translate, "scale": scale[0], "shear": most}
         ranges = {"rotation": rotation[1], "translate": sides, "scale": scale[1], "shear": tuple(angles)}
-        return starts, {**ranges, **_sampling(module)}
+        return starts, {**ranges, **_sampling(own)}
 
     @staticmethod
     def draw(
@@ -77,11 +81,12 @@ class Rotation(Operation):
     apply = staticmethod(resample)
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        if module.expand:
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        own = cast("v2.RandomRotation", module)
+        if own.expand:
             raise NotImplementedError("RandomRotation(expand=True), whose images differ in size")
-        strength, ends = spread(module.degrees, 0)
-        return {"rotation": strength}, {"rotation": ends, **_sampling(module)}
+        strength, ends = spread(own.degrees, 0)
+        return {"rotation": strength}, {"rotation": ends, **_sampling(own)}
 
     @staticmethod
     def draw(x: Tensor, *strengths: Strength, rotation: Range, center: Range | None, **sampling: object) -> Tensor:
@@ -90,7 +95,7 @@ class Rotation(Operation):
         return inverse_affine(angle, none, torch.ones_like(angle), none, _from_middle(center, x))
 
 
-def _sampling(module: Any) -> Settings:
+def _sampling(module: v2.RandomAffine | v2.RandomRotation) -> Settings:
     """mode, fill and center of a module of torchvision's."""
     fill = module.fill
     if isinstance(fill, Mapping):

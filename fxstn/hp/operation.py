@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Strength = Tensor | float
 Settings = Mapping[str, object]
+
+
+class WithProbability(Protocol):
+    """A module that does something with probability p."""
+
+    p: float
+
+
 OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 
 
@@ -74,7 +82,7 @@ class Operation(Spec):
         OPERATIONS[cls.function] = cls
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
         """({number: the module's own strength}, settings). A subclass overrides it where attributes have other names."""
         starts = {name: float(getattr(module, name)) for name in cls.numbers if hasattr(module, name)}
         return starts, {name: getattr(module, name) for name in cls.defaults if hasattr(module, name)}

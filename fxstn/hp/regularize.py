@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack, cast
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.hp.operation import Operation, Settings, Strength
+from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
@@ -28,8 +28,8 @@ class StochasticDepth(Operation):
     apply = operator.mul
 
     @classmethod
-    def read(cls, module: Any) -> tuple[Mapping[str, float], Settings]:
-        return {"stochastic_depth": module.p}, {}
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        return {"stochastic_depth": cast(WithProbability, module).p}, {}
 
     @staticmethod
     def draw(x: Tensor, p: Strength) -> Tensor:
