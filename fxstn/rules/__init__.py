@@ -20,7 +20,8 @@ from fxstn.rules import (
     resample,
     shape,
 )
-from fxstn.rules.registry import RULES, NoRule, Rule, apply_rule, kind_of
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import RULES, Rule, apply_rule, kind_of
 
 __all__ = [
     "RULES",

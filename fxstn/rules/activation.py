@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.ops.kernels import along_channels, self_adjoint, softmax_jacobian
-from fxstn.rules.registry import fallback, pointwise, rule
+from fxstn.rules.fallback import fallback
+from fxstn.rules.registry import pointwise, rule
 
 aten = torch.ops.aten
 SELU = (1.6732632423543772, 1.0507009873554805, 1.0)  # Klambauer et al. 2017: alpha, scale, input scale

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from fxstn.ops.attention import attention_scores, attention_values
 from fxstn.ops.heads import join_heads, join_windows, mask_windows, split_heads, split_windows
 from fxstn.ops.kernels import expand_like, softmax_jacobian
-from fxstn.rules.registry import NoRule, linear, rule, total
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import linear, rule, total
 
 
 @rule(F.scaled_dot_product_attention, fresh=True)

@@ -11,7 +11,8 @@ from fxstn.ir.staging import call
 from fxstn.ir.tangents import ZERO, all_zero
 from fxstn.ops.kernels import expand_like, pick_regions, regions
 from fxstn.ops.regions import region_shift
-from fxstn.rules.registry import NoRule, rule, total, zero
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import rule, total, zero
 
 operators = torch.ops.torchvision
 

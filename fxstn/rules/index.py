@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fxstn.ops.kernels import expand_like
-from fxstn.rules.registry import NoRule, filled, linear, rule, total
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import filled, linear, rule, total
 
 linear(torch.gather, torch.index_select, torch.masked_select, torch.take, torch.take_along_dim)
 linear(torch.tril, torch.triu, torch.diag, torch.diagonal, torch.diag_embed, torch.repeat_interleave)

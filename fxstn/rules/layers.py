@@ -19,7 +19,8 @@ from fxstn.ops.response import (
     scale_channels,
     without_bias,
 )
-from fxstn.rules.registry import NoRule, ParameterRole, rule
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import ParameterRole, rule
 
 BIAS = ParameterRole("bias", (0,))
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import pick
-from fxstn.rules.registry import fallback, linear, rule
+from fxstn.rules.fallback import fallback
+from fxstn.rules.registry import linear, rule
 
 linear(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, fresh=True)
 linear(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, fresh=True)

@@ -14,7 +14,8 @@ from fxstn.ops.reductions import (
     variance_tangent,
     vector_norm_tangent,
 )
-from fxstn.rules.registry import NoRule, apply_rule, fallback, linear, rule
+from fxstn.rules.fallback import NoRule, fallback
+from fxstn.rules.registry import apply_rule, linear, rule
 
 linear(torch.mean, torch.sum, torch.cumsum, torch.trace)
 

@@ -8,27 +8,29 @@ on tensors (tests, debugging) and on fx proxies (the pushforward pass).
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.fx.node import map_aggregate
 
 from fxstn.ir.errors import operation_name
 from fxstn.ir.staging import call, draws
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
-from fxstn.ops.kernels import expand_like, node_jvp
+from fxstn.ops.kernels import expand_like
+from fxstn.rules.fallback import fallback
 
 Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """How a layer reads a parameter. axes: along which its tangent may be scaled. role: "weight", "bias" or "table" of a layer,
-    "gain" or "shift" of a norm."""
+    """How a layer reads a parameter.
+
+    role: "weight", "bias" or "table" of a layer, "gain" or "shift" of a norm.
+    axes: along which its tangent may be scaled.
+    """
 
     role: str
     axes: tuple[int, ...]
@@ -61,10 +63,6 @@ RULES: dict[Callable[..., Any], Rule] = {}
 _NONE: Mapping[int, ParameterRole] = MappingProxyType({})
 
 
-class NoRule(Exception):
-    """An operation has neither a rule nor a fallback for the tangents that reach it; says why."""
-
-
 def register(
     function: Callable[..., Any],
     kind: str,
@@ -75,7 +73,13 @@ def register(
     random: bool = False,
     fresh: bool = False,
 ) -> None:
-    """Enter one rule. Raises ValueError when `function` already has one: a silent overwrite hides a mistake."""
+    """Enter one rule.
+
+    function: the canonical function of the operation.
+    kind, apply, signature, reads, finite, random, fresh: as in `Rule`.
+
+    Raises ValueError when `function` already has one: a silent overwrite hides a mistake.
+    """
     if function in RULES:
         raise ValueError(
             f"{operation_name(function)} already has a rule ({RULES[function].kind}); there is nothing to register"
@@ -107,7 +111,9 @@ def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = 
     """
     for function in functions:
 
-        def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+        def apply(
+            tangents: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function
+        ) -> tuple[Any, Any]:
             if not all_zero(tangents[1:]):
                 return fallback(function, tangents, args, kwargs)
             dx = tangents[0]
@@ -119,10 +125,12 @@ def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = 
 
 
 def pointwise(function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True) -> None:
-    """Elementwise in its first arguments, one partial each: dy = Σ partial(dx, y, *arguments).
+    """Elementwise in its first arguments: dy = Σ partial(dx, y, *arguments).
 
-    With one partial also any other function of its first argument alone; each partial has the shape of y. Their
-    parameters after y have the names of torch's own arguments.
+    With one partial it may also be any other function of its first argument alone.
+
+    partials: one for each of these arguments; each has the shape of y. Their parameters after y have the names of torch's own
+        arguments.
     fresh: as in `Rule`.
     """
 
@@ -154,11 +162,16 @@ def additive(function: Callable[..., Any]) -> None:
 
 
 def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
-    """Linear in each of two arguments, input and `second`: dy = f(da, b) + f(a, db)."""
+    """Linear in each of two arguments: dy = f(da, b) + f(a, db).
+
+    second: name of the second argument; the first is called input.
+    """
     names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", second)]
     for function in functions:
 
-        def apply(tangents: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+        def apply(
+            tangents: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function
+        ) -> tuple[Any, Any]:
             rest = {name: value for name, value in kwargs.items() if name != second}
             a, b, *more = args if len(args) > 1 else (*args, kwargs[second])
             da, db = (*tangents, ZERO)[:2]
@@ -172,7 +185,7 @@ def zero(*functions: Callable[..., Any]) -> None:
     """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO."""
     for function in functions:
 
-        def apply(_: tuple, args: tuple, kwargs: dict, function: Any = function) -> tuple[Any, Any]:
+        def apply(_: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function) -> tuple[Any, Any]:
             return call(function, *args, **kwargs), ZERO
 
         register(function, "zero", apply)
@@ -188,10 +201,12 @@ def rule(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for a rule written out: body(d, *arguments) → (y, dy).
 
-    The body's parameters after `d` have the names of torch's own arguments; `d` holds their tangents by these names, for
+    The body's parameters after `d` have the names of torch's own arguments. `d` has their tangents by these names, for
     `*tensors` a tuple of them.
-    reads: of a layer, which of its arguments may be parameters with a response; their tangents are Scaled. finite: of a layer
-    that is not linear in them, finite(d, *arguments) → y where they are moved by all of `d`. random, fresh: as in `Rule`.
+
+    kind, random, fresh: as in `Rule`.
+    reads: of a layer, which of its arguments may be parameters with a response. Their tangents are Scaled.
+    finite: of a layer that is not linear in them, finite(d, *arguments) → y where they are moved by all of `d`.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,78 +231,35 @@ def rule(
     return decorate
 
 
-def kind_of(function: Callable[..., Any], tangents: Any) -> str:
+def kind_of(function: Callable[..., Any], tangents: Iterable[object]) -> str:
     """What `explain` calls an operation: a hyperlayer where it reads a parameter that responds, else the kind of its rule."""
     if any(isinstance(tangent, Scaled) for tangent in tangents):
         return "hyperlayer"
     return RULES[function].kind if function in RULES else "fallback"
 
 
-# What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
-NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
-    torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
-    torch.bincount: "counting has no derivative",
-    torch.histc: "counting has no derivative",
-    torch.pdist: "torch has no forward-mode derivative of pdist; torch.cdist has a rule",
-    **dict.fromkeys([torch.Tensor.item, torch.Tensor.tolist], "a Python number made from it has no tangent"),
-    torch.Tensor.numpy: "a numpy array made from it has no tangent",
-}
-
-
-def no_derivative(function: Callable[..., Any]) -> str | None:
-    """Why torch.func.jvp cannot differentiate `function`, or None when nothing is known against it."""
-    if function in NO_FORWARD_MODE:
-        return NO_FORWARD_MODE[function]
-    packet = getattr(function, "_qualified_op_name", None) or getattr(function, "_name", None)
-    if packet and not packet.startswith("aten::"):
-        return f"custom operator {packet} registers no forward-mode derivative"
-    if getattr(function, "__module__", "").startswith(("torch.ops.", "torch._ops.")):
-        return f"custom operator {function} registers no forward-mode derivative"
-    return None
-
-
-def plain_tangents(tangents: tuple, named: dict) -> tuple[tuple, dict]:
-    """Tangents as a function without a rule takes them: None in place of ZERO. Raises NoRule for those of a parameter."""
-
-    def plain(tangent: Any) -> Any:
-        if isinstance(tangent, Scaled):
-            raise NoRule("the tangent of a parameter reaches it, which the fallback cannot pass on")
-        return None if tangent is ZERO else tangent
-
-    return map_aggregate((tangents, named), plain)  # type: ignore[return-value]
-
-
-def fallback(
-    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
-) -> tuple[Any, Any]:
-    """(y, dy) by torch.func.jvp of this one operation. Raises NoRule where that cannot work."""
-    if reason := no_derivative(function):
-        raise NoRule(reason)
-    both = node_jvp(function)(args, kwargs, *plain_tangents(tangents, named or {}))  # type: ignore[misc]
-    return operator.getitem(both, 0), operator.getitem(both, 1)
-
-
 def apply_rule(
     function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
 ) -> tuple[Any, Any]:
-    """(y, dy) of one operation; tangents: one entry per positional argument, ZERO where it does not vary.
+    """(y, dy) of one operation.
 
+    tangents: one entry per positional argument, ZERO where it does not vary.
     named: tangents of keywords, which a rule with known parameters and the fallback can take.
+
     Raises NoRule, with the reason, where there is neither a rule nor a derivative in torch.
     """
-    known = RULES.get(function)
-    varying = [name for name, tangent in (named or {}).items() if not all_zero(tangent)]
+    known, named = RULES.get(function), named or {}
+    varying = [name for name, tangent in named.items() if not all_zero(tangent)]
     if varying:
         parameters = list(known.signature.parameters.values()) if known and known.signature else []
         last = max((i for i, parameter in enumerate(parameters) if parameter.name in varying), default=-1)
         moved = parameters[len(args) : last + 1]
-        if not {parameter.name for parameter in moved if parameter.kind is parameter.POSITIONAL_OR_KEYWORD} >= {
-            *varying
-        }:
+        names = {parameter.name for parameter in moved if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+        if not names.issuperset(varying):
             return fallback(function, tangents, args, kwargs, named)
         kwargs = dict(kwargs)
         args = (*args, *(kwargs.pop(parameter.name, parameter.default) for parameter in moved))
-        tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))  # type: ignore[union-attr]
+        tangents = (*tangents, *(named.get(parameter.name, ZERO) for parameter in moved))
     if all_zero(tangents) or draws(function):
         return call(function, *args, **kwargs), ZERO
     return known.apply(tangents, args, kwargs) if known else fallback(function, tangents, args, kwargs)

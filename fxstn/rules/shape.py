@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO
-from fxstn.rules.registry import NoRule, filled, linear, rule
+from fxstn.rules.fallback import NoRule
+from fxstn.rules.registry import filled, linear, rule
 
 Tensor = torch.Tensor
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.duals import Duals
 from fxstn.ir.staging import staged
-from fxstn.rules.registry import plain_tangents
+from fxstn.rules.fallback import plain_tangents
 
 
 @functools.cache
