@@ -55,15 +55,15 @@ def build_network(
 
 def responding_parameters(graphs: Sequence[Any], structured: bool) -> Responses:
     """Which parameters respond. Raises ValueError where none does."""
-    found = responses(graphs, structured)
-    if not found.axes:
+    responding = responses(graphs, structured)
+    if not responding.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
             "whose parameters it uses directly"
             + ("" if structured else ", and whose scale no batch norm takes away")
             + "; fxstn.explain(model) lists why"
         )
-    return found
+    return responding
 
 
 def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:

@@ -63,9 +63,9 @@ def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
     keeps its size.
     """
     first, *others = candidates
-    trials = (set(kept) for size in range(len(others), -1, -1) for kept in combinations(others, size))
-    for _, kept in zip(range(MOST_TRIALS), trials, strict=False):
-        yield [first, *(i for i in others if i in kept)]
+    trials = (set(subset) for size in range(len(others), -1, -1) for subset in combinations(others, size))
+    for _, subset in zip(range(MOST_TRIALS), trials, strict=False):
+        yield [first, *(i for i in others if i in subset)]
 
 
 def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[tuple]:

@@ -57,10 +57,10 @@ def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Par
             if _role_of(node, user) is None:
                 result.append(ParameterUse(parameters, None, user))
     hopeless = {name for reading in result for name in reading.parameters}
-    found = structures(module, [name for name in names if name not in hopeless], axis)
-    for node, derived in found.items():
-        for user in consumers(node, found):
-            result.append(_use_of(module, node, derived, user if derived.rows else _mixing(node, found, user)))
+    structure_of = structures(module, [name for name in names if name not in hopeless], axis)
+    for node, derived in structure_of.items():
+        for user in consumers(node, structure_of):
+            result.append(_use_of(module, node, derived, user if derived.rows else _mixing(node, structure_of, user)))
     return result
 
 
@@ -73,10 +73,10 @@ def _role_of(node: fx.Node, user: fx.Node) -> tuple[int, ParameterRole] | None:
     return positions[0], rule.reads[positions[0]]
 
 
-def _mixing(node: fx.Node, found: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
+def _mixing(node: fx.Node, structure_of: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
     """The first operation on the way from the parameters to `node` that mixed their rows."""
-    before = [source for source in node.all_input_nodes if source in found and found[source].rows is None]
-    return _mixing(before[0], found, node) if before else user if node.op == "get_attr" else node
+    before = [source for source in node.all_input_nodes if source in structure_of and structure_of[source].rows is None]
+    return _mixing(before[0], structure_of, node) if before else user if node.op == "get_attr" else node
 
 
 def _use_of(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.Node) -> ParameterUse:
@@ -103,8 +103,8 @@ def _use_of(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.No
 def layer_weights(module: fx.GraphModule) -> list[str]:
     """Names of the parameters that are (part of) the weight of a layer, in execution order."""
     names = [name for name, parameter in model_of(module).named_parameters() if parameter.requires_grad]
-    found = (reading for axis in (0, 1) for reading in uses_of(module, names, axis) if reading.role == "weight")
-    weights = [name for reading in found for name in reading.parameters]
+    weight_uses = (use for axis in (0, 1) for use in uses_of(module, names, axis) if use.role == "weight")
+    weights = [name for use in weight_uses for name in use.parameters]
     order = {name: i for i, (name, _) in enumerate(model_of(module).named_parameters())}
     executed = [str(node.target).removeprefix("model.") for node in module.graph.nodes if node.op == "get_attr"]
     first = {name: i for i, name in reversed(list(enumerate(executed)))}
@@ -147,21 +147,21 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     for axis, later in ((0, single), (1, set()), (0, set())):
         tried = pending - later
         trained, *others = (uses_of(graph, sorted(tried), axis) for graph in graphs)
-        found = [*trained, *itertools.chain(*others)]
-        groups = _groups(found, tried)
+        uses = [*trained, *itertools.chain(*others)]
+        groups = _groups(uses, tried)
         good: dict[str, int] = {}
         scaleless = set() if structured else _scaleless(trained)
-        for reading in found:
-            for name in reading.parameters:
+        for use in uses:
+            for name in use.parameters:
                 if name in scaleless:
                     result.left_out.setdefault(name, "a batch norm after it takes its scale away")
                     good[name] = 0
-                elif reading.role is None or (structured and reading.role in NORM_ROLES):
-                    why = f"read by {operation_name(reading.node.target)} in '{module_path(reading.node)}'"
+                elif use.role is None or (structured and use.role in NORM_ROLES):
+                    why = f"read by {operation_name(use.node.target)} in '{module_path(use.node)}'"
                     result.left_out.setdefault(name, why)
                     good[name] = 0
                 else:
-                    good.setdefault(name, reading.fan_in)
+                    good.setdefault(name, use.fan_in)
         for group in groups:
             if all(good.get(name) for name in group):
                 for name in group:
@@ -176,33 +176,35 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     return result
 
 
-def _groups(found: Sequence[ParameterUse], pending: set[str]) -> list[list[str]]:
-    """Parameters that meet in one weight, as connected components, each in the order of first reading."""
+def _groups(uses: Sequence[ParameterUse], pending: set[str]) -> list[list[str]]:
+    """Parameters that meet in one weight, as connected components, each in the order of first use."""
     leader: dict[str, list[str]] = {}
-    for reading in found:
-        names = [name for name in reading.parameters if name in pending]
+    for use in uses:
+        names = [name for name in use.parameters if name in pending]
         merged = list(dict.fromkeys(n for name in names for n in leader.get(name, [name])))
         for name in merged:
             leader[name] = merged
     return list({id(group): group for group in leader.values()}.values())
 
 
-def response_modules(model: nn.Module, found: Responses, hyperparameters: int, structured: bool) -> nn.Module:
+def response_modules(model: nn.Module, responding: Responses, hyperparameters: int, structured: bool) -> nn.Module:
     """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
     tree = nn.Module()
-    made: dict[str, Response] = {}
-    for name, axis in found.axes.items():
+    modules: dict[str, Response] = {}
+    for name, axis in responding.axes.items():
         *path, leaf = name.split(".")
         owner = tree
         for part in path:
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        first = next((made[other] for other in made if found.leaders[other] == found.leaders[name]), None)
+        first = next(
+            (modules[other] for other in modules if responding.leaders[other] == responding.leaders[name]), None
+        )
         shared = first.U if first is not None else None
         parameter = model.get_parameter(name)
-        made[name] = Response(parameter, found.fan_ins[name], hyperparameters, axis, shared, structured)
-        owner.add_module(leaf, made[name])
+        modules[name] = Response(parameter, responding.fan_ins[name], hyperparameters, axis, shared, structured)
+        owner.add_module(leaf, modules[name])
     return tree
 
 
@@ -217,7 +219,7 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
     responding = dict(response_tree(module))
     delta = add_placeholder(graph, "delta")
     scales: dict[int, str] = {}
-    made: dict[str, str] = {}
+    names: dict[str, str] = {}
     derived: dict[fx.Node, Derived] = {}
     for axis in {response.axis for response in responding.values()}:
         derived |= structures(module, [name for name, r in responding.items() if r.axis == axis], axis)
@@ -233,10 +235,10 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
                 scales[shared] = scale.name
             if node.op == "get_attr":
                 if responding[name].R is None:
-                    made[name] = node.name
-                elif name not in made:
-                    made[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
-                annotate(node, response=made[name])
+                    names[name] = node.name
+                elif name not in names:
+                    names[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
+                annotate(node, response=names[name])
         rows = derived[node].rows
         if rows is not None:
             size = responding[name].U.shape[0]

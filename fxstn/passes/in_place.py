@@ -24,15 +24,15 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
     """Every value that may share memory with `node`, itself excluded: what it may be a part of, and their other parts."""
     sources, pending = {node}, [node]
     while pending:
-        found = [source for source in shared_arguments(pending.pop()) if source not in sources]
-        sources.update(found)
-        pending += found
+        further = [source for source in shared_arguments(pending.pop()) if source not in sources]
+        sources.update(further)
+        pending += further
     result, pending = set(sources), list(sources)
     while pending:
         value = pending.pop()
-        found = [user for user in value.users if user not in result and value in shared_arguments(user)]
-        result.update(found)
-        pending += found
+        further = [user for user in value.users if user not in result and value in shared_arguments(user)]
+        result.update(further)
+        pending += further
     return result - {node}
 
 

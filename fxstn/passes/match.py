@@ -63,12 +63,12 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
 
     if specs is not None and not isinstance(specs, (list, tuple)):
         raise TypeError(f"hparams={specs!r} must be a list of specs, such as [hp.Dropout()], or None")
-    for spec in _found(module) if specs is None else specs:
+    for spec in _default_specs(module) if specs is None else specs:
         first = len(hyperparameters)
         if isinstance(spec, (Dropout, Operation, Activity)):
-            for path, found, starts in _sites(module, spec):
+            for path, places, starts in _sites(module, spec):
                 indices = add(spec, path, starts)
-                sites += [Site(indices, path, place[0], spec, *place[1:]) for place in found]
+                sites += [Site(indices, path, place[0], spec, *place[1:]) for place in places]
         elif isinstance(spec, (WeightDecay, DropConnect)):
             for path, names in _weights(module, spec):
                 (index,) = add(spec, path)
@@ -82,21 +82,21 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
             add(spec, "")
         else:
             raise TypeError(f"hparams holds {spec!r}, which is no spec of fxstn.hp; write hp.Dropout() say, in a list")
-    asked = [
+    requests = [
         (type(site.spec).__name__, site.path) for site in {(site.indices, site.path): site for site in sites}.values()
     ]
-    asked += [(f"WeightDecay with norm {norm}", name) for name, _, norm in penalties]
-    asked += [("DropConnect", name) for name, _ in dropped]
-    if repeated := sorted({place for place in asked if asked.count(place) > 1}):
-        places = ", ".join(f"{kind} is asked for twice at {path!r}" for kind, path in repeated)
-        raise ValueError(f"{places}; match each site once")
+    requests += [(f"WeightDecay with norm {norm}", name) for name, _, norm in penalties]
+    requests += [("DropConnect", name) for name, _ in dropped]
+    if repeated := sorted({place for place in requests if requests.count(place) > 1}):
+        text = ", ".join(f"{kind} is asked for twice at {path!r}" for kind, path in repeated)
+        raise ValueError(f"{text}; match each site once")
     order = {node.name: position for position, node in enumerate(module.graph.nodes)}
     auxiliary = sorted((site for site in sites if isinstance(site.spec, Auxiliary)), key=lambda site: order[site.node])
     terms = LossTerms(tuple(penalties), tuple(site.spec for site in auxiliary), tuple(jacobian))  # type: ignore[misc]
     return Binding(tuple(hyperparameters), tuple(sites), tuple(dropped), tuple(auxiliary), terms)
 
 
-def _found(module: fx.GraphModule) -> list[Spec]:
+def _default_specs(module: fx.GraphModule) -> list[Spec]:
     """A spec for every kind of random operation in the model, in the order they act; dropout where there is none."""
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
     kinds = dict.fromkeys(OPERATIONS[target] for target in targets if target in OPERATIONS)
@@ -167,13 +167,13 @@ def _sites(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[tuple
 
 def _results(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
     """Where a function is called, by the module whose output is its result; by 'path.node' where it is not."""
-    found: dict[str, list[fx.Node]] = {}
+    nodes_at: dict[str, list[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is function:
             path = module_path(node)
             ends = any(call.path == path for call in info_of(node).exits)
-            found.setdefault(path if ends else operation_path(node), []).append(node)
-    return found
+            nodes_at.setdefault(path if ends else operation_path(node), []).append(node)
+    return nodes_at
 
 
 def _contains(outer: str, inner: str) -> bool:

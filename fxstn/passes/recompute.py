@@ -47,22 +47,22 @@ def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             values[node] = graph.node_copy(node, values.__getitem__)
     result = assemble(module, graph)
     for number, piece in enumerate(_pieces([node for node in nodes if node not in outside and node.op != "output"])):
-        taken, given = _boundary(piece)
-        result.add_module(f"piece_{number}", Recomputed(_extracted(module, piece, taken, given)))
-        call = graph.call_module(f"piece_{number}", tuple(values[node] for node in taken))
-        for position, node in enumerate(given):
+        inputs, outputs = _boundary(piece)
+        result.add_module(f"piece_{number}", Recomputed(_extracted(module, piece, inputs, outputs)))
+        call = graph.call_module(f"piece_{number}", tuple(values[node] for node in inputs))
+        for position, node in enumerate(outputs):
             values[node] = graph.call_function(operator.getitem, (call, position))
     graph.output(map_arg(nodes[-1].args[0], values.__getitem__))
     return assemble(result, graph, "Graph", fx.GraphModule)
 
 
 def _outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    outside: set[fx.Node] = set()
     for node in nodes:
         cheap = node.op == "call_module" or node.target is operator.getitem
-        if node.op in ("placeholder", "get_attr") or (cheap and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if node.op in ("placeholder", "get_attr") or (cheap and outside.issuperset(node.all_input_nodes)):
+            outside.add(node)
+    return outside
 
 
 def _pieces(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
@@ -81,16 +81,16 @@ def _pieces(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
 def _boundary(piece: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Values that a piece takes from outside, and those of its own that others read."""
     inside = set(piece)
-    taken = dict.fromkeys(value for node in piece for value in node.all_input_nodes if value not in inside)
-    return list(taken), [node for node in piece if any(user not in inside for user in node.users)]
+    inputs = dict.fromkeys(value for node in piece for value in node.all_input_nodes if value not in inside)
+    return list(inputs), [node for node in piece if any(user not in inside for user in node.users)]
 
 
 def _extracted(
-    module: fx.GraphModule, piece: Sequence[fx.Node], taken: Sequence[fx.Node], given: Sequence[fx.Node]
+    module: fx.GraphModule, piece: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
     graph = fx.Graph()
-    values = {node: graph.placeholder(node.name) for node in taken}
+    values = {node: graph.placeholder(node.name) for node in inputs}
     for node in piece:
         values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in given))
+    graph.output(tuple(values[node] for node in outputs))
     return fx.GraphModule(module, graph, "Piece")

@@ -49,7 +49,7 @@ def _product(value: Any, weight: fx.Node) -> fx.Node | None:
     if value.target is F.linear:
         return value if value.args[1] is weight and not any(value.args[2:]) else None
     terms = value.args[:1] if value.target is add_bias else value.args if value.target is operator.add else ()
-    return next((found for term in terms if (found := _product(term, weight))), None)
+    return next((product for term in terms if (product := _product(term, weight))), None)
 
 
 def _join_products(node: fx.Node) -> None:

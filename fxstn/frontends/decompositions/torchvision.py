@@ -38,12 +38,12 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
     for module in modules:
         if module in DECOMPOSITIONS:
             raise ValueError(f"{module.__name__} is followed already, by {DECOMPOSITIONS[module]}")
-        decomposes(module)(_followed(operation))
+        decomposes(module)(_forward_of(operation))
         RANDOM.add(module)
         AUGMENTING.add(module)
 
 
-def _followed(operation: type[hp.Operation]) -> Any:
+def _forward_of(operation: type[hp.Operation]) -> Any:
     return lambda module, *inputs: operation.call(module, *inputs)
 
 
