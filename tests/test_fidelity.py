@@ -131,6 +131,24 @@ def test_a_forward_that_assigns_attributes_is_refused_and_left_alone():
     assert not hasattr(net, "last")
 
 
+@pytest.mark.parametrize("trace", ["fx", "export"])
+def test_a_forward_that_appends_to_a_list_in_a_list_is_refused_and_left_alone(trace):
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.memory = nn.Linear(6, 6), {"steps": [[], ()]}
+
+        def forward(self, x):
+            y = self.fc(x)
+            self.memory["steps"][0].append(y)
+            return y
+
+    net, x = Remembering(), torch.randn(4, 6)
+    with pytest.raises(fxstn.TransformError, match="the forward assigns 'memory'"):
+        fxstn.transform(net, SCALAR, example_inputs=x, trace=trace)
+    assert net.memory == {"steps": [[], ()]}
+
+
 def test_statistics_loaded_after_transform_are_read_by_every_graph():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.Tanh())
     stn, x = fxstn.transform(net, SCALAR).train(), torch.randn(2, 3, 8, 8)

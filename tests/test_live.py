@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import pickle
 import re
 import warnings
@@ -19,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import fxstn
 from fxstn import hp
 from fxstn.frontends.live import tracer
-from fxstn.frontends.live.containers import leaves
+from fxstn.frontends.live.calls import Call, mutated
+from fxstn.frontends.live.containers import leaves, tensors_in
+from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.regions import region_shift
 from fxstn.rules import RULES, Rule, apply_rule
@@ -183,6 +186,51 @@ def custom_autograd_function(net, x):
 @pytest.mark.parametrize("function", BODIES, ids=lambda function: function.__name__)
 def test_the_tangent_is_the_derivative_of_the_original_forward(function):
     checked(Net(function), torch.randn(4, 6))
+
+
+def batch_norm_statistics():
+    return torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), True, 0.1, 1e-5
+
+
+OPERATIONS = {
+    "method in place": (torch.Tensor.mul_, lambda: (torch.ones(3), 2), {}),
+    "draw in place": (torch.Tensor.normal_, lambda: (torch.ones(3),), {}),
+    "not in place": (torch.Tensor.mul, lambda: (torch.ones(3), 2), {}),
+    "inplace argument": (F.relu, lambda: (torch.ones(3), True), {}),
+    "operator": (operator.iadd, lambda: (torch.ones(3), torch.ones(3)), {}),
+    "setitem": (torch.Tensor.__setitem__, lambda: (torch.ones(3), 0, torch.ones(())), {}),
+    "out": (torch.add, lambda: (torch.ones(3), torch.ones(3)), lambda: {"out": torch.ones(3)}),
+    "outs": (torch.max, lambda: (torch.ones(2, 3), 0), lambda: {"out": (torch.ones(3), torch.ones(3).long())}),
+    "foreach": (torch._foreach_add_, lambda: ([torch.ones(3), torch.ones(2)], 1), {}),
+    "foreach not in place": (torch._foreach_add, lambda: ([torch.ones(3), torch.ones(2)], 1), {}),
+    "overload": (torch.ops.aten.add_.Tensor, lambda: (torch.ones(3), torch.ones(3)), {}),
+    "packet": (torch.ops.aten.mul_, lambda: (torch.ones(3), torch.ones(3)), {}),
+    "out overload": (torch.ops.aten.add.out, lambda: (torch.ones(3), torch.ones(3)), lambda: {"out": torch.ones(3)}),
+    "second argument": (
+        torch.ops.aten._native_batch_norm_legit,
+        lambda: (torch.randn(4, 3), *batch_norm_statistics()),
+        {},
+    ),
+    "resized": (torch.Tensor.resize_, lambda: (torch.ones(3), (5,)), {}),
+    "gradient flag": (torch.Tensor.requires_grad_, lambda: (torch.ones(3),), {}),
+    "python method": (torch.Tensor.share_memory_, lambda: (torch.ones(3),), {}),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_writes_into_the_tensors_whose_version_or_values_change(name):
+    """The kernel of batch norm raises no version."""
+    function, make_args, make_kwargs = OPERATIONS[name]
+    args, kwargs = make_args(), make_kwargs() if make_kwargs else {}
+    try:
+        spelled = respell(function, args, kwargs)
+    except Unspellable:
+        spelled = None
+    before = [(x, x._version, x.clone()) for x in tensors_in((args, kwargs))]
+    targets = mutated(Call(function, args, kwargs, spelled))
+    function(*args, **kwargs)
+    changed = [x for x, version, value in before if x._version > version or not torch.equal(x, value)]
+    assert sorted(map(id, targets)) == sorted(map(id, changed))
 
 
 def test_verify_finds_a_wrong_rule_and_a_lost_tangent(monkeypatch):

@@ -93,7 +93,28 @@ def test_whatever_a_forward_writes_into_is_left_as_it_was(write, call):
     if call == "verify":
         assert result.ok, str(result)
     elif call != "explain":
-        assert all(map(torch.equal, plain, [tensor for _, tensor in attributes(result.model)]))
+        copies = [tensor for _, tensor in attributes(result.model)]
+        assert all(torch.equal(one, other) for one, other in zip(plain, copies, strict=True))
+
+
+USES = {
+    "perturbed output": lambda stn, x: stn.perturbed_output(x, delta=torch.zeros(1)),
+    "pushforward": lambda stn, x: stn.pushforward(x, delta=torch.zeros(1)),
+    "explain": lambda stn, x: fxstn.explain(stn, example_inputs=x),
+}
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "stn"])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_response_and_hyper_steps_write_into_nothing(write, method):
+    x = torch.randn(4, 6)
+    stn = fxstn.transform(Writer(WRITES[write]), SCALAR, example_inputs=x, trace="live", method=method)
+    before = state(stn.model, x)
+    for training in (True, False):
+        for use in USES.values():
+            use(stn.train(training), x)
+            before[1].update({name: dict(facts, training=training) for name, facts in before[1].items()})
+            assert_same(before, state(stn.model, x))
 
 
 def test_a_converged_spectral_norm_stays_converged():

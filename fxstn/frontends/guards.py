@@ -60,20 +60,30 @@ class Unsupported:
             self.problems.append(Diagnostic(where, what, source, remedy))
 
 
-ModuleState = dict[nn.Module, dict[str, tuple[object, object]]]
+ModuleState = dict[nn.Module, dict[str, tuple[object, list[tuple[object, object]]]]]
 
 
 def module_state(model: nn.Module) -> ModuleState:
-    """Every attribute, parameter and buffer of every module: the value, and what it holds where that can change.
+    """Every attribute, parameter and buffer of every module, with copies of the containers in it, which can change.
 
     A scripted module keeps its attributes out of Python; only its tensors can change.
     """
 
-    def contents(value: object) -> object:
-        return copy.copy(value) if type(value) in _CONTAINERS else value
+    def contents(value: object) -> list[tuple[object, object]]:
+        return [(container, copy.copy(container)) for container in _containers(value)]
 
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     return {module: {name: (value, contents(value)) for name, value in vars(module).items()} for module in modules}
+
+
+def _containers(value: object, seen: frozenset[int] = frozenset()) -> Iterator[object]:
+    """A list, dict or set, and those inside it, tuples looked into."""
+    if id(value) in seen or not isinstance(value, (list, dict, set, tuple)):
+        return
+    if type(value) in _CONTAINERS:
+        yield value
+    for entry in value.values() if isinstance(value, dict) else value:
+        yield from _containers(entry, seen | {id(value)})
 
 
 def restore(state: ModuleState) -> list[str]:
@@ -82,15 +92,17 @@ def restore(state: ModuleState) -> list[str]:
     for module, before in state.items():
         now = vars(module)
         for name in {*now, *before}:
-            value, contents = before.get(name, (_MISSING, _MISSING))
-            if name in _REGISTERED and isinstance(contents, dict):
+            value, contents = before.get(name, (_MISSING, []))
+            original = contents[0][1] if contents and contents[0][0] is value else value
+            if name in _REGISTERED and isinstance(original, dict):
                 registered = now[name]
-                keys = {*registered, *contents}
-                changed += [k for k in keys if registered.get(k, _MISSING) is not contents.get(k, _MISSING)]
-            elif not same(now.get(name, _MISSING), contents):
+                keys = {*registered, *original}
+                changed += [k for k in keys if registered.get(k, _MISSING) is not original.get(k, _MISSING)]
+            elif not (same(now.get(name, _MISSING), original) and all(same(*pair) for pair in contents)):
                 changed.append(name)
-            if not same(value, contents):
-                _refill(value, contents)
+            for container, copied in contents:
+                if not same(container, copied):
+                    _refill(container, copied)
             if value is _MISSING:
                 del now[name]
             else:

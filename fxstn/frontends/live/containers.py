@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-_INTERNAL = set(vars(nn.Module()))
+INTERNAL = set(vars(nn.Module()))  # attributes that every module has
 
 
 def arguments_mapped(function: Callable[[Tensor], object], value: object) -> Any:
@@ -89,5 +89,5 @@ def attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            if key not in _INTERNAL:
+            if key not in INTERNAL:
                 yield from reachable(value, f"{path}.{key}".lstrip("."))

@@ -70,8 +70,10 @@ class LiveGraph:
         replacements: dict[int, Tensor] = {}
         if self.objective in ("perturbed", "trained"):
             replacements = self._moved(delta)
-        if self.objective == "perturbed":
-            replacements |= {id(buffer): buffer.clone() for buffer in self.model.buffers()}
+        if self.objective == "perturbed":  # leaves alone whatever it may write into
+            outside = (x for _, x in (*attributes(self.model), *reachable((inputs, named), "")))
+            replacements |= {id(x): x.clone() for x in outside if not isinstance(x, nn.Parameter)}
+            inputs, named = mapped(lambda leaf: replacements.get(id(leaf), leaf), (inputs, named))
         mode = LiveTracer(self.model, self.sites, self._strengths(condition))
         keep = self.objective != "perturbed"
         with swapped_tensors(self.model, self.training, self.frozen, replacements, keep):

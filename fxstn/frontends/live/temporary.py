@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fxstn.frontends.guards import mode_of, module_state, restore
+from fxstn.frontends.live.containers import INTERNAL, mapped, reachable
 
 
 @contextmanager
 def swapped_tensors(
     model: nn.Module, training: bool, frozen: Collection[str], replacements: Mapping[int, Tensor], keep: bool
 ) -> Iterator[None]:
-    """The model in train or eval mode, with other tensors in place of some parameters and buffers.
+    """The model in train or eval mode, with other tensors in place of some of its own.
 
     frozen: paths of the modules that stay in eval mode.
-    replacements: {id of a parameter or buffer: tensor}.
+    replacements: {id of a tensor: the other one}; parameters, buffers, and, unless `keep`, tensors in other attributes.
     keep: whether buffers and attributes that the forward assigns stay assigned, as after a training step.
     """
     with mode_of(model, training, frozen):
@@ -30,11 +31,24 @@ def swapped_tensors(
                     own = [(table, name, x) for name, x in table.items() if x is not None and id(x) in replacements]
                     originals += own
                     table.update({name: replacements[id(x)] for _, name, x in own})
+                if not keep:
+                    vars(module).update(_replaced_attributes(module, replacements))
             yield
         finally:
             for table, name, x in originals:
                 table[name] = x
             restore(state)
+
+
+def _replaced_attributes(module: nn.Module, replacements: Mapping[int, Tensor]) -> dict[str, object]:
+    """Attributes that hold tensors to be replaced, in containers of their own."""
+
+    def replaced(leaf: object) -> object:
+        return replacements.get(id(leaf), leaf)
+
+    plain = {name: value for name, value in vars(module).items() if name not in INTERNAL}
+    chosen = (name for name, value in plain.items() if any(id(x) in replacements for _, x in reachable(value, name)))
+    return {name: mapped(replaced, plain[name]) for name in chosen}
 
 
 @contextmanager
@@ -43,9 +57,13 @@ def temporary_memory(tensors: Iterable[Tensor]) -> Iterator[None]:
 
     Parameters are left out, because nothing writes into them.
     """
-    aliases = [(x, x.data) for x in tensors if not isinstance(x, nn.Parameter)]
+    aliases = [(x, x.data, x.requires_grad) for x in tensors if not isinstance(x, nn.Parameter)]
     try:
         yield
     finally:
-        for x, alias in aliases:
+        for x, alias, requires_grad in aliases:
             x.data = alias
+            if x.grad_fn is not None and not requires_grad and not x._is_view():  # torch detaches no view in place
+                x.detach_()
+            if x.is_leaf and x.requires_grad is not requires_grad:
+                x.requires_grad_(requires_grad)
