@@ -33,8 +33,8 @@ class SelfTuningNetwork(nn.Module):
         evaluation graph runs in its place.
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
-    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are made when first
-    asked for, and made again after unpickling or copying; moving the module moves what they read.
+    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when
+    it is first needed, and again after unpickling or copying. Graphs share the module's parameters, and move with it.
     """
 
     model: nn.Module
@@ -137,8 +137,9 @@ class SelfTuningNetwork(nn.Module):
     def best_response(self, delta: Tensor) -> dict[str, Tensor]:
         """Weights that the response predicts at λ₀ + delta: w₀ + Θ·delta (paper, Eq. 3.1; Φλ + φ₀ for "stn").
 
-        delta: (h,), unconstrained units. Returns one tensor per original parameter, in its shape.
-        Raises ValueError when delta does not have h entries.
+        delta: (h,), unconstrained units.
+
+        Returns one tensor per original parameter, in its shape. Raises ValueError when delta does not have h entries.
         """
         delta = self._perturbation(delta, "delta")
         if delta.dim() != 1:
@@ -199,8 +200,10 @@ class SelfTuningNetwork(nn.Module):
             return self._graphs.compiled_graph(self, kind)(*inputs, **named)
 
     def conditioned_output(self, *inputs: object) -> tuple[Any, tuple]:
-        """(output, auxiliary) of the training graph at λ₀ and w₀, whatever the module's mode. auxiliary: a value for each of
-        `terms.auxiliary`."""
+        """(output, auxiliary) of the training graph at λ₀ and w₀, in either mode of the module.
+
+        auxiliary: a value for each of `terms.auxiliary`.
+        """
         return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
 
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
@@ -209,10 +212,11 @@ class SelfTuningNetwork(nn.Module):
     def pushforward(self, *inputs: object, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
 
-        delta: (h,) for the whole batch or (batch, h), unconstrained units; moves the weights only. condition: the same
-        shapes or None; moves the strengths of dropout to λ₀ + condition in train mode. y and dy have the model's output
-        structure; dy is None for leaves that are not float. w₀ is held fixed: gradients reach Θ and delta only.
-        Raises ValueError for another shape, or for more rows than examples.
+        delta: (h,) for the whole batch or (batch, h), unconstrained units. It moves the weights only.
+        condition: the same shapes or None. It moves the strengths of dropout to λ₀ + condition in train mode.
+
+        y and dy have the model's output structure; dy is None for leaves that are not float. w₀ is a constant: gradients reach
+        Θ and delta only. Raises ValueError for another shape, or for another number of rows than examples.
         """
         return self._run(GraphKind("pushforward", self.training), inputs, delta, condition)
 
@@ -226,10 +230,13 @@ class SelfTuningNetwork(nn.Module):
     ) -> tuple[Any, tuple]:
         """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
-        "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
-        "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too. training: None for the
-        module's own mode. update_statistics: whether batch norms count this batch ("stn" in train mode only). auxiliary: as in
-        `conditioned_output`; none in eval mode.
+        Method "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
+        "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too.
+
+        training: None for the module's own mode.
+        update_statistics: whether batch norms count this batch ("stn" in train mode only).
+
+        auxiliary is that of `conditioned_output`, and () in eval mode.
         """
         objective = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
         kind = GraphKind(objective, self.training if training is None else training)
@@ -257,8 +264,10 @@ class SelfTuningNetwork(nn.Module):
         return value
 
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:
-        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay: at λ₀ and w₀, or, given ε of shape (h,) or (batch, h), the
-        mean over the batch at λ₀ + ε and w₀ + Θε. 0.0 where no weight decay is tuned."""
+        """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay; 0.0 where no weight decay is tuned.
+
+        condition: None for the penalty at λ₀ and w₀; ε, (h,) or (batch, h), for the mean over the batch at λ₀ + ε and w₀ + Θε.
+        """
         if not self.terms.penalties:
             return 0.0
         delta = condition

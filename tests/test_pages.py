@@ -143,7 +143,7 @@ def test_a_conditioned_operation_is_a_class_and_a_line(names):
     assert "solarize" in str(fxstn.explain(model))
     inserted = fxstn.transform(classifier(), [names["Solarize"]("input")])
     assert inserted.hparams.names == ("input.solarize",)
-    with pytest.raises(ValueError, match="RandomSolarize is followed already"):
+    with pytest.raises(ValueError, match="RandomSolarize has a decomposition already"):
         fxstn.register_operation(names["Solarize"], v2.RandomSolarize)
     x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
     assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])

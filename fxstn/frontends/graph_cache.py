@@ -43,7 +43,7 @@ class Recipe(Protocol):
 
 
 class GraphCache:
-    """Graphs of one network by kind, and what was found out about its examples. `root` in all methods: the network."""
+    """The graphs of one network by kind, and where the examples of its batches are. `root` in all methods: the network."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

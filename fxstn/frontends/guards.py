@@ -1,4 +1,4 @@
-"""What following a forward must not lose: whatever a graph would drop or freeze without a word is refused by name."""
+"""Guards around a capture: whatever a graph would drop or freeze without a word is refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class UnsupportedError(Exception):
-    """Something that a symbolic trace would silently drop."""
+    """Something in a forward that a graph would drop or freeze without a word.
+
+    where: module path; source: file:line: code, "" for the line that raises this; what, remedy: as in `Diagnostic`.
+    """
 
     def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
         super().__init__(what)
@@ -30,7 +33,7 @@ class UnsupportedError(Exception):
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises ValueError for a model made for several processes in another way than the runner's: wrapped, norms of a group."""
+    """Raises ValueError for a model that averages gradients itself, or whose norms belong to a group of processes."""
     kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if wrapped := [name for name, module in model.named_modules() if isinstance(module, kinds)]:
         raise ValueError(f"{f'module {wrapped[0]!r}' if wrapped[0] else 'the model'} is wrapped in DataParallel or "
@@ -45,9 +48,9 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 class Unsupported:
-    """What a graph would lose of a forward, found while it is followed; each once, with its line.
+    """Collects what a graph would lose of a forward, each thing once, with its line.
 
-    place: the path of the module whose forward is running.
+    place: returns the path of the module whose forward is running.
     """
 
     def __init__(self, place: Callable[[], str]) -> None:
@@ -137,6 +140,7 @@ def same(a: object, b: object) -> bool:
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
+    """The model in train or in eval mode, except for the modules that stay in eval mode; afterwards as it was."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train(training)
@@ -150,7 +154,10 @@ def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterat
 
 
 def _generators() -> tuple[object, ...]:
-    return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
+    """The state of every random generator that a forward can draw from."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [bytes(state.numpy()) for state in (torch.get_rng_state(), *devices)]
+    return random.getstate(), pickle.dumps(numpy.random.get_state()), *states
 
 
 def frozen_modules(model: nn.Module) -> set[str]:
@@ -232,7 +239,7 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
             if assigned[0].startswith("_tensor_constant"):
                 what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
             raise UnsupportedError("", what, remedy)
-        if _generators() != generators:
+        if _generators()[: len(generators)] != generators:  # a device may have come into use meanwhile
             what = "a random draw in Python, which a traced graph would freeze,"
             raise UnsupportedError("", what, "draw it with torch, from the input")
     finally:

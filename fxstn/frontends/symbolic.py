@@ -29,7 +29,7 @@ from fxstn.rules import RULES
 
 
 class _Results(tuple):
-    """Several results of a function that fx was told not to follow; fx marks the node of its one result."""
+    """Several results of a function under `fx.wrap`. fx marks the node of the one result that it expects."""
 
     @property
     def node(self) -> SimpleNamespace:
@@ -37,7 +37,7 @@ class _Results(tuple):
 
 
 def _as_result(value: object) -> fx.Proxy | _Results:
-    """What a function may return that was looked into though fx was told not to."""
+    """What a function under `fx.wrap` returned. Raises TypeError for what no node can stand for."""
     if isinstance(value, fx.Proxy):
         return value
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
@@ -115,7 +115,7 @@ class _Tracer(fx.Tracer):
         type_expr: object = None,
         *rest: Callable[[fx.Node], fx.Proxy] | None,
     ) -> Any:
-        """Looks into functions that fx was told not to follow (`fx.wrap`), as far as they can be followed."""
+        """Looks into functions under `fx.wrap`, as far as symbolic values can go; otherwise such a call is one node."""
         if kind == "call_function" and target in DECOMPOSITIONS and target not in RULES:
             # One with a rule can stay a node, and canonicalize writes it out.
             return DECOMPOSITIONS[target](*args, **kwargs)
@@ -196,10 +196,10 @@ class _Tracer(fx.Tracer):
 
 
 class _StrictMode(TorchFunctionMode):
-    """Sees what fx does not, calls without a symbolic argument: their results would become constants of the graph.
+    """Sees the calls that fx does not see, those without a symbolic argument. Their results would be constants of the graph.
 
-    Constants and random draws become nodes, made anew in each forward as the original makes them; values computed from
-    the model's own tensors behind fx's back are refused.
+    A factory or a random draw becomes a node, so that each forward makes the value anew, as the original does. A value that is
+    computed from the model's own tensors is refused.
     """
 
     def __init__(self, model: nn.Module, tracer: _Tracer) -> None:

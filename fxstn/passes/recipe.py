@@ -1,4 +1,4 @@
-"""From a frontend to a network: what is decided once, and how each graph is made, now and again after a copy."""
+"""The recipe of a network: what is decided once, and how each graph is made, before and after a copy."""
 
 from __future__ import annotations
 

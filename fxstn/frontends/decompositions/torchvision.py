@@ -19,11 +19,13 @@ AUGMENTING: set[type[nn.Module]] = {v2.Compose}
 
 
 def register_operation(operation: type[hp.Operation], *modules: type[nn.Module]) -> None:
-    """Let a spec take over modules of these classes: `hparams=None` tunes each it finds, from the module's own strengths.
+    """Let a spec take over modules of these classes. `hparams=None` tunes each of them, from the module's own strengths.
 
-    The module's forward is not run: `operation.read(module)` says with which strengths and settings to draw in its place,
-    and in eval mode it does nothing. Raises ValueError for a class that is followed in another way already, and for an
-    `hp.Mixing`, which is inserted only: a module of the model would have mixed inputs without their targets.
+    operation: what is drawn in place of the module's forward, with the strengths and settings that `operation.read(module)`
+        returns. In eval mode it does nothing.
+
+    Raises ValueError for a class that has a decomposition already, and for an `hp.Mixing`, which is inserted only: a module
+    of the model would mix inputs without their targets. Raises TypeError for what is no operation or no class of modules.
     """
     if not (isinstance(operation, type) and issubclass(operation, hp.Operation)):
         raise TypeError(
@@ -37,7 +39,9 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
         )
     for module in modules:
         if module in DECOMPOSITIONS:
-            raise ValueError(f"{module.__name__} is followed already, by {DECOMPOSITIONS[module]}")
+            raise ValueError(
+                f"{module.__name__} has a decomposition already, {DECOMPOSITIONS[module]}; register a class of your own"
+            )
         decomposes(module)(_forward_of(operation))
         RANDOM.add(module)
         AUGMENTING.add(module)
