@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -106,6 +107,36 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_from_there(tmp_path
     assert without_times(resumed.fit(4)) == without_times(whole)
     assert resumed.steps == 20
     assert done == 5 * len(saved["shared"]["history"]["rows"]) + saved["processes"][0]["means"]["steps"]
+
+
+def parts_of(runner):
+    """{name: part} of everything with a state."""
+    parts = runner._checkpoints.parts
+    return {**parts.all_shared(), **{f"local {name}": part for name, part in parts.local.items()}}
+
+
+def test_every_part_takes_over_the_state_that_the_same_part_of_another_run_has():
+    """Amid an epoch, after a warning and a few hyper steps; the clock of the epoch apart."""
+    calls, settings = [], {"ema": 0.9, "tune_scale": True, "train_steps": 3, "valid_loss_fn": F.cross_entropy}
+
+    def loss_fn(output, target):
+        calls.append(0)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    first, second = make(loss_fn=loss_fn, **settings), make(**settings)
+    first._monitors.warnings.append((1, "a sign"))
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(4)
+    moved = []
+    for (name, part), other in zip(parts_of(first).items(), parts_of(second).values(), strict=True):
+        state = copy.deepcopy(part.state_dict())
+        moved += [name] if not same(other.state_dict(), state) else []
+        other.load_state_dict(copy.deepcopy(state))
+        new = other.state_dict()
+        assert same(*({key: value for key, value in s.items() if key != "seconds"} for s in (new, state))), name
+    assert set(parts_of(first)) - set(moved) == {"limit", "local tensors"}  # whose state is elsewhere, or none
 
 
 # Files
