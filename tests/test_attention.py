@@ -13,6 +13,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 import fxstn
 from fxstn import hp
+from fxstn.frontends.decompositions import DECOMPOSITIONS
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 D, HEADS = 8, 2
@@ -180,6 +181,39 @@ def test_probabilities_of_attention_are_dropped_at_a_rate_from_lambda():
     stn = fxstn.transform(NETS["dropout"]())
     assert stn.hparams.names == ("attention.dropout",)
     assert next(iter(stn.hparams.values().values())) == pytest.approx(0.3)
+
+
+SEEN = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])  # the second query sees nothing
+QKV = ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask", "settings"),
+    [
+        (QKV, None, {}),
+        (QKV, None, {"scale": 0.3}),
+        (QKV, None, {"is_causal": True}),
+        (QKV, SEEN, {}),
+        (QKV, SEEN.double().log(), {}),
+        (QKV, torch.randn(2, 1, 3, 5, dtype=torch.float64), {"scale": 2.0}),
+        (((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 2)), SEEN, {"enable_gqa": True}),
+        (((3, 4), (5, 4), (5, 2)), None, {"is_causal": True}),
+    ],
+)
+def test_attention_with_dropout_is_torchs_own_written_out(shapes, mask, settings):
+    """The value of torch's kernel, and the gradients, at a rate so small that nothing is dropped."""
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    written_out = DECOMPOSITIONS[F.scaled_dot_product_attention](*tensors, mask, 1e-12, **settings)
+    expected = F.scaled_dot_product_attention(*tensors, mask, 0.0, **settings)
+    torch.testing.assert_close(written_out, expected, rtol=1e-9, atol=1e-10)
+    g = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, tensors, g) for y in (written_out, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+def test_attention_without_dropout_stays_one_operation():
+    x = torch.randn(2, 3, 4)
+    assert DECOMPOSITIONS[F.scaled_dot_product_attention](x, x, x) is NotImplemented
 
 
 # Rows with nothing to attend to

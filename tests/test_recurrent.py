@@ -17,7 +17,8 @@ import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions.recurrent import recurrent
 from fxstn.ir.errors import TransformError
-from fxstn.ops.recurrent import Steps, recurrence, recurrence_tangent, steps
+from fxstn.ops.recurrence import recurrence, recurrence_tangent
+from fxstn.ops.recurrent import Steps, steps
 from fxstn.tools.verify import relative_error
 
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN, "relu": nn.RNN}

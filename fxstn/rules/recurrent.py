@@ -9,12 +9,11 @@ from typing import Any
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO, Scaled
+from fxstn.ops.recurrence import entering, recurrence_tangent
 from fxstn.ops.recurrent import (
-    entering,
     from_time_major,
     joined_states,
     perturbed_layer,
-    recurrence_tangent,
     recurrent_layer,
     state_of,
     steps,
