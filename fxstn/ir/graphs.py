@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument, map_aggregate
 
 from fxstn.ir.errors import Diagnostic, TransformError
 from fxstn.ir.node_info import copy_facts
@@ -66,16 +66,26 @@ def reseed(seed: int = 0) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def filled_in(argument: Argument, values: Mapping[fx.Node, Any]) -> Any:
-    """An argument of a node, with values in place of the nodes in it."""
-    return map_arg(argument, lambda node: values[node])
+def map_leaves(structure: object, change: Callable[[Any], object]) -> Any:
+    """A structure of arguments with change(leaf) in place of each leaf, of whatever type; fx's own keeps to its types."""
+    return map_aggregate(cast(Argument, structure), cast(Callable[[Argument], Argument], change))
+
+
+def filled_in(structure: object, values: Mapping[fx.Node, Any]) -> Any:
+    """A structure of arguments, with values in place of the nodes in it."""
+    return map_leaves(structure, lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf)
+
+
+def function_of(node: fx.Node) -> Callable[..., Any]:
+    """What a call_function node calls."""
+    if not callable(node.target):
+        raise TypeError(f"{node.format_node()} calls no function")
+    return node.target
 
 
 def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """What a call_function node computes from the values of other nodes."""
-    if not callable(node.target):
-        raise TypeError(f"{node.format_node()} calls no function")
-    return node.target(*filled_in(node.args, values), **filled_in(node.kwargs, values))
+    return function_of(node)(*filled_in(node.args, values), **filled_in(node.kwargs, values))
 
 
 def output_of(graph: fx.Graph) -> fx.Node:

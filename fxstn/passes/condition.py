@@ -14,7 +14,7 @@ from torch.fx.node import Argument
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.hp import OPERATIONS, Activity, Dropout, Operation
 from fxstn.hp.binding import NOTHING_BOUND, Site
-from fxstn.ir.graphs import add_placeholder, copied, output_of, placeholders
+from fxstn.ir.graphs import add_placeholder, copied, function_of, output_of, placeholders
 from fxstn.ir.node_info import annotate, copy_place, info_of
 from fxstn.ir.staging import staging_of
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes, BatchAxis
@@ -104,7 +104,7 @@ class _StrengthReader:
 
 def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: BatchAxis) -> fx.Node:
     """Splits a random operation into its draw, which is returned, and what is done with it, at the node itself."""
-    x, operation = node.args[0], OPERATIONS.get(_function_of(node))
+    x, operation = node.args[0], OPERATIONS.get(function_of(node))
     if operation is None:
         return _split_dropout(graph, node, strengths[0], axis)
     if all(strength == 0 for strength in strengths):
@@ -123,12 +123,6 @@ def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: 
     node.target, node.args = operation.apply, (x, noise)
     node.kwargs = node.kwargs if staging_of(operation.apply) else {}  # torch's own take no settings
     return noise
-
-
-def _function_of(node: fx.Node) -> Callable[..., object]:
-    if not callable(node.target):
-        raise TypeError(f"{node.format_node()} calls no function")
-    return node.target
 
 
 def _split_dropout(graph: fx.Graph, node: fx.Node, p: Argument, axis: BatchAxis) -> fx.Node:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from torch import fx
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import Argument, Target
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
-from fxstn.ir.graphs import assemble
+from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
@@ -31,8 +31,14 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         self.source: fx.Node | None = None
 
     def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
-    ) -> Any:
+        self,
+        kind: str,
+        target: Target,
+        args: tuple[Argument, ...],
+        kwargs: dict[str, Argument],
+        name: str | None = None,
+        type_expr: object = None,
+    ) -> fx.Node:
         assert self.source is not None
         node = self.graph.create_node(kind, target, args, kwargs, f"t_{self.source.name}", type_expr)
         annotate(node, scope=info_of(self.source).scope)
@@ -40,51 +46,56 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
 
 
 class _Pushforward:
-    """Walks a canonical graph once; `values` and `tangents` map its nodes to those of the new graph."""
+    """Walks a canonical graph once.
+
+    values, tangents: {node: its value and its tangent in the new graph}. A tangent is a proxy, ZERO, Scaled, or a structure.
+    by_name: {name of a copied node: its value}.
+    fold: whether each tangent is added to its value on the spot, so that only weights have tangents.
+    """
 
     def __init__(self, module: fx.GraphModule, batch_axes: BatchAxes, fold: bool) -> None:
         self.module, self.fold, self.batch_axes = module, fold, batch_axes
         self.graph = fx.Graph()
         self.emitter = _Emitter(self.graph)
         self.values: dict[fx.Node, fx.Proxy] = {}
-        self.tangents: dict[fx.Node, Any] = {}
-        self.named: dict[str, fx.Proxy] = {}
+        self.tangents: dict[fx.Node, object] = {}
+        self.by_name: dict[str, fx.Proxy] = {}
         self.problems: list[Diagnostic] = []
 
-    def value(self, structure: Any) -> Any:
-        lookup: Any = self.values.__getitem__
-        return map_arg(structure, lookup)
+    def value(self, structure: object) -> Any:
+        """The structure with each node replaced by its value."""
+        return filled_in(structure, self.values)
 
-    def tangent(self, structure: Any) -> Any:
+    def tangent(self, structure: object) -> Any:
         """The structure with each node replaced by its tangent and everything else by ZERO."""
         if isinstance(structure, slice):
             return ZERO
-        lookup: Any = lambda leaf: self.tangents[leaf] if isinstance(leaf, fx.Node) else ZERO  # noqa: E731
-        return map_aggregate(structure, lookup)
+        return map_leaves(structure, lambda leaf: self.tangents[leaf] if isinstance(leaf, fx.Node) else ZERO)
 
     def copy(self, node: fx.Node) -> fx.Proxy:
         new = fx.Proxy(self.graph.node_copy(node, lambda old: self.values[old].node), self.emitter)
-        self.named[node.name] = new
+        self.by_name[node.name] = new
         return new
 
     def visit(self, node: fx.Node) -> None:
         self.emitter.source = node
-        tangents = tuple(self.tangent(argument) for argument in node.args) if node.op == "call_function" else ()
-        if all_zero(tangents) and all_zero(self.tangent(node.kwargs) if node.op == "call_function" else ()):
+        calls = node.op == "call_function"
+        tangents = tuple(self.tangent(argument) for argument in node.args) if calls else ()
+        if not calls or all_zero((tangents, self.tangent(node.kwargs))):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
             if (response := info_of(node).response) is not None:
-                self.tangents[node] = self._structured(node, self.named[response])
+                self.tangents[node] = self._structured(node, self.by_name[response])
             return
         derived = info_of(node).scales is not None
-        tangents = map_aggregate(tangents, lambda tangent: self._passed(tangent, node, derived))  # type: ignore[assignment]
+        tangents = map_leaves(tangents, lambda tangent: self._for_rule(tangent, node, derived))
         try:
             y, dy = self._apply(node, tangents)
         except NoRule as reason:
             self.problems.append(_no_rule(node, str(reason)))
             y, dy = self.copy(node), ZERO
-        kind = kind_of(node.target, tangents)  # type: ignore[arg-type]
+        kind = kind_of(function_of(node), tangents)
         copy_facts(y.node, node)
-        annotate(y.node, rule=kind, operation=operation_name(node.target))
+        annotate(y.node, rule=kind, operation=operation_name(function_of(node)))
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")
@@ -94,47 +105,53 @@ class _Pushforward:
             if self.fold and kind != "linear" and not (kind == "bilinear" and one):
                 self.problems.append(_no_rule(node, "on a weight that moves by a finite step: only method 'delta' can"))
         if self.fold and isinstance(dy, fx.Proxy):
-            y, dy = y + dy, ZERO
+            y, dy = operator.add(y, dy), ZERO
         self.values[node], self.tangents[node] = y, dy
 
-    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
-        named: dict = self.tangent(dict(node.kwargs))
-        if node.target is operator.getitem and isinstance(tangents[0], tuple):
-            return self.copy(node), tangents[0][node.args[1]]  # type: ignore[index]
-        found = RULES.get(node.target)  # type: ignore[arg-type]
-        if self.fold and found and found.finite:
-            return found.finite(tangents, self.value(node.args), self.value(dict(node.kwargs))), ZERO
-        if is_opaque(node.target):
-            return opaque_tangent(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
-        return apply_rule(node.target, tangents, self.value(node.args), self.value(dict(node.kwargs)), named)  # type: ignore[arg-type]
+    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[fx.Proxy, object]:
+        """(y, dy) of a node. Raises NoRule."""
+        function, named = function_of(node), self.tangent(node.kwargs)
+        if function is operator.getitem and isinstance(tangents[0], tuple):
+            return self.copy(node), operator.getitem(tangents[0], cast(SupportsIndex, node.args[1]))
+        args, kwargs = self.value(node.args), dict(self.value(node.kwargs))
+        rule = RULES.get(function)
+        if self.fold and rule and rule.finite:
+            return rule.finite(tangents, args, kwargs), ZERO
+        apply = opaque_tangent if is_opaque(function) else apply_rule
+        return apply(function, tangents, args, kwargs, dict(named))
 
-    def _passed(self, tangent: Any, node: fx.Node, derived: bool) -> Any:
+    def _for_rule(self, tangent: object, node: fx.Node, derived: bool) -> object:
         """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it."""
         if not isinstance(tangent, Scaled):
             return tangent
         if derived:
             return tangent.response
-        place = self.batch_axes.get(node.name, BATCH_FIRST)
-        if place is None:
+        axis = self.batch_axes.get(node.name, BATCH_FIRST)
+        if axis is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
-        return replace(tangent, batch_axis=place)
+        return replace(tangent, batch_axis=axis)
 
-    def _structured(self, node: fx.Node, response: Any) -> Scaled:
+    def _structured(self, node: fx.Node, response: object) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""
-        scales: Any = info_of(node).scales
-        scale: Any = self.named[scales.name]
-        return Scaled(pick_rows(scale, scales.runs) if scales.runs else scale, response, scales.axis)
+        scales = info_of(node).scales
+        assert scales is not None, node
+        scale: Any = self.by_name[scales.name]
+        axis = cast(int, scales.axis)  # None for several values in one, each of which has an axis of its own
+        return Scaled(pick_rows(scale, scales.runs) if scales.runs else scale, response, axis)
 
-    def run(self, finish: Callable[[_Pushforward, Any], Any]) -> fx.GraphModule:
+    def run(self, finish: Callable[[_Pushforward, Argument], object]) -> fx.GraphModule:
+        """finish: gets the walk and the output's structure of nodes, and returns the new output's, of proxies."""
         for node in self.module.graph.nodes:
             if node.op != "output":
                 self.visit(node)
                 continue
             self.emitter.source = node
-            result = finish(self, node)
+            result = finish(self, node.args[0])
             if self.problems:
                 raise TransformError(self.problems)
-            output = self.graph.output(map_aggregate(result, lambda v: v.node if isinstance(v, fx.Proxy) else v))
+            output = self.graph.output(
+                map_leaves(result, lambda leaf: leaf.node if isinstance(leaf, fx.Proxy) else leaf)
+            )
             copy_facts(output, node)
         return assemble(self.module, self.graph)
 
@@ -142,7 +159,7 @@ class _Pushforward:
 def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
     return Diagnostic(
         module_path(node),
-        f"{operation_name(node.target)} has no tangent rule ({reason})",
+        f"{operation_name(function_of(node))} has no tangent rule ({reason})",
         source_of(node),
         "register one (CONTRIBUTING.md, 'add a rule'), or freeze the parameters it depends on",
     )
@@ -151,18 +168,20 @@ def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
 def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph f(x, delta) → graph (y, dy) with dy = J_yw Θ delta, in the model's own output structure.
 
-    dy is real zeros where nothing depends on the weights, None for leaves that are not float. Raises TransformError
-    listing every operation that a tangent reaches and that has neither a rule nor a derivative in torch.
+    dy is real zeros where nothing depends on the weights, and None for leaves that are not float.
+
+    Raises TransformError that lists every operation that a tangent reaches and that has neither a rule nor a derivative in
+    torch.
     """
 
-    def pair(walk: _Pushforward, output: fx.Node) -> Any:
-        def real(leaf: Any) -> Any:
+    def pair(walk: _Pushforward, output: Argument) -> object:
+        def real(leaf: object) -> object:
             if not isinstance(leaf, fx.Node):
                 return None
             dy = walk.tangents[leaf]
-            return zeros_tangent(walk.values[leaf]) if dy is ZERO else dy
+            return call(zeros_tangent, walk.value(leaf)) if dy is ZERO else dy
 
-        return walk.value(output.args[0]), map_aggregate(output.args[0], real)
+        return walk.value(output), map_leaves(output, real)
 
     return _Pushforward(module, plan.batch_axes, fold=False).run(pair)
 
@@ -170,38 +189,39 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
 def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
 
-    An output that ends in softmax, log-softmax or
-    sigmoid is linearised before it: link(z + dz). Otherwise the loss of y + dy has no lower bound.
+    An output that ends in softmax, log-softmax or sigmoid is linearised before it: link(z + dz). Otherwise the loss of y + dy
+    has no lower bound.
+
+    Raises TransformError as `pushforward` does.
     """
 
-    def add(walk: _Pushforward, output: fx.Node) -> Any:
-        def leaf_sum(leaf: Any) -> Any:
-            if not isinstance(leaf, fx.Node):
-                return leaf
-            dy = walk.tangents[leaf]
-            if dy is ZERO:
-                return walk.values[leaf]
-            link: Any = leaf
-            views: list[Any] = []
-            while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
-                views.append(link)
-                link = link.args[0]
-            if link.op == "call_function" and link.target in LINKS:
-                z: Any = link.args[0]
-                result = walk.values[z] + walk.tangents[z]
-                for node in (link, *reversed(views)):
-                    result = call(node.target, result, *walk.value(node.args[1:]), **walk.value(dict(node.kwargs)))
-                return result
-            return walk.values[leaf] + dy
-
-        return map_aggregate(output.args[0], leaf_sum)
+    def add(walk: _Pushforward, output: Argument) -> object:
+        return map_leaves(output, lambda leaf: _linearized(walk, leaf) if isinstance(leaf, fx.Node) else leaf)
 
     return _Pushforward(module, plan.batch_axes, fold=False).run(add)
+
+
+def _linearized(walk: _Pushforward, node: fx.Node) -> object:
+    """y + dy of an output; link(z + dz) for y = link(z), and views of it."""
+    if walk.tangents[node] is ZERO:
+        return walk.values[node]
+    link, views = node, []
+    while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
+        views.append(link)
+        link = link.args[0]
+    if link.op != "call_function" or link.target not in LINKS:
+        return operator.add(walk.values[node], walk.tangents[node])
+    result = walk.value(link.args[0]) + walk.tangent(link.args[0])
+    for step in (link, *reversed(views)):
+        result = call(function_of(step), result, *walk.value(step.args[1:]), **walk.value(step.kwargs))
+    return result
 
 
 def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph → graph of f(x; w₀ + Θ delta), not linearised: each hyperlayer's tangent is added on the spot.
 
-    The forward of the methods "stn" and "centered". Exact, because hyperlayers are linear in their parameters.
+    The forward of the methods "stn" and "centered". It is exact, because hyperlayers are linear in their parameters.
+
+    Raises TransformError where a weight computed from weights would have to move by a finite step.
     """
-    return _Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output.args[0]))
+    return _Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output))
