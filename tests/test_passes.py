@@ -394,3 +394,36 @@ def test_one_mask_of_a_weight_takes_one_rate():
         stn.pushforward(x, delta=delta, condition=rows)
     with pytest.raises(ValueError, match="5 rates for one mask; give one rate"):
         weight_mask(torch.ones(3, 3), torch.full((5,), 0.4))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda y: y.kthvalue(2, 1).values + y.mode(1).values + y.max(1).values,
+        lambda y: y.sort(1, descending=True).values * y.topk(4, 1).indices,
+        lambda y: y.aminmax(dim=1).min + y.aminmax(dim=1).max + y.cummax(1).indices[:, 2],
+        lambda y: torch.linalg.slogdet(y.transpose(0, 1) @ y + torch.eye(4)).logabsdet + y.sum(),
+    ],
+)
+def test_named_results_are_read_by_number(body):
+    net, x = Aliased(body), torch.randn(3, 4)
+    graph = canonicalize(Symbolic().capture(net, True))
+    assert not any(node.target is getattr for node in graph.graph.nodes)
+    assert torch.equal(simplify(graph)(x), net(x))
+
+
+def twice_through_one_weight(a, c, weight, bias):
+    return F.linear(a, weight, bias) + (F.linear(c, weight) + c.sum())
+
+
+def twice_through_two_weights(a, c, weight, bias):
+    return F.linear(a, weight, bias) + (F.linear(c, weight.mT) + c.sum())
+
+
+@pytest.mark.parametrize(("before", "after"), [(twice_through_one_weight, 1), (twice_through_two_weights, 2)])
+def test_two_products_with_one_weight_become_one(before, after):
+    simplified = simplify(graph_of(before))
+    assert sum(node.target is F.linear for node in simplified.graph.nodes) == after
+    inputs = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
+    inputs += [torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    torch.testing.assert_close(simplified(*inputs), before(*inputs))

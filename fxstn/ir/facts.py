@@ -102,3 +102,12 @@ def returns_tensors(function: Function) -> bool | None:
     """Whether the result holds tensors; None where torch has no schema."""
     returns = [result for overload in overloads(function) for result in overload._schema.returns]
     return any("Tensor" in str(result.type) for result in returns) if overloads(function) else None
+
+
+@functools.cache
+def result_names(function: Function) -> dict[str, int]:
+    """{name: position} of an operation's results, where the schemas name several."""
+    results = (overload._schema.returns for overload in overloads(function))
+    return {
+        result.name: i for several in results if len(several) > 1 for i, result in enumerate(several) if result.name
+    }

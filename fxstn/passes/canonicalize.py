@@ -6,17 +6,17 @@ Everything after this pass sees call_function nodes only, never mutated values, 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import Argument, Target
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
-from fxstn.ir.graphs import copied, rename
+from fxstn.ir.facts import result_names
+from fxstn.ir.graphs import copied, function_of, map_leaves, rename
 from fxstn.ir.node_info import annotate, copy_facts, copy_place, info_of
 from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
@@ -26,11 +26,14 @@ from fxstn.passes.in_place import Parts, functionalize
 
 
 def canonicalize(module: fx.GraphModule) -> fx.GraphModule:
-    """One spelling per operation. Raises TransformError that lists every mutation it cannot express by values."""
+    """One spelling per operation, and no mutation.
+
+    Raises TransformError that lists every mutation which values cannot express.
+    """
     module = copied(module)
     problems: list[Diagnostic] = []
     for node in list(module.graph.nodes):
-        _open(node)
+        _decompose(node)
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _expand_batch_norm(module, node)
@@ -64,14 +67,22 @@ class _Inliner(fx.proxy.GraphAppendingTracer):
         super().__init__(node.graph)
         self.source = node
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def create_node(
+        self,
+        kind: str,
+        target: Target,
+        args: tuple[Argument, ...],
+        kwargs: dict[str, Argument],
+        name: str | None = None,
+        type_expr: object = None,
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
         copy_place(node, self.source)
         return node
 
 
-def _open(node: fx.Node) -> None:
-    """Write a function that has a decomposition as what it computes; of several results each by its number."""
+def _decompose(node: fx.Node) -> None:
+    """Writes a function that has a decomposition as what it computes. Each of several results is read by its number."""
     if node.op != "call_function" or is_size(node):
         return
     try:
@@ -80,16 +91,17 @@ def _open(node: fx.Node) -> None:
         return
     if spelled.function not in DECOMPOSITIONS:
         return
-    opener = _Inliner(node)
+    inliner = _Inliner(node)
     with node.graph.inserting_before(node):
-        proxy: Any = lambda value: fx.Proxy(value, opener)  # noqa: E731
-        args, kwargs = map_arg((spelled.args, spelled.kwargs), proxy)
+        args, kwargs = map_leaves(
+            (spelled.args, spelled.kwargs), lambda leaf: fx.Proxy(leaf, inliner) if isinstance(leaf, fx.Node) else leaf
+        )
         results = DECOMPOSITIONS[spelled.function](*args, **kwargs)
     if results is NotImplemented:
         return
     single = isinstance(results, fx.Proxy)
     for user in [node] if single else list(node.users):
-        result = results if single else results[user.args[1]]  # type: ignore[index]
+        result = results if single else results[user.args[1]]
         user.replace_all_uses_with(result.node)
         annotate(result.node, exits=info_of(user).exits or info_of(result.node).exits)
         node.graph.erase_node(user)
@@ -98,10 +110,12 @@ def _open(node: fx.Node) -> None:
 
 
 def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
+    """A batch norm module becomes the function, with its parameters and statistics as nodes."""
     graph, path = module.graph, str(node.target)
-    norm: Any = module.get_submodule(path)
+    norm = module.get_submodule(path)
+    assert isinstance(norm, _BatchNorm), path
+    training = bool(info_of(node).training)
     tracked = norm.running_mean is not None
-    training = info_of(node).training or not tracked
 
     def attribute(name: str) -> fx.Node | None:
         if getattr(norm, name) is None:
@@ -112,14 +126,13 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
         return result
 
     with graph.inserting_before(node):
-        momentum: Any = 0.0 if norm.momentum is None else norm.momentum
-        if info_of(node).training and tracked and norm.num_batches_tracked is not None:
+        momentum: float | fx.Node = 0.0 if norm.momentum is None else norm.momentum
+        if training and tracked and norm.num_batches_tracked is not None:
             momentum = graph.call_function(track_batch, (attribute("num_batches_tracked"), norm.momentum))
-        names = ("running_mean", "running_var", "weight", "bias")
-        arguments = (node.args[0], *(attribute(name) for name in names), training, momentum, norm.eps)
-    synced = isinstance(norm, nn.SyncBatchNorm) and (info_of(node).training or tracked)
-    node.op, node.args, node.kwargs = "call_function", arguments, {}
-    node.target = synced_batch_norm if synced else F.batch_norm
+        tensors = [attribute(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    synced = isinstance(norm, nn.SyncBatchNorm) and (training or tracked)
+    node.op, node.target = "call_function", synced_batch_norm if synced else F.batch_norm
+    node.args, node.kwargs = (node.args[0], *tensors, training or not tracked, momentum, norm.eps), {}
 
 
 def _count_batches(module: fx.GraphModule) -> None:
@@ -130,11 +143,12 @@ def _count_batches(module: fx.GraphModule) -> None:
             counts.setdefault(owner, []).append(node)
         elif node.target is F.batch_norm and node.args[5] and counts.get(owner := _owner(node.args[1])):
             count, norm = counts[owner].pop(0), module.get_submodule(owner)
+            counter = count.all_input_nodes[0]
             momentum = norm.momentum if isinstance(norm, _BatchNorm) else node.args[6]
             with module.graph.inserting_before(node):
-                tracked = module.graph.call_function(track_batch, (count.args[0], momentum))
+                tracked = module.graph.call_function(track_batch, (counter, momentum))
             node.args = (*node.args[:6], tracked, node.args[7])
-            count.replace_all_uses_with(count.args[0])  # type: ignore[arg-type]
+            count.replace_all_uses_with(counter)
             module.graph.erase_node(count)
 
 
@@ -142,28 +156,28 @@ def _adds_one(node: fx.Node) -> bool:
     return bool(info_of(node).mutates is not None and node.target is operator.add and node.args[1] == 1)
 
 
-def _owner(value: Any) -> str:
+def _owner(value: Argument) -> str:
     """Path of the module that an attribute read by a node belongs to; "" for any other value."""
     return str(value.target).rpartition(".")[0] if isinstance(value, fx.Node) and value.op == "get_attr" else ""
 
 
 def _respell(node: fx.Node) -> None:
-    """Give a node its canonical function and arguments. Raises Unspellable."""
+    """Gives a node its canonical function and arguments. Raises Unspellable."""
     if node.op == "call_function" and is_size(node):
         node.target = IN_PLACE_OPERATORS.get(node.target, node.target)
         return
     spelled = respell(node.target, node.args, node.kwargs)
 
-    def emitted(value: Any) -> Any:
+    def emitted(value: object) -> object:
         """What an operation is made of becomes nodes of its own before it."""
         if not isinstance(value, Spelled):
             return value
-        new = node.graph.call_function(value.function, *map_aggregate((value.args, value.kwargs), emitted))
+        new = node.graph.call_function(value.function, *map_leaves((value.args, value.kwargs), emitted))
         copy_place(new, node)
         return new
 
     with node.graph.inserting_before(node):
-        args, kwargs = map_aggregate((spelled.args, spelled.kwargs), emitted)
+        args, kwargs = map_leaves((spelled.args, spelled.kwargs), emitted)
     if spelled.in_place:
         mutated = node.args[0] if node.args else node.all_input_nodes[0]
         if mutated not in args:
@@ -173,55 +187,47 @@ def _respell(node: fx.Node) -> None:
 
 
 def _simplify_structure(node: fx.Node) -> None:
-    """Drop what does nothing (dropout in eval mode, handed-through values) and open constructors of named tuples."""
+    """Drops dropout in eval mode, numbers named results, and replaces constructors of named tuples by what they hold."""
     if node.op != "call_function":
         return
-    source = node.args[0] if node.args else None
-    if (
-        node.target is getattr
-        and node.args[1] in _NAMED_RESULTS
-        and isinstance(source, fx.Node)
-        and _has_results(source)
-    ):
-        node.target, node.args = operator.getitem, (source, _NAMED_RESULTS[node.args[1]])
+    if node.target is getattr and (position := _result_position(*node.args)) is not None:
+        node.target, node.args = operator.getitem, (node.args[0], position)
     elif node.target in DROPOUTS:
         p, training = dropout_settings(node)
-        if not training:
-            _bypass(node)
-        else:
+        if training:
             node.args, node.kwargs = (node.args[0], p, True), {}
+        else:
+            _bypass(node)
     elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
-        arguments: Any = node.args
-        structure: Any = node.target(*arguments, **node.kwargs)
+        structure = function_of(node)(*node.args, **node.kwargs)
         for user in list(node.users):
             if user.op == "output":
-                user.args = (map_aggregate(user.args[0], lambda leaf: structure if leaf is node else leaf),)
+                user.args = (map_leaves(user.args[0], lambda leaf: structure if leaf is node else leaf),)
         if not node.users:
             node.graph.erase_node(node)
 
 
-_NAMED_RESULTS: dict[Any, int] = {"values": 0, "indices": 1}
-
-
-def _has_results(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (torch.max, torch.min, torch.median, torch.sort, torch.topk)
+def _result_position(source: Argument, name: Argument) -> int | None:
+    """The number of one of an operation's named results, such as `values` of torch.topk; None for anything else."""
+    if not isinstance(source, fx.Node) or source.op != "call_function" or not isinstance(name, str):
+        return None
+    return result_names(source.target).get(name)
 
 
 def _bypass(node: fx.Node) -> None:
-    source = node.args[0]
     with node.graph.inserting_before(node):
-        through = node.graph.call_function(torch.clone, (source,))
-    copy_facts(through, node)
-    annotate(through, handed_through=True)
-    node.replace_all_uses_with(through)
+        copy = node.graph.call_function(torch.clone, (node.args[0],))
+    copy_facts(copy, node)
+    annotate(copy, handed_through=True)
+    node.replace_all_uses_with(copy)
     node.graph.erase_node(node)
 
 
 def drop_handed_through(module: fx.GraphModule) -> fx.GraphModule:
-    """Remove the copies that only kept a module's output apart from its input (fxstn.passes.condition may need them)."""
+    """Removes the copies that only kept a module's output apart from its input (fxstn.passes.condition may need them)."""
     module = copied(module)
     for node in list(module.graph.nodes):
         if info_of(node).handed_through:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
     return module

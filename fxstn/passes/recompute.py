@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -23,18 +22,17 @@ class Recomputed(nn.Module):
         super().__init__()
         self.piece = piece
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: object) -> object:
         # What is held constant now is held no more when the piece runs again: an alias stays constant.
         fixed = [x.detach() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
         return checkpoint(self.piece, *fixed, use_reentrant=False)
 
 
 def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Where the plan asks for it, the same graph in about √n pieces that keep nothing but their inputs (Chen et al. 2016, arXiv
-    1604.06174).
+    """Where the plan asks for it, the same graph in about √n pieces that keep nothing but their inputs.
 
-    Costs a second forward, and memory then grows as √n. For graphs that update no running statistics: those would count
-    a batch twice.
+    It costs a second forward; memory then grows as √n (Chen et al. 2016, arXiv 1604.06174). The graph must not update running
+    statistics: they would count a batch twice.
     """
     if not plan.recompute:
         return module
@@ -57,6 +55,7 @@ def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What costs nothing to keep: inputs, parameters, λ and row scales."""
     outside: set[fx.Node] = set()
     for node in nodes:
         cheap = node.op == "call_module" or node.target is operator.getitem

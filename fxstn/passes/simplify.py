@@ -1,12 +1,13 @@
-"""Pass 6, simplify: drop what nobody reads and what is computed twice, but never merge two random draws; join products."""
+"""Pass 6, simplify: drops what nobody reads and what is computed twice, but never merges two random draws; joins products."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Hashable
 
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Argument
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import assemble
@@ -27,8 +28,10 @@ def _handed_out(graph: fx.Graph) -> set[fx.Node]:
     return result
 
 
-def _key(node: fx.Node) -> Any:
-    def hashable(value: Any) -> Any:
+def _key(node: fx.Node) -> Hashable:
+    """What two nodes that compute the same have in common. Raises TypeError for an argument that cannot be hashed."""
+
+    def hashable(value: object) -> Hashable:
         if isinstance(value, (list, tuple)):
             return (type(value).__name__, *map(hashable, value))
         if isinstance(value, dict):
@@ -42,7 +45,7 @@ def _key(node: fx.Node) -> Any:
     return key
 
 
-def _product(value: Any, weight: fx.Node) -> fx.Node | None:
+def _product(value: Argument, weight: Argument) -> fx.Node | None:
     """The product W a in a sum with other terms, where all of it is read in one place only."""
     if not isinstance(value, fx.Node) or len(value.users) != 1 or value.kwargs:
         return None
@@ -53,29 +56,33 @@ def _product(value: Any, weight: fx.Node) -> fx.Node | None:
 
 
 def _join_products(node: fx.Node) -> None:
-    """(W a + b) + (W c + d) → W (a + c) + b + d, where nobody else reads the products: one large product in place of two. It is
-    so in the linearised output y + dy of a last layer, and in the tangent of a weight tied to an embedding."""
+    """(W a + b) + (W c + d) → W (a + c) + b + d, where nobody else reads the products: one large product in place of two.
+
+    Such sums are in the linearised output y + dy of a last layer, and in the tangent of a weight tied to an embedding.
+    """
     if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:
         return
     first, rest = node.args
     if not isinstance(first, fx.Node) or first.target is not F.linear or len(first.users) != 1 or first.kwargs:
         return
-    second = _product(rest, first.args[1])  # type: ignore[arg-type]
-    if second is None or not first < second or first is second:
+    second = _product(rest, first.args[1])
+    if not isinstance(rest, fx.Node) or second is None or not first < second or first is second:
         return
     with node.graph.inserting_before(second):
-        joined = node.graph.call_function(operator.add, (first.args[0], second.args[0]))
-    second.args = (joined, *first.args[1:])
-    node.replace_all_uses_with(rest)  # type: ignore[arg-type]
+        total = node.graph.call_function(operator.add, (first.args[0], second.args[0]))
+    second.args = (total, *first.args[1:])
+    node.replace_all_uses_with(rest)
     node.graph.erase_node(node)
     node.graph.erase_node(first)
 
 
 def simplify(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """Common subexpressions and dead values removed, products joined; an update of running statistics is never dead. Generates
-    the code."""
+    """Removes dead values and what is computed twice, and joins products. Generates the code.
+
+    An update of running statistics is never dead, nor is a user's function.
+    """
     module = drop_handed_through(module)
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[Hashable, fx.Node] = {}
     handed_out = _handed_out(module.graph)
     for node in list(module.graph.nodes):
         if node in handed_out or not is_pure(node):
