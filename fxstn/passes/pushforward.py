@@ -108,7 +108,7 @@ class _Pushforward:
             y, dy = operator.add(y, dy), ZERO
         self.values[node], self.tangents[node] = y, dy
 
-    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[fx.Proxy, object]:
+    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
         """(y, dy) of a node. Raises NoRule."""
         function, named = function_of(node), self.tangent(node.kwargs)
         if function is operator.getitem and isinstance(tangents[0], tuple):
