@@ -14,7 +14,12 @@ from fxstn.ir.staging import staged
 
 @staged
 def split_heads(x: Tensor, heads: int, batch_first: bool) -> Tensor:
-    """(batch, length, heads · d), (length, batch, ...) or unbatched (length, ...) → (batch, heads, length, d)."""
+    """Heads in a dimension of their own.
+
+    x: (batch, length, heads · d) where `batch_first`, else (length, batch, heads · d); (length, heads · d) without examples.
+
+    Returns (batch, heads, length, d), or (heads, length, d).
+    """
     x = x.unflatten(-1, (heads, -1))
     if x.dim() == 3:
         return x.transpose(0, 1)
@@ -23,7 +28,10 @@ def split_heads(x: Tensor, heads: int, batch_first: bool) -> Tensor:
 
 @staged
 def join_heads(x: Tensor, batch_first: bool) -> Tensor:
-    """The inverse of `split_heads`."""
+    """The inverse of `split_heads`.
+
+    x: (batch, heads, length, d), or (heads, length, d).
+    """
     if x.dim() == 3:
         return x.transpose(0, 1).flatten(-2)
     return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
@@ -31,22 +39,25 @@ def join_heads(x: Tensor, batch_first: bool) -> Tensor:
 
 @staged
 def joint_mask(query: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor:
-    """One float mask to add to scores (batch, heads, length, source), −inf where masked.
+    """One float mask to add to scores (batch, heads, length, source), −∞ where masked.
 
-    query: (batch, heads, length, d). attention: (length, source), or (batch · heads, length, source); padding:
-    (batch, source); each bool (True: masked, as in nn.MultiheadAttention) or float, at least one of them given.
+    Each mask is bool (True: masked, as in nn.MultiheadAttention) or float, and at least one of them is there.
+
+    query: (batch, heads, length, d).
+    attention: (length, source), or (batch · heads, length, source).
+    padding: (batch, source).
     """
 
-    def added(mask: Tensor) -> Tensor:
+    def as_float(mask: Tensor) -> Tensor:
         zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         return zeros.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(query.dtype)
 
     parts = []
     if attention is not None:
-        attention = added(attention)
+        attention = as_float(attention)
         parts.append(attention.unflatten(0, (-1, query.shape[1])) if attention.dim() + query.dim() == 7 else attention)
     if padding is not None:
-        parts.append(added(padding).unsqueeze(-2).unsqueeze(-2))
+        parts.append(as_float(padding).unsqueeze(-2).unsqueeze(-2))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -70,7 +81,13 @@ def _partition(x: Tensor, window: Sequence[int]) -> Tensor:
 
 @staged
 def split_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """(batch, *sizes, channels) → (batch · windows, tokens, channels): padded with zeros to whole windows, shifted."""
+    """Windows of an image, which is padded with zeros to whole windows, and shifted.
+
+    x: (batch, *sizes, channels).
+    window, shift: one number for each size.
+
+    Returns (batch · windows, tokens of a window, channels).
+    """
     sizes = x.shape[1:-1]
     padding = [amount for size, full in zip(sizes, _padded(sizes, window), strict=True) for amount in (full - size, 0)]
     moves = [-s for s in _shift(sizes, window, shift)]
@@ -80,7 +97,14 @@ def split_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Ten
 
 @staged
 def join_windows(x: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """The inverse of `split_windows` for a value of the batch and sizes of `like`, padding cut off."""
+    """The inverse of `split_windows`; the padding is cut off.
+
+    x: (batch · windows, tokens of a window, channels).
+    like: (batch, *sizes, ...), read for its shape only.
+    window, shift: one number for each size.
+
+    Returns (batch, *sizes, channels).
+    """
     sizes, axes = like.shape[1:-1], len(window)
     grid = [full // w for full, w in zip(_padded(sizes, window), window, strict=True)]
     x = x.reshape(like.shape[0], *grid, *window, x.shape[-1])
@@ -94,7 +118,12 @@ def join_windows(x: Tensor, like: Tensor, window: Sequence[int], shift: Sequence
 
 @staged
 def mask_windows(scores: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """scores (batch · windows, heads, tokens, tokens), less 100 between tokens that only the shift brought together."""
+    """Scores less 100 between tokens that only the shift brought together.
+
+    scores: (batch · windows, heads, tokens, tokens).
+    like: (batch, *sizes, ...), the image, read for its shape only.
+    window, shift: one number for each size.
+    """
     sizes = like.shape[1:-1]
     moves = _shift(sizes, window, shift)
     if not any(moves):

@@ -17,10 +17,10 @@ from fxstn.ops.batch_axis import expand_rows
 class Response(nn.Module):
     """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
-    U: (n, h), n entries along `axis`; starts at zero, so that a fresh response predicts no change; shared with the
-    parameters that w is combined with row by row. R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w; or a
-    parameter of its own, shaped like w, drawn from the uniform distribution that torch's linear and convolution layers
-    start from, ±1/√fan_in.
+    U: (n, h), n entries along `axis`. It starts at zero, so that a fresh response predicts no change. Parameters that w is
+        combined with row by row share it.
+    R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w. Otherwise a parameter shaped like w, which starts from the
+        uniform distribution of torch's linear and convolution layers, ±1/√fan_in.
     """
 
     def __init__(
@@ -67,7 +67,11 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
-    """{parameter name: Δw} for one delta of shape (h,), over a tree of Response modules of the model's parameters."""
+    """{parameter name: Δw} for one delta.
+
+    tree: Response modules, under the names of the model's parameters.
+    delta: (h,).
+    """
     return {
         name: materialised(response(delta), response.direction(model.get_parameter(name)), response.axis)
         for name, response in responses_in(tree).items()
@@ -76,7 +80,12 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
 
 @torch.no_grad()
 def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
-    """Θᵀ g, (h,), for the gradients g that the model's parameters hold: Σ U.T · (rows of g · rows of R)."""
+    """Θᵀ g for the gradients g of the model's parameters: Σ U.T · (rows of g · rows of R).
+
+    tree: Response modules, under the names of the model's parameters.
+
+    Returns (h,); 0.0 where no parameter has a gradient.
+    """
     total: Tensor | float = 0.0
     for name, response in responses_in(tree).items():
         parameter = model.get_parameter(name)
@@ -88,7 +97,13 @@ def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
 
 @staged
 def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
-    """response ⊙ scale along `axis`, for one perturbation of the whole batch. Raises ValueError for (batch, n) scales."""
+    """response ⊙ scale along `axis`, for one perturbation of the whole batch.
+
+    scale: (n,).
+    response: a tensor with n entries along `axis`.
+
+    Raises ValueError for scales (batch, n).
+    """
     if scale.dim() != 1:
         raise ValueError(
             f"scales of shape {tuple(scale.shape)}, one row per example, cannot be multiplied into a weight"
@@ -97,10 +112,14 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
 
 
 def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
-    """View scales, (n,) or (batch, n), so that they broadcast over `output` along its channels, dimension `dim`.
+    """Scales so that they broadcast with `output`, in its type, which autocast may have lowered.
 
-    In the type of `output`, which autocast may have lowered. batch_axis: where the examples are in `output`. Raises ValueError
-    when the rows of a per-example scale are not there.
+    scale: (n,), or (batch, n) with a row per example.
+    output: a tensor with n channels.
+    dim: its dimension of channels.
+    batch_axis: where the examples are in `output`.
+
+    Raises ValueError when the examples of a scale (batch, n) are not there.
     """
     scale = scale.to(output.dtype)
     shape = [1] * output.dim()
@@ -117,9 +136,12 @@ def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH
 
 @staged
 def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
-    """`value`, unless it has a row per example: put where the graph cannot tell which axis holds the examples.
+    """`value`, which must not have a row per example: here the graph cannot tell along which axis the examples are.
 
-    dimensions: of a value for the whole batch; 1 for row scales, 0 for a rate. Raises ValueError when there is one more.
+    dimensions: of a value for the whole batch; 1 for row scales, 0 for a rate.
+    where: how messages name the place.
+
+    Raises ValueError when `value` has one dimension more.
     """
     if isinstance(value, Tensor) and value.dim() > dimensions:
         raise ValueError(
@@ -131,32 +153,54 @@ def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
 
 @staged
 def pick_rows(scale: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """Entries start..stop of the last dimension for each of `runs`, joined: the scales of a slice, or of a join."""
+    """The scales of a slice, or of a join: runs of entries one after the other.
+
+    scale: (n,) or (batch, n).
+    runs: (start, stop) of each.
+    """
     parts = [scale[..., start:stop] for start, stop in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @staged
 def without_bias(output: Tensor, bias: Tensor, dim: int) -> Tensor:
-    """`output` of a layer less its bias (channels,) along channel `dim`: the product of its input and its weight."""
+    """The product of a layer's input and its weight: its output less its bias.
+
+    bias: (channels,).
+    dim: dimension of the channels in `output`.
+    """
     return output - align(bias, output, dim)
 
 
 @staged
 def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
-    """`output` with channel `dim` multiplied by `scale`, per example when scale is (batch, channels)."""
+    """A layer's output with each channel multiplied by its scale.
+
+    scale: (channels,), or (batch, channels) with a row per example.
+    dim: dimension of the channels in `output`.
+    batch_axis: where the examples are in `output`.
+    """
     return output * align(scale, output, dim, batch_axis)
 
 
 @staged
 def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
-    """tangent + scale ⊙ output in one kernel; shapes as in `scale_channels`."""
+    """tangent + scale ⊙ output in one kernel.
+
+    tangent: shaped like `output`.
+    output, scale, dim, batch_axis: as in `scale_channels`.
+    """
     return torch.addcmul(tangent, output, align(scale, output, dim, batch_axis))
 
 
 @staged
 def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
-    """tangent + the tangent of a bias, scale ⊙ response, along channel `dim`."""
+    """tangent + the tangent of a bias, scale ⊙ response.
+
+    tangent: shaped like the layer's output.
+    response: (channels,).
+    scale, dim, batch_axis: as in `scale_channels`.
+    """
     return tangent + align(scale * response, tangent, dim, batch_axis)
 
 
@@ -164,11 +208,16 @@ def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_a
 def bias_tangent(
     output: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST
 ) -> Tensor:
-    """The tangent of a bias alone, expanded to the shape of `output`."""
+    """The tangent of a bias alone, scale ⊙ response, expanded to the shape of `output`. Arguments as in `add_bias`."""
     return align(scale * response, output, dim, batch_axis).expand_as(output)
 
 
 @staged
 def add_channels(tangent: Tensor, change: Tensor, dim: int) -> Tensor:
-    """tangent + the tangent (channels,) of a bias computed from other values, along channel `dim`."""
+    """tangent + the tangent of a bias that is computed from other values.
+
+    tangent: shaped like the layer's output.
+    change: (channels,).
+    dim: dimension of the channels.
+    """
     return tangent + align(change, tangent, dim)
