@@ -1,4 +1,4 @@
-"""Pieces of scaled dot-product attention: scores and values. Softmax and dropout between them are nodes of their own."""
+"""Pieces of scaled dot-product attention: scores, probabilities and values. Dropout between them is a node of its own."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def attention_scores(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores
+
+
+def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The probabilities of scores (..., L, S), by an operation of torch that a graph has as a node.
+
+    A mask may leave a row with nothing to attend to: its probabilities are 0, as in torch.
+    """
+    return torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
 
 
 @staged

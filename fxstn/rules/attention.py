@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxstn.ops.attention import attention_scores, attention_values
+from fxstn.ops.attention import attention_scores, attention_values, attention_weights
 from fxstn.ops.heads import join_heads, join_windows, mask_windows, split_heads, split_windows
 from fxstn.ops.kernels import expand_like, softmax_jacobian
 from fxstn.rules.fallback import NoRule
@@ -20,7 +20,7 @@ def attention(
     if not isinstance(dropout_p, (int, float)) or dropout_p > 0:
         raise NoRule("its dropout is drawn inside; pass dropout_p=0 and drop the probabilities or the output instead")
     scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    weights = attention_weights(scores, attn_mask)
     values = attention_values(value, query, enable_gqa)
     dscores = _scores_tangent(d.query, d.key, d.attn_mask, query, key, scores, scale, enable_gqa)
     return torch.matmul(weights, values), total(

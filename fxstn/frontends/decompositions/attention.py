@@ -16,7 +16,7 @@ from torchvision.models.video.swin_transformer import shifted_window_attention_3
 from torchvision.ops import stochastic_depth
 
 from fxstn.frontends.decompositions.registry import decomposes
-from fxstn.ops.attention import attention_scores, attention_values
+from fxstn.ops.attention import attention_scores, attention_values, attention_weights
 from fxstn.ops.heads import join_heads, join_windows, joint_mask, mask_windows, split_heads, split_windows
 from fxstn.ops.noise import row_mask
 
@@ -34,7 +34,7 @@ def attention_with_dropout(
     if not isinstance(dropout_p, fx.Proxy) and dropout_p == 0:
         return NotImplemented
     scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    weights = attention_weights(scores, attn_mask)
     return torch.matmul(F.dropout(weights, cast(float, dropout_p), True), attention_values(value, query, enable_gqa))
 
 
