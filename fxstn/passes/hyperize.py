@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.errors import module_path, operation_name
-from fxstn.ir.graphs import add_placeholder, copied, model_of
+from fxstn.ir.graphs import add_placeholder, copied, function_of, model_of
 from fxstn.ir.node_info import RowScales, annotate
 from fxstn.ir.vocabulary import DROPOUTS, is_size
 from fxstn.ops.response import Response
@@ -48,7 +48,10 @@ class Responses:
 
 
 def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[ParameterUse]:
-    """Every reading of the parameters `names` in a canonical graph, their tangents scaled along `axis`."""
+    """Every use of some parameters in a canonical graph.
+
+    names: of the parameters, whose tangents are scaled along `axis`.
+    """
     names = list(names)
     result = []
     reached = from_parameters(module.graph, {f"model.{name}": name for name in names})
@@ -56,8 +59,8 @@ def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Par
         for user in consumers(node, reached):
             if _role_of(node, user) is None:
                 result.append(ParameterUse(parameters, None, user))
-    hopeless = {name for reading in result for name in reading.parameters}
-    structure_of = structures(module, [name for name in names if name not in hopeless], axis)
+    without_role = {name for use in result for name in use.parameters}
+    structure_of = structures(module, [name for name in names if name not in without_role], axis)
     for node, derived in structure_of.items():
         for user in consumers(node, structure_of):
             result.append(_use_of(module, node, derived, user if derived.rows else _mixing(node, structure_of, user)))
@@ -66,7 +69,7 @@ def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Par
 
 def _role_of(node: fx.Node, user: fx.Node) -> tuple[int, ParameterRole] | None:
     """(position, how it is read) where a layer takes the value of `node` as a parameter and in no other way."""
-    rule = RULES.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+    rule = RULES.get(function_of(user)) if user.op == "call_function" else None
     positions = [i for i, argument in enumerate(user.args) if argument is node]
     if rule is None or len(positions) != 1 or positions[0] not in rule.reads or node in user.kwargs.values():
         return None
@@ -112,8 +115,10 @@ def layer_weights(module: fx.GraphModule) -> list[str]:
 
 
 def _renormalised(node: fx.Node) -> bool:
-    """Whether the scale of a layer's channels is lost on every way on: batch norm divides by it. The norm's own affine
-    parameters are what can scale these units."""
+    """Whether the scale of a layer's channels is lost on every way on, because batch norm divides by it.
+
+    The norm's own affine parameters are what can scale these units.
+    """
     users = [user for user in node.users if not is_size(user)]
     return bool(users) and all(
         _divides(user) or (user.target in SCALE_KEEPING and _renormalised(user)) for user in users
@@ -122,8 +127,8 @@ def _renormalised(node: fx.Node) -> bool:
 
 def _scaleless(trained: Sequence[ParameterUse]) -> set[str]:
     """Parameters that the training graph reads only where a norm takes the scale away."""
-    keeping = {name for reading in trained if not _renormalised(reading.node) for name in reading.parameters}
-    return {name for reading in trained for name in reading.parameters} - keeping
+    keeping = {name for use in trained if not _renormalised(use.node) for name in use.parameters}
+    return {name for use in trained for name in use.parameters} - keeping
 
 
 def _divides(node: fx.Node) -> bool:
@@ -136,36 +141,28 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     """Which parameters respond.
 
     A parameter needs every operation that reads it, in every graph, to be a layer in which one Δw along one axis is
-    possible: all of them must see the same. Rows (axis 0) come first, columns (axis 1) where rows are not possible, and
-    where a weight that is only scaled has a single one. Where weights are only scaled, affine parameters of norms respond
-    too, and layers before a batch norm, which takes their scale away, do not.
+    possible: all of them must see the same. Rows (axis 0) come first; columns (axis 1) where rows are not possible, and
+    where a weight that is only scaled has a single row. Where weights are only scaled, affine parameters of norms respond
+    too. Layers before a batch norm, which takes their scale away, then do not.
+
+    graphs: the training graph first.
+    structured: whether R is learned; else weights are only scaled.
     """
     parameters = dict(model_of(graphs[0]).named_parameters())
     result = Responses()
     pending = {name for name, parameter in parameters.items() if parameter.requires_grad}
     single = {name for name in pending if parameters[name].dim() == 2 and len(parameters[name]) == 1 and not structured}
     for axis, later in ((0, single), (1, set()), (0, set())):
-        tried = pending - later
-        trained, *others = (uses_of(graph, sorted(tried), axis) for graph in graphs)
+        candidates = pending - later
+        trained, *others = (uses_of(graph, sorted(candidates), axis) for graph in graphs)
         uses = [*trained, *itertools.chain(*others)]
-        groups = _groups(uses, tried)
-        good: dict[str, int] = {}
-        scaleless = set() if structured else _scaleless(trained)
-        for use in uses:
-            for name in use.parameters:
-                if name in scaleless:
-                    result.left_out.setdefault(name, "a batch norm after it takes its scale away")
-                    good[name] = 0
-                elif use.role is None or (structured and use.role in NORM_ROLES):
-                    why = f"read by {operation_name(use.node.target)} in '{module_path(use.node)}'"
-                    result.left_out.setdefault(name, why)
-                    good[name] = 0
-                else:
-                    good.setdefault(name, use.fan_in)
-        for group in groups:
-            if all(good.get(name) for name in group):
+        fan_ins, obstacles = _judged(uses, set() if structured else _scaleless(trained), structured)
+        for name, why in obstacles.items():
+            result.left_out.setdefault(name, why)
+        for group in _groups(uses, candidates):
+            if all(name in fan_ins and name not in obstacles for name in group):
                 for name in group:
-                    result.axes[name], result.fan_ins[name], result.leaders[name] = axis, good[name], group[0]
+                    result.axes[name], result.fan_ins[name], result.leaders[name] = axis, fan_ins[name], group[0]
                 pending -= set(group)
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
@@ -174,6 +171,24 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
     order = list(parameters)
     result.axes = dict(sorted(result.axes.items(), key=lambda item: order.index(item[0])))
     return result
+
+
+def _judged(
+    uses: Sequence[ParameterUse], scaleless: set[str], structured: bool
+) -> tuple[dict[str, int], dict[str, str]]:
+    """({parameter: fan-in of its first use as a parameter of a layer}, {parameter that cannot respond: why})."""
+    fan_ins: dict[str, int] = {}
+    obstacles: dict[str, str] = {}
+    for use in uses:
+        for name in use.parameters:
+            if name in scaleless:
+                obstacles.setdefault(name, "a batch norm after it takes its scale away")
+            elif use.role is None or (structured and use.role in NORM_ROLES):
+                why = f"read by {operation_name(use.node.target)} in '{module_path(use.node)}'"
+                obstacles.setdefault(name, why)
+            else:
+                fan_ins.setdefault(name, use.fan_in)
+    return fan_ins, obstacles
 
 
 def _groups(uses: Sequence[ParameterUse], pending: set[str]) -> list[list[str]]:

@@ -26,12 +26,12 @@ from fxstn.hp import (
 )
 from fxstn.hp.binding import Binding, Site
 from fxstn.ir.errors import module_path, operation_name
-from fxstn.ir.graphs import model_of, placeholders
+from fxstn.ir.graphs import function_of, model_of, placeholders
 from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.passes.hyperize import layer_weights
-from fxstn.rules import RULES
+from fxstn.rules import RULES, Rule
 
 _SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # results, none of which ends a stage
 
@@ -192,12 +192,17 @@ def _looked_up(node: fx.Node) -> bool:
 
 
 def _looks_up(node: fx.Node, indices: fx.Node) -> bool:
-    reads = RULES[node.target].reads if node.target in RULES else {}  # type: ignore[index]
-    return node.args[:1] == (indices,) and any(read.role == "table" for read in reads.values())
+    rule = _rule_of(node)
+    return rule is not None and node.args[:1] == (indices,) and any(use.role == "table" for use in rule.reads.values())
 
 
 def _is_linear(node: fx.Node) -> bool:
-    return node.target in RULES and RULES[node.target].kind == "linear"  # type: ignore[index]
+    rule = _rule_of(node)
+    return rule is not None and rule.kind == "linear"
+
+
+def _rule_of(node: fx.Node) -> Rule | None:
+    return RULES.get(function_of(node)) if node.op == "call_function" else None
 
 
 def _left(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
