@@ -11,7 +11,7 @@ from torch import nn
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import Pass, Plan, Root
 from fxstn.frontends.live.graph import LiveGraph
-from fxstn.frontends.live.record import Recorded, record
+from fxstn.frontends.live.record import Recording, record
 from fxstn.frontends.live.sites import Addresses, find_addresses, runtime_sites
 from fxstn.hp import Dropout
 from fxstn.hp.binding import Binding
@@ -30,7 +30,7 @@ class Live:
 
     def capture(
         self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
-    ) -> Recorded:
+    ) -> Recording:
         """One run on the inputs, recorded for the passes that only read. Raises TransformError as `record`."""
         if inputs is None:
             raise ValueError(
@@ -38,7 +38,7 @@ class Live:
             )
         return record(model, training, frozen, inputs)
 
-    def bind(self, captured: Recorded, binding: Binding) -> Self:
+    def bind(self, captured: Recording, binding: Binding) -> Self:
         if binding.dropped or binding.terms.jacobian or any(type(site.spec) is not Dropout for site in binding.sites):
             what = "an operation other than dropout, which needs a graph,"
             raise TransformError([Diagnostic("", what, "", "use hp.Dropout")])

@@ -25,8 +25,11 @@ _WHERE = "a forward that runs as it is"
 class LiveGraph:
     """One graph of a live network, called as graph(*inputs, condition=None, delta=None).
 
-    root: holds the children model, response and hparams. One perturbation for the
-    whole batch only: condition and delta of shape (h,); ValueError for others.
+    root: holds the children model, response and hparams.
+    sites: where the forward reads λ in train mode.
+    frozen: paths of the modules that stay in eval mode.
+
+    There is one perturbation for the whole batch, condition and delta of shape (h,). Raises ValueError for one per example.
     """
 
     def __init__(self, root: Root, kind: GraphKind, sites: RuntimeSites, frozen: Collection[str]) -> None:
@@ -89,7 +92,7 @@ class LiveGraph:
         delta: Tensor | None,
         log: list[OperationNote] | None = None,
     ) -> object:
-        """(y, dy), or y + dy; log as for `Duals`."""
+        """(y, dy), or y + dy for objective "linearized". log: as for `Duals`."""
         buffers = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         parameters, strengths = self._tangents(delta), self._strengths(condition)
         strengths = None if strengths is None else strengths.detach()

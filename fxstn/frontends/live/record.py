@@ -23,8 +23,8 @@ from fxstn.ir.spelling import Spelled
 from fxstn.ir.vocabulary import dropout_settings
 
 
-class Recorded(nn.Module):
-    """What passes read of a graph: `graph` and the child `model`. Never run: its constants stand inline."""
+class Recording(nn.Module):
+    """What passes read of a recorded forward: `graph`, and the child `model`. It is never run: its constants stand inline."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
@@ -139,14 +139,14 @@ class Tape(ConstantGuard):
             exits = (*info.exits, ModuleCall(call.number, call.path, call.kind))
             annotate(node, exits=exits, positions={**info.positions, call.number: position})
 
-    def finish(self, output: object) -> Recorded:
+    def finish(self, output: object) -> Recording:
         """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""
         self.check_known("the output", leaves(output))
         self.graph.output(tuple(self.node_of(leaf) for leaf in leaves(output) if isinstance(leaf, Tensor)))
-        return Recorded(self.model, self.graph)
+        return Recording(self.model, self.graph)
 
 
-def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recorded:
+def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recording:
     """Run model(*inputs) once in train or in eval mode and return its canonical graph.
 
     Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
