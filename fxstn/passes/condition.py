@@ -21,7 +21,7 @@ from fxstn.ir.tangents import BATCH_FIRST, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples, weight_mask
 from fxstn.ops.response import for_all_examples
-from fxstn.passes.match import own_strengths
+from fxstn.passes.places import own_strengths
 
 
 def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:

@@ -1,0 +1,151 @@
+"""Places where an operation can act: after inputs and module calls, at the ends of stages, where a function is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from fxstn.frontends.decompositions.recurrent import STATEFUL
+from fxstn.hp import OPERATIONS
+from fxstn.ir.errors import module_path
+from fxstn.ir.graphs import function_of, model_of, output_of, placeholders
+from fxstn.ir.node_info import info_of
+from fxstn.ir.vocabulary import DROPOUTS
+from fxstn.ops.noise import track_batch
+from fxstn.rules import RULES, Rule
+
+_SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # of several results none ends a stage
+
+
+class Place(NamedTuple):
+    """One place of an operation, in the words of `fxstn.hp.binding.Site`.
+
+    node: the operation that is taken over, or the value after which one is inserted.
+    insert: whether one is inserted.
+    outside: an inserted operation acts for the readers outside this module call; None: for all readers.
+    """
+
+    node: str
+    insert: bool = False
+    outside: int | None = None
+
+
+def operation_path(node: fx.Node) -> str:
+    """What patterns are matched against: the module's path, or 'path.node' for a functional call inside a module."""
+    scope = info_of(node).scope
+    if node.target in OPERATIONS or (scope and issubclass(scope[-1].kind, _DropoutNd)):
+        return module_path(node)
+    return f"{module_path(node)}.{node.name}".lstrip(".")
+
+
+def own_strengths(node: fx.Node) -> tuple:
+    """The strengths that an operation of the model has itself."""
+    return node.args[1:2] if node.target in DROPOUTS else node.args[1:]
+
+
+def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
+    """Where a function is called, by the module whose output is its result; by 'path.node' where it is not."""
+    nodes_at: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is function:
+            path = module_path(node)
+            ends = any(call.path == path for call in info_of(node).exits)
+            nodes_at.setdefault(path if ends else operation_path(node), []).append(node)
+    return nodes_at
+
+
+def input_places(module: fx.GraphModule, but_indices: bool = False) -> list[Place]:
+    """Places after the inputs.
+
+    but_indices: leave out the inputs that are looked up in a table. Nothing can be dropped there.
+    """
+    inputs = [node for node in placeholders(module.graph) if not node.args]
+    return [Place(node.name, True) for node in inputs if not (but_indices and _looked_up(node))]
+
+
+def _looked_up(node: fx.Node) -> bool:
+    """Whether a value has the indices of a lookup, as it is or in another shape."""
+    return any(_looks_up(user, node) or (_is_linear(user) and _looked_up(user)) for user in node.users)
+
+
+def _looks_up(node: fx.Node, indices: fx.Node) -> bool:
+    rule = _rule_of(node)
+    return rule is not None and node.args[:1] == (indices,) and any(use.role == "table" for use in rule.reads.values())
+
+
+def _is_linear(node: fx.Node) -> bool:
+    rule = _rule_of(node)
+    return rule is not None and rule.kind == "linear"
+
+
+def _rule_of(node: fx.Node) -> Rule | None:
+    return RULES.get(function_of(node)) if node.op == "call_function" else None
+
+
+def _outputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
+    """(value, number of a module call, path) for every value that a module call returns.
+
+    A recurrent module returns its state, too. Of its values only the first that is used counts.
+    """
+    complete: set[int] = set()
+    for node in module.graph.nodes:
+        for call, path, kind in info_of(node).exits:
+            if not issubclass(kind, STATEFUL):
+                yield node, call, path
+            elif call not in complete and node.users:
+                complete.add(call)
+                yield node, call, path
+
+
+def places_after(module: fx.GraphModule, path: str) -> list[Place]:
+    """Places after every call of the module at `path`; for the root, after its outputs."""
+    if path == "":
+        return [Place(node.name, True) for node in output_of(module.graph).all_input_nodes]
+    return [Place(node.name, True, call) for node, call, called in _outputs(module) if called == path]
+
+
+def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, Place]]:
+    """(path, place) at the end of each top-level stage in execution order, the last excepted.
+
+    A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten.
+    """
+    root, prefix = model_of(module), ""
+    while len(children := dict(root.named_children())) == 1 and not list(root.parameters(recurse=False)):
+        ((name, root),) = children.items()
+        prefix += f"{name}."
+    weighted = {
+        prefix + name: child
+        for name, child in root.named_children()
+        if any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, _NormBase)
+    }
+
+    def stage_of(node: fx.Node) -> str | None:
+        return next((path for _, path, _ in info_of(node).scope if path in weighted), None)
+
+    ends: dict[str, fx.Node] = {}
+    for node, _, path in _outputs(module):
+        if path in weighted:
+            ends.pop(path, None)
+            ends[path] = node
+    for path, node in list(ends.items())[:-1]:
+        last = path
+        while (follower := _only_follower(node)) is not None and stage_of(follower) is None:
+            node = follower
+            last = next((p for _, p, _ in info_of(node).exits if p), last)
+        yield last, Place(node.name, True)
+
+
+def _only_follower(node: fx.Node) -> fx.Node | None:
+    """The single reader of a value, when it computes with that value and parameters alone."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    others = [source for source in user.all_input_nodes if source is not node]
+    alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
+    several = user.target in _SEVERAL
+    return user if user.op == "call_function" and user.args[0] is node and alone and not several else None
