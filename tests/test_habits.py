@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import Schedule, hp
+from fxstn.bilevel.optim import learning_rate
 
 
 def in_order(batch: int, **settings) -> fxstn.BilevelRunner:
@@ -106,6 +108,22 @@ def test_schedulers_step_by_epoch_or_by_step_and_go_on_where_they_were(tmp_path)
     resumed = make(tmp_path, **settings(), response_every=1)
     assert without_times(resumed.fit(5)) == without_times(make(**settings(), response_every=1).fit(5))
     assert resumed.updates.schedulers["hyper_optimizer"].best == min(resumed.history["valid_loss"])
+
+
+def test_a_scheduler_acts_on_the_default_optimizer_of_lambda_and_so_does_a_way_back():
+    """Rates by 0.1 an epoch; then by a half, as after a bad hyper step."""
+    runner = make(schedulers={"hyper_optimizer": lambda o: lr_scheduler.StepLR(o, 1, 0.1)})
+    rates = []
+    runner.fit(1)
+    optimizer = runner.optimizers["hyper_optimizer"]
+    for epochs in (2, 3, 4):
+        if epochs == 4:
+            runner.updates.slow("hyper_optimizer", 0.5)
+        done, steps = runner.hyper_steps, max(state["step"].item() for state in optimizer.state.values())
+        assert done == steps > 0
+        runner.fit(epochs)
+        rates.append(learning_rate(optimizer) * math.sqrt(1 + (runner.hyper_steps - 1) / 25))
+    assert rates == pytest.approx([0.4 * 0.01, 0.4 * 0.001, 0.4 * 0.0001 * 0.5])
 
 
 @dataclass

@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as lr
 
 import fxstn
-from fxstn.bilevel import optim
+from fxstn.bilevel import evidence, optim
 from fxstn.bilevel.optim import SettlingAdam, set_gap
+from fxstn.bilevel.optimizers import Updates
 
 # Parts
 
@@ -26,14 +28,14 @@ def test_the_rate_has_fallen_by_the_root_of_two_after_settle_steps_and_a_run_tra
 @pytest.mark.parametrize("count", [1, 2, 7, 500])
 def test_the_squared_weights_are_those_of_adams_mean(count):
     weights = torch.tensor([0.1 * 0.9**k for k in range(count)], dtype=torch.float64)
-    assert optim.squared_weights(count) == pytest.approx((weights / weights.sum()).square().sum().item())
+    assert evidence.squared_weights(count) == pytest.approx((weights / weights.sum()).square().sum().item())
 
 
 def evidence_of(gradients):
     state: dict[str, torch.Tensor] = {}
     for gradient in gradients:
-        evidence = optim.update_evidence(gradient, state)
-    return evidence
+        result = evidence.update_evidence(gradient, state)
+    return result
 
 
 def weighted_mean(values, memory):
@@ -43,29 +45,29 @@ def weighted_mean(values, memory):
 
 def test_the_evidence_is_weighted_means_of_gradients_squares_and_what_the_mean_did_not_foresee():
     gradients = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    evidence = evidence_of(gradients)
-    torch.testing.assert_close(evidence.mean, weighted_mean(gradients, 0.9))
-    torch.testing.assert_close(evidence.square, weighted_mean(gradients**2, 0.999))
+    shown = evidence_of(gradients)
+    torch.testing.assert_close(shown.mean, weighted_mean(gradients, 0.9))
+    torch.testing.assert_close(shown.square, weighted_mean(gradients**2, 0.999))
     surprises = torch.stack([
-        (gradients[k] - weighted_mean(gradients[:k], 0.9)) ** 2 / (1 + optim.squared_weights(k)) for k in range(1, 9)
+        (gradients[k] - weighted_mean(gradients[:k], 0.9)) ** 2 / (1 + evidence.squared_weights(k)) for k in range(1, 9)
     ])  # fmt: skip
-    torch.testing.assert_close(evidence.variance, optim.squared_weights(9) * weighted_mean(surprises, 0.99))
-    assert evidence.surprises == 8
+    torch.testing.assert_close(shown.variance, evidence.squared_weights(9) * weighted_mean(surprises, 0.99))
+    assert shown.surprises == 8
 
 
 def test_the_variance_is_that_of_the_mean_over_many_draws():
     """Gradients of variance 4: the estimated squared standard error against the spread of the means of 4,000 numbers."""
-    evidence = evidence_of(2 * torch.randn(300, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    assert evidence.variance.mean().item() == pytest.approx(evidence.mean.var().item(), rel=0.1)
+    shown = evidence_of(2 * torch.randn(300, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    assert shown.variance.mean().item() == pytest.approx(shown.mean.var().item(), rel=0.1)
 
 
-def evidence(z, surprises=1e9):
+def evidence_with(z, surprises=1e9):
     mean = torch.tensor(z, dtype=torch.float64)
-    return optim.Evidence(mean, mean.square(), torch.ones_like(mean), surprises)
+    return evidence.Evidence(mean, mean.square(), torch.ones_like(mean), surprises)
 
 
 def gate(z, certainty):
-    return optim.noise_gate(evidence(z), torch.full((len(z),), certainty, dtype=torch.float64)).tolist()
+    return evidence.noise_gate(evidence_with(z), torch.full((len(z),), certainty, dtype=torch.float64)).tolist()
 
 
 def test_the_gate_of_one_number_opens_with_its_evidence():
@@ -86,9 +88,9 @@ def test_the_gate_opens_for_each_by_what_all_show_together_and_no_single_one_spe
 
 def test_nothing_is_certain_before_a_second_gradient_and_little_before_a_third():
     certainty = torch.zeros(1, dtype=torch.float64)
-    assert optim.noise_gate(evidence([9.0], 0), certainty).item() == 0
-    assert optim.noise_gate(evidence([1.5], 1), certainty).item() == 0
-    assert optim.noise_gate(evidence([1.5], 1e9), certainty).item() > 0.5
+    assert evidence.noise_gate(evidence_with([9.0], 0), certainty).item() == 0
+    assert evidence.noise_gate(evidence_with([1.5], 1), certainty).item() == 0
+    assert evidence.noise_gate(evidence_with([1.5], 1e9), certainty).item() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -117,10 +119,231 @@ def test_it_is_public():
     assert fxstn.optim.SettlingAdam is SettlingAdam
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"settle": -1.0}, {"certainty": -0.1}, {"certainty": math.nan}])
-def test_arguments_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
+@pytest.mark.parametrize(
+    "bad",
+    [{"lr": 0.0}, {"lr": -1}, {"lr": math.inf}, {"lr": math.nan}, {"settle": -1.0}, {"settle": math.nan}, {"certainty": -0.1},
+     {"certainty": math.nan}, {"certainty": math.inf}],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused_for_all_and_for_a_group(bad):
+    x, y = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    message = f"{next(iter(bad))}={next(iter(bad.values()))} must be "
+    with pytest.raises(ValueError, match=f"^SettlingAdam: {message}"):
+        SettlingAdam([x], **bad)
+    with pytest.raises(ValueError, match=f"^SettlingAdam, group 1: {message}"):
+        SettlingAdam([{"params": [x]}, {"params": [y], **bad}])
+    optimizer = SettlingAdam([x])
+    with pytest.raises(ValueError, match=f"^SettlingAdam, group 1: {message}"):
+        optimizer.add_param_group({"params": [y], **bad})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"lr": "0.1"}, "lr='0.1' must be a number, positive and finite"), ({"lr": None}, "lr=None must be a number"),
+     ({"settle": True}, "settle=True must be a number"), ({"certainty": [2]}, r"certainty=\[2\] must be a number"),
+     ({"limits": 1}, "limits=1 must be True or False"), ({"position": 3}, "position=3 must be a function of a parameter")],
+)  # fmt: skip
+def test_arguments_of_another_type_are_refused(bad, message):
+    with pytest.raises(TypeError, match=f"^SettlingAdam: {message}"):
         SettlingAdam([nn.Parameter(torch.zeros(1))], **bad)
+
+
+def test_every_group_has_its_own_options():
+    """Each number moves as in an optimizer of its own."""
+    options = [{"lr": 0.01}, {"settle": 2.0, "certainty": None}, {"certainty": 0.1}]
+    gradients = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) + 2
+    grouped, alone = ([nn.Parameter(torch.zeros(1)) for _ in options] for _ in range(2))
+    together = SettlingAdam([{"params": [x], **own} for x, own in zip(grouped[:2], options, strict=False)], lr=0.3)
+    together.add_param_group({"params": [grouped[2]], **options[2]})
+    optimizers = [SettlingAdam([x], **{"lr": 0.3} | own) for x, own in zip(alone, options, strict=True)]
+    for gradient in gradients:
+        for x, y, each in zip(grouped, alone, gradient, strict=True):
+            x.grad, y.grad = each[None].clone(), each[None].clone()
+        for optimizer in (together, *optimizers):
+            optimizer.step()
+    assert [x.item() for x in grouped] == [y.item() for y in alone]
+    assert len({x.item() for x in grouped}) == 3
+
+
+@pytest.mark.parametrize("cls", [SettlingAdam, torch.optim.Adam])
+def test_a_scheduler_acts(cls):
+    """Two steps at each rate of a StepLR by 0.1, with an optimizer whose own rate does not fall."""
+    x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = cls([x], lr=1.0, **({"settle": math.inf, "certainty": None} if cls is SettlingAdam else {}))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    places = []
+    for _ in range(3):
+        for _ in range(2):
+            x.grad = torch.full((1,), -1.0, dtype=torch.float64)
+            optimizer.step()
+        places.append(x.item())
+        scheduler.step()
+    assert places == pytest.approx([2.0, 2.2, 2.22])
+
+
+def test_the_rate_falls_from_what_a_scheduler_says():
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = SettlingAdam([x], lr=0.5, settle=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    assert optim.learning_rate(optimizer) == 0.5
+    for step in range(4):
+        x.grad = torch.ones(1)
+        optimizer.step()
+        assert optim.learning_rate(optimizer) == pytest.approx(0.5 * 0.1**step / math.sqrt(1 + step))
+        scheduler.step()
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr.StepLR(o, 2, 0.1),
+    "LambdaLR": lambda o: lr.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "CosineAnnealingLR": lambda o: lr.CosineAnnealingLR(o, 9),
+    "CosineAnnealingWarmRestarts": lambda o: lr.CosineAnnealingWarmRestarts(o, 3),
+    "OneCycleLR": lambda o: lr.OneCycleLR(o, 0.7, total_steps=12, cycle_momentum=False),
+    "CyclicLR": lambda o: lr.CyclicLR(o, 0.1, 0.7, 3, cycle_momentum=False),
+    "SequentialLR": lambda o: lr.SequentialLR(o, [lr.LinearLR(o, 0.1, 1.0, 2), lr.LambdaLR(o, lambda t: 1 / (1 + t))], [2]),
+    "ChainedScheduler": lambda o: lr.ChainedScheduler([lr.LinearLR(o, 0.1, 1.0, 2), lr.ExponentialLR(o, 0.9)], optimizer=o),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize("factory", [SettlingAdam, torch.optim.Adam])
+def test_a_rate_that_a_run_lowers_stays_lowered_whatever_schedules_it(factory, scheduler):
+    """Halved after three steps, against the same course without that."""
+    courses = []
+    for factor in (1.0, 0.5):
+        optimizer = factory([nn.Parameter(torch.zeros(1))], lr=0.4)
+        updates = Updates({"o": optimizer}, {"o": scheduler}, None, None, torch.amp.GradScaler(enabled=False))
+        rates = []
+        for step in range(9):
+            if step == 3:
+                assert updates.slow("o", factor) == pytest.approx(factor * rates[-1])
+            optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+            updates.step("o")
+            rates.append(optim.learning_rate(optimizer))
+            if step != 2:
+                updates.end_epoch(0.0)
+        courses.append(rates)
+    assert courses[1] == pytest.approx([*courses[0][:3], *(0.5 * rate for rate in courses[0][3:])])
+
+
+# What parameters and gradients may be
+
+
+@pytest.mark.parametrize("certainty", [None, 2.0])
+@pytest.mark.parametrize("large", [1e20, -3e38])
+def test_one_large_gradient_leaves_x_finite_and_moves_it_as_adam_does(certainty, large):
+    places = {}
+    for cls, options in ((SettlingAdam, {"certainty": certainty, "settle": math.inf}), (torch.optim.Adam, {})):
+        x = nn.Parameter(torch.ones(2))
+        optimizer = cls([x], lr=1e-3, **options)
+        for gradient in (1, large, 1, 1):
+            x.grad = torch.tensor([gradient, 1.0])
+            optimizer.step()
+        places[cls] = x.detach()
+    assert places[SettlingAdam].isfinite().all()
+    if certainty is None and large == 1e20:  # beyond, Adam's own squares overflow
+        torch.testing.assert_close(places[SettlingAdam], places[torch.optim.Adam], rtol=1e-6, atol=0)
+    if certainty is not None:  # what is sure still moves
+        assert places[SettlingAdam][1] < 1
+
+
+def test_an_infinite_gradient_is_not_hidden():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = SettlingAdam([x], certainty=None)
+    x.grad = torch.tensor([math.inf])
+    optimizer.step()
+    assert x.isnan().all()
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-42, 1e-20])
+def test_gradients_of_hardly_any_size_hardly_move_x(gradient):
+    """Adam's steps end below 1e-8."""
+    places = settled(torch.full((20, 3), gradient), 2.0)
+    assert places.isfinite().all()
+    assert places.abs().max() <= 20 * 0.1 * gradient / 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_of_half_precision_has_averages_of_float32_also_after_a_resume(dtype):
+    """Against a parameter of float32 with the same gradients; its own steps are rounded."""
+    gradients = (0.5 + torch.randn(30, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    half, full = nn.Parameter(torch.zeros(3, dtype=dtype)), nn.Parameter(torch.zeros(3))
+    optimizer, reference = SettlingAdam([half], lr=0.1), SettlingAdam([full], lr=0.1)
+    set_gap(optimizer, 0.5, [True] * 3)
+    for step, gradient in enumerate(gradients):
+        half.grad, full.grad = gradient.clone(), gradient.float()
+        optimizer.step()
+        reference.step()
+        if step == 15:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SettlingAdam([half])
+            optimizer.load_state_dict(saved)
+    assert half.dtype == dtype
+    for key in ("mean", "square", "surprise"):
+        assert torch.equal(optimizer.state[half][key], reference.state[full][key])
+    assert half.isfinite().all()
+    assert half.any()
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,), (1, 0, 2)])
+@pytest.mark.parametrize("gap", [None, 0.3])
+def test_a_parameter_of_any_shape_moves_as_its_numbers_in_a_row(shape, gap):
+    size = math.prod(shape)
+    gradients = 1 + torch.randn(20, size, generator=torch.Generator().manual_seed(0))
+    limited = [number % 2 == 0 for number in range(size)]
+    places = []
+    for form in (shape, (size,)):
+        x = nn.Parameter(torch.zeros(form))
+        optimizer = SettlingAdam([x], position=torch.sigmoid)
+        set_gap(optimizer, gap, limited)
+        for gradient in gradients:
+            x.grad = gradient.reshape(form).clone()
+            optimizer.step()
+        assert x.shape == torch.Size(form)
+        places.append(x.detach().flatten())
+    assert torch.equal(*places)
+
+
+def test_groups_and_parameters_of_several_sizes_are_limited_each_by_its_own_numbers():
+    x, y, z = (nn.Parameter(torch.zeros(shape)) for shape in ((2,), (), (1, 3)))
+    optimizer = SettlingAdam([{"params": [x, y]}, {"params": [z], "lr": 0.2}], lr=0.1, certainty=None)
+    set_gap(optimizer, 0.25, [True, False, True, False, True, True])
+    for parameter in (x, y, z):
+        parameter.grad = -torch.ones_like(parameter)
+    optimizer.step()
+    moved = torch.cat([parameter.detach().flatten() for parameter in (x, y, z)])
+    torch.testing.assert_close(moved, torch.tensor([0.025, 0.1, 0.025, 0.2, 0.05, 0.05]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("gap", "flags", "message"),
+    [(0.5, [True] * 3, r"regularizing has 3 entries for parameters of 6 numbers in all; give one entry for each number"),
+     (0.5, [], "regularizing has 0 entries"), (1.5, [True] * 6, r"gap=1\.5 must be a share in \[0, 1\], or None"),
+     (math.nan, [True] * 6, "gap=nan must be"), ("0.5", [True] * 6, "gap='0.5' must be")],
+)  # fmt: skip
+def test_a_gap_that_cannot_be_meant_is_refused_and_changes_nothing(gap, flags, message):
+    groups = [{"params": [nn.Parameter(torch.zeros(3))]} for _ in range(2)]
+    optimizer = SettlingAdam(groups)
+    with pytest.raises(ValueError, match=f"^set_gap: {message}"):
+        set_gap(optimizer, gap, flags)
+    assert [(group["gap"], group["limited"]) for group in optimizer.param_groups] == [(None, None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("position", "got"), [(lambda x: x[:2], r"shape \(2,\)"), (torch.mean, r"shape \(\)"), (lambda x: 0.5, "float")]
+)
+def test_a_position_of_another_shape_is_refused(position, got):
+    x = nn.Parameter(torch.zeros(3))
+    optimizer = SettlingAdam([x], position=position)
+    set_gap(optimizer, 0.5, [True] * 3)
+    x.grad = torch.ones(3)
+    with pytest.raises(
+        ValueError, match=rf"position returns {got} for a parameter of shape \(3,\); return a tensor of that"
+    ):
+        optimizer.step()
+
+
+# How it goes on
 
 
 def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
@@ -161,7 +384,7 @@ def test_the_rate_of_lambda_falls_with_the_steps_done_and_a_resumed_run_goes_on_
         for _ in range(number - done + 1):
             weight.grad = torch.ones(2)
             optimizer.step()
-        return optimizer.param_groups[0]["lr"]
+        return optim.learning_rate(optimizer)
 
     first = SettlingAdam([weight], lr=0.2, settle=25)
     assert rate_of_step(first, 0) == 0.2

@@ -44,14 +44,15 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that m
 }  # fmt: skip
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number of Python's, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_settings(settings: Mapping[str, object]) -> None:
     """Raises ValueError that lists every number out of range, TypeError for a setting of another kind."""
     names = (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *(name for name in POSITIVE if settings[name] is not None))
-    numbers = {name: value for name in names if _is_number(value := settings[name])}
+    numbers = {name: value for name in names if is_number(value := settings[name])}
     if kinds := [f"{name}={settings[name]!r} must be a number" for name in names if name not in numbers]:
         raise TypeError("; ".join(kinds))
     _check_kinds(settings)
@@ -76,7 +77,7 @@ def _wrong_numbers(numbers: Mapping[str, float]) -> list[str]:
 def _wrong_choices(settings: Mapping[str, object]) -> list[str]:
     wrong = []
     ema, perturb, autocast = settings["ema"], settings["perturb"], settings["autocast"]
-    if ema is not None and not (_is_number(ema) and 0 < ema < 1):
+    if ema is not None and not (is_number(ema) and 0 < ema < 1):
         wrong.append(f"ema={ema} must be in (0, 1)")
     if perturb not in ("auto", "example", "batch"):
         reason = ": the response is learned from perturbations only" if perturb == "off" else ""
@@ -154,7 +155,7 @@ def check_loss(loss_fn: object, name: str) -> None:
 
 def check_length(epochs: object, minutes: object) -> None:
     """Of a run. Raises TypeError for what is no number, ValueError for one out of range."""
-    if not _is_number(epochs) or not (minutes is None or _is_number(minutes)):
+    if not is_number(epochs) or not (minutes is None or is_number(minutes)):
         raise TypeError(f"fit takes a number of epochs, and minutes or None; got {epochs!r} and {minutes!r}")
     if not (epochs >= 0 and float(epochs).is_integer()):
         raise ValueError(

@@ -1,20 +1,21 @@
-"""SettlingAdam, the optimizer of hyperparameters, in parts: averages, the falling rate, the noise gate, the gap."""
+"""SettlingAdam, the optimizer of hyperparameters: the falling rate, the noise gate, and the generalisation gap."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
-# How much of an average stays when a gradient comes in.
-MEAN_MEMORY, SQUARE_MEMORY = 0.9, 0.999  # Adam's own, so that a gradient without noise moves x as Adam does
-NOISE_MEMORY = 0.99  # a variance needs more gradients than a mean; the noise of a run changes within some hundreds
+from fxstn.bilevel.checks import is_number
+from fxstn.bilevel.evidence import AVERAGES, Evidence, bound_gradient, noise_gate, update_evidence
+
+__all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
+
 END = 0.1  # share of a range, at either end; a dropout or an augmentation does hardly anything there
-MOST_EVIDENCE = 9.0  # z = 3 is certain enough: a number with a larger z must not speak for all the others
 
 
 def falling_rate(first: float, settle: float, steps: float) -> float:
@@ -25,73 +26,6 @@ def falling_rate(first: float, settle: float, steps: float) -> float:
     gradient descent with averaging falls as 1/√t.)
     """
     return first / math.sqrt(1 + steps / settle)
-
-
-def squared_weights(count: float) -> float:
-    """κ: the sum of the squared weights of Adam's mean of `count` ≥ 1 gradients. 1 for one gradient, about 1/19 for many.
-
-    The variance of the mean is κ times that of a gradient.
-    """
-    forgotten = MEAN_MEMORY**count
-    return (1 - MEAN_MEMORY) / (1 + MEAN_MEMORY) * (1 + forgotten) / (1 - forgotten)
-
-
-class Evidence(NamedTuple):
-    """What the gradients of a parameter have shown so far; tensors in its shape.
-
-    mean, square: Adam's averages m of the gradient and v of its square, without bias.
-    variance: the squared standard error of m.
-    surprises: the number of gradients that `variance` is estimated from. 0 at the first gradient, where it is zero.
-    """
-
-    mean: Tensor
-    square: Tensor
-    variance: Tensor
-    surprises: float
-
-
-def update_evidence(gradient: Tensor, state: dict[str, Tensor]) -> Evidence:
-    """Add a gradient to the averages in `state`, which is {} at first.
-
-    The noise is what the mean did not foresee, (g − m₋₁)² / (1 + κ₋₁), and not the deviation from the mean: a gradient that
-    fades slowly, as it does while λ moves to its place, is not noisy.
-    """
-    if not state:
-        state |= {"step": torch.tensor(0.0)} | {
-            key: torch.zeros_like(gradient) for key in ("mean", "square", "surprise")
-        }
-    before, count = state["step"].item(), state["step"].item() + 1
-    if before:
-        foreseen = state["mean"] / (1 - MEAN_MEMORY**before)
-        surprise = (gradient - foreseen).square() / (1 + squared_weights(before))
-        state["surprise"].lerp_(surprise, 1 - NOISE_MEMORY)
-    state["step"] += 1
-    mean = state["mean"].lerp_(gradient, 1 - MEAN_MEMORY) / (1 - MEAN_MEMORY**count)
-    square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY**count)
-    variance = squared_weights(count) * state["surprise"]
-    return Evidence(mean, square, variance / (1 - NOISE_MEMORY**before) if before else variance, before)
-
-
-def noise_gate(evidence: Evidence, certainty: Tensor) -> Tensor:
-    """ρ in [0, 1]: the share of a step that the evidence for its direction allows.
-
-    certainty: ≥ 0, standard deviations; in the parameter's shape.
-
-    With z = m/e, where e is the standard error of m, noise alone gives Σ z² over h numbers of about h ± √(2h). With
-    q(h) = h + certainty √(2h)
-
-        ρ = max(0, 1 − q(1)/z², 1 − q(h)/Σ min(z², 9)),
-
-    the positive-part shrinkage of James & Stein (1961): a number moves when its own gradient is certain, and when the gradients
-    of all together are. Nothing is certain before a second gradient.
-    """
-    mean, known = evidence.mean, evidence.surprises
-    if not known:
-        return torch.zeros_like(mean)
-    z2 = mean.square() / evidence.variance.clamp_min(torch.finfo(mean.dtype).tiny)
-    z2 *= known / (known + 2)  # the variance is an estimate, from few gradients at first
-    own, together = (h + certainty * math.sqrt(2 * h) for h in (1, mean.numel()))
-    return torch.maximum(1 - own / z2, 1 - together / z2.clamp(max=MOST_EVIDENCE).sum()).clamp_min(0)
 
 
 def needed_certainty(rises: Tensor, gap: Tensor, position: Tensor) -> Tensor:
@@ -126,21 +60,72 @@ def set_gap(optimizer: torch.optim.Optimizer, gap: float | None, regularizing: S
     """Limit the next steps of a `SettlingAdam` by the generalisation gap.
 
     gap: its share of the validation loss, in [0, 1] (`generalisation_gap`). None: no limit.
-    regularizing: for each number of the parameter, whether a higher value is a stronger regularisation. Others are not limited.
+    regularizing: for each number of all parameters, in their order, whether a higher value is a stronger regularisation. Others
+        are not limited.
 
     An optimizer that knows no gap stays as it is.
+    Raises ValueError for a gap outside [0, 1], and where `regularizing` has another length.
     """
-    for group in optimizer.param_groups:
-        if "gap" in group:
-            group["gap"], group["limited"] = gap, list(regularizing)
+    groups = [group for group in optimizer.param_groups if "gap" in group]
+    if not groups:
+        return
+    if gap is not None and not (is_number(gap) and 0 <= gap <= 1):
+        raise ValueError(f"set_gap: gap={gap!r} must be a share in [0, 1], or None for no limit")
+    masks = iter(_split_flags(regularizing, [x for group in groups for x in group["params"]], "set_gap: regularizing"))
+    for group in groups:
+        flags = [flag for _ in group["params"] for flag in next(masks).flatten().tolist()]
+        group["gap"], group["limited"] = gap, flags
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of an optimizer's last step, in its first group; before a step, that of the first one.
+
+    It is "lr" of the group, with a `SettlingAdam` lowered by the steps done.
+    """
+    group = optimizer.param_groups[0]
+    if not isinstance(optimizer, SettlingAdam):
+        return float(group["lr"])
+    steps = max((optimizer.state[x]["step"].item() for x in group["params"] if x in optimizer.state), default=0)
+    return falling_rate(group["lr"], group["settle"], max(steps - 1, 0))
+
+
+def _split_flags(flags: Sequence[bool], parameters: Sequence[Tensor], name: str) -> list[Tensor]:
+    """Flags of the numbers of all parameters, as a mask for each. Raises ValueError, about `name`, for another length."""
+    sizes = [x.numel() for x in parameters]
+    if len(flags) != sum(sizes):
+        raise ValueError(f"{name} has {len(flags)} entries for parameters of {sum(sizes)} numbers in all; give one entry for "
+                         "each number")  # fmt: skip
+    parts = torch.tensor(list(flags), dtype=torch.bool).split(sizes)
+    return [part.reshape(x.shape).to(x.device) for part, x in zip(parts, parameters, strict=True)]
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("positive and finite", lambda value: 0 < value < math.inf),
+    "settle": ("positive", lambda value: value > 0),
+    "certainty": ("at least 0 and finite, or None", lambda value: 0 <= value < math.inf),
+}
+
+
+def _check_group(group: Mapping[str, object], name: str) -> None:
+    """Checks the options of a group; `name` begins the message. Raises TypeError for another type, ValueError out of range."""
+    for key, (kind, is_right) in _OPTIONS.items():
+        value = group[key]
+        if key == "certainty" and value is None:
+            continue
+        if not is_number(value):
+            raise TypeError(f"{name}: {key}={value!r} must be a number, {kind}")
+        if not is_right(value):
+            raise ValueError(f"{name}: {key}={value} must be {kind}")
+    if not isinstance(group["limits"], bool):
+        raise TypeError(f"{name}: limits={group['limits']!r} must be True or False")
 
 
 class SettlingAdam(torch.optim.Optimizer):
     """Adam whose rate falls, whose steps shrink where the gradient is noise, and whose rises the generalisation gap limits.
 
-    params: as of every optimizer of torch.
-    lr: > 0, the rate of the first step.
-    settle: > 0, steps after which the rate has fallen to lr/√2.
+    params: as of every optimizer of torch. A group may have its own lr, settle, certainty and limits.
+    lr: > 0, the rate of the first step. Schedulers change it.
+    settle: > 0, steps after which the rate has fallen to lr/√2. Infinity: it does not fall.
     certainty: ≥ 0, standard deviations; how sure of a gradient's sign a full step is. None: Adam's steps at this rate.
     limits: whether a `BilevelRunner` sets the gap of these parameters.
     position: function of a parameter that returns where in its range each number is, in [0, 1], such as torch.sigmoid for
@@ -148,12 +133,12 @@ class SettlingAdam(torch.optim.Optimizer):
 
     Step t = 0, 1, … is x ← x − lr/√(1 + t/settle) · ρ m/√v, with Adam's averages m and v and the share ρ in [0, 1] of
     `noise_gate`. Noise hardly moves x, where Adam, which divides by the size of the gradient, walks at random. A gradient that
-    agrees with itself moves x as Adam does.
+    agrees with itself moves x as Adam does. The averages are at least in float32, whatever the parameter is in.
 
     `set_gap` sets a group's "gap" s in [0, 1], and which numbers are "limited" by it. Their rises are multiplied by s, and
     their steps need the part of the certainty that `needed_certainty` says. Without a gap nothing is limited.
 
-    Raises ValueError for lr, settle or certainty out of range.
+    Raises ValueError for lr, settle or certainty out of range, TypeError for an argument of another type.
     """
 
     position: Callable[[Tensor], Tensor] | None = None
@@ -167,16 +152,30 @@ class SettlingAdam(torch.optim.Optimizer):
         limits: bool = True,
         position: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if not lr > 0 or not settle > 0 or (certainty is not None and not certainty >= 0):
-            raise ValueError(
-                f"SettlingAdam: lr={lr} and settle={settle} must be positive, and certainty={certainty} at least 0 or None"
-            )
-        defaults = {"lr": lr, "first_lr": lr, "settle": settle, "certainty": certainty}
-        super().__init__(params, defaults | {"limits": limits, "gap": None, "limited": None})
+        defaults = {"lr": lr, "settle": settle, "certainty": certainty, "limits": limits}
+        _check_group(defaults, "SettlingAdam")
+        if position is not None and not callable(position):
+            raise TypeError(f"SettlingAdam: position={position!r} must be a function of a parameter, such as torch.sigmoid, or "
+                            "None")  # fmt: skip
+        super().__init__(params, defaults | {"gap": None, "limited": None})
         self.position = position
 
     def __getstate__(self) -> dict[str, object]:
         return super().__getstate__() | {"position": self.position}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # torch says what else is wrong with it
+            _check_group(self.defaults | param_group, f"SettlingAdam, group {len(self.param_groups)}")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a state. The averages keep their type, where torch would round them to that of the parameter."""
+        super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [x for group in self.param_groups for x in group["params"]]
+        for key, x in zip(keys, parameters, strict=True):
+            if saved := state_dict["state"].get(key):
+                self.state[x] |= {name: saved[name].to(x.device, copy=True) for name in AVERAGES}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -190,14 +189,19 @@ class SettlingAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for x in group["params"]:
+            certainty, gap, limited = group["certainty"], group["gap"], group["limited"]
+            parameters = group["params"]
+            flags = [True] * sum(x.numel() for x in parameters) if limited is None else limited
+            masks = (
+                [None for _ in parameters] if gap is None else _split_flags(flags, parameters, "SettlingAdam: limited")
+            )
+            for x, mask in zip(parameters, masks, strict=True):
                 if x.grad is None:
                     continue
-                evidence = update_evidence(x.grad, self.state[x])
-                done = self.state[x]["step"].item() - 1
-                group["lr"] = falling_rate(group["first_lr"], group["settle"], done)
-                decrease = group["lr"] * evidence.mean / (evidence.square.sqrt() + 1e-8)
-                x -= self._limited(x, decrease, evidence, group["certainty"], group["gap"], group["limited"])
+                evidence = update_evidence(bound_gradient(x.grad), self.state[x])
+                rate = falling_rate(group["lr"], group["settle"], evidence.surprises)
+                decrease = rate * evidence.mean / (evidence.square.sqrt() + 1e-8)
+                x -= self._limited(x, decrease, evidence, certainty, gap, mask)
         return loss
 
     def _limited(
@@ -207,14 +211,23 @@ class SettlingAdam(torch.optim.Optimizer):
         evidence: Evidence,
         certainty: float | None,
         gap: float | None,
-        limited: list[bool] | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """What is left of Adam's step, `decrease`, which is negative where x rises."""
-        needed = torch.ones_like(x)
-        if gap is not None:
-            mask = torch.tensor([True] if limited is None else limited, device=x.device)
-            share, rises = x.new_tensor(gap), decrease < 0
-            position = torch.full_like(x, 0.5) if self.position is None else self.position(x)
-            needed = torch.where(mask, needed_certainty(rises, share, position), needed)
+        """What is left of Adam's step, `decrease`, which is negative where x rises. mask: of the numbers that a gap limits."""
+        needed = torch.ones_like(decrease)
+        if gap is not None and mask is not None:
+            share, rises = decrease.new_tensor(gap), decrease < 0
+            needed = torch.where(mask, needed_certainty(rises, share, self._place(x).to(decrease)), needed)
             decrease = torch.where(rises & mask, share * decrease, decrease)
         return decrease if certainty is None else decrease * noise_gate(evidence, certainty * needed)
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Where in its range each number is. Raises ValueError where `position` returns something else."""
+        if self.position is None:
+            return torch.full_like(x, 0.5)
+        place = self.position(x)
+        if not isinstance(place, Tensor) or place.shape != x.shape:
+            got = f"shape {tuple(place.shape)}" if isinstance(place, Tensor) else type(place).__name__
+            raise ValueError(f"SettlingAdam: position returns {got} for a parameter of shape {tuple(x.shape)}; return a tensor "
+                             "of that shape, a share in [0, 1] for each number")  # fmt: skip
+        return place

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel.distributed import average_gradients
-from fxstn.bilevel.optim import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import State, Stateful
 
@@ -125,6 +125,18 @@ def _build_schedulers(
     return schedulers
 
 
+# Where torch's schedulers keep rates: in the groups of their optimizer (initial_lr; OneCycleLR's others) or in a list each.
+_RATES = {"lr", "initial_lr", "min_lr", "max_lr", "base_lrs", "max_lrs"}
+
+
+def _with_parts(scheduler: object) -> Iterator[object]:
+    """A scheduler and those that it is made of, such as a SequentialLR's; nothing for None."""
+    if scheduler is not None:
+        yield scheduler
+        for part in getattr(scheduler, "_schedulers", ()):
+            yield from _with_parts(part)
+
+
 class Updates:
     """Steps optimizers by name: gradients unscaled, averaged over the processes, clipped; then their step schedulers.
 
@@ -197,16 +209,15 @@ class Updates:
             scheduler.step(*([valid_loss] if plateau else []))
 
     def slow(self, name: str, factor: float) -> float:
-        """Multiply a learning rate, and what its schedulers start from; returns the new one."""
-        groups = self.optimizers[name].param_groups
-        for group in groups:
-            for key in ("lr", "initial_lr", "first_lr"):
-                if key in group:
-                    group[key] = factor * group[key]
+        """Multiply a learning rate, and the rates that its schedulers start from and go to; returns the new one."""
+        tables: list[dict[str, Any]] = list(self.optimizers[name].param_groups)
         for scheduler in (self.schedulers.get(name), self.step_schedulers.get(name)):
-            if scheduler is not None and hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
-        return float(groups[0]["lr"])
+            tables += [vars(part) for part in _with_parts(scheduler)]
+        for table in tables:
+            for key in _RATES & table.keys():
+                rate = table[key]
+                table[key] = [factor * each for each in rate] if isinstance(rate, list) else factor * rate
+        return learning_rate(self.optimizers[name])
 
     def parts(self) -> dict[str, dict[str, Stateful]]:
         """{kind: {name: part}} of everything with a state."""

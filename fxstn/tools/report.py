@@ -20,13 +20,14 @@ import torch
 from fxstn.bilevel import BilevelRunner, distributed
 from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.history import SCALE
+from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plots import figure_class, figure_of, panels
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
 
 COSTLY = ("train_steps", "valid_steps", "response_every", "response_fraction", "response_windows", "hyper_fraction",
           "accumulate", "perturb", "compile", "autocast", "memory_format")  # fmt: skip
-HIDDEN = ("lr", "first_lr", "gap", "limited")  # of an optimizer: shown otherwise, or the state of a run
+HIDDEN = ("lr", "gap", "limited")  # of an optimizer: shown otherwise, or the state of a run
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
@@ -177,7 +178,8 @@ def _cost(runner: BilevelRunner) -> str:
 def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimizer) -> list[str]:
     """A row of the table of optimizers. name: of the runner's argument."""
     group = optimizer.param_groups[0]
-    rate = group.get("initial_lr", group.get("first_lr", optimizer.defaults.get("lr")))
+    first = group["lr"] if isinstance(optimizer, SettlingAdam) else optimizer.defaults.get("lr")
+    rate = group.get("initial_lr", first)
     options = {key: group[key] for key in optimizer.defaults if key not in HIDDEN and key in group}
     text = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (None, False, 0))
     updates = runner.updates
@@ -187,7 +189,7 @@ def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimize
         name,
         type(optimizer).__name__,
         f"{size:,} parameters",
-        f"{rate} → {group['lr']:.4g}",
+        f"{rate} → {learning_rate(optimizer):.4g}",
         text,
         ", ".join(scheduler.__name__ for scheduler in schedulers),
     ]
