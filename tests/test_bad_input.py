@@ -109,6 +109,17 @@ for _name, _value, _message in (
         "off",
         "perturb=.off. must be .auto., .example. or .batch.: the response is learned from perturbations",
     ),
+    ("perturb", None, "perturb=None must be 'auto', 'example' or 'batch'; 'auto' has replaced None"),
+    (
+        "perturb",
+        "none",
+        "perturb='none' must be .*: the response is learned .* only; 'off' has replaced 'none', which hyper_loss",
+    ),
+    (
+        "hyper_optimizer",
+        partial(fxstn.optim.SettlingAdam, lr=-1),
+        "hyper_optimizer cannot be made: SettlingAdam: lr=-1 must be",
+    ),
     ("autocast", torch.float64, r"autocast=torch\.float64 must be torch\.bfloat16, torch\.float16 or None"),
     ("memory_format", "channels_last", r"memory_format='channels_last' must be such as torch\.channels_last"),
     ("compile", "yes", "compile='yes' must be True, False or a dict"),
@@ -326,6 +337,12 @@ for _name, _case, _message in (
         r"hp\.Dropout: need 0 <= low < high < 1, got low=0\.5",
     ),
     ("empty range", lambda: hp.Scalar("a", 1.0, 1.0, 1.0), r"a: low=1\.0 is not below high=1\.0; give a range"),
+    ("no whole start", lambda: hp.Scalar("a", 2.5, 0, 5, integer=True), r"a: init=2\.5 must be a whole number"),
+    (
+        "range beyond float32",
+        lambda: hp.Scalar("a", 1, 0, 2**24, integer=True),
+        r"a: low=0 .* within 2\*\*24 \(16777216\)",
+    ),
     ("scale zero", lambda: hp.Dropout("2", scale=0), r"2\.dropout: scale=0 must be positive and finite"),
     ("name no text", lambda: hp.Scalar(3, 0.5, 0, 1), r"hp\.Scalar: the name 3 must be text"),
     (
@@ -423,6 +440,20 @@ def _(folder):
     runner().load(folder / "run.pt")
 
 
+for _name, _case in {
+    "runner.load": lambda: runner().load(3),
+    "runner.save": lambda: runner().save(3),
+    "Schedule.from_json": lambda: fxstn.Schedule.from_json(3),
+    "Schedule.to_json": lambda: fxstn.Schedule({"a": [0.5]}).to_json(3),
+    "History.to_csv": lambda: fxstn.History(()).to_csv(3),
+    "History.to_jsonl": lambda: fxstn.History(()).to_jsonl(3),
+}.items():
+    row(f"{_name} of no path", rf"{_name}: 3 must be a path, such as 'runs/last\.pt'; name a file")(
+        lambda folder, case=_case: case()
+    )
+row("checkpoint for a folder", r"runner\.save: .* is a folder; name a file in it, .*last\.pt say")(
+    lambda folder: runner().save(folder)
+)
 row("checkpoint missing", r"run\.pt cannot be read \(No such file or directory\); load an older file")(
     lambda folder: runner().load(folder / "run.pt")
 )
@@ -531,8 +562,8 @@ row("CLI function unknown", r"--model 'nets:net' cannot be built: .*no attribute
 )
 row(
     "CLI function without num_classes",
-    r"--model 'nets:mlp' cannot be built: .*num_classes.*; name a function .*takes num_classes",
-)(command("explain", "nets:mlp"))
+    r"--model 'nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",
+)(command("tune", "--model", "nets:mlp", "--out", "@out"))
 row("CLI function that makes no model", r"--model '.*:not_a_model' must return an nn\.Module, it returns int")(
     command("explain", f"{__name__}:not_a_model")
 )

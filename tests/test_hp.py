@@ -20,7 +20,7 @@ SPACE = [
     Hyperparameter(0.05, 0.0, 0.95, name="rate"),
     Hyperparameter(1e-4, 1e-7, 1e-1, log=True, name="decay"),
     Hyperparameter(3.0, 0.0, math.inf, name="any"),
-    Hyperparameter(1.5, 0.0, 5.0, integer=True, name="holes"),
+    Hyperparameter(1, 0.0, 5.0, integer=True, name="holes"),
 ]
 
 
@@ -156,6 +156,21 @@ def test_entropy_is_that_of_a_gaussian():
         (lambda: Hyperparameter(0.5, 0.1, math.inf, name="q"), "low=0"),
         (lambda: Hyperparameter(6, 0, 5, integer=True, name="q"), "q: init=6 is not between low=0 and high=5"),
         (lambda: Hyperparameter(2, 0.5, 5, integer=True, name="q"), "q: the range of an integer needs whole ends"),
+        (lambda: Hyperparameter(2.5, 0, 5, integer=True, name="q"), r"q: init=2\.5 must be a whole number"),
+        (
+            lambda: Hyperparameter(2, 0, 2**24, integer=True, name="q"),
+            r"q: low=0 and high=16777216 must be within 2\*\*24 ",
+        ),
+        (
+            lambda: Hyperparameter(2, -(2**24) - 1, 3, integer=True, name="q"),
+            r"q: low=-16777217 .* give a narrower range",
+        ),
+        (lambda: Hyperparameter(0, -(2**23) - 1, 2**23, integer=True, name="q"), r"so must their distance"),
+        (lambda: Hyperparameter(1.0, 0.0, 1e39, name="q"), r"q: low=0\.0 and high=1e\+39 must be within 3\.4e\+38"),
+        (
+            lambda: Hyperparameter(1.0, -3e38, 3e38, name="q"),
+            r"q: low=-3e\+38 and high=3e\+38 .* so must their distance",
+        ),
         (lambda: hp.Dropout("0", high=1.0), "high < 1"),
         (lambda: hp.WeightDecay("0", low=0.0), "0 < low"),
         (lambda: HyperparameterSpace([]), "nothing to tune"),
@@ -179,3 +194,14 @@ def test_a_bad_request_is_refused_with_name_value_and_remedy(make, message):
 
 def test_specs_print_as_they_were_written():
     assert repr(hp.Dropout("layer*", init=0.1)) == "hp.Dropout('layer*', init=0.1, low=0, high=0.95)"
+
+
+@pytest.mark.parametrize("k", [0, 1, 4_321_098, 2**23, 2**24 - 2])
+def test_an_integer_of_a_large_range_starts_where_it_is_put(k):
+    assert HyperparameterSpace([Hyperparameter(k, 0, 2**24 - 1, integer=True, name="k")]).double().values() == {"k": k}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 39.0, 41.0, 1e5])
+def test_sigma_starts_where_it_is_put_however_large(scale):
+    space = HyperparameterSpace([Hyperparameter(0.5, 0.0, 1.0, scale, name="a")])
+    assert space.scale.item() == pytest.approx(scale, rel=1e-6)

@@ -16,6 +16,7 @@ from nets import mlp
 import fxstn
 from fxstn.tools import cli
 from fxstn.tools.lazy import LazyPackage
+from fxstn.tools.models import build_model
 
 
 def python(code: str, *words: object) -> str:
@@ -58,11 +59,24 @@ def test_the_names_for_python_are_those_for_type_checkers():
 
 def test_every_name_can_be_read_and_is_listed():
     values = {name: getattr(fxstn, name) for name in fxstn.__all__}
-    assert set(values) <= set(dir(fxstn))
+    assert set(values) == {name for name in dir(fxstn) if not name.startswith("__")}
     modules = {name for name, value in values.items() if isinstance(value, type(sys))}
     assert modules == {"hp", "optim"}
     with pytest.raises(AttributeError, match="module 'fxstn' has no attribute 'transfrom'"):
         _ = fxstn.transfrom
+
+
+def test_the_listed_names_are_the_public_ones_before_any_is_read_and_of_optim_too():
+    code = """
+import fxstn
+print([name for name in dir(fxstn) if not name.startswith("__")] == sorted(fxstn.__all__), "hp" in dir(fxstn))
+names = {}
+exec("from fxstn.bilevel.optim import *", names)
+print(sorted(names.keys() - {"__builtins__"}))
+"""
+    first, second = python(code).splitlines()
+    assert first == "True True"
+    assert second == "['SettlingAdam', 'generalisation_gap', 'learning_rate', 'set_gap']"
 
 
 @pytest.mark.parametrize("first", ["from fxstn.tools import bench", "from fxstn import *"])
@@ -108,6 +122,52 @@ def test_a_function_in_the_current_folder_is_found_by_the_shell(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert cli.main(["explain", "models_of_mine:build"]) == 0
     assert "2 parameters respond" in capsys.readouterr().out
+
+
+MODELS = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 7))
+
+def flexible(**options):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, options["num_classes"]))
+
+def needs(width):
+    return nn.Linear(width, 2)
+"""
+
+
+@pytest.fixture
+def mymodels(tmp_path, monkeypatch):
+    """A folder with models of one's own, as the current one; gives the name of the module."""
+    (tmp_path / f"models_{tmp_path.name}.py").write_text(MODELS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    return f"models_{tmp_path.name}"
+
+
+@pytest.mark.parametrize(("function", "out"), [("make", "7"), ("flexible", "3")])
+def test_explain_and_verify_take_a_function_with_or_without_num_classes(mymodels, function, out, capsys):
+    words = [f"{mymodels}:{function}", "--num-classes", "3"]
+    assert cli.main(["explain", *words]) == 0
+    assert "2 parameters respond" in capsys.readouterr().out
+    assert cli.main(["verify", *words, "--image-size", "8"]) == 0
+    assert build_model(words[0], 3, own_classes=True)[1].out_features == int(out)
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+def test_what_trains_on_data_needs_a_function_that_takes_num_classes(mymodels, command, capsys):
+    words = {"tune": ["--model", f"{mymodels}:make"], "bench": [f"{mymodels}:make"]}[command]
+    assert cli.main([command, *words]) == 2
+    printed = capsys.readouterr().err
+    assert f"'{mymodels}:make' takes no num_classes, and its classes must be those of the data" in printed
+    assert "write def make(num_classes)" in printed
+
+
+def test_a_function_that_needs_something_else_is_refused(mymodels, capsys):
+    assert cli.main(["explain", f"{mymodels}:needs"]) == 2
+    assert "needs' cannot be built: needs() missing 1 required positional argument: 'width'" in capsys.readouterr().err
 
 
 def test_an_installed_package_has_its_types_its_page_and_its_command(tmp_path):

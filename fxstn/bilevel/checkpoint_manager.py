@@ -21,6 +21,7 @@ from fxstn.bilevel.optimizers import Updates
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
 from fxstn.bilevel.tuner import Counters
+from fxstn.ir.input_errors import as_path
 
 # Parts whose values never change once they are there, so that a state in memory may share them.
 GROWING = ("history", "best")
@@ -188,12 +189,19 @@ class CheckpointManager:
             self.parts.load(state, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint. Several processes: all must call it. Raises OSError."""
+        """Write a checkpoint. Several processes: all must call it.
+
+        Raises OSError; TypeError for what is no path, ValueError for a folder.
+        """
+        path = as_path(path, "runner.save")
+        if path.is_dir():
+            raise ValueError(f"runner.save: {path} is a folder; name a file in it, {path / 'last.pt'} say")
         state = self.parts.state_dict()
         distributed.of_first(lambda: save_checkpoint(state, path, self.files))
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file. Raises ValueError as `RunParts.load`, and DamagedError."""
+        """Go on from a file. Raises ValueError as `RunParts.load`, DamagedError, and TypeError for no path."""
+        path = as_path(path, "runner.load")
         try:
             state = distributed.of_first(lambda: load_checkpoint(path))
         except DamagedError as error:

@@ -49,6 +49,14 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def remark_on(perturb: object) -> str:
+    """What is to be said of a choice of perturbations that is none: why it is none, and what has replaced an old word."""
+    if perturb is None:
+        return "; 'auto' has replaced None"
+    replaced = "; 'off' has replaced 'none', which hyper_loss alone takes" if perturb == "none" else ""
+    return f": the response is learned from perturbations only{replaced}" if perturb in ("off", "none") else ""
+
+
 def check_settings(settings: Mapping[str, object]) -> None:
     """Raises ValueError that lists every number out of range, TypeError for a setting of another kind."""
     names = (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *(name for name in POSITIVE if settings[name] is not None))
@@ -80,8 +88,7 @@ def _wrong_choices(settings: Mapping[str, object]) -> list[str]:
     if ema is not None and not (is_number(ema) and 0 < ema < 1):
         wrong.append(f"ema={ema} must be in (0, 1)")
     if perturb not in ("auto", "example", "batch"):
-        reason = ": the response is learned from perturbations only" if perturb == "off" else ""
-        wrong.append(f"perturb={perturb!r} must be 'auto', 'example' or 'batch'{reason}")
+        wrong.append(f"perturb={perturb!r} must be 'auto', 'example' or 'batch'{remark_on(perturb)}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         wrong.append(f"autocast={autocast} must be torch.bfloat16, torch.float16 or None")
     return wrong

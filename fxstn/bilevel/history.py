@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
+from fxstn.ir.input_errors import as_path
 
 SCALE = "scale:"
 LOSSES = ("train_loss", "response_loss", "clean_train_loss", "valid_loss")
@@ -70,13 +71,16 @@ class Schedule:
 
     def to_json(self, path: str | Path) -> None:
         """Write the schedule to a file that `from_json` reads."""
-        Path(path).write_text(json.dumps({"format": FORMAT, "values": self.values}, indent=1) + "\n")
+        as_path(path, "Schedule.to_json").write_text(
+            json.dumps({"format": FORMAT, "values": self.values}, indent=1) + "\n"
+        )
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
         """Read a file. Raises ValueError where it is not a schedule."""
+        path = as_path(path, "Schedule.from_json")
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a readable schedule: {error}; History.schedule().to_json writes one"
@@ -165,14 +169,14 @@ class History:
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write a line of JSON for each row, atomically."""
-        path = Path(path)
+        path = as_path(path, "History.to_jsonl")
         temporary = path.with_name(path.name + ".part")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(temporary, path)
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows, atomically, so that a reader never sees half a table."""
-        path = Path(path)
+        path = as_path(path, "History.to_csv")
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "w", newline="") as file:
             columns = dict.fromkeys(column for row in self.rows for column in row)

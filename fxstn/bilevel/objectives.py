@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.temporary import eval_mode
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
@@ -94,8 +95,7 @@ def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Te
     if isinstance(perturb, Tensor):
         return perturb
     if perturb not in ("auto", "example", "batch"):
-        reason = ": a response is learned from perturbations only" if perturb == "off" else ""
-        raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{reason}")
+        raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
     per_example = stn.per_example(*inputs) if perturb == "auto" else perturb == "example"
     return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
 

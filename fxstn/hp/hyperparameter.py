@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+WHOLE = 2.0**24  # up to it, float32 holds every whole number
+LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+
 
 @dataclass(frozen=True)
 class Hyperparameter:
@@ -20,8 +23,8 @@ class Hyperparameter:
     regularizes: a higher value is a stronger regularisation.
     name: as in `stn.hparams.names`. A spec holds hyperparameters without a name; each match in the model names a copy.
 
-    Raises ValueError, for a hyperparameter with a name, when the range is empty or impossible, when the start lies outside of
-    it, or when scale is not positive and finite.
+    Raises ValueError, for a hyperparameter with a name, when the range is empty, impossible or too large for float32, when the
+    start lies outside of it or is no whole number where the values are, or when scale is not positive and finite.
     """
 
     init: float
@@ -47,18 +50,30 @@ class Hyperparameter:
             raise ValueError(
                 f"{self.name}: the range of an integer needs whole ends, got low={self.low}, high={self.high}"
             )
+        self._check_float32()
         if not (self.low <= self.init <= self.high if self.integer else self.low < self.init < self.high):
             between = "between" if self.integer else "strictly between"
             raise ValueError(
                 f"{self.name}: init={self.init} is not {between} low={self.low} and high={self.high}; "
                 "move it inside the range, or widen the range"
             )
+        if self.integer and not float(self.init).is_integer():
+            raise ValueError(f"{self.name}: init={self.init} must be a whole number, as all values of an integer are")
         if not self.scale > 0 or math.isinf(self.scale):
             raise ValueError(f"{self.name}: scale={self.scale} must be positive and finite")
         if math.isinf(self.high) and self.low != 0:
             raise ValueError(f"{self.name}: a range without upper end must start at low=0, got low={self.low}")
         if self.log and not self.low > 0:
             raise ValueError(f"{self.name}: a logarithmic range needs low > 0, got low={self.low}")
+
+    def _check_float32(self) -> None:
+        """Raises ValueError for ends that float32, in which values are computed, cannot hold, or cannot tell apart."""
+        largest, what = (WHOLE, "2**24 (16777216), beyond which float32 skips whole numbers") if self.integer else (
+            LARGEST, f"{LARGEST:.2g}, the largest number of float32")  # fmt: skip
+        low, high = (0.0 if math.isinf(end) else end for end in self.interval)
+        if max(abs(low), abs(high), high - low) > largest:
+            raise ValueError(f"{self.name}: low={self.low} and high={self.high} must be within {what}, and so must their "
+                             "distance; give a narrower range")  # fmt: skip
 
     def named(self, name: str) -> Hyperparameter:
         """A copy with a name. Raises ValueError where its start or its range is impossible."""

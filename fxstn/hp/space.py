@@ -13,6 +13,11 @@ from fxstn.hp.bijection import Bijection
 from fxstn.hp.hyperparameter import Hyperparameter
 
 
+def inverse_softplus(scale: float) -> float:
+    """The number whose softplus is `scale` > 0. From 40 on both are the same in float64."""
+    return scale if scale > 40 else math.log(math.expm1(scale))
+
+
 class HyperparameterSpace(nn.Module):
     """λ ∈ ℝʰ (unconstrained) and σ = softplus(raw_scale) ∈ ℝʰ₊, with the map to constrained values.
 
@@ -33,7 +38,7 @@ class HyperparameterSpace(nn.Module):
         self.names: tuple[str, ...] = tuple(names)
         self.hyperparameters = tuple(hyperparameters)
         self.unconstrained = nn.Parameter(torch.tensor([p.unconstrained for p in hyperparameters]))
-        self.raw_scale = nn.Parameter(torch.tensor([math.log(math.expm1(p.scale)) for p in hyperparameters]))
+        self.raw_scale = nn.Parameter(torch.tensor([inverse_softplus(p.scale) for p in hyperparameters]))
         self.bijection = Bijection(hyperparameters)
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dis
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,13 @@ def first_line(error: BaseException) -> str:
     """What an error says, without a backtrace and the like."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
     return line if len(line) <= _MOST else line[: _MOST - 1] + "…"
+
+
+def as_path(path: object, name: str) -> Path:
+    """A path of an argument that `name` names in the error. Raises TypeError for anything else than text or a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: {path!r} must be a path, such as 'runs/last.pt'; name a file")
+    return Path(path)
 
 
 def described(value: object) -> str:

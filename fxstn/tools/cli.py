@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from fxstn.tools.choices import DATA_SETS, VARIANTS
 
-MODEL = "a torchvision model, or package.module:function(num_classes), in the current folder too"
+OWN = "a torchvision model, or package.module:function, in the current folder too"
+MODEL = f"{OWN}, that takes num_classes"
 
 
 def _count(text: str) -> int:
@@ -81,7 +82,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def _add_explain(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help=MODEL)
+    command.add_argument("model", help=OWN)
     command.add_argument("--num-classes", type=_count, default=10, help="of the model")
 
 
@@ -95,7 +96,7 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help=MODEL)
+    command.add_argument("model", help=OWN)
     command.add_argument("--batch-size", type=_count, default=4, help="examples, at least 2")
     command.add_argument("--image-size", type=_count, default=32, help="pixels")
     command.add_argument("--num-classes", type=_count, default=10, help="of the model")

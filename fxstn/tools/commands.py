@@ -118,7 +118,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    explanation = explain(build_model(args.model, args.num_classes))
+    explanation = explain(build_model(args.model, args.num_classes, own_classes=True))
     print(explanation)
     return 0 if explanation.ok else 1
 
@@ -135,7 +135,7 @@ def run_show(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    report = verify(build_model(args.model, args.num_classes), x)
+    report = verify(build_model(args.model, args.num_classes, own_classes=True), x)
     print(report)
     return 0 if report.ok else 1
 

@@ -7,13 +7,14 @@ from types import ModuleType
 
 
 class LazyPackage(ModuleType):
-    """The class of a package with `EXPORTS`, {module: names that it defines and that the package hands on}.
+    """The class of a package with `__all__`, its public names, and `EXPORTS`, {module: those of them that it defines}.
 
     A package becomes one by `sys.modules[__name__].__class__ = LazyPackage`. Reading a name of EXPORTS imports its module;
     reading the name of a submodule imports that. Raises AttributeError for any other name.
     """
 
     EXPORTS: dict[str, list[str]]
+    __all__: list[str]  # the public names, submodules among them
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # Python asks every module for some: __path__, __wrapped__
@@ -38,4 +39,5 @@ class LazyPackage(ModuleType):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *(name for names in self.EXPORTS.values() for name in names)})
+        """The public names, read or not yet, and Python's own; not what defining them takes."""
+        return sorted({*self.__all__, *(name for name in super().__dir__() if name.startswith("__"))})

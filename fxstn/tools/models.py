@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 
-def build_model(name: str, classes: int) -> nn.Module:
+def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module:
     """A model for images.
 
     name: of a torchvision classification model; or 'package.module:function', a function that is called with num_classes and
         lies in the current folder or where Python finds modules.
     classes: number of classes.
+    own_classes: whether a function may choose the number of classes itself. It is called without num_classes where it does not
+        take that.
 
     Raises ValueError for an unknown name, or where the function does not return a module.
     """
     if ":" in name:
-        return _call(name, classes)
+        return _call(name, classes, own_classes)
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -30,18 +34,33 @@ def build_model(name: str, classes: int) -> nn.Module:
         return models.get_model(name, weights=None, num_classes=classes)
 
 
-def _call(name: str, classes: int) -> nn.Module:
+def _call(name: str, classes: int, own_classes: bool) -> nn.Module:
     """What the function 'package.module:function' returns."""
-    module, _, function = name.partition(":")
+    module, _, attribute = name.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as `python -m` does; a script that pip installs has its own folder there
     try:
-        model = getattr(importlib.import_module(module), function)(num_classes=classes)
+        function = getattr(importlib.import_module(module), attribute)
+        takes_classes = _takes_classes(function)
+        if not (takes_classes or own_classes):
+            raise ValueError(
+                f"--model {name!r} takes no num_classes, and its classes must be those of the data; write "
+                f"def {attribute}(num_classes)"
+            )
+        model = function(num_classes=classes) if takes_classes else function()
     except (AttributeError, ImportError, TypeError) as error:
-        raise ValueError(
-            f"--model {name!r} cannot be built: {error}; name a function that can be imported and takes num_classes"
-        ) from error
+        remedy = "a function that can be imported" + ("" if own_classes else " and takes num_classes")
+        raise ValueError(f"--model {name!r} cannot be built: {error}; name {remedy}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {name!r} must return an nn.Module, it returns {type(model).__name__}")
     return model
+
+
+def _takes_classes(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with num_classes, as far as its signature says."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some builtins have none
+        return True
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
