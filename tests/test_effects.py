@@ -17,6 +17,7 @@ from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.effects import is_pure, is_random, shared_arguments
 from fxstn.passes.simplify import simplify
+from fxstn.rules import RULES
 
 ALL_CASES = [case for case in (*CASES, *ZERO_CASES, *FALLBACK_CASES) if case.function is not torch.Tensor.cuda]
 CALLS: list[str] = []
@@ -44,7 +45,11 @@ def custom_jitter(x: torch.Tensor) -> torch.Tensor:
     return x + torch.rand_like(x)
 
 
-fxstn.register_rule(torch.ops.fxstn_tests.jitter, lambda dx, y, x: dx)
+@pytest.fixture(scope="module", autouse=True)
+def _rule_of_jitter():
+    fxstn.register_rule(torch.ops.fxstn_tests.jitter, lambda dx, y, x: dx)
+    yield
+    del RULES[torch.ops.fxstn_tests.jitter]
 
 
 class Calls(nn.Module):
@@ -157,3 +162,26 @@ def test_results_that_share_memory_and_random_results_are_known(case):
     uninitialised = "empty" in name(case)
     assert same or uninitialised or is_random(case.function)
     assert not (is_random(case.function) and is_pure(node))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.repeat_interleave(x, 2, dim=0),
+        lambda x: torch.take_along_dim(x, x.argsort(dim=1), dim=1),
+        lambda x: torch.diag(x),
+        lambda x: F.one_hot(x.argmax(1), 4).float(),
+    ],
+    ids=["repeat_interleave", "take_along_dim", "diag", "one_hot"],
+)
+def test_a_change_in_place_of_a_fresh_result_is_followed(function):
+    """torch composes these of others, so that no schema says that their result is in memory of its own."""
+
+    def body(h):
+        result = function(h)
+        result.add_(1.0)
+        return result.sum() + h.sum(1)
+
+    model, x = Calls(body), torch.randn(4, 4)
+    graph = fxstn.transform(model, [hp.Dropout("input")], trace="fx").graph("eval")
+    assert torch.equal(graph(x), model(x))

@@ -12,15 +12,16 @@ from fxstn.rules.registry import zero
 
 Tensor = torch.Tensor
 
-zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide, operator.floordiv)
-zero(torch.heaviside, torch.signbit, F.one_hot)
+zero(torch.detach, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.floor_divide)
+zero(operator.floordiv, F.one_hot, torch.isclose, torch.isfinite, torch.argsort, torch.argwhere, fresh=True)
+zero(torch.heaviside, torch.signbit)
 zero(torch.div)  # with a rounding mode; without one it is spelled operator.truediv
 zero(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-zero(torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.isclose, torch.allclose, torch.equal)
+zero(torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.allclose, torch.equal)
 zero(operator.and_, operator.or_, operator.xor, operator.invert)
 zero(torch.logical_and, torch.logical_or, torch.logical_xor, torch.logical_not, torch.any, torch.all)
-zero(torch.isnan, torch.isinf, torch.isfinite, torch.isneginf, torch.isposinf, torch.isin)
-zero(torch.argmax, torch.argmin, torch.argsort, torch.nonzero, torch.argwhere, torch.count_nonzero)
+zero(torch.isnan, torch.isinf, torch.isneginf, torch.isposinf, torch.isin)
+zero(torch.argmax, torch.argmin, torch.nonzero, torch.count_nonzero)
 zero(torch.searchsorted, torch.bucketize, torch.unique, torch.unique_consecutive, torch.multinomial, torch.bernoulli)
 zero(Tensor.int, Tensor.long, Tensor.short, Tensor.bool, Tensor.byte, Tensor.char)
 zero(Tensor.size, Tensor.dim, Tensor.numel, torch.numel, Tensor.stride, Tensor.get_device, Tensor.is_contiguous)

@@ -8,8 +8,9 @@ from fxstn.ops.kernels import expand_like
 from fxstn.rules.fallback import NoRule
 from fxstn.rules.registry import filled, linear, rule, total
 
-linear(torch.gather, torch.index_select, torch.masked_select, torch.take, torch.take_along_dim)
-linear(torch.tril, torch.triu, torch.diag, torch.diagonal, torch.diag_embed, torch.repeat_interleave)
+linear(torch.gather, torch.index_select, torch.masked_select, torch.take)
+linear(torch.take_along_dim, torch.diag, torch.repeat_interleave, fresh=True)
+linear(torch.tril, torch.triu, torch.diagonal, torch.diag_embed)
 
 
 @rule(torch.masked_fill)

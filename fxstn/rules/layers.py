@@ -137,7 +137,7 @@ def embedding_bag(
     return y, dy
 
 
-@rule(torch._weight_norm)
+@rule(torch._weight_norm, fresh=True)
 def weight_norm(d, v, g, dim=0):
     """g v / ‖v‖, the norm over all axes but `dim` (Salimans & Kingma 2016); what torch's weight norm calls."""
     norm = torch.norm_except_dim(v, 2, dim)

@@ -181,14 +181,17 @@ def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
         register(function, "bilinear", apply, inspect.Signature(names), fresh=True)
 
 
-def zero(*functions: Callable[..., Any]) -> None:
-    """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO."""
+def zero(*functions: Callable[..., Any], fresh: bool = False) -> None:
+    """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO.
+
+    fresh: as in `Rule`.
+    """
     for function in functions:
 
         def apply(_: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function) -> tuple[Any, Any]:
             return call(function, *args, **kwargs), ZERO
 
-        register(function, "zero", apply)
+        register(function, "zero", apply, fresh=fresh)
 
 
 def rule(
