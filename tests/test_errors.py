@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import operator
 import re
 import warnings
@@ -107,12 +108,62 @@ def test_a_rule_needs_partials_or_a_kind(square):
         fxstn.register_rule(square, kind="smooth")
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("function", "said", "remedy"),
+    [
+        (nn.ReLU, "nn.ReLU is a module", "register the functions that its forward calls, F.relu for nn.ReLU say"),
+        (nn.Linear(2, 2), "nn.Linear is a module", "register the functions that its forward calls"),
+        (Doubled, "Doubled is a module", "register the functions that its forward calls"),
+        (torch.no_grad, "no_grad is a class", "register the functions that its forward calls"),
+        (len, "len is a function of Python's", "register torch's operation in its place"),
+        (print, "print is a function of Python's", "register torch's operation in its place"),
+        (math.sin, "math.sin is a function of Python's", "register torch's operation in its place"),
+        (copy.deepcopy, "copy.deepcopy is a function of Python's", "register torch's operation in its place"),
+        (torch.Tensor.backward, "Tensor.backward is a function that returns no tensor", "register the operation whose tensor"),
+        (torch.Tensor.tolist, "Tensor.tolist is a function that returns no tensor", "register the operation whose tensor"),
+        (torch.Tensor.register_hook, "Tensor.register_hook is a function that returns no tensor", "register the operation"),
+        (torch.Tensor.item, "Tensor.item is a function that returns no tensor", "register the operation whose tensor"),
+        (torch.is_same_size, "torch.is_same_size is a function that returns no tensor", "register the operation"),
+        (torch.save, "torch.save is a function that returns no tensor", "register the operation whose tensor"),
+        (torch.manual_seed, "torch.manual_seed is a function that returns no tensor", "register the operation"),
+    ],
+)  # fmt: skip
+def test_what_no_graph_has_as_an_operation_gets_no_rule(function, said, remedy):
+    before = dict(RULES)
+    with pytest.raises(
+        ValueError, match=rf"^register_rule: .*{re.escape(said)}, and no operation with a tangent; {remedy}"
+    ):
+        fxstn.register_rule(function, kind="linear")
+    assert before == RULES
+
+
 @pytest.fixture
 def rules_as_before():
     before = dict(RULES)
     yield before
     RULES.clear()
     RULES.update(before)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(torch.Tensor.cdouble, "linear"), (torch.is_same_size, "zero"), (torch.Tensor.dim_order, "zero")],
+)
+def test_operations_without_a_rule_get_one_where_they_give_tensors_or_sizes(rules_as_before, function, kind):
+    fxstn.register_rule(function, kind=kind)
+    assert RULES[function].kind == kind
+
+
+def test_a_spelling_that_has_the_name_of_the_operation_is_told_from_it():
+    with pytest.raises(
+        ValueError, match=r"a graph has F\.elu in place of torch\._C\._nn\.elu, and that already has a rule"
+    ):
+        fxstn.register_rule(torch._C._nn.elu, kind="linear")
 
 
 def spellings():
@@ -130,6 +181,7 @@ REFUSALS = {  # kinds of messages; each names the operation
     "another operation's": r"register_rule: a graph has \S+\.\S+ in place of \S+, and that already has a",
     "another operation": r"register_rule: a graph has \S+\.\S+ in place of \S+, with other arguments",
     "a mutation": r"register_rule: \S+ changes a tensor in place",
+    "no operation": r"register_rule: \S+ is (a class|a function [^,]*), and no operation",
     "its own": r"(F|torch|Tensor|operator)\.\S+ already has a",
 }
 

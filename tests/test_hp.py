@@ -156,6 +156,7 @@ def test_entropy_is_that_of_a_gaussian():
         (lambda: Hyperparameter(0.5, 0.1, math.inf, name="q"), "low=0"),
         (lambda: Hyperparameter(6, 0, 5, integer=True, name="q"), "q: init=6 is not between low=0 and high=5"),
         (lambda: Hyperparameter(2, 0.5, 5, integer=True, name="q"), "q: the range of an integer needs whole ends"),
+        (lambda: Hyperparameter(math.inf, 0, math.inf, integer=True, name="q"), "q: init=inf must be a whole number"),
         (lambda: Hyperparameter(2.5, 0, 5, integer=True, name="q"), r"q: init=2\.5 must be a whole number"),
         (
             lambda: Hyperparameter(2, 0, 2**24, integer=True, name="q"),

@@ -81,7 +81,7 @@ def operation_name(function: Callable[..., Any] | str) -> str:
         name = next((key for key, value in vars(functional).items() if value is function), name)
     if "functional" in module or module in ("torch._C._nn", "torch._jit_internal"):
         return f"F.{name}"
-    if type(function).__name__ == "method_descriptor":
+    if type(function).__name__ == "method_descriptor" or module == "torch._tensor":
         return f"Tensor.{name}"
     if module == "_operator":
         return f"operator.{name}"

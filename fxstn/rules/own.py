@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.errors import operation_name
 from fxstn.ir.facts import overloads
-from fxstn.ir.spelling import Unspellable, respell, signature_of
+from fxstn.ir.spelling import Unspellable, origin_of, respell, signature_of
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
 
 _KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear, "zero": zero}
@@ -27,15 +31,15 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
 
     `fxstn.verify` then checks models that use it. Rules written out with more freedom: `fxstn.rules.registry.rule`.
 
-    Raises ValueError for an operation that has a rule, an unknown kind, or neither partials nor a kind, TypeError for what is
-    no function.
+    Raises ValueError for an operation that has a rule, for what is no operation of a graph (a module, a function of Python's,
+    what returns no tensor), an unknown kind, or neither partials nor a kind, TypeError for what is no function.
     """
     if not callable(function):
         raise TypeError(f"register_rule takes the operation as models call it, a function, got {function!r}")
     if wrong := [partial for partial in partials if not callable(partial)]:
         raise TypeError(f"register_rule: the partial {wrong[0]!r} must be a function, partial(dx, y, *arguments)")
     operator = getattr(function, "_opoverload", function)  # of torch.library.custom_op
-    canonical = operator if operator in RULES else _canonical(operator)
+    canonical = operator if operator in RULES else _operation(operator, kind)
     if partials and kind is None:
         pointwise(canonical, *partials)
     elif kind is not None and kind in _KINDS and not partials:
@@ -44,6 +48,42 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
         raise ValueError(
             f"give partials, or a kind out of {', '.join(_KINDS)}; got {len(partials)} partials, kind={kind!r}"
         )
+
+
+def _operation(function: Callable[..., Any], kind: str | None) -> Callable[..., Any]:
+    """The operation of a graph that a function is. Raises ValueError, which says what to register, where it is none."""
+    name, module = operation_name(function), getattr(function, "__module__", None) or ""
+    if isinstance(function, (type, nn.Module)):
+        owner = function if isinstance(function, type) else type(function)
+        name = ("nn." if owner.__module__.startswith("torch.nn.") else "") + owner.__name__
+        what = "a module" if issubclass(owner, nn.Module) else "a class"
+        remedy = "the functions that its forward calls, F.relu for nn.ReLU say"
+    elif module.partition(".")[0] in sys.stdlib_module_names - {"_operator"}:
+        name, what = f"{module}.{name.rpartition('.')[2]}".removeprefix("builtins."), "a function of Python's"
+        remedy = (
+            "torch's operation in its place, torch.abs for abs say, or a function of your own, given to torch.fx.wrap"
+        )
+    elif not _returns_tensor(canonical := _canonical(function), or_size=kind == "zero"):
+        what, remedy = "a function that returns no tensor", "the operation whose tensor the model goes on with"
+    else:
+        return canonical
+    raise ValueError(f"register_rule: {name} is {what}, and no operation with a tangent; register {remedy}")
+
+
+def _returns_tensor(function: Callable[..., Any], or_size: bool) -> bool:
+    """Whether a call of a function is an operation with a tangent, as far as torch says.
+
+    or_size: whether a number counts, too, such as a size, whose tangent is zero.
+    """
+    if schemas := [overload._schema for overload in overloads(function)]:
+        return or_size or any("Tensor" in str(result.type) for schema in schemas for result in schema.returns)
+    if origin_of(function)[0] == "method":  # of torch, without a schema: backward, tolist, cdouble
+        try:
+            result = function(torch.empty(1, 1, device="meta"))
+        except Exception:  # whatever it needs more than a tensor, it makes none from one
+            return False
+        return or_size or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+    return getattr(function, "__module__", "") == F.__name__ or function not in torch.overrides.get_ignored_functions()
 
 
 def _canonical(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,6 +101,8 @@ def _canonical(function: Callable[..., Any]) -> Callable[..., Any]:
             f"register_rule: {name} changes a tensor in place; register the operation that returns a new tensor"
         ) from None
     canonical = spelled.function
+    if operation_name(canonical) == name and canonical is not function:
+        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', name)}"  # torch._C._nn.elu is no F.elu
     if canonical is not function and canonical in RULES:
         raise ValueError(
             f"register_rule: a graph has {operation_name(canonical)} in place of {name}, and that already has a "
