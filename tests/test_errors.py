@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 import operator
@@ -293,35 +292,6 @@ class Several(nn.Module):
     def forward(self, x):
         h = self.dropout(self.a(x))
         return self.b(self.body(h) if h.shape[1] == 6 else h)
-
-
-@dataclasses.dataclass
-class Prediction:
-    logits: torch.Tensor
-    name: str
-
-
-class Predicting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return Prediction(self.fc(x), "three")
-
-
-def test_a_dataclass_as_output_is_a_reason_to_take_the_frontend_that_keeps_it():
-    net, x = Predicting(), torch.randn(4, 6)
-    stn = fxstn.transform(net, SCALAR, example_inputs=x)
-    assert stn.frontend == "live"
-    assert [problem.frontend for problem in stn.rejected] == ["fx", "export"]
-    for mode in (True, False):
-        y = stn.train(mode)(x)
-        assert (type(y), y.name) == (Prediction, "three")
-        torch.testing.assert_close(y.logits, net(x).logits)
-    for frontend in ("fx", "export"):
-        with pytest.raises(fxstn.TransformError, match="Prediction"):
-            fxstn.transform(net, SCALAR, example_inputs=x, trace=frontend)
 
 
 def test_a_scripted_submodule_is_refused_by_every_frontend_with_its_path():

@@ -21,7 +21,7 @@ import fxstn
 from fxstn import hp
 from fxstn.frontends.live import tracer
 from fxstn.frontends.live.calls import Call, mutated
-from fxstn.frontends.live.containers import leaves, tensors_in
+from fxstn.ir.containers import leaves, tensors_in
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.regions import region_shift

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from nets import Classifier, SmallConv, mlp
 from torch import fx, nn
-from torch.utils._pytree import tree_structure
 
 import fxstn
 from fxstn import hp
@@ -22,6 +21,7 @@ from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import Plan
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.node_info import annotate, info_of
+from fxstn.ir.output_types import OutputTypes
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes import spec
 from fxstn.passes.canonicalize import canonicalize, drop_handed_through
@@ -209,10 +209,10 @@ def forgets_its_operation(graph):
     annotate(next(node for node in graph.graph.nodes if info_of(node).rule), operation=None)
 
 
-def returns_a_plain_dict(graph):
+def returns_the_leaves_alone(graph):
     output = graph.graph.output_node()
-    annotate(output, structure=tree_structure(OrderedDict(y=0)))
-    output.args = ({"y": output.args[0]},)
+    annotate(output, types=OutputTypes.of(OrderedDict(y=0), int))
+    output.args = ([output.args[0]],)
 
 
 def computes_for_nobody(graph):
@@ -237,7 +237,7 @@ PLANTED = {
     "parameters_know_their_response": (forgets_its_response, "pushforward", "names the response None"),
     "statistics_are_held": (counts_a_batch, "pushforward", "updates running statistics"),
     "tangents_name_their_rule": (forgets_its_operation, "pushforward", "and the operation None"),
-    "outputs_have_their_types": (returns_a_plain_dict, "plain", "a plain dict is returned"),
+    "outputs_have_their_types": (returns_the_leaves_alone, "plain", "a plain list is returned"),
     "everything_is_read": (computes_for_nobody, "plain", "nobody reads exp"),
     "pieces_are_recomputed": (keeps_an_activation, "linearized", "is kept outside of the pieces"),
 }

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.live.containers import attributes, reachable
 from fxstn.frontends.preservation import preserved
+from fxstn.ir.containers import attributes, reachable
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.temporary import eval_mode
+from fxstn.ir.containers import leaves
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
@@ -80,7 +81,7 @@ def evaluate_loss(
 
 
 def _has_gradient(output: object) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(output))
 
 
 def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Tensor:

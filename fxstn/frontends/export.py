@@ -28,8 +28,11 @@ from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture, same
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
+from fxstn.frontends.outputs import plain_output
+from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
+from fxstn.ir.output_types import OutputTypes
 
 _BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
@@ -77,7 +80,7 @@ def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs:
         if unsupported.problems:
             raise TransformError(unsupported.problems)
         _require_any_batch(program, arguments, batch)
-        return graph_of(program, model, arguments)
+        return graph_of(program, model, arguments, calls.output_types)
 
 
 def _arguments(model: nn.Module, inputs: tuple) -> dict[str, Any]:
@@ -108,11 +111,14 @@ class _Calls:
     """The modules whose forwards run, outermost first; they stay there when a forward raises. Refuses their assignments.
 
     versions: of the tensors that each of these forwards takes, by id.
+    output_types: of what the model itself has returned, whose leaves export gets.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
         self.versions: list[dict[int, int]] = []
+        self.own = vars(model)
+        self.output_types: OutputTypes | None = None
         self.names = {id(vars(module)): name for name, module in model.named_modules()}  # export's stand-ins share vars
 
     def innermost(self) -> str:
@@ -135,10 +141,14 @@ class _Calls:
             self.modules.pop()
             before = self.versions.pop()
 
-            def own(value: Tensor) -> Tensor:
-                return torch.ops.aten.alias.default(value) if before.get(id(value)) == value._version else value
+            def own(value: object) -> object:
+                handed_through = isinstance(value, Tensor) and before.get(id(value)) == value._version
+                return torch.ops.aten.alias.default(value) if handed_through else value
 
-            return tree_map_only(Tensor, own, output)
+            output = mapped(own, output)
+            if vars(module) is self.own:
+                output, self.output_types = plain_output(output)
+            return output
 
         set_attribute = nn.Module.__setattr__
 

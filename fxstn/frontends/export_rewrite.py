@@ -17,11 +17,11 @@ from torch.fx.node import Argument, map_aggregate
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
 
 from fxstn.frontends.guards import UnsupportedError
-from fxstn.frontends.outputs import special_structure
 from fxstn.frontends.symbolic import first_names
 from fxstn.ir.errors import source_of
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
+from fxstn.ir.output_types import OutputTypes
 from fxstn.ops.inputs import require_equal, require_full_precision, require_sizes
 
 aten = torch.ops.aten
@@ -32,15 +32,18 @@ Scope = tuple[ModuleCall, ...]
 _SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
-def graph_of(program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any]) -> fx.GraphModule:
+def graph_of(
+    program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any], types: OutputTypes | None
+) -> fx.GraphModule:
     """The program as a graph.
 
     arguments: the example inputs by the names of the forward.
+    types: of an output whose leaves alone the program returns; None for plain containers.
 
     Parameters, buffers and constants become nodes where they are read, counted batches and batch norms one operation,
     no_grad regions detached results. Raises UnsupportedError for what the graph cannot express.
     """
-    return _Rewriter(program, model).run(arguments)
+    return _Rewriter(program, model, types).run(arguments)
 
 
 class _Rewriter:
@@ -50,8 +53,8 @@ class _Rewriter:
     attributes: for inputs of the program that are attributes of the root, their names.
     """
 
-    def __init__(self, program: ExportedProgram, model: nn.Module) -> None:
-        self.program, self.model = program, model
+    def __init__(self, program: ExportedProgram, model: nn.Module, types: OutputTypes | None) -> None:
+        self.program, self.model, self.types = program, model, types
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.constants = nn.Module()
@@ -257,9 +260,8 @@ class _Rewriter:
             if spec.kind is not OutputKind.USER_OUTPUT:
                 what = f"the forward changes {spec.target!r}, which a traced graph would lose,"
                 raise UnsupportedError("", what, "update it outside of the forward")
-        structure = self.program.call_spec.out_spec
-        node = self.graph.output(tree_unflatten(list(self._value(flat, ())), structure))
-        annotate(node, structure=special_structure(structure))
+        node = self.graph.output(tree_unflatten(list(self._value(flat, ())), self.program.call_spec.out_spec))
+        annotate(node, types=self.types)
 
 
 def _source(node: fx.Node, position: int = 0) -> fx.Node:

@@ -1,46 +1,42 @@
-"""What a forward returns: plain containers stay in the graph, other types come back in the last pass, the rest is refused."""
+"""What a forward returns: plain containers stay in the graph, other types come back in the last pass (restore_types)."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import namedtuple  # pytree's type of all of them; fx keeps their own
+import operator
 
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from fxstn.frontends.guards import UnsupportedError
+from fxstn.ir.containers import hidden, leaves, path_to
+from fxstn.ir.output_types import OutputTypes
 
-_PLAIN = (tuple, list, dict)
+_PLAIN = (tuple, list, dict, None)  # None: the type of a leaf
+_VALUES = (Tensor, fx.Proxy)
 
 
-def structure_of(output: object) -> TreeSpec | None:
-    """The structure of a forward's output, see `special_structure`.
+def plain_output(output: object) -> tuple[object, OutputTypes | None]:
+    """What a graph returns for an output: plain tuples, lists and dicts as they are; for other types a list of the leaves.
 
-    Raises UnsupportedError where a container among the leaves shows that pytree does not know its type.
+    The second value makes the output of the leaves again; None for plain containers. Raises UnsupportedError where a tensor
+    is in an object that cannot be made anew, a set say.
     """
-    leaves, structure = tree_flatten(output)
-    for leaf in leaves:
-        if isinstance(leaf, _PLAIN) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, fx.Proxy))):
-            raise _unsupported(type(leaf))
-    return special_structure(structure)
+    values = leaves(output, _VALUES)
+    for leaf in values:
+        if not isinstance(leaf, _VALUES) and any(True for _ in hidden(leaf, _VALUES)):
+            raise UnsupportedError("", *hidden_in_output(leaf, output))
+    entries, structure = tree_flatten(output)
+    if _is_plain(structure) and len(entries) == len(values) and all(map(operator.is_, entries, values)):
+        return output, None
+    return values, OutputTypes.of(output, _VALUES)
 
 
-def special_structure(structure: TreeSpec) -> TreeSpec | None:
-    """The structure, where it has containers besides plain tuples, lists and dicts; None where it has not.
-
-    Raises UnsupportedError for a type that is none of the three, and no subclass of one: a graph cannot hold it.
-    """
-    types = {spec.type for spec in _containers(structure)} - {*_PLAIN, namedtuple, None}
-    for kind in types:
-        if not issubclass(kind, _PLAIN):
-            raise _unsupported(kind)
-    return structure if types else None
+def hidden_in_output(leaf: object, output: object) -> tuple[str, str]:
+    """What is wrong with an output whose leaf holds a tensor, and the remedy."""
+    place, kind = path_to(leaf, output, "output"), type(leaf).__name__
+    what = f"the forward returns tensors inside a {kind}, at {place}, where they would lose their gradient,"
+    return what, "return them in tuples, lists, dicts or objects with plain attributes"
 
 
-def _containers(structure: TreeSpec) -> list[TreeSpec]:
-    return [structure, *(spec for child in structure.children() for spec in _containers(child))]
-
-
-def _unsupported(kind: type) -> UnsupportedError:
-    what = f"the forward returns a {kind.__name__}, which a graph cannot hold,"
-    return UnsupportedError("", what, "return tensors in tuples, lists or dicts")
+def _is_plain(structure: TreeSpec) -> bool:
+    return structure.type in _PLAIN and all(map(_is_plain, structure.children()))

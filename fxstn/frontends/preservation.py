@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.frontends.guards import module_state, restore
-from fxstn.frontends.live.containers import attributes, mapped, reachable
+from fxstn.ir.containers import attributes, mapped, reachable
 
 Inputs = TypeVar("Inputs")
 

@@ -20,9 +20,11 @@ from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
-from fxstn.frontends.outputs import structure_of
+from fxstn.frontends.outputs import plain_output
+from fxstn.ir.containers import mapped
 from fxstn.ir.graphs import assemble
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
+from fxstn.ir.output_types import OutputTypes
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.inputs import require_full_precision
 from fxstn.rules import RULES
@@ -76,7 +78,7 @@ class _Tracer(fx.Tracer):
         self.supplied = supplied
         self.own: dict[int, str] = {}
         self.grad_enabled = torch.is_grad_enabled()
-        self.argument: object = None  # of an operation: the last one; in the end what the forward returns
+        self.output_types: OutputTypes | None = None
 
     def create_args_for_root(
         self, root_fn: Callable[..., object], is_module: bool, concrete_args: dict[str, Any] | tuple | None = None
@@ -88,16 +90,19 @@ class _Tracer(fx.Tracer):
             if node is not None and node.args and i > self.supplied and not isinstance(node.args[0], torch.Tensor):
                 arguments[i] = node.args[0]
                 self.graph.erase_node(node)
-        return function, arguments
+
+        def returned(*inputs: object) -> object:
+            output, self.output_types = plain_output(function(*inputs))
+            return output
+
+        return returned, arguments
 
     def create_arg(self, a: object) -> Argument:
         """fx would make a dataclass by an operation of the graph, which no rule knows."""
         if dataclasses.is_dataclass(a) and not isinstance(a, (type, dict)):
             what = f"the forward makes a {type(a).__name__}, which a graph cannot hold,"
             raise UnsupportedError(self.path_of_current(), what, "return tensors in tuples, lists or dicts")
-        argument = super().create_arg(dict(a) if isinstance(a, dict) else a)
-        self.argument = a
-        return argument
+        return super().create_arg(dict(a) if isinstance(a, dict) else a)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -162,7 +167,7 @@ class _Tracer(fx.Tracer):
             )
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "output":
-            annotate(node, structure=structure_of(self.argument))
+            annotate(node, types=self.output_types)
         annotate(node, scope=tuple(self.calls))
         return node
 
@@ -180,7 +185,7 @@ class _Tracer(fx.Tracer):
         def marked(value: Any) -> Any:
             return self._exit_of(call, value, entered, training) if isinstance(value, fx.Proxy) else value
 
-        output = map_aggregate(output, marked)
+        output = mapped(marked, output, fx.Proxy)
         self.calls.pop()
         return output
 

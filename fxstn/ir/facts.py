@@ -105,6 +105,13 @@ def returns_tensors(function: Function) -> bool | None:
 
 
 @functools.cache
+def returns_one_tensor(function: Function) -> bool:
+    """Whether the schemas promise that the result is a tensor, neither several nor a list of them."""
+    returns = [[str(result.type) for result in overload._schema.returns] for overload in overloads(function)]
+    return bool(returns) and all(types == ["Tensor"] for types in returns)
+
+
+@functools.cache
 def result_names(function: Function) -> dict[str, int]:
     """{name: position} of an operation's results, where the schemas name several."""
     results = (overload._schema.returns for overload in overloads(function))

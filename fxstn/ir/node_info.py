@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import fx
-from torch.utils._pytree import TreeSpec
+
+from fxstn.ir.output_types import OutputTypes
 
 _KEY = "fxstn"
 _STACK = "stack_trace"
@@ -38,7 +39,7 @@ class NodeInfo:
     training: of a module that stays one node, whether it was in train mode.
     handed_through: the node only keeps a module's output apart from its input.
     address, positions: of a live recording; see `fxstn.frontends.live.record`.
-    structure: of the output node, what the forward returns where that is no plain tuple, list or dict.
+    types: of the output node, the `OutputTypes` of what the forward returns where that is no plain tuple, list or dict.
     mutates: position of the argument that it writes into; gone after canonicalize.
     response: of a parameter, the name of the node that holds its response R. By hyperize, as the next one.
     scales: of a parameter that responds and of every value computed from it row by row.
@@ -51,7 +52,7 @@ class NodeInfo:
     handed_through: bool = False
     address: tuple[Any, ...] | None = None
     positions: Mapping[int, int] = field(default_factory=dict)
-    structure: TreeSpec | None = None
+    types: OutputTypes | None = None
     mutates: int | None = None
     response: str | None = None
     scales: RowScales | None = None

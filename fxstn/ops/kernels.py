@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
 
 
@@ -131,11 +132,30 @@ def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
 
 
 @staged
-def zeros_tangent(output: object) -> Tensor | None:
-    """Real zeros for a floating-point output that depends on no weight; None for anything else."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return torch.zeros_like(output)
+def zeros_tangent(output: object) -> object:
+    """Real zeros for a floating-point output that depends on no weight; None for anything else.
+
+    Several results of one operation get several.
+    """
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output) if output.is_floating_point() else None
+    if isinstance(output, (tuple, list)) and not isinstance(output, torch.Size):
+        return rebuilt(output, [zeros_tangent(entry) for entry in output])
     return None
+
+
+@staged
+def plus_tangent(y: Any, dy: Any) -> object:
+    """y + dy of the results of one operation, one by one; y itself where dy is None."""
+    if isinstance(y, (tuple, list)) and dy is not None:
+        return rebuilt(y, [plus_tangent(*pair) for pair in zip(y, dy, strict=True)])
+    return y if dy is None else y + dy
+
+
+@staged
+def as_results_of(y: Any, entries: Iterable[object]) -> object:
+    """The entries in a sequence of the type that an operation returned, such as torch.return_types.max."""
+    return rebuilt(y, entries)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fxstn.ir.containers import leaves
 from fxstn.ops.response import responses_in
 
 
@@ -88,10 +89,10 @@ def squared_jacobian(output: object, inputs: object, projections: int | None) ->
     Raises ValueError without floating point inputs or outputs, RuntimeError where an operation has no second derivative.
     """
     sources = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
-    leaves = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
-    if not sources or not leaves:
+    entries = [y for y in leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+    if not sources or not entries:
         raise ValueError("the Jacobian's norm needs floating point inputs and outputs, (batch, ...)")
-    y = torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], 1)
+    y = torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in entries], 1)
     if projections is None:
         directions = [one.expand_as(y) for one in torch.eye(y.shape[1], dtype=y.dtype, device=y.device)]
     else:

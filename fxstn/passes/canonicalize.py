@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
 from fxstn.ir.facts import result_names
-from fxstn.ir.graphs import copied, function_of, map_leaves, rename
+from fxstn.ir.graphs import copied, map_leaves, rename
 from fxstn.ir.node_info import annotate, copy_facts, copy_place, info_of
 from fxstn.ir.spelling import IN_PLACE_OPERATORS, Spelled, Unspellable, respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
@@ -187,7 +187,7 @@ def _respell(node: fx.Node) -> None:
 
 
 def _simplify_structure(node: fx.Node) -> None:
-    """Drops dropout in eval mode, numbers named results, and replaces constructors of named tuples by what they hold."""
+    """Drops dropout in eval mode, and numbers named results."""
     if node.op != "call_function":
         return
     if node.target is getattr and (position := _result_position(*node.args)) is not None:
@@ -198,13 +198,6 @@ def _simplify_structure(node: fx.Node) -> None:
             node.args, node.kwargs = (node.args[0], p, True), {}
         else:
             _bypass(node)
-    elif isinstance(node.target, type) and issubclass(node.target, tuple) and hasattr(node.target, "_fields"):
-        structure = function_of(node)(*node.args, **node.kwargs)
-        for user in list(node.users):
-            if user.op == "output":
-                user.args = (map_leaves(user.args[0], lambda leaf: structure if leaf is node else leaf),)
-        if not node.users:
-            node.graph.erase_node(node)
 
 
 def _result_position(source: Argument, name: Argument) -> int | None:

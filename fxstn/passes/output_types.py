@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from fxstn.frontends.interface import Plan
 from fxstn.ir.graphs import copied
 from fxstn.ir.node_info import info_of
+from fxstn.ir.output_types import OutputTypes
 
 
 def restore_types(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Plain outputs {…} → Output({…}), where the forward returns an Output; (y, dy) → (Output(y), Output(dy)).
+    """Leaves [y, …] → Output(y, …), where the forward returns an Output; ([y, …], [dy, …]) → (Output(…), Output(…)).
 
     The passes before this one see plain tuples, lists and dicts.
     """
-    structure = info_of(module.graph.output_node()).structure
-    if structure is None:
+    types = info_of(module.graph.output_node()).types
+    if types is None:
         return module
     module = copied(module)
     output = module.graph.output_node()
     (value,) = output.args
-    restored = _constructor(structure)
+    restored = _constructor(types)
 
-    def restore(plain: fx.node.Argument) -> fx.Node:
+    def restore(leaves: Any) -> fx.Node:
         with module.graph.inserting_before(output):
-            return module.graph.call_function(restored, tuple(tree_leaves(plain)))
+            return module.graph.call_function(restored, tuple(leaves))
 
     if plan.kind.objective == "pushforward" and isinstance(value, tuple):
         value = tuple(map(restore, value))
@@ -39,11 +40,11 @@ def restore_types(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return module
 
 
-def _constructor(structure: TreeSpec) -> Callable[..., object]:
-    """A function of the leaves that makes the structure. The code of the graph shows it by the name of the outermost type."""
+def _constructor(types: OutputTypes) -> Callable[..., object]:
+    """A function of the leaves that makes the output. The code of the graph shows it by the name of the outermost type."""
 
     def construct(*leaves: object) -> object:
-        return tree_unflatten(list(leaves), structure)
+        return types.restored(leaves)
 
-    construct.__name__ = construct.__qualname__ = str(structure.type.__name__ if structure.type else "output")
+    construct.__name__ = construct.__qualname__ = types.name
     return construct

@@ -13,12 +13,13 @@ from torch.fx.node import Argument, Target
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
+from fxstn.ir.facts import overloads, returns_one_tensor
 from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
-from fxstn.ops.kernels import zeros_tangent
+from fxstn.ops.kernels import as_results_of, plus_tangent, zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
@@ -178,8 +179,15 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
         def real(leaf: object) -> object:
             if not isinstance(leaf, fx.Node):
                 return None
-            dy = walk.tangents[leaf]
-            return call(zeros_tangent, walk.value(leaf)) if dy is ZERO else dy
+            y, dy = walk.values[leaf], walk.tangents[leaf]
+            if isinstance(dy, (tuple, list)):
+                return call(
+                    as_results_of, y, tuple(of_result(call(operator.getitem, y, i), t) for i, t in enumerate(dy))
+                )
+            return of_result(y, dy)
+
+        def of_result(y: fx.Proxy, dy: object) -> object:
+            return call(zeros_tangent, y) if dy is ZERO else dy
 
         return walk.value(output), map_leaves(output, real)
 
@@ -203,18 +211,29 @@ def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMod
 
 def _linearized(walk: _Pushforward, node: fx.Node) -> object:
     """y + dy of an output; link(z + dz) for y = link(z), and views of it."""
-    if walk.tangents[node] is ZERO:
-        return walk.values[node]
+    y, dy = walk.values[node], walk.tangents[node]
+    if dy is ZERO:
+        return y
     link, views = node, []
     while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
         views.append(link)
         link = link.args[0]
     if link.op != "call_function" or link.target not in LINKS:
-        return operator.add(walk.values[node], walk.tangents[node])
+        if isinstance(dy, fx.Proxy) and _is_one_tensor(node):
+            return operator.add(y, dy)
+        return call(plus_tangent, y, map_leaves(dy, lambda tangent: None if tangent is ZERO else tangent))
     result = walk.value(link.args[0]) + walk.tangent(link.args[0])
     for step in (link, *reversed(views)):
         result = call(function_of(step), result, *walk.value(step.args[1:]), **walk.value(step.kwargs))
     return result
+
+
+def _is_one_tensor(node: fx.Node) -> bool:
+    """Whether the value of a node is certainly a tensor: torch.chunk, and some functions without a schema, return several."""
+    function = function_of(node)
+    if overloads(function):
+        return returns_one_tensor(function)
+    return function in RULES and function is not operator.getitem
 
 
 def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:

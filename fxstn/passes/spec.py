@@ -120,14 +120,14 @@ def tangents_name_their_rule(module: fx.GraphModule) -> Iterator[str]:
 
 
 def outputs_have_their_types(module: fx.GraphModule) -> Iterator[str]:
-    """Where the forward returns a type of its own, the graph does not return a plain dict in its place."""
+    """Where the forward returns a type of its own, the graph does not return a plain list of its leaves."""
     output = module.graph.output_node()
 
     def plain(value: object) -> bool:
-        return isinstance(value, dict) or (isinstance(value, tuple) and any(map(plain, value)))
+        return isinstance(value, list) or (isinstance(value, tuple) and any(map(plain, value)))
 
-    if info_of(output).structure is not None and plain(output.args[0]):
-        yield f"a plain dict is returned in place of {info_of(output).structure}"
+    if (types := info_of(output).types) is not None and plain(output.args[0]):
+        yield f"a plain list is returned in place of {types.name}"
 
 
 def everything_is_read(module: fx.GraphModule) -> Iterator[str]:

@@ -17,13 +17,14 @@ from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.guards import mode_of
 from fxstn.frontends.live.calls import Call, mutated
-from fxstn.frontends.live.containers import arguments_mapped, leaves
 from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.frontends.preservation import preserved
 from fxstn.hp import OPERATIONS, Operation
+from fxstn.ir.containers import arguments_mapped, leaves
 from fxstn.ir.graphs import forked_rng
+from fxstn.ir.input_errors import described
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
 from fxstn.network import SelfTuningNetwork
 
@@ -177,8 +178,11 @@ def _generator_states() -> list[Tensor]:
 
 
 def flat(output: object) -> Tensor:
-    """The float entries of an output, copied into one vector."""
+    """The float entries of an output, copied into one vector. Raises ValueError where there are none."""
     floats = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not floats:
+        raise ValueError(f"the model returns {described(output)}, without a float tensor that a tangent could be compared on; "
+                         "let the forward return float tensors, for example the logits")  # fmt: skip
     return torch.cat([leaf.flatten() for leaf in floats])
 
 

@@ -10,9 +10,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxstn.frontends.live.containers import mapped
 from fxstn.frontends.preservation import preserved
 from fxstn.hp import Spec
+from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
@@ -198,7 +198,9 @@ def _comparisons(
     def tangent(of: SelfTuningNetwork, training: bool) -> Tensor:
         with preserved(of.model, inputs) as values, torch.no_grad():
             torch.manual_seed(seed)
-            return flat(of.train(training).pushforward(*values, delta=delta)[1])
+            y, dy = of.train(training).pushforward(*values, delta=delta)
+            flat(y)  # has float tensors, or this says what y is
+            return flat(dy)
 
     def of_original(training: bool, inserting: bool = False) -> Callable[[float], Tensor]:
         return Reference(original, network, inputs, delta, seed, training, inserting)

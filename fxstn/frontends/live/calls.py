@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from fxstn.frontends.live.containers import tensors_in
+from fxstn.ir.containers import tensors_in
 from fxstn.ir.facts import is_seeded, returns_tensors, written_arguments
 from fxstn.ir.spelling import Spelled
 from fxstn.rules import RULES

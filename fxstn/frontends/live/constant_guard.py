@@ -9,9 +9,9 @@ from types import FrameType
 from torch import Tensor
 
 from fxstn.frontends.live.calls import Call
-from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.tangent_table import differentiable
 from fxstn.frontends.live.tracer import LiveTracer
+from fxstn.ir.containers import tensors_in
 from fxstn.ir.errors import LIBRARY, Diagnostic, TransformError, innermost_user_frame, operation_name
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fxstn.frontends.live.calls import Call, OperationNote, is_draw, may_return_no_tensor, mutated
 from fxstn.frontends.live.constant_guard import ConstantGuard
-from fxstn.frontends.live.containers import arguments_mapped, attributes, leaves, mapped, rebuilt, tensors_in
 from fxstn.frontends.live.links import Links
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.tangent_table import (
@@ -22,6 +21,8 @@ from fxstn.frontends.live.tangent_table import (
     same_form,
     share_memory,
 )
+from fxstn.frontends.outputs import hidden_in_output
+from fxstn.ir.containers import arguments_mapped, attributes, hidden, leaves, mapped, rebuilt, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, operation_name
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
@@ -250,7 +251,12 @@ class Duals(ConstantGuard):
 
     def finish(self, output: object) -> None:
         """Raises TransformError with every problem of the run."""
-        self.check_known("the output", leaves(output))
+        values = leaves(output)
+        self.check_known("the output", values)
+        for leaf in values:
+            if not isinstance(leaf, Tensor) and any(self.tangent(x) is not ZERO for x in hidden(leaf)):
+                what, remedy = hidden_in_output(leaf, output)
+                self.problems.append(Diagnostic("", what, "", remedy))
         if self.problems:
             raise TransformError(list(dict.fromkeys(self.problems)))
 

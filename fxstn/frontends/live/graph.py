@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.interface import Root
-from fxstn.frontends.live.containers import attributes, mapped, reachable
 from fxstn.frontends.live.duals import Duals, OperationNote
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.temporary import swapped_tensors, temporary_memory
 from fxstn.frontends.live.tracer import LiveTracer
+from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.response import Response, for_all_examples, parameter_changes

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fxstn.frontends.live.containers import tensors_in
 from fxstn.frontends.live.duals import Duals
+from fxstn.ir.containers import tensors_in
 from fxstn.ir.staging import staged
 from fxstn.rules.fallback import plain_tangents
 

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxstn.frontends.guards import mode_of
 from fxstn.frontends.live.calls import Call, RunningCall, argument_names, mutated
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
-from fxstn.frontends.live.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.frontends.preservation import preserved
+from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import forked_rng, rename
 from fxstn.ir.node_info import ModuleCall, annotate, copy_facts, info_of

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fxstn.frontends.guards import mode_of, module_state, restore
-from fxstn.frontends.live.containers import INTERNAL, mapped, reachable
+from fxstn.ir.containers import INTERNAL, mapped, reachable
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.live.calls import Call, RunningCall, argument_names, arithmetic, inlined
 from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
-from fxstn.frontends.live.containers import mapped, tensors_in
 from fxstn.frontends.live.sites import Address, Position, RuntimeSites
+from fxstn.ir.containers import mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
