@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import SmallConv, mlp
 from torch import nn
+from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
@@ -22,6 +23,26 @@ SPACE = [
     Hyperparameter(3.0, 0.0, math.inf, name="any"),
     Hyperparameter(1, 0.0, 5.0, integer=True, name="holes"),
 ]
+
+
+@pytest.mark.parametrize("where", [(), ("*",), ("1",)])
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_an_init_that_the_user_gives_wins_over_the_strength_of_the_module(where, own):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(own), nn.Linear(4, 2))
+    stn = fxstn.transform(model, [hp.Dropout(*where, init=0.3)])
+    assert stn.hparams.values()["1.dropout"] == pytest.approx(0.3)
+
+
+def test_an_init_by_name_wins_for_that_name_only():
+    model = nn.Sequential(v2.ColorJitter(0.2, 0.3, 0.4, 0.05), nn.Flatten(), nn.Linear(48, 2))
+    values = fxstn.transform(model, [hp.ColorJitter(init={"contrast": 0.1})]).hparams.values()
+    assert [round(values[f"0.{name}"], 6) for name in ("brightness", "contrast", "saturation")] == [0.2, 0.1, 0.4]
+
+
+def test_a_start_outside_the_range_is_refused_where_a_module_is_taken_over():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"1\.dropout: init=1.5 is not strictly between"):
+        fxstn.transform(model, [hp.Dropout(init=1.5)])
 
 
 def test_the_start_is_where_it_was_asked_to_be():

@@ -29,7 +29,9 @@ class Spec:
     """Base of all specs.
 
     where: fnmatch patterns over full module names, the root "" included (`*` crosses dots).
-    init, low, high, scale: in place of the numbers' own, for all of them or by name, {"hue": 0.1}.
+    init: start, in place of the number's own and of the strength of a module that is taken over. For all numbers, or by name,
+        {"hue": 0.1}.
+    low, high, scale: in place of the numbers' own, likewise.
     shared: one λ for all matches in place of one each.
     perturb: "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by
         name too.
@@ -52,6 +54,8 @@ class Spec:
         for key, choice in choices.items():
             self._check_numbers(key, choice)
             self._check_names(key, choice)
+        named = init if isinstance(init, Mapping) else self.numbers
+        self.explicit_starts = frozenset(named if init is not None else ())
         self.numbers = {
             name: replace(
                 number,
@@ -114,12 +118,12 @@ class Spec:
         """The hyperparameters at one match.
 
         They are called 'path.name', but 'name' when shared or at the root, and 'path' where it ends in the name.
-        starts: a module's own strengths by name, in place of init. They are moved inside the range.
+        starts: a module's own strengths by name, moved inside the range. They stand where the user gives no init.
         """
         result = []
         for kind, number in self.numbers.items():
             name = kind if self.shared or not path else path if path.rpartition(".")[2] == kind else f"{path}.{kind}"
-            if starts and kind in starts:
+            if starts and kind in starts and kind not in self.explicit_starts:
                 number = number.starting_inside(starts[kind])
             result.append(number.named(name))
         return result
