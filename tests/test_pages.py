@@ -41,10 +41,10 @@ TRANSFORM: Any = sys.modules[fxstn.transform.__module__]
 
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
-    """A namespace to run blocks in. What they register is gone afterwards."""
+    """The namespace of an empty file, to run blocks in. What they register is gone afterwards."""
     tables: list[Any] = [RULES, DECOMPOSITIONS, RANDOM, AUGMENTING, hp.OPERATIONS]
     before = [table.copy() for table in tables]
-    yield {"__name__": "contributed", "torch": torch, "nn": nn}
+    yield {"__name__": "contributed"}
     for table, content in zip(tables, before, strict=True):
         table.clear()
         table.update(content)

@@ -162,7 +162,7 @@ def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
         module_path(node),
         f"{operation_name(function_of(node))} has no tangent rule ({reason})",
         source_of(node),
-        "register one (CONTRIBUTING.md, 'add a rule'), or freeze the parameters it depends on",
+        "register one (CONTRIBUTING.md, 'Add a tangent rule'), or freeze the parameters it depends on",
     )
 
 

@@ -30,7 +30,7 @@ from fxstn.ops.kernels import zeros_tangent
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.rules.layers import dense
 
-_NO_RULE = "register one (CONTRIBUTING.md, 'add a rule'), or freeze the parameters it depends on"
+_NO_RULE = "register one (CONTRIBUTING.md, 'Add a tangent rule'), or freeze the parameters it depends on"
 _IN_PLACE = "write it without changing a tensor in place"
 # Here values leave torch for Python or another library. Torch has no fact that tells them from sizes and flags, which are
 # numbers too but do not vary.
