@@ -377,6 +377,18 @@ row("set text", r"2\.dropout='high' must be a number within its range")(
 
 # Models
 
+
+@row(
+    "perturbations of examples on a live network",
+    r"perturb='example' needs a graph, .*trace='live'.*give perturb='auto'",
+)
+def example_on_live(folder):
+    stn = fxstn.transform(
+        nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), example_inputs=X, trace="live"
+    )
+    fxstn.BilevelRunner(stn, F.cross_entropy, batches(), batches(), perturb="example")
+
+
 row("model a class", r"model must be an nn\.Module.*got <class .*Cut'>; give the plain model")(
     lambda folder: fxstn.transform(Cut)
 )

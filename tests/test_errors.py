@@ -294,18 +294,35 @@ class Several(nn.Module):
         return self.b(self.body(h) if h.shape[1] == 6 else h)
 
 
-def test_a_scripted_submodule_is_refused_by_every_frontend_with_its_path():
+@pytest.mark.parametrize("path", ["0", "1.0", ""])
+def test_a_scripted_module_is_refused_by_every_frontend_with_its_path(path):
+    net = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and still around
-        net = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 3))
+        warnings.simplefilter("ignore", FutureWarning)
+        scripted = torch.jit.script(net.get_submodule(path))
+    if path:
+        net.set_submodule(path, scripted)
+    else:
+        net = scripted
     with pytest.raises(fxstn.TransformError) as caught:
         fxstn.transform(net, SCALAR, example_inputs=torch.randn(4, 6))
-    assert [problem.frontend for problem in caught.value.problems] == ["fx", "export", "live"]
-    assert [(problem.where, problem.what.split(",")[0]) for problem in caught.value.problems[:2]] == [
-        ("0", "a scripted module")
-    ] * 2
-    with pytest.raises(fxstn.TransformError, match=r"a scripted module.*in module '0'.*; or give example_inputs"):
+    problems = caught.value.problems
+    assert [problem.frontend for problem in problems] == ["fx", "export", "live"]
+    assert {(problem.where, problem.what.split(",")[0]) for problem in problems} == {(path, "a scripted module")}
+    with pytest.raises(fxstn.TransformError, match=r"a scripted module.*; or give example_inputs"):
         fxstn.transform(net, SCALAR)
+
+
+def test_a_module_of_torch_export_is_refused_because_it_has_one_mode():
+    x = torch.randn(4, 6)
+    exported = torch.export.export(mlp(0.3), (x,)).module()
+    with pytest.raises(
+        ValueError, match=r"the model comes from torch\.export, .*; transform the module that was exported"
+    ):
+        fxstn.transform(exported, example_inputs=x)
+    with pytest.raises(ValueError, match=r"module '1' comes from torch\.export"):
+        fxstn.transform(nn.Sequential(nn.Linear(6, 6), exported), example_inputs=x)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "submodule"])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from nets import mlp
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import fxstn
@@ -155,3 +156,45 @@ def test_read_only_memory_that_nothing_writes_into_is_taken(tmp_path):
         warnings.simplefilter("ignore", UserWarning)  # torch warns that writing into it would crash
         x = torch.from_numpy(numpy.load(tmp_path / "x.npy", mmap_mode="r"))
     assert fxstn.transform(mlp(0.3), example_inputs=x, trace="live").frontend == "live"
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])
+
+
+def quantized():
+    return torch.quantize_per_tensor(torch.randn(4, 6), 0.1, 0, torch.quint8)
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.randn(4, 6)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes and deprecations
+@pytest.mark.parametrize("trace", ["auto", "fx", "export", "live"])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (lambda: torch.randn(4, 6, device="meta"), "the model cannot take inputs .* on device cpu .* device meta"),
+        (nested, "example_inputs holds a nested tensor"),
+        (quantized, "example_inputs holds a quantized tensor"),
+        (fake, "example_inputs holds a fake tensor"),
+    ],
+    ids=["meta", "nested", "quantized", "fake"],
+)
+def test_examples_without_sizes_or_values_of_their_own_are_refused(example, message, trace):
+    net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.3), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=message):
+        fxstn.transform(net, example_inputs=example(), trace=trace)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", ["fx", "live"])
+@pytest.mark.parametrize("make", [lambda: torch.ones(3, device="meta"), quantized, lambda: torch.eye(3).to_sparse()])
+def test_a_buffer_of_any_kind_is_no_obstacle(make, trace):
+    net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.3), nn.Linear(4, 3))
+    net.register_buffer("special", make())
+    stn = fxstn.transform(net, example_inputs=torch.randn(4, 6), trace=trace)
+    stn.pushforward(torch.randn(4, 6), delta=torch.ones(1))
+    assert torch.isfinite(stn(torch.randn(4, 6))).all()

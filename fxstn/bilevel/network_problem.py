@@ -48,6 +48,9 @@ class NetworkProblem(BilevelProblem):
         self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)
         self.entropy_weight, self.tune_scale = settings.entropy_weight, settings.tune_scale
         self.perturb: Perturb = settings.perturb
+        if self.perturb == "example" and not stn.recipe.frontend.rewritable:
+            raise ValueError(f"perturb='example' needs a graph, and this network is followed by trace={stn.frontend!r}, with "
+                             "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why")  # fmt: skip
         self.response_fraction, self.response_widening = settings.response_fraction, settings.response_widening
         self.response_windows, self.hyper_fraction = settings.response_windows, settings.hyper_fraction
         self._windows = 0  # that the response step has seen in this pass

@@ -13,11 +13,12 @@ from unittest import mock
 
 import numpy
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 
+_OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -33,18 +34,34 @@ class UnsupportedError(Exception):
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises ValueError for a model that averages gradients itself, or whose norms belong to a group of processes."""
+    """Raises ValueError for a model that averages gradients itself, that was exported in one mode, or whose norms belong to a
+    group of processes."""
     kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if wrapped := [name for name, module in model.named_modules() if isinstance(module, kinds)]:
         raise ValueError(f"{f'module {wrapped[0]!r}' if wrapped[0] else 'the model'} is wrapped in DataParallel or "
                          "DistributedDataParallel: transform the module inside (.module); BilevelRunner, or "
                          "fxstn.average_gradients in a loop of one's own, averages the gradients")  # fmt: skip
     for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and _OF_EXPORT in module.meta:
+            raise ValueError(f"{f'module {name!r}' if name else 'the model'} comes from torch.export, which keeps one mode, "
+                             "so that dropout acts always or never; transform the module that was exported")  # fmt: skip
         if isinstance(module, nn.SyncBatchNorm) and module.process_group is not None:
             raise ValueError(
                 f"module {name!r} is a SyncBatchNorm of a process group: only that of all processes is known; "
                 "convert_sync_batchnorm(model) without a group makes those"
             )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raises TransformError with the path of every outermost module of TorchScript."""
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, torch.jit.ScriptModule) and not inside:
+            outermost.append(name)
+    if outermost:
+        what, remedy = "a scripted module, whose operations Python does not see,", "put what was scripted in its place"
+        raise TransformError([Diagnostic(name, what, "", remedy) for name in outermost])
 
 
 class Unsupported:
@@ -188,10 +205,7 @@ def guarded_capture(
     place of whatever else is raised inside.
     """
     with mode_of(model, training, frozen), _errors_explained(tool, unsupported), _nothing_changed(model):
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                what = "a scripted module, whose operations Python does not see,"
-                raise UnsupportedError(name, what, "put the module that was scripted in its place")
+        refuse_scripted(model)
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
         with _operations_noticed(unsupported, full_precision):

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxstn.frontends.guards import module_state, restore
 from fxstn.ir.containers import attributes, mapped, reachable
@@ -60,20 +62,20 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class SavedTensor:
-    """A tensor object, the memory that it shows, and the bytes in that memory."""
+    """A tensor object, the memory that it shows, and the bytes in that memory; nothing of a tensor without values."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.requires_grad = tensor, tensor.requires_grad
         with torch._C.DisableTorchFunction(), torch.no_grad():
             self.alias = tensor.detach()
             self.memory = _memory(tensor)
-            self.value = self.memory.clone()
+            self.value = None if self.memory is None else self.memory.clone()
 
     def restore(self) -> None:
         """Give the object its memory back, and the memory its bytes. Nothing is written where nothing has changed, because
         the memory may be read-only (numpy.memmap)."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if self.memory.layout is not torch.strided or not torch.equal(self.memory, self.value):
+            if self.memory is not None and self.value is not None and not _equal(self.memory, self.value):
                 self.memory.copy_(self.value)
             if self.tensor.grad_fn is not None and not self.requires_grad:
                 self.tensor.detach_()  # a value with a gradient was written into it
@@ -83,18 +85,35 @@ class SavedTensor:
                 self.tensor.data = self.alias
 
 
-def _memory(x: Tensor) -> Tensor:
-    """The bytes from a tensor's first entry to its last, (bytes,), over its own memory; a sparse tensor itself."""
-    if x.layout is not torch.strided or x.device.type == "meta" or not x.numel():
+def _memory(x: Tensor) -> Tensor | None:
+    """The bytes from a tensor's first entry to its last, (bytes,), over its own memory.
+
+    Returns the tensor itself where it is more than one piece of plain memory (sparse, nested, quantized), None where it has no
+    values (on the meta device, of FakeTensorMode).
+    """
+    if x.is_meta or isinstance(x, FakeTensor):
+        return None
+    if not _is_plain(x) or not x.numel():
         return x
     size = 1 + sum((n - 1) * stride for n, stride in zip(x.size(), x.stride(), strict=True))
     span = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), (size,), (1,))
     return span.view(torch.uint8)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is sizes and strides over one piece of memory."""
+    special = x.layout is not torch.strided or x.is_nested or x.is_quantized
+    return not special and not is_traceable_wrapper_subclass(x)
+
+
+def _equal(memory: Tensor, value: Tensor) -> bool:
+    """Whether nothing was written into a memory; of a special tensor this is not known."""
+    return _is_plain(memory) and torch.equal(memory, value)
+
+
 def _shows(x: Tensor, y: Tensor) -> bool:
     """Whether two tensor objects show the same memory in the same way."""
-    if x.layout is not torch.strided or y.layout is not torch.strided:
+    if not (_is_plain(x) and _is_plain(y)):
         return x.layout is y.layout
 
     def place(z: Tensor) -> tuple[object, ...]:

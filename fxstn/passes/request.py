@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.guards import refuse_wrapped
@@ -37,6 +38,10 @@ class Request:
                 f"example_inputs must be a tensor or a tuple of them, got {type(self.example_inputs).__name__}; take the "
                 "inputs of a batch, next(iter(loader))[0]"
             )
+        for leaf in tree_leaves(self.example_inputs):
+            if isinstance(leaf, Tensor) and (kind := _special_kind(leaf)):
+                raise ValueError(f"example_inputs holds a {kind} tensor, which no frontend can follow; give a plain "
+                                 "tensor, for example a padded batch")  # fmt: skip
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
         if self.response not in (None, "scaled", "structured") or (self.response == "scaled" and self.method == "stn"):
@@ -79,6 +84,12 @@ class Request:
     def needs_graph(self) -> bool:
         """Whether only a graph that passes rewrite will do."""
         return self.recompute or self.statistics != "batch"
+
+
+def _special_kind(x: Tensor) -> str:
+    """What kind of tensor an example is that has no sizes or no values of its own; "" for others."""
+    kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "fake": isinstance(x, FakeTensor)}
+    return next((kind for kind, is_kind in kinds.items() if is_kind), "")
 
 
 def check_model(model: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxstn.frontends.guards import mode_of
+from fxstn.frontends.guards import mode_of, refuse_scripted
 from fxstn.frontends.live.calls import Call, RunningCall, argument_names, mutated
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
 from fxstn.frontends.preservation import preserved
@@ -152,6 +152,7 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
     Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
     fails or computes with a tensor that cannot be followed.
     """
+    refuse_scripted(model)
     with preserved(model, inputs) as inputs:
         tape = Tape(model, inputs)
         try:
