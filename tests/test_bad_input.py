@@ -562,21 +562,21 @@ def not_a_model(num_classes):
     return num_classes
 
 
-row(
-    "CLI model unknown", "--model 'resnet99' is neither a torchvision classification model nor package.module:function"
-)(command("explain", "resnet99"))
+row("CLI model unknown", "model 'resnet99' is neither a torchvision classification model nor package.module:function")(
+    command("explain", "resnet99")
+)
 row(
     "CLI module unknown",
-    r"--model 'nowhere:net' cannot be built: No module named 'nowhere'; name a function that can be",
+    r"model 'nowhere:net' cannot be built: No module named 'nowhere'; name a function that can be",
 )(command("explain", "nowhere:net"))
-row("CLI function unknown", r"--model 'nets:net' cannot be built: .*no attribute 'net'; name a function that can be")(
+row("CLI function unknown", r"model 'nets:net' cannot be built: .*no attribute 'net'; name a function that can be")(
     command("explain", "nets:net")
 )
 row(
     "CLI function without num_classes",
-    r"--model 'nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",
+    r"model 'nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",
 )(command("tune", "--model", "nets:mlp", "--out", "@out"))
-row("CLI function that makes no model", r"--model '.*:not_a_model' must return an nn\.Module, it returns int")(
+row("CLI function that makes no model", r"model '.*:not_a_model' must return an nn\.Module, it returns int")(
     command("explain", f"{__name__}:not_a_model")
 )
 row("CLI data unknown", r"argument --data: invalid choice: 'imagenet' \(choose from '?digits")(
@@ -584,6 +584,9 @@ row("CLI data unknown", r"argument --data: invalid choice: 'imagenet' \(choose f
 )
 row("CLI epochs negative", "argument --epochs: '-1' must be a whole number, 1 or more")(tune("--epochs", "-1"))
 row("CLI batch size zero", "argument --batch-size: '0' must be a whole number, 1 or more")(tune("--batch-size", "0"))
+row("CLI verify on one example", "argument --batch-size: '1' must be a whole number, 2 or more")(
+    command("verify", "nets:tiny_conv", "--batch-size", "1")
+)
 row("CLI rate negative", "argument --lr: '-0.1' must be a positive number")(tune("--lr", "-0.1"))
 row("CLI rate no number", "argument --hyper-lr: 'fast' must be a positive number")(tune("--hyper-lr", "fast"))
 row("CLI sizes too large", "digits has 1797 images, too few for train=5000 and valid=500")(tune("--train-size", "5000"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,15 @@ def test_the_emitted_code_reads_like_the_network():
         "return (fc, d_fc)",
     ):
         assert line in code, line
+
+
+def test_the_readme_shows_emitted_code():
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\w+ = (?:torch\.conv2d|add_scaled)\(.*$", page, re.MULTILINE)
+    code = fxstn.transform(models.resnet18(), response="structured").graph("pushforward").code
+    code = code.replace("fxstn_ops_response_", "")
+    assert len(lines) == 4
+    assert [line for line in lines if line.removesuffix("...)") not in code] == []
 
 
 class Spellings(nn.Module):

@@ -401,7 +401,7 @@ def test_explain_and_verify_print_and_set_the_exit_status(capsys):
 def test_a_users_mistake_is_one_line_on_stderr(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("FXSTN_DATA", raising=False)
     assert run("explain", "resnet99") == 2
-    assert "fxstn explain: --model 'resnet99' is neither" in capsys.readouterr().err
+    assert "fxstn explain: model 'resnet99' is neither" in capsys.readouterr().err
     assert run("tune", "--data", "mnist", "--out", tmp_path) == 2
     assert "--data-root" in capsys.readouterr().err
     monkeypatch.setattr("torchvision.datasets.MNIST.download", broken_download)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,17 @@ print(sorted({"torch", "torchvision", "numpy", "tabulate"} & set(sys.modules)))
     shown = python(code, *words)
     assert "usage: fxstn" in shown
     assert shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_a_default_once_and_only_where_there_is_one(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS[name][2] in shown  # what the command does and leaves
+    assert "default: None" not in shown
+    assert "default: False" not in shown
+    assert not re.search(r"\(default[^)]*\) \(default", shown)
 
 
 def test_the_names_for_python_are_those_for_type_checkers():

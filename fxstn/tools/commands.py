@@ -85,7 +85,7 @@ def run_tune(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_file():
         raise ValueError(f"--out {args.out!r} is a file; name a folder, which is made where there is none")
-    device = check_device(args.device or "cpu", "--device")
+    device = check_device(args.device, "--device")
     split = data.load(args.data, args.image_size, args.train_size, args.valid_size, args.seed, args.data_root)
     runner = _runner(args, split, device, out)
     history = runner.fit(args.epochs)

@@ -28,7 +28,7 @@ def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise ValueError(f"--model {name!r} is neither a torchvision classification model nor package.module:function")
+        raise ValueError(f"model {name!r} is neither a torchvision classification model nor package.module:function")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception announce other initial weights
         return models.get_model(name, weights=None, num_classes=classes)
@@ -45,15 +45,15 @@ def _call(name: str, classes: int, own_classes: bool) -> nn.Module:
         takes_classes = _takes_classes(function)
         if not (takes_classes or own_classes):
             raise ValueError(
-                f"--model {name!r} takes no num_classes, and its classes must be those of the data; write "
+                f"model {name!r} takes no num_classes, and its classes must be those of the data; write "
                 f"def {attribute}(num_classes)"
             )
         model = function(num_classes=classes) if takes_classes else function()
     except (AttributeError, ImportError, TypeError) as error:
         remedy = "a function that can be imported" + ("" if own_classes else " and takes num_classes")
-        raise ValueError(f"--model {name!r} cannot be built: {error}; name {remedy}") from error
+        raise ValueError(f"model {name!r} cannot be built: {error}; name {remedy}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {name!r} must return an nn.Module, it returns {type(model).__name__}")
+        raise ValueError(f"model {name!r} must return an nn.Module, it returns {type(model).__name__}")
     return model
 
 
