@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as lr
 import fxstn
 from fxstn.bilevel import evidence, optim
 from fxstn.bilevel.optim import SettlingAdam, set_gap
-from fxstn.bilevel.optimizers import Updates
+from fxstn.bilevel.updates import Updates
 
 # Parts
 

@@ -23,9 +23,9 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.node_info import annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.network import SelfTuningNetwork
-from fxstn.passes import spec
+from fxstn.passes import invariants
 from fxstn.passes.canonicalize import canonicalize, drop_handed_through
-from fxstn.passes.spec import FACTS, check
+from fxstn.passes.invariants import FACTS, check
 from fxstn.transform import PIPELINES
 
 FOLDER = Path(inspect.getfile(canonicalize)).parent
@@ -255,4 +255,4 @@ def test_a_fact_that_does_not_hold_is_found(fact):
 
 
 def test_every_fact_is_planted_above():
-    assert {fact.__name__ for facts in FACTS.values() for fact in facts} == set(PLANTED) <= set(dir(spec))
+    assert {fact.__name__ for facts in FACTS.values() for fact in facts} == set(PLANTED) <= set(dir(invariants))

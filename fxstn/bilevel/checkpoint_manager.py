@@ -17,10 +17,10 @@ from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_check
 from fxstn.bilevel.evaluation import BestModel
 from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.history import History
-from fxstn.bilevel.optimizers import Updates
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
 from fxstn.bilevel.tuner import Counters
+from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import as_path
 
 # Parts whose values never change once they are there, so that a state in memory may share them.

@@ -16,8 +16,8 @@ from fxstn.bilevel.checks import check_settings
 from fxstn.bilevel.evaluation import Metrics
 from fxstn.bilevel.history import Row, Schedule
 from fxstn.bilevel.objectives import LossFunction, PerturbMode
-from fxstn.bilevel.optimizers import OptimizerLike, SchedulerFactories, rmsprop
 from fxstn.bilevel.sequences import InitialState
+from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories, rmsprop
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
 Callback = Callable[..., object]  # of the runner

@@ -1,4 +1,4 @@
-"""What a part of a run is that a checkpoint keeps, and the state of the random generators."""
+"""Protocols of objects that a checkpoint saves, and the state of the random generators."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.faults import LossGuard
 from fxstn.bilevel.optim import SettlingAdam, set_gap
-from fxstn.bilevel.optimizers import Updates
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import State, on_device
+from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
 
 

@@ -1,4 +1,4 @@
-"""What a network is for a while: other values in its tensors, averaged weights, eval mode, other statistics."""
+"""Context managers that change a network and restore it."""
 
 from __future__ import annotations
 

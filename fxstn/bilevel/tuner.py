@@ -14,12 +14,12 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
 from fxstn.bilevel.evaluation import RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
-from fxstn.bilevel.optimizers import OptimizerLike, Updates, build_optimizers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import Stepper
 from fxstn.bilevel.temporary import WeightAverages
+from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 

@@ -1,4 +1,4 @@
-"""What the training objectives have besides loss_fn(output, target): penalties, and what graphs return beside their output."""
+"""Penalty terms of the training loss, and values that graphs return beside the output."""
 
 from __future__ import annotations
 

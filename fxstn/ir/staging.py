@@ -1,4 +1,4 @@
-"""Runtime helpers that can also be staged: called with fx proxies they become one node of the graph."""
+"""The decorator `staged`: a staged function that is called with fx proxies becomes one node of the graph."""
 
 from __future__ import annotations
 

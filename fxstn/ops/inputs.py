@@ -1,4 +1,7 @@
-"""What a graph that was made for one kind of inputs requires of every later batch. The graph's nodes for it have no readers."""
+"""Checks of later batches, inside the graphs: the sizes and values that export fixed, and autocast.
+
+No node reads the result of a check; simplify keeps the checks because they count as effects.
+"""
 
 from __future__ import annotations
 

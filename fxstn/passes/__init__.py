@@ -1,1 +1,8 @@
-"""Passes: functions (GraphModule, Plan) → GraphModule, in the order of `fxstn.transform`. A new pass gets a file here."""
+"""Passes: functions (GraphModule, Plan) → GraphModule. `fxstn.transform.PIPELINES` is their order; a new one gets a file here.
+
+Passes: canonicalize, condition, hyperize, statistics (two), pushforward (and its variants linearized and perturbed),
+    output_types (restore_types), simplify, recompute.
+Analyses that passes use: match, places, probe, effects, row_structure, example_axes. in_place is a part of canonicalize.
+Building the network: request checks the arguments of `transform`, build makes the network, recipe makes its graphs.
+Tests only: invariants, the facts that hold after each pass.
+"""

@@ -1,4 +1,4 @@
-"""Pass 2, canonicalize: methods, operators, in-place variants and leaf modules become one spelling per operation.
+"""The pass canonicalize: methods, operators, in-place variants and leaf modules become one spelling per operation.
 
 Everything after this pass sees call_function nodes only, never mutated values, and the vocabulary of `fxstn.rules`.
 """

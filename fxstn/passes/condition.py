@@ -1,4 +1,4 @@
-"""Pass 3, condition: random operations read their strengths from λ, and new ones are inserted where the specs ask."""
+"""The pass condition: random operations read their strengths from λ, and specs insert new ones."""
 
 from __future__ import annotations
 

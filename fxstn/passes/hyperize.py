@@ -1,4 +1,4 @@
-"""Pass 4, hyperize: trainable parameters of layers gain response parameters."""
+"""The pass hyperize: trainable parameters of layers gain response parameters."""
 
 from __future__ import annotations
 

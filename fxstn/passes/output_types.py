@@ -1,4 +1,4 @@
-"""Pass restore_types: the outputs of a graph have the types that the forward returns, an OrderedDict or a model's own."""
+"""The pass restore_types: the outputs of a graph have the types that the forward returns, an OrderedDict or a model's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 5, pushforward: one graph that computes the primal and its tangent together, by the rule table."""
+"""The pass pushforward: one graph that computes the primal and its tangent together, by the rule table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optional last pass, recompute: activations are computed again in the backward pass instead of being kept."""
+"""The pass recompute, optional and last: activations are computed again in the backward pass instead of being stored."""
 
 from __future__ import annotations
 

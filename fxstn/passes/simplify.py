@@ -1,4 +1,4 @@
-"""Pass 6, simplify: drops what nobody reads and what is computed twice, but never merges two random draws; joins products."""
+"""The pass simplify: drops nodes without readers, merges equal nodes and joins products. It never merges two random draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which statistics batch norms use and update, by objective: two passes."""
+"""The passes choose_statistics and hold_statistics: which statistics batch norms use and update."""
 
 from __future__ import annotations
 

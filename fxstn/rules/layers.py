@@ -1,4 +1,4 @@
-"""Hyperlayers: operations that read a parameter with a response (paper, Eq. 3.14, linearised as in Eq. 3.13)."""
+"""Rules of layers whose parameters respond to λ, such as linear and convolution (paper, Eq. 3.14; linearised, Eq. 3.13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own rule, in one call."""
+"""register_rule: a user's rule."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn import hp
 from fxstn.bilevel.batches import first_part, to_device
 from fxstn.bilevel.objectives import PerturbMode, general_loss, hyper_loss, response_loss
-from fxstn.bilevel.optimizers import adam, sgd
 from fxstn.bilevel.settings import Settings
+from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.match import bind

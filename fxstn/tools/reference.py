@@ -1,4 +1,7 @@
-"""The original model as a witness: its own forward and torch's own kernels, with the random draws of a network made from it."""
+"""Runs the original model with the random draws of a network made from it, to compare the two.
+
+The original runs its own forward and torch's own kernels, so the comparison does not depend on fxstn's graphs and rules.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Decompositions: what tracing cannot look into, written out as operations. A new decomposition goes into one of these."""
+"""Decompositions: modules and functions that tracing cannot look into, written out as operations.
+
+attention: attention of torch and of torchvision's Swin, transformer layers, and `torchvision.ops.stochastic_depth`.
+recurrent: LSTM, GRU and RNN.
+torchvision: random modules of `torchvision.transforms.v2`, and the module `torchvision.ops.StochasticDepth`.
+registry: the table and its decorator.
+"""
 
 from fxstn.frontends.decompositions import attention, recurrent
 from fxstn.frontends.decompositions.registry import DECOMPOSITIONS, decomposes

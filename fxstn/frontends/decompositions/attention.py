@@ -1,6 +1,7 @@
 """Attention modules and functions, and stochastic depth, as the operations that they compute.
 
-They are called with tensors, or with proxies in their place.
+Two functions of torchvision are here: Swin's window attention and `stochastic_depth`. Modules of torchvision are in
+`decompositions.torchvision`. The arguments are tensors, or proxies in their place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Modules and functions whose own code a symbolic trace cannot follow, written as the operations that they compute.
+"""The table of decompositions and its decorator.
 
-These are called in place of the original: their operations become nodes, so that parameters inside them respond and dropout
-inside them is conditioned. Add one with `@decomposes(module class or function)`; a module's takes the module first. A
+A decomposition writes out a module or a function that a symbolic trace cannot follow, as the operations that it computes. The
+trace calls the decomposition in place of the original. Its operations become nodes, so that parameters inside them respond and
+dropout inside them is conditioned. Add one with `@decomposes(module class or function)`; a module's takes the module first. A
 decomposition returns NotImplemented where the original should stay one operation with these arguments.
 """
 

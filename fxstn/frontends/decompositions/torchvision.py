@@ -1,4 +1,7 @@
-"""Random modules of torchvision that specs take over, and what else of `torchvision.transforms.v2` is followed."""
+"""Modules of torchvision: random ones, which specs take over, and others of `torchvision.transforms.v2`.
+
+The functions of torchvision (`stochastic_depth`, `shifted_window_attention`) are in `decompositions.attention`.
+"""
 
 from __future__ import annotations
 

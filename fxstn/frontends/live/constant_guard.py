@@ -1,4 +1,4 @@
-"""What a run that remembers something about every tensor has in common: a float tensor that it has not seen is refused."""
+"""Refuses float tensors of unknown origin in a live run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs that end in softmax or its like are linearised before it (paper, Eq. 3.13)."""
+"""Final softmax and sigmoid: the output is linearised before them, not after (paper, Eq. 3.13)."""
 
 from __future__ import annotations
 

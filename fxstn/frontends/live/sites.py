@@ -1,4 +1,7 @@
-"""Where a run of the forward reads λ: the sites of a binding by addresses that every run of the same Python has."""
+"""Finds, in each live run, the operations that read λ.
+
+An address names an operation: it is the same in every run of the same Python code.
+"""
 
 from __future__ import annotations
 

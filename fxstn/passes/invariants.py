@@ -1,4 +1,4 @@
-"""What holds in a graph after each pass, as code that tests run between the passes. Nothing runs it in production."""
+"""Facts that hold in a graph after each pass. Tests check them between the passes; nothing else runs this file."""
 
 from __future__ import annotations
 

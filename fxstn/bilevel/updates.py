@@ -1,4 +1,4 @@
-"""The optimizers of a run: those that it takes where none is given, the check of others, and how they step."""
+"""The updates of a run: its optimizers, their defaults and checks, the schedulers, and how they step."""
 
 from __future__ import annotations
 
