@@ -6,8 +6,10 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import inspect
 import json
 import math
+import pydoc
 import re
 import typing
 from functools import partial
@@ -309,6 +311,23 @@ def test_the_keywords_are_the_settings_and_documented():
     assert typing.get_type_hints(SettingsDict) == fields
     for name in fields:
         assert re.search(rf"^    {name}: ", fxstn.BilevelRunner.__doc__, re.MULTILINE), name
+
+
+def test_help_on_the_runner_lists_the_settings_with_their_defaults():
+    parameters = inspect.signature(fxstn.BilevelRunner).parameters
+    assert list(parameters)[:4] == ["stn", "loss_fn", "train_loader", "valid_loader"]
+    assert {name: p.default for name, p in list(parameters.items())[4:]} == vars(Settings())
+    page = pydoc.render_doc(fxstn.BilevelRunner, renderer=pydoc.plaintext)
+    assert "train_steps: 'int' = 5" in page
+    assert page.count("Settings of a run") == 0
+
+
+def test_the_docstring_of_a_setting_names_its_default():
+    entries = re.split(r"^    (?=\w+: )", Settings.__doc__, flags=re.MULTILINE)[1:]
+    texts = {entry.partition(":")[0]: " ".join(entry.split()) for entry in entries}
+    for name, default in vars(Settings()).items():
+        value = f'"{default}"' if isinstance(default, str) else "" if default is None else default
+        assert f" Default: {value}" in texts[name], name
 
 
 def test_a_keyword_that_is_none_is_refused_with_the_nearest_one():

@@ -20,7 +20,7 @@ from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
-from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of
+from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.steps import GapLimit
 from fxstn.bilevel.tuner import Tuner
@@ -34,15 +34,20 @@ class BilevelRunner:
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch. A loss function with a parameter `hparams` gets
         {name: (batch,) constrained values} in training, and None in the hyper step and in evaluation.
     train_loader, valid_loader: yield (inputs, target); a tuple of inputs is unpacked.
-    settings: keywords, listed below.
+    settings: keywords, listed at the end.
 
-    Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and its device. Gradients are
-    averaged, noise differs, the first process writes, to its out_dir (docs/distributed.md).
+    Training runs in cycles. A cycle is train_steps inner steps of w₀, with a response step of Θ at every response_every-th of
+    them, and then valid_steps hyper steps of λ and σ. A cycle may go on in the next epoch.
 
-    Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Warns when weight decay
-    is tuned and also set in an optimizer, and of the signs of trouble that `fxstn.bilevel.faults` reads.
+    Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and its device. The processes
+    average their gradients and draw different noise. The first one writes the files, to its out_dir (docs/distributed.md).
+
+    Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Raises TypeError for a
+    setting of another kind. Warns when weight decay is tuned and also set in an optimizer, and when the history shows signs of
+    trouble (`fxstn.bilevel.faults`).
     """
 
+    @with_settings_listed
     def __init__(
         self,
         stn: SelfTuningNetwork | BilevelProblem,
@@ -291,4 +296,5 @@ class BilevelRunner:
         self._checkpoints.load(path)
 
 
-BilevelRunner.__doc__ = f"{BilevelRunner.__doc__}\n    {Settings.__doc__}"  # help(BilevelRunner) shows what it takes
+_SETTINGS = (Settings.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0]  # without the title and "Raises"
+BilevelRunner.__doc__ = f"{BilevelRunner.__doc__}\n{_SETTINGS}\n"  # so that help(BilevelRunner) explains them

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path, PurePath
-from typing import Any, SupportsFloat, TypedDict
+from typing import Any, SupportsFloat, TypedDict, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories, rmsprop
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
 Callback = Callable[..., object]  # of the runner
+Function = TypeVar("Function", bound=Callable[..., object])
 OF_PROCESS = ("device", "out_dir", "progress")  # settings that may differ between the processes of a run
 OF_NETWORKS = ("valid_loss_fn", "initial_state", "schedule", "compile", "perturb", "tune_scale")
 
@@ -71,74 +73,87 @@ class SettingsDict(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a run. Raises ValueError that lists every number out of range, TypeError for a value of another kind.
+    """Settings of a run: the keywords of `BilevelRunner`.
 
-    Optimizers, each a factory, or an optimizer that holds exactly its parameters:
+    Optimizers. Each is a factory, or an optimizer that holds exactly its parameters:
     optimizer: of w₀. Default: SGD, momentum 0.9, lr 1e-2.
-    response_optimizer: of Θ. Default: Adam, lr 1e-2; for a structured response as for w₀.
-    hyper_optimizer: of λ. Default: `fxstn.optim.SettlingAdam`, whose rate falls from 0.4, and which shrinks λ's step when its
+    response_optimizer: of Θ. Default: Adam, lr 1e-2; for a structured response that of w₀.
+    hyper_optimizer: of λ. Default: `fxstn.optim.SettlingAdam`. Its rate falls from 0.4, and it shrinks λ's step when the
         gradient is noisy.
-    scale_optimizer: of σ. Default: RMSprop, lr 1e-2.
+    scale_optimizer: of σ, which is learned where tune_scale is True. Default: RMSprop, lr 1e-2.
     schedulers: {name of an optimizer argument: factory}, such as
-        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30). Stepped after each epoch,
-        ReduceLROnPlateau with the validation loss.
-    step_schedulers: as schedulers, stepped with their optimizer.
-    clip_norm: largest norm of a step's gradient of w₀, and of Θ. None: no bound.
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30). They step after each epoch, ReduceLROnPlateau with the
+        validation loss. Default: None, no schedulers.
+    step_schedulers: as schedulers, but each steps with its optimizer. Default: None.
+    clip_norm: largest norm of a step's gradient of w₀, and of Θ. Default: None, no bound.
 
     Steps:
-    train_steps: T_train ≥ 1, inner steps of a cycle.
-    valid_steps: T_valid ≥ 1, hyper steps at the end of a cycle.
-    warmup_epochs: ≥ 0, first epochs without hyper steps.
-    accumulate: ≥ 1, batches whose gradients one inner step averages.
-    response_every: ≥ 1, inner steps from one response step to the next. Each step is unbiased, Θ moves less often.
-    response_fraction: in (0, 1], part of each batch that the response step sees; unbiased but for batch statistics.
-    response_widening: ≥ 1, how many σ at most the response step perturbs with near the ends of a range.
-    response_windows: ≥ 1, windows over which the response step keeps ε and goes on with the state of the perturbed network, so
-        that the tangent reaches back over them. 1: each begins with the state of the general step, and a tangent of zero.
-    hyper_fraction: in (0, 1], part of each validation batch that the hyper step sees.
-    inner_correction: c ≥ 0. The hypergradient is Θᵀ(∇L_V − c ∇L_T), with ∇L_T the mean over the inner steps since the last
-        hyper step. Where the weights are at their best ∇L_T is zero and c has no effect. Before that Θᵀ∇L_V also asks for what
-        training does anyway, and c = 1 takes that out: to first order ∇L_V − ∇L_T is ∇L_V after a Newton step of the training
-        loss, as long as both losses have about the same curvature. The paper: 0. Unused by method "stn".
-    entropy_weight: τ ≥ 0.
-    tune_scale: True learns σ, on a hyper step that is perturbed with it (Eq. 2.7). False keeps σ, and the hyper step takes the
-        gradient at λ itself.
-    perturb: "example" (one ε per example, the paper), "batch" (one for all), or "auto": per example where the network allows.
-    schedule: train on a schedule (`History.schedule()`, a file), and take no step of Θ, λ or σ.
+    train_steps: T_train ≥ 1, number of inner steps of a cycle. Default: 5.
+    valid_steps: T_valid ≥ 1, number of hyper steps at the end of a cycle. Default: 1.
+    warmup_epochs: ≥ 0, number of epochs at the start without hyper steps. Default: 0.
+    accumulate: ≥ 1, number of batches whose gradients one inner step averages. Default: 1.
+    response_every: ≥ 1, number of inner steps from one response step to the next. Each step is unbiased; with a larger number
+        Θ moves less often. Default: 4.
+    response_fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the
+        statistics of batch norms. Default: 1.0.
+    response_widening: ≥ 1. Near the ends of a range ε is enlarged in the response step, at most by this factor. Default: 2.0.
+    response_windows: ≥ 1, number of windows in a row that share one ε. More than 1 lets the tangent reach back over them: the
+        perturbed network goes on with its own state. 1 begins each window with the state of the inner step and a tangent of
+        zero. Default: 1.
+    hyper_fraction: in (0, 1], part of each validation batch that the hyper step sees. Default: 1.0.
+    inner_correction: c ≥ 0, how much of the training gradient is subtracted from λ's gradient. 1 removes what training would do
+        anyway; 0 is the paper. The hypergradient is Θᵀ(∇L_V − c ∇L_T), with ∇L_T the mean over the inner steps since the last
+        hyper step. Where the weights are at their best ∇L_T is zero and c has no effect. To first order ∇L_V − ∇L_T is ∇L_V
+        after a Newton step of the training loss, if both losses have about the same curvature. Method "stn" does not use it.
+        Default: 1.0.
+    entropy_weight: τ ≥ 0, weight of the entropy of ε. A larger weight keeps σ larger, where tune_scale is True.
+        Default: 0.001.
+    tune_scale: True learns σ, in a hyper step that draws ε (Eq. 2.7). False keeps σ, and the hyper step takes the gradient at λ
+        itself. Default: False.
+    perturb: "example" draws one ε per example (the paper), "batch" one for all examples. "auto" draws one per example where the
+        network allows it. Default: "auto".
+    schedule: λ by epoch, from `History.schedule()` or a file. The run then trains w₀ on it and takes no step of Θ, λ or σ.
+        Default: None, λ is tuned.
 
     Losses and batches:
-    valid_loss_fn: takes the place of loss_fn in the hyper step and in evaluation.
-    initial_state: for a network that carries a state from one window of its sequences to the next, forward(*inputs, *state) →
-        (output, state): batch size → the first state (`fxstn.CarriedState`). train_loader then yields windows in order, all
-        with as many examples; the state begins anew with each epoch. The loss functions and metrics get the output alone.
-    unpack: batch → (inputs, target), for loaders that yield anything else than such pairs.
+    valid_loss_fn: loss of the hyper step and of evaluation. Default: None, loss_fn.
+    initial_state: function batch size → the first state, for a network that carries a state from one window of its sequences to
+        the next, forward(*inputs, *state) → (output, state) (`fxstn.CarriedState`). train_loader then yields windows in order,
+        all with as many examples; each epoch begins with the first state. The loss functions and metrics get the output alone.
+        Default: None, no state.
+    unpack: function batch → (inputs, target), for loaders that yield something else. Default: None, batches are such pairs.
 
     Evaluation:
-    ema: decay in (0, 1) of averages of the network, which evaluation, best.pt and best_model then use. None: no averages.
-    recalibrate: ≥ 0, training batches, those of the last steps, on which evaluation, best.pt and best_model estimate the
-        statistics of batch norms anew, in eval mode. Their loss, evaluated so, says how far the network overfits, which limits
-        the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits.
-    metrics: {name: f(output, target) → number}, averaged over the validation set.
-    columns: {name: f(row) → number}, further columns of the history, from those it has; shown in the progress bar.
-    callbacks: functions of the runner, called after each epoch, such as `fxstn.TensorBoard(folder)`; `runner.stop()` ends the
-        run there.
-    patience: epochs without a better validation loss, after which the run stops. None: it does not.
+    ema: decay in (0, 1) of averages of the network, which evaluation, best.pt and best_model then use. Default: None, no
+        averages.
+    recalibrate: ≥ 0, number of training batches, those of the last steps, on which evaluation, best.pt and best_model estimate
+        the statistics of batch norms anew, in eval mode. Their loss in eval mode also says how far the network overfits, which
+        limits the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits. Default: 10.
+    metrics: {name: f(output, target) → number}, averaged over the validation set. Default: None.
+    columns: {name: f(row) → number}, more columns of the history, computed from its row. The progress bar shows them.
+        Default: None.
+    callbacks: functions of the runner, called after each epoch, such as `fxstn.TensorBoard(folder)`. `runner.stop()` ends the
+        run there. Default: ().
+    patience: number of epochs without a better validation loss after which the run stops. Default: None, it does not.
 
     Files and faults:
-    out_dir: where history.csv, last.pt and best.pt go. A run that finds its last.pt there resumes, and ends as if it had never
-        been cut. A folder that cannot be written is a warning; training goes on.
-    save_minutes: > 0, after which a checkpoint is written within an epoch; one is at SIGTERM and Ctrl-C, too.
-    keep: ≥ 1, checkpoints kept: last.pt, last.1.pt, …
-    rollbacks: ≥ 0, attempts. When a loss becomes NaN, infinite or 10⁴ times what it was, the run goes back to what was saved
-        last, halves the learning rate of that loss's parameters and goes on, checking every batch. Without out_dir that needs a
-        copy of the run in the main memory; 0 makes none.
-    progress: whether to show a bar. None: on a terminal only.
+    out_dir: folder of history.csv, last.pt and best.pt. A run that finds its last.pt there resumes, and ends as if it had never
+        stopped. A folder that cannot be written to gives a warning; training goes on. Default: None, no files.
+    save_minutes: > 0, minutes between checkpoints within an epoch. A checkpoint is also written at SIGTERM and Ctrl-C.
+        Default: 30.0.
+    keep: ≥ 1, number of checkpoints in out_dir: last.pt, last.1.pt, … Default: 2.
+    rollbacks: ≥ 0, how often a run may go back. When a loss becomes NaN, infinite or 10⁴ times what it was, the run goes back
+        to its last checkpoint, halves the learning rate of that loss's parameters and goes on, checking every batch. Without
+        out_dir this needs a copy of the run in main memory; 0 makes none. Default: 2.
+    progress: whether to show a progress bar. Default: None, on a terminal only.
 
     Device:
-    device: of the run. None: that of the network.
-    compile: run the graphs through torch.compile; a dict gives its options.
-    autocast: dtype of the losses' forward, such as torch.bfloat16; parameters stay as they are. None: theirs.
-    memory_format: of weights and 4-d (5-d) inputs, such as torch.channels_last. None: as they are.
+    device: of the run. Default: None, that of the network.
+    compile: True runs the graphs through torch.compile; a dict gives its options. Default: False.
+    autocast: dtype of the losses' forward, such as torch.bfloat16; parameters keep theirs. Default: None, no autocast.
+    memory_format: of weights and 4-d (5-d) inputs, such as torch.channels_last. Default: None, as they are.
+
+    Raises ValueError that lists every number out of range, and TypeError for a value of another kind.
     """
 
     optimizer: OptimizerLike = None
@@ -200,6 +215,18 @@ class Settings:
         """The settings for a reader: numbers as they are, functions and objects by name."""
         dicts = {"metrics": self.metrics or {}, "columns": self.columns or {}}
         return {name: text_of(value) for name, value in (vars(self) | dicts).items()}
+
+
+def with_settings_listed(function: Function) -> Function:
+    """Decorator: in place of **settings, the function's signature lists every setting with its default, for `help`."""
+    own = signature(function)
+    positional = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+    settings = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+    ]
+    vars(function)["__signature__"] = own.replace(parameters=[*positional, *settings])
+    return function
 
 
 def settings_of(keywords: SettingsDict) -> Settings:
