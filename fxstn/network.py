@@ -212,8 +212,10 @@ class SelfTuningNetwork(nn.Module):
     def pushforward(self, *inputs: object, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
 
-        delta: (h,) for the whole batch or (batch, h), unconstrained units. It moves the weights only.
-        condition: the same shapes or None. It moves the strengths of dropout to λ₀ + condition in train mode.
+        delta moves weights, condition moves strengths of random operations such as dropout.
+
+        delta: (h,) for the whole batch or (batch, h), unconstrained units. It changes dy only.
+        condition: of the same shapes, or None for zero. In train mode the strengths are those at λ₀ + condition.
 
         y and dy have the model's output structure; dy is None for leaves that are not float. w₀ is a constant: gradients reach
         Θ and delta only. Raises ValueError for another shape, or for another number of rows than examples.

@@ -56,26 +56,27 @@ def transform(
     """Compile a model into one that can tune its own regularisation while it trains (Bae & Grosse 2020).
 
     model: any module that a frontend can follow. It is copied, not modified, and keeps its weights.
-    hparams: a list of specs from `fxstn.hp`. None tunes every dropout, stochastic depth and augmentation of the model, from its
-        own strength moved just inside the range. Where the model has none, None inserts dropout at the input and after each
-        top-level stage but the last.
+    hparams: a list of specs from `fxstn.hp`: what to tune. None tunes every dropout, stochastic depth and augmentation of the
+        model. Each starts at its own strength, moved inside the range where it is at an end. Where the model has none of these,
+        None inserts dropout at the input and after each top-level stage but the last.
     example_inputs: a tensor or a tuple of them. Every graph runs once on it, so that whatever fails does so here; the inputs
         stay as they are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
     method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et
         al. 2019: uncentred, one objective).
-    response: what the weights can do when λ moves by δ. "scaled": (1 + U δ) ⊙ w. Every unit is scaled; there is little to
-        learn, so that it is learned soon. "structured": w + (U δ) ⊙ R with R learned too (the paper, Eq. 3.14), which takes
-        many times the examples. None: "scaled" for method "delta", "structured" for the others.
-    trace: which frontend follows the forward. "fx": symbolic tracing. "export": torch.export, where Python may branch on
-        sizes; later inputs have those of the examples, dimension 0 aside. "live": the forward runs as it is, whatever its
-        Python does, with tangents carried beside it, and one perturbation for the whole batch. "export" and "live" need
-        example_inputs. "auto": the first that works. `frontend` of the network names it; `rejected` says why not those
-        before.
-    recompute: activation checkpointing for the response and hyper steps of method "delta". Their activations are computed
-        again in the backward pass, which costs time and saves memory in deep networks. Not for "live".
-    statistics: what batch norms normalise by in the response and hyper steps of method "delta". "batch": those of the batch,
+    response: how the weights change when λ moves by δ. "scaled": (1 + U δ) ⊙ w scales every unit; only U is learned, from few
+        examples. "structured": w + (U δ) ⊙ R (the paper, Eq. 3.14); R is learned too, and needs many times more examples.
+        None: "scaled" for method "delta", "structured" for the others.
+    trace: which frontend follows the forward. "fx": symbolic tracing. "export": torch.export; Python may branch on sizes, and
+        later inputs must have the same sizes as the examples, except the batch (dimension 0). "live": the forward runs as it
+        is, whatever its Python does, and computes the tangents beside the values; one perturbation serves the whole batch.
+        "export" and "live" need example_inputs. "auto": the first that works. `frontend` of the network names it; `rejected`
+        says why the ones before did not work.
+    recompute: True computes the activations of the response and hyper steps again in the backward pass (activation
+        checkpointing). This costs time and saves memory in deep networks. It raises ValueError for methods other than "delta"
+        and for trace="live"; "auto" does not try "live" then.
+    statistics: which statistics batch norms use in the response and hyper steps of method "delta". "batch": those of the batch,
         as while w₀ is trained. "running": the running ones, as for any user of the trained network; they lag behind the
-        weights. Not for "live".
+        weights. "running" raises ValueError where recompute does.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen. nn.SyncBatchNorm normalises over
     all processes, on any device (docs/distributed.md).

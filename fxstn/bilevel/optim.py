@@ -121,19 +121,23 @@ def _check_group(group: Mapping[str, object], name: str) -> None:
 
 
 class SettlingAdam(torch.optim.Optimizer):
-    """Adam whose rate falls, whose steps shrink where the gradient is noise, and whose rises the generalisation gap limits.
+    """Adam for hyperparameters. Its rate falls, noisy gradients move little, and the generalisation gap limits upward steps.
+
+    The generalisation gap is (L_V − L_T) / L_V, the share of the validation loss L_V by which it exceeds the training loss L_T
+    (`generalisation_gap`). A network without a gap does not overfit, so nothing regularises it more.
 
     params: as of every optimizer of torch. A group may have its own lr, settle, certainty and limits.
     lr: > 0, the rate of the first step. Schedulers change it.
-    settle: > 0, steps after which the rate has fallen to lr/√2. Infinity: it does not fall.
-    certainty: ≥ 0, standard deviations; how sure of a gradient's sign a full step is. None: Adam's steps at this rate.
-    limits: whether a `BilevelRunner` sets the gap of these parameters.
+    settle: > 0, number of steps after which the rate has fallen to lr/√2. Infinity: it does not fall.
+    certainty: ≥ 0, number of standard deviations a gradient must be from zero for a full step; a larger number makes steps in
+        noise smaller. None: the noise does not count, as in Adam.
+    limits: whether a `BilevelRunner` limits the steps of these parameters by the gap.
     position: function of a parameter that returns where in its range each number is, in [0, 1], such as torch.sigmoid for
         logits. None: no number is near an end.
 
     Step t = 0, 1, … is x ← x − lr/√(1 + t/settle) · ρ m/√v, with Adam's averages m and v and the share ρ in [0, 1] of
-    `noise_gate`. Noise hardly moves x, where Adam, which divides by the size of the gradient, walks at random. A gradient that
-    agrees with itself moves x as Adam does. The averages are at least in float32, whatever the parameter is in.
+    `noise_gate`. Noise hardly moves x; it makes Adam walk at random, because Adam divides by the size of the gradient. A
+    gradient that keeps its direction moves x as Adam does. The averages are at least in float32, whatever the parameter is in.
 
     `set_gap` sets a group's "gap" s in [0, 1], and which numbers are "limited" by it. Their rises are multiplied by s, and
     their steps need the part of the certainty that `needed_certainty` says. Without a gap nothing is limited.

@@ -41,6 +41,8 @@ class ColorJitter(Operation):
     """Brightness, contrast, saturation, by factors 1 ± strength in [0, 1], and hue, by ± strength of a circle in [0, 0.5].
 
     They act in a random order, the first three in an order of each example's own. As `v2.ColorJitter`, which it takes over.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {
@@ -74,6 +76,8 @@ class ColorJitter(Operation):
 class Cutout(Operation):
     """`holes`, 0 to 5, squares of side `length`, 2 to 24 pixels, at random places become 0 (DeVries & Taylor 2017, arXiv
     1708.04552). Both are whole numbers.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {
@@ -91,6 +95,7 @@ class Erasing(Operation):
     """Probability, in [0, 1], of erasing one box (Zhong et al. 2020, arXiv 1708.04896). As `v2.RandomErasing`, which it takes
     over.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     scale: range of the box's share of the area.
     ratio: range of its height to its width.
     value: what the box is filled with, one number or one per channel; None: normal noise.
@@ -132,7 +137,10 @@ class _ByChance(Operation):
 
 
 class Flip(_ByChance):
-    """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`."""
+    """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.05, 0, 1)}
 
@@ -142,7 +150,10 @@ class Flip(_ByChance):
 
 
 class VerticalFlip(_ByChance):
-    """Probability, in [0, 1], of a mirror image, top to bottom. Takes over `v2.RandomVerticalFlip`."""
+    """Probability, in [0, 1], of a mirror image, top to bottom. Takes over `v2.RandomVerticalFlip`.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.05, 0, 1)}
 
@@ -152,7 +163,10 @@ class VerticalFlip(_ByChance):
 
 
 class Grayscale(_ByChance):
-    """Probability, in [0, 1], of a grey image. Takes over `v2.RandomGrayscale`."""
+    """Probability, in [0, 1], of a grey image. Takes over `v2.RandomGrayscale`.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"grayscale": Hyperparameter(0.05, 0, 1)}
 
@@ -164,6 +178,7 @@ class Grayscale(_ByChance):
 class GaussianNoise(Operation):
     """Standard deviation of noise, in [0, 0.5]. Takes over `v2.GaussianNoise`.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     mean: of the noise.
     clip: values stay in [0, 1].
     """
@@ -184,6 +199,7 @@ class GaussianNoise(Operation):
 class GaussianBlur(Operation):
     """Largest standard deviation of a blur, in [0, 5] pixels. Takes over `v2.GaussianBlur`.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     kernel_size: (width, height), odd.
     shares: the range that the standard deviation is drawn from, in shares of the largest.
     """

@@ -22,6 +22,7 @@ class Affine(Operation):
     """Rotation and shear by ± strength degrees in [0, 45], translation by ± strength of the size in [0, 0.5] (whole pixels),
     scale by 1 ± strength in [0, 0.5]. As `v2.RandomAffine`, which it takes over.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     mode: "bilinear" or "nearest".
     fill: what is outside of the image, a tuple of one value or one per channel; None: 0.
     center: (x, y) in pixels; None: the middle.
@@ -73,6 +74,7 @@ class Affine(Operation):
 class Rotation(Operation):
     """Rotation by ± strength degrees, in [0, 180]. As `v2.RandomRotation` without expand, which it takes over.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     mode, fill, center: as of `hp.Affine`.
     """
 

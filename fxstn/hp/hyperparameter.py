@@ -13,18 +13,18 @@ LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 class Hyperparameter:
     """A number that is tuned: start, range and first perturbation scale.
 
-    init: the start. It lies strictly between low and high; that of an integer may also be low or high.
+    init: the start. It must be strictly between low and high; the start of an integer may also be low or high.
     low, high: ends of the range. low=0 with high=inf means any positive number.
-    scale: σ at the start, > 0.
-    log: the range is stretched in log space, so that equal steps multiply. It needs low > 0.
-    integer: the value is floored. Integers reach both ends: the real line is mapped to [low, high + 1) before the floor, and a
-        whole start k stands for the middle of [k, k + 1).
-    by_batch: all examples of a batch get the same perturbation.
-    regularizes: a higher value is a stronger regularisation.
-    name: as in `stn.hparams.names`. A spec holds hyperparameters without a name; each match in the model names a copy.
+    scale: σ at the start, > 0 and finite.
+    log: whether the real line is mapped to the logarithm of the range, so that equal steps multiply the value. Needs low > 0.
+    integer: whether values are whole numbers, low and high included. The real line is mapped to [low, high + 1), then rounded
+        down; a start k is the middle of [k, k + 1).
+    by_batch: whether all examples of a batch get the same perturbation.
+    regularizes: whether a higher value is a stronger regularisation.
+    name: as in `stn.hparams.names`. A spec holds hyperparameters without a name; each match in the model gets a copy with one.
 
-    Raises ValueError, for a hyperparameter with a name, when the range is empty, impossible or too large for float32, when the
-    start lies outside of it or is no whole number where the values are, or when scale is not positive and finite.
+    Raises ValueError when the range is empty, impossible or too large for float32, when the start is outside of the range or,
+    for an integer, not a whole number, and when scale is out of range. A hyperparameter without a name is not checked.
     """
 
     init: float

@@ -33,6 +33,8 @@ class MixUp(Mixing):
 
     An example becomes x + share · (x' − x), with x' another example of the batch. It keeps the larger share, so that α = 0
     mixes nothing.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"mixup": Hyperparameter(0.1, 0, 2)}
@@ -53,6 +55,8 @@ class CutMix(Mixing):
 
     A box with that share of the area comes from another image of the batch. It has at most half the area, so that α = 0 mixes
     nothing.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(0.1, 0, 2)}

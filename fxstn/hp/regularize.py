@@ -21,6 +21,8 @@ class StochasticDepth(Operation):
     """Probability, in [0, 0.95], that an example skips a residual branch (Huang et al. 2016, arXiv 1603.09382).
 
     Takes over `torchvision.ops.StochasticDepth` by row; inserts nothing.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"stochastic_depth": Hyperparameter(0.05, 0, 0.95)}
@@ -43,6 +45,7 @@ class LockedDropout(Operation):
     The mask of an example is the same at all times. It is inserted after the matched modules. Values that are not floating
     point, such as words, are left alone.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     axis: of time; 1 for values (batch, time, ...), 0 for (time, batch, ...).
     """
 
@@ -62,6 +65,8 @@ class EmbeddingDropout(Operation):
     A word, a row of an embedding's table, is dropped wherever it occurs in the batch. Examples at a higher rate drop more of
     the same words. It acts on the lookups of the matched modules, of all modules without a pattern, with a draw for each
     lookup. It does not act on a layer whose weight is tied to the table.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"embedding_dropout": Hyperparameter(0.05, 0, 0.95)}
@@ -80,6 +85,8 @@ class DropConnect(Spec):
     There is one mask for the whole batch, and so one perturbation. It acts on the weights (no biases, no norms) of the matched
     linear and convolution layers, of all without a pattern. A pattern may also match a weight by its full name, where the layer
     that owns it is not matched.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"drop_connect": Hyperparameter(0.05, 0, 0.95, by_batch=True)}
@@ -107,7 +114,10 @@ class Activity(Auxiliary, Coefficient):
 
 
 class ActivationDecay(Activity):
-    """Coefficient of the mean square of a module's output, on a log scale (Merity et al. 2017, arXiv 1708.01009)."""
+    """Coefficient of the mean square of a module's output, on a log scale (Merity et al. 2017, arXiv 1708.01009).
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
 
     numbers: Mapping[str, Hyperparameter] = {"activation_decay": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
@@ -120,6 +130,7 @@ class TemporalDecay(Activity):
     """Coefficient of the mean square of the change of a module's output from one time to the next, on a log scale (Merity et
     al. 2017, arXiv 1708.01009). It is 0 for a single time.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     axis: of time; 1 for outputs (batch, time, ...), 0 for (time, batch, ...). Raises ValueError for one counted from the end.
     """
 
@@ -140,6 +151,7 @@ class JacobianNorm(Coefficient):
     """Coefficient λ of λ ‖∂y/∂x‖², on a log scale: the squared Frobenius norm of the Jacobian of the (linearised) output with
     respect to the floating point inputs.
 
+    init, low, high, scale, perturb: see `hp.Spec`.
     projections: random projections that estimate it without bias, ‖∂⟨u, y⟩/∂x‖² with u of random signs (Hutchinson 1990;
         Hoffman et al. 2019, arXiv 1908.02729). None: the sum over all outputs, which is exact; so is a single output.
 

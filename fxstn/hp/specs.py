@@ -1,4 +1,4 @@
-"""What a user asks to tune. A spec says which modules (`where`), which numbers, their start, range and first σ."""
+"""Specs: what a user asks to tune. A spec says which modules (`where`), which numbers, their start, range and first σ."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Choices(TypedDict, total=False):
 class Spec:
     """Base of all specs.
 
-    where: fnmatch patterns over full module names, the root "" included (`*` crosses dots).
-    init: start, in place of the number's own and of the strength of a module that is taken over. For all numbers, or by name,
-        {"hue": 0.1}.
-    low, high, scale: in place of the numbers' own, likewise.
-    shared: one λ for all matches in place of one each.
-    perturb: "example" for a perturbation per example where a step draws those, "batch" for one that its examples share; by
-        name too.
+    where: fnmatch patterns over full module names, the root "" included. `*` also matches dots.
+    init: the start of λ. A number is for all numbers of the spec, {"hue": 0.1} for one of them. None keeps the spec's own
+        start, or the strength of the module that the spec takes over.
+    low, high: ends of the range, likewise. None keeps the spec's own.
+    scale: σ at the start, likewise.
+    shared: True gives one λ to all matches. False gives each match its own.
+    perturb: "example" draws a perturbation per example where the step does so, "batch" draws one that the examples of a batch
+        share. By name too, {"hue": "batch"}.
 
     A subclass has `numbers`, {name: Hyperparameter}, and `examples`, the dimension of a value along which it expects the
     examples where strengths differ between them; with None it learns the dimension from its argument `place`.
@@ -147,8 +148,11 @@ class Spec:
 class Dropout(Spec):
     """Dropout rate, in [0, 1). It takes over the dropout modules that it matches, and inserts one after other modules.
 
-    Of the matches that are no dropouts only the outermost get one. "input" is the model's input. Without a pattern it acts
-    where `hparams=None` would. Masks are per element, or per channel where it takes over a Dropout1d, 2d or 3d.
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`. The pattern "input" is the model's input.
+
+    If a pattern matches nested modules, only the outer one gets a dropout. Without a pattern the spec tunes every dropout of
+    the model; if there is none, it inserts dropout at the input (of floats) and after each top-level stage but the last.
+    Masks are per element, or per channel where it takes over a Dropout1d, 2d or 3d.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"dropout": Hyperparameter(0.05, 0.0, 0.95)}
@@ -177,11 +181,12 @@ class Coefficient(Spec):
 class WeightDecay(Coefficient):
     """Coefficient λ of ½ λ ‖w‖², as in torch's optimisers, on a log scale.
 
-    It acts on the weights (no biases, no norms) of the matched linear and convolution layers, of all without a pattern. A
-    pattern may also match a weight by its full name, where the layer that owns it is not matched. The penalty enters the
-    training objectives in closed form.
-
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`. A pattern may also match one weight by its full name, if it
+        does not match the layer of that weight.
     norm: 2, or 1 for λ ‖w‖₁.
+
+    It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all. The
+    training loss gets the penalty in closed form, without weights per example.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(1e-4, 1e-7, 1e-1, log=True)}
@@ -199,12 +204,13 @@ class WeightDecay(Coefficient):
 class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
-    name: also what the hyperparameter is called.
-    init, scale: start, and first σ.
+    name: the name of the hyperparameter, too.
+    init, scale: the start, and σ at the start.
     low, high: ends of the range. high=inf with low=0 means any positive number.
-    log: the range is stretched in log space (low > 0).
-    integer: the value is floored. It reaches both ends.
-    regularizes: a higher value is a stronger regularisation. Its steps are limited by how far the network overfits
+    log: whether equal steps multiply the value; it needs low > 0.
+    integer: whether values are whole numbers, low and high included.
+    perturb: see `hp.Spec`.
+    regularizes: whether a higher value is a stronger regularisation. The generalisation gap then limits its steps
         (`fxstn.optim.set_gap`).
     """
 
@@ -221,7 +227,10 @@ class Scalar(Spec):
 
 
 class LabelSmoothing(Scalar):
-    """Label smoothing, in [0, 1). `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7)."""
+    """Label smoothing, in [0, 1). `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7).
+
+    init, low, high, scale, perturb: see `hp.Spec`.
+    """
 
     def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
                  perturb: str | None = None) -> None:  # fmt: skip

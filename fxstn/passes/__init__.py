@@ -1,4 +1,4 @@
-"""Passes: functions (GraphModule, Plan) → GraphModule. `fxstn.transform.PIPELINES` is their order; a new one gets a file here.
+"""Passes: functions (GraphModule, Plan) → GraphModule, in the order of `transform.PIPELINES`. A new pass gets a file here.
 
 Passes: canonicalize, condition, hyperize, statistics (two), pushforward (and its variants linearized and perturbed),
     output_types (restore_types), simplify, recompute.

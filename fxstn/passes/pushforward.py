@@ -169,6 +169,8 @@ def _no_rule(node: fx.Node, reason: str) -> Diagnostic:
 def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph f(x, delta) → graph (y, dy) with dy = J_yw Θ delta, in the model's own output structure.
 
+    delta moves weights; condition, an input that the pass `condition` adds, moves strengths of random operations.
+
     dy is real zeros where nothing depends on the weights, and None for leaves that are not float.
 
     Raises TransformError that lists every operation that a tangent reaches and that has neither a rule nor a derivative in

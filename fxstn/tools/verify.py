@@ -126,14 +126,15 @@ def verify(
     tolerance: of the relative error.
     seeds: how many points are tried. A comparison that fails at one point is repeated at the next.
 
-    The witness is a central difference of the *original* model along `best_response`. Its random draws are those of the
-    network, and what it detaches or computes without gradients is a constant, as it is for autograd. The original has no
-    operation that hparams insert. There it is compared with a transform without the insertions, and the emitted training
-    graph is compared with a central difference of its own.
+    The tangent is compared with a central difference of the *original* model along `best_response`. The original uses the
+    random draws of the network. What it detaches or computes without gradients is a constant, as it is for autograd.
 
-    The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away.
-    What asks for float32 gets float64 on both sides. The model and the inputs are left as they were. Raises what
-    `transform` raises.
+    Where hparams insert operations, the original model does not have them. Then two comparisons are made in train mode: the
+    original with a network without the insertions, and the training graph of the network with a central difference of its own.
+
+    The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away. An
+    operation that asks for float32 gets float64, in the network and in the original. The model and the inputs stay as they
+    were. Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
     inputs = mapped(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)

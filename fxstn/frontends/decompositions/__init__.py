@@ -1,4 +1,4 @@
-"""Decompositions: modules and functions that tracing cannot look into, written out as operations.
+"""Decompositions: modules and functions that traces cannot look into, as operations. A new decomposition goes into one of them.
 
 attention: attention of torch and of torchvision's Swin, transformer layers, and `torchvision.ops.stochastic_depth`.
 recurrent: LSTM, GRU and RNN.
