@@ -198,7 +198,7 @@ def test_a_schedule_goes_to_a_file_and_back_and_can_be_asked_at_any_time(tmp_pat
     assert schedule.at(7) == pytest.approx({"a": 0.2, "b": 3.0})
     assert schedule.until(1).at(2) == pytest.approx({"a": 0.3, "b": 1.0})
     assert schedule.final().at(0) == pytest.approx({"a": 0.2, "b": 3.0})
-    assert schedule.stretched(4).values["a"] == pytest.approx([0.1, 0.2, 0.3, 0.25, 0.2])
+    assert schedule.for_epochs(4).values["a"] == pytest.approx([0.1, 0.2, 0.3, 0.25, 0.2])
     for wrong in ({}, {"a": []}, {"a": [1, 2], "b": [1]}):
         with pytest.raises(ValueError, match="a schedule needs as many values"):
             Schedule(wrong)

@@ -15,7 +15,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
 from fxstn.bilevel.evaluation import BestModel
-from fxstn.bilevel.faults import OFFENDERS, BadLoss, DivergedError, Monitors, warn_caller
+from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.history import History
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
@@ -23,7 +23,7 @@ from fxstn.bilevel.tuner import Counters
 from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import as_path
 
-# Parts whose values never change once they are there, so that a state in memory may share them.
+# The values of these parts never change, so that a state in memory may share them.
 GROWING = ("history", "best")
 
 
@@ -121,9 +121,9 @@ class CheckpointManager:
     ) -> None:
         self.parts, self.device, self.out_dir = parts, device, out_dir
         self.minutes, self.files, self.memory = minutes, files, memory
-        self.restorations = 0  # of the state kept last
-        self._state: State | None = None  # that state, where it is in no file
-        self._step = -1  # at which it was kept
+        self.restorations = 0  # how often the last saved state was restored
+        self._state: State | None = None  # the last saved state, where it is in no file
+        self._step = -1  # inner steps done when it was saved
         self._time = time.perf_counter()
         self._unwritable = False
 
@@ -147,7 +147,7 @@ class CheckpointManager:
         write = write and self.out_dir is not None
         state = self.parts.state_dict() if write or self.memory else {}
         if write:
-            write = not distributed.any_of(not self._write(state, better), self.device)
+            write = not distributed.any_process(not self._write(state, better), self.device)
         if self.memory and not write:
             self._state = _copied(state)
 
@@ -184,7 +184,7 @@ class CheckpointManager:
         if self.out_dir is None:
             return
         path = self.out_dir / "last.pt"
-        state = distributed.of_first(lambda: latest_checkpoint(path))
+        state = distributed.in_first_process(lambda: latest_checkpoint(path))
         if state is not None:
             self.parts.load(state, str(path))
 
@@ -197,13 +197,13 @@ class CheckpointManager:
         if path.is_dir():
             raise ValueError(f"runner.save: {path} is a folder; name a file in it, {path / 'last.pt'} say")
         state = self.parts.state_dict()
-        distributed.of_first(lambda: save_checkpoint(state, path, self.files))
+        distributed.in_first_process(lambda: save_checkpoint(state, path, self.files))
 
     def load(self, path: str | Path) -> None:
         """Go on from a file. Raises ValueError as `RunParts.load`, DamagedError, and TypeError for no path."""
         path = as_path(path, "runner.load")
         try:
-            state = distributed.of_first(lambda: load_checkpoint(path))
+            state = distributed.in_first_process(lambda: load_checkpoint(path))
         except DamagedError as error:
             raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
         self.parts.load(state, str(path))
@@ -230,12 +230,12 @@ class Recovery:
         done = counters.rollbacks + 1
         if done > self.attempts:
             self.prepare.check()
-            raise DivergedError(self._last_words(fault))
+            raise DivergedError(self._divergence_message(fault))
         before = self.monitors.warnings
         self.checkpoints.restore()
         counters.rollbacks = done
         self.updates.drop_gradients()
-        slowed = [name for name in OFFENDERS[fault.name] if name in self.updates.optimizers]
+        slowed = [name for name in OPTIMIZERS_TO_SLOW[fault.name] if name in self.updates.optimizers]
         factor = 0.5**self.checkpoints.restorations
         rates = ", ".join(f"{name} {self.updates.slow(name, factor):.3g}" for name in slowed)
         text = f"{fault}; back to epoch {len(history)} with lower learning rates: {rates} (attempt {done} of {self.attempts})"
@@ -244,7 +244,7 @@ class Recovery:
         if not distributed.rank():
             warn_caller(text)
 
-    def _last_words(self, fault: BadLoss) -> str:
+    def _divergence_message(self, fault: BadLoss) -> str:
         values = ", ".join(f"{key}={value:.4g}" for key, value in list(self.problem.values().items())[:20])
         record, out_dir = self.checkpoints.parts.best.record, self.checkpoints.out_dir
         place = f"in {out_dir / 'best.pt'}" if out_dir else "in runner.best"

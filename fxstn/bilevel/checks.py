@@ -28,10 +28,10 @@ AT_LEAST_ONE = (
 )
 FRACTIONS = ("response_fraction", "hyper_fraction")
 NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks", "recalibrate")
-POSITIVE = ("clip_norm", "patience", "save_minutes")  # None: not set
+POSITIVE = ("clip_norm", "patience", "save_minutes")  # may also be None
 WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
          "recalibrate", "patience")  # fmt: skip
-COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # the runner's own
+COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # of the history, which users may not name
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that may be None
     **dict.fromkeys(("valid_loss_fn", "initial_state", "unpack"), (callable, "a function")),
     **dict.fromkeys(
@@ -151,7 +151,7 @@ def check_loss(loss_fn: object, name: str) -> None:
         raise TypeError(f"{name} must be a function of (output, target), got {type(loss_fn).__name__}")
     try:
         signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return
     try:
         signature.bind(None, None, **({"hparams": None} if "hparams" in signature.parameters else {}))

@@ -93,7 +93,7 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return {name: value / processes() for name, value in total(values, device).items()}
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
+def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is true in any process."""
     return total({"flag": float(flag)}, device)["flag"] > 0
 
@@ -114,8 +114,11 @@ def _can_be_sent(error: Exception) -> bool:
         return False
 
 
-def of_first(function: Callable[[], T]) -> T:
-    """What a function returns, or raises, in the first process: for files, which only that process reads and writes."""
+def in_first_process(function: Callable[[], T]) -> T:
+    """Run a function in the first process only; all processes return what it returns, or raise what it raises.
+
+    It is for files, which only the first process reads and writes.
+    """
     if processes() == 1:
         return function()
     outcome: list[object] = [None, None]  # value, error
@@ -131,8 +134,8 @@ def of_first(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def uneven(loader: Iterable[object]) -> bool:
-    """Whether one process's loader may end before another's."""
+def lengths_differ(loader: Iterable[object]) -> bool:
+    """Whether the loader of one process may end before that of another."""
     length: int | None = None
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         length = len(loader)

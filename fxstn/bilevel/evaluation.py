@@ -38,7 +38,7 @@ class RunningMeans:
 
     def begin(self) -> None:
         """Forget everything: an epoch begins, or is over."""
-        self.steps, self._seconds = 0, 0.0  # seconds before the process was cut
+        self.steps, self._seconds = 0, 0.0  # seconds of the epoch before a resume
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._start = time.perf_counter()
@@ -56,7 +56,7 @@ class RunningMeans:
             {name: total.item() / self._counts[name] for name, total in self._totals.items()}, self.device
         )
 
-    def elapsed(self) -> float:
+    def seconds(self) -> float:
         """Seconds of the epoch so far."""
         return self._seconds + time.perf_counter() - self._start
 
@@ -65,7 +65,7 @@ class RunningMeans:
             "steps": self.steps,
             "totals": dict(self._totals),
             "counts": dict(self._counts),
-            "seconds": self.elapsed() if self.steps else 0.0,
+            "seconds": self.seconds() if self.steps else 0.0,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -227,7 +227,7 @@ class Evaluator:
             raise
         except Exception as error:
             fault = f": {type(error).__name__}: {error}"
-        if not distributed.any_of(bool(fault), self.prepare.device):
+        if not distributed.any_process(bool(fault), self.prepare.device):
             return _means(sums, "train_loader", self.prepare.device)["valid_loss"]
         if not distributed.rank():
             text = f"λ is not limited for an epoch, because the validation loss of training batches cannot be computed{fault}; "

@@ -14,10 +14,10 @@ from types import FrameType
 from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.state import State
 
-EXPLODED = 1e4  # a loss so many times as large as at first, or as 1, is one that training cannot bring down
+EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
 AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
 PERSISTENT = 3  # epochs in a row that a sign must last
-OFFENDERS = {  # the optimizers whose rates a bad loss speaks against
+OPTIMIZERS_TO_SLOW = {  # {loss: optimizers whose rates a bad value of it calls too high}
     "train_loss": ("optimizer",),
     "valid_loss": ("optimizer",),
     "response_loss": ("response_optimizer",),
@@ -143,7 +143,7 @@ class Monitors:
     def __init__(self, ranges: dict[str, tuple[float, float]]) -> None:
         self.ranges = {name: (low, high) for name, (low, high) in ranges.items() if math.isfinite(high - low)}
         self.warnings: list[tuple[int, str]] = []
-        self._signs: set[str] = set()  # that a warning was given of
+        self._signs: set[str] = set()  # signs that a warning was already given of
 
     def read(self, rows: Sequence[Row]) -> None:
         """Warn of new signs in the rows up to this epoch."""
@@ -166,7 +166,7 @@ class Stop:
     """The wish that SIGTERM or Ctrl-C expresses: the run saves and ends at the next step. A second signal ends it at once."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # the signal that came; None: none
+        self.signal: int | None = None  # the signal that arrived
 
     @contextmanager
     def on_signals(self, enabled: bool) -> Iterator[None]:

@@ -64,8 +64,8 @@ class Schedule:
         """The last values, from the first epoch on."""
         return Schedule({name: column[-1:] for name, column in self.values.items()})
 
-    def stretched(self, epochs: int) -> Schedule:
-        """The same course over another number of epochs."""
+    def for_epochs(self, epochs: int) -> Schedule:
+        """A copy that runs through the same values in another number of epochs."""
         points = [self.at(self.epochs * k / epochs) for k in range(epochs + 1)]
         return Schedule({name: [point[name] for point in points] for name in self.values})
 

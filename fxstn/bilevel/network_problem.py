@@ -53,7 +53,7 @@ class NetworkProblem(BilevelProblem):
                              "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why")  # fmt: skip
         self.response_fraction, self.response_widening = settings.response_fraction, settings.response_widening
         self.response_windows, self.hyper_fraction = settings.response_windows, settings.hyper_fraction
-        self._windows = 0  # that the response step has seen in this pass
+        self._windows = 0  # number of windows that the response step has seen in this pass
         self._epsilon: Tensor | None = None
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
 

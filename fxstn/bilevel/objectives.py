@@ -50,7 +50,7 @@ def takes_hparams(loss_fn: LossFunction) -> bool:
     """Whether a loss function has a parameter named `hparams`."""
     try:
         signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return False
     return "hparams" in signature.parameters
 
@@ -67,7 +67,9 @@ def evaluate_loss(
     """
     if not examples:
         raise ValueError("the batch has no examples; leave it out")
-    if isinstance(target, Tensor) and target.dim() and target.shape[0] % examples:  # a multiple: targets per token
+    if (
+        isinstance(target, Tensor) and target.dim() and target.shape[0] % examples
+    ):  # a multiple is allowed: targets per token
         raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
     with explained_loss_errors(output, target):
         loss = loss_fn(output, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(output, target)

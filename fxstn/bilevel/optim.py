@@ -15,7 +15,7 @@ from fxstn.bilevel.evidence import AVERAGES, Evidence, bound_gradient, noise_gat
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
 
-END = 0.1  # share of a range, at either end; a dropout or an augmentation does hardly anything there
+END = 0.1  # share of a range, at either end, where noise must not drive λ further: a regulariser does little there
 
 
 def falling_rate(first: float, settle: float, steps: float) -> float:
@@ -205,10 +205,10 @@ class SettlingAdam(torch.optim.Optimizer):
                 evidence = update_evidence(bound_gradient(x.grad), self.state[x])
                 rate = falling_rate(group["lr"], group["settle"], evidence.surprises)
                 decrease = rate * evidence.mean / (evidence.square.sqrt() + 1e-8)
-                x -= self._limited(x, decrease, evidence, certainty, gap, mask)
+                x -= self._limit_step(x, decrease, evidence, certainty, gap, mask)
         return loss
 
-    def _limited(
+    def _limit_step(
         self,
         x: Tensor,
         decrease: Tensor,

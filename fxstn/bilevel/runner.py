@@ -82,7 +82,7 @@ class BilevelRunner:
             self.stn.compile(**(options.compile if isinstance(options.compile, dict) else {}))
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)
-        out_dir = distributed.of_first(lambda: options.out_dir)
+        out_dir = distributed.in_first_process(lambda: options.out_dir)
         self.out_dir = Path(out_dir) if out_dir is not None else None
         if options.schedule is not None and set(options.schedule.values) != set(problem.values()):
             raise ValueError(f"schedule is of {', '.join(options.schedule.values)}, the network has "
@@ -154,7 +154,7 @@ class BilevelRunner:
                 except BadLoss as fault:
                     self._recovery.go_back(fault)
                     continue
-                bar.set_postfix(self._shown(self.history.rows[-1]), refresh=False)
+                bar.set_postfix(self._postfix(self.history.rows[-1]), refresh=False)
                 bar.update()
         return self.history
 
@@ -166,9 +166,9 @@ class BilevelRunner:
         done, patience = len(self.history), self._options.patience
         late = minutes is not None and done and sum(self.history["seconds"]) >= 60 * minutes
         hopeless = patience is not None and done and done - self.history.best()["epoch"] >= patience
-        return distributed.any_of(bool(self._stopped or late or hopeless), self.device)
+        return distributed.any_process(bool(self._stopped or late or hopeless), self.device)
 
-    def _shown(self, row: Row) -> dict[str, str]:
+    def _postfix(self, row: Row) -> dict[str, str]:
         """Losses, columns and a few λ, for the progress bar."""
         few = [(name.rpartition(".")[0] or name, row[name]) for name in self.history.names[:3]]
         shown = [("train", row["train_loss"]), ("valid", row["valid_loss"]), *((n, row[n]) for n in self.columns), *few]
@@ -192,19 +192,19 @@ class BilevelRunner:
         for callback in self.callbacks:
             callback(self)
         self._keep(better)
-        if distributed.any_of(self._stop.signal is not None, self.device):
+        if distributed.any_process(self._stop.signal is not None, self.device):
             self._stop.end()
 
     def _row(self, row: Row, batch: Batch | None) -> Row:
         """A row of the history, from its losses. batch: of validation."""
         problem = self.problem
         row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
-        if self.schedule is None and not distributed.any_of(batch is None, self.device):
+        if self.schedule is None and not distributed.any_process(batch is None, self.device):
             assert batch is not None
             with self._tuner.precision():
                 row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
         row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
-        row |= distributed.mean({"seconds": self._tuner.means.elapsed()}, self.device)
+        row |= distributed.mean({"seconds": self._tuner.means.seconds()}, self.device)
         return row | {"seconds": round(row["seconds"], 3)}
 
     # Faults

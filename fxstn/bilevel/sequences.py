@@ -11,7 +11,7 @@ from fxstn.bilevel.objectives import LossFunction, as_tuple, takes_hparams
 from fxstn.ops.batch_axis import batch_size
 
 WindowState = tuple[Tensor, ...]  # the state before or after a window
-InitialState = Callable[[int], WindowState]  # of a batch of so many examples
+InitialState = Callable[[int], WindowState]  # number of examples → first state
 
 
 class CarriedState:

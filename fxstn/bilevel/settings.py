@@ -21,7 +21,7 @@ from fxstn.bilevel.sequences import InitialState
 from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories, rmsprop
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
-Callback = Callable[..., object]  # of the runner
+Callback = Callable[..., object]  # gets the runner
 Function = TypeVar("Function", bound=Callable[..., object])
 OF_PROCESS = ("device", "out_dir", "progress")  # settings that may differ between the processes of a run
 OF_NETWORKS = ("valid_loss_fn", "initial_state", "schedule", "compile", "perturb", "tune_scale")

@@ -92,7 +92,7 @@ class Tuner:
         self.train = ResumableLoader(train_loader, "train_loader", settings.recalibrate)
         self.valid = ResumableLoader(valid_loader, "valid_loader")
         self.length = math.ceil(batches / settings.accumulate) if batches else None  # inner steps of an epoch
-        self.uneven = distributed.uneven(train_loader)
+        self.lengths_differ = distributed.lengths_differ(train_loader)
         self.guard, self.means = LossGuard(), RunningMeans(device)
         self.prepare = BatchPreparer(device, settings.memory_format, settings.unpack)
         self.precision = partial(torch.autocast, device.type, settings.autocast, enabled=settings.autocast is not None)
@@ -147,7 +147,7 @@ class Tuner:
     def _next_batches(self) -> list[object]:
         """The batches of the next inner step; none, in all processes, where one of them has none left."""
         batches = self.train.take(self.settings.accumulate)
-        if self.uneven and distributed.any_of(not batches, self.device):
+        if self.lengths_differ and distributed.any_process(not batches, self.device):
             self.train.close()
             return []
         return batches

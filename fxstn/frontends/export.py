@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxstn.frontends.export_rewrite import graph_of
-from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture, same
+from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture, same
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.outputs import plain_output
@@ -62,7 +62,7 @@ class Export(GraphFrontend):
 def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> fx.GraphModule:
     """The model's forward on these inputs, exported and rewritten."""
     calls = _Calls(model)
-    unsupported = Unsupported(calls.innermost)
+    unsupported = ProblemCollector(calls.innermost)
     with guarded_capture(model, training, frozen, "torch.export", unsupported):
         arguments = _arguments(model, inputs)
         for name, module in model.named_modules():

@@ -25,7 +25,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class UnsupportedError(Exception):
     """Something in a forward that a graph would drop or freeze without a word.
 
-    where: module path; source: file:line: code, "" for the line that raises this; what, remedy: as in `Diagnostic`.
+    where: module path.
+    what, remedy: as in `Diagnostic`.
+    source: "file:line: code"; "" for the line that raises this.
     """
 
     def __init__(self, where: str, what: str, remedy: str, source: str = "") -> None:
@@ -64,7 +66,7 @@ def refuse_scripted(model: nn.Module) -> None:
         raise TransformError([Diagnostic(name, what, "", remedy) for name in outermost])
 
 
-class Unsupported:
+class ProblemCollector:
     """Collects what a graph would lose of a forward, each thing once, with its line.
 
     place: returns the path of the module whose forward is running.
@@ -191,7 +193,7 @@ def guarded_capture(
     training: bool,
     frozen: Collection[str],
     tool: str,
-    unsupported: Unsupported,
+    unsupported: ProblemCollector,
     full_precision: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
     """The model in one mode, for the time that a tool follows its forward; it is left as it was.
@@ -213,7 +215,7 @@ def guarded_capture(
 
 
 @contextmanager
-def _operations_noticed(unsupported: Unsupported, full_precision: Callable[[], object]) -> Iterator[None]:
+def _operations_noticed(unsupported: ProblemCollector, full_precision: Callable[[], object]) -> Iterator[None]:
     """Decompositions stand in for modules; custom autograd functions and autocast regions are collected as unsupported."""
     enter_autocast = torch.autocast.__enter__
 
@@ -261,7 +263,7 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_explained(tool: str, unsupported: Unsupported) -> Iterator[None]:
+def _errors_explained(tool: str, unsupported: ProblemCollector) -> Iterator[None]:
     """Raises TransformError in place of whatever is raised inside, with what was collected until then, and for that alone."""
     try:
         yield
@@ -269,7 +271,7 @@ def _errors_explained(tool: str, unsupported: Unsupported) -> Iterator[None]:
         raise
     except Exception as error:
         source = innermost_user_frame(traceback.format_exc())
-        reason = _unsupported_behind(error)
+        reason = _refusal_behind(error)
         if reason is not None:
             problem = Diagnostic(reason.where, reason.what, reason.source or source, reason.remedy)
             raise TransformError([*unsupported.problems, problem]) from None
@@ -281,7 +283,7 @@ def _errors_explained(tool: str, unsupported: Unsupported) -> Iterator[None]:
         raise TransformError(unsupported.problems)
 
 
-def _unsupported_behind(error: BaseException | None) -> UnsupportedError | None:
+def _refusal_behind(error: BaseException | None) -> UnsupportedError | None:
     """The UnsupportedError that an exception is, or that it was raised from."""
     while error is not None and not isinstance(error, UnsupportedError):
         error = error.__cause__ or error.__context__

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.guards import HOOKS, Unsupported, UnsupportedError, guarded_capture
+from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.outputs import plain_output
@@ -72,7 +72,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, supplied: int) -> None:
         super().__init__()
-        self.unsupported = Unsupported(self.path_of_current)
+        self.unsupported = ProblemCollector(self.path_of_current)
         self.calls: list[ModuleCall] = []
         self.number_of_calls = 0
         self.supplied = supplied

@@ -38,7 +38,7 @@ class Hyperparameter:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.name:  # a spec's own may start outside its range, where each match has a start of its own
+        if self.name:  # without a name a start may be outside the range, because a match may bring its own
             self._check()
 
     def _check(self) -> None:

@@ -168,16 +168,16 @@ def _respell(node: fx.Node) -> None:
         return
     spelled = respell(node.target, node.args, node.kwargs)
 
-    def emitted(value: object) -> object:
+    def emit(value: object) -> object:
         """What an operation is made of becomes nodes of its own before it."""
         if not isinstance(value, Spelled):
             return value
-        new = node.graph.call_function(value.function, *map_leaves((value.args, value.kwargs), emitted))
+        new = node.graph.call_function(value.function, *map_leaves((value.args, value.kwargs), emit))
         copy_place(new, node)
         return new
 
     with node.graph.inserting_before(node):
-        args, kwargs = map_leaves((spelled.args, spelled.kwargs), emitted)
+        args, kwargs = map_leaves((spelled.args, spelled.kwargs), emit)
     if spelled.in_place:
         mutated = node.args[0] if node.args else node.all_input_nodes[0]
         if mutated not in args:

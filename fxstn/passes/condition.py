@@ -42,7 +42,7 @@ def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
             site = own_sites.get(node.name)
             _split(graph, node, *(reader.of_site(site, node) if site else (own_strengths(node), BATCH_FIRST)))
     inserted = [site for site in binding.sites if site.insert and not isinstance(site.spec, Activity)]
-    # Of two operations after one value the first one asked for acts first.
+    # Inserted in reverse, because the one inserted last acts first: specs act in the order in which they are listed.
     noise = {site: _insert(graph, by_name[site.node], site, reader) for site in reversed(inserted)}
     for name, index in binding.dropped:
         for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == f"model.{name}"]:

@@ -111,7 +111,7 @@ def _axes(module: fx.GraphModule, variants: Sequence[tuple], few: int) -> dict[s
     nodes = [node for node in module.graph.nodes if node.op != "output"]
     device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
     with torch.autocast(device, enabled=False):
-        probe(nodes, [_variant(module, _bound(own, inputs)) for inputs in variants], look)
+        probe(nodes, [_variant(module, _bind_inputs(own, inputs)) for inputs in variants], look)
     return axes
 
 
@@ -120,13 +120,13 @@ def _variant(module: fx.GraphModule, inputs: Values) -> Variant:
         if node in inputs:
             return inputs[node]
         if node.target in BATCH_NORMS:
-            return _normalised(node, values, base)
+            return _norm_by_base(node, values, base)
         return _value(module, node, values)
 
     return value
 
 
-def _bound(nodes: list[fx.Node], inputs: tuple) -> Values:
+def _bind_inputs(nodes: list[fx.Node], inputs: tuple) -> Values:
     """Values of the placeholders: inputs by position, defaults for the rest."""
     values: Values = {}
     for i, node in enumerate(nodes):
@@ -140,7 +140,7 @@ def _bound(nodes: list[fx.Node], inputs: tuple) -> Values:
     return values
 
 
-def _normalised(node: fx.Node, values: Values, base: Values) -> Tensor:
+def _norm_by_base(node: fx.Node, values: Values, base: Values) -> Tensor:
     """Batch norm by the statistics of the first run."""
     x, _, _, weight, bias, _, _, eps = filled_in(node.args, base)
     var, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)

@@ -38,13 +38,18 @@ class ParameterUse:
 
 @dataclass
 class Responses:
-    """Which parameters respond: {name: axis of its scales}, {name: fan-in}, {name: first of the parameters that share
-    its scales}, and {name of one that does not respond: why}."""
+    """Which parameters respond, and why the others do not.
+
+    axes: {name: axis of its scales}.
+    fan_ins: {name: fan-in}.
+    leaders: {name: the first of the parameters that share its scales}.
+    obstacles: {name of a parameter that does not respond: the reason}.
+    """
 
     axes: dict[str, int] = field(default_factory=dict)
     fan_ins: dict[str, int] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)
 
 
 def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[ParameterUse]:
@@ -63,7 +68,9 @@ def uses_of(module: fx.GraphModule, names: Iterable[str], axis: int) -> list[Par
     structure_of = structures(module, [name for name in names if name not in without_role], axis)
     for node, derived in structure_of.items():
         for user in consumers(node, structure_of):
-            result.append(_use_of(module, node, derived, user if derived.rows else _mixing(node, structure_of, user)))
+            result.append(
+                _use_of(module, node, derived, user if derived.rows else _find_row_mixer(node, structure_of, user))
+            )
     return result
 
 
@@ -76,10 +83,10 @@ def _role_of(node: fx.Node, user: fx.Node) -> tuple[int, ParameterRole] | None:
     return positions[0], rule.reads[positions[0]]
 
 
-def _mixing(node: fx.Node, structure_of: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
+def _find_row_mixer(node: fx.Node, structure_of: Mapping[fx.Node, Derived], user: fx.Node) -> fx.Node:
     """The first operation on the way from the parameters to `node` that mixed their rows."""
     before = [source for source in node.all_input_nodes if source in structure_of and structure_of[source].rows is None]
-    return _mixing(before[0], structure_of, node) if before else user if node.op == "get_attr" else node
+    return _find_row_mixer(before[0], structure_of, node) if before else user if node.op == "get_attr" else node
 
 
 def _use_of(module: fx.GraphModule, node: fx.Node, derived: Derived, user: fx.Node) -> ParameterUse:
@@ -114,20 +121,20 @@ def layer_weights(module: fx.GraphModule) -> list[str]:
     return sorted(set(weights), key=lambda name: (first.get(name, len(first)), order[name]))
 
 
-def _renormalised(node: fx.Node) -> bool:
+def _loses_scale(node: fx.Node) -> bool:
     """Whether the scale of a layer's channels is lost on every way on, because batch norm divides by it.
 
     The norm's own affine parameters are what can scale these units.
     """
     users = [user for user in node.users if not is_size(user)]
     return bool(users) and all(
-        _divides(user) or (user.target in SCALE_KEEPING and _renormalised(user)) for user in users
+        _divides(user) or (user.target in SCALE_KEEPING and _loses_scale(user)) for user in users
     )
 
 
 def _scaleless(trained: Sequence[ParameterUse]) -> set[str]:
     """Parameters that the training graph reads only where a norm takes the scale away."""
-    keeping = {name for use in trained if not _renormalised(use.node) for name in use.parameters}
+    keeping = {name for use in trained if not _loses_scale(use.node) for name in use.parameters}
     return {name for use in trained for name in use.parameters} - keeping
 
 
@@ -156,9 +163,9 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
         candidates = pending - later
         trained, *others = (uses_of(graph, sorted(candidates), axis) for graph in graphs)
         uses = [*trained, *itertools.chain(*others)]
-        fan_ins, obstacles = _judged(uses, set() if structured else _scaleless(trained), structured)
+        fan_ins, obstacles = _sort_by_obstacle(uses, set() if structured else _scaleless(trained), structured)
         for name, why in obstacles.items():
-            result.left_out.setdefault(name, why)
+            result.obstacles.setdefault(name, why)
         for group in _groups(uses, candidates):
             if all(name in fan_ins and name not in obstacles for name in group):
                 for name in group:
@@ -166,14 +173,14 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
                 pending -= set(group)
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
-            result.left_out[name] = "frozen (requires_grad=False)"
-    result.left_out = {name: why for name, why in result.left_out.items() if name not in result.axes}
+            result.obstacles[name] = "frozen (requires_grad=False)"
+    result.obstacles = {name: why for name, why in result.obstacles.items() if name not in result.axes}
     order = list(parameters)
     result.axes = dict(sorted(result.axes.items(), key=lambda item: order.index(item[0])))
     return result
 
 
-def _judged(
+def _sort_by_obstacle(
     uses: Sequence[ParameterUse], scaleless: set[str], structured: bool
 ) -> tuple[dict[str, int], dict[str, str]]:
     """({parameter: fan-in of its first use as a parameter of a layer}, {parameter that cannot respond: why})."""

@@ -19,7 +19,12 @@ from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.rules import RULES, Rule
 
-_SEVERAL = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # of several results none ends a stage
+_SPLITS = {
+    torch.unbind,
+    torch.chunk,
+    torch.split,
+    torch.tensor_split,
+}  # several results, none of which ends a stage
 
 
 class Place(NamedTuple):
@@ -65,15 +70,16 @@ def input_places(module: fx.GraphModule, but_indices: bool = False) -> list[Plac
     but_indices: leave out the inputs that are looked up in a table. Nothing can be dropped there.
     """
     inputs = [node for node in placeholders(module.graph) if not node.args]
-    return [Place(node.name, True) for node in inputs if not (but_indices and _looked_up(node))]
+    return [Place(node.name, True) for node in inputs if not (but_indices and _has_indices(node))]
 
 
-def _looked_up(node: fx.Node) -> bool:
-    """Whether a value has the indices of a lookup, as it is or in another shape."""
-    return any(_looks_up(user, node) or (_is_linear(user) and _looked_up(user)) for user in node.users)
+def _has_indices(node: fx.Node) -> bool:
+    """Whether a value holds the indices of a lookup, in this or in another shape."""
+    return any(_reads_table_at(user, node) or (_is_linear(user) and _has_indices(user)) for user in node.users)
 
 
-def _looks_up(node: fx.Node, indices: fx.Node) -> bool:
+def _reads_table_at(node: fx.Node, indices: fx.Node) -> bool:
+    """Whether a node is a lookup in a table, such as F.embedding, at these indices."""
     rule = _rule_of(node)
     return rule is not None and node.args[:1] == (indices,) and any(use.role == "table" for use in rule.reads.values())
 
@@ -147,5 +153,5 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     (user,) = node.users
     others = [source for source in user.all_input_nodes if source is not node]
     alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
-    several = user.target in _SEVERAL
-    return user if user.op == "call_function" and user.args[0] is node and alone and not several else None
+    splits = user.target in _SPLITS
+    return user if user.op == "call_function" and user.args[0] is node and alone and not splits else None

@@ -85,7 +85,7 @@ class _Pushforward:
         if not calls or all_zero((tangents, self.tangent(node.kwargs))):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
             if (response := info_of(node).response) is not None:
-                self.tangents[node] = self._structured(node, self.by_name[response])
+                self.tangents[node] = self._scaled_tangent(node, self.by_name[response])
             return
         derived = info_of(node).scales is not None
         tangents = map_leaves(tangents, lambda tangent: self._for_rule(tangent, node, derived))
@@ -101,7 +101,7 @@ class _Pushforward:
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")
         if derived and dy is not ZERO:
-            dy = self._structured(node, dy)
+            dy = self._scaled_tangent(node, dy)
             one = sum(not all_zero((tangent,)) for tangent in tangents) == 1
             if self.fold and kind != "linear" and not (kind == "bilinear" and one):
                 self.problems.append(_no_rule(node, "on a weight that moves by a finite step: only method 'delta' can"))
@@ -132,7 +132,7 @@ class _Pushforward:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
         return replace(tangent, batch_axis=axis)
 
-    def _structured(self, node: fx.Node, response: object) -> Scaled:
+    def _scaled_tangent(self, node: fx.Node, response: object) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""
         scales = info_of(node).scales
         assert scales is not None, node
@@ -206,12 +206,12 @@ def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMod
     """
 
     def add(walk: _Pushforward, output: Argument) -> object:
-        return map_leaves(output, lambda leaf: _linearized(walk, leaf) if isinstance(leaf, fx.Node) else leaf)
+        return map_leaves(output, lambda leaf: _add_tangent(walk, leaf) if isinstance(leaf, fx.Node) else leaf)
 
     return _Pushforward(module, plan.batch_axes, fold=False).run(add)
 
 
-def _linearized(walk: _Pushforward, node: fx.Node) -> object:
+def _add_tangent(walk: _Pushforward, node: fx.Node) -> object:
     """y + dy of an output; link(z + dz) for y = link(z), and views of it."""
     y, dy = walk.values[node], walk.tangents[node]
     if dy is ZERO:

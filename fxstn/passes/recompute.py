@@ -46,7 +46,7 @@ def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     result = assemble(module, graph)
     for number, piece in enumerate(_pieces([node for node in nodes if node not in outside and node.op != "output"])):
         inputs, outputs = _boundary(piece)
-        result.add_module(f"piece_{number}", Recomputed(_extracted(module, piece, inputs, outputs)))
+        result.add_module(f"piece_{number}", Recomputed(_extract(module, piece, inputs, outputs)))
         call = graph.call_module(f"piece_{number}", tuple(values[node] for node in inputs))
         for position, node in enumerate(outputs):
             values[node] = graph.call_function(operator.getitem, (call, position))
@@ -84,7 +84,7 @@ def _boundary(piece: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     return list(inputs), [node for node in piece if any(user not in inside for user in node.users)]
 
 
-def _extracted(
+def _extract(
     module: fx.GraphModule, piece: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
     graph = fx.Graph()

@@ -13,7 +13,10 @@ from fxstn.ops.synced import BATCH_NORMS
 
 
 def hold_statistics(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """Batch and instance norms stop updating their running statistics: only the general step does that (law 3)."""
+    """Batch and instance norms stop updating their running statistics.
+
+    Only the general step updates them. A response step runs the network at perturbed λ, which no one uses after training.
+    """
     module = copied(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in BATCH_NORMS and node.args[5]:
@@ -41,11 +44,11 @@ def choose_statistics(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         x, mean, variance, weight, bias, by_batch, _, eps = node.args
         if plan.statistics == "running" and by_batch and mean is not None:
             node.args = (x, mean, variance, weight, bias, False, 0.0, eps)
-        elif plan.statistics == "batch" and not by_batch and not (plan.kind.training or _frozen(mean, plan)):
+        elif plan.statistics == "batch" and not by_batch and not (plan.kind.training or _belongs_to_frozen(mean, plan)):
             node.args = (x, None, None, weight, bias, True, 0.0, eps)
     return module
 
 
-def _frozen(statistic: fx.Node, plan: Plan) -> bool:
+def _belongs_to_frozen(statistic: fx.Node, plan: Plan) -> bool:
     """Whether a running statistic is that of a module which stays in eval mode."""
     return str(statistic.target).removeprefix("model.").rpartition(".")[0] in plan.frozen

@@ -247,10 +247,10 @@ def _note_responses(
 ) -> None:
     result = responses(graphs, structured)
     explanation.notes.append(f"{len(result.axes)} parameters respond to the hyperparameters")
-    reasons = Counter(reason.partition(" in '")[0] for reason in result.left_out.values())
+    reasons = Counter(reason.partition(" in '")[0] for reason in result.obstacles.values())
     for reason, count in reasons.most_common():
-        example = next(name for name, why in result.left_out.items() if why.startswith(reason))
+        example = next(name for name, why in result.obstacles.items() if why.startswith(reason))
         explanation.notes.append(f"{count} parameters get no response, such as '{example}': {reason}")
-    unread = [name for name, _ in model.named_parameters() if name not in result.axes | result.left_out]
+    unread = [name for name, _ in model.named_parameters() if name not in result.axes | result.obstacles]
     if unread:
         explanation.notes.append(f"{len(unread)} parameters are read by no operation, such as '{unread[0]}'")
