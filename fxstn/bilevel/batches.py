@@ -47,7 +47,10 @@ def to_device(
 
 
 def check_finite(batch: Batch, place: str) -> None:
-    """Raises ValueError when a batch holds NaN or an infinity. place: what the error calls the batch."""
+    """Raises ValueError when a batch holds NaN or an infinity.
+
+    place: what the error calls the batch.
+    """
     for part, value in zip(("inputs", "target"), batch, strict=True):
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
@@ -79,7 +82,10 @@ class BatchPreparer:
         self.place = self.time = ""
 
     def __call__(self, batch: object, name: str, time: str) -> Batch:
-        """(inputs, target) on the device. name: of the loader.
+        """(inputs, target) on the device.
+
+        name: of the loader.
+        time: epoch and step, for errors.
 
         Raises ValueError where the batch is not a pair, and for NaN and infinities where they are checked.
         """

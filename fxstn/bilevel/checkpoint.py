@@ -72,7 +72,10 @@ def _older(path: Path, age: int) -> Path:
 
 
 def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
-    """Write a checkpoint with its checksum. Those before become last.1.pt and so on. keep: ≥ 1, files in all."""
+    """Write a checkpoint with its checksum. Those before become last.1.pt and so on.
+
+    keep: ≥ 1, files in all.
+    """
     path = Path(path)
     temporary = _write_temporary(state, path, checksum=True)
     for age in range(keep - 1, 0, -1):

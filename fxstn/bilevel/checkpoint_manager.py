@@ -59,8 +59,9 @@ class RunParts:
     def load(self, state: State, source: str) -> None:
         """Go on from a state. Several processes: all must call it.
 
-        Raises ValueError, and changes nothing, where the state is of a run that trains something else. source: where the state
-        is from, says the error.
+        source: where the state comes from, for errors.
+
+        Raises ValueError, and changes nothing, where the state is of a run that trains something else.
         """
         self._check(state, source)
         for name, part in self.all_shared().items():

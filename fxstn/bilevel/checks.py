@@ -128,7 +128,12 @@ def _check_functions(settings: Mapping[str, object]) -> None:
 
 
 def check_device(device: torch.device | str, name: str = "device") -> torch.device:
-    """The device. Raises ValueError where it is not there. name: what the error calls the argument."""
+    """The device.
+
+    name: what the error calls the argument.
+
+    Raises ValueError where it is not there.
+    """
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -144,7 +144,10 @@ def lengths_differ(loader: Iterable[object]) -> bool:
 
 
 def seed_apart(number: int = 0) -> None:
-    """Give every process but the first noise of its own. number: another one for each call in a run."""
+    """Give every process but the first noise of its own.
+
+    number: another one for each call in a run.
+    """
     if rank():
         torch.manual_seed((torch.initial_seed() + APART * rank() + number) % 2**63)
 

@@ -81,7 +81,11 @@ class RunningMeans:
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of examples whose largest logit is the target class; in [0, 1]. output: (batch, classes), target: (batch,)."""
+    """Share, in [0, 1], of examples whose largest logit is the target class.
+
+    output: (batch, classes).
+    target: (batch,).
+    """
     return (output.argmax(-1) == target).float().mean().item()
 
 
@@ -253,7 +257,12 @@ class Evaluator:
 
 
 def _means(sums: dict[str, float], name: str, device: torch.device) -> dict[str, float]:
-    """Over the examples of all processes. Raises ValueError where there is none; name: of the loader."""
+    """Means over the examples of all processes.
+
+    name: of the loader.
+
+    Raises ValueError where there is no example.
+    """
     sums = distributed.total(sums, device)
     if not (examples := sums.pop("examples")):
         raise ValueError(f"{name} is empty: it yielded no batch")

@@ -171,7 +171,10 @@ def _training_loss(
     auxiliary: Sequence,
     epsilon: Tensor | None,
 ) -> Tensor:
-    """L_T of an output at λ₀ + ε: the loss function and every penalty. epsilon: None is zero."""
+    """L_T of an output at λ₀ + ε: the loss function and every penalty.
+
+    epsilon: None for zero.
+    """
     examples, strengths = batch_size(inputs), stn.hparams(epsilon)
     for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
         target = spec.retarget(target, output, value)

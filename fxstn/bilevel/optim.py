@@ -187,7 +187,10 @@ class SettlingAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move the parameters that have a gradient. closure: computes the loss and its gradients anew, and returns the loss."""
+        """Move the parameters that have a gradient.
+
+        closure: computes the loss and its gradients anew, and returns the loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -217,7 +220,10 @@ class SettlingAdam(torch.optim.Optimizer):
         gap: float | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """What is left of Adam's step, `decrease`, which is negative where x rises. mask: of the numbers that a gap limits."""
+        """What is left of Adam's step, `decrease`, which is negative where x rises.
+
+        mask: of the numbers that a gap limits.
+        """
         needed = torch.ones_like(decrease)
         if gap is not None and mask is not None:
             share, rises = decrease.new_tensor(gap), decrease < 0

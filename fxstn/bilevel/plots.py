@@ -64,7 +64,12 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
 
 
 def figure_class(what: str) -> type[Figure]:
-    """matplotlib's Figure. Raises ImportError without matplotlib. what: needs it, says the error."""
+    """matplotlib's Figure.
+
+    what: the function that needs it, for the error.
+
+    Raises ImportError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -108,7 +113,10 @@ def _set_axes(axis: Axes, panel: Panel) -> None:
 
 
 def draw(axis: Axes, panel: Panel, best: int) -> None:
-    """Draw a panel. best: the epoch that a dotted line marks."""
+    """Draw a panel.
+
+    best: the epoch that a dotted line marks.
+    """
     many = len(panel.lines) > BESIDE
     _draw_lines(axis, panel, many)
     axis.axvline(best, color="0.35", lw=0.9, ls=":")

@@ -94,7 +94,10 @@ class BilevelProblem(nn.Module):
         return None
 
     def begins(self, stream: str) -> None:
-        """Prepare for a new pass over a loader. stream: "train" or "valid"."""
+        """Prepare for a new pass over a loader.
+
+        stream: "train" or "valid".
+        """
 
     def evaluation(self) -> Evaluation:
         """validation_loss for one pass over a loader, without gradients and in eval mode."""
@@ -110,7 +113,10 @@ class BilevelProblem(nn.Module):
         return nullcontext()
 
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
-        """Further columns of the history, measured after each epoch on a validation batch. seed: the number of the epoch."""
+        """Further columns of the history, measured after each epoch on a validation batch.
+
+        seed: the number of the epoch.
+        """
         return {}
 
     def local_state(self) -> State:

@@ -196,7 +196,7 @@ class BilevelRunner:
             self._stop.end()
 
     def _row(self, row: Row, batch: Batch | None) -> Row:
-        """A row of the history, from its losses. batch: of validation."""
+        """A row of the history, from its losses and a batch of validation."""
         problem = self.problem
         row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
         if self.schedule is None and not distributed.any_process(batch is None, self.device):

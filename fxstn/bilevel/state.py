@@ -34,7 +34,10 @@ class LocalState(Protocol):
         ...
 
     def restart(self, state: State) -> None:
-        """Begin the epoch anew. state: of process 0 of a run on another number of processes, amid that epoch."""
+        """Begin the epoch anew.
+
+        state: of process 0 of a run on another number of processes, amid that epoch.
+        """
         ...
 
 

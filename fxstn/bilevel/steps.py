@@ -48,7 +48,10 @@ class Stepper:
         self.training_hypergradients: list[Tensor] = []
 
     def inner(self, batches: Sequence[Batch], tunes: bool) -> Tensor:
-        """Step w₀, and Θ too for a joint problem; returns the loss. tunes: whether a hyper step will follow."""
+        """Step w₀, and Θ too for a joint problem; returns the loss.
+
+        tunes: whether a hyper step will follow.
+        """
         names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
         loss = self._backward(self.problem.general_loss, batches)
         self.updates.ready(*names)

@@ -40,7 +40,10 @@ _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 
 @dataclass(frozen=True)
 class Export(GraphFrontend):
-    """Follows a forward by torch.export. examples: whose sizes later inputs have, dimension 0 aside."""
+    """Follows a forward by torch.export.
+
+    examples: example inputs. Later inputs must have the same sizes, except the batch (dimension 0).
+    """
 
     examples: InputSpec
     name: ClassVar[str] = "export"

@@ -255,7 +255,10 @@ class _Rewriter:
             annotate(node, exits=tuple(outside[::-1]))
 
     def _output(self, flat: Argument) -> None:
-        """Append the output, in the structure that the forward returns. flat: its leaves."""
+        """Append the output, in the structure that the forward returns.
+
+        flat: its leaves.
+        """
         for spec in self.program.graph_signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
                 what = f"the forward changes {spec.target!r}, which a traced graph would lose,"

@@ -89,7 +89,10 @@ class Frontend(Protocol):
         """The frontend that emits the graphs of this binding. Raises TransformError for specs that it cannot place."""
 
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> Graph:
-        """One graph of a network. passes: what makes it from the canonical graph, where there is one."""
+        """One graph of a network.
+
+        passes: what makes it from the canonical graph, where there is one.
+        """
 
 
 class GraphFrontend:

@@ -248,7 +248,10 @@ def _proxies(structure: Argument) -> Iterator[fx.Proxy]:
 
 @dataclass(frozen=True)
 class Symbolic(GraphFrontend):
-    """Follows a forward with symbolic values. examples: which inputs callers pass; None for all without a default."""
+    """Follows a forward with symbolic values.
+
+    examples: the inputs that callers pass. None: all without a default.
+    """
 
     examples: InputSpec | None = None
     name: ClassVar[str] = "fx"
@@ -285,9 +288,8 @@ def _under_root(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Targets become "model.…", and a tied parameter keeps the first of its names."""
     first = first_names(model)
     for node in graph.nodes:
-        node.meta.pop(
-            "is_wrapped", None
-        )  # else generated code declares the result of a function looked into as wrapped
+        # With this entry the generated code would call torch.fx.wrap for functions that the trace has looked into.
+        node.meta.pop("is_wrapped", None)
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(model)
             node.target = f"model.{first.get(id(value), node.target)}"

@@ -17,7 +17,9 @@ from fxstn.ops.noise import by_example
 
 
 class Mixing(Auxiliary, Operation):
-    """Base of operations whose draw ends with (partner, share), (batch,) each: the example that is mixed in, and its share.
+    """Base of operations that mix two examples. The draw ends with (partner, share), each of shape (batch,).
+
+    partner is the index of the example that is mixed in, share its share.
 
     A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes. A target
     of floating point numbers is mixed as it is. Evaluation and the hyper step see plain examples.

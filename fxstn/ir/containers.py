@@ -180,7 +180,10 @@ def hidden(leaf: object, of: Kinds = Tensor) -> Iterator[Any]:
 
 
 def path_to(leaf: object, structure: object, name: str) -> str:
-    """Where a leaf is in a structure, "output.parts.0" say. name: of the structure."""
+    """Where a leaf is in a structure, "output.parts.0" say.
+
+    name: of the structure.
+    """
     paths = (path for path, value in reachable(structure, name, of=type(leaf)) if value is leaf)
     return next(paths, name)
 

@@ -18,8 +18,11 @@ from fxstn.ir.node_info import info_of
 class Diagnostic:
     """One thing in the model that cannot be handled.
 
-    where: module path; source: file:line: code; remedy: what to do; frontend: the way of following the forward that it stands
-    in, "" where only one was tried.
+    where: module path.
+    what: the problem.
+    source: "file:line: code", or "".
+    remedy: what the user can do.
+    frontend: the frontend that met the problem; "" where only one was tried.
     """
 
     where: str

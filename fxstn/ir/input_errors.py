@@ -96,8 +96,12 @@ def _loss_remedy(output: object, target: object) -> str:
 
 @contextmanager
 def explained_errors(batch: tuple[Any, Any], where: str, model: nn.Module) -> Iterator[None]:
-    """Around an objective. where: which batch it is. Raises ValueError (TypeError) in place of an operation's error, and
-    with the batch named in place of fxstn's own."""
+    """Context manager around an objective: errors of operations become errors about the batch.
+
+    where: which batch it is.
+
+    Raises ValueError (TypeError) in place of an operation's error. An error of fxstn gets the name of the batch, too.
+    """
     try:
         yield
     except _KINDS as error:

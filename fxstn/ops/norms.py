@@ -93,7 +93,10 @@ def inverse_rms(x: Tensor, shape: Sequence[int], eps: float | None) -> Tensor:
 
 @self_adjoint
 def rms_norm_jacobian(tangent: Tensor, normalized: Tensor, inverse: Tensor, dims: int) -> Tensor:
-    """Jacobian of x ↦ x/rms(x), without weight: symmetric. normalized: x/rms(x) over its last `dims` dimensions."""
+    """Jacobian of x ↦ x/rms(x), without weight: symmetric.
+
+    normalized: x/rms(x) over its last `dims` dimensions.
+    """
     over = tuple(range(-dims, 0))
     return inverse * torch.addcmul(tangent, normalized, (normalized * tangent).mean(over, keepdim=True), value=-1)
 

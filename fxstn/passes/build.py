@@ -29,7 +29,9 @@ _PUBLIC = ("train", "eval", "pushforward", "pushforward_eval")
 def build_network(
     kind: type[Frontend], model: nn.Module, request: Request, pipelines: Mapping[str, Sequence[Pass]]
 ) -> SelfTuningNetwork:
-    """The network of a model by one frontend. model: a copy that the network may keep.
+    """The network of a model by one frontend.
+
+    model: a copy that the network may keep.
 
     Raises TransformError where the frontend cannot follow the model, ValueError and TypeError for a mistake in the request.
     """

@@ -69,9 +69,10 @@ def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[tuple]:
-    """A few examples of the inputs; the same with the first one another; the same with the last one another.
+    """A few examples of the inputs, and two copies: one with another first example, one with another last example.
 
-    rows: positions of the leaves that hold examples. few: how many examples.
+    rows: positions of the leaves that hold examples.
+    few: number of examples.
     """
 
     def with_examples(change: Callable[[Tensor], Tensor]) -> tuple:

@@ -22,7 +22,10 @@ zero(operators.nms, torchvision.ops.nms)
 def _register_average(function, with_map):
     @rule(function, kind="region")
     def region_average(d, input, boxes, *settings, **named):
-        """Linear in the features. with_map: the second result says which channel was read."""
+        """Linear in the features.
+
+        with_map: the second result says which channel was read.
+        """
         _constant(d.boxes, "boxes")
         pooled = lambda x: call(function, x, boxes, *settings, **named)  # noqa: E731
         return pooled(input), (operator.getitem(pooled(d.input), 0), ZERO) if with_map else pooled(d.input)

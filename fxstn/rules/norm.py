@@ -31,7 +31,10 @@ GAIN, SHIFT = ParameterRole("gain", (0,)), ParameterRole("shift", (0,))
 
 
 def _affine(d, y, jacobian, plain, weight, bias, channel=1):
-    """J dx + x̂ · dweight + dbias along the channels; plain: computes x̂, the norm of the input without weight and bias."""
+    """J dx + x̂ · dweight + dbias along the channels.
+
+    plain: computes x̂, the norm of the input without weight and bias.
+    """
     per_channel = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
     dy = total((d.input, jacobian))
     if isinstance(d.weight, Scaled):

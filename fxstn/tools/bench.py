@@ -139,7 +139,8 @@ class Stepper:
 class TunedTraining:
     """The steps of tuning a network on one batch, which serves for training and validation.
 
-    response: as for `transform`. response_optimizer: a factory.
+    response: as for `transform`.
+    response_optimizer: a factory.
     """
 
     def __init__(
@@ -169,8 +170,10 @@ class TunedTraining:
     def cycle(self, fraction: float, every: int, perturb: PerturbMode, corrected: bool) -> None:
         """The steps until the schedule repeats itself.
 
-        fraction: part of the batch that a response step gets. every: inner steps from one response step to the next.
-        perturb: of the hyper step. corrected: with the training hypergradient.
+        fraction: part of the batch that a response step gets.
+        every: inner steps from one response step to the next.
+        perturb: of the hyper step.
+        corrected: whether the training hypergradient is subtracted.
         """
         for number in range(1, math.lcm(TRAIN_STEPS, every) + 1):
             self.general(corrected)

@@ -94,7 +94,8 @@ def strengths_of(network: SelfTuningNetwork, training: bool, inserting: bool = F
 class ReferenceRun(LiveTracer):
     """One run of the original forward. It knows no tangent and no rule for tangents.
 
-    strengths: which λ the random operations read; values: λ itself, (h,).
+    strengths: which λ the random operations read.
+    values: λ itself, (h,).
     constants: values of everything that autograd takes for constant, results of detach and of regions without gradients, in
         order of execution; None for the first run, which collects them in `collected`.
     """

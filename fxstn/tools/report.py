@@ -176,7 +176,10 @@ def _cost(runner: BilevelRunner) -> str:
 
 
 def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimizer) -> list[str]:
-    """A row of the table of optimizers. name: of the runner's argument."""
+    """A row of the table of optimizers.
+
+    name: that of the runner's argument.
+    """
     group = optimizer.param_groups[0]
     first = group["lr"] if isinstance(optimizer, SettlingAdam) else optimizer.defaults.get("lr")
     rate = group.get("initial_lr", first)

@@ -177,7 +177,10 @@ def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: tu
 
 @dataclass(frozen=True)
 class Comparison:
-    """A tangent and the function of a step whose derivative at 0 it should be. mode, against: as in `Check`."""
+    """A tangent and the function of a step whose derivative at 0 it should be.
+
+    mode, against: as in `Check`.
+    """
 
     mode: str
     against: str

@@ -81,7 +81,10 @@ class OperationNote:
 
 
 def arithmetic(function: Callable[..., object], x: Tensor, other: Tensor | float, in_place: bool) -> Call:
-    """x · other or x + other as an operation of the model. function: operator.mul or operator.add."""
+    """x · other or x + other as an operation of the model.
+
+    function: operator.mul or operator.add.
+    """
     in_place_form = {operator.mul: operator.imul, operator.add: operator.iadd}
     original = in_place_form[function] if in_place else function
     return Call(original, (x, other), {}, Spelled(function, (x, other), {}, in_place))

@@ -41,7 +41,8 @@ _LEAVES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__co
 class RuleResult:
     """What a rule returned, y and dy, and what it got.
 
-    args: aliases of the primal values; tangents: of these.
+    args: aliases of the primal values.
+    tangents: of these.
     originals: {id of an alias: the tensor that the model holds}.
     """
 

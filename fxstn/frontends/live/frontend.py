@@ -20,7 +20,10 @@ from fxstn.ir.errors import Diagnostic, TransformError
 
 @dataclass(frozen=True)
 class Live:
-    """Runs a forward as it is. addresses: where its runs read λ, known once the binding is."""
+    """Runs a forward as it is.
+
+    addresses: where its runs read λ, known once the binding is.
+    """
 
     examples: InputSpec | None = None
     addresses: Addresses = field(default_factory=Addresses)

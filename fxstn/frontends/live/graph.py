@@ -92,7 +92,10 @@ class LiveGraph:
         delta: Tensor | None,
         log: list[OperationNote] | None = None,
     ) -> object:
-        """(y, dy), or y + dy for objective "linearized". log: as for `Duals`."""
+        """(y, dy), or y + dy for objective "linearized".
+
+        log: as for `Duals`.
+        """
         buffers = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         parameters, strengths = self._tangents(delta), self._strengths(condition)
         strengths = None if strengths is None else strengths.detach()

@@ -31,7 +31,10 @@ class Links:
         self.links = WeakTensorKeyDictionary()
 
     def record(self, result: Tensor, spelled: Spelled, args: list, tangents: list) -> None:
-        """Enter the result of an operation, if it is one of these. args, tangents: what its rule got."""
+        """Enter the result of an operation, if it is one of these.
+
+        args, tangents: what its rule got.
+        """
         function, rest, kwargs = spelled.function, args[1:], spelled.kwargs
         if function in LINKS:
             self.links[result] = Link(lambda z: function(z, *rest, **kwargs), args[0], tangents[0])

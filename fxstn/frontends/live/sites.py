@@ -61,7 +61,10 @@ class Addresses:
 
 
 def find_addresses(graph: fx.Graph, binding: Binding) -> Addresses:
-    """The addresses that the sites of a binding need. graph: recorded, see `fxstn.frontends.live.record`."""
+    """The addresses that the sites of a binding need.
+
+    graph: recorded, see `fxstn.frontends.live.record`.
+    """
     names = {site.node for site in binding.sites}
     nodes = {node.name: address for node in graph.nodes if (address := info_of(node).address) is not None}
     last: dict[str, int] = {}
