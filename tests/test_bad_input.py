@@ -457,10 +457,12 @@ for _name, _case in {
     "runner.save": lambda: runner().save(3),
     "Schedule.from_json": lambda: fxstn.Schedule.from_json(3),
     "Schedule.to_json": lambda: fxstn.Schedule({"a": [0.5]}).to_json(3),
+    "write_report": lambda: fxstn.write_report(runner(), 3),
+    "TensorBoard": lambda: fxstn.TensorBoard(3),
     "History.to_csv": lambda: fxstn.History(()).to_csv(3),
     "History.to_jsonl": lambda: fxstn.History(()).to_jsonl(3),
 }.items():
-    row(f"{_name} of no path", rf"{_name}: 3 must be a path, such as 'runs/last\.pt'; name a file")(
+    row(f"{_name} of no path", rf"{_name}: 3 must be a path; give text or a pathlib\.Path")(
         lambda folder, case=_case: case()
     )
 row("checkpoint for a folder", r"runner\.save: .* is a folder; name a file in it, .*last\.pt say")(

@@ -148,6 +148,17 @@ def test_arguments_of_another_type_are_refused(bad, message):
         SettlingAdam([nn.Parameter(torch.zeros(1))], **bad)
 
 
+def test_a_group_that_cannot_be_meant_is_refused_and_not_added():
+    optimizer = SettlingAdam([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"^SettlingAdam, group 1: gap=3 must be a share in \[0, 1\], or None"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "gap": 3})
+    with pytest.raises(
+        TypeError, match=r"^SettlingAdam, group 1: a parameter of torch\.complex64 cannot be stepped; give floating"
+    ):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_every_group_has_its_own_options():
     """Each number moves as in an optimizer of its own."""
     options = [{"lr": 0.01}, {"settle": 2.0, "certainty": None}, {"certainty": 0.1}]

@@ -69,8 +69,7 @@ def set_gap(optimizer: torch.optim.Optimizer, gap: float | None, regularizing: S
     groups = [group for group in optimizer.param_groups if "gap" in group]
     if not groups:
         return
-    if gap is not None and not (is_number(gap) and 0 <= gap <= 1):
-        raise ValueError(f"set_gap: gap={gap!r} must be a share in [0, 1], or None for no limit")
+    _check_gap(gap, "set_gap")
     masks = iter(_split_flags(regularizing, [x for group in groups for x in group["params"]], "set_gap: regularizing"))
     for group in groups:
         flags = [flag for _ in group["params"] for flag in next(masks).flatten().tolist()]
@@ -87,6 +86,11 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
         return float(group["lr"])
     steps = max((optimizer.state[x]["step"].item() for x in group["params"] if x in optimizer.state), default=0)
     return falling_rate(group["lr"], group["settle"], max(steps - 1, 0))
+
+
+def _check_gap(gap: object, name: str) -> None:
+    if gap is not None and not (is_number(gap) and 0 <= gap <= 1):
+        raise ValueError(f"{name}: gap={gap!r} must be a share in [0, 1], or None for no limit")
 
 
 def _split_flags(flags: Sequence[bool], parameters: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -118,6 +122,7 @@ def _check_group(group: Mapping[str, object], name: str) -> None:
             raise ValueError(f"{name}: {key}={value} must be {kind}")
     if not isinstance(group["limits"], bool):
         raise TypeError(f"{name}: limits={group['limits']!r} must be True or False")
+    _check_gap(group["gap"], name)
 
 
 class SettlingAdam(torch.optim.Optimizer):
@@ -156,21 +161,28 @@ class SettlingAdam(torch.optim.Optimizer):
         limits: bool = True,
         position: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        defaults = {"lr": lr, "settle": settle, "certainty": certainty, "limits": limits}
+        defaults = {
+            "lr": lr, "settle": settle, "certainty": certainty, "limits": limits, "gap": None, "limited": None,
+        }  # fmt: skip
         _check_group(defaults, "SettlingAdam")
         if position is not None and not callable(position):
             raise TypeError(f"SettlingAdam: position={position!r} must be a function of a parameter, such as torch.sigmoid, or "
                             "None")  # fmt: skip
-        super().__init__(params, defaults | {"gap": None, "limited": None})
+        super().__init__(params, defaults)
         self.position = position
 
     def __getstate__(self) -> dict[str, object]:
         return super().__getstate__() | {"position": self.position}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        name = f"SettlingAdam, group {len(self.param_groups)}"
         if isinstance(param_group, dict):  # torch says what else is wrong with it
-            _check_group(self.defaults | param_group, f"SettlingAdam, group {len(self.param_groups)}")
+            _check_group(self.defaults | param_group, name)
         super().add_param_group(param_group)
+        if wrong := [x for x in self.param_groups[-1]["params"] if not x.is_floating_point()]:
+            self.param_groups.pop()
+            raise TypeError(f"{name}: a parameter of {wrong[0].dtype} cannot be stepped; give floating-point numbers, those of "
+                            "a complex one as torch.view_as_real has them")  # fmt: skip
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on from a state. The averages keep their type, where torch would round them to that of the parameter."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.runner import BilevelRunner
+from fxstn.ir.input_errors import as_path
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,11 +28,12 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        self.folder = as_path(folder, "TensorBoard")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("fxstn.TensorBoard needs tensorboard: pip install 'fxstn[tensorboard]'") from error
-        self.folder, self._make = Path(folder), SummaryWriter
+        self._make = SummaryWriter
         self._writer: SummaryWriter | None = None
         self._last = 0  # epoch written last
 

@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
 def as_path(path: object, name: str) -> Path:
     """A path of an argument that `name` names in the error. Raises TypeError for anything else than text or a path."""
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name}: {path!r} must be a path, such as 'runs/last.pt'; name a file")
+        raise TypeError(f"{name}: {path!r} must be a path; give text or a pathlib.Path")
     return Path(path)
 
 

@@ -22,6 +22,7 @@ from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plots import figure_class, figure_of, panels
+from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
 
@@ -45,6 +46,7 @@ def write_report(
 
     Raises ValueError where no epoch is done yet, ImportError without matplotlib (fxstn[plot]), and OSError.
     """
+    path = as_path(path, "write_report")
     figure_class("fxstn.write_report")
     runner.history.best()  # raises
     if distributed.rank():
@@ -63,7 +65,6 @@ def write_report(
     }
     heads = {name: f"<h2>{name}</h2>\n" if name else "" for name in sections}
     body = "\n".join(f"<section>\n{heads[name]}{part}\n</section>" for name, part in sections.items() if part)
-    path = Path(path)
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(PAGE.substitute(title=escape(title), body=body), encoding="utf-8")
     os.replace(temporary, path)
