@@ -14,6 +14,7 @@ from unittest import mock
 import numpy
 import torch
 from torch import fx, nn
+from torch._library.autograd import make_autograd_impl
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
@@ -218,8 +219,11 @@ def guarded_capture(
 def _operations_noticed(unsupported: ProblemCollector, full_precision: Callable[[], object]) -> Iterator[None]:
     """Decompositions stand in for modules; custom autograd functions and autocast regions are collected as unsupported."""
     enter_autocast = torch.autocast.__enter__
+    apply = torch.autograd.Function.__dict__["apply"]
 
     def custom_function(cls: type[torch.autograd.Function], *args: object, **kwargs: object) -> object:
+        if cls.__module__ == make_autograd_impl.__module__:  # a custom operator, which the graph keeps as one node
+            return apply.__get__(None, cls)(*args, **kwargs)
         what = f"custom autograd function {cls.__name__}, whose backward a traced graph would lose,"
         unsupported.add(what, "write it with torch operations")
         without_context = cls.setup_context is not torch.autograd.Function.setup_context

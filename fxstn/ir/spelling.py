@@ -138,6 +138,8 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     origin, _, in_place = origin_of(target)
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other" and not isinstance(target, str):
+        if isinstance(target, OpOverload) and len(target.overloadpacket.overloads()) == 1:  # as torch.export writes it
+            return Spelled(target.overloadpacket, args, kwargs)
         return Spelled(target, args, kwargs)
     if "axis" in kwargs:
         kwargs["dim"] = kwargs.pop("axis")
