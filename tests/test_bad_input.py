@@ -162,6 +162,31 @@ for _name, _value, _message in (
 ):
     row(f"{_name} {_value!r}", _message)(made(**{_name: _value}))
 
+for _name, _message in {
+    "lr": r"'lr'; learning rates belong to the optimizers: optimizer=lambda p: torch\.optim\.SGD\(p, lr=0\.1\)",
+    "learning_rate": "'learning_rate'; learning rates belong to the optimizers",
+    "epochs": r"'epochs'; the number of epochs belongs to fit\(epochs\)",
+    "batch_size": "'batch_size'; the batch size belongs to the DataLoader",
+    "train_step": r"'train_step'; did you mean 'train_steps'\?",
+    "zzz": r"'zzz'; help\(fxstn\.BilevelRunner\) lists them",
+}.items():
+    row(f"argument {_name}", f"BilevelRunner has no argument {_message}")(made(**{_name: 1}))
+
+
+@row(
+    "optimizer of the original",
+    "optimizer is not over the 6 parameters of the network: .* copies the model, so pass a fac",
+)
+def _(folder):
+    model = mlp()
+    runner(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+for _objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+    row(f"{_objective.__name__} of a plain model", r"stn must come from fxstn\.transform, got Sequential; give")(
+        lambda folder, objective=_objective: objective(mlp(), F.cross_entropy, X, Y)
+    )
+
 
 @row("out_dir a file", "out_dir='.*taken' is a file; name a folder")
 def _(folder):
@@ -269,6 +294,14 @@ row(
     "labels float", r"step 1: loss_fn .* target float32 \(8,\): .*class labels must be whole numbers: target\.long\(\)"
 )(fit(batches(y=Y.float())))
 row(
+    "labels int32",
+    r"step 1: loss_fn .* target int32 \(8,\) 0 to 2: .*; class labels must be .* int64: target\.long\(\)",
+)(fit(batches(y=Y.int())))
+row(
+    "labels one-hot",
+    r"step 1: loss_fn .* target int64 \(8, 3\) 0 to 1: .*; targets of the output's shape, .*target\.float\(\)",
+)(fit(batches(y=F.one_hot(Y))))
+row(
     "label too high under mixup",
     r"train_loader .*mixup and cutmix turn classes into probabilities: they must be 0 to 2.*got 7",
 )(fit(batches(y=0 * Y + 7), stn=fxstn.transform(mlp(), [hp.MixUp("input")])))
@@ -350,7 +383,26 @@ for _name, _case, _message in (
         lambda: hp.ColorJitter(init={"hu": 0.1}),
         r"init is given for 'hu'; its numbers are 'brightness'",
     ),
-    ("unknown pattern", lambda: hp.Dropout("sevn"), r"pattern 'sevn' matches nothing.*nearest module names: "),
+    (
+        "unknown pattern",
+        lambda: hp.Dropout("sevn"),
+        r"^hp\.Dropout: the pattern 'sevn' matches nothing.*nearest module names: .*\. A pattern is a whole name, or",
+    ),
+    ("pattern like the root", lambda: hp.Dropout("zz"), r"'input', '' \(the whole model\), '0'\. A pattern is"),
+    ("start as p", lambda: hp.Dropout(p=0.5), r"^hp\.Dropout has no argument 'p'; the start is init=0\.5$"),
+    ("start by its name", lambda: hp.WeightDecay(weight_decay=0.1), "WeightDecay has no .*; the start is init=0.1"),
+    (
+        "start of a penalty",
+        lambda: hp.ActivationDecay("2", lam=1),
+        "hp.ActivationDecay has no argument 'lam'; the start is",
+    ),
+    (
+        "start of a norm",
+        lambda: hp.JacobianNorm(weight=1),
+        "hp.JacobianNorm has no argument 'weight'; the start is init=1",
+    ),
+    ("one of several starts", lambda: hp.ColorJitter(hue=0.1), r"'hue'; the start is init=\{'hue': 0\.1\}"),
+    ("unknown argument", lambda: hp.WeightDecay(power=1), "no argument 'power'; it has init, low, high, scale, shared"),
     ("spec a class", lambda: hp.Dropout, r"hparams holds <class .*Dropout'>, which is no spec.*write hp\.Dropout\(\)"),
     ("spec a name", lambda: "dropout", r"hparams holds 'dropout', which is no spec.*write hp\.Dropout\(\)"),
 ):

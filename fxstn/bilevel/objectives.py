@@ -86,6 +86,11 @@ def _has_gradient(output: object) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(output))
 
 
+def _check_network(stn: object) -> None:
+    if not hasattr(stn, "perturbed_output"):  # a compiled network has it, too
+        raise TypeError(f"stn must come from fxstn.transform, got {type(stn).__name__}; give transform(model, hparams)")
+
+
 def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Tensor:
     """ε of a step.
 
@@ -113,6 +118,7 @@ def general_loss(
     perturb: as in `response_loss`, for method "stn" only. There this is the one objective of all parameters, L_T at λ + ε
         (MacKay et al. 2019); the other methods draw no perturbation here.
     """
+    _check_network(stn)
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
@@ -131,6 +137,7 @@ def response_loss(
         the network moves the batch dimension where it cannot be followed. Or ε itself, (batch, h) or (h,).
     widening: ≥ 1, how many times σ at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
     """
+    _check_network(stn)
     return _perturbed_loss(stn, loss_fn, inputs, target, perturb, widening, update_statistics=False)
 
 
@@ -205,6 +212,7 @@ def hyper_loss(
     The network is in eval mode. With method "delta", batch norms normalise by this batch all the same, as where Θ was learned
     (`transform`, statistics). A loss_fn that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly.
     """
+    _check_network(stn)
     inputs = as_tuple(inputs)
     examples = batch_size(inputs)
     unconstrained = stn.hparams.unconstrained

@@ -24,6 +24,13 @@ Columns = dict[str, Callable[[Row], SupportsFloat]]
 Callback = Callable[..., object]  # gets the runner
 Function = TypeVar("Function", bound=Callable[..., object])
 OF_PROCESS = ("device", "out_dir", "progress")  # settings that may differ between the processes of a run
+_RATES = "learning rates belong to the optimizers: optimizer=lambda p: torch.optim.SGD(p, lr=0.1)"
+ELSEWHERE = {  # what other libraries take where the runner does not
+    "lr": _RATES,
+    "learning_rate": _RATES,
+    "epochs": "the number of epochs belongs to fit(epochs)",
+    "batch_size": "the batch size belongs to the DataLoader",
+}
 OF_NETWORKS = ("valid_loss_fn", "initial_state", "schedule", "compile", "perturb", "tune_scale")
 
 
@@ -234,9 +241,8 @@ def settings_of(keywords: SettingsDict) -> Settings:
     names = [field.name for field in fields(Settings)]
     if unknown := [name for name in keywords if name not in names]:
         close = get_close_matches(unknown[0], names, 1)
-        raise TypeError(
-            f"BilevelRunner has no argument {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-        )
+        otherwise = f"did you mean {close[0]!r}?" if close else "help(fxstn.BilevelRunner) lists them"
+        raise TypeError(f"BilevelRunner has no argument {unknown[0]!r}; {ELSEWHERE.get(unknown[0], otherwise)}")
     return Settings(**keywords)
 
 

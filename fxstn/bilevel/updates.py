@@ -78,6 +78,10 @@ def build_optimizer(
                          "another that steps on gradients")  # fmt: skip
     theirs = {id(parameter) for group in result.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in parameters}
+    if name == "optimizer" and ours and not theirs & ours:
+        raise ValueError(
+            f"{name} is not over the {len(ours)} parameters of the network: fxstn.transform copies the model, so {_FACTORY}"
+        )
     if theirs != ours:
         raise ValueError(
             f"{name} holds {len(theirs - ours)} parameters that are not its own and lacks {len(ours - theirs)} of its "

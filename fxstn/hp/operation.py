@@ -57,9 +57,11 @@ class Operation(Spec):
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | Mapping[str, str] | None = None,
                  **settings: object) -> None:  # fmt: skip
-        if unknown := sorted(set(settings) - set(self.defaults)):
-            known = ", ".join(self.defaults) or "none"
-            raise TypeError(f"hp.{type(self).__name__} has no setting {unknown[0]!r}; it has {known}")
+        for name, value in settings.items():
+            if name not in self.defaults or (
+                name in self.numbers and isinstance(value, (int, float))
+            ):  # meant as a start
+                self.check_arguments({name: value}, self.defaults)
         self.settings = {**self.defaults, **settings}
         super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared, perturb=perturb)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Unpack, cast
+from typing import ClassVar, Never, Unpack, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ class JacobianNorm(Coefficient):
     numbers: Mapping[str, Hyperparameter] = {"jacobian_norm": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
     def __init__(self, *, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 perturb: str | None = None, projections: int | None = 1) -> None:  # fmt: skip
+                 perturb: str | None = None, projections: int | None = 1, **unknown: Never) -> None:  # fmt: skip
+        self.check_arguments(unknown)
         if projections is not None and projections < 1:
             raise ValueError(f"hp.JacobianNorm: projections={projections} must be at least 1, or None for all outputs")
         self.projections = projections

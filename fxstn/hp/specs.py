@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TypedDict
+from typing import Never, TypedDict
 
 from fxstn.hp.hyperparameter import Hyperparameter
 
 Choice = float | Mapping[str, float] | None
+_STARTS = ("p", "prob", "probability", "rate", "strength", "value", "lam", "coefficient", "weight")  # called init here
+_NOT_KEYWORDS = ("where", "unknown", "choices", "settings")
 
 
 class Choices(TypedDict, total=False):
@@ -47,7 +50,8 @@ class Spec:
     examples: int | None = 0
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 shared: bool = False, perturb: str | Mapping[str, str] | None = None) -> None:  # fmt: skip
+                 shared: bool = False, perturb: str | Mapping[str, str] | None = None, **unknown: Never) -> None:  # fmt: skip
+        self.check_arguments(unknown)
         if not all(isinstance(pattern, str) for pattern in where):
             raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
         self.where, self.shared = where, shared
@@ -70,6 +74,19 @@ class Spec:
         }
         self._check_names("perturb", perturb)
         self.check()
+
+    @classmethod
+    def check_arguments(cls, unknown: Mapping[str, object], settings: Iterable[str] = ()) -> None:
+        """Raises TypeError for keywords that a spec does not take. settings: further ones that it takes."""
+        for name, value in unknown.items():
+            if name in cls.numbers and len(cls.numbers) > 1:
+                remedy = f"the start is init={{{name!r}: {value!r}}}"
+            elif name in cls.numbers or name in _STARTS:
+                remedy = f"the start is init={value!r}"
+            else:
+                known = [key for key in inspect.signature(cls).parameters if key not in _NOT_KEYWORDS]
+                remedy = f"it has {', '.join([*settings, *known])}"
+            raise TypeError(f"hp.{cls.__name__} has no argument {name!r}; {remedy}")
 
     @classmethod
     def _check_numbers(cls, key: str, choice: object) -> None:
@@ -138,9 +155,10 @@ class Spec:
         for pattern in self.where:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                nearest = ", ".join(repr(name) if name else "'' (the whole model)" for name in close)
                 raise ValueError(
-                    f"{self!r}: the pattern {pattern!r} matches nothing it could tune{what}; nearest module names: "
-                    + ", ".join(map(repr, close))
+                    f"hp.{type(self).__name__}: the pattern {pattern!r} matches nothing it could tune{what}; nearest module "
+                    f"names: {nearest}. A pattern is a whole name, or has wildcards of fnmatch: 'a*' matches 'a' and 'a.b.c'"
                 )
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.where)]
 
@@ -192,7 +210,8 @@ class WeightDecay(Coefficient):
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(1e-4, 1e-7, 1e-1, log=True)}
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
-                 shared: bool = False, perturb: str | None = None, norm: int = 2) -> None:  # fmt: skip
+                 shared: bool = False, perturb: str | None = None, norm: int = 2, **unknown: Never) -> None:  # fmt: skip
+        self.check_arguments(unknown)
         if norm not in (1, 2):
             raise ValueError(f"hp.WeightDecay: norm={norm!r} is neither 1 nor 2")
         self.norm = norm

@@ -66,8 +66,12 @@ def _one(leaf: object) -> str:
 
 def _ends(leaf: Tensor) -> tuple[int, int] | None:
     """Least and greatest of whole numbers; not from another device, where an error may have left nothing to read."""
-    whole = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype is torch.bool)
-    return (int(leaf.min()), int(leaf.max())) if whole and leaf.numel() and leaf.device.type == "cpu" else None
+    known = leaf.numel() and leaf.device.type == "cpu" and leaf.dtype is not torch.bool
+    return (int(leaf.min()), int(leaf.max())) if known and _is_whole(leaf) else None
+
+
+def _is_whole(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex())
 
 
 @contextmanager
@@ -89,8 +93,12 @@ def _loss_remedy(output: object, target: object) -> str:
         classes, ends = output.shape[1], _ends(target)
         if target.is_floating_point():
             return "class labels must be whole numbers: target.long()"
+        if target.dtype not in (torch.int64, torch.uint8):
+            return "class labels must be of type int64: target.long()"
         if ends and not 0 <= ends[0] <= ends[1] < classes:
             return f"labels of {classes} classes must be 0 to {classes - 1}: mend them, or give the model {ends[1] + 1} outputs"
+    if isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape and _is_whole(target):
+        return "targets of the output's shape, such as probabilities, must be floating point: target.float()"
     return "give targets of the shape and type that it takes for such an output"
 
 
