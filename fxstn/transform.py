@@ -100,10 +100,11 @@ def transform(
         raise with_remedy(error) if trace == "auto" and example_inputs is None else error from error.__cause__
     network.rejected = rejected
     if hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:
+        reason = f", because {rejected[0]}" if rejected else ""
         warnings.warn(
             f"the augmentation '{path}' keeps its strength: it is tuned where symbolic tracing follows the model, and this "
-            f"one is followed by trace={network.frontend!r}; on 'export' a spec such as hp.ColorJitter() inserts one that is "
-            "tuned",
+            f"one is followed by trace={network.frontend!r}{reason}; on 'export' a spec such as hp.ColorJitter() inserts one "
+            "that is tuned",
             stacklevel=2,
         )
     return network

@@ -413,9 +413,18 @@ row("two specs on one site", "Dropout is asked for twice at '2'; match each site
 row("name taken", "two hyperparameters are called 'a'; match each site once")(
     lambda folder: fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("a", 0.5, 0, 1)])
 )
-row("no specs", r"nothing to tune.*give hparams, ")(lambda folder: fxstn.transform(mlp(), []))
+row(
+    "no specs",
+    r"^hparams=\[\] asks for nothing; pass None for the defaults, or a list such as \[hp\.WeightDecay\(\)\]$",
+)(lambda folder: fxstn.transform(mlp(), []))
 row("spec not in a list", r"hparams=hp\.Dropout\(.*\) must be a list of specs, such as \[hp\.Dropout\(\)\]")(
     lambda folder: fxstn.transform(mlp(), hp.Dropout())
+)
+_NO_SPECS = r"hparams is a Tensor of shape \(24, 6\), not a list of specs; inputs go to example_inputs="
+row("explain with inputs as specs", _NO_SPECS)(lambda folder: fxstn.explain(mlp(), X))
+row("transform with inputs as specs", _NO_SPECS)(lambda folder: fxstn.transform(mlp(), X))
+row("explain with a spec that is none", r"hparams holds 'dropout', which is no spec")(
+    lambda folder: fxstn.explain(mlp(), ["dropout"])
 )
 row("set an unknown name", r"there is no hyperparameter 'x'; there are 2\.dropout, 5\.dropout")(
     lambda folder: fxstn.transform(mlp()).hparams.set({"x": 0.1})

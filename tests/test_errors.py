@@ -91,8 +91,11 @@ def test_a_rule_of_ones_own_is_one_call_and_verified(square):
         fxstn.transform(net, SCALAR)
     fxstn.register_rule(square, lambda dx, y, x: 2 * x * dx)
     assert fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok
-    with pytest.raises(ValueError, match="already has a"):
-        fxstn.register_rule(square, kind="linear")
+    with pytest.raises(ValueError, match="kind='smooth'"):
+        fxstn.register_rule(square, kind="smooth")
+    assert fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok  # the rule is still there
+    fxstn.register_rule(square, kind="linear")  # a later one replaces it
+    assert not fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR).ok
 
 
 @pytest.mark.parametrize("trace", ["fx", "export", "live"])

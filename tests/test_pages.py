@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.decompositions.torchvision import AUGMENTING, RANDOM
+from fxstn.frontends.decompositions.torchvision import AUGMENTING, OWNERS, RANDOM
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.tangents import ZERO
 from fxstn.passes.canonicalize import canonicalize
@@ -42,7 +42,7 @@ TRANSFORM: Any = sys.modules[fxstn.transform.__module__]
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
     """The namespace of an empty file, to run blocks in. What they register is gone afterwards."""
-    tables: list[Any] = [RULES, DECOMPOSITIONS, RANDOM, AUGMENTING, hp.OPERATIONS]
+    tables: list[Any] = [RULES, DECOMPOSITIONS, RANDOM, AUGMENTING, OWNERS, hp.OPERATIONS]
     before = [table.copy() for table in tables]
     yield {"__name__": "contributed"}
     for table, content in zip(tables, before, strict=True):
@@ -143,8 +143,15 @@ def test_a_conditioned_operation_is_a_class_and_a_line(names):
     assert "solarize" in str(fxstn.explain(model))
     inserted = fxstn.transform(classifier(), [names["Solarize"]("input")])
     assert inserted.hparams.names == ("input.solarize",)
-    with pytest.raises(ValueError, match="RandomSolarize has a decomposition already"):
-        fxstn.register_operation(names["Solarize"], v2.RandomSolarize)
+    with pytest.raises(ValueError, match=r"RandomSolarize is taken over by hp\.Solarize already; register a class of"):
+        fxstn.register_operation(hp.Cutout, v2.RandomSolarize)
+    first = names["Solarize"]
+    run(block, names)  # as a cell of a notebook that is run again
+    assert first is not names["Solarize"]
+    (site,) = (
+        fxstn.transform(model).canonical(True).graph.find_nodes(op="call_function", target=names["Solarize"].function)
+    )
+    assert site.target is not first.function
     x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
     assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])
 

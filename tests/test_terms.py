@@ -467,6 +467,33 @@ def test_an_augmentation_that_keeps_its_strength_is_warned_of():
     assert stn.hparams.names == ("input.dropout",)
 
 
+def test_the_warning_shows_the_error_in_an_operation_of_ones_own():
+    class Fade(hp.Operation):
+        numbers = {"p": hp.Hyperparameter(0.1, 0, 1)}  # noqa: RUF012
+
+        @staticmethod
+        def draw(x, p):
+            return by_exampel(p, x)  # noqa: F821
+
+        @staticmethod
+        def apply(x, drawn):
+            return x * (1 - drawn)
+
+    class Faded(nn.Module):
+        p = 0.2
+
+        def forward(self, x):
+            return x * (1 - self.p)
+
+    fxstn.register_operation(Fade, Faded)
+    with pytest.warns(
+        UserWarning, match="'0' keeps its strength: .* because fx: .*NameError: name 'by_exampel' is not"
+    ):
+        fxstn.transform(
+            nn.Sequential(Faded(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(252, 5)), example_inputs=images()
+        )
+
+
 def test_explain_lists_the_penalties():
     specs = [hp.WeightDecay("3"), hp.ActivationDecay("1"), hp.JacobianNorm(), hp.MixUp()]
     rows = [row for row in fxstn.explain(classifier(), specs).rows if row.rule == "conditioned"]

@@ -150,10 +150,10 @@ def test_a_kernel_that_draws_nothing_is_not_replaced_by_its_decomposition(monkey
 
 def test_the_table_says_which_rows_were_repeated():
     rows = [Check("train", "original model", seed, error) for seed, error in enumerate([1e-2, 3e-9])]
-    text = str(VerifyResult(1e-6, rows)).splitlines()
+    text = str(VerifyResult(1e-6, rows, "export")).splitlines()
     assert text[2].endswith("above the tolerance, repeated at another point")
     assert text[3].endswith("ok")
-    assert text[-1].startswith("ok: largest error 3.0e-09")
+    assert text[-1] == "ok: largest error 3.0e-09, tolerance 1e-06, followed by trace='export'"
     text = str(VerifyResult(1e-6, rows[:1])).splitlines()
     assert text[2].endswith("above the tolerance")
     assert text[-1].startswith("NOT ok: largest error 1.0e-02")

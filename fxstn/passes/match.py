@@ -44,11 +44,8 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
 
     specs: None asks for every random operation of the model, or else for dropout at the ends of its stages.
 
-    Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice. Raises
-    TypeError for anything but a list of specs.
+    Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
     """
-    if specs is not None and not isinstance(specs, (list, tuple)):
-        raise TypeError(f"hparams={specs!r} must be a list of specs, such as [hp.Dropout()], or None")
     collector = _Collector(module)
     for spec in _default_specs(module) if specs is None else specs:
         collector.add(spec)

@@ -33,6 +33,7 @@ class Request:
     frontends: Sequence[type[Frontend]]
 
     def __post_init__(self) -> None:
+        check_hparams(self.hparams)
         if self.example_inputs is not None and not any(isinstance(x, Tensor) for x in tree_leaves(self.example_inputs)):
             raise TypeError(
                 f"example_inputs must be a tensor or a tuple of them, got {type(self.example_inputs).__name__}; take the "
@@ -90,6 +91,23 @@ def _special_kind(x: Tensor) -> str:
     """What kind of tensor an example is that has no sizes or no values of its own; "" for others."""
     kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "fake": isinstance(x, FakeTensor)}
     return next((kind for kind, is_kind in kinds.items() if is_kind), "")
+
+
+def check_hparams(hparams: object) -> None:
+    """Raises TypeError for anything but a list of specs or None, ValueError for an empty list."""
+    if isinstance(hparams, Tensor):
+        raise TypeError(
+            f"hparams is a Tensor of shape {tuple(hparams.shape)}, not a list of specs; inputs go to example_inputs="
+        )
+    if hparams is not None and not isinstance(hparams, (list, tuple)):
+        raise TypeError(f"hparams={hparams!r} must be a list of specs, such as [hp.Dropout()], or None")
+    if hparams is not None and not hparams:
+        raise ValueError(
+            f"hparams={hparams!r} asks for nothing; pass None for the defaults, or a list such as [hp.WeightDecay()]"
+        )
+    for spec in hparams or ():
+        if not isinstance(spec, Spec):
+            raise TypeError(f"hparams holds {spec!r}, which is no spec of fxstn.hp; write hp.Dropout() say, in a list")
 
 
 def check_model(model: object) -> None:

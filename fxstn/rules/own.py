@@ -17,6 +17,7 @@ from fxstn.ir.facts import overloads
 from fxstn.ir.spelling import Unspellable, origin_of, respell, signature_of
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
 
+_OWN: set[Callable[..., Any]] = set()  # operations whose rules are of this call, which a later one replaces
 _KINDS: dict[str, Callable[..., None]] = {"linear": linear, "bilinear": bilinear, "zero": zero}
 
 
@@ -29,10 +30,11 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
     kind: in place of partials. "linear" (the same operation on the tangent of the first argument), "bilinear" (of the first
         two), "zero" (no tangent comes out).
 
-    `fxstn.verify` then checks models that use it. Rules written out with more freedom: `fxstn.rules.registry.rule`.
+    A later call for the same operation replaces an earlier one. `fxstn.verify` then checks models that use it. Rules written
+    out with more freedom: `fxstn.rules.registry.rule`.
 
-    Raises ValueError for an operation that has a rule, for what is no operation of a graph (a module, a function of Python's,
-    what returns no tensor), an unknown kind, or neither partials nor a kind, TypeError for what is no function.
+    Raises ValueError for an operation that fxstn has a rule for, for what is no operation of a graph (a module, a function of
+    Python's, what returns no tensor), an unknown kind, or neither partials nor a kind, TypeError for what is no function.
     """
     if not callable(function):
         raise TypeError(f"register_rule takes the operation as models call it, a function, got {function!r}")
@@ -40,14 +42,17 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
         raise TypeError(f"register_rule: the partial {wrong[0]!r} must be a function, partial(dx, y, *arguments)")
     operator = getattr(function, "_opoverload", function)  # of torch.library.custom_op
     canonical = operator if operator in RULES else _operation(operator, kind)
-    if partials and kind is None:
-        pointwise(canonical, *partials)
-    elif kind is not None and kind in _KINDS and not partials:
-        _KINDS[kind](canonical)
-    else:
+    if (kind is None) is not bool(partials) or (kind is not None and kind not in _KINDS):
         raise ValueError(
             f"give partials, or a kind out of {', '.join(_KINDS)}; got {len(partials)} partials, kind={kind!r}"
         )
+    if canonical in _OWN:
+        RULES.pop(canonical, None)
+    if kind is None:
+        pointwise(canonical, *partials)
+    else:
+        _KINDS[kind](canonical)
+    _OWN.add(canonical)
 
 
 def _operation(function: Callable[..., Any], kind: str | None) -> Callable[..., Any]:

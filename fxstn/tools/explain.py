@@ -28,6 +28,7 @@ from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_al
 from fxstn.ops.response import Response, for_all_examples
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
+from fxstn.passes.request import check_hparams
 from fxstn.transform import FRONTENDS, transform
 
 
@@ -88,7 +89,9 @@ def explain(
         example_inputs.
 
     Never raises for an unsupported model. Its problems come first in the table, each with module path, source line and remedy.
+    Raises TypeError for hparams that are no list of specs, ValueError for an empty list.
     """
+    check_hparams(hparams)
     explanation = Explanation()
     inputs = None if example_inputs is None else as_tuple(example_inputs)
     if isinstance(model, SelfTuningNetwork):

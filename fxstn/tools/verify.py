@@ -79,7 +79,8 @@ class VerifyResult:
             for position, check in enumerate(self.checks)
         ]
         table = tabulate(rows, headers=["mode", "central difference of", "seed", "relative error", ""])
-        return f"{table}\n{'ok' if self.ok else 'NOT ok'}: largest error {self.max_error:.1e}, tolerance {self.tolerance:.0e}"
+        verdict = f"{'ok' if self.ok else 'NOT ok'}: largest error {self.max_error:.1e}, tolerance {self.tolerance:.0e}"
+        return f"{table}\n{verdict}, followed by trace={self.frontend!r}"
 
     def _verdict(self, position: int) -> str:
         check = self.checks[position]

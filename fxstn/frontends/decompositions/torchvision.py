@@ -19,6 +19,7 @@ from fxstn.ops.color import convert, normalize_channels
 # Modules that are not run themselves, but by `Operation.call`; and those of them that are random in eval mode too.
 RANDOM: set[type[nn.Module]] = {v2.Compose, torchvision.ops.StochasticDepth}
 AUGMENTING: set[type[nn.Module]] = {v2.Compose}
+OWNERS: dict[type[nn.Module], type[hp.Operation]] = {}  # the operation that takes a class over
 
 
 def register_operation(operation: type[hp.Operation], *modules: type[nn.Module]) -> None:
@@ -27,8 +28,12 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
     operation: what is drawn in place of the module's forward, with the strengths and settings that `operation.read(module)`
         returns. In eval mode it does nothing.
 
-    Raises ValueError for a class that has a decomposition already, and for an `hp.Mixing`, which is inserted only: a module
-    of the model would mix inputs without their targets. Raises TypeError for what is no operation or no class of modules.
+    A class may be registered again for an operation of the same name, as a cell of a notebook does that is run again: the later
+    one counts.
+
+    Raises ValueError for a class that has a decomposition or another operation already, and for an `hp.Mixing`, which is
+    inserted only: a module of the model would mix inputs without their targets. Raises TypeError for what is no operation or
+    no class of modules.
     """
     if not (isinstance(operation, type) and issubclass(operation, hp.Operation)):
         raise TypeError(
@@ -41,11 +46,20 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
             f"hp.{operation.__name__} mixes targets, too, and cannot stand for a module; insert it by a spec"
         )
     for module in modules:
-        if module in DECOMPOSITIONS:
+        owner = OWNERS.get(module)
+        if owner is not None and (owner.__module__, owner.__qualname__) != (
+            operation.__module__,
+            operation.__qualname__,
+        ):
+            raise ValueError(
+                f"{module.__name__} is taken over by hp.{owner.__name__} already; register a class of your own, a subclass say"
+            )
+        if owner is None and module in DECOMPOSITIONS:
             raise ValueError(
                 f"{module.__name__} has a decomposition already, {DECOMPOSITIONS[module]}; register a class of your own"
             )
         decomposes(module)(_forward_of(operation))
+        OWNERS[module] = operation
         RANDOM.add(module)
         AUGMENTING.add(module)
 
