@@ -67,11 +67,11 @@ class Operation(Spec):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not cls.numbers:  # a base of others
+        if not cls.numbers:  # a base class, without an operation of its own
             return
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
         draw, apply = cls.draw, cls.apply
-        of_torch = getattr(apply, "__module__", "") in ("_operator", "torch")  # has a rule, and takes no settings
+        of_torch = getattr(apply, "__module__", "") in ("_operator", "torch")  # these have a rule and take no settings
 
         def run(x: object, *strengths: Strength, **settings: object) -> Tensor:
             return apply(x, draw(x, *strengths, **settings), **({} if of_torch else settings))
@@ -107,5 +107,5 @@ def _named(function: Callable[P, R], name: str) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     result.__name__ = result.__qualname__ = name
-    result.__module__ = __name__  # a user's function would be taken for one that fx was told not to follow
+    result.__module__ = __name__  # with a user's module, `is_opaque` would be true
     return result

@@ -87,7 +87,7 @@ def _decompose(node: fx.Node) -> None:
         return
     try:
         spelled = respell(node.target, node.args, node.kwargs)
-    except Unspellable:  # says why when it is respelled
+    except Unspellable:  # `_respell` reports it later
         return
     if spelled.function not in DECOMPOSITIONS:
         return

@@ -121,7 +121,7 @@ def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: 
         )
     copy_place(noise, node)
     node.target, node.args = operation.apply, (x, noise)
-    node.kwargs = node.kwargs if staging_of(operation.apply) else {}  # torch's own take no settings
+    node.kwargs = node.kwargs if staging_of(operation.apply) else {}  # functions of torch take no settings
     return noise
 
 

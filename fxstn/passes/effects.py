@@ -37,7 +37,7 @@ def is_pure(node: fx.Node) -> bool:
 
 def _is_declared_pure(function: Target) -> bool:
     staging = staging_of(function)
-    if staging and staging.derivative_of:  # it runs that operation
+    if staging and staging.derivative_of:  # the helper runs that operation, so it has the same effects
         return _is_declared_pure(staging.derivative_of)
     if is_opaque(function) or is_random(function):
         return False
@@ -86,6 +86,8 @@ def _is_fresh(node: fx.Node) -> bool:
         return False
     if node.target in DROPOUTS:
         return dropout_settings(node)[1]
-    if node.target is torch.einsum and len(node.args) > 2:  # a product; of one operand perhaps a view
+    if (
+        node.target is torch.einsum and len(node.args) > 2
+    ):  # of several operands: a product. Of one operand einsum may return a view.
         return True
     return is_fresh(node.target) or (node.target in RULES and RULES[node.target].fresh)

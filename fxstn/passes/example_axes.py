@@ -27,9 +27,9 @@ from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.probe import Values, Variant, changed, probe
 
-EXAMPLES = (3, 5)  # primes: a size that is a multiple of one by accident is rare, and told by its pattern
+EXAMPLES = (3, 5)  # primes, because few sizes of a model are multiples of them
 MOST_TRIALS = 32
-# What operations and a model's own assertions raise where a size does not fit.
+# Operations, and assertions in models, raise these where a size does not fit.
 SIZE_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 
 
@@ -91,7 +91,7 @@ def _with_another(index: int, leaf: Tensor) -> Tensor:
     leaf = leaf.clone()
     if leaf.is_floating_point():
         leaf[index] += torch.randn_like(leaf[index]) * (leaf.std() + 0.1)
-    else:  # other indices, each one that occurs
+    else:  # indices change to others that occur, because those are in the range of the table
         values = leaf.unique()
         leaf[index] = values[(torch.searchsorted(values, leaf[index]) + 1) % len(values)]
     return leaf
@@ -102,9 +102,8 @@ def _axes(module: fx.GraphModule, variants: Sequence[tuple], few: int) -> dict[s
     axes: dict[str, BatchAxis | None] = {}
 
     def look(node: fx.Node, values: list[object]) -> None:
-        results = [
-            value[0] if isinstance(value, tuple) and value else value for value in values
-        ]  # of several the first
+        # The first of several results stands for all of them.
+        results = [value[0] if isinstance(value, tuple) and value else value for value in values]
         tensors = [value for value in results if isinstance(value, Tensor)]
         if tensors and node.op != "get_attr":
             axes[node.name] = _axis_of(tensors[0], tensors[1:], few)

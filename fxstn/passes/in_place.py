@@ -48,9 +48,8 @@ def functionalize(node: fx.Node, position: int, parts: Parts) -> Iterator[Diagno
     mutated, name = node.args[position], operation_name(node.target)
     if not isinstance(mutated, fx.Node):
         return
-    chain: list[tuple[fx.Node, Any]] = [
-        (mutated, None)
-    ]  # the part, what it is a part of, and so on, each with its index
+    # The part, what it is a part of, and so on, each with its index.
+    chain: list[tuple[fx.Node, Any]] = [(mutated, None)]
     while (whole := parts.get(chain[-1][0]) or _whole(chain[-1][0])) is not None:
         chain.append(whole)
     written = [value for value, _ in chain]

@@ -165,7 +165,7 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     simplify: (everything_is_read,),
     recompute: (pieces_are_recomputed,),
 }
-# Rules spell as they like; pieces hold the nodes that other facts are about.
+# These passes end facts: rules emit operations that are not canonical, and recompute moves nodes into pieces.
 ENDS: Mapping[object, tuple[Fact, ...]] = {
     **dict.fromkeys((pushforward, linearized, perturbed), CANONICAL),
     recompute: (tangents_name_their_rule, parameters_know_their_response),

@@ -19,12 +19,7 @@ from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.rules import RULES, Rule
 
-_SPLITS = {
-    torch.unbind,
-    torch.chunk,
-    torch.split,
-    torch.tensor_split,
-}  # several results, none of which ends a stage
+_SPLITS = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # none of their results ends a stage
 
 
 class Place(NamedTuple):

@@ -23,7 +23,7 @@ class Recomputed(nn.Module):
         self.piece = piece
 
     def forward(self, *inputs: object) -> object:
-        # What is held constant now is held no more when the piece runs again: an alias stays constant.
+        # The backward pass runs the piece again, when tensors frozen now may be trainable again: aliases stay constant.
         fixed = [x.detach() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
         return checkpoint(self.piece, *fixed, use_reentrant=False)
 

@@ -155,7 +155,7 @@ def _closure(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            shaped = draws(node.target)  # by its first argument, and nothing else is needed of it
+            shaped = draws(node.target)  # a draw needs only the shape, that of its first argument
             pending += node.all_input_nodes[:1] if shaped else node.all_input_nodes
     return needed
 
@@ -164,10 +164,10 @@ def _decode(moves: Moves, rows: int, preferred: int) -> tuple[int, Runs] | None:
     """(axis, runs) such that each position along the axis moves with one row only; None where there is no such axis."""
     rank = moves[0][0].dim()
     for axis in sorted(range(rank), key=lambda candidate: candidate != preferred):
-        sets, clears = (
+        sets, clears = (  # each (bits, positions)
             torch.stack([move[i].movedim(axis, 0).reshape(move[i].shape[axis], -1).any(1) for move in moves])
             for i in (0, 1)
-        )  # (bits, positions)
+        )
         if (sets & clears).any():
             continue
         depends = (sets | clears).any(0).tolist()

@@ -49,7 +49,10 @@ def _moved(d, mode, x, h, c, *weights):
 
 
 def _through(d_weight, product, value, weight):
-    """The tangent of weight · value in the weight alone; product: weight · value. ZERO where it does not vary."""
+    """The tangent of weight · value in the weight alone; ZERO where the weight does not vary.
+
+    product: weight · value.
+    """
     if isinstance(d_weight, Scaled):
         of_response = product if d_weight.response is weight else F.linear(value, d_weight.response)
         return with_scaled(ZERO, of_response, d_weight, -1)

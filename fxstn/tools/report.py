@@ -48,7 +48,7 @@ def write_report(
     """
     path = as_path(path, "write_report")
     figure_class("fxstn.write_report")
-    runner.history.best()  # raises
+    runner.history.best()  # raises ValueError before the first epoch is done
     if distributed.rank():
         return
     if explanation is None and isinstance(runner.stn, SelfTuningNetwork):

@@ -204,7 +204,7 @@ def _comparisons(
         with preserved(of.model, inputs) as values, torch.no_grad():
             torch.manual_seed(seed)
             y, dy = of.train(training).pushforward(*values, delta=delta)
-            flat(y)  # has float tensors, or this says what y is
+            flat(y)  # raises an error that names y where it has no float tensors
             return flat(dy)
 
     def of_original(training: bool, inserting: bool = False) -> Callable[[float], Tensor]:

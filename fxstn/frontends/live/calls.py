@@ -113,9 +113,8 @@ def is_draw(call: Call) -> bool:
 def may_return_no_tensor(call: Call) -> bool:
     """Whether an operation may only say something about a tensor. Its result has to be looked at where torch has no schema."""
     known = returns_tensors(call.original)
-    of_tensor = isinstance(
-        call.original, (types.MethodDescriptorType, types.MethodWrapperType)
-    )  # Tensor.type, Tensor.shape
+    # Methods and properties written in C, such as Tensor.type and Tensor.shape.
+    of_tensor = isinstance(call.original, (types.MethodDescriptorType, types.MethodWrapperType))
     return known is False or (known is None and (of_tensor or call.function not in RULES))
 
 

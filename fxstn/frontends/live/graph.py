@@ -73,7 +73,7 @@ class LiveGraph:
         replacements: dict[int, Tensor] = {}
         if self.objective in ("perturbed", "trained"):
             replacements = self._moved(delta)
-        if self.objective == "perturbed":  # leaves alone whatever it may write into
+        if self.objective == "perturbed":  # works on copies of all that the forward may write into
             outside = (x for _, x in (*attributes(self.model), *reachable((inputs, named), "")))
             replacements |= {id(x): x.clone() for x in outside if not isinstance(x, nn.Parameter)}
             inputs, named = mapped(lambda leaf: replacements.get(id(leaf), leaf), (inputs, named))

@@ -96,7 +96,7 @@ class Table:
         """
         others = [member for member in self.family(x) if member is not x]
         unshared = not others and same_form(x, y) and not self.family(y)
-        if unshared or share_memory(x, y):  # the common case; unsqueeze_ and its like
+        if unshared or share_memory(x, y):  # the first is the common case, the second unsqueeze_ and its like
             x.data = y.data
             self.join(x)
         else:
