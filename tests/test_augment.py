@@ -172,6 +172,12 @@ def test_draws_are_uniform_up_to_the_strength_of_each_example():
     assert torch.equal(arrangement.sort().values, torch.arange(8000))
 
 
+@pytest.mark.parametrize("spec", AUGMENTATIONS)
+def test_every_setting_of_an_operation_can_be_given(spec):
+    """No setting has the name of a keyword of every spec, such as scale, which would take its value."""
+    assert spec("", **spec.defaults).settings == spec.defaults
+
+
 def test_ranges_that_are_not_symmetric_are_kept():
     assert spread((0.8, 1.4), 1) == (pytest.approx(0.4), (pytest.approx(-0.5), 1.0))
     assert spread((-10.0, 30.0), 0) == (30.0, (pytest.approx(-1 / 3), 1.0))

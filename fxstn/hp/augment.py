@@ -96,27 +96,27 @@ class Erasing(Operation):
     over.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
-    scale: range of the box's share of the area.
+    area: range of the box's share of the area, v2's `scale`.
     ratio: range of its height to its width.
-    value: what the box is filled with, one number or one per channel; None: normal noise.
+    value: what fills the box: a tuple of one number, or of one per channel. None: normal noise.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"erasing": Hyperparameter(0.05, 0, 1)}
-    defaults: Mapping[str, object] = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
+    defaults: Mapping[str, object] = {"area": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
         own = cast("v2.RandomErasing", module)
         value = None if own.value is None else tuple(map(float, own.value))
-        settings = {"scale": tuple(map(float, own.scale)), "ratio": tuple(map(float, own.ratio)), "value": value}
+        settings = {"area": tuple(map(float, own.scale)), "ratio": tuple(map(float, own.ratio)), "value": value}
         return {"erasing": own.p}, settings
 
     @staticmethod
-    def draw(x: Tensor, erasing: Strength, *, scale: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
+    def draw(x: Tensor, erasing: Strength, *, area: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
         noise = (
             torch.randn_like(as_float(x)) if value is None else torch.tensor(value, device=x.device).view(1, -1, 1, 1)
         )
-        return erasing_mask(x, by_example(erasing, x), scale, ratio), noise.to(x.dtype)
+        return erasing_mask(x, by_example(erasing, x), area, ratio), noise.to(x.dtype)
 
     @staticmethod
     def apply(x: Tensor, drawn: tuple[Tensor, Tensor], **settings: object) -> Tensor:

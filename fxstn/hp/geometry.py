@@ -35,7 +35,7 @@ class Affine(Operation):
         "shear": Hyperparameter(5, 0, 45),
     }
     defaults: Mapping[str, object] = {
-        "rotation": BOTH, "translate": (1.0, 1.0), "scale": BOTH, "shear": (*BOTH, 0.0, 0.0), "mode": "bilinear",
+        "rotation": BOTH, "translate": (1.0, 1.0), "zoom": BOTH, "shear": (*BOTH, 0.0, 0.0), "mode": "bilinear",
         "fill": None, "center": None,
     }  # fmt: skip
     apply = staticmethod(resample)
@@ -51,23 +51,23 @@ class Affine(Operation):
         angles = [angle / most for angle in shear] if most else [*BOTH]
         angles += [0.0] * (4 - len(angles))
         starts = {"rotation": rotation[0], "translate": translate, "scale": scale[0], "shear": most}
-        ranges = {"rotation": rotation[1], "translate": sides, "scale": scale[1], "shear": tuple(angles)}
+        ranges = {"rotation": rotation[1], "translate": sides, "zoom": scale[1], "shear": tuple(angles)}
         return starts, {**ranges, **_sampling(own)}
 
     @staticmethod
     def draw(
-        x: Tensor, *strengths: Strength, rotation: Range, translate: Range, scale: Range, shear: tuple[float, ...],
+        x: Tensor, *strengths: Strength, rotation: Range, translate: Range, zoom: Range, shear: tuple[float, ...],
         center: Range | None, **sampling: object,
     ) -> Tensor:  # fmt: skip
         def each(strength: Strength, low: float, high: float) -> Tensor:
             return (by_example(strength, x) * uniform(x, low, high)).flatten()
 
-        (height, width), (rotate, move, zoom, slant) = x.shape[-2:], strengths
+        (height, width), (rotate, move, resize, slant) = x.shape[-2:], strengths
         sides = zip((width, height), translate, strict=True)
         moves = torch.stack([(size * each(move, -side, side)).round() for size, side in sides], 1)
         low_x, high_x, low_y, high_y = shear
         slants = torch.stack([each(slant, low_x, high_x), each(slant, low_y, high_y)], 1)
-        zooms = 1 + each(zoom, *scale)
+        zooms = 1 + each(resize, *zoom)
         return inverse_affine(each(rotate, *rotation), moves, zooms, slants, _from_middle(center, x))
 
 
