@@ -402,6 +402,17 @@ for _name, _case, _message in (
         "hp.JacobianNorm has no argument 'weight'; the start is init=1",
     ),
     ("one of several starts", lambda: hp.ColorJitter(hue=0.1), r"'hue'; the start is init=\{'hue': 0\.1\}"),
+    ("start of smoothing", lambda: hp.LabelSmoothing(smoothing=0.1), "'smoothing'; the start is init=0.1"),
+    (
+        "unknown argument of a scalar",
+        lambda: hp.Scalar("a", 0.5, 0, 1, to=2),
+        "no argument 'to'; it has name, init, low, ",
+    ),
+    (
+        "unknown argument of a penalty",
+        lambda: hp.TemporalDecay("2", dim=1),
+        "no argument 'dim'; it has axis, init, low, high",
+    ),
     ("unknown argument", lambda: hp.WeightDecay(power=1), "no argument 'power'; it has init, low, high, scale, shared"),
     ("spec a class", lambda: hp.Dropout, r"hparams holds <class .*Dropout'>, which is no spec.*write hp\.Dropout\(\)"),
     ("spec a name", lambda: "dropout", r"hparams holds 'dropout', which is no spec.*write hp\.Dropout\(\)"),

@@ -13,7 +13,18 @@ from typing import Never, TypedDict
 from fxstn.hp.hyperparameter import Hyperparameter
 
 Choice = float | Mapping[str, float] | None
-_STARTS = ("p", "prob", "probability", "rate", "strength", "value", "lam", "coefficient", "weight")  # called init here
+_STARTS = (
+    "p",
+    "prob",
+    "probability",
+    "rate",
+    "strength",
+    "value",
+    "lam",
+    "coefficient",
+    "weight",
+    "smoothing",
+)  # called init here
 _NOT_KEYWORDS = ("where", "unknown", "choices", "settings")
 
 
@@ -84,8 +95,10 @@ class Spec:
             elif name in cls.numbers or name in _STARTS:
                 remedy = f"the start is init={value!r}"
             else:
-                known = [key for key in inspect.signature(cls).parameters if key not in _NOT_KEYWORDS]
-                remedy = f"it has {', '.join([*settings, *known])}"
+                parameters = inspect.signature(cls).parameters
+                inherited = Choices.__annotations__ if "choices" in parameters else ()
+                own = [key for key in parameters if key not in _NOT_KEYWORDS]
+                remedy = f"it has {', '.join([*settings, *own, *inherited])}"
             raise TypeError(f"hp.{cls.__name__} has no argument {name!r}; {remedy}")
 
     @classmethod
@@ -234,7 +247,9 @@ class Scalar(Spec):
     """
 
     def __init__(self, name: str, init: float, low: float, high: float, *, scale: float = 1.0, log: bool = False,
-                 integer: bool = False, perturb: str | None = None, regularizes: bool = False) -> None:  # fmt: skip
+                 integer: bool = False, perturb: str | None = None, regularizes: bool = False,
+                 **unknown: Never) -> None:  # fmt: skip
+        self.check_arguments(unknown)
         if not isinstance(name, str):
             raise TypeError(
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
@@ -252,7 +267,8 @@ class LabelSmoothing(Scalar):
     """
 
     def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
-                 perturb: str | None = None) -> None:  # fmt: skip
+                 perturb: str | None = None, **unknown: Never) -> None:  # fmt: skip
+        self.check_arguments(unknown)
         if not 0 <= low < high < 1:
             raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
         super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb, regularizes=True)
