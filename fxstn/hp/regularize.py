@@ -63,8 +63,8 @@ class EmbeddingDropout(Operation):
     """Rate, in [0, 0.95], at which words are dropped (Gal & Ghahramani 2016; Merity et al. 2017, arXiv 1708.02182).
 
     A word, a row of an embedding's table, is dropped wherever it occurs in the batch. Examples at a higher rate drop more of
-    the same words. It acts on the lookups of the matched modules, of all modules without a pattern, with a draw for each
-    lookup. It does not act on a layer whose weight is tied to the table.
+    the same words. It acts on the lookups of the matched modules, with a draw for each lookup. Without a pattern: all lookups.
+    It does not act on a layer whose weight is tied to the table.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
@@ -83,8 +83,8 @@ class DropConnect(Spec):
     """Probability, in [0, 0.95], that a weight is dropped (Wan et al. 2013).
 
     There is one mask for the whole batch, and so one perturbation. It acts on the weights (no biases, no norms) of the matched
-    linear and convolution layers, of all without a pattern. A pattern may also match a weight by its full name, where the layer
-    that owns it is not matched.
+    linear and convolution layers. Without a pattern: all. A pattern may also match one weight by its full name, if it does not
+    match the layer of that weight.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
