@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,6 +327,31 @@ def test_a_scripted_module_is_refused_by_every_frontend_with_its_path(path):
     assert {(problem.where, problem.what.split(",")[0]) for problem in problems} == {(path, "a scripted module")}
     with pytest.raises(fxstn.TransformError, match=r"a scripted module.*; or give example_inputs"):
         fxstn.transform(net, SCALAR)
+
+
+def hooked():
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda *_: None)
+    return nn.Sequential(nn.Linear(4, 4), layer)
+
+
+def normed():
+    return nn.Sequential(nn.Linear(4, 4), nn.utils.spectral_norm(nn.Linear(4, 4)))
+
+
+def from_numpy():
+    return Around(lambda y: (y, torch.from_numpy(numpy.ones((3, 4), "float32"))))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch: the old spectral_norm is deprecated
+@pytest.mark.parametrize(
+    ("make", "trace"),
+    [(hooked, "fx"), (hooked, "export"), (normed, "fx"), (normed, "export"), (from_numpy, "live")],
+)
+def test_the_line_of_a_problem_is_never_that_of_the_call_of_transform(make, trace):
+    with pytest.raises(fxstn.TransformError) as caught:
+        fxstn.transform(make(), SCALAR, example_inputs=torch.randn(3, 4), trace=trace)
+    assert not [problem.source for problem in caught.value.problems if "transform(" in problem.source]
 
 
 def test_a_module_of_torch_export_is_refused_because_it_has_one_mode():

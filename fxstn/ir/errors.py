@@ -52,12 +52,18 @@ def module_path(node: fx.Node) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+FRONTEND = re.compile(r"/fxstn/frontends/")
 LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|/python3[.\d]*/\w+\.py$|^<")
 
 
 def innermost_user_frame(stack_trace: str) -> str:
-    """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none."""
+    """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none.
+
+    Frames outside of the frontend that follows the forward are those of the caller of transform: they are no part of the model.
+    """
     frames = _FRAME.findall(stack_trace)
+    begin = next((i for i, frame in enumerate(frames) if FRONTEND.search(frame[0])), 0)
+    frames = frames[begin:]
     users = [frame for frame in frames if not LIBRARY.search(frame[0])]
     if not users:
         return ""

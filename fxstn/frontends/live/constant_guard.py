@@ -12,15 +12,18 @@ from fxstn.frontends.live.calls import Call
 from fxstn.frontends.live.tangent_table import differentiable
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.ir.containers import tensors_in
-from fxstn.ir.errors import LIBRARY, Diagnostic, TransformError, innermost_user_frame, operation_name
+from fxstn.ir.errors import FRONTEND, LIBRARY, Diagnostic, TransformError, innermost_user_frame, operation_name
 
 
 def user_frame() -> str:
-    """The innermost frame outside of torch and fxstn, as a stack trace shows it; "" when there is none."""
+    """The innermost frame of the forward outside of torch and fxstn, as a stack trace shows it; "" when there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and LIBRARY.search(frame.f_code.co_filename):
         frame = frame.f_back
-    if frame is None:
+    caller = frame
+    while caller is not None and not FRONTEND.search(caller.f_code.co_filename):
+        caller = caller.f_back
+    if frame is None or caller is None:  # no frontend runs the frame: it is that of the caller of transform
         return ""
     code = frame.f_code
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
