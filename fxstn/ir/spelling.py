@@ -138,9 +138,7 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     origin, _, in_place = origin_of(target)
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other" and not isinstance(target, str):
-        if isinstance(target, OpOverload) and len(target.overloadpacket.overloads()) == 1:  # as torch.export writes it
-            return Spelled(target.overloadpacket, args, kwargs)
-        return Spelled(target, args, kwargs)
+        return Spelled(whole_operator(target), args, kwargs)
     if "axis" in kwargs:
         kwargs["dim"] = kwargs.pop("axis")
     if kwargs.pop("out", None) is not None:
@@ -163,6 +161,13 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     if kwargs:
         args, kwargs = _by_position(function, args, kwargs)
     return Spelled(function, args, kwargs, in_place)
+
+
+def whole_operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator in place of its only overload, which is what torch.export writes; anything else comes back as it is."""
+    if isinstance(function, OpOverload) and len(function.overloadpacket.overloads()) == 1:
+        return function.overloadpacket if origin_of(function)[0] == "other" else function
+    return function
 
 
 def _attribute(getter: types.MethodWrapperType, args: tuple) -> Spelled:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.errors import operation_name
 from fxstn.ir.facts import overloads
-from fxstn.ir.spelling import Unspellable, origin_of, respell, signature_of
+from fxstn.ir.spelling import Unspellable, origin_of, respell, signature_of, whole_operator
 from fxstn.rules.registry import RULES, bilinear, linear, pointwise, zero
 
 _OWN: set[Callable[..., Any]] = set()  # operations whose rules are of this call, which a later one replaces
@@ -40,7 +40,7 @@ def register_rule(function: Callable[..., Any], *partials: Callable[..., Any], k
         raise TypeError(f"register_rule takes the operation as models call it, a function, got {function!r}")
     if wrong := [partial for partial in partials if not callable(partial)]:
         raise TypeError(f"register_rule: the partial {wrong[0]!r} must be a function, partial(dx, y, *arguments)")
-    operator = getattr(function, "_opoverload", function)  # of torch.library.custom_op
+    operator = whole_operator(getattr(function, "_opoverload", function))  # of torch.library.custom_op
     canonical = operator if operator in RULES else _operation(operator, kind)
     if (kind is None) is not bool(partials) or (kind is not None and kind not in _KINDS):
         raise ValueError(
