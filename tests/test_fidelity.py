@@ -101,10 +101,15 @@ class Counting(nn.Module):
         return self.last
 
 
+# With the line of the forward. A pattern in that very line would match itself.
+SHARED = r"memory 'linear' shares and reads later in the model itself, .*test_fidelity\.py:\d+"
 REFUSED = {
-    "identity": (into(lambda s, h: F.relu(s.same(h), inplace=True)), "memory 'a' shares"),
-    "ravel": (into(lambda s, h: h.ravel().relu_()), "memory 'a' shares"),
-    "transpose": (lambda s, x: (lambda h: (h.view(-1).relu_(), h.T.t())[1])(s.a(x)), "memory 'a' shares"),
+    "identity": (into(lambda s, h: F.relu(s.same(h), inplace=True)), SHARED),
+    "ravel": (into(lambda s, h: h.ravel().relu_()), SHARED),
+    "transpose": (
+        lambda s, x: (lambda h: (h.view(-1).relu_(), h.T.t())[1])(s.a(x)),
+        SHARED,
+    ),
     "buffer update": (lambda s, x: s.a(x) * s.mean.mul_(0.9), "changes 'mean', of the model itself"),
     "all parameters": (
         lambda s, x: s.a(x) + sum(p.pow(2).sum() for p in s.parameters()),

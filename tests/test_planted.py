@@ -69,7 +69,7 @@ PLANTS = {
         lambda x, p: x * (torch.rand_like(x) >= p) / (1 - p), 0.3, (0.03, 0.8), "input.dropout",
     ),
     "cutout": Plant(
- lambda start: OneHole(init=start), lambda x, length: hp.Cutout.function(x, 1, int(length)), 4.5, (2.5, 6.3), "input.length",
+ lambda start: OneHole(init=start), lambda x, length: hp.Cutout.function(x, 1, int(length)), 4, (2, 6), "input.length",
 ),
     "colour": Plant(
         only(hp.ColorJitter, "brightness"), partial(applied, hp.ColorJitter, "brightness"), 0.5, (0.05, 0.9),

@@ -53,18 +53,20 @@ def module_path(node: fx.Node) -> str:
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 FRONTEND = re.compile(r"/fxstn/frontends/")
+_CALLER = re.compile(r"/fxstn/((transform|network)\.py|(passes|tools|bilevel)/)")
 LIBRARY = re.compile(r"/(torch|fxstn|importlib|unittest)/|/python3[.\d]*/\w+\.py$|^<")
 
 
 def innermost_user_frame(stack_trace: str) -> str:
     """'file:line: code' of the innermost frame outside torch and fxstn, "" when there is none.
 
-    Frames outside of the frontend that follows the forward are those of the caller of transform: they are no part of the model.
+    Frames up to those of transform and the passes are the caller's: they are no part of the model.
     """
     frames = _FRAME.findall(stack_trace)
-    begin = next((i for i, frame in enumerate(frames) if FRONTEND.search(frame[0])), 0)
-    frames = frames[begin:]
-    users = [frame for frame in frames if not LIBRARY.search(frame[0])]
+    begin = max(
+        (i for i, frame in enumerate(frames) if _CALLER.search(frame[0])), default=0
+    )  # fx may cut the outer frames
+    users = [frame for frame in frames[begin:] if not LIBRARY.search(frame[0])]
     if not users:
         return ""
     file, line, code = users[-1]

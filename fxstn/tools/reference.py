@@ -41,17 +41,15 @@ class Float64Mode(TorchFunctionMode):
         self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
         function = Tensor.double if function is Tensor.float else function
-        return function(*_in_float64(args), **_in_float64(kwargs or {}))
+        return function(*_in_float64(args), **{name: _in_float64(value) for name, value in (kwargs or {}).items()})
 
 
 def _in_float64(value: Value) -> Value:
-    """Arguments of an operation with float64 in place of float32."""
+    """An argument of an operation with float64 in place of float32. A dict is the memo of a copy, and stays the same object."""
     if isinstance(value, list):
         return cast(Value, [_in_float64(entry) for entry in value])
     if isinstance(value, tuple) and type(value) is tuple:
         return cast(Value, tuple(_in_float64(entry) for entry in value))
-    if isinstance(value, dict):
-        return cast(Value, {key: _in_float64(entry) for key, entry in value.items()})
     return cast(Value, torch.float64) if value is torch.float32 else value
 
 
