@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
@@ -17,6 +18,7 @@ from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_check
 from fxstn.bilevel.evaluation import BestModel
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.history import History
+from fxstn.bilevel.plain import check_readable, plain_numbers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
 from fxstn.bilevel.tuner import Counters
@@ -50,11 +52,12 @@ class RunParts:
     def state_dict(self) -> State:
         """Everything that what happens next depends on. Several processes: all must call it."""
         own = {"random": random_state()} | {name: part.state_dict() for name, part in self.local.items()}
-        return {
+        state: State = plain_numbers({
             "identity": dict(self.identity),
             "shared": {name: part.state_dict() for name, part in self.all_shared().items()},
             "processes": distributed.gather(own),
-        }
+        })  # fmt: skip
+        return state
 
     def load(self, state: State, source: str) -> None:
         """Go on from a state. Several processes: all must call it.
@@ -100,8 +103,9 @@ def _copied(state: State) -> State:
     """The same state in memory of its own, off the accelerator."""
     growing = {name: value for name, value in state["shared"].items() if name in GROWING}
     changing = {name: value for name, value in state["shared"].items() if name not in GROWING}
-    copied: State = tree_map_only(
-        Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), {**state, "shared": changing}
+    copied: State = tree_map(
+        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
+        {**state, "shared": changing},
     )
     return copied | {"shared": copied["shared"] | growing}
 
@@ -126,16 +130,27 @@ class CheckpointManager:
         self._state: State | None = None  # the last saved state, where it is in no file
         self._step = -1  # inner steps done when it was saved
         self._time = time.perf_counter()
-        self._unwritable = False
+        self._unwritable = self._trained = False
 
     def due(self) -> bool:
-        """Whether it is time for a file."""
+        """Whether it is time for a file. The first call comes after the first steps. Raises TypeError as `begin` then."""
+        if not self._trained:
+            self._trained = True
+            self._check()
         return self.out_dir is not None and time.perf_counter() - self._time > 60 * self.minutes
 
     def begin(self) -> None:
-        """Keep the state in which training starts, unless it is kept already."""
+        """Keep the state in which training starts, unless it is kept already.
+
+        Raises TypeError where files are written and could not hold the state, which would be too late to learn at a resume.
+        """
+        self._check()
         if self._step != self.parts.counters.steps:
             self.keep(write=False)
+
+    def _check(self) -> None:
+        if self.out_dir is not None:
+            check_readable(self.parts.state_dict())
 
     def keep(self, better: bool = False, write: bool = True) -> None:
         """Keep the state as it is. Several processes: all must call it.
@@ -148,6 +163,7 @@ class CheckpointManager:
         write = write and self.out_dir is not None
         state = self.parts.state_dict() if write or self.memory else {}
         if write:
+            check_readable(state)
             write = not distributed.any_process(not self._write(state, better), self.device)
         if self.memory and not write:
             self._state = _copied(state)
@@ -192,12 +208,13 @@ class CheckpointManager:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint. Several processes: all must call it.
 
-        Raises OSError; TypeError for what is no path, ValueError for a folder.
+        Raises OSError; TypeError for what is no path, and for a state that could not be read back; ValueError for a folder.
         """
         path = as_path(path, "runner.save")
         if path.is_dir():
             raise ValueError(f"runner.save: {path} is a folder; name a file in it, {path / 'last.pt'} say")
         state = self.parts.state_dict()
+        check_readable(state)
         distributed.in_first_process(lambda: save_checkpoint(state, path, self.files))
 
     def load(self, path: str | Path) -> None:

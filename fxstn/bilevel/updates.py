@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
+from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import State, Stateful
 
@@ -72,6 +73,8 @@ def build_optimizer(
         raise TypeError(f"{name}={optimizer!r} must be an optimizer or a factory; {_FACTORY}")
     if not isinstance(result, Optimizer):
         raise TypeError(f"{name} must be an optimizer, its factory returns {type(result).__name__}; {_FACTORY}")
+    for group in result.param_groups:
+        group |= {key: plain_numbers(value) for key, value in group.items() if key != "params"}
     closure = inspect.signature(result.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{name}: {type(result).__name__} evaluates a closure, which a run has none of; use SGD, Adam or "
@@ -121,11 +124,14 @@ def _build_schedulers(
             "the optimizer"
         )
     schedulers = {name: factory(optimizers[name]) for name, factory in (factories or {}).items()}
-    if wrong := [name for name, scheduler in schedulers.items() if not hasattr(scheduler, "step")]:
-        raise TypeError(
-            f"{argument}[{wrong[0]!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
-            f"{type(schedulers[wrong[0]]).__name__}"
-        )
+    needed = ("step", "state_dict", "load_state_dict")
+    for name, scheduler in schedulers.items():
+        if missing := [method for method in needed if not hasattr(scheduler, method)]:
+            raise TypeError(f"{argument}[{name!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
+                            f"{type(scheduler).__name__}, which has no {missing[0]}()")  # fmt: skip
+        state = scheduler.state_dict()
+        if (plain := plain_numbers(state)) is not state:  # a resumed run must reckon with the same types
+            scheduler.load_state_dict(plain)
     return schedulers
 
 
