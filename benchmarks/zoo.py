@@ -93,7 +93,7 @@ def shortened(model: nn.Module) -> nn.Module:
         return type(child), [tuple(p.shape) for p in child.parameters()]
 
     for module in list(model.modules()):
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
             kept = [
                 child for _, run in groupby(module.named_children(), lambda c: shape(c[1])) for child in list(run)[:2]
             ]

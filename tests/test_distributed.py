@@ -85,7 +85,7 @@ CASES = [(kind, method) for kind in ("mlp", "synced") for method in ("delta", "c
 CASES += [("conv", "delta"), ("conv", "stn")]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_gradients_are_those_of_the_whole_batch(world):
     cases = CASES if world == 2 else CASES[0:4:3]
     results = run(world, gradients_of_shares, cases)

@@ -81,6 +81,9 @@ PLANTS = {
 }  # fmt: skip
 
 
+QUICK = [("dropout", "below"), ("dropout", "above"), ("cutout", "above"), ("colour", "below"), ("affine", "above")]
+
+
 @pytest.fixture(params=list(PLANTS))
 def plant(request: pytest.FixtureRequest) -> Plant:
     return PLANTS[request.param]
@@ -124,7 +127,14 @@ def test_the_planted_strength_is_the_best(plant: Plant) -> None:
     assert planted < 0.95 * high
 
 
-@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize(
+    ("plant", "side"),
+    [
+        pytest.param(name, side, marks=[] if (name, side) in QUICK else pytest.mark.nightly)
+        for name in PLANTS for side in ("below", "above")
+    ],
+    indirect=["plant"],
+)  # fmt: skip
 def test_the_runner_finds_the_planted_strength(plant: Plant, side: str) -> None:
     x, t, x_valid, t_valid = task(plant)
     start = plant.starts[side == "above"]

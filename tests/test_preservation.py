@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import attributes, reachable
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
@@ -145,7 +145,7 @@ def test_a_sparse_buffer_has_its_values_back(sparse):
         warnings.simplefilter("ignore", UserWarning)  # torch calls its sparse layouts beta
         model = nn.Module()
         model.register_buffer("adjacency", sparse(torch.eye(4)))
-        with preserved(model, ()):
+        with Preservation(model, ()):
             model.adjacency.mul_(3)
         assert torch.equal(model.adjacency.to_dense(), torch.eye(4))
 

@@ -1,4 +1,7 @@
-"""Law 8: on a quadratic inner problem Θ is the best-response Jacobian, and λ goes where a closed-form search goes."""
+"""Law 8: on a quadratic inner problem Θ is the best-response Jacobian, and λ goes where a closed-form search goes.
+
+A start for each data set; all starts of all with `pytest -m nightly`.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,14 @@ def test_hypergradient_at_the_jacobian_is_the_derivative_of_the_validation_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", ridge.STARTS)
+@pytest.mark.parametrize(
+    ("problem", "factor"),
+    [
+        pytest.param(name, factor, marks=[] if ridge.STARTS[number] == factor else pytest.mark.nightly)
+        for number, name in enumerate(ridge.SPLITS) for factor in ridge.STARTS
+    ],
+    indirect=["problem"],
+)  # fmt: skip
 def test_runner_reaches_the_weight_decay_of_the_closed_form_search(problem: ridge.Problem, factor: float) -> None:
     optimum = ridge.optimal_weight_decay(problem)
     trajectory = ridge.tune(problem, "delta", factor * optimum)

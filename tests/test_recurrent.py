@@ -93,7 +93,7 @@ def built(configuration, training=True):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     CONFIGURATIONS, st.booleans(), st.sampled_from(["fx", "export", "live"]), st.sampled_from(["scaled", "structured"])
 )
@@ -112,7 +112,7 @@ def test_a_tangent_equals_a_central_difference_of_the_original(configuration, tr
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(CONFIGURATIONS, st.sampled_from(["delta", "centered", "stn"]))
 def test_each_example_moves_as_it_would_alone(configuration, method):
     """Row i of a perturbation per example equals the shared result for it; finite steps equal the moved weights."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxstn.frontends.guards import mode_of
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 
@@ -38,10 +38,11 @@ def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> No
 
     Raises ValueError or TypeError where an operation cannot take them, and whatever the model itself raises.
     """
+    preserved = Preservation(model, inputs)
     for training in (True, False):
         with (
             explained_errors((inputs, None), "example_inputs", model),
-            preserved(model, inputs) as stand_ins,
+            preserved as stand_ins,
             mode_of(model, training, frozen),
             forked_rng(),
         ):

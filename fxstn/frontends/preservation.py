@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,29 @@ from fxstn.ir.containers import attributes, mapped, reachable
 Inputs = TypeVar("Inputs")
 
 
-@contextmanager
-def preserved(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
-    """Around forwards of the model, which may write into whatever they reach: afterwards all of it has its value back.
+class Preservation(Generic[Inputs]):
+    """A context for forwards of a model, which may write into whatever they reach: afterwards all of it has its value back.
 
     model: parameters, buffers, attributes of its modules, and every tensor that an attribute reaches.
-    inputs: any structure. The context yields its stand-ins, see `stand_ins`; the forward is to be run on those.
+    inputs: any structure. The context gives stand-ins for it, see `stand_ins`; the forward is to be run on those.
+    but: tensors that are left out, because they are written anew before each forward.
+
+    The values to come back to are those at the time of construction. The context may be entered several times, one after the
+    other.
     """
-    state = module_state(model)
-    tensors = (tensor for _, tensor in (*attributes(model), *reachable(inputs, "")))
-    saved = [SavedTensor(tensor) for tensor in distinct(tensors)]
-    try:
-        yield stand_ins(inputs)
-    finally:
-        restore(state)
-        for tensor in saved:
+
+    def __init__(self, model: nn.Module, inputs: Inputs, but: Iterable[Tensor] = ()) -> None:
+        self.inputs, self.state = inputs, module_state(model)
+        out = {id(tensor) for tensor in but}
+        tensors = (tensor for _, tensor in (*attributes(model), *reachable(inputs, "")) if id(tensor) not in out)
+        self.saved = [SavedTensor(tensor) for tensor in distinct(tensors)]
+
+    def __enter__(self) -> Inputs:
+        return stand_ins(self.inputs)
+
+    def __exit__(self, *error: object) -> None:
+        restore(self.state)
+        for tensor in self.saved:
             tensor.restore()
 
 

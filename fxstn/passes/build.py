@@ -12,7 +12,7 @@ from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import Frontend, Pass, Plan
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
 from fxstn.ir.graph_kind import graph_kind
@@ -74,12 +74,13 @@ def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:
     Raises TransformError where that fails.
     """
     delta = torch.zeros_like(network.hparams.unconstrained)
+    preserved = None if inputs is None else Preservation(network.model, inputs)
     for name in _PUBLIC:
         with errors_as_diagnostics(f"the graph {name!r} of the forward"):
             graph = network.graph(name)
-            if inputs is not None:
+            if preserved is not None:
                 moved = {"delta": delta} if graph_kind(name).moves_weights else {}
-                with preserved(network.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
+                with preserved as stand_ins, forked_rng(), torch.no_grad():
                     graph.forward(*stand_ins, **moved)
 
 

@@ -17,7 +17,7 @@ from fxstn.frontends.inputs import InputSpec, as_tuple
 from fxstn.frontends.live.calls import OperationNote
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path
 from fxstn.ir.graphs import forked_rng
@@ -140,7 +140,7 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple
         return []
     log: list[OperationNote] = []
     delta = torch.zeros_like(stn.hparams.unconstrained)
-    with preserved(stn.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
+    with Preservation(stn.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
         cast(LiveGraph, stn.graph("pushforward")).duals(stand_ins, {}, None, delta, log)
     explanation.notes.append("one perturbation for the whole batch only, not per example: the forward runs as it is")
     return sorted((_row_of_note(note, stn.hparams.names) for note in log), key=lambda row: row.rule != "fallback")

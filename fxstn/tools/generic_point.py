@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxstn.frontends.original import plain_copy
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.response import Response
 
@@ -25,7 +25,7 @@ def generic_copy(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
     modes = [module.training for module in model.modules()]
-    with torch.no_grad(), preserved(nn.Module(), inputs) as inputs:
+    with torch.no_grad(), Preservation(nn.Module(), inputs) as inputs:
         for module in model.modules() if seed else ():
             if isinstance(module, NORMS) and module.bias is not None:
                 module.bias.add_(3 * torch.randn(module.bias.shape, generator=generator, dtype=torch.float64).sign())

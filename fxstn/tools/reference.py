@@ -23,7 +23,7 @@ from fxstn.frontends.live.calls import Call, mutated
 from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
 from fxstn.frontends.live.tracer import LiveTracer
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.hp import OPERATIONS, Operation
 from fxstn.ir.containers import arguments_mapped, leaves
 from fxstn.ir.graphs import forked_rng
@@ -205,15 +205,16 @@ class Reference:
         inserting: bool = False,
     ) -> None:
         self.model = copy.deepcopy(original).requires_grad_(False)
-        self.network, self.inputs, self.delta, self.seed, self.training = network, inputs, delta, seed, training
+        self.network, self.delta, self.seed, self.training = network, delta, seed, training
         self.strengths = strengths_of(network, training, inserting)
         self.constants: list[Tensor] | None = None
+        self.preserved = Preservation(self.model, inputs, but=self.model.parameters())
 
     def __call__(self, step: float) -> Tensor:
         if step and self.constants is None:
             self(0.0)
         frozen = self.network.recipe.plan.frozen
-        with preserved(self.model, self.inputs) as inputs, mode_of(self.model, self.training, frozen):
+        with self.preserved as inputs, mode_of(self.model, self.training, frozen):
             move_weights(self.model, self.network, step * self.delta)
             run = ReferenceRun(
                 self.model, self.strengths, self.network.hparams().detach(), self.constants if step else None

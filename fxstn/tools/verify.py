@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
@@ -200,8 +200,10 @@ def _comparisons(
         sites = tuple(site for site in binding.sites if not site.insert)
         plain = network.with_recipe(recipe.with_binding(replace(binding, sites=sites, dropped=())))
 
+    preserved = Preservation(network.model, inputs)
+
     def tangent(of: SelfTuningNetwork, training: bool) -> Tensor:
-        with preserved(of.model, inputs) as values, torch.no_grad():
+        with preserved as values, torch.no_grad():
             torch.manual_seed(seed)
             y, dy = of.train(training).pushforward(*values, delta=delta)
             flat(y)  # raises an error that names y where it has no float tensors
@@ -211,7 +213,7 @@ def _comparisons(
         return Reference(original, network, inputs, delta, seed, training, inserting)
 
     def of_graph(step: float) -> Tensor:
-        with preserved(network.model, inputs) as values:
+        with preserved as values:
             move_weights(network.model, network, step * delta)
             torch.manual_seed(seed)
             return flat(network.graph("train")(*values))

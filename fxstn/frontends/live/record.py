@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxstn.frontends.guards import mode_of, refuse_scripted
 from fxstn.frontends.live.calls import Call, RunningCall, argument_names, mutated
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
-from fxstn.frontends.preservation import preserved
+from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import forked_rng, rename
@@ -153,7 +153,7 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
     fails or computes with a tensor that cannot be followed.
     """
     refuse_scripted(model)
-    with preserved(model, inputs) as inputs:
+    with Preservation(model, inputs) as inputs:
         tape = Tape(model, inputs)
         try:
             with mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
