@@ -104,7 +104,7 @@ def test_a_report_shows_warnings_and_values_at_their_bounds(tmp_path):
 @with_plots
 def test_every_text_of_a_report_is_escaped(tmp_path):
     bad = "<script>alert('&\"')</script>"
-    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)], metrics={bad: fxstn.accuracy})
+    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)], metrics={f"{bad}!": fxstn.accuracy})
     runner.fit(2)
     runner._monitors.warnings.append((1, bad))
     runner.settings["out_dir"] = bad

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,8 @@ from fxstn.bilevel.state import State
 FORMAT = 10
 # A file: what torch.save writes, the format in 4 digits, the SHA-256 of all that, and a mark.
 _MARK = b"fxstn-run"
-_SEAL = hashlib.sha256().digest_size + len(_MARK)
+_DIGITS, _SEAL = 4, hashlib.sha256().digest_size + len(_MARK)
+_PIECE = 1 << 20  # bytes read at once
 
 
 class DamagedError(ValueError):
@@ -44,20 +45,25 @@ class _HashingFile:
 
 
 def _write_temporary(state: Mapping[str, object], path: Path, checksum: bool) -> Path:
-    """A temporary file beside `path` that holds the state, on the disk. Raises OSError where it cannot be written."""
+    """A temporary file beside `path` that holds the state, on the disk. Raises OSError, and leaves no such file, at a fault."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as raw:
-        file = _HashingFile(raw)
-        try:
-            torch.save(state, file)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise file.error or error from error
-        if checksum:
-            file.write(f"{FORMAT:04d}".encode())
-            raw.write(file.sum.digest() + _MARK)
-        raw.flush()
-        os.fsync(raw.fileno())
+    try:
+        with open(temporary, "wb") as raw:
+            file = _HashingFile(raw)
+            try:
+                torch.save(state, file)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise file.error or error from error
+            if checksum:
+                file.write(f"{FORMAT:0{_DIGITS}d}".encode())
+                raw.write(file.sum.digest() + _MARK)
+            raw.flush()
+            os.fsync(raw.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error says more
+            temporary.unlink(missing_ok=True)
+        raise
     return temporary
 
 
@@ -71,6 +77,15 @@ def _older(path: Path, age: int) -> Path:
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a name, a link to nowhere included. Raises OSError where the folder cannot be read."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
     """Write a checkpoint with its checksum. Those before become last.1.pt and so on.
 
@@ -79,52 +94,85 @@ def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
     path = Path(path)
     temporary = _write_temporary(state, path, checksum=True)
     for age in range(keep - 1, 0, -1):
-        if _older(path, age - 1).exists():
+        if _exists(_older(path, age - 1)):
             os.replace(_older(path, age - 1), _older(path, age))
     os.replace(temporary, path)
 
 
+def _check_seal(file: IO[bytes], path: Path) -> None:
+    """Read a file once, in pieces. Raises as `load_checkpoint`."""
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise DamagedError(f"{path} is empty")
+    file.seek(max(0, size - _SEAL - _DIGITS))
+    version, seal = file.read(_DIGITS), file.read()
+    if not seal.endswith(_MARK) or size <= _SEAL + _DIGITS:
+        raise DamagedError(f"{path} is not a checkpoint of fxstn, or its end is missing")
+    file.seek(0)
+    contents, left = hashlib.sha256(), size - _SEAL
+    while left and (piece := file.read(min(left, _PIECE))):
+        contents.update(piece)
+        left -= len(piece)
+    if contents.digest() != seal[: -len(_MARK)]:
+        raise DamagedError(f"{path} is damaged: its contents do not have the checksum that was written with them")
+    if int(version) != FORMAT:
+        raise ValueError(f"{path} was written in format {int(version)} by another version of fxstn, this one reads {FORMAT}; "
+                         "remove it, or choose another out_dir")  # fmt: skip
+    file.seek(0)
+
+
 def load_checkpoint(path: str | Path) -> State:
-    """The state in a file.
+    """The state in a file. Its tensors are read straight into their memory: this takes as much as the file is large.
 
     Raises DamagedError where the file is no checkpoint, or does not have the checksum of its contents; ValueError where another
-    version of fxstn wrote it.
+    version of fxstn wrote it; OSError where it cannot be read, which says nothing about its contents.
     """
+    path = Path(path)
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            _check_seal(file, path)
+            state: State = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    if not data:
-        raise DamagedError(f"{path} is empty")
-    sealed, seal = memoryview(data)[:-_SEAL], data[-_SEAL:]
-    if not seal.endswith(_MARK) or len(sealed) <= 4:
-        raise DamagedError(f"{path} is not a checkpoint of fxstn, or its end is missing")
-    if hashlib.sha256(sealed).digest() != seal[: -len(_MARK)]:
-        raise DamagedError(f"{path} is damaged: its contents do not have the checksum that was written with them")
-    payload, version = sealed[:-4], int(sealed[-4:])
-    if version != FORMAT:
-        raise ValueError(f"{path} was written in format {version} by another version of fxstn, this one reads {FORMAT}; "
-                         "remove it, or choose another out_dir")  # fmt: skip
-    state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        raise OSError(error.errno, f"{path} cannot be read ({error.strerror or error})") from error
     return state
+
+
+def _rename_damaged(file: Path, reason: DamagedError) -> str:
+    """Rename a damaged file to NAME.broken; returns what to say of it.
+
+    Raises DamagedError where the name is a link, OSError where it cannot be renamed.
+    """
+    if file.is_symlink():
+        raise DamagedError(f"{reason}; it is a link to {os.readlink(file)}: remove the link to resume from the file before "
+                           "it") from reason  # fmt: skip
+    broken = file.with_name(file.name + ".broken")
+    try:
+        os.replace(file, broken)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{reason}; it cannot be renamed ({error.strerror}): move it away, and run again"
+        ) from error
+    return f"{reason}; it is now {broken.name}"
 
 
 def latest_checkpoint(path: str | Path) -> State | None:
     """The newest whole checkpoint among last.pt, last.1.pt, …; None where there is no file at all.
 
-    A damaged file is renamed to NAME.broken, with a warning. Raises DamagedError when all files were damaged.
+    A damaged file is renamed to NAME.broken, with a warning. A file that cannot be read keeps its name.
+
+    Raises DamagedError when all files were damaged, or a link leads to a damaged one; OSError where a file cannot be read.
     """
     path = Path(path)
-    files = [_older(path, age) for age in range(100) if _older(path, age).exists()]
-    reasons = []
-    for file in files:
+    reasons: list[str] = []
+    for file in [_older(path, age) for age in range(100) if _exists(_older(path, age))]:
         try:
             state = load_checkpoint(file)
         except DamagedError as error:
-            broken = file.with_name(file.name + ".broken")
-            os.replace(file, broken)
-            reasons.append(f"{error}; it is now {broken.name}")
+            reasons.append(_rename_damaged(file, error))
             continue
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; it is left as it is: mend the cause and run again, or move it away "
+                          "to resume from the file before it") from error  # fmt: skip
         for reason in reasons:
             warn_caller(f"{reason}; the run resumes from {file.name}, saved before it", UserWarning)
         return state

@@ -222,8 +222,9 @@ class CheckpointManager:
         path = as_path(path, "runner.load")
         try:
             state = distributed.in_first_process(lambda: load_checkpoint(path))
-        except DamagedError as error:
-            raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
+        except (DamagedError, FileNotFoundError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DamagedError(f"{reason}; load an older file beside it, last.1.pt say, or train anew") from error
         self.parts.load(state, str(path))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sized
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence, Sized
 from types import GeneratorType
 from typing import TypeGuard
 
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.history import LOSSES, Schedule
-from fxstn.ir.input_errors import first_line
+from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE, Schedule
+from fxstn.ir.input_errors import as_path, first_line
 
 AT_LEAST_ONE = (
     "train_steps",
@@ -110,7 +109,7 @@ def _check_kinds(settings: Mapping[str, object]) -> None:
         if settings[name] is not None and not right(settings[name]):
             raise TypeError(f"{name}={settings[name]!r} must be {kind}, or None")
     out_dir = settings["out_dir"]
-    if isinstance(out_dir, (str, os.PathLike)) and Path(out_dir).is_file():
+    if out_dir is not None and as_path(out_dir, "out_dir").is_file():
         raise ValueError(f"out_dir={str(out_dir)!r} is a file; name a folder, which is made where there is none")
 
 
@@ -125,6 +124,27 @@ def _check_functions(settings: Mapping[str, object]) -> None:
     callbacks = settings["callbacks"]
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")
+
+
+def check_names(
+    names: Sequence[str],
+    metrics: Mapping[str, object] | None,
+    columns: Mapping[str, object] | None,
+    schedule: Schedule | None,
+) -> None:
+    """Raises ValueError where a hyperparameter has the name of another column of the history, or the schedule is of others.
+
+    names: of the hyperparameters.
+    metrics, columns, schedule: of the run.
+    """
+    others = dict.fromkeys((*COLUMNS, *DIAGNOSTICS), "column") | dict.fromkeys(metrics or (), "metric")
+    others |= dict.fromkeys(columns or (), "column")
+    for name in names:
+        if kind := others.get(name) or ("column" if name.startswith(SCALE) else ""):
+            raise ValueError(f"the hyperparameter {name!r} has the name of a {kind} of the history; choose another")
+    if schedule is not None and set(schedule.values) != set(names):
+        raise ValueError(f"schedule is of {', '.join(schedule.values)}, the network has {', '.join(names)}; give one of the "
+                         "same hyperparameters")  # fmt: skip
 
 
 def check_device(device: torch.device | str, name: str = "device") -> torch.device:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.ir.input_errors import as_path
@@ -71,16 +72,15 @@ class Schedule:
 
     def to_json(self, path: str | Path) -> None:
         """Write the schedule to a file that `from_json` reads."""
-        as_path(path, "Schedule.to_json").write_text(
-            json.dumps({"format": FORMAT, "values": self.values}, indent=1) + "\n"
-        )
+        text = json_text({"format": FORMAT, "values": self.values}, indent=1)
+        write_text(as_path(path, "Schedule.to_json"), text + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
         """Read a file. Raises ValueError where it is not a schedule."""
         path = as_path(path, "Schedule.from_json")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a readable schedule: {error}; History.schedule().to_json writes one"
@@ -168,22 +168,16 @@ class History:
         return schedule.until(int(self.best()["epoch"])) if best else schedule
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write a line of JSON for each row, atomically."""
-        path = as_path(path, "History.to_jsonl")
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(temporary, path)
+        """Write a line of JSON for each row, atomically. A number that is NaN or infinite becomes null."""
+        write_text(as_path(path, "History.to_jsonl"), "".join(json_text(row) + "\n" for row in self.rows))
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows, atomically, so that a reader never sees half a table."""
-        path = as_path(path, "History.to_csv")
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "w", newline="") as file:
-            columns = dict.fromkeys(column for row in self.rows for column in row)
-            writer = csv.DictWriter(file, fieldnames=list(columns) or ["epoch"])
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, path)
+        columns = dict.fromkeys(column for row in self.rows for column in row)
+        writer = csv.DictWriter(table := io.StringIO(newline=""), fieldnames=list(columns) or ["epoch"])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(as_path(path, "History.to_csv"), table.getvalue())
 
     def plot(self, path: str | Path) -> None:
         """Draw the history into an image: losses, metrics, hyperparameters by kind, σ where it moves, diagnostics.
@@ -194,7 +188,7 @@ class History:
         """
         best, shown = int(self.best()["epoch"]), panels(self.groups(), self.start)
         figure = figure_of(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
-        figure.savefig(path, dpi=110)
+        figure.savefig(as_path(path, "History.plot"), dpi=110)
 
     def state_dict(self) -> State:
         return {"start": self.start, "rows": list(self.rows)}

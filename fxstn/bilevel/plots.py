@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Lines = dict[str, list[float]]  # label → a number per epoch, NaN where there is none
 Groups = dict[str, Lines]  # "loss", "metric", "hyperparameter", "scale", "diagnostics" → its columns
@@ -77,17 +78,32 @@ def figure_class(what: str) -> type[Figure]:
     return Figure
 
 
-def _draw_lines(axis: Axes, panel: Panel, many: bool) -> None:
+def _draw_lines(axis: Axes, panel: Panel, many: bool) -> dict[str, Line2D]:
+    """Draw the lines of a panel that have a point; returns them by label."""
     from matplotlib import colormaps
 
-    every = math.ceil(len(panel.lines) / MOST_LABELS)
+    drawn = {}
     for number, (label, values) in enumerate(panel.lines.items()):
         color = colormaps["turbo"](0.04 + 0.92 * number / (len(panel.lines) - 1)) if many else f"C{number}"
         first = 0 if panel.group == "schedule" else 1
         points = [(epoch, value) for epoch, value in enumerate(values, first) if math.isfinite(value)]
-        shown = label if number % every == 0 else "_"  # matplotlib leaves these out of the legend
         marker = "." if len(values) <= 40 and not many else None
-        axis.plot(*zip(*points, strict=True), label=shown, color=color, marker=marker, lw=1.4, ms=4)
+        if points:
+            [drawn[label]] = axis.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.4, ms=4)
+    return drawn
+
+
+def _label_lines(axis: Axes, lines: Mapping[str, Line2D], many: bool) -> None:
+    """Draw the legend, beside the axes where there are many lines.
+
+    The texts are set afterwards and are no mathematics: matplotlib leaves out names with a leading underscore, and reads $.
+    """
+    every = math.ceil(len(lines) / MOST_LABELS)
+    labels, shown = list(lines)[::every], list(lines.values())[::every]
+    beside = {"fontsize": 6, "loc": "upper left", "bbox_to_anchor": (1.0, 1.02), "frameon": False, "labelspacing": 0.25}
+    legend = axis.legend(shown, [str(number) for number in range(len(shown))], **(beside if many else {"fontsize": 7}))
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=label, parse_math=False)
 
 
 def _set_axes(axis: Axes, panel: Panel) -> None:
@@ -105,7 +121,7 @@ def _set_axes(axis: Axes, panel: Panel) -> None:
     epochs = max(map(len, panel.lines.values())) - (panel.group == "schedule")
     axis.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axis.set_title(panel.title, fontsize=10)
+    axis.set_title(panel.title, fontsize=10, parse_math=False)
     axis.set_xlabel("epoch", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.yaxis.get_offset_text().set_fontsize(8)
@@ -118,13 +134,11 @@ def draw(axis: Axes, panel: Panel, best: int) -> None:
     best: the epoch that a dotted line marks.
     """
     many = len(panel.lines) > BESIDE
-    _draw_lines(axis, panel, many)
+    lines = _draw_lines(axis, panel, many)
     axis.axvline(best, color="0.35", lw=0.9, ls=":")
     _set_axes(axis, panel)
-    if many:
-        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, labelspacing=0.25)
-    elif len(panel.lines) > 1:
-        axis.legend(fontsize=7)
+    if len(lines) > 1:
+        _label_lines(axis, lines, many)
 
 
 def figure_of(shown: Sequence[Panel], best: int, what: str, columns: int = 1) -> Figure:

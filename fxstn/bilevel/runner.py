@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery, RunParts
-from fxstn.bilevel.checks import check_device, check_length, check_loader, check_synced_norms
+from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
 from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, Evaluator, one_number
 from fxstn.bilevel.faults import BadLoss, Monitors, Stop
+from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import SCALE, History, Row, Schedule
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.objectives import LossFunction
@@ -82,11 +83,8 @@ class BilevelRunner:
             self.stn.compile(**(options.compile if isinstance(options.compile, dict) else {}))
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)
-        out_dir = distributed.in_first_process(lambda: options.out_dir)
-        self.out_dir = Path(out_dir) if out_dir is not None else None
-        if options.schedule is not None and set(options.schedule.values) != set(problem.values()):
-            raise ValueError(f"schedule is of {', '.join(options.schedule.values)}, the network has "
-                             f"{', '.join(problem.values())}; give one of the same hyperparameters")  # fmt: skip
+        check_names(list(problem.values()), options.metrics, options.columns, options.schedule)
+        self.out_dir = distributed.in_first_process(lambda: absolute(options.out_dir, "out_dir"))
 
     def _build_parts(self) -> None:
         """What evaluates, watches and keeps the run."""

@@ -28,7 +28,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = as_path(folder, "TensorBoard")
+        self.folder = as_path(folder, "TensorBoard").absolute()  # os.chdir in a run moves nothing
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

@@ -43,10 +43,22 @@ def first_line(error: BaseException) -> str:
 
 
 def as_path(path: object, name: str) -> Path:
-    """A path of an argument that `name` names in the error. Raises TypeError for anything else than text or a path."""
-    if not isinstance(path, (str, os.PathLike)):
+    """A path of an argument, with the home folder in place of `~`.
+
+    name: of the argument, for errors.
+
+    Raises TypeError for anything else than text or a path, ValueError for a text that can be none.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(f"{name}: {path!r} must be a path; give text or a pathlib.Path")
-    return Path(path)
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name}: {path!r} has a null character, which no path may have; leave it out")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: {str(path)!r} begins with a home folder that is not known here; write it out"
+        ) from error
 
 
 def described(value: object) -> str:

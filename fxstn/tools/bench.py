@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -19,11 +18,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn import hp
 from fxstn.bilevel.batches import first_part, to_device
+from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.objectives import PerturbMode, general_loss, hyper_loss, response_loss
 from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
+from fxstn.ir.input_errors import as_path
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import canonical_graphs
 from fxstn.tools.baselines import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
@@ -283,5 +284,4 @@ def environment(device: str) -> Row:
 
 
 def write_json(path: str | Path, rows: list[Row]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+    write_text(as_path(path, "--json"), json_text(rows, indent=1) + "\n")

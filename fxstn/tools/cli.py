@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -149,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # λ and the like, where the locale's encoding does not have them
+            stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(arguments)
     from fxstn.tools import commands  # torch takes seconds to import, which --help and a wrong option do without
 

@@ -16,6 +16,7 @@ from fxstn import hp
 from fxstn.bilevel import PAPER, BilevelRunner, DivergedError, Schedule, accuracy
 from fxstn.bilevel.checks import check_device
 from fxstn.bilevel.optim import SettlingAdam
+from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools import bench, data
 from fxstn.tools.explain import explain
@@ -82,7 +83,7 @@ def _write_results(runner: BilevelRunner, out: Path, title: str) -> list[str]:
 
 def run_tune(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
-    out = Path(args.out)
+    out = as_path(args.out, "--out")
     if out.is_file():
         raise ValueError(f"--out {args.out!r} is a file; name a folder, which is made where there is none")
     device = check_device(args.device, "--device")

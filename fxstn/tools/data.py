@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from fxstn.ir.input_errors import as_path
 from fxstn.tools.choices import DATA_SETS
 
 
@@ -124,7 +125,7 @@ def _torchvision(
     dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
 
     def tensors(training: bool) -> tuple[Tensor, Tensor]:
-        if name == "cifar10" and (folder := Path(root) / "cifar-10-batches-bin").is_dir():
+        if name == "cifar10" and (folder := as_path(root, "--data-root") / "cifar-10-batches-bin").is_dir():
             return _cifar10_binary(folder, training)
         try:
             part = dataset(root, train=training, download=True)

@@ -56,7 +56,7 @@ def peak_memory(step: Callable[[], None], device: str, steps: int = 3) -> float:
 def _status_kb(key: str) -> int | None:
     """A line of /proc/self/status; None where there is none."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(key):
                 return int(line.split()[1])
     except OSError:
@@ -71,7 +71,7 @@ def _peak_kb() -> int:
 def _reset_peak() -> int:
     """Resident kB now. Linux forgets the peak, which building the model may have set."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return _peak_kb()
     return _status_kb("VmRSS:") or _peak_kb()

@@ -6,7 +6,6 @@ import base64
 import datetime
 import io
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence, Sized
@@ -19,6 +18,7 @@ import torch
 
 from fxstn.bilevel import BilevelRunner, distributed
 from fxstn.bilevel.faults import AT_BOUND, share_of_range
+from fxstn.bilevel.files import write_text
 from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plots import figure_class, figure_of, panels
@@ -65,9 +65,7 @@ def write_report(
     }
     heads = {name: f"<h2>{name}</h2>\n" if name else "" for name in sections}
     body = "\n".join(f"<section>\n{heads[name]}{part}\n</section>" for name, part in sections.items() if part)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(PAGE.substitute(title=escape(title), body=body), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, PAGE.substitute(title=escape(title), body=body))
 
 
 def _number(value: float) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxstn.ir.input_errors import as_path
+
 END, UNKNOWN = "<eos>", "<unk>"
 
 
@@ -63,7 +65,7 @@ def load(*paths: str | Path, most: int | None = None) -> Corpus:
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return as_path(path, "text").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable text in UTF-8: {error}; give the path of a text file") from error
 

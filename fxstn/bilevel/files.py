@@ -1,0 +1,44 @@
+"""Texts that a run writes: in UTF-8, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from fxstn.ir.input_errors import as_path
+
+
+def absolute(path: str | Path | None, name: str) -> Path | None:
+    """A folder that stays the same one where the program changes its current folder; None for None.
+
+    name: of the argument, for errors.
+
+    Raises as `as_path`.
+    """
+    return None if path is None else as_path(path, name).absolute()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it, so that a reader never sees half of it. Makes the folder.
+
+    The encoding is UTF-8, whatever the locale.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """A value as JSON. NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
