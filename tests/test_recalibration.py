@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import same, without_times
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
@@ -133,3 +135,65 @@ def test_a_cut_run_recalibrates_on_the_same_batches(tmp_path):
     whole = make(net, [hp.Dropout("6")]).fit(3)
     make(net, [hp.Dropout("6")], tmp_path).fit(1)
     assert losses(make(net, [hp.Dropout("6")], tmp_path).fit(3)) == losses(whole)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.7}], ids=["plain", "ema"])
+def test_a_resumed_run_evaluates_with_the_statistics_of_the_last_evaluation(tmp_path, settings):
+    """So does a run that loads the file; all three evaluate, and go on, alike to the last bit."""
+    torch.manual_seed(0)
+    net = Net()
+    test = DataLoader(images(30, 2), 7)
+
+    def results(runner):
+        norms = [norm.running_var.clone() for norm in norms_of(runner.best_model())]
+        return runner.evaluate(), runner.evaluate(test), norms, runner.stn.state_dict()
+
+    whole = make(net, [hp.Dropout("6")], tmp_path / "run", **settings)
+    rows = whole.fit(2).rows
+    whole.save(tmp_path / "other.pt")
+    resumed, loaded = (make(net, [hp.Dropout("6")], out, **settings) for out in (tmp_path / "run", None))
+    resumed.fit(2)
+    loaded.load(tmp_path / "other.pt")
+    expected = results(whole)
+    assert expected[0]["valid_loss"] == rows[-1]["valid_loss"]
+    for runner in (resumed, loaded):
+        assert same(results(runner), expected)
+    for runner in (whole, resumed, loaded):
+        torch.manual_seed(3)  # the evaluations before drew from the one generator that all three share
+        runner.fit(3)
+    assert same(results(resumed), results(whole))
+    assert same(results(loaded), results(whole))
+
+
+def test_a_run_cut_in_mid_epoch_evaluates_as_the_one_that_was_cut(tmp_path):
+    torch.manual_seed(0)
+    net = Net()
+    expected = without_times(make(net, [hp.Dropout("6")], train_steps=1).fit(3))
+    cut = make(net, [hp.Dropout("6")], tmp_path, train_steps=1)
+    hyper_step = cut._tuner.stepper.hyper
+
+    def end_at_step_ten(batch):
+        hyper_step(batch)
+        cut._stop.signal = signal.SIGTERM if cut.steps == 10 else None
+
+    cut._tuner.stepper.hyper = end_at_step_ten
+    with pytest.raises(SystemExit):
+        cut.fit(3)
+    loaded = make(net, [hp.Dropout("6")], train_steps=1)
+    loaded.load(tmp_path / "last.pt")
+    assert loaded.steps == cut.steps == 10  # the fourth of six steps of the second epoch
+    assert loaded.evaluate() == cut.evaluate() == loaded.evaluate()
+    loaded.load(tmp_path / "last.pt")  # with the generators as they were: an evaluation draws the seeds of its workers
+    assert same(without_times(loaded.fit(3)), expected)
+
+
+def test_weights_that_a_user_writes_are_evaluated_with_statistics_of_their_own():
+    runner = make(Net(), [hp.Dropout("6")])
+    runner.fit(1)
+    before = runner.evaluate()
+    with torch.no_grad():
+        runner.stn.model[0].weight.mul_(2)
+    x, y = runner.valid_loader.dataset.tensors
+    expected = by_torch(runner.stn.model, [x for x, _ in runner._tuner.train.recent])
+    assert runner.evaluate()["valid_loss"] == pytest.approx(F.cross_entropy(expected(x), y).item(), rel=1e-5)
+    assert runner.evaluate() != before

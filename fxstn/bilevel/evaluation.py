@@ -16,6 +16,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.recalibration import EvaluatedStatistics
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.ir.input_errors import explained_errors
@@ -177,6 +178,7 @@ class Evaluator:
 
     train: remembers the batches on which statistics are estimated anew, if any.
     averages: the weights used; None: those of the last step.
+    steps: returns the number of inner steps done.
     metrics: {name: f(output, target) → number}.
     precision: makes a context for the forward.
     """
@@ -186,26 +188,31 @@ class Evaluator:
         problem: BilevelProblem,
         train: ResumableLoader,
         averages: WeightAverages | None,
+        steps: Callable[[], int],
         metrics: Metrics,
         prepare: BatchPreparer,
         precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.problem, self.train, self.averages, self.metrics = problem, train, averages, metrics
         self.prepare, self.precision = prepare, precision
+        self.statistics = EvaluatedStatistics(problem, steps)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, the network is what is evaluated and kept."""
+        known = self.statistics.hold()
         with contextlib.ExitStack() as stack:
+            stack.callback(self.statistics.note_parameters)
             if self.averages:
                 stack.enter_context(self.averages.swapped())
             stack.enter_context(self.precision())
             if self.train.remembers:
-                recent = (
-                    self.prepare(batch, "train_loader", "recalibration") for batch in self.train.recent_or_first()
-                )
-                stack.enter_context(self.problem.recalibrated(recent))
+                stack.enter_context(self.statistics.restored() if known else self.statistics.estimated(self._recent()))
             yield
+
+    def _recent(self) -> Iterator[Batch]:
+        for batch in self.train.recent_or_first():
+            yield self.prepare(batch, "train_loader", "recalibration")
 
     def means(self, loader: Iterable[object], name: str) -> tuple[dict[str, float], Batch | None]:
         """Means over the examples of a loader of "valid_loss" and the metrics; and this process's first batch.

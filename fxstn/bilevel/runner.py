@@ -13,7 +13,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery, RunParts
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
-from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, Evaluator, one_number
+from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, one_number
 from fxstn.bilevel.faults import BadLoss, Monitors, Stop
 from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import SCALE, History, Row, Schedule
@@ -92,7 +92,7 @@ class BilevelRunner:
         self.updates, self.optimizers = tuner.updates, tuner.updates.optimizers
         self.history = History(tuple(problem.values()), start=problem.values())
         self._best, self._monitors = BestModel(self.device), Monitors(problem.ranges())
-        self._evaluator = Evaluator(problem, tuner.train, tuner.averages, self.metrics, tuner.prepare, tuner.precision)
+        self._evaluator = tuner.evaluator(self.metrics)
         measured = options.recalibrate > 0 and options.schedule is None
         self._limit = GapLimit(self.optimizers.get("hyper_optimizer"), problem, measured)
         self._epoch_tensors = EpochTensors(problem, tuner.averages)
@@ -107,9 +107,9 @@ class BilevelRunner:
         """All parts with a state, in the order in which a checkpoint loads them."""
         tuner = self._tuner
         shared: dict[str, Stateful] = {"problem": self.problem, "updates": self.updates, "limit": self._limit}
-        if tuner.averages is not None:
-            shared["averages"] = tuner.averages
+        shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
         shared |= {"losses": tuner.guard, "monitors": self._monitors, "stepper": tuner.stepper}
+        shared["statistics"] = self._evaluator.statistics
         local: dict[str, LocalState] = {
             "train": tuner.train,
             "valid": tuner.valid,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
-from fxstn.bilevel.evaluation import RunningMeans
+from fxstn.bilevel.evaluation import Evaluator, Metrics, RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.settings import Settings
@@ -103,6 +103,12 @@ class Tuner:
         if settings.ema is not None:
             averaged = (*problem.general_parameters(), *problem.response_parameters(), *problem.buffers())
             self.averages = WeightAverages(averaged, settings.ema)
+
+    def evaluator(self, metrics: Metrics) -> Evaluator:
+        """Evaluates the problem as this run keeps it."""
+        return Evaluator(
+            self.problem, self.train, self.averages, lambda: self.counters.steps, metrics, self.prepare, self.precision
+        )
 
     def epoch(self, number: int, pause: Callable[[], None]) -> dict[str, float]:
         """Train for the epoch of this number, or for the rest of it; returns the mean losses.
