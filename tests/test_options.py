@@ -120,7 +120,7 @@ def test_options_of_delta_are_refused_for_other_methods(settings):
 
 
 def test_unknown_statistics_are_refused():
-    with pytest.raises(ValueError, match="statistics='frozen' is neither"):
+    with pytest.raises(ValueError, match="statistics='frozen' is not one of batch, running"):
         fxstn.transform(mlp(), statistics="frozen")
 
 

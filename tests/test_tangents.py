@@ -341,9 +341,15 @@ def test_the_tangent_of_scaled_norms_is_the_derivative_of_the_original(trace, tr
         torch.testing.assert_close(rows, torch.linspace(-1, 1, 5).double()[:, None] * dy / 0.3)
 
 
-@pytest.mark.parametrize("settings", [{"method": "stn", "response": "scaled"}, {"response": "rows"}])
-def test_a_scaled_response_is_refused_where_it_makes_no_sense(settings):
-    with pytest.raises(ValueError, match=r"is neither 'scaled' \(not for method 'stn'\) nor"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "stn", "response": "scaled"}, "is not for method 'stn'; give 'structured'"),
+        ({"response": "rows"}, "response='rows' is not one of None, scaled, structured"),
+    ],
+)
+def test_a_scaled_response_is_refused_where_it_makes_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
         fxstn.transform(mlp(), **settings)
 
 

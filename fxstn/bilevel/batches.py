@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def to_device(
     Raises ValueError where the batch is not a pair.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+        length = f" of length {len(batch)}" if isinstance(batch, Sized) and getattr(batch, "shape", None) != () else ""
         raise ValueError(f"{name} must yield (inputs, target), got {type(batch).__name__}{length}; give unpack=, a function of "
                          "the batch that returns such a pair")  # fmt: skip
 

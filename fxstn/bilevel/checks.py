@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
+from numbers import Real
 from types import GeneratorType
 from typing import TypeGuard
 
@@ -44,8 +46,8 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that m
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number of Python's, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a real number, of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def remark_on(perturb: object) -> str:
@@ -76,6 +78,9 @@ def _wrong_numbers(numbers: Mapping[str, float]) -> list[str]:
         for name in NOT_NEGATIVE if not 0 <= numbers[name] < math.inf
     ]  # fmt: skip
     wrong += [f"{name}={numbers[name]} must be positive" for name in POSITIVE if not numbers.get(name, 1) > 0]
+    wrong += [
+        f"{name}={numbers[name]} is too large for a count" for name in WHOLE if numbers.get(name, 1) > sys.maxsize
+    ]
     return wrong + [
         f"{name}={numbers[name]} must be a whole number" for name in WHOLE if not float(numbers.get(name, 1)).is_integer()
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, TypedDict, TypeVar
 import torch
 
 from fxstn.bilevel.batches import Batch
-from fxstn.bilevel.checks import check_settings
+from fxstn.bilevel.checks import WHOLE, check_settings, is_number
 from fxstn.bilevel.evaluation import Metrics
 from fxstn.bilevel.history import Row, Schedule
 from fxstn.bilevel.objectives import LossFunction, PerturbMode
@@ -205,6 +205,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(vars(self))
+        for name, value in vars(self).items():
+            if is_number(value):  # NumPy's too, and 3.0 where a whole number is meant
+                object.__setattr__(self, name, int(value) if name in WHOLE else float(value))
 
     def changed(self, names: Sequence[str]) -> list[str]:
         """Those of some settings that are not at their defaults."""

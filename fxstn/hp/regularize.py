@@ -104,6 +104,9 @@ class Activity(Auxiliary, Coefficient):
     measure: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, *where: str, **choices: Unpack[Choices]) -> None:
+        if len(self.numbers) != 1:
+            raise TypeError(f"hp.{type(self).__name__} has {len(self.numbers)} numbers in place of one coefficient; take a "
+                            "subclass, such as hp.ActivationDecay")  # fmt: skip
         if not where:
             raise TypeError(f"hp.{type(self).__name__} needs the names of modules whose outputs it penalises")
         super().__init__(*where, **choices)

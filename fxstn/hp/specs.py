@@ -255,6 +255,8 @@ class Scalar(Spec):
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
             )
         for key, value in {"init": init, "low": low, "high": high, "scale": scale}.items():
+            if value is None or isinstance(value, Mapping):
+                raise TypeError(f"hp.{type(self).__name__}: {key}={value!r} must be a number; write {key}=0.1, say")
             self._check_numbers(key, value)
         self.numbers = {name: Hyperparameter(init, low, high, scale, log, integer, regularizes=regularizes)}
         super().__init__(shared=True, perturb=perturb)
@@ -269,9 +271,12 @@ class LabelSmoothing(Scalar):
     def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
                  perturb: str | None = None, **unknown: Never) -> None:  # fmt: skip
         self.check_arguments(unknown)
-        if not 0 <= low < high < 1:
-            raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={low}, high={high}")
         super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb, regularizes=True)
+
+    def check(self) -> None:
+        (number,) = self.numbers.values()
+        if not 0 <= number.low < number.high < 1:
+            raise ValueError(f"hp.LabelSmoothing: need 0 <= low < high < 1, got low={number.low}, high={number.high}")
 
 
 def _choice(choice: Choice, name: str, own: float) -> float:

@@ -43,15 +43,14 @@ class Request:
             if isinstance(leaf, Tensor) and (kind := _special_kind(leaf)):
                 raise ValueError(f"example_inputs holds a {kind} tensor, which no frontend can follow; give a plain "
                                  "tensor, for example a padded batch")  # fmt: skip
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
-        if self.response not in (None, "scaled", "structured") or (self.response == "scaled" and self.method == "stn"):
-            raise ValueError(f"response={self.response!r} is neither 'scaled' (not for method 'stn') nor 'structured'")
         named = {frontend.name: frontend for frontend in self.frontends}
-        if self.trace not in ("auto", *named):
-            raise ValueError(f"trace={self.trace!r} is not one of auto, {', '.join(named)}")
-        if self.statistics not in ("batch", "running"):
-            raise ValueError(f"statistics={self.statistics!r} is neither 'batch' nor 'running'")
+        _check_choice("method", self.method, METHODS)
+        _check_choice("response", self.response, (None, "scaled", "structured"))
+        if self.response == "scaled" and self.method == "stn":
+            raise ValueError("response='scaled' is not for method 'stn'; give 'structured', or another method")
+        _check_choice("trace", self.trace, ("auto", *named))
+        _check_choice("recompute", self.recompute, (False, True))
+        _check_choice("statistics", self.statistics, ("batch", "running"))
         if self.trace in named and named[self.trace].needs_examples and self.example_inputs is None:
             raise ValueError(f"trace={self.trace!r} needs example_inputs")
         if self.needs_graph and (self.method != "delta" or not self.candidates):
@@ -85,6 +84,12 @@ class Request:
     def needs_graph(self) -> bool:
         """Whether only a graph that passes rewrite will do."""
         return self.recompute or self.statistics != "batch"
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError for an argument that is none of its choices, whatever it is and however it compares."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def _special_kind(x: Tensor) -> str:
