@@ -173,8 +173,8 @@ def test_a_run_cut_in_mid_epoch_evaluates_as_the_one_that_was_cut(tmp_path):
     hyper_step = cut._tuner.stepper.hyper
 
     def end_at_step_ten(batch):
-        hyper_step(batch)
         cut._stop.signal = signal.SIGTERM if cut.steps == 10 else None
+        return hyper_step(batch)
 
     cut._tuner.stepper.hyper = end_at_step_ten
     with pytest.raises(SystemExit):

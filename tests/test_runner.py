@@ -295,16 +295,6 @@ def without_seconds(state):
     return state
 
 
-def test_a_run_that_scales_its_losses_goes_on_from_one_that_does_not(tmp_path):
-    """float16 scales them; the state of a scaler that is off is empty."""
-    make(tmp_path).fit(1)
-    runner = make()
-    runner.updates.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    runner.load(tmp_path / "last.pt")
-    assert runner.updates.scaler.get_scale() == 8.0
-    assert len(runner.history) == 1
-
-
 def test_the_keywords_are_the_settings_and_documented():
     """What type checkers read of `BilevelRunner(...)` has the names and types of the dataclass, and its docstring says each."""
     fields = typing.get_type_hints(Settings)

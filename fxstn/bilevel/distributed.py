@@ -81,7 +81,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """{name: sum over the processes}. All processes must have the same names."""
-    if processes() == 1:
+    if processes() == 1 or not values:
         return values
     sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(sums)

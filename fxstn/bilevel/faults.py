@@ -45,11 +45,12 @@ class BadLoss(Exception):
     """A loss is no number, or huge. The runner catches it: the run goes back, or raises DivergedError.
 
     name: of the loss.
+    fault: what happened to it.
     time: epoch and step.
     """
 
-    def __init__(self, name: str, value: float, time: str) -> None:
-        super().__init__(f"{name} became {value:.6g} in {time}")
+    def __init__(self, name: str, fault: str, time: str) -> None:
+        super().__init__(f"{name} {fault} in {time}")
         self.name = name
 
 
@@ -62,7 +63,7 @@ class LossGuard:
     def check(self, losses: dict[str, float], time: str) -> None:
         for name, loss in losses.items():
             if not math.isfinite(loss) or abs(loss) > EXPLODED * max(1.0, abs(self.first.setdefault(name, loss))):
-                raise BadLoss(name, loss, time)
+                raise BadLoss(name, f"became {loss:.6g}", time)
 
     def state_dict(self) -> State:
         return {"first": dict(self.first)}

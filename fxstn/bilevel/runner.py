@@ -239,7 +239,7 @@ class BilevelRunner:
 
     @property
     def steps(self) -> int:
-        """Inner steps done; a cycle of train_steps may span epochs."""
+        """Inner steps done, without those that overflowed in float16; a cycle of train_steps may span epochs."""
         return self._tuner.counters.steps
 
     @property

@@ -157,7 +157,8 @@ class Settings:
     Device:
     device: of the run. Default: None, that of the network.
     compile: True runs the graphs through torch.compile; a dict gives its options. Default: False.
-    autocast: dtype of the losses' forward, such as torch.bfloat16; parameters keep theirs. Default: None, no autocast.
+    autocast: dtype of the losses' forward, such as torch.bfloat16; parameters keep theirs. torch.float16 scales the losses,
+        and a step whose gradient overflows counts for nothing. Default: None, no autocast.
     memory_format: of weights and 4-d (5-d) inputs, such as torch.channels_last. Default: None, as they are.
 
     Raises ValueError that lists every number out of range, and TypeError for a value of another kind.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
-from fxstn.bilevel.faults import LossGuard
+from fxstn.bilevel.faults import BadLoss, LossGuard
 from fxstn.bilevel.optim import SettlingAdam, set_gap
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.scaling import MOST_OVERFLOWS, LossScaler
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
@@ -31,7 +32,7 @@ class Stepper:
     `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step.
 
     Every step raises ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no
-    gradient; RuntimeError where it has gradients for parameters that another step learns.
+    gradient; RuntimeError where it has gradients for parameters that another step learns; BadLoss.
     """
 
     def __init__(
@@ -47,41 +48,70 @@ class Stepper:
         self.correction, self.precision = correction, precision
         self.training_hypergradients: list[Tensor] = []
 
-    def inner(self, batches: Sequence[Batch], tunes: bool) -> Tensor:
-        """Step w₀, and Θ too for a joint problem; returns the loss.
+    def inner(self, batches: Sequence[Batch], tunes: bool) -> Tensor | None:
+        """Step w₀, and Θ too for a joint problem; returns the loss. None where the gradient overflowed: nothing has changed.
 
         tunes: whether a hyper step will follow.
         """
         names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
-        loss = self._backward(self.problem.general_loss, batches)
-        self.updates.ready(*names)
+        loss = self._gradient("train_loss", self.problem.general_loss, batches, names)
+        if loss is None:
+            return None
         if self.correction and tunes:
             gradient = self.problem.training_hypergradient()
             self.training_hypergradients += [gradient] if gradient is not None else []
         self.updates.step(*names)
         return loss
 
-    def response(self, batches: Sequence[Batch]) -> Tensor:
-        """Step Θ; returns the loss."""
-        loss = self._backward(self.problem.response_loss, batches)
-        self.updates.ready("response_optimizer")
-        self.updates.step("response_optimizer")
+    def response(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Step Θ; returns the loss. None where the gradient overflowed: nothing has changed."""
+        loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response_optimizer",))
+        if loss is not None:
+            self.updates.step("response_optimizer")
         return loss
 
-    def hyper(self, batch: Batch) -> None:
-        """Step λ, and σ where it is tuned. Raises BadLoss too."""
-        names = [name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers]
-        loss = self._backward(self.problem.hyper_loss, [batch])
+    def hyper(self, batch: Batch) -> Tensor | None:
+        """Step λ, and σ where it is tuned; returns the loss. None where the gradient overflowed: nothing has changed."""
+        names = tuple(name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers)
+        loss = self._gradient("hyper_loss", self.problem.hyper_loss, [batch], names)
+        if loss is None:
+            return None
         self.guard.check(distributed.mean({"hyper_loss": loss.item()}, self.prepare.device), self.prepare.time)
-        self.updates.ready(*names)
         if self.training_hypergradients:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
             parameter.grad -= self.correction * torch.stack(self.training_hypergradients).mean(0)
         self.updates.step(*names)
+        return loss
 
-    def _backward(self, objective: Callable[..., Tensor], batches: Sequence[Batch]) -> Tensor:
-        """Leave the gradient of the mean loss over the batches; returns that mean."""
+    def _gradient(
+        self, name: str, objective: Callable[..., Tensor], batches: Sequence[Batch], names: tuple[str, ...]
+    ) -> Tensor | None:
+        """Leave the gradient of the mean loss over the batches, at its true size; returns that mean.
+
+        name: of the loss.
+        names: of the optimizers that step next.
+
+        None where the gradient overflowed in float16. It is dropped, and buffers and carried states are those of before: batch
+        norms would keep an infinity for ever. Raises BadLoss where no scale of the loss helps.
+        """
+        scaler = self.updates.scalers[name]
+        buffers = [(buffer, buffer.clone()) for buffer in self.problem.buffers()] if scaler.enabled else []
+        local = self.problem.local_state() if scaler.enabled else {}
+        loss = self._backward(objective, batches, scaler)
+        if self.updates.ready(names, scaler, loss):
+            return loss
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self.problem.load_local_state(local)
+        if scaler.overflows >= MOST_OVERFLOWS:
+            times = f"{scaler.overflows} times in a row (bfloat16 has more range), the last time"
+            raise BadLoss(name, f"= {loss.item():.4g} overflowed float16 {times}", self.prepare.time)
+        return None
+
+    def _backward(self, objective: Callable[..., Tensor], batches: Sequence[Batch], scaler: LossScaler) -> Tensor:
+        """Leave the scaled gradient of the mean loss over the batches; returns that mean."""
         losses = []
         for batch in batches:
             with self.precision(), explained_errors(batch, self.prepare.place, self.problem):
@@ -90,7 +120,7 @@ class Stepper:
                 raise ValueError(f"{self.prepare.place}: {objective.__name__} has no gradient; what the model puts out must "
                                  "depend on its trainable parameters, without .detach(), no_grad or all of them "
                                  "frozen")  # fmt: skip
-            self.updates.backward(loss / len(batches))
+            scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 

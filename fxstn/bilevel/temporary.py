@@ -77,9 +77,9 @@ class WeightAverages:
 
 @dataclass
 class _Sums:
-    """Sums over batches of the mean and the unbiased variance of each channel."""
+    """Sums over batches of the mean and the unbiased variance of each channel, and the number of these batches."""
 
-    batches: int = 0
+    batches: Tensor | float = 0.0
     mean: Tensor | float = 0.0
     variance: Tensor | float = 0.0
 
@@ -108,8 +108,10 @@ class _BatchStatistics(TorchFunctionMode):
     def _count(x: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
         values = x.numel() // x.shape[1]
         variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
-        sums.batches += 1
-        sums.mean, sums.variance = sums.mean + mean, sums.variance + variance * values / (values - 1)
+        counts = torch.isfinite(mean).all() & torch.isfinite(variance).all()  # not one that overflows in float16
+        sums.batches = sums.batches + counts.to(mean.dtype)
+        sums.mean = sums.mean + torch.where(counts, mean, 0.0)
+        sums.variance = sums.variance + torch.where(counts, variance * values / (values - 1), 0.0)
         return mean, variance
 
 

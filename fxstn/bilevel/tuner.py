@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
 from fxstn.bilevel.evaluation import Evaluator, Metrics, RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import Stepper
@@ -31,7 +32,8 @@ def build_updates(
 
     network: of the problem. None: a problem of the user's own.
 
-    Warns where weight decay is tuned and also set in an optimizer.
+    Warns where weight decay is tuned and also set in an optimizer. Raises ValueError where float16 autocast would have to scale
+    gradients that are in float16 themselves.
     """
     choices: dict[str, OptimizerLike] = {
         "optimizer": settings.optimizer,
@@ -46,17 +48,33 @@ def build_updates(
             warn_caller(
                 f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", UserWarning
             )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast is torch.float16)
+    scaled = settings.autocast is torch.float16
+    if scaled:
+        _check_no_float16(network.model if network is not None else problem)
+    scalers = {name: LossScaler(device, scaled) for name in ("train_loss", "response_loss", "hyper_loss")}
     schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
-    return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scaler, check=network is None)
+    return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scalers, check=network is None)
+
+
+def _check_no_float16(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype is torch.float16:
+            raise ValueError(f"autocast=torch.float16 is for a network in float32, and {name} is in float16: leave out "
+                             ".half(), or freeze that layer")  # fmt: skip
 
 
 @dataclass
 class Counters:
-    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back."""
+    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back.
+
+    A step whose gradient overflowed in float16 is none.
+
+    response_due: whether the next inner step brings a response step, because that of this one overflowed.
+    """
 
     steps: int = 0
     response_steps: int = 0
+    response_due: bool = False
     hyper_steps: int = 0
     rollbacks: int = 0
 
@@ -127,23 +145,25 @@ class Tuner:
         while batches := self._next_batches():
             time = f"epoch {number}, step {means.steps + 1}"
             self._replay(number - 1, means.steps + 1)
-            means.add(self.inner_step([self.prepare(b, "train_loader", time) for b in batches], tunes))
-            cycle_over = self.counters.steps % settings.train_steps == 0
-            if cycle_over or means.steps == 1:
+            losses = self.inner_step([self.prepare(b, "train_loader", time) for b in batches], tunes)
+            means.add(losses)
+            cycle_over = bool(losses) and self.counters.steps % settings.train_steps == 0
+            if cycle_over or means.steps == 1 or not self.guard.first:
                 self.guard.check(means.means(), time)
             if cycle_over:
                 for _ in range(settings.valid_steps if tunes else 0):
-                    self._hyper_step(time)
+                    while self.stepper.hyper(self._valid_batch(time)) is None:
+                        pass  # its gradient overflowed: the next batch, at half the scale
+                    self.counters.hyper_steps += 1
                 self.stepper.training_hypergradients.clear()
             if cycle_over or distributed.processes() == 1:
                 pause()
         if not means.steps:
             raise ValueError("train_loader is empty: it yielded no batch")
-        losses = means.means()
-        self.guard.check(losses, f"epoch {number}, step {means.steps}")
-        if self._responds:
-            losses.setdefault("response_loss", math.nan)  # a short epoch without a response step
-        return losses
+        self.guard.check(epoch_means := means.means(), f"epoch {number}, step {means.steps}")
+        # NaN: a short epoch without a response step, or one in which float16 overflowed in every step
+        columns = ("train_loss", "response_loss") if self._responds else ("train_loss",)
+        return dict.fromkeys(columns, math.nan) | epoch_means
 
     @property
     def _responds(self) -> bool:
@@ -169,18 +189,26 @@ class Tuner:
 
         tunes: whether hyper steps follow.
 
-        Returns the losses.
+        Returns the loss of each step done. Empty where the gradient of w₀ overflowed in float16: nothing has changed, and the
+        next inner step takes the place of this one in the cycle.
         """
-        losses = {"train_loss": self.stepper.inner(batches, tunes)}
-        if self._responds and (self.counters.steps + 1) % self.settings.response_every == 0:
-            losses["response_loss"] = self.stepper.response(batches)
-            self.counters.response_steps += 1
+        loss = self.stepper.inner(batches, tunes)
+        if loss is None:
+            return {}
+        losses, counters = {"train_loss": loss}, self.counters
+        counters.steps += 1
+        if self._responds and (counters.response_due or counters.steps % self.settings.response_every == 0):
+            response_loss = self.stepper.response(batches)
+            counters.response_due = response_loss is None
+            if response_loss is not None:
+                losses["response_loss"] = response_loss
+                counters.response_steps += 1
         if self.averages:
             self.averages.update()
-        self.counters.steps += 1
         return losses
 
-    def _hyper_step(self, time: str) -> None:
+    def _valid_batch(self, time: str) -> Batch:
+        """The next validation batch."""
         for _ in range(2):
             batch, first = self.valid.next()
             if first:
@@ -188,5 +216,4 @@ class Tuner:
             pair = self.prepare(batch, "valid_loader", time)
             if batch_size(pair[0]) > 1:  # else a rest of the set that has no batch statistics
                 break
-        self.stepper.hyper(pair)
-        self.counters.hyper_steps += 1
+        return pair

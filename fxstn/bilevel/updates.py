@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, Stateful
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -148,11 +149,11 @@ def _with_parts(scheduler: object) -> Iterator[object]:
 
 
 class Updates:
-    """Steps optimizers by name: gradients unscaled, averaged over the processes, clipped; then their step schedulers.
+    """Steps optimizers by name: gradients averaged over the processes, unscaled, clipped; then their step schedulers.
 
     optimizers: {argument of the runner: optimizer}.
     schedulers, step_schedulers, clip_norm: of `BilevelRunner`.
-    scaler: of the losses.
+    scalers: {name of a loss: its scale}.
     check: whether a loss may leave gradients for other parameters than its own, which the first step of each kind then checks.
     """
 
@@ -162,10 +163,10 @@ class Updates:
         schedulers: SchedulerFactories,
         step_schedulers: SchedulerFactories,
         clip_norm: float | None,
-        scaler: torch.amp.GradScaler,
+        scalers: Mapping[str, LossScaler],
         check: bool = False,
     ) -> None:
-        self.optimizers, self.clip_norm, self.scaler = optimizers, clip_norm, scaler
+        self.optimizers, self.clip_norm, self.scalers = optimizers, clip_norm, scalers
         self.check = check
         self._checked: set[tuple[str, ...]] = set()
         self.schedulers = _build_schedulers(schedulers, optimizers, "schedulers")
@@ -173,10 +174,6 @@ class Updates:
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, scaled."""
-        self.scaler.scale(loss).backward()
 
     def _check_gradients(self, names: tuple[str, ...]) -> None:
         """Raises RuntimeError where the first loss before these steps left gradients that another step would take, too."""
@@ -188,24 +185,34 @@ class Updates:
                 raise RuntimeError(f"the loss for the step of {' and '.join(names)} also has gradients for the parameters of "
                                    f"{other}, which the next step there adds to its own: detach or freeze these")  # fmt: skip
 
-    def ready(self, *names: str) -> None:
-        """Bring the gradients of these optimizers to their true size, the same in all processes."""
+    def ready(self, names: tuple[str, ...], scaler: LossScaler, loss: Tensor) -> bool:
+        """Bring the gradients of these optimizers to their true size, the same in all processes.
+
+        scaler, loss: where the gradients come from.
+
+        False where they overflowed: they are dropped, and no step may follow.
+        """
         self._check_gradients(names)
         for name in names:
-            average_gradients(self._parameters(name))
-            if self.scaler.is_enabled():
-                self.scaler.unscale_(self.optimizers[name])
+            average_gradients(
+                self._parameters(name)
+            )  # before they are unscaled: an overflow in one process is one in all
+        optimizers = [self.optimizers[name] for name in names]
+        finite = scaler.unscale(optimizers, loss)
+        if not finite:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        return finite
 
     def step(self, *names: str) -> None:
         """Step these optimizers. Each one's gradients are freed at once: w₀'s and Θ's never take memory together."""
         for name in names:
             if self.clip_norm is not None and name in CLIPPED:
                 nn.utils.clip_grad_norm_(self._parameters(name), self.clip_norm)
-            self.scaler.step(self.optimizers[name])
+            self.optimizers[name].step()
             self.optimizers[name].zero_grad()
             if name in self.step_schedulers:
                 self.step_schedulers[name].step()
-        self.scaler.update()
 
     def drop_gradients(self) -> None:
         """Forget all gradients, such as those that a bad loss left."""
@@ -235,6 +242,7 @@ class Updates:
             "optimizers": dict(self.optimizers),
             "schedulers": dict(self.schedulers),
             "step_schedulers": dict(self.step_schedulers),
+            "scalers": dict(self.scalers),
         }
 
     def identity(self) -> dict[str, object]:
@@ -249,12 +257,9 @@ class Updates:
 
     def state_dict(self) -> State:
         kinds = self.parts().items()
-        states: State = {kind: {name: part.state_dict() for name, part in parts.items()} for kind, parts in kinds}
-        return states | {"scaler": self.scaler.state_dict()}
+        return {kind: {name: part.state_dict() for name, part in parts.items()} for kind, parts in kinds}
 
     def load_state_dict(self, state: State) -> None:
         for kind, parts in self.parts().items():
             for name, part in parts.items():
                 part.load_state_dict(state[kind][name])
-        if state["scaler"]:  # {} of a run that scaled no losses
-            self.scaler.load_state_dict(state["scaler"])
