@@ -158,6 +158,8 @@ class SelfTuningNetwork(nn.Module):
 
         After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
         best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn".
+
+        With a GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
         return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
 

@@ -423,6 +423,32 @@ def test_all_go_back_when_one_sees_nan():
     assert same(first["states"][-1], second["states"][-1])
 
 
+def overflow_in_one(rank):
+    """In float16: the second process has losses whose gradients overflow, one of each kind, and one that is no number."""
+    seen = Seen(autocast=torch.float16, recalibrate=0)
+    for name, factors in (
+        ("general_loss", {3: 1e30, 5: float("nan")}),
+        ("response_loss", {2: 1e30}),
+        ("hyper_loss", {1: 1e30}),
+    ):
+        original, calls = getattr(seen.runner.problem, name), iter(range(1000))
+        changed = lambda *batch, f=original, c=calls, by=factors: f(*batch) * (by.get(next(c), 1) if rank == 1 else 1)  # noqa: E731
+        setattr(seen.runner.problem, name, changed)
+    seen.runner.fit(2)
+    updates, counters = seen.runner.updates, seen.runner._tuner.counters.state_dict()
+    return seen.result() | {"scales": {n: s.get_scale() for n, s in updates.scalers.items()}, "counters": counters}
+
+
+def test_an_overflow_in_one_process_is_one_in_all():
+    first, second = run(2, overflow_in_one)
+    assert first["scales"] == second["scales"] == dict.fromkeys(first["scales"], 2.0**15)
+    assert first["counters"] == second["counters"]
+    assert [first["counters"][name] for name in ("steps", "response_steps", "hyper_steps")] == [10, 9, 5]
+    assert first["rows"] == second["rows"]
+    assert all(same(a, b) for a, b in zip(first["states"], second["states"], strict=True))
+    assert all(torch.isfinite(value).all() for value in first["states"][-1].values())
+
+
 def uneven(rank):
     """Batches and shares of different number, an empty one in the evaluation; one process calls stop."""
     train, valid = dataset(40, 0), dataset(20, 1)

@@ -8,13 +8,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import randomize_response
 from runs import dataset, make, same, without_times
+from test_language import make as windows
 from torch import nn
 from torch.optim import SGD, Adam, lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.scaling import MOST_OVERFLOWS, LossScaler
+from fxstn.bilevel.sequences import CarriedState
+from fxstn.ir.input_errors import explanation
 
 CPU = torch.device("cpu")
 OVERFLOW, NO_NUMBER = 1e30, math.nan  # factors of a loss: its gradient is beyond float16; it is itself no number
@@ -160,6 +165,73 @@ def test_a_batch_whose_activations_overflow_leaves_no_trace_in_batch_norms():
     assert all(torch.isfinite(tensor).all() for tensor in runner.stn.state_dict().values())
 
 
+@pytest.mark.parametrize("objective", ["general_loss", "response_loss", "hyper_loss"])
+def test_a_state_that_is_carried_over_is_that_before_the_overflow(objective):
+    """A window whose loss is no number would hand NaN on to all that follow."""
+    runner = windows(autocast=torch.float16, response_windows=2, rollbacks=0)
+    original, seen = getattr(runner.problem, objective), []
+
+    def poisoned(inputs, target):
+        seen.append(copy.deepcopy(runner.problem.local_state()))
+        loss = original(inputs, target)
+        if len(seen) == 2:
+            for carried in vars(runner.problem).values():
+                if isinstance(carried, CarriedState) and carried.state is not None:
+                    carried.state = tuple(h * math.nan for h in carried.state)
+            return loss * math.nan
+        return loss
+
+    setattr(runner.problem, objective, poisoned)
+    runner.fit(2)
+    part = {"general_loss": 0, "response_loss": 1, "hyper_loss": 2}[objective]
+    assert same(seen[2]["carried"][part], before := seen[1]["carried"][part])
+    assert before is not None
+    assert all(math.isfinite(row["train_loss"]) for row in runner.history)
+
+
+def noisy(n, generator):
+    x = torch.randn(n, 20, generator=generator)
+    return TensorDataset(x, torch.sin(2 * x[:, :1]) + x[:, 1:2] / 2 + torch.randn(n, 1, generator=generator) / 2)
+
+
+def last_loss(seed, epochs, precision, every=50):
+    """The mean validation loss of the last five epochs, of 20 steps each.
+
+    every: in float16 each loss overflows once in so many of its steps.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
+    loaders = [DataLoader(noisy(400, generator), 20, shuffle=True) for _ in range(2)]
+    net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 1))
+    stn = fxstn.transform(net, [hp.Dropout(), hp.WeightDecay(shared=True)])
+    places = []
+    runner = fxstn.BilevelRunner(
+        stn, F.mse_loss, *loaders, autocast=precision, rollbacks=0, progress=False,
+        callbacks=[lambda runner: places.append(stn.hparams.unconstrained.detach().clone())],
+    )  # fmt: skip
+    if precision is torch.float16:
+        for objective in ("general_loss", "response_loss", "hyper_loss"):
+            overflowing(runner, objective, range(every - 1, 10**6, every), 1e8)
+    history = runner.fit(epochs)
+    assert torch.isfinite(torch.stack(places)).all()
+    assert not torch.equal(places[0], places[-1])
+    skipped = 20 * epochs - runner.steps
+    assert skipped == 0 if precision is None else skipped >= 20 * epochs // every
+    return sum(history["valid_loss"][-5:]) / 5
+
+
+@pytest.mark.filterwarnings("ignore:epoch .* linearised loss:fxstn.RunWarning")
+@pytest.mark.parametrize(
+    ("epochs", "plain_seeds", "half_seeds"),
+    [(15, (1, 2), (1,)), pytest.param(500, range(5), range(5), marks=pytest.mark.nightly)],
+)
+def test_a_run_that_overflows_in_every_fiftieth_step_ends_within_the_spread_of_float32(epochs, plain_seeds, half_seeds):
+    """300 steps, and 10,000."""
+    plain = [last_loss(seed, epochs, None) for seed in plain_seeds]
+    half = [last_loss(seed, epochs, torch.float16) for seed in half_seeds]
+    assert min(plain) <= sum(half) / len(half) <= max(plain), (plain, half)
+
+
 # The scale
 
 
@@ -199,10 +271,36 @@ def test_parameters_in_float16_are_refused_with_the_remedy():
     half(net).fit(1)
 
 
+def test_a_kernel_that_the_cpu_lacks_in_float16_is_told_with_another_type():
+    """torch's LSTM on most CPUs."""
+    error = RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive.\nRun")
+    assert "train in another, torch.bfloat16" in explanation(error, torch.ones(2, 3), nn.Linear(3, 1))
+
+
 def half(net):
     data = [dataset(16, 0).tensors]
     stn = fxstn.transform(net, [hp.WeightDecay("1")])
     return fxstn.BilevelRunner(stn, F.cross_entropy, data, data, autocast=torch.float16, progress=False)
+
+
+@pytest.mark.parametrize("responds", [False, True])
+def test_in_a_loop_of_ones_own_the_hypergradient_of_an_overflow_is_not_finite(responds):
+    """So that docs/own.md can say what to drop; also before Θ has moved from zero."""
+    stn = fxstn.transform(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), [hp.WeightDecay(shared=True)])
+    if responds:
+        randomize_response(stn)
+    optimizer = SGD(stn.general_parameters(), lr=0.1)
+    gradients = []
+    for scale in (2.0**10, 2.0**30):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with torch.autocast("cpu", torch.float16):
+            loss = fxstn.general_loss(stn, F.cross_entropy, *dataset(8, 0).tensors)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(stn.hypergradient())
+    assert torch.isfinite(gradients[0]).all()
+    assert not torch.isfinite(gradients[1]).any()
 
 
 # Resume

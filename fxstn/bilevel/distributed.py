@@ -67,8 +67,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     parameters: of the optimizer that steps next.
 
-    In a loop of your own, call it between `.backward()` and the step. Gradients of mean losses over batches of one size become
-    those of the mean over all of these batches. A parameter without a gradient counts as zero: another process may have one.
+    In a loop of your own, call it between `.backward()` and the step; with a GradScaler before `unscale_`, so that an overflow
+    in one process is one in all. Gradients of mean losses over batches of one size become those of the mean over all of these
+    batches. A parameter without a gradient counts as zero: another process may have one.
     """
     if processes() == 1:
         return

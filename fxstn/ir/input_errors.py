@@ -142,4 +142,8 @@ def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
         return f"{said}; its parameters are {parameter.dtype}: convert the inputs with .to({parameter.dtype})"
     if "more than 1 value per channel" in str(error):
         return f"{said}; a norm of batches needs 2 examples: give the DataLoader drop_last=True"
+    if "primitive descriptor" in str(error):
+        return (
+            f"{said}; this CPU has no such kernel in the type of autocast: train in another, torch.bfloat16 or float32"
+        )
     return f"{said}; give inputs of the number, shapes and range that its forward takes"
