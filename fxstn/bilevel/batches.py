@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.bilevel.state import State, random_state, set_random_state
+from fxstn.ir.input_errors import first_line
 from fxstn.ops.batch_axis import batch_size
 
 Batch = tuple[Any, Any]  # (inputs, target)
@@ -91,12 +92,21 @@ class BatchPreparer:
         """
         source = name if self.unpack is None else f"unpack of a batch of {name}"
         if self.unpack is not None:  # of a copy: it may take things out, and recent batches are read again
-            batch = self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+            batch = self._unpacked(batch, name)
         self.last = to_device(batch, self.device, self.memory_format, source)
         self.place, self.time = f"a batch of {name} in {time}", time
         if self.check_finite:
             self.check()
         return self.last
+
+    def _unpacked(self, batch: object, name: str) -> Batch:
+        """What unpack makes of a batch. Raises ValueError where it cannot take the batch."""
+        assert self.unpack is not None
+        try:
+            return self.unpack(copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"unpack fails on a batch of {name} ({type(error).__name__}: {first_line(error)}), which is a "
+                             f"{type(batch).__name__}; it must return (inputs, target)") from error  # fmt: skip
 
     def check(self) -> None:
         """Raises ValueError where the last batch holds NaN or an infinity."""

@@ -40,9 +40,15 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that m
     ),
     "schedule": (lambda value: isinstance(value, Schedule), "a fxstn.Schedule, such as Schedule.from_json(path)"),
     "memory_format": (lambda value: isinstance(value, torch.memory_format), "such as torch.channels_last"),
-    "compile": (lambda value: isinstance(value, (bool, dict)), "True, False or a dict of torch.compile's options"),
+    "compile": (
+        lambda value: isinstance(value, bool) or (isinstance(value, dict) and all(isinstance(key, str) for key in value)),
+        "True, False or a dict of torch.compile's options",
+    ),
+    **dict.fromkeys(("tune_scale", "progress"), (lambda value: isinstance(value, bool), "True or False")),
+    "autocast": (lambda value: isinstance(value, torch.dtype), "torch.bfloat16 or torch.float16"),
     "out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
 }  # fmt: skip
+NEVER_NONE = ("tune_scale",)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -54,6 +60,8 @@ def remark_on(perturb: object) -> str:
     """What is to be said of a choice of perturbations that is none: why it is none, and what has replaced an old word."""
     if perturb is None:
         return "; 'auto' has replaced None"
+    if not isinstance(perturb, str):
+        return ""
     replaced = "; 'off' has replaced 'none', which hyper_loss alone takes" if perturb == "none" else ""
     return f": the response is learned from perturbations only{replaced}" if perturb in ("off", "none") else ""
 
@@ -91,7 +99,7 @@ def _wrong_choices(settings: Mapping[str, object]) -> list[str]:
     ema, perturb, autocast = settings["ema"], settings["perturb"], settings["autocast"]
     if ema is not None and not (is_number(ema) and 0 < ema < 1):
         wrong.append(f"ema={ema} must be in (0, 1)")
-    if perturb not in ("auto", "example", "batch"):
+    if not isinstance(perturb, str) or perturb not in ("auto", "example", "batch"):
         wrong.append(f"perturb={perturb!r} must be 'auto', 'example' or 'batch'{remark_on(perturb)}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         wrong.append(f"autocast={autocast} must be torch.bfloat16, torch.float16 or None")
@@ -111,8 +119,8 @@ def _wrong_together(settings: Mapping[str, object], numbers: Mapping[str, float]
 def _check_kinds(settings: Mapping[str, object]) -> None:
     """Raises TypeError for a setting of another kind than it must be, ValueError for an out_dir that is a file."""
     for name, (right, kind) in KINDS.items():
-        if settings[name] is not None and not right(settings[name]):
-            raise TypeError(f"{name}={settings[name]!r} must be {kind}, or None")
+        if (settings[name] is not None or name in NEVER_NONE) and not right(settings[name]):
+            raise TypeError(f"{name}={settings[name]!r} must be {kind}{'' if name in NEVER_NONE else ', or None'}")
     out_dir = settings["out_dir"]
     if out_dir is not None and as_path(out_dir, "out_dir").is_file():
         raise ValueError(f"out_dir={str(out_dir)!r} is a file; name a folder, which is made where there is none")
