@@ -438,3 +438,30 @@ def test_two_products_with_one_weight_become_one(before, after):
     inputs = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
     inputs += [torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
     torch.testing.assert_close(simplified(*inputs), before(*inputs))
+
+
+class PooledTwice(nn.Module):
+    """One pool behind two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.pool, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 3),
+            nn.MaxPool2d(2),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        return self.head(self.pool(self.second(self.pool(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export", "live"])
+def test_stages_that_end_in_one_module_get_a_dropout_each(frontend):
+    stn = fxstn.transform(PooledTwice(), example_inputs=torch.randn(2, 3, 16, 16), trace=frontend)
+    assert [(site.path, site.node) for site in stn.recipe.plan.binding.sites] == [
+        ("input", "x"),
+        ("first", "pool"),
+        ("second", "mean"),
+    ]
+    assert stn.hparams.names == ("input.dropout", "first.dropout", "second.dropout")

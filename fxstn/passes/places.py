@@ -113,7 +113,8 @@ def places_after(module: fx.GraphModule, path: str) -> list[Place]:
 def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, Place]]:
     """(path, place) at the end of each top-level stage in execution order, the last excepted.
 
-    A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten.
+    A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten. The path
+    is that of its last module; that of the module with weights where several stages end in one module, a pool say.
     """
     root, prefix = model_of(module), ""
     while len(children := dict(root.named_children())) == 1 and not list(root.parameters(recurse=False)):
@@ -133,12 +134,16 @@ def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, Place]]:
         if path in weighted:
             ends.pop(path, None)
             ends[path] = node
+    stages: list[tuple[str, str, fx.Node]] = []
     for path, node in list(ends.items())[:-1]:
         last = path
         while (follower := _only_follower(node)) is not None and stage_of(follower) is None:
             node = follower
             last = next((p for _, p, _ in info_of(node).exits if p), last)
-        yield last, Place(node.name, True)
+        stages.append((path, last, node))
+    for path, last, node in stages:
+        shared = sum(other == last for _, other, _ in stages) > 1
+        yield path if shared else last, Place(node.name, True)
 
 
 def _only_follower(node: fx.Node) -> fx.Node | None:
