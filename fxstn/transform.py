@@ -20,8 +20,9 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.passes.build import augmentation, build_network
 from fxstn.passes.condition import condition
 from fxstn.passes.hyperize import hyperize
+from fxstn.passes.linearized import linearized
 from fxstn.passes.output_types import restore_types
-from fxstn.passes.pushforward import linearized, perturbed, pushforward
+from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.passes.request import Request, check_model
 from fxstn.passes.simplify import simplify

@@ -502,8 +502,7 @@ def test_a_network_with_lists_of_dicts_trains_through_the_three_losses():
     images = [torch.randn(2, 4), torch.randn(3, 4)]
     targets = [{"boxes": torch.randn(2, 4)}, {"boxes": torch.randn(3, 4)}]
     checked(Detector(), images, targets, hparams=[hp.Dropout()])
-    stn = fxstn.transform(Detector(), example_inputs=(images, targets))
-    assert stn.frontend == "live"
+    stn = live(Detector(), images, targets, hparams=[hp.Dropout()])
     total = lambda output, target: sum(output.values())  # noqa: E731
     for loss in (fxstn.general_loss, fxstn.response_loss):
         loss(stn.train(), total, (images, targets), None).backward()

@@ -156,7 +156,8 @@ class _Calls:
         set_attribute = nn.Module.__setattr__
 
         def assign(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
-            if self.modules and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
+            of_model = self.modules and id(vars(module)) in self.names  # a forward may make a module, a loss say
+            if of_model and not name.startswith(_BOOKKEEPING) and not same(getattr(module, name, None), value):
                 what = f"the forward assigns {name!r}, which a traced graph would lose,"
                 raise UnsupportedError(self.name(module), what, "return the value, or keep it outside of the model")
             set_attribute(module, name, value)

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -156,7 +157,7 @@ class _Tracer(fx.Tracer):
         self,
         kind: str,
         target: Target,
-        args: tuple[Argument, ...],
+        args: tuple,
         kwargs: dict[str, Argument],
         name: str | None = None,
         type_expr: object = None,
@@ -172,6 +173,8 @@ class _Tracer(fx.Tracer):
         return node
 
     def call_module(self, module: nn.Module, forward: Callable[..., object], args: tuple, kwargs: dict) -> Any:
+        if module not in (self.submodule_paths or {}) and not list(module.parameters()):
+            return forward(*args, **kwargs)  # the forward has made this module, a loss say
         path = self.path_of_module(module)
         if any(getattr(module, hooks) for hooks in HOOKS):
             self.unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", path)
@@ -269,10 +272,7 @@ class Symbolic(GraphFrontend):
         autocast regions, custom autograd functions, random draws, attributes that the forward assigns.
         """
         tracer = _Tracer(len(self.examples.inputs) if self.examples else 0)
-
-        def full_precision() -> None:
-            tracer.create_proxy("call_function", require_full_precision, (), {})
-
+        full_precision = partial(tracer.create_proxy, "call_function", require_full_precision, (), {})
         guard = guarded_capture(model, training, frozen, "symbolic tracing", tracer.unsupported, full_precision)
         with guard, _StrictMode(model, tracer):
             graph = tracer.trace(model)

@@ -6,7 +6,9 @@ The tables are those of `fxstn.ir.signatures`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -237,3 +239,38 @@ for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic
     RAW[f"_upsample_{_mode}{_k}d_aa.vec"] = functools.partial(_smooth, _mode, True)
     for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
         RAW[f"{_name}_pad{_k}d"] = functools.partial(lambda mode, input, pad: spell(F.pad, input, pad, mode), _mode)
+
+# Losses: ATen has a number for the reduction, and torch.nn.functional its name.
+
+_REDUCTIONS = ("none", "mean", "sum")
+_LOSSES: tuple[Operation, ...] = (
+    *(F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div),
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.soft_margin_loss),
+    *(F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss, F.multilabel_margin_loss),
+    *(F.cosine_embedding_loss, F.triplet_margin_loss),
+)
+
+
+def _enter_loss(function: Operation, name: str) -> None:
+    """The signature of ATen's loss of this name, whose tensors come first."""
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    tensors = sum(str(argument.type) == "Tensor" for argument in arguments)
+    parameters = list(inspect.signature(function).parameters)[tensors:]
+
+    def signature(*args: Value, **kwargs: Value) -> Spelled:
+        settings = dict(zip(names[tensors:], args[tensors:], strict=False)) | kwargs
+        if isinstance(reduction := settings.get("reduction"), int):
+            settings["reduction"] = _REDUCTIONS[reduction]
+        following = takewhile(settings.__contains__, parameters)
+        return spell(function, *args[:tensors], *[settings.pop(name) for name in following], **settings)
+
+    RAW[name] = signature
+
+
+for _loss in _LOSSES:
+    _enter_loss(_loss, _loss.__name__)
+_enter_loss(F.cross_entropy, "cross_entropy_loss")
+_enter_loss(F.nll_loss, "nll_loss_nd")
+_enter_loss(F.nll_loss, "nll_loss2d")
+RAW["broadcast_tensors"] = lambda tensors: spell(torch.broadcast_tensors, *tensors)

@@ -16,8 +16,9 @@ from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
+from fxstn.passes.linearized import linearized
 from fxstn.passes.output_types import restore_types
-from fxstn.passes.pushforward import linearized, perturbed, pushforward
+from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import Recomputed, recompute
 from fxstn.passes.simplify import simplify
 from fxstn.passes.statistics import choose_statistics, hold_statistics

@@ -13,13 +13,12 @@ from torch.fx.node import Argument, Target
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.frontends.live.opaque import opaque_tangent
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name, source_of
-from fxstn.ir.facts import overloads, returns_one_tensor
 from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
-from fxstn.ir.vocabulary import LINKS, VIEWS, is_opaque
-from fxstn.ops.kernels import as_results_of, plus_tangent, zeros_tangent
+from fxstn.ir.vocabulary import is_opaque
+from fxstn.ops.kernels import as_results_of, zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
@@ -46,8 +45,8 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         return node
 
 
-class _Pushforward:
-    """Walks a canonical graph once.
+class Pushforward:
+    """Walks a canonical graph once, node by node, and emits each value and its tangent.
 
     values, tangents: {node: its value and its tangent in the new graph}. A tangent is a proxy, ZERO, Scaled, or a structure.
     by_name: {name of a copied node: its value}.
@@ -140,7 +139,7 @@ class _Pushforward:
         axis = cast(int, scales.axis)  # None for several values in one, each of which has an axis of its own
         return Scaled(pick_rows(scale, scales.runs) if scales.runs else scale, response, axis)
 
-    def run(self, finish: Callable[[_Pushforward, Argument], object]) -> fx.GraphModule:
+    def run(self, finish: Callable[[Pushforward, Argument], object]) -> fx.GraphModule:
         """finish: gets the walk and the output's structure of nodes, and returns the new output's, of proxies."""
         for node in self.module.graph.nodes:
             if node.op != "output":
@@ -177,7 +176,7 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
     torch.
     """
 
-    def pair(walk: _Pushforward, output: Argument) -> object:
+    def pair(walk: Pushforward, output: Argument) -> object:
         def real(leaf: object) -> object:
             if not isinstance(leaf, fx.Node):
                 return None
@@ -193,49 +192,7 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
 
         return walk.value(output), map_leaves(output, real)
 
-    return _Pushforward(module, plan.batch_axes, fold=False).run(pair)
-
-
-def linearized(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """hyperized graph → graph of the linearised output y + dy (paper, Eq. 3.13).
-
-    An output that ends in softmax, log-softmax or sigmoid is linearised before it: link(z + dz). Otherwise the loss of y + dy
-    has no lower bound.
-
-    Raises TransformError as `pushforward` does.
-    """
-
-    def add(walk: _Pushforward, output: Argument) -> object:
-        return map_leaves(output, lambda leaf: _add_tangent(walk, leaf) if isinstance(leaf, fx.Node) else leaf)
-
-    return _Pushforward(module, plan.batch_axes, fold=False).run(add)
-
-
-def _add_tangent(walk: _Pushforward, node: fx.Node) -> object:
-    """y + dy of an output; link(z + dz) for y = link(z), and views of it."""
-    y, dy = walk.values[node], walk.tangents[node]
-    if dy is ZERO:
-        return y
-    link, views = node, []
-    while link.op == "call_function" and link.target in VIEWS and isinstance(link.args[0], fx.Node):
-        views.append(link)
-        link = link.args[0]
-    if link.op != "call_function" or link.target not in LINKS:
-        if isinstance(dy, fx.Proxy) and _is_one_tensor(node):
-            return operator.add(y, dy)
-        return call(plus_tangent, y, map_leaves(dy, lambda tangent: None if tangent is ZERO else tangent))
-    result = walk.value(link.args[0]) + walk.tangent(link.args[0])
-    for step in (link, *reversed(views)):
-        result = call(function_of(step), result, *walk.value(step.args[1:]), **walk.value(step.kwargs))
-    return result
-
-
-def _is_one_tensor(node: fx.Node) -> bool:
-    """Whether the value of a node is certainly a tensor: torch.chunk, and some functions without a schema, return several."""
-    function = function_of(node)
-    if overloads(function):
-        return returns_one_tensor(function)
-    return function in RULES and function is not operator.getitem
+    return Pushforward(module, plan.batch_axes, fold=False).run(pair)
 
 
 def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
@@ -245,4 +202,4 @@ def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
 
     Raises TransformError where a weight computed from weights would have to move by a finite step.
     """
-    return _Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output))
+    return Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output))

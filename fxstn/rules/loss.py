@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,38 @@ import torch.nn.functional as F
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import separable_loss
 from fxstn.ops.reductions import distance_tangent, vector_norm_tangent
-from fxstn.rules.registry import filled, register, rule, total
+from fxstn.rules.registry import RULES, filled, register, rule, total
+
+Function = Callable[..., Any]
+
+
+# Of all entries these make one number, unless an argument at this position says along which dimensions.
+_REDUCTIONS = {
+    torch.mean: 1,
+    torch.sum: 1,
+    torch.prod: 1,
+    torch.linalg.vector_norm: 2,
+    torch.linalg.norm: 2,
+    torch.norm: 2,
+}
+
+
+def is_loss(function: Function) -> bool:
+    """Whether a function is one of the losses of torch.nn.functional."""
+    return function in RULES and RULES[function].kind == "loss"
+
+
+def is_layer(function: Function) -> bool:
+    """Whether a function is a layer or a norm, which may read parameters with a response."""
+    return function in RULES and bool(RULES[function].reads)
+
+
+def reduces_to_a_number(function: Function, args: tuple, kwargs: Mapping[str, object]) -> bool:
+    """Whether a call is certain to return one number: a sum, mean or norm of all entries of a tensor."""
+    if function not in _REDUCTIONS:
+        return False
+    position = _REDUCTIONS[function]
+    return (args[position] if len(args) > position else kwargs.get("dim")) in (None, (), [])
 
 
 def _register_loss(function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxstn.frontends.live.calls import Call, OperationNote, is_draw, may_return_no_tensor, mutated
 from fxstn.frontends.live.constant_guard import ConstantGuard
-from fxstn.frontends.live.links import Links
+from fxstn.frontends.live.links import Links, Step
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.tangent_table import (
     SharedMemory,
@@ -29,6 +29,7 @@ from fxstn.ir.tangents import ZERO, Scaled, all_zero
 from fxstn.ops.kernels import zeros_tangent
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 from fxstn.rules.layers import dense
+from fxstn.rules.loss import is_layer
 
 _NO_RULE = "register one (CONTRIBUTING.md, 'Add a tangent rule'), or freeze the parameters it depends on"
 _IN_PLACE = "write it without changing a tensor in place"
@@ -39,18 +40,16 @@ _LEAVES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__co
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What a rule returned, y and dy, and what it got.
+    """What a rule returned, y and dy, and what it got: aliases of the primal values.
 
-    args: aliases of the primal values.
-    tangents: of these.
     originals: {id of an alias: the tensor that the model holds}.
+    step: how y came about; None for a layer.
     """
 
     y: object
     dy: object
-    args: list
-    tangents: list
     originals: dict[int, Tensor]
+    step: Step | None
 
 
 class Duals(ConstantGuard):
@@ -178,11 +177,12 @@ class Duals(ConstantGuard):
             self.table.write(x, cast(Tensor, result.y).data, cast(Tangent, result.dy))
             for member in self.table.family(x):
                 self.links.forget(member)
+            self.links.record(x, result.step)
             return x
         sources = list(tensors_in((call.args, call.kwargs)))
         output = self._deliver(result.y, result.dy, result.originals, sources, spelled.function is torch.detach)
         if isinstance(output, Tensor) and result.dy is not ZERO:
-            self.links.record(output, spelled, result.args, result.tangents)
+            self.links.record(output, result.step)
         return output
 
     def _compute(self, spelled: Spelled) -> RuleResult:
@@ -191,10 +191,13 @@ class Duals(ConstantGuard):
         args: list[object] = []
         tangents: list[object] = []
         originals: dict[int, Tensor] = {}
+        before: dict[int, Step] = {}
 
         def alias(x: Tensor) -> Tensor:
             copy = x.data
             originals[id(copy)] = x
+            if step := self.links.find(x):
+                before[id(copy)] = step
             return copy
 
         for position, value in enumerate(spelled.args):
@@ -202,6 +205,7 @@ class Duals(ConstantGuard):
                 inner = self._compute(value)
                 args.append(inner.y)
                 tangents.append(inner.dy)
+                before |= {id(inner.y): inner.step} if inner.step else {}
             else:
                 args.append(arguments_mapped(alias, value))
                 reads = rule.reads.get(position) if rule else None
@@ -216,7 +220,9 @@ class Duals(ConstantGuard):
             if rule is not None:
                 raise
             raise NoRule(f"torch.func.jvp fails on it: {str(error).partition(chr(10))[0]}") from error
-        return RuleResult(y, dy, args, tangents, originals)
+        function = spelled.function
+        step = None if is_layer(function) else Step(function, tuple(args), kwargs, tuple(tangents), named, before)
+        return RuleResult(y, dy, originals, step)
 
     def _deliver(
         self, y: object, dy: object, originals: dict[int, Tensor], sources: list[Tensor], detached: bool
@@ -271,13 +277,17 @@ class Duals(ConstantGuard):
         return mapped(of_leaf, output)
 
     def linearized(self, output: object) -> object:
-        """y + dy, or link(z + dz) where the last function was softmax, log-softmax or sigmoid (paper, Eq. 3.13)."""
+        """y + dy, or what softmax, sigmoid and losses make of the linearised values before them (paper, Eq. 3.13)."""
+        steps = {id(x): step for x in leaves(output) if isinstance(x, Tensor) and (step := self.links.find(x))}
+        losses = {id(x) for x in leaves(output) if id(x) in steps and (not x.dim() or steps[id(x)].is_loss)}
+        others = {step for key, step in steps.items() if key not in losses}
 
         def of_leaf(leaf: object) -> object:
             if not isinstance(leaf, Tensor):
                 return leaf
-            if link := self.links.find(leaf):
-                return link.linearized()
+            step, is_loss = steps.get(id(leaf)), id(leaf) in losses
+            if step is not None and (is_loss or step.is_link):
+                return step.linearized(others, is_loss)
             dy = dense(self.tangent(leaf))
             return leaf if dy is ZERO else leaf.data + dy
 
