@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from fxstn.frontends.decompositions.drop_path import recognise_stochastic_depth
 from fxstn.frontends.export import Export
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.interface import Frontend, Pass
@@ -91,6 +92,7 @@ def transform(
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
     model = plain_copy(model)
+    recognise_stochastic_depth(model)
     try:
         network, rejected = first_that_works(
             request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)

@@ -20,7 +20,8 @@ from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
 class StochasticDepth(Operation):
     """Probability, in [0, 0.95], that an example skips a residual branch (Huang et al. 2016, arXiv 1603.09382).
 
-    Takes over `torchvision.ops.StochasticDepth` by row; inserts nothing.
+    Takes over `torchvision.ops.StochasticDepth` by row, and modules of other classes that do the same, DropPath of timm say. It
+    inserts nothing.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """

@@ -19,13 +19,14 @@ from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Activity, Spec
-from fxstn.ir.errors import Diagnostic, TransformError, module_path
+from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples
 from fxstn.ops.response import Response, for_all_examples
+from fxstn.passes.effects import is_random
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
 from fxstn.passes.request import check_hparams
@@ -147,6 +148,8 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple
 
 
 def _row_of_note(note: OperationNote, names: tuple[str, ...]) -> Row:
+    if note.kind == "draw":
+        return _row_of_own_draw(note.module, note.operation)
     if note.kind != "dropout":
         return Row(note.module, note.operation, _change(note.kind), note.kind)
     if isinstance(note.strength, int):
@@ -163,6 +166,8 @@ def _rows_of_graph(graph: fx.GraphModule, names: tuple[str, ...]) -> list[Row]:
     for node in graph.graph.nodes:
         if draws(node.target):
             rows.append(_row_of_draw(node, names))
+        elif node.op == "call_function" and is_random(node.target):
+            rows.append(_row_of_own_draw(module_path(node), operation_name(node.target)))
         elif (info := info_of(node)).rule and info.operation:
             rows.append(Row(module_path(node), info.operation, _change(info.rule), info.rule))
     return sorted(rows, key=lambda row: row.rule != "fallback")
@@ -177,6 +182,11 @@ def _row_of_draw(node: fx.Node, names: tuple[str, ...]) -> Row:
         return Row(module_path(node), name, f"strength from λ: {', '.join(tuned)}", "conditioned")
     fixed = f"p = {strengths[0]}" if dropout else ", ".join(map(str, strengths))
     return Row(module_path(node), name, f"kept, {fixed}", "fixed noise")
+
+
+def _row_of_own_draw(path: str, operation: str) -> Row:
+    """A random number that the model draws itself, in no operation that a spec could take over."""
+    return Row(path, operation, "kept as the model draws it, not tuned", "fixed noise")
 
 
 def _index(strength: fx.node.Argument) -> int | None:

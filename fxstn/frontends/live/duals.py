@@ -24,6 +24,7 @@ from fxstn.frontends.live.tangent_table import (
 from fxstn.frontends.outputs import hidden_in_output
 from fxstn.ir.containers import arguments_mapped, attributes, hidden, leaves, mapped, rebuilt, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, operation_name
+from fxstn.ir.facts import is_seeded
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
 from fxstn.ops.kernels import zeros_tangent
@@ -113,6 +114,8 @@ class Duals(ConstantGuard):
             self.table.record(call.args[0], ZERO, detached=True)
             return call.run()
         varying = [x for x in tensors_in((call.args, call.kwargs)) if self.tangent(x) is not ZERO]
+        if is_seeded(call.original):
+            self.note(operation_name(call.original), "draw")
         if not varying or self.disabled() or is_draw(call):
             return self._constant(call, targets)
         if call.name in _LEAVES and any(map(differentiable, varying)):
