@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxstn.frontends.graph_cache import GraphCache, Recipe
 from fxstn.frontends.interface import Graph
+from fxstn.frontends.wrapper import ModelWrapper
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
@@ -24,7 +25,7 @@ from fxstn.ops.response import Response, frozen, parameter_changes, pulled_back
 METHODS = ("delta", "centered", "stn")
 
 
-class SelfTuningNetwork(nn.Module):
+class SelfTuningNetwork(ModelWrapper):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
     recipe: makes the graphs from the children.
@@ -34,7 +35,8 @@ class SelfTuningNetwork(nn.Module):
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when
-    it is first needed, and again after unpickling or copying. Graphs share the module's parameters, and move with it.
+    it is first needed, and again after unpickling or copying. Graphs share the module's parameters, and move with it. What
+    users change on the modules later is followed, or refused at the next step (docs/runs.md).
     """
 
     model: nn.Module
@@ -57,6 +59,18 @@ class SelfTuningNetwork(nn.Module):
         self.augments = False
         self.rejected: tuple[Diagnostic, ...] = ()
         self.train(model.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module. Modules that were in eval mode while the network was in train mode stay in eval mode."""
+        self._follow(False)
+        super().train(mode)
+        for path in self.recipe.plan.frozen if mode else ():
+            self.model.get_submodule(path).training = False
+        return self
+
+    def _follow(self, training: bool) -> None:
+        """What has changed on the modules since the graphs were made is followed or refused."""
+        self._graphs.follow(self, training)
 
     # Graphs
 
@@ -177,6 +191,8 @@ class SelfTuningNetwork(nn.Module):
 
     def forward(self, *inputs: object, **named: object) -> Any:
         """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
+        if self.training or self.augments:
+            self._follow(self.training)
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
             if self.training:
@@ -206,6 +222,7 @@ class SelfTuningNetwork(nn.Module):
 
         auxiliary: a value for each of `terms.auxiliary`.
         """
+        self._follow(True)
         return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
 
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
@@ -250,6 +267,7 @@ class SelfTuningNetwork(nn.Module):
         return self._with_auxiliary(output) if kind.training else (output, ())
 
     def _run(self, kind: GraphKind, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
+        self._follow(kind.training)
         moved = {"delta": self._perturbation(delta, "delta", inputs)}
         if condition is not None:
             moved["condition"] = self._perturbation(condition, "condition", inputs)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import fx
 
+from fxstn.frontends.changes import Change, ModuleState, refuse, refuse_other_sites, respond_where_trained
 from fxstn.frontends.interface import Frontend, Graph, Plan, Root
 from fxstn.hp.binding import Binding
 from fxstn.ir.graph_kind import GraphKind
@@ -32,6 +33,9 @@ class Recipe(Protocol):
     def with_binding(self, binding: Binding) -> Recipe:
         """The same with another decision on which λ belongs where."""
 
+    def with_frozen(self, frozen: tuple[str, ...]) -> Recipe:
+        """The same with other modules that stay in eval mode."""
+
     def canonical(self, root: Root, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling."""
 
@@ -50,6 +54,7 @@ class GraphCache:
         self.batch_axes: dict[bool, BatchAxes] = {}
         self.compile_options: dict[str, Any] | None = None
         self._per_example: bool | None = None
+        self.state: ModuleState | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -59,7 +64,7 @@ class GraphCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which read the very modules of this network; a copy makes its own."""
-        return {**vars(self), "canonical": {}, "emitted": {}, "compiled": {}}
+        return {**vars(self), "canonical": {}, "emitted": {}, "compiled": {}, "state": None}
 
     def with_recipe(self, recipe: Recipe) -> GraphCache:
         """An empty cache for another recipe, with the canonical graphs where both follow the forward in the same way."""
@@ -68,6 +73,40 @@ class GraphCache:
         if recipe.frontend is self.recipe.frontend and recipe.plan.frozen == self.recipe.plan.frozen:
             result.canonical = self.canonical
         return result
+
+    def follow(self, root: Root, training: bool) -> None:
+        """Make the graphs again where users have changed the modules since these were made.
+
+        training: whether a graph of train mode runs next; only then is it looked which parameters require gradients.
+
+        Raises ValueError for a change that no graph over the same parameters can follow, with the remedy.
+        """
+        model, rewritable = root.get_submodule("model"), self.recipe.frontend.rewritable
+        if self.state is None:
+            self.state = ModuleState(model, self.recipe.plan.frozen, rewritable)
+        frozen = self.state.frozen() if root.training else None
+        if (changes := self.state.changes()) or frozen is not None:
+            self._follow_changes(root, changes, self.recipe.plan.frozen if frozen is None else frozen)
+        if training and (names := self.state.newly_trained()) is not None:
+            self.emitted.clear()
+            self.compiled.clear()
+            respond_where_trained(root.get_submodule("response"), model, names)
+
+    def _follow_changes(self, root: Root, changes: list[Change], frozen: tuple[str, ...]) -> None:
+        """Make graphs for modules that have changed, with these in eval mode."""
+        recipe = self.recipe.with_frozen(frozen)
+        refuse(changes, recipe.plan, self.recipe.plan.frozen)
+        if recipe.frontend.rewritable:
+            before = self.canonical_graph(root, True) if True in self.canonical else None
+            graphs = [recipe.canonical(root, training) for training in (True, False)]
+            if before is not None:
+                refuse_other_sites(recipe.plan.binding, before, graphs[0])
+            self._forget()
+            self.keep_canonical(graphs)
+        else:
+            self._forget()
+        self.recipe, self.batch_axes, self._per_example = recipe, {}, None
+        self.state = ModuleState(root.get_submodule("model"), frozen, recipe.frontend.rewritable)
 
     def keep_canonical(self, graphs: Sequence[fx.GraphModule]) -> None:
         """Use these canonical graphs, of train and of eval mode."""

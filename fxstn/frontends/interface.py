@@ -58,6 +58,8 @@ class Graph(Protocol):
 class Root(Protocol):
     """The network, as far as a frontend needs it: its children are `model`, `hparams` and `response`."""
 
+    training: bool
+
     def get_submodule(self, target: str) -> nn.Module: ...
 
     def canonical(self, training: bool) -> fx.GraphModule: ...

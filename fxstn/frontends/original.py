@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import types
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
 
-from fxstn.frontends.guards import mode_of
+from fxstn.frontends.guards import UnsupportedError, mode_of
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
@@ -31,6 +32,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
             while child is not None and _COMPILED in child._modules:
                 module._modules[name] = child = child.get_submodule(_COMPILED)
     return model
+
+
+def forward_of(model: nn.Module) -> Callable[..., object]:
+    """The model's forward as a function of the model and its inputs: of its class, or of its own where it has one.
+
+    Raises UnsupportedError for a forward of its own that is no method.
+    """
+    own = vars(model).get("forward")
+    if own is None:
+        return type(model).forward
+    if not isinstance(own, types.MethodType) or own.__self__ is not model:
+        what, remedy = (
+            "a forward that is set on the module and is no method of it,",
+            "set types.MethodType(function, model)",
+        )
+        raise UnsupportedError("", what, remedy)
+    return own.__func__
 
 
 def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> None:

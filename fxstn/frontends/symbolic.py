@@ -21,6 +21,7 @@ from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.interface import GraphFrontend
+from fxstn.frontends.original import forward_of
 from fxstn.frontends.outputs import plain_output
 from fxstn.ir.containers import mapped
 from fxstn.ir.graphs import assemble
@@ -85,7 +86,7 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., object], is_module: bool, concrete_args: dict[str, Any] | tuple | None = None
     ) -> tuple[Callable[..., object], list[object]]:
         """Inputs with a constant default keep it, unless example inputs supply them: `if mask is None` can be followed."""
-        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        function, arguments = super().create_args_for_root(forward_of(self.root), is_module, concrete_args)
         for i, argument in enumerate(arguments):
             node = argument.node if isinstance(argument, fx.Proxy) else None
             if node is not None and node.args and i > self.supplied and not isinstance(node.args[0], torch.Tensor):
@@ -205,7 +206,6 @@ class _Tracer(fx.Tracer):
 
 class _StrictMode(TorchFunctionMode):
     """Sees the calls that fx does not see, those without a symbolic argument. Their results would be constants of the graph.
-
     A factory or a random draw becomes a node, so that each forward makes the value anew, as the original does. A value that is
     computed from the model's own tensors is refused.
     """

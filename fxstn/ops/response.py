@@ -21,6 +21,7 @@ class Response(nn.Module):
         combined with row by row share it.
     R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w. Otherwise a parameter shaped like w, which starts from the
         uniform distribution of torch's linear and convolution layers, ±1/√fan_in.
+    active: whether w responds. It does not while it is not trained.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Response(nn.Module):
         bound = 1 / math.sqrt(fan_in)
         self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound)) if structured else None
         self.axis = axis
+        self.active = True
 
     def forward(self, delta: Tensor) -> Tensor:
         """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
@@ -49,8 +51,11 @@ class Response(nn.Module):
 
 
 def responses_in(tree: nn.Module) -> dict[str, Response]:
-    """{parameter name: its response} of a tree of Response modules that mirrors the model's parameter names."""
-    return {name: module for name, module in tree.named_modules() if isinstance(module, Response)}
+    """{parameter name: its response} of a tree of Response modules that mirrors the model's parameter names.
+
+    Parameters that are not trained are left out.
+    """
+    return {name: child for name, child in tree.named_modules() if isinstance(child, Response) and child.active}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, function_of, model_of
 from fxstn.ir.node_info import RowScales, annotate
 from fxstn.ir.vocabulary import DROPOUTS, is_size
-from fxstn.ops.response import Response
+from fxstn.ops.response import Response, responses_in
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.row_structure import Derived, consumers, from_parameters, structures
 from fxstn.rules import RULES
@@ -274,5 +274,4 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
 
 def response_tree(module: fx.GraphModule) -> list[tuple[str, Response]]:
     """(parameter name, its Response) for every parameter that responds."""
-    tree = module.get_submodule("response")
-    return [(name, child) for name, child in tree.named_modules() if isinstance(child, Response)]
+    return list(responses_in(module.get_submodule("response")).items())

@@ -34,6 +34,10 @@ class PipelineRecipe:
         """The same with another decision on which λ belongs where."""
         return replace(self, plan=replace(self.plan, binding=binding))
 
+    def with_frozen(self, frozen: tuple[str, ...]) -> PipelineRecipe:
+        """The same with other modules that stay in eval mode."""
+        return replace(self, plan=replace(self.plan, frozen=frozen))
+
     def canonical(self, root: Root, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling, with the children of root."""
         model = root.get_submodule("model")

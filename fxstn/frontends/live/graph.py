@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import Scaled
-from fxstn.ops.response import Response, for_all_examples, parameter_changes
+from fxstn.ops.response import for_all_examples, parameter_changes, responses_in
 
 _WHERE = "a forward that runs as it is"
 
@@ -117,17 +117,12 @@ class LiveGraph:
     def _strengths(self, condition: Tensor | None) -> Tensor | None:
         return self.root.get_submodule("hparams")(condition) if self.training else None
 
-    def _responses(self) -> Iterator[tuple[str, Response]]:
-        for name, module in self.root.get_submodule("response").named_modules():
-            if isinstance(module, Response):
-                yield name, module
-
     def _tangents(self, delta: Tensor | None) -> dict[str, Scaled]:
         if delta is None:
             raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
-        find = self.model.get_parameter
-        return {name: Scaled(r(delta), r.direction(find(name)), r.axis) for name, r in self._responses()}
+        find, responses = self.model.get_parameter, responses_in(self.root.get_submodule("response"))
+        return {name: Scaled(r(delta), r.direction(find(name)), r.axis) for name, r in responses.items()}
 
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
         """Weights w₀ + Θ·delta, by the id of w₀."""

@@ -1,0 +1,249 @@
+"""What is changed on a module after transform is followed at the next step, or refused with a remedy; names of the model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import randomize_response
+from torch import nn
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.temporary import eval_mode
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.tuned, self.own = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Dropout(0.5)
+        self.b, self.fc = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.b(self.own(self.tuned(torch.relu(self.bn(self.a(x))))))))
+
+    def encode(self, x):
+        return self.a(x)
+
+
+X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+
+
+def step(stn):
+    """Backward passes of the three objectives; every parameter has its gradient of the last."""
+    fxstn.general_loss(stn, F.cross_entropy, X, Y).backward()
+    fxstn.response_loss(stn, F.cross_entropy, X, Y, perturb="batch").backward()
+    fxstn.hyper_loss(stn, F.cross_entropy, X, Y, perturb="batch").backward()
+
+
+def network(trace, model=None):
+    torch.manual_seed(0)
+    stn = fxstn.transform(model or Net(), [hp.Dropout("tuned")], trace=trace, example_inputs=X).train()
+    randomize_response(stn)
+    step(stn)
+    stn.zero_grad()
+    return stn
+
+
+@pytest.fixture(params=["fx", "live"])
+def stn(request):
+    return network(request.param)
+
+
+def outputs(stn, steps=1):
+    """Of a training step at one seed."""
+    torch.manual_seed(1)
+    return torch.stack([stn(X) for _ in range(steps)]).detach()
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_a_batch_norm_that_is_put_in_eval_mode_stays_there(trace):
+    """Its statistics stay, in every objective, through evaluations; as in torch it trains again when it is told to."""
+    stn = network(trace)
+    stn.model.bn.eval()
+    mean = stn.model.bn.running_mean.clone()
+    with eval_mode(stn):
+        stn(X)
+    step(stn)
+    stn.eval().train()
+    expected = stn.model.bn(stn.model.a(X))
+    torch.testing.assert_close(stn.model.bn.running_mean, mean, rtol=0, atol=0)
+    torch.testing.assert_close(expected, F.batch_norm(stn.model.a(X), mean, stn.model.bn.running_var, stn.model.bn.weight,
+                                                      stn.model.bn.bias))  # fmt: skip
+    with_frozen = outputs(stn)
+    model = copy.deepcopy(stn.model)
+    model.bn.eval()
+    torch.testing.assert_close(with_frozen, outputs(network(trace, model)))
+    stn.model.bn.train()
+    step(stn)
+    assert not torch.equal(stn.model.bn.running_mean, mean)
+
+
+def test_a_batch_norm_that_is_frozen_at_transform_stays_so_until_it_is_told_to_train(stn):
+    model = Net()
+    model.bn.eval()
+    stn = network(stn.frontend, model)
+    mean = stn.model.bn.running_mean.clone()
+    step(stn.eval().train())
+    assert (stn.model.bn.training, torch.equal(stn.model.bn.running_mean, mean)) == (False, True)
+    stn.model.bn.train()
+    step(stn)
+    assert not torch.equal(stn.model.bn.running_mean, mean)
+
+
+FOLLOWED = {
+    "dropout.p": lambda m: setattr(m.own, "p", 0.9),
+    "dropout.p = 0": lambda m: setattr(m.own, "p", 0),
+    "dropout.eval": lambda m: m.own.eval(),
+    "eps": lambda m: setattr(m.bn, "eps", 10.0),
+    "forward": lambda m: setattr(m, "forward", types.MethodType(lambda self, x: self.fc(self.tuned(self.a(x))), m)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_the_graphs_can_follow_is_followed(name, stn):
+    before = outputs(stn)
+    FOLLOWED[name](stn.model)
+    step(stn)
+    changed = copy.deepcopy(stn.model)
+    assert not torch.equal(outputs(stn), before)
+    torch.testing.assert_close(outputs(stn), outputs(network(stn.frontend, changed)))
+
+
+def test_momentum_is_followed(stn):
+    stn.model.bn.momentum = 1.0
+    stn(X)
+    torch.testing.assert_close(stn.model.bn.running_mean, stn.model.a(X).mean(0))
+
+
+def hooked(m):
+    m.fc.register_forward_hook(lambda *_: None)
+
+
+REFUSED = {
+    "tuned p": (
+        lambda m: setattr(m.tuned, "p", 0),
+        r"'tuned': p is 0 .* 'tuned\.dropout': set that by stn\.hparams\.set",
+    ),
+    "tuned in eval mode": (lambda m: m.tuned.eval(), r"module 'tuned': it is in eval mode .* 'tuned\.dropout'"),
+    "child": (
+        lambda m: setattr(m, "fc", nn.Linear(8, 3)),
+        r"the model: its module 'fc' is another object .* transform",
+    ),
+    "parameter": (
+        lambda m: setattr(m.fc, "weight", nn.Parameter(torch.randn(3, 8))),
+        r"module 'fc': its parameter 'weight' is another object .* copy values",
+    ),
+    "parametrized": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.fc),
+        r"module 'fc': its parameter 'weight' is another",
+    ),
+}
+HOOKS = {
+    "forward": hooked,
+    "forward pre": lambda m: m.fc.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda m: m.fc.register_full_backward_hook(lambda *_: None),
+    "of the model": lambda m: m.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_over_the_same_parameters_can_follow_is_refused(name, stn):
+    change, message = REFUSED[name]
+    change(stn.model)
+    for objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+        with pytest.raises(ValueError, match=message):
+            objective(stn, F.cross_entropy, X, Y, perturb="batch")
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_is_refused_where_it_would_not_run(name):
+    stn = network("fx")
+    HOOKS[name](stn.model)
+    with pytest.raises(ValueError, match=r'hook since transform.*remove it, or transform with trace="live"'):
+        stn(X)
+    called = []
+    stn = network("live")
+    stn.model.fc.register_forward_hook(lambda *_: called.append(1))
+    step(stn)
+    assert len(called) == 3
+
+
+def test_a_weight_responds_while_it_is_trained(stn):
+    delta = torch.ones(1)
+    first, (_, dy) = stn.best_response(delta), stn.pushforward(X, delta=delta)
+    stn.model.b.requires_grad_(False)
+    step(stn)
+    assert stn.response.b.weight.U.grad is None
+    assert stn.model.b.weight.grad is None
+    assert stn.response.fc.weight.U.grad is not None
+    torch.testing.assert_close(stn.best_response(delta)["b.weight"], stn.model.b.weight, rtol=0, atol=0)
+    torch.manual_seed(1)
+    assert not torch.allclose(stn.pushforward(X, delta=delta)[1], dy)
+    stn.model.b.requires_grad_(True)
+    step(stn)
+    assert stn.response.b.weight.U.grad is not None
+    torch.testing.assert_close(stn.best_response(delta), first, rtol=0, atol=0)
+
+
+def test_a_weight_that_was_frozen_at_transform_is_trained_and_said_not_to_respond(stn):
+    model = Net()
+    model.b.requires_grad_(False)
+    stn = network(stn.frontend, model)
+    stn.model.b.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'b\.weight' will be trained, but cannot respond .* after transform instead"):
+        step(stn)
+    assert stn.model.b.weight.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(stn)
+
+
+def test_an_optimizer_over_all_parameters_in_one_group_is_refused(stn):
+    step(stn)
+    optimizer = torch.optim.SGD(stn.parameters(), lr=0.1)
+    before = copy.deepcopy(stn.state_dict())
+    with pytest.raises(
+        ValueError, match=r"holds the hyperparameters of a network and its weights.*network\.general_parameters\(\)"
+    ):
+        optimizer.step()
+    torch.testing.assert_close(stn.state_dict(), before, rtol=0, atol=0)
+    groups = [list(stn.general_parameters()), list(stn.response_parameters()), list(stn.hparams.parameters())]
+    torch.optim.SGD([{"params": group} for group in groups], lr=0.1).step()
+    torch.optim.SGD([*groups[0], *groups[1]], lr=0.1).step()  # for the sum of the general and the response loss
+    for other in (copy.deepcopy(stn), pickle.loads(pickle.dumps(stn))):
+        with pytest.raises(ValueError, match="holds the hyperparameters of a network"):
+            torch.optim.Adam(other.parameters()).step()
+
+
+def test_names_of_the_model_are_the_networks_where_it_has_none(stn):
+    for network in (stn, copy.deepcopy(stn), pickle.loads(pickle.dumps(stn))):
+        assert network.fc is network.model.fc
+        torch.testing.assert_close(network.encode(X), network.model.a(X))
+    stn.own.p = 0.25
+    stn.extra = 3
+    assert (stn.model.own.p, hasattr(stn.model, "extra"), stn.extra) == (0.25, False, 3)
+    with pytest.raises(AttributeError, match="'SelfTuningNetwork' object has no attribute 'nothing'"):
+        _ = stn.nothing
+    stn.fc = nn.Linear(8, 3)  # the model's, and refused as such
+    with pytest.raises(ValueError, match="its module 'fc' is another object"):
+        stn(X)
+
+
+def test_the_state_of_a_plain_model_is_loaded_into_the_model(stn):
+    plain, own = Net(), copy.deepcopy(stn.state_dict())
+    assert str(stn.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
+    torch.testing.assert_close(stn.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        stn.response.state_dict(), {k[9:]: v for k, v in own.items() if k.startswith("response.")}
+    )
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "a\.weight"'):
+        stn.load_state_dict({"fc.weight": plain.fc.weight})
+    assert "a.weight" in stn.load_state_dict({"fc.weight": plain.fc.weight}, strict=False).missing_keys
+    stn.load_state_dict(own)
+    torch.testing.assert_close(stn.state_dict(), own, rtol=0, atol=0)
