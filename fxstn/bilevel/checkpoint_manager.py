@@ -1,113 +1,23 @@
-"""Checkpoints of a run: gathered from its parts, in files or in memory, and restored, also where a loss is no number."""
+"""Checkpoints of a run, in files or in memory; the way back to them where a loss is no number."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
-from fxstn.bilevel.evaluation import BestModel
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
-from fxstn.bilevel.history import History
-from fxstn.bilevel.plain import check_readable, plain_numbers
+from fxstn.bilevel.plain import check_readable
 from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
-from fxstn.bilevel.tuner import Counters
+from fxstn.bilevel.run_parts import RunParts, copied_state
+from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import as_path
-
-# The values of these parts never change, so that a state in memory may share them.
-GROWING = ("history", "best")
-
-
-@dataclass
-class RunParts:
-    """All parts of a run that have a state. States are loaded in the order of the parts.
-
-    counters, history, best: of the run.
-    shared: {name: part} whose state is the same in all processes; "problem" has the parameters.
-    local: {name: part} with a state of its own in each process.
-    identity: what two runs must have in common for one to go on with the other's state.
-    """
-
-    counters: Counters
-    history: History
-    best: BestModel
-    shared: Mapping[str, Stateful]
-    local: Mapping[str, LocalState]
-    identity: Mapping[str, object]
-
-    def all_shared(self) -> dict[str, Stateful]:
-        return {**self.shared, "counters": self.counters, "history": self.history, "best": self.best}
-
-    def state_dict(self) -> State:
-        """Everything that what happens next depends on. Several processes: all must call it."""
-        own = {"random": random_state()} | {name: part.state_dict() for name, part in self.local.items()}
-        state: State = plain_numbers({
-            "identity": dict(self.identity),
-            "shared": {name: part.state_dict() for name, part in self.all_shared().items()},
-            "processes": distributed.gather(own),
-        })  # fmt: skip
-        return state
-
-    def load(self, state: State, source: str) -> None:
-        """Go on from a state. Several processes: all must call it.
-
-        source: where the state comes from, for errors.
-
-        Raises ValueError, and changes nothing, where the state is of a run that trains something else.
-        """
-        self._check(state, source)
-        for name, part in self.all_shared().items():
-            part.load_state_dict(state["shared"][name])
-        saved, rank = state["processes"], distributed.rank()
-        for name, local in self.local.items():
-            if len(saved) == distributed.processes():
-                local.load_state_dict(saved[rank][name])
-            else:
-                local.restart(saved[0][name])
-        set_random_state(saved[min(rank, len(saved) - 1)]["random"])
-        if rank >= len(saved):
-            distributed.seed_apart(self.counters.steps)
-
-    def _check(self, state: State, source: str) -> None:
-        for name, theirs in state["identity"].items():
-            if theirs != self.identity[name]:
-                raise ValueError(f"{source} has {name} {theirs}, this run {self.identity[name]}; choose another out_dir, or "
-                                 "the same settings")  # fmt: skip
-        ours, saved = _shapes(self.shared["problem"].state_dict()), _shapes(state["shared"]["problem"])
-        if other := sorted(name for name in ours.keys() | saved.keys() if ours.get(name) != saved.get(name)):
-            raise ValueError(f"{source} is a run of another model: {other[0]} is {saved.get(other[0], 'missing')} there and "
-                             f"{ours.get(other[0], 'missing')} here; choose another out_dir")  # fmt: skip
-        if len(state["processes"]) == distributed.processes():
-            own = state["processes"][distributed.rank()]
-            reasons = [reason for name, part in self.local.items() if (reason := part.refusal(own[name]))]
-            if reasons := [reason for others in distributed.gather(reasons) for reason in others]:
-                raise ValueError(f"{source} has {reasons[0]}; choose another out_dir, or the same loaders")
-
-
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _copied(state: State) -> State:
-    """The same state in memory of its own, off the accelerator."""
-    growing = {name: value for name, value in state["shared"].items() if name in GROWING}
-    changing = {name: value for name, value in state["shared"].items() if name not in GROWING}
-    copied: State = tree_map(
-        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf),
-        {**state, "shared": changing},
-    )
-    return copied | {"shared": copied["shared"] | growing}
 
 
 class CheckpointManager:
@@ -166,7 +76,7 @@ class CheckpointManager:
             check_readable(state)
             write = not distributed.any_process(not self._write(state, better), self.device)
         if self.memory and not write:
-            self._state = _copied(state)
+            self._state = copied_state(state)
 
     def _write(self, state: State, better: bool) -> bool:
         """Whether the files could be written; a warning, once, where they could not."""
@@ -191,10 +101,11 @@ class CheckpointManager:
         """Go back to the state kept last."""
         self.restorations += 1
         if self._state is not None:
-            self.parts.load(_copied(self._state), "the state kept")
+            self.parts.restore(copied_state(self._state))
         else:
             assert self.out_dir is not None
-            self.load(self.out_dir / "last.pt")
+            path = self.out_dir / "last.pt"
+            self.parts.restore(distributed.in_first_process(lambda: load_checkpoint(path)))
 
     def resume(self) -> None:
         """Go on from the newest whole file of out_dir, if there is one."""

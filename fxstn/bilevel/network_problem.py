@@ -191,7 +191,8 @@ class NetworkProblem(BilevelProblem):
         return {"windows": self._windows, "epsilon": self._epsilon, "carried": [carried.state for carried in windows]}
 
     def load_local_state(self, state: State) -> None:
-        self._windows, self._epsilon = state["windows"], state["epsilon"]
+        self._windows = state["windows"]
+        self._epsilon = state["epsilon"] if self.response_windows > 1 else None
         windows = (self.training_windows, self.perturbed_windows, self.validation_windows)
         for carried, saved in zip(windows, state["carried"], strict=True):
             carried.state = saved

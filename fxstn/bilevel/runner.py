@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
-from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery, RunParts
+from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
 from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, one_number
 from fxstn.bilevel.faults import BadLoss, Monitors, Stop
@@ -21,6 +21,7 @@ from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
+from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.steps import GapLimit
@@ -106,10 +107,9 @@ class BilevelRunner:
     def _parts(self) -> RunParts:
         """All parts with a state, in the order in which a checkpoint loads them."""
         tuner = self._tuner
-        shared: dict[str, Stateful] = {"problem": self.problem, "updates": self.updates, "limit": self._limit}
+        shared: dict[str, Stateful] = {"limit": self._limit, "losses": tuner.guard, "monitors": self._monitors}
+        shared |= {"stepper": tuner.stepper, "statistics": self._evaluator.statistics}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
-        shared |= {"losses": tuner.guard, "monitors": self._monitors, "stepper": tuner.stepper}
-        shared["statistics"] = self._evaluator.statistics
         local: dict[str, LocalState] = {
             "train": tuner.train,
             "valid": tuner.valid,
@@ -124,7 +124,8 @@ class BilevelRunner:
             "averages (ema)": tuner.averages is not None,
             "replay of a schedule": tuner.schedule is not None,
         }
-        return RunParts(tuner.counters, self.history, self._best, shared, local, identity)
+        own, settings = (tuner.counters, self.history, self._best), self._options.acting(self.settings["loss_fn"])
+        return RunParts(self.problem, self.updates, *own, shared, local, identity, settings)
 
     # Training
 

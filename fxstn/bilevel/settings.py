@@ -25,6 +25,8 @@ Callback = Callable[..., object]  # gets the runner
 Function = TypeVar("Function", bound=Callable[..., object])
 OF_PROCESS = ("device", "out_dir", "progress")  # settings that may differ between the processes of a run
 _RATES = "learning rates belong to the optimizers: optimizer=lambda p: torch.optim.SGD(p, lr=0.1)"
+# Plain settings that change neither training nor the choice of the best model.
+AROUND = ("save_minutes", "keep", "rollbacks", "compile")
 ELSEWHERE = {  # what other libraries take where the runner does not
     "lr": _RATES,
     "learning_rate": _RATES,
@@ -221,6 +223,16 @@ class Settings:
         return {
             name: value for name, value in vars(self).items() if isinstance(value, plain) and name not in OF_PROCESS
         }
+
+    def acting(self, loss_fn: str) -> dict[str, object]:
+        """The plain values that training and its result depend on, and the name of the validation loss.
+
+        loss_fn: the name of the training loss.
+        """
+        numbers = [field.name for field in fields(self) if isinstance(field.default, (bool, int, float, str))]
+        names = ["clip_norm", "ema", "autocast", *(name for name in numbers if name not in AROUND)]
+        loss = loss_fn if self.valid_loss_fn is None else text_of(self.valid_loss_fn)
+        return {name: getattr(self, name) for name in names} | {"valid_loss_fn": loss}
 
     def texts(self) -> dict[str, str]:
         """The settings for a reader: numbers as they are, functions and objects by name."""

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel.distributed import average_gradients
-from fxstn.bilevel.optim import SettlingAdam, learning_rate
+from fxstn.bilevel.optim import SettlingAdam
 from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.records import SCHEDULES, OptimizerRecord, Scheduler
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, Stateful
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 OptimizerLike = Optimizer | OptimizerFactory | None
 CLIPPED = ("optimizer", "response_optimizer")
+OPTIONAL = "scale_optimizer"  # of σ: a run may begin or cease to learn it
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
-
-
-class Scheduler(Stateful, Protocol):
-    """Such as those of torch.optim.lr_scheduler."""
-
-    @property
-    def step(self) -> Callable[..., object]: ...
 
 
 SchedulerFactories = dict[str, Callable[[Optimizer], Scheduler]] | None
@@ -136,18 +130,6 @@ def _build_schedulers(
     return schedulers
 
 
-# Where torch's schedulers keep rates: in the groups of their optimizer (initial_lr; OneCycleLR's others) or in a list each.
-_RATES = {"lr", "initial_lr", "min_lr", "max_lr", "base_lrs", "max_lrs"}
-
-
-def _with_parts(scheduler: object) -> Iterator[object]:
-    """A scheduler and those that it is made of, such as a SequentialLR's; nothing for None."""
-    if scheduler is not None:
-        yield scheduler
-        for part in getattr(scheduler, "_schedulers", ()):
-            yield from _with_parts(part)
-
-
 class Updates:
     """Steps optimizers by name: gradients averaged over the processes, unscaled, clipped; then their step schedulers.
 
@@ -171,6 +153,11 @@ class Updates:
         self._checked: set[tuple[str, ...]] = set()
         self.schedulers = _build_schedulers(schedulers, optimizers, "schedulers")
         self.step_schedulers = _build_schedulers(step_schedulers, optimizers, "step_schedulers")
+        self.records = {name: self._record(name) for name in optimizers}
+
+    def _record(self, name: str) -> OptimizerRecord:
+        schedules = zip(SCHEDULES, (self.schedulers, self.step_schedulers), strict=True)
+        return OptimizerRecord(name, self.optimizers[name], {kind: of[name] for kind, of in schedules if name in of})
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
@@ -211,8 +198,7 @@ class Updates:
                 nn.utils.clip_grad_norm_(self._parameters(name), self.clip_norm)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
-            if name in self.step_schedulers:
-                self.step_schedulers[name].step()
+            self.records[name].step()
 
     def drop_gradients(self) -> None:
         """Forget all gradients, such as those that a bad loss left."""
@@ -221,20 +207,12 @@ class Updates:
 
     def end_epoch(self, valid_loss: float) -> None:
         """Step the schedulers of epochs."""
-        for scheduler in self.schedulers.values():
-            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            scheduler.step(*([valid_loss] if plateau else []))
+        for record in self.records.values():
+            record.end_epoch(valid_loss)
 
     def slow(self, name: str, factor: float) -> float:
         """Multiply a learning rate, and the rates that its schedulers start from and go to; returns the new one."""
-        tables: list[dict[str, Any]] = list(self.optimizers[name].param_groups)
-        for scheduler in (self.schedulers.get(name), self.step_schedulers.get(name)):
-            tables += [vars(part) for part in _with_parts(scheduler)]
-        for table in tables:
-            for key in _RATES & table.keys():
-                rate = table[key]
-                table[key] = [factor * each for each in rate] if isinstance(rate, list) else factor * rate
-        return learning_rate(self.optimizers[name])
+        return self.records[name].slow(factor)
 
     def parts(self) -> dict[str, dict[str, Stateful]]:
         """{kind: {name: part}} of everything with a state."""
@@ -242,18 +220,39 @@ class Updates:
             "optimizers": dict(self.optimizers),
             "schedulers": dict(self.schedulers),
             "step_schedulers": dict(self.step_schedulers),
+            "records": dict(self.records),
             "scalers": dict(self.scalers),
         }
 
     def identity(self) -> dict[str, object]:
-        """{kind: {name: type and sizes}}: what two runs must have in common for one to load the other's state."""
+        """{kind: {name: type and sizes}}: what two runs must have in common for one to load the other's state.
+
+        Without the optimizer of σ, which a run may have or not.
+        """
         kinds: dict[str, dict[str, str]] = {
-            kind: {name: type(part).__name__ for name, part in parts.items()} for kind, parts in self.parts().items()
+            kind: {name: type(part).__name__ for name, part in self.parts()[kind].items() if name != OPTIONAL}
+            for kind in ("optimizers", *SCHEDULES)
         }
-        for name, optimizer in self.optimizers.items():
-            sizes = ", ".join(str(len(group["params"])) for group in optimizer.param_groups)
+        for name in kinds["optimizers"]:
+            sizes = ", ".join(str(len(group["params"])) for group in self.optimizers[name].param_groups)
             kinds["optimizers"][name] += f" of {sizes} tensors"
         return dict(kinds)
+
+    def adapt(self, state: State) -> tuple[State, list[str]]:
+        """A state of a run with other settings as one of this run; and texts of what this run takes anew.
+
+        Raises ValueError as `OptimizerRecord.adapt`.
+        """
+        result: State = {**state, **{kind: {} for kind in ("optimizers", *SCHEDULES, "records")}}
+        texts: list[str] = []
+        for name, record in self.records.items():
+            own = {kind: part.state_dict() for kind, part in record.parts().items()}
+            saved = {kind: state[kind][name] for kind in own if name in state[kind]}
+            new, remarks = record.adapt(saved) if record.is_alike(saved) else (own, ["begins anew"])
+            for kind, part_state in new.items():
+                result[kind][name] = part_state
+            texts += [f"{name}: {', '.join(remarks)}"] if remarks else []
+        return result, texts + [f"no {name}" for name in state["records"] if name not in self.records]
 
     def state_dict(self) -> State:
         kinds = self.parts().items()

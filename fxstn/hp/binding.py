@@ -49,5 +49,19 @@ class Binding:
     auxiliary: tuple[Site, ...]
     terms: LossTerms
 
+    def uses(self) -> list[list[str]]:
+        """What each hyperparameter acts on, as texts; [] of one that the loss function reads."""
+        result: list[set[str]] = [set() for _ in self.hyperparameters]
+        for site in self.sites:
+            for index in site.indices:
+                result[index].add(f"{type(site.spec).__name__} at {site.path!r}")
+        for name, index, norm in self.terms.penalties:
+            result[index].add(f"decay in the {norm}-norm of {name}")
+        for name, index in self.dropped:
+            result[index].add(f"DropConnect of {name}")
+        for index, _ in self.terms.jacobian:
+            result[index].add("JacobianNorm")
+        return [sorted(texts) for texts in result]
+
 
 NOTHING_BOUND = Binding((), (), (), (), LossTerms((), (), ()))

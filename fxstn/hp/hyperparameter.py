@@ -106,5 +106,23 @@ class Hyperparameter:
         share = (value - low) / (high - low)
         return math.log(share) - math.log1p(-share)
 
+    def value_at(self, unconstrained: float) -> float:
+        """The value at a point of the real line, that of an integer before it is rounded down."""
+        low, high = self.interval
+        if math.isinf(high):
+            return math.exp(unconstrained)
+        share = 1 / (1 + math.exp(-unconstrained)) if unconstrained > 0 else 1 - 1 / (1 + math.exp(unconstrained))
+        if self.log:
+            return math.exp(math.log(low) + share * math.log(high / low))
+        return low + share * (high - low)
+
+    def slope_at(self, unconstrained: float) -> float:
+        """The derivative of `value_at`, > 0."""
+        low, high = self.interval
+        if math.isinf(high):
+            return math.exp(unconstrained)
+        slope = 1 / (2 + math.exp(unconstrained) + math.exp(-unconstrained))
+        return slope * (self.value_at(unconstrained) * math.log(high / low) if self.log else high - low)
+
     def __str__(self) -> str:
         return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"
