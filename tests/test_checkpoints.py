@@ -337,6 +337,46 @@ def test_training_goes_on_in_another_range(tmp_path):
     assert rows[1] == pytest.approx(rows[0], abs=0.05)
 
 
+def test_the_ranges_of_a_problem_of_ones_own_cannot_be_converted(tmp_path):
+    class Own(fxstn.BilevelProblem):
+        def __init__(self, ranges):
+            super().__init__()
+            self.weight, self.number, self.own = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1)), ranges
+
+        def general_parameters(self):
+            return [self.weight]
+
+        def hyper_parameters(self):
+            return [self.number]
+
+        def values(self):
+            return {"number": self.number.item()}
+
+        def ranges(self):
+            return self.own
+
+    runners = [
+        fxstn.BilevelRunner(Own(r), None, [1], [1]) for r in ({}, {"number": (0.0, 1.0)}, {"number": (0.0, 2.0)})
+    ]
+    for number, runner in enumerate(runners):
+        runner.save(tmp_path / f"{number}.pt")
+        runner.load(tmp_path / f"{number}.pt")
+    for number, old in ((0, "no range"), (1, r"\[0, 1\]")):
+        with pytest.raises(
+            ValueError, match=rf"has number in {old}, this run in \[0, 2\], and λ of such a problem cannot"
+        ):
+            runners[2].load(tmp_path / f"{number}.pt")
+
+
+def test_a_metric_that_is_added_is_a_column_from_there_on(tmp_path):
+    runner = resumed(tmp_path, {"metrics": None}, None, metrics={"accuracy": fxstn.accuracy})
+    first, second = runner.history["accuracy"]
+    assert math.isnan(first)
+    assert 0 <= second <= 1
+    with pytest.raises(KeyError, match=r"has no column .acuracy.; it has train_loss, .*accuracy"):
+        runner.history["acuracy"]
+
+
 # Refusals
 
 REFUSED = {
@@ -378,19 +418,19 @@ def test_a_part_that_fails_to_load_leaves_the_run_as_it_was(tmp_path, monkeypatc
     runner = make(hparams=DROPOUT)
     runner.fit(1)
     before = states(runner)
-    loads = []
+    broken = runner._checkpoints.parts.all_shared()[part]
+    loads, load = [], broken.load_state_dict
 
-    def fails(state):
+    def fails_once(state):
         loads.append(state)
         if len(loads) == 1:
             raise KeyError("nothing like it")
+        load(state)
 
-    monkeypatch.setattr(runner._checkpoints.parts.all_shared()[part], "load_state_dict", fails)
+    monkeypatch.setattr(broken, "load_state_dict", fails_once)
     with pytest.raises(
         ValueError, match=r"last\.pt cannot be loaded by this run, which is as it was \(KeyError: 'nothing"
     ):
         runner.load(tmp_path / "last.pt")
-    monkeypatch.undo()
     assert len(loads) == 2
-    runner._checkpoints.parts.all_shared()[part].load_state_dict(loads[1])
     assert same(states(runner), before)

@@ -358,8 +358,12 @@ def test_nan_in_the_data_is_found_and_named(name, loss):
 # Signs
 
 
+RANGES = {"d": (0.0, 0.95), "low": (0.1, 0.95), "free": (0.0, 0.95)}  # the last one is no regulariser
+
+
 def row(epoch, **values):
-    usual = {"valid_loss": 1.0, "d": 0.3, "scale:d": 1.0, "response_norm": 0.1, "linearization_error": 0.2}
+    usual = {"valid_loss": 1.0, "response_norm": 0.1, "linearization_error": 0.2}
+    usual |= dict.fromkeys(RANGES, 0.3) | {f"scale:{name}": 1.0 for name in RANGES}
     return {"epoch": epoch} | usual | values
 
 
@@ -367,6 +371,11 @@ def row(epoch, **values):
     ("values", "message"),
     [
         ({"d": [0.9495, 0.95, 0.949]}, r"d = 0\.949 is at the upper end of its range \[0, 0\.95\].*high="),
+        (
+            {"low": [0.1005, 0.1, 0.104]},
+            r"low = 0\.104 is at the lower end of its range \[0\.1, 0\.95\].*low=, or leave out",
+        ),
+        ({"free": [0.004, 0.003, 0.002]}, r"free = 0\.002 is at the lower end of its range \[0, 0\.95\].*low=$"),
         ({"scale:d": [9e-4, 8e-4, 7e-4]}, r"σ of d has shrunk to 0\.0007.*entropy_weight"),
         ({"response_norm": [1.5, 1.2, 3.0]}, r"change the weights by 3 times their size; lower response_optimizer"),
         ({"linearization_error": [0.91, 0.92, 0.99]}, r"relative error 0\.99.*scale="),
@@ -375,7 +384,7 @@ def row(epoch, **values):
 )
 def test_a_sign_of_trouble_is_a_warning_once_it_lasts(values, message):
     ((column, bad),) = values.items()
-    monitors, rows = Monitors({"d": (0.0, 0.95)}), [row(1)]
+    monitors, rows = Monitors(RANGES, regularizing=["d", "low"]), [row(1)]
     for epoch, value in enumerate(bad[: PERSISTENT - 1], 2):
         rows.append(row(epoch, **{column: value}))
         monitors.read(rows)
@@ -386,9 +395,16 @@ def test_a_sign_of_trouble_is_a_warning_once_it_lasts(values, message):
     monitors.read(rows)  # not again: warnings are errors here
 
 
+def test_a_regulariser_that_is_off_is_no_trouble():
+    """Dropout of 0 in [0, 0.95]: a lower end cannot be given. Warnings are errors here."""
+    Monitors(RANGES, regularizing=["d"]).read([row(epoch, d=0.0) for epoch in (1, 2, 3)])
+
+
 def test_a_range_in_logarithms_is_at_its_end_there():
     monitors = Monitors({"d": (1e-7, 1e-1)})
     monitors.read([row(epoch, d=0.05) for epoch in (1, 2, 3)])
+    with pytest.warns(fxstn.RunWarning, match="lower end"):
+        monitors.read([row(epoch, d=1.1e-7) for epoch in (1, 2, 3)])
     with pytest.warns(fxstn.RunWarning, match="upper end"):
         monitors.read([row(epoch, d=0.095) for epoch in (1, 2, 3)])
 

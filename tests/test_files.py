@@ -201,7 +201,7 @@ def test_a_legend_has_every_name_as_it_is():
 @pytest.mark.parametrize("name", ["epoch", "seconds", "train_loss", "linearization_error", "scale:a", "accuracy"])
 def test_a_hyperparameter_of_the_name_of_another_column_is_refused(name):
     with pytest.raises(ValueError, match=f"the hyperparameter '{name}' has the name of a .* of the history"):
-        make(hparams=[hp.Scalar(name, 0.5, 0, 1)])
+        make(hparams=[hp.Scalar(name, 0.5, 0, 1)], loss_fn=fxstn.cross_entropy)
 
 
 SCRIPT = r"""

@@ -76,7 +76,8 @@ def test_only_a_number_near_an_end_of_its_range_needs_certainty_of_steps_towards
 @pytest.mark.parametrize("high", [0.95, math.inf])
 def test_where_in_their_ranges_the_numbers_of_a_network_are(high):
     """Reference: the constrained value as a share of the range; a range without upper end has no ends."""
-    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("a", 0.2, 0.0, high, regularizes=True)])
+    hparams = [hp.Dropout("2", init=0.3), hp.Scalar("a", 0.2, 0.0, high, regularizes=True)]
+    runner = make(hparams=hparams, loss_fn=fxstn.cross_entropy)
     position = runner.optimizers["hyper_optimizer"].position(runner.stn.hparams.unconstrained.detach())
     shares = [0.3 / runner.problem.ranges()["2.dropout"][1], 0.2 / high if math.isfinite(high) else 0.5]
     torch.testing.assert_close(position, torch.tensor(shares))
@@ -143,7 +144,7 @@ def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
 @pytest.mark.parametrize(
     "settings",
     [fxstn.PAPER, {"recalibrate": 0}, {"hyper_optimizer": partial(SettlingAdam, limits=False)},
-     {"hparams": [hp.Scalar("a", 0.5, 0, 1)]}],
+     {"hparams": [hp.Scalar("a", 0.5, 0, 1)], "loss_fn": fxstn.cross_entropy}],
     ids=["paper", "no training batches", "asked not to", "nothing regularises"],
 )  # fmt: skip
 def test_where_nothing_is_limited_nothing_is_measured(settings):
@@ -178,7 +179,8 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothi
 def test_a_run_resumed_without_limits_has_none(tmp_path):
     make(tmp_path).fit(1)
     runner = make(tmp_path, recalibrate=0)
-    runner.fit(2)
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: recalibrate=0 \(was 10\)$"):
+        runner.fit(2)
     assert gap(runner) is None
 
 
@@ -219,7 +221,38 @@ def test_a_metric_cannot_take_the_place_of_a_column_of_the_run(argument):
 
 def test_which_numbers_regularise():
     scalars = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1, regularizes=True)]
-    space = make(hparams=[hp.Dropout("2", init=0.3), *scalars, hp.LabelSmoothing()]).stn.hparams
+    hparams = [hp.Dropout("2", init=0.3), *scalars, hp.LabelSmoothing()]
+    space = make(hparams=hparams, loss_fn=fxstn.cross_entropy).stn.hparams
     assert {p.name: p.regularizes for p in space.hyperparameters} == {
         "2.dropout": True, "a": False, "b": True, "label_smoothing": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hparams", "text"),
+    [
+        (
+            [hp.Dropout("2"), hp.Scalar("margin", 0.5, 0, 1)],
+            r"nothing reads margin: loss_fn has no parameter hparams; give a",
+        ),
+        ([hp.LabelSmoothing()], r"nothing reads label_smoothing: .*; fxstn\.cross_entropy reads label_smoothing; give"),
+    ],
+)
+def test_a_number_that_the_loss_cannot_read_is_a_warning(hparams, text):
+    with pytest.warns(UserWarning, match=text):
+        make(hparams=hparams)
+    make(hparams=hparams, loss_fn=lambda output, target, hparams=None: F.cross_entropy(output, target))
+
+
+@pytest.mark.parametrize("kind", [OSError, NameError, torch.OutOfMemoryError])
+def test_a_fault_that_is_none_of_the_validation_loss_on_training_batches_is_raised(kind):
+    def broken_loss(output, target):
+        if len(target) == 8:
+            raise kind("no matter which batch")
+        return F.cross_entropy(output, target)
+
+    loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
+    stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=broken_loss, progress=False)
+    with pytest.raises(kind, match="no matter which batch"):
+        runner.fit(1)

@@ -87,15 +87,20 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
 
 @with_plots
 def test_a_report_shows_warnings_and_values_at_their_bounds(tmp_path):
-    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("<b>&", 0.5, 0, 1)])
+    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar("<b>&", 0.5, 0, 1)], loss_fn=fxstn.cross_entropy)
     runner.fit(3)
     for row in runner.history.rows:
         row["2.dropout"] = runner.problem.ranges()["2.dropout"][1]
-    with pytest.warns(fxstn.RunWarning, match="upper end"):
+        row["<b>&"] = 0.0
+    with (
+        pytest.warns(fxstn.RunWarning, match="upper end"),
+        pytest.warns(fxstn.RunWarning, match="lower end of its range .* low=$"),
+    ):
         runner._monitors.read(runner.history.rows)
     assert runner.warnings[0][0] == 3
     page = written(runner, tmp_path, title="a < b")
     assert "at upper end" in page.text
+    assert "at lower end" in page.text
     assert runner.warnings[0][1] in page.text
     assert "<b>&" in page.text
     assert "a < b" in page.text
@@ -104,7 +109,8 @@ def test_a_report_shows_warnings_and_values_at_their_bounds(tmp_path):
 @with_plots
 def test_every_text_of_a_report_is_escaped(tmp_path):
     bad = "<script>alert('&\"')</script>"
-    runner = make(hparams=[hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)], metrics={f"{bad}!": fxstn.accuracy})
+    hparams = [hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)]
+    runner = make(hparams=hparams, metrics={f"{bad}!": fxstn.accuracy}, loss_fn=fxstn.cross_entropy)
     runner.fit(2)
     runner._monitors.warnings.append((1, bad))
     runner.settings["out_dir"] = bad

@@ -22,6 +22,8 @@ from fxstn.bilevel.temporary import WeightAverages
 from fxstn.ir.input_errors import explained_errors
 from fxstn.ops.batch_axis import batch_size
 
+# What a loss raises of a batch that it is not made for. No other error says so.
+LOSS_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Metrics = dict[str, Callable[[Any, Any], SupportsFloat]]  # {name: f(output, target) → number}
 
 
@@ -228,15 +230,15 @@ class Evaluator:
     def clean_train_loss(self) -> float:
         """The mean of the validation loss over the training batches of the last steps; NaN, with a warning, where it fails.
 
-        A validation loss that is meant for another kind of batch may raise anything. Only a lack of memory is raised.
+        A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
         sums: dict[str, float] = {}
-        fault = ""
+        fault, batches = "", list(self.train.recent_or_first())
         try:
-            sums, _ = self._sums(self.train.recent_or_first(), "train_loader", {})
-        except torch.OutOfMemoryError:
+            sums, _ = self._sums(batches, "train_loader", {})
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except LOSS_ERRORS as error:
             fault = f": {type(error).__name__}: {error}"
         if not distributed.any_process(bool(fault), self.prepare.device):
             return _means(sums, "train_loader", self.prepare.device)["valid_loss"]

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,6 +16,7 @@ from fxstn.bilevel.state import State
 
 EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
 AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
+Ranges = dict[str, tuple[float, float]]  # {name: (low, high)}
 PERSISTENT = 3  # epochs in a row that a sign must last
 OPTIMIZERS_TO_SLOW = {  # {loss: optimizers whose rates a bad value of it calls too high}
     "train_loss": ("optimizer",),
@@ -79,12 +80,19 @@ def share_of_range(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low)
 
 
-def _bounds_reached(recent: Sequence[Row], ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, str]]:
+def _bounds_reached(recent: Sequence[Row], ranges: Ranges, regularizing: Collection[str]) -> Iterator[tuple[str, str]]:
     for name, (low, high) in ranges.items():
-        if all(share_of_range(row[name], low, high) > 1 - AT_BOUND for row in recent):
-            yield f"bound {name}", (f"{name} = {recent[-1][name]:.4g} is at the upper end of its range "
-                                    f"[{low:.4g}, {high:.4g}]; if the model is better for it, widen "
-                                    "the range with high=")  # fmt: skip
+        shares = [share_of_range(row[name], low, high) for row in recent]
+        place = f"{name} = {recent[-1][name]:.4g} is at the {{}} end of its range [{low:.4g}, {high:.4g}]; "
+        if min(shares) > 1 - AT_BOUND:
+            yield f"bound {name}", place.format("upper") + "if the model is better for it, widen the range with high="
+        # A regulariser that is 0 is off: that is a result, and no lower end could be given.
+        elif max(shares) < AT_BOUND and not (low == 0 and name in regularizing):
+            rest = ", or leave out this regularisation, which the run does not want" if name in regularizing else ""
+            yield (
+                f"low bound {name}",
+                place.format("lower") + f"if the model is better for it, widen the range with low={rest}",
+            )
 
 
 def _scales_lost(recent: Sequence[Row], first: Row, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -118,15 +126,16 @@ def _linearization_poor(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
                                 "scale of the hyperparameters (scale=), or response_optimizer's learning rate")  # fmt: skip
 
 
-def signs(rows: Sequence[Row], ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, str]]:
+def signs(rows: Sequence[Row], ranges: Ranges, regularizing: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """(sign, text) of every trouble that has lasted for `PERSISTENT` epochs.
 
     rows: of the history, one at least.
     ranges: {name: (low, high)} of hyperparameters, finite.
+    regularizing: names of those of which a higher value is a stronger regularisation.
     """
     recent = rows[-PERSISTENT:]
     if len(recent) == PERSISTENT:
-        yield from _bounds_reached(recent, ranges)
+        yield from _bounds_reached(recent, ranges, regularizing)
         yield from _scales_lost(recent, rows[0], list(ranges))
         yield from _response_too_large(recent)
         yield from _underfitting(recent)
@@ -137,11 +146,13 @@ class Monitors:
     """Reads each epoch's row, and warns of every sign of trouble once in a run.
 
     ranges: {name: (low, high)} of the hyperparameters.
+    regularizing: as of `signs`.
 
     `warnings` has (epoch, text) of every warning of the run, for reports.
     """
 
-    def __init__(self, ranges: dict[str, tuple[float, float]]) -> None:
+    def __init__(self, ranges: Ranges, regularizing: Collection[str] = ()) -> None:
+        self.regularizing = regularizing
         self.ranges = {name: (low, high) for name, (low, high) in ranges.items() if math.isfinite(high - low)}
         self.warnings: list[tuple[int, str]] = []
         self._signs: set[str] = set()  # signs that a warning was already given of
@@ -149,7 +160,7 @@ class Monitors:
     def read(self, rows: Sequence[Row]) -> None:
         """Warn of new signs in the rows up to this epoch."""
         epoch = int(rows[-1]["epoch"])
-        for sign, text in signs(rows, self.ranges):
+        for sign, text in signs(rows, self.ranges, self.regularizing):
             if sign not in self._signs:
                 self._signs.add(sign)
                 self.warnings.append((epoch, text := f"epoch {epoch}: {text}"))

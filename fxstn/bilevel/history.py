@@ -117,8 +117,13 @@ class History:
         return iter(self.rows)
 
     def __getitem__(self, column: str) -> list[float]:
-        """One column over all epochs."""
-        return [row[column] for row in self.rows]
+        """One column over all epochs; NaN where a row does not have it, as before a metric was added.
+
+        Raises KeyError for a column that no row has.
+        """
+        if self.rows and not any(column in row for row in self.rows):
+            raise KeyError(f"the history has no column {column!r}; it has {', '.join(self.columns())}")
+        return [row.get(column, math.nan) for row in self.rows]
 
     def best(self) -> Row:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""

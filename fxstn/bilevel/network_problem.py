@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.bilevel.batches import Batch, first_part
 from fxstn.bilevel.checks import check_loss
+from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.objectives import (
     LossFunction,
     Perturb,
@@ -22,6 +23,7 @@ from fxstn.bilevel.objectives import (
     hyper_loss,
     perturbation,
     response_loss,
+    takes_hparams,
     validation_loss,
 )
 from fxstn.bilevel.problem import BilevelProblem, Evaluation
@@ -201,14 +203,28 @@ class NetworkProblem(BilevelProblem):
         return self.stn.export()
 
 
+def _warn_of_unread(stn: SelfTuningNetwork, loss_fn: LossFunction) -> None:
+    """Warn of hyperparameters that only a loss function could read, where it does not."""
+    uses = zip(stn.hparams.names, stn.recipe.plan.binding.uses(), strict=True)
+    unread = [name for name, own in uses if not own]
+    if unread and not takes_hparams(loss_fn):
+        better = "fxstn.cross_entropy reads label_smoothing; " if "label_smoothing" in unread else ""
+        warn_caller(f"nothing reads {', '.join(unread)}: loss_fn has no parameter hparams; {better}give a function (output, "
+                    "target, hparams), where hparams is {name: values} in training and None else", UserWarning)  # fmt: skip
+
+
 def as_problem(
     stn: SelfTuningNetwork | BilevelProblem, loss_fn: LossFunction | None, settings: Settings
 ) -> BilevelProblem:
-    """The problem that a runner's arguments mean. Raises TypeError where they are of another kind, or do not go together."""
+    """The problem that a runner's arguments mean. Raises TypeError where they are of another kind, or do not go together.
+
+    Warns of hyperparameters that nothing reads.
+    """
     if isinstance(stn, SelfTuningNetwork):
         check_loss(loss_fn, "loss_fn")
         check_loss(settings.valid_loss_fn or loss_fn, "valid_loss_fn")
         assert loss_fn is not None
+        _warn_of_unread(stn, loss_fn)
         return NetworkProblem(stn, loss_fn, settings)
     if not isinstance(stn, BilevelProblem):
         raise TypeError(f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}")

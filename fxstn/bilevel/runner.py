@@ -92,7 +92,8 @@ class BilevelRunner:
         options, problem, tuner = self._options, self.problem, self._tuner
         self.updates, self.optimizers = tuner.updates, tuner.updates.optimizers
         self.history = History(tuple(problem.values()), start=problem.values())
-        self._best, self._monitors = BestModel(self.device), Monitors(problem.ranges())
+        regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
+        self._best, self._monitors = BestModel(self.device), Monitors(problem.ranges(), regularizing)
         self._evaluator = tuner.evaluator(self.metrics)
         measured = options.recalibrate > 0 and options.schedule is None
         self._limit = GapLimit(self.optimizers.get("hyper_optimizer"), problem, measured)

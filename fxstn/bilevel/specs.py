@@ -36,10 +36,12 @@ def _hyperparameter(spec: State) -> Hyperparameter:
 
 def _changed(ours: State, theirs: State, keys: Sequence[str]) -> list[str]:
     """Names of the hyperparameters in which one of the keys differs."""
-    return [name for name in ours if any(ours[name].get(key) != theirs[name].get(key) for key in keys)]
+    return [name for name in ours if any(ours[name].get(key) != theirs.get(name, {}).get(key) for key in keys)]
 
 
 def _range(spec: State) -> str:
+    if not spec:
+        return "no range"
     kinds = [kind for kind in ("log", "integer") if spec.get(kind)]
     return f"[{spec['low']:g}, {spec['high']:g}]{''.join(f' ({kind})' for kind in kinds)}"
 
@@ -78,7 +80,7 @@ def adapt(state: State, problem: BilevelProblem) -> tuple[State, list[str], list
         old, new = (", ".join(specs[name]["uses"]) or "the loss function" for specs in (theirs, ours))
         raise ValueError(f"{name} for {old}, this run for {new}; choose another out_dir, or the same hparams")
     ranges, scales = _changed(ours, theirs, RANGE), _changed(ours, theirs, ["scale"])
-    changes = [f"{name} in {_range(ours[name])} (was {_range(theirs[name])})" for name in ranges]
+    changes = [f"{name} in {_range(ours[name])} (was {_range(theirs.get(name, {}))})" for name in ranges]
     changes += [f"{name} with scale={ours[name]['scale']:g}" for name in scales]
     for key in ("by_batch", "regularizes"):
         changes += [f"{name} with {key}={ours[name][key]}" for name in _changed(ours, theirs, [key])]
@@ -89,7 +91,7 @@ def adapt(state: State, problem: BilevelProblem) -> tuple[State, list[str], list
     if not ranges and not scales:
         return state, changes, remains
     if not isinstance(problem, NetworkProblem) or (ranges and problem.stn.method == "stn"):
-        old, new = (_range(specs[ranges[0]]) for specs in (theirs, ours))
+        old, new = (_range(specs.get(ranges[0], {})) for specs in (theirs, ours))
         raise ValueError(f"{ranges[0]} in {old}, this run in {new}, and λ of such a problem cannot be converted; choose "
                          "another out_dir, or the same range")  # fmt: skip
     if ranges and not _settles(state):
