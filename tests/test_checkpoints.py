@@ -136,6 +136,92 @@ def test_what_appears_at_the_first_step_ends_the_run_there(tmp_path):
     assert runner.steps <= 2
 
 
+class Number:
+    """An object with a number that its owner changes."""
+
+    def __init__(self):
+        self.number = 0
+
+
+class Numbering(Stored):
+    def step(self):
+        self.value.number += 1
+
+
+def test_an_object_in_a_state_goes_back_with_a_run_without_files():
+    calls, objects = [], []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        return F.cross_entropy(output, target) * (float("nan") if len(calls) == 13 else 1.0)
+
+    def note(runner):
+        objects.append(runner.updates.schedulers["optimizer"].value.number)
+
+    numbering = {"schedulers": {"optimizer": lambda o: Numbering(o, Number())}, "callbacks": [note]}
+    runner = make(hparams=[hp.Dropout("2")], loss_fn=loss_fn, valid_loss_fn=F.cross_entropy, **numbering)
+    with pytest.warns(fxstn.RunWarning, match="back to epoch 2"):
+        runner.fit(3)
+    assert objects == [1, 2, 3]
+
+
+class Own(fxstn.BilevelProblem):
+    """Two numbers; and a state of its own, which it is given, or ranges."""
+
+    def __init__(self, own=None, ranges=None):
+        super().__init__()
+        self.weight, self.number = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        self.own, self.all_ranges = own, ranges or {}
+
+    def general_parameters(self):
+        return [self.weight]
+
+    def hyper_parameters(self):
+        return [self.number]
+
+    def general_loss(self, inputs, target):
+        return ((self.weight - inputs) ** 2).mean()
+
+    def hyper_loss(self, inputs, target):
+        return ((self.number - inputs) ** 2).mean()
+
+    def validation_loss(self, inputs, target):
+        return self.general_loss(inputs, target), inputs
+
+    def values(self):
+        return {"number": self.number.item()}
+
+    def ranges(self):
+        return self.all_ranges
+
+    def local_state(self):
+        return {"own": self.own}
+
+    def load_local_state(self, state):
+        self.own = state["own"]
+
+    def get_extra_state(self):
+        return {"version": np.float64(0.5)}
+
+    def set_extra_state(self, state):
+        assert type(state["version"]) is float
+
+
+def own_run(out_dir=None, **arguments):
+    batches = [(torch.ones(4, 1), torch.ones(4, 1))]
+    return fxstn.BilevelRunner(Own(**arguments), None, batches, batches, out_dir=out_dir, progress=False)
+
+
+def test_the_state_of_a_problem_of_ones_own_is_plain_or_refused(tmp_path):
+    own_run(tmp_path, own=[np.float32(0.5)]).fit(1)
+    runner = own_run(tmp_path)
+    runner.fit(1)
+    assert runner.problem.own == [0.5]
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["model"]["_extra_state"] == {"version": 0.5}
+    with pytest.raises(TypeError, match=r"processes\.0\.problem\.own is .*array.* of type numpy\.ndarray, which"):
+        own_run(tmp_path / "other", own=np.ones(2)).fit(1)
+
+
 @pytest.mark.parametrize("value", [torch.Size([2]), torch.float16, 1j, None, {1, 2}, b"a"])
 def test_what_torch_reads_is_taken(value):
     check_readable({"a": [value]})
@@ -338,26 +424,7 @@ def test_training_goes_on_in_another_range(tmp_path):
 
 
 def test_the_ranges_of_a_problem_of_ones_own_cannot_be_converted(tmp_path):
-    class Own(fxstn.BilevelProblem):
-        def __init__(self, ranges):
-            super().__init__()
-            self.weight, self.number, self.own = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1)), ranges
-
-        def general_parameters(self):
-            return [self.weight]
-
-        def hyper_parameters(self):
-            return [self.number]
-
-        def values(self):
-            return {"number": self.number.item()}
-
-        def ranges(self):
-            return self.own
-
-    runners = [
-        fxstn.BilevelRunner(Own(r), None, [1], [1]) for r in ({}, {"number": (0.0, 1.0)}, {"number": (0.0, 2.0)})
-    ]
+    runners = [own_run(ranges=ranges) for ranges in ({}, {"number": (0.0, 1.0)}, {"number": (0.0, 2.0)})]
     for number, runner in enumerate(runners):
         runner.save(tmp_path / f"{number}.pt")
         runner.load(tmp_path / f"{number}.pt")

@@ -84,8 +84,9 @@ class CheckpointManager:
             return True
         assert self.out_dir is not None
         try:
-            if better and self.parts.best.record is not None:
-                save_atomically(self.parts.best.record, self.out_dir / "best.pt")
+            best = state["shared"]["best"]["record"]
+            if better and best is not None:
+                save_atomically(best, self.out_dir / "best.pt")
             self.parts.history.to_csv(self.out_dir / "history.csv")
             save_checkpoint(state, self.out_dir / "last.pt", self.files)
         except OSError as error:

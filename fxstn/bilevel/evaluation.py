@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -150,7 +151,7 @@ class Best(TypedDict):
 
     epoch: int
     valid_loss: float
-    model: dict[str, Tensor]
+    model: dict[str, Any]
 
 
 class BestModel:
@@ -164,7 +165,10 @@ class BestModel:
         """Keep the model of a problem where it is better; returns whether it is."""
         if self.record is not None and not valid_loss < self.record["valid_loss"]:
             return False
-        model = {name: value.clone() for name, value in problem.export().state_dict().items()}
+        model = {
+            name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # extra state of a module
+            for name, value in problem.export().state_dict().items()
+        }
         self.record = {"epoch": epoch, "valid_loss": valid_loss, "model": model}
         return True
 
