@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from nets import SmallConv, mlp
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxstn
@@ -158,6 +158,11 @@ for _name, _value, _message in (
         "step_schedulers",
         {"optimizer": lambda o: None},
         r"step_schedulers\['optimizer'\] must return a scheduler.*NoneType",
+    ),
+    (
+        "step_schedulers",
+        {"optimizer": ReduceLROnPlateau},
+        r"step_schedulers\['optimizer'\] is a ReduceLROnPlateau, which needs the validation loss.*give it in schedulers",
     ),
 ):
     row(f"{_name} {_value!r}", _message)(made(**{_name: _value}))

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.optim import SettlingAdam
@@ -124,6 +125,9 @@ def _build_schedulers(
         if missing := [method for method in needed if not hasattr(scheduler, method)]:
             raise TypeError(f"{argument}[{name!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
                             f"{type(scheduler).__name__}, which has no {missing[0]}()")  # fmt: skip
+        if argument == "step_schedulers" and isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(f"step_schedulers[{name!r}] is a ReduceLROnPlateau, which needs the validation loss of an epoch; "
+                             "give it in schedulers")  # fmt: skip
         state = scheduler.state_dict()
         if (plain := plain_numbers(state)) is not state:  # a resumed run must reckon with the same types
             scheduler.load_state_dict(plain)
