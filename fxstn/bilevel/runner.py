@@ -108,16 +108,13 @@ class BilevelRunner:
     def _parts(self) -> RunParts:
         """All parts with a state, in the order in which a checkpoint loads them."""
         tuner = self._tuner
-        shared: dict[str, Stateful] = {"limit": self._limit, "losses": tuner.guard, "monitors": self._monitors}
-        shared |= {"stepper": tuner.stepper, "statistics": self._evaluator.statistics}
+        shared: dict[str, Stateful] = {"limit": self._limit}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
-        local: dict[str, LocalState] = {
-            "train": tuner.train,
-            "valid": tuner.valid,
-            "problem": LocalProblemState(self.problem, self.device),
-            "means": tuner.means,
-            "tensors": self._epoch_tensors,
-        }
+        shared |= {"losses": tuner.guard, "monitors": self._monitors, "stepper": tuner.stepper}
+        shared["statistics"] = self._evaluator.statistics
+        own_state = LocalProblemState(self.problem, self.device)
+        local: dict[str, LocalState] = {"train": tuner.train, "valid": tuner.valid, "problem": own_state}
+        local |= {"means": tuner.means, "tensors": self._epoch_tensors}
         identity = {
             "hyperparameters": list(self.history.names),
             "method": getattr(self.stn, "method", type(self.problem).__name__),
