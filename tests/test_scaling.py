@@ -329,6 +329,8 @@ def test_a_run_in_float16_goes_on_from_one_in_float32_and_the_other_way_round(tm
     """With the first scale, and without one."""
     make(tmp_path).fit(1)
     runner = make(tmp_path, autocast=torch.float16)
-    assert len(runner.fit(2)) == 2
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: autocast=torch\.float16 \(was None\)$"):
+        assert len(runner.fit(2)) == 2
     assert runner.updates.scalers["train_loss"].get_scale() == 2.0**16
-    assert len(make(tmp_path).fit(3)) == 3
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: autocast=None \(was torch\.float16\)$"):
+        assert len(make(tmp_path).fit(3)) == 3
