@@ -1,57 +1,118 @@
-"""A short run in a process of its own, to be killed: python tests/killed.py OUT EPOCHS. Prints "training" when it trains."""
+"""Runs that are killed: python tests/killed.py FOLDER KILLS EPOCHS SEED … prints a line of JSON for each seed's scenario.
+
+One process imports everything once; each run, and each resumed one, is a fork of it.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
+import os
+import random
+import signal
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from torch.utils.data import DataLoader, Dataset
+from runs import same, without_times
+from scenarios import Scenario
 
-import fxstn
-from fxstn import hp
+from fxstn.bilevel.checkpoint import load_checkpoint
 
-
-class Noisy(Dataset):
-    """Draws from three global generators, in the worker processes where there are any; takes its time."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        time.sleep(2e-4)
-        noise = 0.1 * torch.randn(6) + 0.1 * numpy.random.randn()
-        return (self.x[i] + noise).float(), self.x[i, :3].argmax()
+SAID = "does not end as it would have ended"
 
 
-def make(out: Path | None) -> fxstn.BilevelRunner:
-    torch.manual_seed(0)
-    numpy.random.seed(0)
-    stn = fxstn.transform(mlp(), [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)])
-    train = DataLoader(Noisy(160, 0), 8, shuffle=True, num_workers=1, multiprocessing_context="fork")
-    valid = DataLoader(Noisy(40, 1), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
-    return fxstn.BilevelRunner(
-        stn, F.cross_entropy, train, valid, out_dir=out, save_minutes=2e-4, keep=3, progress=False, tune_scale=True,
-        train_steps=3, ema=0.9, schedulers={"optimizer": lambda o: torch.optim.lr_scheduler.StepLR(o, 2)},
-        step_schedulers={"response_optimizer": lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=30)},
-    )  # fmt: skip
+def run(scenario: Scenario, out: Path, epochs: int, pipe: int, moment: int) -> None:
+    """Train to the end, and write the end and the warnings to files; a byte to the pipe at the loss of this number."""
+    os.setpgid(0, 0)
+    calls = 0
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            os.write(pipe, b".")
+        return F.cross_entropy(output, target)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner = scenario.runner(out, loss_fn)
+        try:
+            history = runner.fit(epochs)
+        finally:
+            with open(out / "warnings", "a", encoding="utf-8") as file:
+                file.writelines(f"{each.message}\n" for each in caught)
+    end = {"rows": without_times(history), "stn": runner.stn.state_dict(), "best": runner.best}
+    torch.save({"end": end, "calls": calls}, out / "part.pt")
+    os.replace(out / "part.pt", out / "end.pt")
 
 
-def main(out: Path, epochs: int) -> None:
+def start(scenario: Scenario, out: Path, epochs: int, moment: int = 0) -> tuple[int, int]:
+    """The number of a process that runs a scenario, and where to read that its moment has come."""
+    reading, writing = os.pipe()
+    number = os.fork()
+    if number:
+        os.close(writing)
+        return number, reading
+    try:
+        os.close(reading)
+        run(scenario, out, epochs, writing, moment)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def rereads(scenario: Scenario, file: Path) -> bool:
+    """Whether a resume from a file reads something again that no checkpoint holds."""
+    if not file.exists():
+        return False
+    (state,) = load_checkpoint(file)["processes"]
+    return any(state[name]["passes"] for name in scenario.unfollowed)
+
+
+def finish(scenario: Scenario, out: Path, epochs: int) -> dict[str, object]:
+    """The end of a run that nothing interrupts."""
+    number, pipe = start(scenario, out, epochs)
+    assert os.waitpid(number, 0)[1] == 0, f"{scenario}: the run failed"
+    os.close(pipe)
+    end: dict[str, object] = torch.load(out / "end.pt", weights_only=True)
+    return end
+
+
+def killed(scenario: Scenario, folder: Path, kills: int, epochs: int, seed: int) -> dict[str, object]:
+    """What became of a run that was killed so often, at random moments, beside one that was not."""
+    chance, whole, cut = random.Random(seed), folder / f"{seed}-whole", folder / f"{seed}-cut"
+    whole.mkdir()
+    cut.mkdir()
+    expected = finish(scenario, whole, epochs)
+    calls, hits = int(str(expected["calls"])), 0
+    for _ in range(kills):
+        number, pipe = start(scenario, cut, epochs, chance.randint(2, max(2, calls // (kills + 1))))
+        os.read(pipe, 1)  # empty where the run ends before
+        time.sleep(chance.uniform(0.0, 0.01))
+        os.killpg(number, signal.SIGKILL)
+        hits += os.WIFSIGNALED(os.waitpid(number, 0)[1])
+        os.close(pipe)
+    notices = rereads(scenario, cut / "last.pt")
+    end = finish(scenario, cut, epochs)
+    said = SAID in (cut / "warnings").read_text(encoding="utf-8")
+    right = said == notices and (bool(scenario.unfollowed) or same(end["end"], expected["end"]))
+    return {"seed": seed, "right": right, "warned": said, "kills": hits, "words": str(scenario)}
+
+
+def main(folder: Path, kills: int, epochs: int, seeds: list[int]) -> None:
     torch.set_num_threads(1)
-    runner = make(out)
-    print("training", flush=True)
-    history = runner.fit(epochs)
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in history]
-    torch.save({"rows": rows, "stn": runner.stn.state_dict(), "best": runner.best}, out / "end.pt")
+    Scenario.of(0).runner(None, F.cross_entropy).fit(1)  # so that no fork does anew what is done once in a process
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy the memory of all objects
+    for seed in seeds:
+        print(json.dumps(killed(Scenario.of(seed), folder, kills, epochs, seed)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(seed) for seed in sys.argv[4:]])

@@ -224,9 +224,6 @@ row("loader a generator", "train_loader is a generator, which yields its batches
 row("loader empty", r"valid_loader is empty.*fewer examples than batch_size with drop_last\?")(
     made(valid=batches(size=99, drop_last=True))
 )
-row("loader with persistent workers", "valid_loader has persistent_workers=True.*set it to False")(
-    made(valid=batches(num_workers=1, persistent_workers=True))
-)
 row("evaluating a data set", r"loader must be a DataLoader.*got TensorDataset; DataLoader\(dataset")(
     lambda folder: runner().evaluate(TensorDataset(X, Y))
 )

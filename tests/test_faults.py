@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, damaged files, a full disk, losses that are no numbers; and what it warns of."""
+"""What a run survives: signals, damaged files, a full disk, losses that are no numbers; and what it warns of."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -22,26 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.batches import ResumableLoader
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
 from fxstn.bilevel.faults import PERSISTENT, Monitors
+from fxstn.bilevel.loaders import ResumableLoader
 
-HERE = Path(__file__).resolve().parent
-
-
-# Kills
-
-
-def start(out: Path, epochs: int) -> subprocess.Popen:
-    """A run in a process group of its own, which trains when this returns."""
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "killed.py"), str(out), str(epochs)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n", process.communicate()[1]
-    return process
+# Signals
 
 
 def loss_of_best(runner: fxstn.BilevelRunner) -> float:
@@ -49,38 +31,6 @@ def loss_of_best(runner: fxstn.BilevelRunner) -> float:
     x, y = runner.valid_loader.dataset.tensors
     with torch.no_grad():
         return F.cross_entropy(runner.best_model().eval()(x), y).item()
-
-
-def changed(path: Path) -> int:
-    """When a file was written; 0: never."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def end(out: Path, epochs: int) -> dict:
-    _, errors = start(out, epochs).communicate(timeout=300)
-    assert (out / "end.pt").exists(), errors
-    assert "Traceback" not in errors
-    return torch.load(out / "end.pt", weights_only=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.nightly)])
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, kills):
-    epochs = 8 if kills == 3 else 30
-    whole = end(tmp_path / "whole", epochs)
-    chance, cut = random.Random(kills), tmp_path / "cut"
-    for number in range(kills):
-        before = changed(cut / "last.pt")
-        process = start(cut, epochs)
-        deadline = time.monotonic() + 60
-        while number % 4 and changed(cut / "last.pt") == before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.3))
-        os.killpg(process.pid, signal.SIGTERM if number % 5 == 4 else signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode != 0, "the run was over before it was killed: give it more epochs"
-    assert changed(cut / "last.pt")
-    assert same(end(cut, epochs), whole)
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])

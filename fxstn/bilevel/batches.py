@@ -1,19 +1,16 @@
-"""Batches: read from a loader whose place can be saved, moved to the device, laid out, checked, cut to a part."""
+"""Batches: moved to the device, laid out, checked, cut to a part."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxstn.bilevel.state import State, random_state, set_random_state
 from fxstn.ir.input_errors import first_line
 from fxstn.ops.batch_axis import batch_size
 
@@ -125,111 +122,3 @@ def first_part(batch: Batch, fraction: float) -> Batch:
 
     inputs, target = tree_map(cut, batch)
     return inputs, target
-
-
-def _sources(loader: object) -> tuple[object, ...]:
-    return loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-
-
-def _generators(loader: object) -> list[torch.Generator]:
-    """The generators from which a loader draws its order, besides the global one."""
-    own = [getattr(source, "generator", None) for source in _sources(loader)]
-    return list({id(g): g for g in own if isinstance(g, torch.Generator)}.values())
-
-
-class ResumableLoader:
-    """Passes over a loader, whose place can be saved and restored. A part with a state in each process.
-
-    name: what errors call the loader.
-    remember: the number of batches kept in `recent`, the last ones of this pass, as the loader gave them.
-
-    The state is the generators at the start of the pass and the number of batches taken.
-    A sampler with set_epoch (torch's DistributedSampler) gets the number of the pass.
-    """
-
-    def __init__(self, loader: Iterable[object], name: str, remember: int = 0) -> None:
-        self.loader, self.name = loader, name
-        self.recent: deque[object] = deque(maxlen=remember)
-        self._batches: Iterator[object] | None = None
-        self._start: State = {}
-        self._passes = self._position = 0
-
-    @property
-    def remembers(self) -> bool:
-        """Whether batches are kept in `recent`."""
-        return bool(self.recent.maxlen)
-
-    def recent_or_first(self) -> Iterator[object]:
-        """The recent batches; before there is one, as many first ones of another pass."""
-        yield from self.recent or itertools.islice(self.loader, self.recent.maxlen)
-
-    @property
-    def open(self) -> bool:
-        """Whether a pass has begun and is not over."""
-        return self._batches is not None
-
-    def begin(self) -> None:
-        """Begin a pass."""
-        self._start = {"random": random_state(), "own": [g.get_state() for g in _generators(self.loader)]}
-        for source in _sources(self.loader):
-            if hasattr(source, "set_epoch"):
-                source.set_epoch(self._passes)
-        self._passes += 1
-        self._batches, self._position = iter(self.loader), 0
-        self.recent.clear()
-
-    def close(self) -> None:
-        """End this pass here."""
-        self._batches = None
-
-    def take(self, n: int = 1) -> list[object]:
-        """The next n batches of this pass; fewer, or none, at its end. Where there is none the pass is over."""
-        assert self._batches is not None
-        batches = list(itertools.islice(self._batches, n))
-        self._position += len(batches)
-        self.recent.extend(batches)
-        if not batches:
-            self._batches = None
-        return batches
-
-    def next(self) -> tuple[object, bool]:
-        """The next batch, and whether it is the first of a pass; a pass that is over is followed by another.
-
-        Raises ValueError where the loader yields no batch.
-        """
-        if not self.open or not (batches := self.take()):
-            self.begin()
-            batches = self.take()
-        if not batches:
-            raise ValueError(f"{self.name} is empty: it yielded no batch")
-        return batches[0], self._position == 1
-
-    def state_dict(self) -> State:
-        own = [g.get_state() for g in _generators(self.loader)]
-        return {"open": self.open, "passes": self._passes, "taken": self._position, "start": self._start, "own": own}
-
-    def load_state_dict(self, state: State) -> None:
-        self._passes, self._batches = state["passes"], None
-        if state["open"]:
-            before = random_state()
-            set_random_state(state["start"]["random"])
-            self._set_own(state["start"]["own"])
-            self._passes -= 1
-            self.begin()
-            for _ in range(state["taken"]):
-                self.take()
-            set_random_state(before)
-        self._set_own(state["own"])
-
-    def refusal(self, state: State) -> str:
-        theirs, ours = len(state["own"]), len(_generators(self.loader))
-        return "" if theirs == ours else f"{self.name} with {theirs} generators of its own, this run {ours}"
-
-    def restart(self, state: State) -> None:
-        self._passes, self._batches = state["passes"], None
-        if not self.refusal(state):
-            self._set_own(state["own"])
-
-    def _set_own(self, states: list[Tensor]) -> None:
-        for generator, saved in zip(_generators(self.loader), states, strict=True):
-            generator.set_state(saved.cpu())

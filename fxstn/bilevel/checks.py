@@ -215,8 +215,7 @@ def check_loader(loader: object, name: str) -> int | None:
 
     name: of the argument.
 
-    Raises TypeError for what is no iterable of batches, or yields them once; ValueError where the loader is empty or allows one
-    pass at a time.
+    Raises TypeError for what is no iterable of batches, or yields them once; ValueError where the loader is empty.
     """
     if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
         raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}; "
@@ -225,9 +224,6 @@ def check_loader(loader: object, name: str) -> int | None:
         raise TypeError(
             f"{name} is a {type(loader).__name__}, which yields its batches once; give a DataLoader, or a list of them"
         )
-    if getattr(loader, "persistent_workers", False) and name == "valid_loader":
-        raise ValueError("valid_loader has persistent_workers=True, which allows one pass at a time; the hyper steps and the "
-                         "evaluation are two: set it to False")  # fmt: skip
     if not isinstance(loader, Sized):
         return None
     try:

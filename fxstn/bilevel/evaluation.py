@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
+from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
+from fxstn.bilevel.sources import new_pass
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.ir.input_errors import explained_errors
@@ -256,7 +258,7 @@ class Evaluator:
         sums: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *metrics), 0.0)
         evaluate = self.problem.evaluation()
         first: Batch | None = None
-        for batch in batches:
+        for batch in new_pass(batches):
             inputs, target = pair = self.prepare(batch, name, "evaluation")
             first = first or pair
             with self.precision(), explained_errors(pair, self.prepare.place, self.problem):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Batch, BatchPreparer, ResumableLoader
+from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.evaluation import Evaluator, Metrics, RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
+from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.settings import Settings

@@ -1,0 +1,345 @@
+"""A resumed run goes on with the batches that it would have had: every loader, order and source of noise."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from runs import dataset, same
+from scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
+
+import fxstn
+from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.sources import checksum, generators_of, new_pass
+from fxstn.bilevel.state import GlobalRandomState
+
+HERE = Path(__file__).resolve().parent
+
+
+# Kills
+
+
+def killed(folder: Path, kills: int, epochs: int, seeds: Iterable[int]) -> list[dict]:
+    """What became of the scenarios of these seeds (tests/killed.py)."""
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    numbers = map(str, (kills, epochs, *seeds))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed.py"), str(folder), *numbers],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seeds", "kills", "epochs"),
+    [
+        ((3, 4, 11, 14, 15, 18, 30, 34, 44, 49), 3, 2),  # two with worker processes
+        pytest.param(range(100, 140), 3, 4, marks=pytest.mark.nightly),
+        pytest.param(range(200, 203), 25, 30, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been_or_says_that_it_does_not(
+    tmp_path, seeds, kills, epochs
+):
+    results = killed(tmp_path, kills, epochs, seeds)
+    assert [result["seed"] for result in results] == list(seeds)
+    wrong = [result for result in results if not result["right"]]
+    assert not wrong, "\n".join(map(str, wrong))
+    assert {result["kills"] for result in results} == {kills}
+
+
+# Loaders
+
+
+def saved(state: dict) -> dict:
+    """A state as a file gives it back."""
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+
+
+def drawn(stream: ResumableLoader, count: int) -> list:
+    """Batches of a run that draws from all generators between them, and evaluates on the same loader now and then."""
+    batches = []
+    for number in range(count):
+        batches += stream.next()
+        torch.rand(3)
+        numpy.random.rand(2)
+        random.random()
+        if number % 5 == 2:
+            batches += list(new_pass(stream.loader))
+    return batches
+
+
+def resumed(make_loader, count: int, after: int, remember: int = 0) -> tuple[list, list]:
+    """The batches that a run takes after so many, and those that it takes in a new process from a state saved there."""
+    seed_all(5)
+    stream = ResumableLoader(make_loader(), "loader", remember)
+    drawn(stream, count)
+    state, place = saved(stream.state_dict()), GlobalRandomState.current()
+    expected = [*drawn(stream, after), *stream.recent]
+    seed_all(77)
+    other = ResumableLoader(make_loader(), "loader", remember)
+    assert other.refusal(state) == ""
+    other.load_state_dict(state)
+    place.set()
+    return expected, [*drawn(other, after), *other.recent]
+
+
+CASES = [("map", order, noise) for order in ORDERS for noise in ("none", "torch", "own numpy")]
+CASES += [(kind, "generator", noise) for kind in dict.fromkeys(KINDS) for noise in NOISE if noise != "system"]
+
+
+@pytest.mark.parametrize(("kind", "order", "noise"), dict.fromkeys(CASES))
+def test_a_loader_goes_on_in_a_new_process_as_it_would_have(kind, order, noise):
+    for count in (1, 3, 6, 8):
+        expected, batches = resumed(lambda: loader(kind, order, "main", noise, 24, 0), count, 7, count % 2 * 3)
+        assert same(batches, expected), count
+
+
+@pytest.mark.parametrize("workers", ["1", "kept"])
+def test_a_loader_with_workers_goes_on_in_a_new_process_as_it_would_have(workers):
+    for count in (2, 5):
+        assert same(*resumed(lambda: loader("map", "shuffle", workers, "torch", 24, 0), count, 3))
+
+
+def test_two_loaders_that_share_a_generator_and_a_data_set_go_on_as_they_would_have():
+    def pair(state=None):
+        generator, data = seeded(3), Noisy(numbers(24, 0), OwnNoise(numpy.random.default_rng(2)))
+        parts = [Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2))]
+        samplers = [RandomSampler(part, True, 50, generator) for part in parts]
+        return [ResumableLoader(DataLoader(p, 3, sampler=s), "loader") for p, s in zip(parts, samplers, strict=True)]
+
+    def alternate(streams, count):
+        return [batch for i in range(count) for batch in streams[i % 3 == 2].next()]
+
+    first = pair()
+    alternate(first, 23)
+    states = [saved(stream.state_dict()) for stream in first]
+    place, expected = GlobalRandomState.current(), alternate(first, 40)
+    second = pair()
+    for stream, state in zip(second, states, strict=True):
+        stream.load_state_dict(state)
+    place.set()
+    assert same(alternate(second, 40), expected)
+
+
+def test_a_generator_that_was_never_seeded_goes_on_in_another_process():
+    assert same(*resumed(lambda: DataLoader(Noisy(numbers(24, 0), OwnNoise(numpy.random.default_rng())), 4), 4, 9))
+
+
+def test_a_loader_without_random_transforms_draws_what_a_loop_over_it_draws():
+    for order in ("shuffle", "weighted", "with replacement"):
+        seed_all(1)
+        whole = loader("map", order, "main", "none", 24, 0)
+        plain = [batch for _ in range(2) for batch in whole]
+        place = torch.get_rng_state()
+        seed_all(1)
+        stream = ResumableLoader(loader("map", order, "main", "none", 24, 0), "loader")
+        assert same([stream.next()[0] for _ in plain], plain)
+        assert torch.equal(torch.get_rng_state(), place)
+
+
+def test_no_two_loaders_passes_and_training_draw_the_same_numbers():
+    still = Noisy(torch.zeros(24, 6), NOISE["torch"]())
+    seed_all(1)
+    values = [torch.randn(50)]
+    for name in ("train_loader", "valid_loader"):
+        place = torch.get_rng_state()
+        stream = ResumableLoader(DataLoader(still, 4), name)
+        for _ in range(3):
+            stream.begin()
+            batches = stream.take(9)
+            values += [
+                batch[0][:, 0] / 0.3 for batch in batches[name == "valid_loader" :]
+            ]  # the first draws as training does
+        torch.set_rng_state(place)
+    values = torch.cat(values)
+    assert len(values.unique()) == len(values)
+
+
+# Epochs
+
+
+def test_set_epoch_of_all_parts_gets_0_1_2_once_in_a_pass_and_goes_on_after_a_resume():
+    calls: list[tuple[str, int]] = []
+
+    class Told:
+        name = ""
+
+        def set_epoch(self, epoch: int) -> None:
+            calls.append((self.name, epoch))
+
+    def named(name: str, base: type, *args: object) -> object:
+        return type(name, (Told, base), {"name": name})(*args)
+
+    def build() -> DataLoader:
+        rows = named("rows", Noisy, numbers(8, 0), NOISE["none"]())
+        data = named("data", ConcatDataset, [rows])
+        return DataLoader(data, batch_sampler=named("batches", BatchSampler, named("order", ByEpoch, 8), 4, False))
+
+    stream = ResumableLoader(build(), "loader")
+    for epoch in range(3):
+        stream.begin()
+        assert sorted(calls) == [(name, epoch) for name in ("batches", "data", "order", "rows")]
+        calls.clear()
+        while stream.take():
+            pass
+    other = ResumableLoader(build(), "loader")
+    other.load_state_dict(saved(stream.state_dict()))
+    assert {epoch for _, epoch in calls} == {2}
+    calls.clear()
+    other.begin()
+    assert {epoch for _, epoch in calls} == {3}
+
+
+def test_an_iterable_data_set_has_another_order_in_each_epoch():
+    stream = ResumableLoader(DataLoader(Streamed(Noisy(numbers(24, 0), NOISE["none"]()), 24), 4), "loader")
+    passes = []
+    for _ in range(3):
+        stream.begin()
+        passes.append(checksum(stream.take(9)))
+    assert len(set(passes)) == 3
+
+
+# What cannot be followed
+
+
+class Counting:
+    """Each pass has an order of its own, by a count of passes that no checkpoint has."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[object]:
+        self.passes += 1
+        yield from torch.randperm(24, generator=seeded(self.passes)).split(4)
+
+
+class Hidden(Dataset):
+    """Draws from a generator that is in no attribute."""
+
+    def __init__(self) -> None:
+        self.numbers = iter(random.Random(1).random, None)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> float:
+        return next(self.numbers)
+
+
+def read(build, count: int) -> ResumableLoader:
+    """A stream of which so many batches were read; at the end of a pass, that is over."""
+    seed_all(1)
+    stream = ResumableLoader(build(), "train_loader")
+    for _ in range(count):
+        stream.next()
+    if count % 6 == 0:
+        stream.take()
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        *((Counting, count) for count in (6, 12, 13)),
+        *((lambda: DataLoader(Hidden(), 4), count) for count in (6, 12, 13)),
+        *((lambda: loader("map", "shuffle", "main", "system", 24, 0), count) for count in (5, 6, 13)),
+    ],
+)
+def test_what_cannot_be_followed_is_said_with_the_name_of_the_loader_and_a_remedy(build, count):
+    state, other = saved(read(build, count).state_dict()), ResumableLoader(build(), "train_loader")
+    text = "train_loader gave another batch when it was read again.*draw from.*does not end as it would have ended"
+    with pytest.warns(fxstn.RunWarning, match=text):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("build", [Counting, lambda: DataLoader(Hidden(), 4)])
+def test_within_the_first_pass_reading_it_again_is_enough(build):
+    stream, other = read(build, 4), ResumableLoader(build(), "train_loader")
+    other.load_state_dict(saved(stream.state_dict()))
+    assert same([other.next() for _ in range(4)], [stream.next() for _ in range(4)])
+
+
+def test_a_generator_that_is_no_longer_there_is_said():
+    noise = OwnNoise(random.Random(1))
+    stream = ResumableLoader(DataLoader(Noisy(numbers(8, 0), noise), 4), "train_loader")
+    stream.next()
+    state = stream.state_dict()
+    noise.generator = None
+    with pytest.warns(
+        fxstn.RunWarning, match=r"no random generator at dataset\.noise\.generator any more; make it where"
+    ):
+        ResumableLoader(DataLoader(Noisy(numbers(8, 0), lambda: 0.0), 4), "train_loader").load_state_dict(state)
+
+
+def test_generators_are_found_in_all_parts_of_a_loader_and_global_ones_are_not():
+    rows = Noisy(numbers(8, 0), NOISE["closure"]())
+    crop = [OwnNoise(random.Random(1))]
+    rows.transforms = {"crop": crop, "global": numpy.random.mtrand._rand, "torch": torch.default_generator}
+    data = ConcatDataset([Subset(rows, range(8))])
+    batches = BatchSampler(RandomSampler(data, generator=seeded(1)), 4, False)
+    generators = generators_of(DataLoader(data, batch_sampler=batches, collate_fn=OwnNoise(numpy.random.default_rng())))
+    assert set(generators) == {
+        "batch_sampler.sampler.generator", "collate_fn.generator", "dataset.datasets[0].dataset.noise.generator",
+        "dataset.datasets[0].dataset.transforms['crop'][0].generator",
+    }  # fmt: skip
+
+
+MODULE_GENERATOR = numpy.random.default_rng(3)
+
+
+def test_a_generator_of_the_module_of_a_data_set_is_found():
+    class Rows(Noisy):
+        def __getitem__(self, i: int):
+            return self.x[i] + MODULE_GENERATOR.normal()
+
+    assert list(generators_of(DataLoader(Rows(numbers(8, 0), NOISE["none"]())))) == [
+        "dataset.__getitem__.MODULE_GENERATOR"
+    ]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (
+            {"generator": seeded(1)},
+            {},
+            "generator= (train_loader.generator), which this run's train_loader does not have",
+        ),
+        ({}, {"generator": seeded(1)}, "no generator= (train_loader.generator), which this run's train_loader has"),
+        ({}, {"batch_size": 4}, "the place in a train_loader of 5 batches, this run's has 10 (data set, batch size)"),
+    ],
+)
+def test_another_loader_is_refused_in_the_middle_of_a_pass(there, here, message):
+    streams = [
+        ResumableLoader(DataLoader(dataset(40, 0), **({"batch_size": 8, "shuffle": True} | options)), "train_loader")
+        for options in (there, here)
+    ]
+    streams[0].begin()
+    streams[0].take(2)
+    assert streams[1].refusal(streams[0].state_dict()) == message
