@@ -20,7 +20,14 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, R
 
 import fxstn
 from fxstn.bilevel.loaders import ResumableLoader
-from fxstn.bilevel.sources import checksum, generators_of, new_pass
+from fxstn.bilevel.sources import (
+    checksum,
+    equal_states,
+    generator_state,
+    generators_of,
+    new_pass,
+    set_generator_state,
+)
 from fxstn.bilevel.state import GlobalRandomState
 
 HERE = Path(__file__).resolve().parent
@@ -318,6 +325,39 @@ def test_a_generator_of_the_module_of_a_data_set_is_found():
     assert list(generators_of(DataLoader(Rows(numbers(8, 0), NOISE["none"]())))) == [
         "dataset.__getitem__.MODULE_GENERATOR"
     ]
+
+
+KINDS_OF_BITS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+
+
+@pytest.mark.parametrize("kind", [*KINDS_OF_BITS, "RandomState", "Random", "torch"])
+def test_the_state_of_every_kind_of_generator_comes_back_from_a_file(kind):
+    if kind in KINDS_OF_BITS:
+        generator = numpy.random.Generator(getattr(numpy.random, kind)(3))
+    else:
+        generator = {"RandomState": numpy.random.RandomState(3), "Random": random.Random(3), "torch": seeded(3)}[kind]
+
+    def draw() -> float:
+        if kind == "torch":
+            return torch.randn((), generator=generator).item()
+        return generator.gauss(0, 1) if kind == "Random" else generator.normal()
+
+    draw()
+    state = saved({"state": generator_state(generator)})["state"]
+    assert equal_states(state, generator_state(generator))
+    expected = [draw() for _ in range(3)]
+    assert not equal_states(state, generator_state(generator))
+    set_generator_state(generator, state)
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_a_checksum_takes_every_kind_of_batch_and_differs_where_a_number_does():
+    x = torch.randn(4, 3)
+    leaves = [x, x.T, x.bfloat16(), x > 0, x.to(torch.complex64).conj(), x[:0], x[0, 0], 2 * x.numpy(), "a", 3, 0.5]
+    leaves += [torch.nn.utils.rnn.pack_sequence([x])]
+    assert len({checksum([leaf, 1]) for leaf in leaves}) == len(leaves)
+    assert checksum({"a": (x, "b"), "c": [x.to_sparse(), None, object()]})
+    assert checksum(x) == checksum(x.clone()) != checksum(x + 1e-6)
 
 
 # Refusals

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fxstn.bilevel.state import Stateful
@@ -227,18 +227,16 @@ def new_pass(loader: Iterable[object]) -> Iterator[object]:
 
 def checksum(batch: object) -> str:
     """A checksum of a batch: of its numbers and strings, and of up to 4,096 entries of each tensor."""
-    total = hashlib.sha256()
-
-    def add(leaf: object) -> None:
-        numpy = sys.modules.get("numpy")
+    total, numpy = hashlib.sha256(), sys.modules.get("numpy")
+    for leaf in tree_leaves(batch):
         if numpy is not None and isinstance(leaf, numpy.ndarray) and leaf.dtype.kind in "biufc":
             leaf = torch.from_numpy(leaf.copy())
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-            entries = leaf.detach().reshape(-1)[:: leaf.numel() // 4096 + 1].cpu().contiguous()
-            total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + entries.view(torch.uint8).numpy().tobytes())
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_quantized:
+            entries = leaf.detach().reshape(-1)[:: leaf.numel() // 4096 + 1].cpu().resolve_conj().resolve_neg()
+            total.update(
+                f"{leaf.dtype}{tuple(leaf.shape)}".encode() + entries.contiguous().view(torch.uint8).numpy().tobytes()
+            )
         else:
-            kind = type(leaf)
-            total.update(repr(leaf).encode() if isinstance(leaf, (str, bytes, int, float)) else kind.__name__.encode())
-
-    tree_map(add, batch)
+            plain = isinstance(leaf, (str, bytes, int, float))
+            total.update((repr(leaf) if plain else type(leaf).__name__).encode())
     return total.hexdigest()
