@@ -80,6 +80,7 @@ class SelfTuningNetwork(ModelWrapper):
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
+        self._follow(False)
         return self._graphs.graph(self, graph_kind(name))
 
     def canonical(self, training: bool) -> fx.GraphModule:

@@ -115,6 +115,32 @@ def test_what_the_graphs_can_follow_is_followed(name, stn):
     torch.testing.assert_close(outputs(stn), outputs(network(stn.frontend, changed)))
 
 
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.tuned, self.factors = nn.Linear(6, 3), nn.Dropout(0.3), [1.0, 1.0]
+
+    def forward(self, x):
+        return self.tuned(self.a(x)) * self.factors[0]
+
+
+def test_a_list_that_is_changed_is_followed(stn):
+    stn = network(stn.frontend, Listed())
+    before = outputs(stn)
+    stn.factors[0] = 3.0
+    torch.testing.assert_close(outputs(stn), 3 * before)
+    assert stn.graph("train") is stn.graph("train")
+
+
+def test_recurrent_layers_in_another_precision_are_no_change():
+    net = nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4, batch_first=True))
+    stn = fxstn.transform(net, [hp.WeightDecay()]).train()
+    stn(X[None])
+    graph = stn.double().graph("train")
+    assert stn(X[None].double())[0].dtype == torch.float64
+    assert stn.graph("train") is graph
+
+
 def test_momentum_is_followed(stn):
     stn.model.bn.momentum = 1.0
     stn(X)

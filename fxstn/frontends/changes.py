@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,13 @@ class ModuleState:
                 self.containers.append(container)
                 self.entries += [(container, name) for name in names]
             self.containers += _hooks_of(module) if hooks else ()
+        # Lists and dicts of the model's own; those of torch's modules, which begin with "_", follow from other attributes.
+        self.contents = [
+            (value, copy.copy(value))
+            for record in self.records
+            for name, value in record.attributes.items()
+            if isinstance(value, (list, dict, set)) and not name.startswith("_")
+        ]
         self.identities = self._identities()
         self.parameters = dict(model.named_parameters())
         self.trained = self._trained()
@@ -105,7 +113,7 @@ class ModuleState:
 
     def changes(self) -> list[Change]:
         """What has changed, but for modes and gradients."""
-        if self._identities() == self.identities:
+        if self._identities() == self.identities and all(same(*pair) for pair in self.contents):
             return []
         return [change for record in self.records for change in self._changes_of(record)]
 
@@ -126,10 +134,11 @@ class ModuleState:
                         else "copy values into the old one (with torch.no_grad(): p.copy_()), or "
                     )
                     yield Change(path, f"its {kind} {name!r} is another object since transform", values + _ANEW)
-        attributes = _attributes(module)
+        attributes, copies = _attributes(module), {id(value): copied for value, copied in self.contents}
         for name in sorted({*record.attributes, *attributes}):
             known = name in record.attributes or hasattr(type(module), name)
-            if known and not same(record.attributes.get(name), attributes.get(name)):
+            old = record.attributes.get(name)
+            if known and not same(copies.get(id(old), old), attributes.get(name)):
                 yield Change(path, f"{name} is {attributes.get(name)!r} since transform")
 
 

@@ -31,8 +31,9 @@ class Entry:
 
 
 def memory_of(x: Tensor) -> int | None:
-    """Identity of a tensor's memory; None where it has none of its own (sparse)."""
-    return x.untyped_storage()._cdata if x.layout is torch.strided else None
+    """Identity of a tensor's memory; None where it has none of its own (sparse, inside of torch.vmap)."""
+    own = x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.untyped_storage()._cdata if own else None
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
