@@ -470,6 +470,39 @@ def test_uneven_shares_and_a_stop_in_one_process():
     assert same(first["states"][-1], second["states"][-1])
 
 
+def steps_on_shares(rank, name):
+    """Weights and rows after one step of each kind on this process's batches: three of 7 examples, or one of 2; else on all."""
+    stn = network("mlp")
+    stn.hparams.sample = lambda n: torch.full((n, len(stn.hparams)), 0.3, dtype=torch.float64)
+    x, y = (torch.cat([part, part[:1]]) for part in data_for("mlp")[:2])
+    y[[1, 4, 5]] = -100
+    parts = {0: [slice(0, 3), slice(3, 5), slice(5, 7)], 1: [slice(7, 9)], None: [slice(0, 9)]}[rank]
+    batches = [(x[part], y[part]) for part in parts]
+    sgd = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
+    runner = fxstn.BilevelRunner(
+        stn, nn.CrossEntropyLoss(**{name: torch.tensor([1.0, 2.0, 5.0]).double() if name == "weight" else "sum"}), batches,
+        batches, optimizer=sgd, response_optimizer=sgd, hyper_optimizer=sgd, train_steps=1, response_every=1, perturb="batch",
+        accumulate=3, recalibrate=0, progress=False,
+    )  # fmt: skip
+    runner._tuner.valid.next = lambda: ((x[7:], y[7:]) if rank else (x[:7], y[:7]) if rank == 0 else (x, y), False)
+    return runner.fit(1).rows[0], [p.detach() for p in stn.parameters()]
+
+
+def all_steps(rank):
+    return {name: steps_on_shares(rank, name) for name in ("weight", "reduction")}
+
+
+def test_processes_with_unequal_batches_and_padding_step_as_one_on_all_examples():
+    results = run(2, all_steps)
+    for name, (row, expected) in all_steps(None).items():
+        for result in results:
+            other, parameters = result[name]
+            for ours, theirs in zip(parameters, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+            for loss in ("train_loss", "response_loss", "valid_loss"):
+                assert other[loss] == pytest.approx(row[loss], rel=1e-9), (name, loss)
+
+
 def different(rank, what):
     wrong = rank == 1
     arguments = {"settings": {"train_steps": 2 + wrong}, "model": {"model": mlp() if wrong else None}}[what]

@@ -110,12 +110,12 @@ class BatchPreparer:
         check_finite(self.last, self.place)
 
 
-def first_part(batch: Batch, fraction: float) -> Batch:
-    """The first ⌈fraction · examples⌉ examples of a (shuffled) batch; fraction in (0, 1]."""
+def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
+    """The first ⌈fraction · examples⌉ examples of a (shuffled) batch, or as many as `least`; fraction in (0, 1]."""
     if fraction == 1:
         return batch
     examples = batch_size(batch[0])
-    count = math.ceil(examples * fraction)
+    count = max(math.ceil(examples * fraction), least)
 
     def cut(leaf: object) -> object:
         return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf

@@ -62,14 +62,16 @@ def average(tensors: Iterable[Tensor], constants: bool = False) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], count: Tensor | float | None = None) -> None:
     """Replace each gradient by its mean over the processes. Several processes: all must call it.
 
     parameters: of the optimizer that steps next.
+    count: what the loss of this process is a mean over, such as the number of its examples. None: the same in all processes.
 
     In a loop of your own, call it between `.backward()` and the step; with a GradScaler before `unscale_`, so that an overflow
-    in one process is one in all. Gradients of mean losses over batches of one size become those of the mean over all of these
-    batches. A parameter without a gradient counts as zero: another process may have one.
+    in one process is one in all. Gradients of mean losses become those of the mean over all batches. A parameter without a
+    gradient counts as zero: another process may have one.
     """
     if processes() == 1:
         return
@@ -77,7 +79,13 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    average(parameter.grad for parameter in trained if parameter.grad is not None)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if count is not None and gradients:
+        own = torch.as_tensor(count, dtype=torch.float64, device=gradients[0].device)
+        dist.all_reduce(everything := own.clone())
+        for gradient in gradients:
+            gradient *= processes() * own / everything.clamp(min=torch.finfo(torch.float64).tiny)
+    average(gradients)
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:

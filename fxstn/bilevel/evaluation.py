@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, SupportsFloat, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
+from fxstn.bilevel.counts import IGNORED, Mean, as_loss, positive
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
@@ -22,12 +23,11 @@ from fxstn.bilevel.recalibration import EvaluatedStatistics
 from fxstn.bilevel.sources import new_pass
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import WeightAverages
+from fxstn.bilevel.totals import Metrics, Totals
 from fxstn.ir.input_errors import explained_errors
-from fxstn.ops.batch_axis import batch_size
 
 # What a loss raises of a batch that it is not made for. No other error says so.
 LOSS_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-Metrics = dict[str, Callable[[Any, Any], SupportsFloat]]  # {name: f(output, target) → number}
 
 
 class RunningMeans:
@@ -45,22 +45,28 @@ class RunningMeans:
     def begin(self) -> None:
         """Forget everything: an epoch begins, or is over."""
         self.steps, self._seconds = 0, 0.0  # seconds of the epoch before a resume
-        self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, dict[str, Tensor | float]] = {}  # {loss: {"total", "count", "unit"}}
         self._start = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Add the losses of one step, which stay on their device."""
+    def add(self, losses: dict[str, Mean]) -> None:
+        """Add the losses of one step, which stay on their device.
+
+        Counts are in units of the first one, so that steps of equal counts have a plain mean.
+        """
         for name, loss in losses.items():
-            self._totals[name] = self._totals[name] + loss if name in self._totals else 0.0 + loss
-            self._counts[name] = self._counts.get(name, 0) + 1
+            sums = self._sums.setdefault(name, {"total": 0.0, "count": 0.0, "unit": positive(loss.count)})
+            share = loss.count / sums["unit"]
+            sums["total"], sums["count"] = sums["total"] + loss.value * share, sums["count"] + share
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each loss over the steps that had it, and over the processes."""
-        return distributed.mean(
-            {name: total.item() / self._counts[name] for name, total in self._totals.items()}, self.device
-        )
+        """The mean of each loss over what the steps counted, in all processes."""
+        alone = distributed.processes() == 1
+        units = {name: 1.0 if alone else float(sums["unit"]) for name, sums in self._sums.items()}
+        totals = {name: float(sums["total"]) * units[name] for name, sums in self._sums.items()}
+        counts = {name: float(sums["count"]) * units[name] for name, sums in self._sums.items()}
+        totals, counts = distributed.total(totals, self.device), distributed.total(counts, self.device)
+        return {name: total / (counts[name] or 1.0) for name, total in totals.items()}
 
     def seconds(self) -> float:
         """Seconds of the epoch so far."""
@@ -69,15 +75,14 @@ class RunningMeans:
     def state_dict(self) -> State:
         return {
             "steps": self.steps,
-            "totals": dict(self._totals),
-            "counts": dict(self._counts),
+            "sums": {name: dict(sums) for name, sums in self._sums.items()},
             "seconds": self.seconds() if self.steps else 0.0,
         }
 
     def load_state_dict(self, state: State) -> None:
         self.begin()
         self.steps, self._seconds = state["steps"], state["seconds"]
-        self._totals, self._counts = on_device(dict(state["totals"]), self.device), dict(state["counts"])
+        self._sums = on_device({name: dict(sums) for name, sums in state["sums"].items()}, self.device)
 
     def refusal(self, state: State) -> str:
         return ""
@@ -87,32 +92,12 @@ class RunningMeans:
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
-    """Share, in [0, 1], of examples whose largest logit is the target class.
+    """Share, in [0, 1], of examples whose largest logit is the target class; NaN where there are none.
 
     output: (batch, classes).
-    target: (batch,).
+    target: (batch,). The class -100 does not count.
     """
-    return (output.argmax(-1) == target).float().mean().item()
-
-
-def example_count(inputs: object, target: object) -> int:
-    """What a mean loss is the mean over: the entries of the target, one per example or per time of an example."""
-    return target.numel() if isinstance(target, Tensor) and target.dim() else batch_size(inputs)
-
-
-def one_number(value: object, function: str) -> float:
-    """The number that a user's function returned. Raises TypeError where it is not one number.
-
-    function: what the error calls it.
-    """
-    cause: Exception | None = None
-    if isinstance(value, SupportsFloat):
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            cause = error
-    kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise TypeError(f"{function} must return one number, such as a mean; it returns {kind}") from cause
+    return ((output.argmax(-1) == target).sum() / (target != IGNORED).sum()).item()
 
 
 class EpochTensors:
@@ -204,6 +189,7 @@ class Evaluator:
         self.problem, self.train, self.averages, self.metrics = problem, train, averages, metrics
         self.prepare, self.precision = prepare, precision
         self.statistics = EvaluatedStatistics(problem, steps)
+        self._entries = 0.0  # of the targets that the last evaluation counted
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -213,6 +199,7 @@ class Evaluator:
             stack.callback(self.statistics.note_parameters)
             if self.averages:
                 stack.enter_context(self.averages.swapped())
+            stack.enter_context(torch.inference_mode(False))  # so that autograd can record what a loss is a mean over
             stack.enter_context(self.precision())
             if self.train.remembers:
                 stack.enter_context(self.statistics.restored() if known else self.statistics.estimated(self._recent()))
@@ -223,62 +210,49 @@ class Evaluator:
             yield self.prepare(batch, "train_loader", "recalibration")
 
     def means(self, loader: Iterable[object], name: str) -> tuple[dict[str, float], Batch | None]:
-        """Means over the examples of a loader of "valid_loss" and the metrics; and this process's first batch.
+        """ "valid_loss" and the metrics, over all batches of a loader as over one; and this process's first batch.
 
         name: what errors call the loader.
 
         None in place of the batch where this process's share is empty. Raises ValueError where the shares of all processes are
-        empty, and (TypeError) where the model or the loss cannot take a batch; TypeError where a metric returns no number.
+        empty, or nothing in them counts, and (TypeError) where the model or the loss cannot take a batch; TypeError where a
+        metric returns no number.
         """
-        sums, first = self._sums(loader, name, self.metrics)
-        return _means(sums, name, self.prepare.device), first
+        totals, first = self._totals(loader, name, self.metrics)
+        totals = totals.gathered(self.prepare.device)
+        self._entries = totals.entries
+        return totals.means(name), first
 
     def clean_train_loss(self) -> float:
-        """The mean of the validation loss over the training batches of the last steps; NaN, with a warning, where it fails.
+        """The validation loss of the training batches of the last steps; NaN, with a warning, where it fails.
 
+        A loss that is a sum is brought to as many target entries as the last loader had.
         A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
-        sums: dict[str, float] = {}
-        fault, batches = "", list(self.train.recent_or_first())
+        totals, fault, batches = Totals({}), "", list(self.train.recent_or_first())
         try:
-            sums, _ = self._sums(batches, "train_loader", {})
+            totals, _ = self._totals(batches, "train_loader", {})
         except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise
         except LOSS_ERRORS as error:
             fault = f": {type(error).__name__}: {error}"
         if not distributed.any_process(bool(fault), self.prepare.device):
-            return _means(sums, "train_loader", self.prepare.device)["valid_loss"]
+            totals = totals.gathered(self.prepare.device)
+            return totals.loss_for(self._entries) if totals.counts["valid_loss"] else math.nan
         if not distributed.rank():
             text = f"λ is not limited for an epoch, because the validation loss of training batches cannot be computed{fault}; "
             warn_caller(text + "give a valid_loss_fn that takes them, too")
         return math.nan
 
-    def _sums(self, batches: Iterable[object], name: str, metrics: Metrics) -> tuple[dict[str, float], Batch | None]:
-        """This process's sums over examples, and their number, "examples"; its first batch."""
-        sums: dict[str, float] = dict.fromkeys(("examples", "valid_loss", *metrics), 0.0)
-        evaluate = self.problem.evaluation()
+    def _totals(self, batches: Iterable[object], name: str, metrics: Metrics) -> tuple[Totals, Batch | None]:
+        """This process's totals, and its first batch."""
+        totals, evaluate = Totals(metrics), self.problem.evaluation()
         first: Batch | None = None
         for batch in new_pass(batches):
             inputs, target = pair = self.prepare(batch, name, "evaluation")
             first = first or pair
             with self.precision(), explained_errors(pair, self.prepare.place, self.problem):
-                loss, output = evaluate(inputs, target)
-            weight = example_count(inputs, target)
-            values = {key: one_number(f(output, target), f"metrics[{key!r}]") for key, f in metrics.items()}
-            for key, value in {"valid_loss": loss.item(), **values}.items():
-                sums[key] += value * weight
-            sums["examples"] += weight
-        return sums, first
-
-
-def _means(sums: dict[str, float], name: str, device: torch.device) -> dict[str, float]:
-    """Means over the examples of all processes.
-
-    name: of the loader.
-
-    Raises ValueError where there is no example.
-    """
-    sums = distributed.total(sums, device)
-    if not (examples := sums.pop("examples")):
-        raise ValueError(f"{name} is empty: it yielded no batch")
-    return {key: total / examples for key, total in sums.items()}
+                value, output = evaluate(inputs, target)
+                loss = as_loss(value, inputs, target, "validation_loss")
+            totals.add(loss, output, target)
+        return totals, first

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, first_part
 from fxstn.bilevel.checks import check_loss
+from fxstn.bilevel.counts import Loss, LossValue
 from fxstn.bilevel.faults import warn_caller
-from fxstn.bilevel.objectives import (
+from fxstn.bilevel.losses import (
     LossFunction,
     Perturb,
     as_tuple,
@@ -30,7 +32,7 @@ from fxstn.bilevel.problem import BilevelProblem, Evaluation
 from fxstn.bilevel.sequences import CarriedState
 from fxstn.bilevel.settings import OF_NETWORKS, Settings
 from fxstn.bilevel.state import State
-from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors
+from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors, value_counts
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 
@@ -55,6 +57,7 @@ class NetworkProblem(BilevelProblem):
                              "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why")  # fmt: skip
         self.response_fraction, self.response_widening = settings.response_fraction, settings.response_widening
         self.response_windows, self.hyper_fraction = settings.response_windows, settings.hyper_fraction
+        self._least = 2 if self._norms_of_batch() else 1  # examples of a part of a batch
         self._windows = 0  # number of windows that the response step has seen in this pass
         self._epsilon: Tensor | None = None
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
@@ -71,7 +74,7 @@ class NetworkProblem(BilevelProblem):
     def scale_parameters(self) -> Iterable[nn.Parameter]:
         return [self.stn.hparams.raw_scale] if self.tune_scale else []
 
-    def general_loss(self, inputs: Any, target: Any) -> Tensor:
+    def general_loss(self, inputs: Any, target: Any) -> Loss:
         carried = self.training_windows
         inputs = carried.inputs(inputs)
         self._before = carried.state
@@ -79,10 +82,10 @@ class NetworkProblem(BilevelProblem):
         carried.advance()
         return loss
 
-    def response_loss(self, inputs: Any, target: Any) -> Tensor:
+    def response_loss(self, inputs: Any, target: Any) -> Loss:
         """L_T at λ + ε, from the state before the window or, while ε stays, from that of the perturbed network."""
         carried = self.perturbed_windows
-        (inputs, before), target = first_part(((inputs, self._before), target), self.response_fraction)
+        (inputs, before), target = first_part(((inputs, self._before), target), self.response_fraction, self._least)
         begins = self._windows % self.response_windows == 0
         if begins:
             carried.state = before
@@ -95,9 +98,9 @@ class NetworkProblem(BilevelProblem):
         self._windows += 1
         return loss
 
-    def hyper_loss(self, inputs: Any, target: Any) -> Tensor:
+    def hyper_loss(self, inputs: Any, target: Any) -> Loss:
         carried = self.validation_windows
-        inputs, target = first_part((inputs, target), self.hyper_fraction)
+        inputs, target = first_part((inputs, target), self.hyper_fraction, self._least)
         perturb = self.perturb if self.tune_scale else "off"
         loss = hyper_loss(
             self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb
@@ -105,23 +108,41 @@ class NetworkProblem(BilevelProblem):
         carried.advance()
         return loss
 
-    def validation_loss(self, inputs: Any, target: Any) -> tuple[Tensor, Any]:
+    def validation_loss(self, inputs: Any, target: Any) -> tuple[LossValue, Any]:
         return self.evaluation()(inputs, target)
 
     def evaluation(self) -> Evaluation:
         carried = CarriedState(self.valid_loss_fn, self.initial_state)
 
-        def evaluate(inputs: object, target: object) -> tuple[Tensor, object]:
+        def evaluate(inputs: object, target: object) -> tuple[Loss, object]:
             loss, result = validation_loss(self.stn, carried.loss, carried.inputs(inputs), target)
             carried.advance()
             return loss, carried.output(result)
 
         return evaluate
 
-    def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
+    def _norms(self) -> dict[str, _BatchNorm]:
+        """{module path: batch norm with running statistics}, without those that stay in eval mode."""
         frozen = self.stn.recipe.plan.frozen
-        norms = [m for n, m in self.stn.model.named_modules() if isinstance(m, _BatchNorm) and n not in frozen]
-        norms = [norm for norm in norms if norm.running_mean is not None]
+        norms = {n: m for n, m in self.stn.model.named_modules() if isinstance(m, _BatchNorm) and n not in frozen}
+        return {name: norm for name, norm in norms.items() if norm.running_mean is not None}
+
+    def _norms_of_batch(self) -> dict[str, _BatchNorm]:
+        """Those of `_norms` that normalise by the batch of this process in the hyper step."""
+        if self.stn.method != "delta" or self.stn.recipe.plan.statistics != "batch":
+            return {}
+        alone = distributed.processes() == 1
+        return {name: norm for name, norm in self._norms().items() if alone or not isinstance(norm, nn.SyncBatchNorm)}
+
+    def norm_without_statistics(self, inputs: Any) -> str:
+        norms = self._norms_of_batch()
+        if not norms or batch_size(inputs) > 1:
+            return ""
+        sizes = value_counts(list(norms.values()), partial(self._run, [(inputs, None)]))
+        return next((name for name, size in zip(norms, sizes, strict=True) if size == 1), "")
+
+    def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
+        norms = list(self._norms().values())
         return recalibrated_norms(norms, partial(self._run, batches)) if norms else nullcontext()
 
     def _run(self, batches: Iterable[Batch]) -> None:
@@ -179,7 +200,7 @@ class NetworkProblem(BilevelProblem):
 
         def loss(delta: Tensor) -> float:
             output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
-            return evaluate_loss(carried.loss, output, target, batch_size(inputs), None).item()
+            return evaluate_loss(carried.loss, output, inputs, target).data.item()
 
         linearized, plain = loss(epsilon), loss(torch.zeros_like(epsilon))
         parameters = dict(stn.model.named_parameters())

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel.batches import Batch
+from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import eval_mode
 
-Evaluation = Callable[[Any, Any], tuple[Tensor, Any]]  # (inputs, target) → (loss, output)
+Evaluation = Callable[[Any, Any], tuple[LossValue, Any]]  # (inputs, target) → (loss, output)
 
 
 class BilevelProblem(nn.Module):
@@ -23,9 +24,9 @@ class BilevelProblem(nn.Module):
     It is a module, which holds its parameters and moves to a device. The methods say what is trained on which loss.
     Needed: general_parameters, hyper_parameters, general_loss, hyper_loss, validation_loss.
 
-    Each loss takes (inputs, target) as the loader yields them and returns a scalar. The runner calls .backward() on it and
-    steps the optimizer of the parameters named like it. So gradients must reach these parameters and no others: freeze or
-    detach the rest. The runner checks the first step of each kind.
+    Each loss takes (inputs, target) as the loader yields them and returns a scalar, the mean over the batch, or (sum, count).
+    The runner calls .backward() on the mean and steps the optimizer of the parameters named like it. So gradients must reach
+    these parameters and no others: freeze or detach the rest. The runner checks the first step of each kind.
     Example: examples/label_noise.py; in words: docs/own.md.
     """
 
@@ -47,19 +48,19 @@ class BilevelProblem(nn.Module):
         """σ, learned on hyper_loss by an optimizer of its own. None, unless there are any."""
         return ()
 
-    def general_loss(self, inputs: Any, target: Any) -> Tensor:
+    def general_loss(self, inputs: Any, target: Any) -> LossValue:
         """The training loss, a scalar."""
         raise NotImplementedError
 
-    def response_loss(self, inputs: Any, target: Any) -> Tensor:
+    def response_loss(self, inputs: Any, target: Any) -> LossValue:
         """The loss of the response parameters, a scalar, on the batch that general_loss saw last."""
         raise NotImplementedError
 
-    def hyper_loss(self, inputs: Any, target: Any) -> Tensor:
+    def hyper_loss(self, inputs: Any, target: Any) -> LossValue:
         """The validation loss as λ sees it, a scalar."""
         raise NotImplementedError
 
-    def validation_loss(self, inputs: Any, target: Any) -> tuple[Tensor, Any]:
+    def validation_loss(self, inputs: Any, target: Any) -> tuple[LossValue, Any]:
         """(loss, output), as reported and selected on. The runner calls it without gradients and in eval mode."""
         raise NotImplementedError
 
@@ -102,11 +103,18 @@ class BilevelProblem(nn.Module):
     def evaluation(self) -> Evaluation:
         """validation_loss for one pass over a loader, without gradients and in eval mode."""
 
-        def evaluate(inputs: object, target: object) -> tuple[Tensor, object]:
+        def evaluate(inputs: object, target: object) -> tuple[LossValue, object]:
             with eval_mode(self):
                 return self.validation_loss(inputs, target)
 
         return evaluate
+
+    def norm_without_statistics(self, inputs: Any) -> str:
+        """A batch norm that has a single value per channel in hyper_loss, and cannot normalise it. "": there is none.
+
+        The hyper step leaves such a batch out.
+        """
+        return ""
 
     def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
         """A context for an evaluation: statistics, such as those of batch norms, are those of some training batches."""

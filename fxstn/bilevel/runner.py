@@ -13,18 +13,19 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
-from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors, one_number
+from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors
 from fxstn.bilevel.faults import BadLoss, Monitors, Stop
 from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import SCALE, History, Row, Schedule
+from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
-from fxstn.bilevel.objectives import LossFunction
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.steps import GapLimit
+from fxstn.bilevel.totals import one_number
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
@@ -33,8 +34,8 @@ class BilevelRunner:
     """Trains w₀, Θ, λ and σ together (paper, Alg. 1).
 
     stn: from `fxstn.transform`; or a problem of your own, with loss_fn None (`fxstn.BilevelProblem`).
-    loss_fn: loss_fn(output, target) → scalar, the mean over the batch. A loss function with a parameter `hparams` gets
-        {name: (batch,) constrained values} in training, and None in the hyper step and in evaluation.
+    loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). A loss function with a parameter
+        `hparams` gets {name: (batch,) constrained values} in training, and None in the hyper step and in evaluation.
     train_loader, valid_loader: yield (inputs, target); a tuple of inputs is unpacked.
     settings: keywords, listed at the end.
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxstn.bilevel.objectives import LossFunction, as_tuple, takes_hparams
+from fxstn.bilevel.counts import LossValue
+from fxstn.bilevel.losses import LossFunction, as_tuple, takes_hparams
 from fxstn.ops.batch_axis import batch_size
 
 WindowState = tuple[Tensor, ...]  # the state before or after a window
@@ -37,10 +38,10 @@ class CarriedState:
         if initial is not None:
             self.loss = self._loss_with_hparams if takes_hparams(loss_fn) else self._loss
 
-    def _loss(self, result: object, target: object) -> Tensor:
+    def _loss(self, result: object, target: object) -> LossValue:
         return self.loss_fn(self.output(result), target)
 
-    def _loss_with_hparams(self, result: object, target: object, hparams: dict[str, Tensor] | None = None) -> Tensor:
+    def _loss_with_hparams(self, result: object, target: object, hparams: dict[str, Tensor] | None = None) -> LossValue:
         return self.loss_fn(self.output(result), target, hparams=hparams)
 
     def output(self, result: object) -> object:

@@ -14,10 +14,10 @@ import torch
 
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checks import WHOLE, check_settings, is_number
-from fxstn.bilevel.evaluation import Metrics
 from fxstn.bilevel.history import Row, Schedule
-from fxstn.bilevel.objectives import LossFunction, PerturbMode
+from fxstn.bilevel.losses import LossFunction, PerturbMode
 from fxstn.bilevel.sequences import InitialState
+from fxstn.bilevel.totals import Metrics
 from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories, rmsprop
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
@@ -100,7 +100,7 @@ class Settings:
     train_steps: T_train ≥ 1, number of inner steps of a cycle. Default: 5.
     valid_steps: T_valid ≥ 1, number of hyper steps at the end of a cycle. Default: 1.
     warmup_epochs: ≥ 0, number of epochs at the start without hyper steps. Default: 0.
-    accumulate: ≥ 1, number of batches whose gradients one inner step averages. Default: 1.
+    accumulate: ≥ 1, number of batches that one inner step counts as one. Default: 1.
     response_every: ≥ 1, number of inner steps from one response step to the next. Each step is unbiased; with a larger number
         Θ moves less often. Default: 4.
     response_fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the
@@ -138,7 +138,8 @@ class Settings:
     recalibrate: ≥ 0, number of training batches, those of the last steps, on which evaluation, best.pt and best_model estimate
         the statistics of batch norms anew, in eval mode. Their loss in eval mode also says how far the network overfits, which
         limits the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits. Default: 10.
-    metrics: {name: f(output, target) → number}, averaged over the validation set. Default: None.
+    metrics: {name: f(output, target) → number, the mean over the batch, or (sum, count)}. The mean over the validation set
+        weights batches as that of the loss does, without weights of classes. Default: None.
     columns: {name: f(row) → number}, more columns of the history, computed from its row. The progress bar shows them.
         Default: None.
     callbacks: functions of the runner, called after each epoch, such as `fxstn.TensorBoard(folder)`. `runner.stop()` ends the

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
+from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, positive, without_empty
 from fxstn.bilevel.faults import BadLoss, LossGuard
 from fxstn.bilevel.optim import SettlingAdam, set_gap
 from fxstn.bilevel.problem import BilevelProblem
@@ -48,7 +49,7 @@ class Stepper:
         self.correction, self.precision = correction, precision
         self.training_hypergradients: list[Tensor] = []
 
-    def inner(self, batches: Sequence[Batch], tunes: bool) -> Tensor | None:
+    def inner(self, batches: Sequence[Batch], tunes: bool) -> Mean | None:
         """Step w₀, and Θ too for a joint problem; returns the loss. None where the gradient overflowed: nothing has changed.
 
         tunes: whether a hyper step will follow.
@@ -63,20 +64,20 @@ class Stepper:
         self.updates.step(*names)
         return loss
 
-    def response(self, batches: Sequence[Batch]) -> Tensor | None:
+    def response(self, batches: Sequence[Batch]) -> Mean | None:
         """Step Θ; returns the loss. None where the gradient overflowed: nothing has changed."""
         loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response_optimizer",))
         if loss is not None:
             self.updates.step("response_optimizer")
         return loss
 
-    def hyper(self, batch: Batch) -> Tensor | None:
+    def hyper(self, batch: Batch) -> Mean | None:
         """Step λ, and σ where it is tuned; returns the loss. None where the gradient overflowed: nothing has changed."""
         names = tuple(name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers)
         loss = self._gradient("hyper_loss", self.problem.hyper_loss, [batch], names)
         if loss is None:
             return None
-        self.guard.check(distributed.mean({"hyper_loss": loss.item()}, self.prepare.device), self.prepare.time)
+        self.guard.check(distributed.mean({"hyper_loss": loss.value.item()}, self.prepare.device), self.prepare.time)
         if self.training_hypergradients:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
@@ -85,9 +86,9 @@ class Stepper:
         return loss
 
     def _gradient(
-        self, name: str, objective: Callable[..., Tensor], batches: Sequence[Batch], names: tuple[str, ...]
-    ) -> Tensor | None:
-        """Leave the gradient of the mean loss over the batches, at its true size; returns that mean.
+        self, name: str, objective: Callable[..., object], batches: Sequence[Batch], names: tuple[str, ...]
+    ) -> Mean | None:
+        """Leave the gradient of the loss of all batches as if they were one, at its true size; returns that loss.
 
         name: of the loss.
         names: of the optimizers that step next.
@@ -98,7 +99,7 @@ class Stepper:
         scaler = self.updates.scalers[name]
         buffers = [(buffer, buffer.clone()) for buffer in self.problem.buffers()] if scaler.enabled else []
         local = self.problem.local_state() if scaler.enabled else {}
-        loss = self._backward(objective, batches, scaler)
+        loss = self._backward(objective, batches, names, scaler)
         if self.updates.ready(names, scaler, loss):
             return loss
         with torch.no_grad():
@@ -107,22 +108,48 @@ class Stepper:
         self.problem.load_local_state(local)
         if scaler.overflows >= MOST_OVERFLOWS:
             times = f"{scaler.overflows} times in a row (bfloat16 has more range), the last time"
-            raise BadLoss(name, f"= {loss.item():.4g} overflowed float16 {times}", self.prepare.time)
+            raise BadLoss(name, f"= {loss.value.item():.4g} overflowed float16 {times}", self.prepare.time)
         return None
 
-    def _backward(self, objective: Callable[..., Tensor], batches: Sequence[Batch], scaler: LossScaler) -> Tensor:
-        """Leave the scaled gradient of the mean loss over the batches; returns that mean."""
-        losses = []
-        for batch in batches:
-            with self.precision(), explained_errors(batch, self.prepare.place, self.problem):
-                loss = objective(*batch)
-            if not loss.requires_grad:
-                raise ValueError(f"{self.prepare.place}: {objective.__name__} has no gradient; what the model puts out must "
-                                 "depend on its trainable parameters, without .detach(), no_grad or all of them "
-                                 "frozen")  # fmt: skip
-            scaler.scale(loss / len(batches)).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
+    def _backward(
+        self, objective: Callable[..., object], batches: Sequence[Batch], names: Sequence[str], scaler: LossScaler
+    ) -> Mean:
+        """Leave the scaled gradient of the loss of all batches as if they were one; returns that loss.
+
+        The counts of later batches are not known yet. So the loss of each is weighted relative to the first, which is a plain
+        mean where the counts are equal, and the gradient gets its true size at the end.
+        """
+        values: list[Tensor] = []
+        count: Count = 0.0
+        first: Count = 1.0
+        for number, batch in enumerate(batches):
+            loss, total = self._loss(objective, batch, len(batches))
+            value = without_empty(total.detach(), loss.count)
+            if len(batches) == 1:
+                scaler.scale(total).backward()
+                return Mean(value, loss.count)
+            first = first if number else positive(loss.count)
+            share = loss.count / first
+            scaler.scale(total * share / len(batches)).backward()
+            values.append(value * share)
+            count = count + loss.count
+        rest = len(batches) * first / positive(count)
+        self.updates.multiply_gradients(names, rest)
+        return Mean(torch.stack(values).mean() * rest, 1.0 if loss.additive else count)
+
+    def _loss(self, objective: Callable[..., object], batch: Batch, batches: int) -> tuple[Loss, Tensor]:
+        """The loss of a batch, and the scalar to minimise.
+
+        batches: the number of them in this step.
+        """
+        with self.precision(), explained_errors(batch, self.prepare.place, self.problem):
+            loss = as_loss(objective(*batch), *batch, objective.__name__)
+            total = loss.total(batches * distributed.processes())
+        if not total.requires_grad:
+            raise ValueError(f"{self.prepare.place}: {objective.__name__} has no gradient; what the model puts out must "
+                             "depend on its trainable parameters, without .detach(), no_grad or all of them "
+                             "frozen")  # fmt: skip
+        return loss, total
 
     def state_dict(self) -> State:
         return {"training_hypergradients": list(self.training_hypergradients)}

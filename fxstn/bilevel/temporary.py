@@ -85,11 +85,15 @@ class _Sums:
 
 
 class _BatchStatistics(TorchFunctionMode):
-    """Inside, some batch norms in eval mode normalise by the batch; `sums` adds up its statistics."""
+    """Inside, some batch norms in eval mode normalise by the batch; `sums` adds up its statistics.
+
+    `values` has the least number of values per channel that each norm got, by the id of its running mean.
+    """
 
     def __init__(self, norms: Sequence[_BatchNorm]) -> None:
         super().__init__()
         self.sums = {id(norm.running_mean): _Sums() for norm in norms}
+        self.values: dict[int, int] = {}
 
     def __torch_function__(
         self,
@@ -99,7 +103,10 @@ class _BatchStatistics(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         ours = func is F.batch_norm and len(args) > 2 and id(args[1]) in self.sums
-        if ours and args[0].numel() > args[0].shape[1]:  # more than one value per channel
+        values = args[0].numel() // args[0].shape[1] if ours else 0
+        if ours:
+            self.values[id(args[1])] = min(values, self.values.get(id(args[1]), values))
+        if values > 1:
             mean, variance = self._count(args[0].detach(), self.sums[id(args[1])])
             args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
         return func(*args, **(kwargs or {}))
@@ -113,6 +120,16 @@ class _BatchStatistics(TorchFunctionMode):
         sums.mean = sums.mean + torch.where(counts, mean, 0.0)
         sums.variance = sums.variance + torch.where(counts, variance * values / (values - 1), 0.0)
         return mean, variance
+
+
+def value_counts(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> list[int]:
+    """The least number of values per channel that each batch norm normalises in `run`; 0 where it is not called.
+
+    norms, run: as in `recalibrated_norms`.
+    """
+    with torch.no_grad(), _BatchStatistics(norms) as batches:
+        run()
+    return [batches.values.get(id(norm.running_mean), 0) for norm in norms]
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
-from fxstn.bilevel.evaluation import Evaluator, Metrics, RunningMeans
+from fxstn.bilevel.counts import Mean
+from fxstn.bilevel.evaluation import Evaluator, RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
@@ -21,9 +22,10 @@ from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import Stepper
 from fxstn.bilevel.temporary import WeightAverages
+from fxstn.bilevel.totals import Metrics
 from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
+from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.batch_axis import batch_size
 
 
 def build_updates(
@@ -185,7 +187,7 @@ class Tuner:
             length = self.length or step  # of a loader that does not know it: the values at the end of the epoch
             self.network.hparams.set(self.schedule.at(epochs + step / length))
 
-    def inner_step(self, batches: list[Batch], tunes: bool) -> dict[str, Tensor]:
+    def inner_step(self, batches: list[Batch], tunes: bool) -> dict[str, Mean]:
         """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem.
 
         tunes: whether hyper steps follow.
@@ -209,12 +211,19 @@ class Tuner:
         return losses
 
     def _valid_batch(self, time: str) -> Batch:
-        """The next validation batch."""
+        """The next validation batch that the network can normalise.
+
+        Raises ValueError where the next two batches have one example each, and a batch norm would have one value per channel.
+        """
         for _ in range(2):
             batch, first = self.valid.next()
             if first:
                 self.problem.begins("valid")
             pair = self.prepare(batch, "valid_loader", time)
-            if batch_size(pair[0]) > 1:  # else a rest of the set that has no batch statistics
-                break
-        return pair
+            with self.precision(), explained_errors(pair, self.prepare.place, self.problem):
+                norm = self.problem.norm_without_statistics(pair[0])
+            if not norm:
+                return pair
+        raise ValueError(f"{self.prepare.place} has one example, as the one before, and the batch norm {norm!r} has one value "
+                         "per channel to normalise by: give valid_loader a batch_size of 2 or more, or use "
+                         "transform(..., statistics='running')")  # fmt: skip

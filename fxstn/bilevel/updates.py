@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from fxstn.bilevel.counts import Mean
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.optim import SettlingAdam
 from fxstn.bilevel.plain import plain_numbers
@@ -166,6 +167,12 @@ class Updates:
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
+    @torch.no_grad()
+    def multiply_gradients(self, names: Sequence[str], factor: Tensor | float) -> None:
+        """Multiply the gradients of these optimizers."""
+        for gradient in [p.grad for name in names for p in self._parameters(name) if p.grad is not None]:
+            gradient *= factor
+
     def _check_gradients(self, names: tuple[str, ...]) -> None:
         """Raises RuntimeError where the first loss before these steps left gradients that another step would take, too."""
         if not self.check or names in self._checked:
@@ -176,7 +183,7 @@ class Updates:
                 raise RuntimeError(f"the loss for the step of {' and '.join(names)} also has gradients for the parameters of "
                                    f"{other}, which the next step there adds to its own: detach or freeze these")  # fmt: skip
 
-    def ready(self, names: tuple[str, ...], scaler: LossScaler, loss: Tensor) -> bool:
+    def ready(self, names: tuple[str, ...], scaler: LossScaler, loss: Mean) -> bool:
         """Bring the gradients of these optimizers to their true size, the same in all processes.
 
         scaler, loss: where the gradients come from.
@@ -185,11 +192,10 @@ class Updates:
         """
         self._check_gradients(names)
         for name in names:
-            average_gradients(
-                self._parameters(name)
-            )  # before they are unscaled: an overflow in one process is one in all
+            # before they are unscaled: an overflow in one process is one in all
+            average_gradients(self._parameters(name), loss.count)
         optimizers = [self.optimizers[name] for name in names]
-        finite = scaler.unscale(optimizers, loss)
+        finite = scaler.unscale(optimizers, loss.value)
         if not finite:
             for optimizer in optimizers:
                 optimizer.zero_grad()

@@ -19,7 +19,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn import hp
 from fxstn.bilevel.batches import first_part, to_device
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.objectives import PerturbMode, general_loss, hyper_loss, response_loss
+from fxstn.bilevel.losses import PerturbMode
+from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules

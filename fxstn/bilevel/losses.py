@@ -1,0 +1,220 @@
+"""The three objectives of Δ-STN (paper, Alg. 1), each as a `Loss`, which knows what it is a mean over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fxstn.bilevel.checks import remark_on
+from fxstn.bilevel.counts import Loss, LossValue, as_loss
+from fxstn.bilevel.temporary import eval_mode
+from fxstn.ir.containers import leaves, mapped
+from fxstn.ir.input_errors import explained_loss_errors
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.penalty import squared_jacobian
+from fxstn.ops.response import frozen
+
+LossFunction = Callable[..., LossValue]  # (output, target), or (output, target, hparams)
+PerturbMode = Literal["auto", "example", "batch", "off"]
+Perturb = PerturbMode | Tensor
+
+
+def as_tuple(inputs: object) -> tuple:
+    """Inputs as a tuple of them."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def takes_hparams(loss_fn: LossFunction) -> bool:
+    """Whether a loss function has a parameter named `hparams`."""
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except ValueError:  # some builtins have no signature
+        return False
+    return "hparams" in signature.parameters
+
+
+class _Recorded(torch.autograd.Function):
+    """The identity, after which autograd records operations on a tensor, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+
+def _recorded(output: object) -> object:
+    """The output of a forward without gradients, such that a loss of it has a record of its operations."""
+
+    def one(leaf: Tensor) -> Tensor:
+        if leaf.requires_grad or not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf
+        result: Tensor = _Recorded.apply(torch.ones((), device=leaf.device, requires_grad=True), leaf.detach())
+        return result
+
+    return mapped(one, output)
+
+
+def evaluate_loss(
+    loss_fn: LossFunction, output: object, inputs: object, target: object, hparams: dict[str, Tensor] | None = None
+) -> Loss:
+    """loss_fn(output, target), with `hparams` where it takes them.
+
+    inputs: of the network.
+
+    Raises ValueError where there are no examples, where the target has another number of them than the inputs, where the loss
+    function cannot take the two, and where the loss is not a scalar, or no function of the output that autograd knows.
+    """
+    examples, training = batch_size(inputs), torch.is_grad_enabled()
+    if not examples:
+        raise ValueError("the batch has no examples; leave it out")
+    if (
+        isinstance(target, Tensor) and target.dim() and target.shape[0] % examples
+    ):  # a multiple is allowed: targets per token
+        raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
+    with explained_loss_errors(output, target), torch.enable_grad():
+        seen = output if training else _recorded(output)
+        value = loss_fn(seen, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(seen, target)
+    loss = as_loss(value, inputs, target)
+    if not training:
+        return loss.detached()
+    if not loss.data.requires_grad and _has_gradient(output):
+        raise ValueError("loss_fn returns a tensor without a gradient; compute it from the output in torch operations, without "
+                         ".item(), .detach() or no_grad")  # fmt: skip
+    return loss
+
+
+def _has_gradient(output: object) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(output))
+
+
+def _check_network(stn: object) -> None:
+    if not hasattr(stn, "perturbed_output"):  # a compiled network has it, too
+        raise TypeError(f"stn must come from fxstn.transform, got {type(stn).__name__}; give transform(model, hparams)")
+
+
+def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Tensor:
+    """ε of a step.
+
+    perturb: "example" draws one ε per example, (batch, h), and "batch" one for all examples, (h,). "auto" draws one per example
+        where the network allows. Or ε itself, in one of the two shapes.
+
+    Raises ValueError for anything else.
+    """
+    inputs = as_tuple(inputs)
+    if isinstance(perturb, Tensor):
+        return perturb
+    if perturb not in ("auto", "example", "batch"):
+        raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
+    per_example = stn.per_example(*inputs) if perturb == "auto" else perturb == "example"
+    return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
+
+
+def general_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto"
+) -> Loss:
+    """`fxstn.general_loss`, with what it is a mean over."""
+    _check_network(stn)
+    if stn.method == "stn":
+        return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
+    inputs = _differentiable(stn, inputs)
+    output, auxiliary = stn.conditioned_output(*inputs)
+    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None)
+
+
+def response_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto",
+    widening: float = 1.0,
+) -> Loss:  # fmt: skip
+    """`fxstn.response_loss`, with what it is a mean over."""
+    _check_network(stn)
+    return _perturbed_loss(stn, loss_fn, inputs, target, perturb, widening, update_statistics=False)
+
+
+def _perturbed_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: object,
+    target: object,
+    perturb: Perturb,
+    widening: float,
+    update_statistics: bool,
+) -> Loss:
+    inputs = _differentiable(stn, inputs)
+    epsilon = perturbation(stn, inputs, perturb).detach()
+    if widening > 1:
+        epsilon = epsilon * stn.hparams.widening(widening)
+    output, auxiliary = stn.perturbed_output(
+        *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
+    )
+    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, epsilon)
+
+
+def _differentiable(stn: SelfTuningNetwork, inputs: object) -> tuple:
+    """The inputs as a tuple; where the Jacobian is penalised, derivatives with respect to them are recorded."""
+    inputs = as_tuple(inputs)
+    if not stn.terms.jacobian:
+        return inputs
+    result: tuple = tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+    return result
+
+
+def _training_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: tuple,
+    target: object,
+    output: object,
+    auxiliary: Sequence,
+    epsilon: Tensor | None,
+) -> Loss:
+    """L_T of an output at λ₀ + ε: the loss function and every penalty.
+
+    epsilon: None for zero.
+    """
+    strengths = stn.hparams(epsilon)
+    for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
+        target = spec.retarget(target, output, value)
+    hparams = stn.hparams.named(strengths.expand(batch_size(inputs), -1)) if takes_hparams(loss_fn) else None
+    loss = evaluate_loss(loss_fn, output, inputs, target, hparams)
+    penalties = [stn.penalty(epsilon)]
+    penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
+    for index, projections in stn.terms.jacobian:
+        penalties.append((strengths[..., index] * squared_jacobian(output, inputs, projections)).mean())
+    return loss.penalised(*penalties)
+
+
+def hyper_loss(
+    stn: SelfTuningNetwork,
+    loss_fn: LossFunction,
+    inputs: object,
+    target: object,
+    *,
+    entropy_weight: float = 1e-3,
+    perturb: Perturb = "auto",
+) -> Loss:
+    """`fxstn.hyper_loss`, with what it is a mean over."""
+    _check_network(stn)
+    inputs = as_tuple(inputs)
+    unconstrained = stn.hparams.unconstrained
+    delta = unconstrained - unconstrained.detach()
+    if isinstance(perturb, Tensor) or perturb != "off":
+        delta = delta + perturbation(stn, inputs, perturb)
+    with frozen((*stn.response_parameters(), *stn.general_parameters())):
+        output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
+    return evaluate_loss(loss_fn, output, inputs, target).penalised(-entropy_weight * stn.hparams.entropy())
+
+
+def validation_loss(
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object
+) -> tuple[Loss, object]:
+    """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
+    inputs = as_tuple(inputs)
+    with eval_mode(stn):
+        output = stn(*inputs)
+        return evaluate_loss(loss_fn, output, inputs, target), output
