@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.overhead import RESULTS
-from benchmarks.trials import Task, trained
+from benchmarks.trials import Task, reading_nothing, trained
 from benchmarks.tuning import STARTS, TASKS
 from fxstn import hp
 
@@ -52,7 +52,10 @@ def ratio(task: Task, start: str, rate: float, seed: int, root: str | None) -> f
         "hyper_optimizer": partial(Recorder, means=means),
         "response_optimizer": partial(torch.optim.Adam, lr=rate),
     }
-    watched = replace(task, specs=lambda at: [*task.specs(at), *controls], settings=task.settings | settings)
+    watched = replace(
+        task, specs=lambda at: [*task.specs(at), *controls], loss=reading_nothing(task.loss),
+        settings=task.settings | settings,
+    )  # fmt: skip
     trained(watched, "default", STARTS[start], seed, root)
     late = torch.stack(means[len(means) // 2 :])
     real, null = (part.square().mean().sqrt().item() for part in (late[:, :-CONTROLS], late[:, -CONTROLS:]))

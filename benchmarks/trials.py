@@ -32,6 +32,15 @@ WORST = 1e6  # the loss that a search is told of a run that diverged
 EDGE = 1e-3  # searches stay this share of its range away from the ends of a strength
 
 
+def reading_nothing(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A loss that is offered hyperparameters and reads none of them, as controls need it."""
+
+    def result(output: Tensor, target: Tensor, hparams: object = None) -> Tensor:
+        return loss(output, target)
+
+    return result
+
+
 @dataclass(frozen=True)
 class Task:
     """sets(seed, data root): training, validation and test set. specs(start): what is tuned, from a dropout of `start`.

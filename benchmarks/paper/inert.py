@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.trials import Task, trained
+from benchmarks.trials import Task, reading_nothing, trained
 from fxstn import hp
 from fxstn.tools import data
 
@@ -33,7 +33,7 @@ def _mlp(train: TensorDataset) -> nn.Module:
 
 TASK = Task(
     _sets, _mlp, lambda start: [hp.Scalar("nothing", init=start, low=0.0, high=1.0)],
-    F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 200, 64, paper={"warmup_epochs": 5},
+    reading_nothing(F.cross_entropy), partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 200, 64, paper={"warmup_epochs": 5},
 )  # fmt: skip
 
 
