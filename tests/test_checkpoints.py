@@ -36,7 +36,7 @@ NUMPY = {
     "lr and betas": {
         "optimizer": lambda p: SGD(p, lr=np.logspace(-3, -1, 3)[1]),
         "response_optimizer": partial(torch.optim.Adam, betas=(np.float64(0.8), np.float64(0.99))),
-        "schedulers": {"optimizer": lambda o: schedules.StepLR(o, np.int64(2), gamma=np.float32(0.3))},
+        "schedulers": {"optimizer": lambda o: schedules.StepLR(o, np.int64(1), gamma=np.float32(0.3))},
     },
     "momentum": {
         "optimizer": partial(SGD, lr=0.1, momentum=np.float32(0.3), dampening=np.float64(0.1)),
@@ -44,7 +44,7 @@ NUMPY = {
     },
     "fraction": {
         "optimizer": partial(SGD, lr=Fraction(1, 3)),
-        "schedulers": {"optimizer": lambda o: schedules.MultiStepLR(o, np.arange(2, 9, 2), gamma=0.3)},
+        "schedulers": {"optimizer": lambda o: schedules.MultiStepLR(o, np.arange(1, 9, 2), gamma=0.3)},
     },
     "step schedulers": {"step_schedulers": {
         "response_optimizer": lambda o: schedules.LambdaLR(o, lambda n: np.float64(0.9) ** n),
@@ -56,9 +56,10 @@ NUMPY = {
 
 @pytest.mark.parametrize("settings", NUMPY.values(), ids=NUMPY)
 def test_a_run_with_numbers_of_numpy_resumes_as_if_it_had_not_stopped(tmp_path, settings):
-    whole = make(**settings).fit(3)
+    settings = {"hparams": DROPOUT} | settings
+    whole = make(**settings).fit(2)
     make(tmp_path, **settings).fit(1)
-    assert without_times(make(tmp_path, **settings).fit(3)) == without_times(whole)
+    assert without_times(make(tmp_path, **settings).fit(2)) == without_times(whole)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] >= 1
 
 
@@ -70,7 +71,7 @@ def test_a_run_with_numbers_of_numpy_goes_back_to_its_file(tmp_path):
         return F.cross_entropy(output, target) * (float("nan") if len(calls) == 13 else 1.0)
 
     runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy, **NUMPY["lr and betas"])
-    with pytest.warns(fxstn.RunWarning, match=r"back to epoch 2 .*optimizer 0\.0015 "):
+    with pytest.warns(fxstn.RunWarning, match=r"back to epoch 2 .*optimizer 0\.00045 "):
         assert len(runner.fit(4)) == 4
 
 
@@ -101,7 +102,7 @@ class Stored:
         self.value = state["own"]["value"]
 
 
-UNREADABLE = {"array": np.ones(2), "path": Path("a"), "function": len, "object": object(), "class": Stored}
+UNREADABLE = {"array": np.ones(2), "path": Path("a"), "function": len}
 
 
 @pytest.mark.parametrize("value", UNREADABLE.values(), ids=UNREADABLE)
