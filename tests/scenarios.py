@@ -256,10 +256,9 @@ class Scenario:
         chance = random.Random(seed)
 
         def draw() -> tuple[str, str, str, str]:
-            kind = chance.choice(KINDS)  # a stateful loader answers for its place itself
+            kind = chance.choice(KINDS)
             place = chance.choice(tuple(WORKERS)) if kind in ("map", "concatenated", "iterable") else "main"
-            noise = chance.choice(tuple(NOISE)[: -1 if kind == "stateful" else None])
-            return kind, chance.choice(tuple(ORDERS)), place, noise
+            return kind, chance.choice(tuple(ORDERS)), place, chance.choice(tuple(NOISE))
 
         settings = {
             "accumulate": chance.choice((1, 1, 2)),

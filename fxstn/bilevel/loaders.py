@@ -178,6 +178,7 @@ class ResumableLoader:
 
     def state_dict(self) -> State:
         own = {path: generator_state(generator) for path, generator in generators_of(self.loader).items()}
+        over = self._passes and not self.open
         return {
             "open": self.open,
             "passes": self._passes,
@@ -188,7 +189,8 @@ class ResumableLoader:
             "checksums": [self._first_checksum, checksum(self._last)],
             "length": length_of(self.loader),
             "stateful": is_stateful(self.loader),
-            "place": self._oldest_place(),
+            "place": self._places[0] if self._places else None,  # from where the recent batches are read again
+            "end": self.loader.state_dict() if over and is_stateful(self.loader) else None,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -206,16 +208,10 @@ class ResumableLoader:
         stream = self._stream.state_dict() if self._stream is not None and self._position else None
         return {"taken": self._position, "loader": loader.state_dict(), "stream": stream, "own": self._own_states()}
 
-    def _oldest_place(self) -> State | None:
-        """From where the recent batches are read again; None for a loader that is replayed, or not yet read."""
-        if not is_stateful(self.loader) or not self._passes:
-            return None
-        return self._places[0] if self.open else self._place(self.loader)
-
     def _resume(self, state: State) -> bool:
         """Go to the place of a state; whether the batches on the way there are those of then."""
         first, last = state["checksums"]
-        if state["open"]:
+        if state["open"] or state["stateful"]:
             jumps = dict(state["jumps"])
             self._rewind(state)
             while self._position < state["taken"] and self.open:
@@ -223,12 +219,10 @@ class ResumableLoader:
                     self._set_own(jumps[self._position])
                 self.take()
             self._first_checksum = first
+            if is_stateful(self.loader) and not state["open"]:
+                self.close()
+                self.loader.load_state_dict(state["end"])
             return self._position == state["taken"] and checksum(self._last) == last
-        if is_stateful(self.loader):
-            self._passes = state["passes"]
-            set_epoch(self.loader, self._passes - 1)
-            self.loader.load_state_dict(state["place"]["loader"])
-            return True
         equal = []
         for _ in range(2):  # a generator that is not restored may give the same once
             self._rewind(state)
