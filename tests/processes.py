@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # which imports torch and fxstn once, not in every process
-_CONTEXT.set_forkserver_preload(["fxstn", "tests.test_distributed"])
+CONTEXT = multiprocessing.get_context("forkserver")  # which imports torch and fxstn once, not in every process
+CONTEXT.set_forkserver_preload(["fxstn", "tests.test_distributed"])
 
 
 class Failed(Exception):
@@ -44,10 +44,8 @@ def run(world, function, *arguments, seconds=120):
     with tempfile.TemporaryDirectory() as folder:
         pipes, started = [], []
         for rank in range(world):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
-                target=_begin, args=(function, rank, world, f"{folder}/group", theirs, arguments)
-            )
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_begin, args=(function, rank, world, f"{folder}/group", theirs, arguments))
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
+from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.plain import check_readable
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_parts import RunParts, copied_state
@@ -41,6 +44,16 @@ class CheckpointManager:
         self._step = -1  # inner steps done when it was saved
         self._time = time.perf_counter()
         self._unwritable = self._trained = False
+        self._lock = FolderLock(out_dir)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other run writes to out_dir. Raises ValueError where another does. Several processes: all must call it."""
+        distributed.in_first_process(self._lock.acquire)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def due(self) -> bool:
         """Whether it is time for a file. The first call comes after the first steps. Raises TypeError as `begin` then."""

@@ -6,9 +6,10 @@ import math
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from fxstn.bilevel.history import SCALE, Row
@@ -182,7 +183,11 @@ class Stop:
 
     @contextmanager
     def on_signals(self, enabled: bool) -> Iterator[None]:
-        """Inside, signals are noted. Python lets only the main thread handle signals; elsewhere nothing changes."""
+        """Inside, signals are noted.
+
+        Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
+        has ended all the same, amid a step, ends the run, too: what was saved last stands.
+        """
         if not enabled or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -192,13 +197,24 @@ class Stop:
             self.signal = number
             signal.signal(number, before[number] or signal.SIG_DFL)
 
+        self.signal = None
         try:
             for number in before:
                 signal.signal(number, note)
             yield
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                with suppress(RuntimeError):  # of another worker
+                    time.sleep(1)  # the signal to this process may come after those to the workers
+            if "DataLoader worker" not in str(error) or self.signal is None:
+                raise
+            warn_caller("a worker process of a loader ended at the signal, amid a step; what the run saved last stands")
+            self.end()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+        if self.signal is not None:  # it came after the last step
+            self.end()
 
     def end(self) -> None:
         """Raise what the signal would have raised, or SystemExit with the shell's status for SIGTERM."""

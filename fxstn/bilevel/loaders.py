@@ -29,6 +29,7 @@ from fxstn.bilevel.sources import (
     set_generator_state,
 )
 from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.workers import batches_of
 
 
 class ResumableLoader:
@@ -92,7 +93,7 @@ class ResumableLoader:
             )
         self._stream = self._seeded_stream() if may_draw(self.loader) else None
         self._passes += 1
-        self._batches = iter(self.loader) if is_stateful(self.loader) else new_pass(self.loader)
+        self._batches = batches_of(self.loader) if is_stateful(self.loader) else new_pass(self.loader)
         self._jumps, self._first_checksum, self._last = [], "", None
         self.recent.clear()
 

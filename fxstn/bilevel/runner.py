@@ -134,26 +134,27 @@ class BilevelRunner:
         epochs: ≥ 0, those done before included.
         minutes: > 0, in all; the epoch in which they are over is the last. None: no limit.
 
-        Raises DivergedError when losses are no longer finite after `rollbacks` new attempts. The best model so far is in `best`
-        and in out_dir/best.pt.
+        Raises DivergedError when losses are no longer finite after `rollbacks` new attempts, ValueError where another run is
+        using out_dir. The best model so far is in `best` and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        if self.out_dir is not None and not len(self.history) and not self._tuner.means.steps:
-            self._checkpoints.resume()
-        self._stopped = False
-        self._checkpoints.begin()
-        hidden = True if distributed.rank() else None if self.progress is None else not self.progress
-        bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
-        with bar, self._stop.on_signals(self.out_dir is not None):
-            while len(self.history) < epochs and not self._over(minutes):
-                number = len(self.history) + 1
-                try:
-                    self._end_epoch(number, self._tuner.epoch(number, self._pause))
-                except BadLoss as fault:
-                    self._recovery.go_back(fault)
-                    continue
-                bar.set_postfix(self._postfix(self.history.rows[-1]), refresh=False)
-                bar.update()
+        with self._checkpoints.locked():
+            if self.out_dir is not None and not len(self.history) and not self._tuner.means.steps:
+                self._checkpoints.resume()
+            self._stopped = False
+            self._checkpoints.begin()
+            hidden = True if distributed.rank() else None if self.progress is None else not self.progress
+            bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
+            with bar, self._stop.on_signals(self.out_dir is not None):
+                while len(self.history) < epochs and not self._over(minutes):
+                    number = len(self.history) + 1
+                    try:
+                        self._end_epoch(number, self._tuner.epoch(number, self._pause))
+                    except BadLoss as fault:
+                        self._recovery.go_back(fault)
+                        continue
+                    bar.set_postfix(self._postfix(self.history.rows[-1]), refresh=False)
+                    bar.update()
         return self.history
 
     def stop(self) -> None:

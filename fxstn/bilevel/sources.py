@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fxstn.bilevel.state import Stateful
+from fxstn.bilevel.workers import batches_of
 
 LARGEST, WIDEST = 5000, 64  # objects visited in all, and entries of one list or dict
 _CLOSED = (str, bytes, int, float, complex, type(None), type, ModuleType, BuiltinFunctionType, Tensor)
@@ -222,7 +223,7 @@ def new_pass(loader: Iterable[object]) -> Iterator[object]:
     if is_stateful(loader) or getattr(loader, "persistent_workers", False):
         loader = copy.copy(loader)
         cast(Any, loader)._iterator = None
-    return iter(loader)
+    return batches_of(loader)
 
 
 def checksum(batch: object) -> str:

@@ -1,0 +1,73 @@
+"""Worker processes of a loader: a signal that asks the run to end does not end them, so that the run can finish and save.
+
+SLURM and a terminal's Ctrl-C signal all processes of a run at once. A worker that dies takes the run with it: the next batch
+never comes, and torch raises an error in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent terminates it, as torch's own handler does. What others send is ignored."""
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)
+
+
+class SurvivingWorker:
+    """The worker_init_fn of a DataLoader whose workers outlive SIGINT and SIGTERM, unless their parent sends it.
+
+    init: the user's worker_init_fn.
+    """
+
+    def __init__(self, init: Callable[[int], object] | None) -> None:
+        self.init = init
+
+    def __call__(self, worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None:
+            threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
+        if self.init is not None:
+            self.init(worker)
+
+
+@contextmanager
+def _workers_survive(loader: object) -> Iterator[None]:
+    """Inside, a loader starts workers that outlive the signals.
+
+    The signals are blocked meanwhile, which a new process inherits: there is no moment at which it could be ended.
+    """
+    own = loader.worker_init_fn  # type: ignore[attr-defined]
+    if getattr(loader, "multiprocessing_context", None) is not None:
+        resource_tracker.ensure_running()  # its start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        loader.worker_init_fn = SurvivingWorker(own)  # type: ignore[attr-defined]
+        yield
+    finally:
+        loader.worker_init_fn = own  # type: ignore[attr-defined]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def batches_of(loader: Iterable[object]) -> Iterator[object]:
+    """A pass over a loader. Its workers, if it has any, outlive SIGINT and SIGTERM where the system can tell who sends them."""
+    if (
+        not getattr(loader, "num_workers", 0)
+        or not hasattr(loader, "worker_init_fn")
+        or not hasattr(signal, "sigwaitinfo")
+    ):
+        return iter(loader)
+    with _workers_survive(loader):
+        return iter(loader)

@@ -1,0 +1,202 @@
+"""Signals to all processes of a run, and two runs on one folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from processes import CONTEXT
+from runs import make, without_times
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.checkpoint import load_checkpoint
+from fxstn.bilevel.lock import NAME, FolderLock
+
+
+class Slow(Dataset):
+    """Draws in its worker process, and takes its time."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        time.sleep(0.005)
+        return torch.full((6,), i / 24) + torch.randn(6), torch.tensor(i % 3)
+
+
+class Stream(IterableDataset):
+    """The same in the order of the numbers, half of it from each of two workers."""
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        data = Slow()
+        return (data[i] for i in range(24) if worker is None or i % 2 == worker.id)
+
+
+def seeded(worker):
+    """A worker_init_fn of the user."""
+    torch.manual_seed(100 + worker)
+
+
+SETTINGS = {"fork": {"worker_init_fn": seeded}, "spawn": {}, "forkserver": {}, "stream": {}}
+
+
+def make_slow(out, kind, loss_fn=F.cross_entropy, metric=fxstn.accuracy):
+    torch.manual_seed(0)
+    context = kind if kind in ("spawn", "forkserver") else "fork"
+    settings = {"num_workers": 2, "multiprocessing_context": context, **SETTINGS[kind]}
+    data = {"dataset": Stream()} if kind == "stream" else {"dataset": Slow(), "shuffle": True}
+    return fxstn.BilevelRunner(
+        fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)]), loss_fn, DataLoader(batch_size=4, **data, **settings),
+        DataLoader(Slow(), 4, **settings), out_dir=out, progress=False, train_steps=2, valid_loss_fn=F.cross_entropy,
+        metrics={"metric": metric},
+    )  # fmt: skip
+
+
+def train_slowly(out, kind, moment, pipe):
+    """A run in a process group of its own, which says when a moment of its second epoch has come."""
+    os.setsid()
+    torch.set_num_threads(1)
+    calls = []
+
+    def noticed(function, *arguments):
+        calls.append(0)
+        if len(calls) == 8:  # of six batches of an epoch
+            pipe.send("now")
+            time.sleep(0.3)
+        return function(*arguments)
+
+    argument, function = {"training": ("loss_fn", F.cross_entropy), "evaluation": ("metric", fxstn.accuracy)}[moment]
+    make_slow(out, kind, **{argument: lambda output, target: noticed(function, output, target)}).fit(3)
+
+
+def exit_code(out, kind, moment, number):
+    """That of a run whose processes all get a signal at a moment."""
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=train_slowly, args=(out, kind, moment, theirs))
+    process.start()
+    theirs.close()
+    assert ours.poll(120)
+    ours.recv()
+    os.killpg(process.pid, number)
+    process.join(60)
+    process.kill()
+    return process.exitcode
+
+
+def nightly(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "number"),
+    [("fork", "training", signal.SIGTERM), ("forkserver", "evaluation", signal.SIGTERM), ("stream", "training", signal.SIGINT),
+     nightly("spawn", "training", signal.SIGTERM), nightly("fork", "evaluation", signal.SIGINT)],
+)  # fmt: skip
+def test_a_signal_to_all_processes_saves_and_the_run_goes_on_from_there(tmp_path, kind, moment, number):
+    assert exit_code(tmp_path, kind, moment, number) == (1 if number == signal.SIGINT else 128 + signal.SIGTERM)
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert (len(state["shared"]["history"]["rows"]), state["processes"][0]["means"]["steps"] > 0) == {
+        "training": (1, True),
+        "evaluation": (2, False),
+    }[moment]
+    whole = make_slow(None, kind).fit(2)
+    assert without_times(make_slow(tmp_path, kind).fit(2)) == without_times(whole)
+
+
+def end_abruptly(out):
+    """A run whose workers a signal has ended: SIGKILL, which none can outlive."""
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        if len(calls) == 10:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return F.cross_entropy(output, target)
+
+    make_slow(out, "fork", loss_fn).fit(3)
+
+
+def test_workers_that_end_at_the_signal_all_the_same_end_the_run_and_leave_its_last_file(tmp_path):
+    process = CONTEXT.Process(target=end_abruptly, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert len(load_checkpoint(tmp_path / "last.pt")["shared"]["history"]["rows"]) == 1
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    stop = make(tmp_path)._stop
+    with pytest.raises(SystemExit), stop.on_signals(True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal is None
+
+
+# Two runs
+
+
+def test_a_second_run_on_a_folder_is_refused_and_one_after_the_other_is_not(tmp_path):
+    out = tmp_path / "run"
+
+    def second(runner):
+        with pytest.raises(
+            ValueError, match=rf"run is in use by another run \(process {os.getpid()} on .*choose another"
+        ):
+            make(out).fit(2)
+        raise KeyError("a fault of the user")
+
+    with pytest.raises(KeyError):
+        make(out, callbacks=[second]).fit(2)
+    assert not out.joinpath(NAME).exists()
+    assert len(make(out).fit(1)) == 1
+    assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt"}
+
+
+def hold(folder, pipe):
+    lock = FolderLock(folder)
+    lock.acquire()
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+    worker.start()
+    lock.acquire()
+    pipe.send(worker.pid)
+    time.sleep(20)
+
+
+def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=hold, args=(tmp_path, theirs))
+    process.start()
+    worker = ours.recv()
+    lock = FolderLock(tmp_path)
+    with pytest.raises(ValueError, match=f"process {process.pid} on"):
+        lock.acquire()
+    process.kill()
+    process.join()
+    lock.acquire()
+    os.kill(worker, signal.SIGKILL)  # it was there until now
+    assert f"process {os.getpid()} on" in (tmp_path / NAME).read_text(encoding="utf-8")
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, number):
+    import errno
+    import fcntl
+
+    def flock(file, operation):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(fxstn.RunWarning, match=r"cannot be locked \(.*\): start no other run on it"):
+        assert len(make(tmp_path).fit(1)) == 1
