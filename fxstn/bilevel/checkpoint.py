@@ -35,10 +35,13 @@ class _HashingFile:
     def write(self, data: bytes) -> int:
         self.sum.update(data)
         try:
-            return self.file.write(data)
+            left = memoryview(data)
+            while left:
+                left = left[self.file.write(left) :]
         except OSError as error:
             self.error = error
             raise
+        return len(data)
 
     def flush(self) -> None:
         self.file.flush()
@@ -49,7 +52,7 @@ def _write_temporary(state: Mapping[str, object], path: Path, checksum: bool) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "wb") as raw:
+        with open(temporary, "wb", buffering=0) as raw:  # a process forked meanwhile has nothing to flush
             file = _HashingFile(raw)
             try:
                 torch.save(state, file)  # type: ignore[arg-type]
@@ -57,8 +60,7 @@ def _write_temporary(state: Mapping[str, object], path: Path, checksum: bool) ->
                 raise file.error or error from error
             if checksum:
                 file.write(f"{FORMAT:0{_DIGITS}d}".encode())
-                raw.write(file.sum.digest() + _MARK)
-            raw.flush()
+                file.write(file.sum.digest() + _MARK)
             os.fsync(raw.fileno())
     except OSError:
         with contextlib.suppress(OSError):  # the first error says more

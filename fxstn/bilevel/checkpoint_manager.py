@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
-from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_atomically, save_checkpoint
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.plain import check_readable
@@ -20,11 +21,12 @@ from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_parts import RunParts, copied_state
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
+from fxstn.bilevel.writer import BackgroundWriter, write_run
 from fxstn.ir.input_errors import as_path
 
 
 class CheckpointManager:
-    """Keeps the newest state of a run, in files or in memory, and restores it.
+    """Keeps the newest state of a run, in memory or in files, which a thread writes from a copy of it; restores it.
 
     parts: of the run.
     device: on which processes agree.
@@ -40,20 +42,23 @@ class CheckpointManager:
         self.parts, self.device, self.out_dir = parts, device, out_dir
         self.minutes, self.files, self.memory = minutes, files, memory
         self.restorations = 0  # how often the last saved state was restored
-        self._state: State | None = None  # the last saved state, where it is in no file
+        self._state: State | None = None  # the last saved state, where it is in no file, or is not yet
         self._step = -1  # inner steps done when it was saved
         self._time = time.perf_counter()
-        self._unwritable = self._trained = False
-        self._lock = FolderLock(out_dir)
+        self._unwritable = self._trained = self._better = self._writing = False
+        self._lock, self._writer = FolderLock(out_dir), BackgroundWriter()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other run writes to out_dir. Raises ValueError where another does. Several processes: all must call it."""
+        """Inside, no other run writes to out_dir; at the end, a signal's included, the files are whole.
+
+        Raises ValueError where another run writes there. Several processes: all must call it.
+        """
         distributed.in_first_process(self._lock.acquire)
-        try:
+        with ExitStack() as last:
+            last.callback(self._lock.release)
+            last.callback(self.finish)  # before the release
             yield
-        finally:
-            self._lock.release()
 
     def due(self) -> bool:
         """Whether it is time for a file. The first call comes after the first steps. Raises TypeError as `begin` then."""
@@ -81,45 +86,53 @@ class CheckpointManager:
         better: whether the best model is a new one, to be written too.
         write: whether it goes to the files of out_dir.
         """
+        self.finish()
         self.restorations, self._state, self._time = 0, None, time.perf_counter()
-        self._step = self.parts.counters.steps
-        write = write and self.out_dir is not None
-        state = self.parts.state_dict() if write or self.memory else {}
-        if write:
+        self._step, self._better = self.parts.counters.steps, self._better or better
+        folder = self.out_dir if write else None
+        state = self.parts.state_dict() if folder is not None or self.memory else {}
+        if folder is not None:
             check_readable(state)
-            write = not distributed.any_process(not self._write(state, better), self.device)
-        if self.memory and not write:
-            self._state = copied_state(state)
+        if state and not (self.out_dir is not None and distributed.rank()):
+            self._state = state = copied_state(state)
+            if folder is not None:
+                self._writing = True
+                self._writer.start(partial(self._write, state, folder))
 
-    def _write(self, state: State, better: bool) -> bool:
-        """Whether the files could be written; a warning, once, where they could not."""
-        if distributed.rank():
-            return True
-        assert self.out_dir is not None
-        try:
-            best = state["shared"]["best"]["record"]
-            if better and best is not None:
-                save_atomically(best, self.out_dir / "best.pt")
-            self.parts.history.to_csv(self.out_dir / "history.csv")
-            save_checkpoint(state, self.out_dir / "last.pt", self.files)
-        except OSError as error:
+    def _write(self, state: State, folder: Path) -> None:
+        """The job of the thread; its copy of the state is kept where it cannot be written."""
+        write_run(state, self.parts.history.names, folder, self.files, self._better)
+        self._state = None
+
+    def finish(self) -> None:
+        """Wait until the files are whole that are being written. A warning, once, where they cannot be written."""
+        if not self._writing:
+            return
+        error, self._writing = self._writer.wait(), False
+        if not self.memory:
+            self._state = None
+        if isinstance(error, OSError):
             if not self._unwritable:
                 warn_caller(f"cannot write to {self.out_dir}: {error.strerror or error}; training goes on and tries again "
                               "after each epoch; what comes after the last file is lost")  # fmt: skip
-            self._unwritable = True
-            return False
-        self._unwritable = False
-        return True
+        elif error is not None:
+            raise error
+        else:
+            self._better = False
+        self._unwritable = error is not None
 
     def restore(self) -> None:
         """Go back to the state kept last."""
+        self.finish()
         self.restorations += 1
-        if self._state is not None:
+        if self.out_dir is None:
+            assert self._state is not None
             self.parts.restore(copied_state(self._state))
         else:
-            assert self.out_dir is not None
-            path = self.out_dir / "last.pt"
-            self.parts.restore(distributed.in_first_process(lambda: load_checkpoint(path)))
+            self.parts.restore(distributed.in_first_process(partial(self._last_state, self.out_dir / "last.pt")))
+
+    def _last_state(self, path: Path) -> State:
+        return load_checkpoint(path) if self._state is None else copied_state(self._state)
 
     def resume(self) -> None:
         """Go on from the newest whole file of out_dir, if there is one."""

@@ -188,6 +188,7 @@ class BilevelRunner:
         self._tuner.means.begin()
         if not distributed.rank():
             self._monitors.read(self.history.rows)
+        self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
             callback(self)
         self._keep(better)
