@@ -138,14 +138,14 @@ class BilevelRunner:
         using out_dir. The best model so far is in `best` and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        with self._checkpoints.locked():
+        with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
             if self.out_dir is not None and not len(self.history) and not self._tuner.means.steps:
                 self._checkpoints.resume()
             self._stopped = False
             self._checkpoints.begin()
             hidden = True if distributed.rank() else None if self.progress is None else not self.progress
             bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
-            with bar, self._stop.on_signals(self.out_dir is not None):
+            with bar:
                 while len(self.history) < epochs and not self._over(minutes):
                     number = len(self.history) + 1
                     try:

@@ -50,7 +50,8 @@ def _workers_survive(loader: object) -> Iterator[None]:
     The signals are blocked meanwhile, which a new process inherits: there is no moment at which it could be ended.
     """
     own = loader.worker_init_fn  # type: ignore[attr-defined]
-    if getattr(loader, "multiprocessing_context", None) is not None:
+    context = getattr(loader, "multiprocessing_context", None) or multiprocessing
+    if context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # its start would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
