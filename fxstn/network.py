@@ -154,27 +154,27 @@ class SelfTuningNetwork(ModelWrapper):
 
         delta: (h,), unconstrained units.
 
-        Returns one tensor per original parameter, in its shape. Raises ValueError when delta does not have h entries.
+        Returns one tensor per original parameter, in its shape and type. Raises ValueError when delta does not have h entries.
         """
+        return {name: w.to(self.model.get_parameter(name)) for name, w in self.wide_response(delta).items()}
+
+    def wide_response(self, delta: Tensor) -> dict[str, Tensor]:
+        """`best_response` before it is rounded to the type of a parameter: at least float32 where the response moves it."""
         delta = self._perturbation(delta, "delta")
         if delta.dim() != 1:
             raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained
         changes = parameter_changes(self.response, self.model, delta)
-        return {
-            name: parameter + changes[name] if name in changes else parameter
-            for name, parameter in self.model.named_parameters()
-        }
+        return {n: weight + changes[n] if n in changes else weight for n, weight in self.model.named_parameters()}
 
     @torch.no_grad()
     def hypergradient(self) -> Tensor:
         """Θᵀ g, (h,): the derivative in λ, through the response, of the loss whose gradient g the general parameters hold.
 
         After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
-        best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn".
-
-        With a GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
+        best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
+        GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
         return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
 

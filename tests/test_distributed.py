@@ -598,6 +598,21 @@ def test_a_gradient_that_one_process_lacks_counts_as_zero():
         assert torch.equal(b, 1.5 * torch.ones(3))
 
 
+def sparse_gradient(rank):
+    table, word = nn.Embedding(9, 2, sparse=True), torch.tensor([[1, 1], [1, 5]][rank])
+    (table(word) * torch.tensor([3.0, 0.0])).sum().backward()
+    fxstn.average_gradients(table.parameters())
+    return table.weight.grad.is_sparse, table.weight.grad.to_dense()
+
+
+def test_sparse_gradients_are_averaged_and_stay_sparse():
+    expected = torch.zeros(9, 2)
+    expected[1, 0], expected[5, 0] = 4.5, 1.5
+    for is_sparse, gradient in run(2, sparse_gradient):
+        assert is_sparse
+        assert torch.equal(gradient, expected)
+
+
 def example(rank, folder, port):
     dist.destroy_process_group()
     os.chdir(folder)

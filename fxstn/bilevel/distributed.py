@@ -71,21 +71,28 @@ def average_gradients(parameters: Iterable[nn.Parameter], count: Tensor | float 
 
     In a loop of your own, call it between `.backward()` and the step; with a GradScaler before `unscale_`, so that an overflow
     in one process is one in all. Gradients of mean losses become those of the mean over all batches. A parameter without a
-    gradient counts as zero: another process may have one.
+    gradient counts as zero: another process may have one. A sparse gradient is sent as a dense one, and then is sparse again:
+    it has the rows that are not zero.
     """
     if processes() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad.to_dense() for x in trained]
     if count is not None and gradients:
         own = torch.as_tensor(count, dtype=torch.float64, device=gradients[0].device)
         dist.all_reduce(everything := own.clone())
         for gradient in gradients:
             gradient *= processes() * own / everything.clamp(min=torch.finfo(torch.float64).tiny)
     average(gradients)
+    for parameter, mean in zip(trained, gradients, strict=True):
+        sparse = parameter.grad is not None and parameter.grad.is_sparse
+        parameter.grad = _sparse_rows(mean) if sparse else mean
+
+
+def _sparse_rows(dense: Tensor) -> Tensor:
+    """A dense gradient as a sparse one, of its rows that are not zero."""
+    rows = dense.flatten(1).any(1).nonzero().flatten()
+    return torch.sparse_coo_tensor(rows[None], dense[rows], dense.shape, is_coalesced=True)
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -190,7 +190,7 @@ class NetworkProblem(BilevelProblem):
         stn, carried = self.stn, CarriedState(self.valid_loss_fn, self.initial_state)
         noise = torch.randn(len(stn.hparams), generator=torch.Generator().manual_seed(seed))
         epsilon = stn.hparams.scale.detach() * noise.to(stn.hparams.scale)
-        moved, at_rest = stn.best_response(epsilon), stn.best_response(torch.zeros_like(epsilon))
+        moved, at_rest = stn.wide_response(epsilon), stn.wide_response(torch.zeros_like(epsilon))
         changes = torch.stack([(w - at_rest[n]).norm() for n, w in moved.items()])
         sizes = torch.stack([w.norm() for w in at_rest.values()])
         result = {"response_norm": (changes.norm() / sizes.norm()).item()}

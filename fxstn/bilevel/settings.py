@@ -84,7 +84,7 @@ class SettingsDict(TypedDict, total=False):
 class Settings:
     """Settings of a run: the keywords of `BilevelRunner`.
 
-    Optimizers. Each is a factory, or an optimizer that holds exactly its parameters:
+    Optimizers. Each is a factory, an optimizer that holds exactly its parameters, or a list of optimizers that do together:
     optimizer: of w₀. Default: SGD, momentum 0.9, lr 1e-2.
     response_optimizer: of Θ. Default: Adam, lr 1e-2; for a structured response that of w₀.
     hyper_optimizer: of λ. Default: `fxstn.optim.SettlingAdam`. Its rate falls from 0.4, and it shrinks λ's step when the

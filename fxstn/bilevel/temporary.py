@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.state import State
+from fxstn.ops.precision import wide, widen
 
 
 @contextmanager
@@ -46,17 +47,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class WeightAverages:
-    """Exponential moving averages of the floating-point tensors among some: a ← decay a + (1 − decay) x."""
+    """Exponential moving averages of the floating-point tensors among some: a ← decay a + (1 − decay) x. At least float32."""
 
     def __init__(self, tensors: Iterable[Tensor], decay: float) -> None:
         self.decay = decay
         self._live = [t for t in tensors if t.is_floating_point()]
-        self.averages = [t.detach().clone() for t in self._live]
+        self.averages = [t.detach().to(wide(t.dtype), copy=True) for t in self._live]
 
     @torch.no_grad()
     def update(self) -> None:
         """Count the tensors as they are now."""
-        torch._foreach_lerp_(self.averages, [t.detach() for t in self._live], 1 - self.decay)
+        torch._foreach_lerp_(self.averages, [widen(t.detach()) for t in self._live], 1 - self.decay)
 
     def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The averages of some of the tensors."""
@@ -114,7 +115,7 @@ class _BatchStatistics(TorchFunctionMode):
     @staticmethod
     def _count(x: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
         values = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+        variance, mean = torch.var_mean(widen(x), [0, *range(2, x.dim())], correction=0)
         counts = torch.isfinite(mean).all() & torch.isfinite(variance).all()  # not one that overflows in float16
         sums.batches = sums.batches + counts.to(mean.dtype)
         sums.mean = sums.mean + torch.where(counts, mean, 0.0)
@@ -153,7 +154,7 @@ def recalibrated_norms(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> 
         sums = batches.sums[id(norm.running_mean)]
         for tensor, total in ((norm.running_mean, sums.mean), (norm.running_var, sums.variance)):
             statistics.append(tensor)
-            estimates.append(total / sums.batches if isinstance(total, Tensor) else tensor)
+            estimates.append(total / sums.batches if isinstance(total, Tensor) else widen(tensor).clone())
+    distributed.average(estimates)
     with swapped_tensors(statistics, estimates):
-        distributed.average(statistics)
         yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from fxstn.bilevel.combined import CombinedOptimizer
 from fxstn.bilevel.counts import Mean
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.optim import SettlingAdam
@@ -20,8 +21,8 @@ from fxstn.bilevel.records import SCHEDULES, OptimizerRecord, Scheduler
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, Stateful
 
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-OptimizerLike = Optimizer | OptimizerFactory | None
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]
+OptimizerLike = Optimizer | Sequence[Optimizer] | OptimizerFactory | None
 CLIPPED = ("optimizer", "response_optimizer")
 OPTIONAL = "scale_optimizer"  # of σ: a run may begin or cease to learn it
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
@@ -34,9 +35,12 @@ def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
-def sgd(parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """SGD with momentum 0.9, learning rate 1e-2; one fused kernel per step where the device has it."""
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=_fusible(parameters))
+def sgd(parameters: Sequence[nn.Parameter], fused: bool = True) -> Optimizer:
+    """SGD with momentum 0.9, learning rate 1e-2.
+
+    fused: whether a step is one kernel where the device has it, which takes no sparse gradients.
+    """
+    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=fused and _fusible(parameters))
 
 
 def adam(parameters: Sequence[nn.Parameter]) -> Optimizer:
@@ -52,14 +56,15 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over exactly these parameters.
 
-    optimizer: the optimizer itself, a factory for it, or None, for the default.
+    optimizer: the optimizer itself, several over different parameters, a factory for these, or None, for the default.
     default: a factory.
     name: what errors call it.
 
     Raises TypeError for anything else. Raises ValueError for an optimizer that cannot be made, has other parameters, or needs a
     closure.
     """
-    if isinstance(optimizer, Optimizer):
+    result: object
+    if isinstance(optimizer, (Optimizer, list, tuple)):
         result = optimizer
     elif optimizer is None or callable(optimizer):
         try:
@@ -68,14 +73,32 @@ def build_optimizer(
             raise ValueError(f"{name} cannot be made: {error}; {_FACTORY}") from error
     else:
         raise TypeError(f"{name}={optimizer!r} must be an optimizer or a factory; {_FACTORY}")
-    if not isinstance(result, Optimizer):
-        raise TypeError(f"{name} must be an optimizer, its factory returns {type(result).__name__}; {_FACTORY}")
+    parts = list(result) if isinstance(result, (list, tuple)) else [result]
+    optimizers = [part for part in parts if isinstance(part, Optimizer)]
+    if len(optimizers) < len(parts) or not parts:
+        raise TypeError(f"{name} must be an optimizer, or a list of them, its factory returns {type(result).__name__}; "
+                        f"{_FACTORY}")  # fmt: skip
+    for part in optimizers:
+        closure = inspect.signature(part.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{name}: {type(part).__name__} evaluates a closure, which a run has none of; use SGD, Adam or "
+                             "another that steps on gradients")  # fmt: skip
+    return _over_exactly(parameters, optimizers[0] if len(parts) == 1 else _combined(optimizers, name), name)
+
+
+def _combined(parts: Sequence[Optimizer], name: str) -> Optimizer:
+    try:
+        return CombinedOptimizer(parts)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: the optimizers of the list have a parameter in common; give each parameter to one"
+        ) from error
+
+
+def _over_exactly(parameters: Sequence[nn.Parameter], result: Optimizer, name: str) -> Optimizer:
+    """The optimizer, its settings in plain numbers. Raises ValueError where it has other parameters."""
     for group in result.param_groups:
         group |= {key: plain_numbers(value) for key, value in group.items() if key != "params"}
-    closure = inspect.signature(result.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{name}: {type(result).__name__} evaluates a closure, which a run has none of; use SGD, Adam or "
-                         "another that steps on gradients")  # fmt: skip
     theirs = {id(parameter) for group in result.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in parameters}
     if name == "optimizer" and ours and not theirs & ours:
@@ -98,8 +121,10 @@ def build_optimizers(
     choices: {argument: as `build_optimizer` takes it}.
     structured: whether the response is a structured one, whose optimizer is by default that of the weights.
     """
+    tables = (module for module in problem.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+    sparse = any(table.sparse for table in tables)
     kinds: dict[str, tuple[OptimizerFactory, Iterable[nn.Parameter]]] = {
-        "optimizer": (sgd, problem.general_parameters()),
+        "optimizer": (partial(sgd, fused=not sparse), problem.general_parameters()),
         "response_optimizer": (sgd if structured else adam, problem.response_parameters()),
         "hyper_optimizer": (SettlingAdam, problem.hyper_parameters()),
         "scale_optimizer": (rmsprop, problem.scale_parameters()),

@@ -15,6 +15,7 @@ from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
+from fxstn.ops.precision import widen
 
 
 class StochasticDepth(Operation):
@@ -114,7 +115,7 @@ class Activity(Auxiliary, Coefficient):
 
     def penalty(self, value: tuple[Tensor, ...]) -> Tensor | float:
         strength, h = value
-        return (strength * self.measure(h)).mean()
+        return (strength * self.measure(widen(h))).mean()
 
 
 class ActivationDecay(Activity):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxstn.hp.bijection import Bijection
 from fxstn.hp.hyperparameter import Hyperparameter
+from fxstn.ops.precision import WideModule
 
 
 def inverse_softplus(scale: float) -> float:
@@ -18,8 +19,8 @@ def inverse_softplus(scale: float) -> float:
     return scale if scale > 40 else math.log(math.expm1(scale))
 
 
-class HyperparameterSpace(nn.Module):
-    """λ ∈ ℝʰ (unconstrained) and σ = softplus(raw_scale) ∈ ℝʰ₊, with the map to constrained values.
+class HyperparameterSpace(WideModule):
+    """λ ∈ ℝʰ (unconstrained) and σ = softplus(raw_scale) ∈ ℝʰ₊, with the map to constrained values. At least float32.
 
     Raises ValueError when there is nothing to tune or two hyperparameters have one name.
     """

@@ -11,12 +11,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from fxstn.ir.staging import staged
+from fxstn.ops.precision import widen
 
 
 def as_float(x: Tensor) -> Tensor:
     """Images with values in [0, 1], at least float32. Raises TypeError for other types than uint8 and floating point."""
     if x.is_floating_point():
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return widen(x)
     if x.dtype != torch.uint8:
         raise TypeError(f"images are floating point in [0, 1] or uint8, got {x.dtype}")
     return x.float() / 255

@@ -10,18 +10,19 @@ from torch import Tensor
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.batch_axis import expand_rows
+from fxstn.ops.precision import wide
 
 
 def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
     """A strength, or (batch,) of them, as (batch or 1, 1, ..., 1): it broadcasts with x (batch, ...). At least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    dtype = wide(x.dtype) if x.is_floating_point() else torch.float32
     strength = torch.as_tensor(strength, dtype=dtype, device=x.device)
     return strength.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """One draw per example of x (batch, ...) from [low, high): (batch, 1, ..., 1)."""
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    dtype = wide(x.dtype) if x.is_floating_point() else torch.float32
     shape = (x.shape[0], *[1] * (x.dim() - 1))
     return low + (high - low) * torch.rand(shape, device=x.device, dtype=dtype)
 
@@ -48,7 +49,7 @@ def _dropout_mask(x: Tensor, p: Tensor | float, spatial: int, batch_axis: BatchA
 
 def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: BatchAxis) -> Tensor:
     """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
-    noise = torch.rand(shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    noise = torch.rand(shape, device=x.device, dtype=wide(x.dtype))
     if isinstance(p, Tensor):
         p = _by_example(p.to(noise.dtype), x, batch_axis)
         return noise.ge_(p).div_((1 - p).clamp_min(torch.finfo(noise.dtype).tiny)).to(x.dtype)
@@ -96,7 +97,7 @@ def word_mask(index: Tensor, table: Tensor, p: Tensor | float, batch_axis: Batch
 
     Returns (*index.shape, 1).
     """
-    noise = torch.rand(len(table), device=index.device, dtype=torch.promote_types(table.dtype, torch.float32))
+    noise = torch.rand(len(table), device=index.device, dtype=wide(table.dtype))
     if isinstance(p, Tensor):
         p = _by_example(p.to(noise.dtype), index, batch_axis)
     return ((noise[index] >= p) / (1 - p)).to(table.dtype).unsqueeze(-1)
@@ -116,11 +117,11 @@ def alpha_dropout_coefficients(
     Returns two tensors that broadcast with x.
     """
     limit = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
-    mask = (_dropout_mask(x, p, spatial, batch_axis) != 0).to(x.dtype)
+    mask = (_dropout_mask(x, p, spatial, batch_axis) != 0).to(wide(x.dtype))
     if isinstance(p, Tensor):
-        p = _by_example(p.to(x.dtype), x, batch_axis)
+        p = _by_example(p.to(mask.dtype), x, batch_axis)
     gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
-    return mask * gain, (1 - mask) * (gain * limit) - gain * p * limit
+    return (mask * gain).to(x.dtype), ((1 - mask) * (gain * limit) - gain * p * limit).to(x.dtype)
 
 
 @staged(random=True)
@@ -166,8 +167,9 @@ def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
     """
     if p.dim():
         raise ValueError(f"hp.DropConnect: {len(p)} rates for one mask; give one rate for the whole batch")
-    p = p.to(weight.dtype)
-    return (torch.rand_like(weight) >= p) / (1 - p)
+    noise = torch.rand_like(weight, dtype=wide(weight.dtype))
+    p = p.to(noise.dtype)
+    return ((noise >= p) / (1 - p)).to(weight.dtype)
 
 
 @staged

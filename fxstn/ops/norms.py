@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ops.kernels import linear_map, self_adjoint
+from fxstn.ops.precision import wide
 
 aten = torch.ops.aten
 _INPUT_ONLY = [True, False, False]
@@ -40,6 +43,22 @@ def batch_norm_frozen_tangent(
     return F.batch_norm(tangent, zero, running_var, weight, None, False, 0.0, eps)
 
 
+def _alike(x: Tensor, *parameters: Tensor | None) -> Any:
+    """x and parameters of a layer or group norm in the types that its kernels take.
+
+    Those of the CPU take a half x with float32 parameters; those of other devices want one type. It is float32 where autocast
+    is on, as autocast itself has it for these norms.
+    """
+    tensors = (x, *parameters)
+    if x.device.type == "cpu":
+        return tensors
+    dtypes = [value.dtype for value in tensors if value is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = wide(dtype)
+    return tuple(value if value is None else value.to(dtype) for value in tensors)
+
+
 def _layer_norm_transpose(
     cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
@@ -47,12 +66,20 @@ def _layer_norm_transpose(
 
 
 @linear_map(_layer_norm_transpose)
+def _layer_norm_jacobian(
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
+) -> Tensor:
+    core = _layer_norm_transpose(tangent, x, None, mean, inverse_std, shape)
+    return core if weight is None else core.mul_(weight)
+
+
+@staged
 def layer_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
     """Jacobian of layer norm over the last dimensions `shape`: the symmetric core, then the weight."""
-    core = _layer_norm_transpose(tangent, x, None, mean, inverse_std, shape)
-    return core if weight is None else core.mul_(weight)
+    x, weight = _alike(x, weight)
+    return _layer_norm_jacobian(tangent, x, weight, mean, inverse_std, shape)
 
 
 @staged
@@ -61,7 +88,7 @@ def group_norm_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group norm of x (batch, channels, ...): (y, mean, 1/std), the statistics (batch, groups); one group per channel
     where groups is 0 (instance norm)."""
-    x = x.contiguous()
+    x, weight, bias = _alike(x.contiguous(), weight, bias)
     batch, channels = x.shape[:2]
     size = x[0, 0].numel() if x.dim() > 2 else 1
     return torch.native_group_norm(x, weight, bias, batch, channels, size, groups or channels, eps)
@@ -78,10 +105,18 @@ def _group_norm_transpose(
 
 
 @linear_map(_group_norm_transpose)
-def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
-    """Jacobian of group norm with the statistics that `group_norm_with_statistics` returns: symmetric, then the weight."""
+def _group_norm_jacobian(
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> Tensor:
     core = _group_norm_transpose(tangent, x, None, mean, inverse_std)
     return core if weight is None else core.mul_(weight.view(-1, *[1] * (x.dim() - 2)))
+
+
+@staged
+def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    """Jacobian of group norm with the statistics that `group_norm_with_statistics` returns: symmetric, then the weight."""
+    x, weight = _alike(x, weight)
+    return _group_norm_jacobian(tangent, x, weight, mean, inverse_std)
 
 
 @staged

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
+from fxstn.ops.precision import wide, widen
 from fxstn.ops.response import responses_in
 
 
@@ -19,8 +20,8 @@ def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
     strength: λ ≥ 0, 0-d.
     """
     if norm == 1:
-        return strength * weight.abs().sum()
-    return 0.5 * strength * torch.linalg.vector_norm(weight).square()
+        return strength * weight.abs().sum(dtype=wide(weight.dtype))
+    return 0.5 * strength * torch.linalg.vector_norm(weight, dtype=wide(weight.dtype)).square()
 
 
 def penalty_perturbed(
@@ -38,7 +39,7 @@ def penalty_perturbed(
 
     Returns a scalar.
     """
-    w, r = (value.movedim(axis, 0).flatten(1) for value in (weight, response))
+    w, r = (widen(value).movedim(axis, 0).flatten(1) for value in (weight, response))
     if norm == 1:
         return (strength * (w.abs().sum() + scale @ torch.linalg.vecdot(w.sign(), r))).mean()
     cross, square = torch.linalg.vecdot(w, r), torch.linalg.vecdot(r, r)
@@ -97,11 +98,11 @@ def squared_jacobian(output: object, inputs: object, projections: int | None) ->
         directions = [one.expand_as(y) for one in torch.eye(y.shape[1], dtype=y.dtype, device=y.device)]
     else:
         directions = [torch.randint_like(y, 0, 2).mul_(2).sub_(1) for _ in range(projections)]
-    total = y.new_zeros(len(y))
+    total = y.new_zeros(len(y), dtype=wide(y.dtype))
     for u in directions:
         try:
             gradients = torch.autograd.grad(y, sources, u, create_graph=True, materialize_grads=True)
         except RuntimeError as error:
             raise RuntimeError(f"hp.JacobianNorm differentiates the output by the inputs, twice: {error}") from error
-        total = total + sum(gradient.square().flatten(1).sum(1) for gradient in gradients)
+        total = total + sum(widen(gradient).square().flatten(1).sum(1) for gradient in gradients)
     return total / (len(directions) if projections is not None else 1)

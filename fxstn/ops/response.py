@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.batch_axis import expand_rows
+from fxstn.ops.precision import WideModule, wide, widen
 
 
-class Response(nn.Module):
+class Response(WideModule):
     """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
     U: (n, h), n entries along `axis`. It starts at zero, so that a fresh response predicts no change. Parameters that w is
@@ -22,6 +23,8 @@ class Response(nn.Module):
     R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w. Otherwise a parameter shaped like w, which starts from the
         uniform distribution of torch's linear and convolution layers, ±1/√fan_in.
     active: whether w responds. It does not while it is not trained.
+
+    U and R are in the type of w, but float32 at least. A layer gets U δ in the type of its output, and R in that of w.
     """
 
     def __init__(
@@ -34,16 +37,17 @@ class Response(nn.Module):
         structured: bool = True,
     ) -> None:
         super().__init__()
-        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=parameter.dtype, device=parameter.device)
+        dtype, bound = wide(parameter.dtype), 1 / math.sqrt(fan_in)
+        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=dtype, device=parameter.device)
         self.U = nn.Parameter(zeros) if U is None else U
-        bound = 1 / math.sqrt(fan_in)
-        self.R = nn.Parameter(torch.empty_like(parameter).uniform_(-bound, bound)) if structured else None
+        drawn = torch.empty_like(parameter, dtype=dtype).uniform_(-bound, bound) if structured else None
+        self.R = None if drawn is None else nn.Parameter(drawn)
         self.axis = axis
         self.active = True
 
     def forward(self, delta: Tensor) -> Tensor:
         """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
-        return nn.functional.linear(delta, self.U)
+        return nn.functional.linear(delta.to(self.U.dtype), self.U)
 
     def direction(self, parameter: Tensor) -> Tensor:
         """R, given w."""
@@ -72,13 +76,13 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
-    """{parameter name: Δw} for one delta.
+    """{parameter name: Δw} for one delta, at least float32.
 
     tree: Response modules, under the names of the model's parameters.
     delta: (h,).
     """
     return {
-        name: materialised(response(delta), response.direction(model.get_parameter(name)), response.axis)
+        name: materialised(response(delta), widen(response.direction(model.get_parameter(name))), response.axis)
         for name, response in responses_in(tree).items()
     }
 
@@ -95,9 +99,17 @@ def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
     for name, response in responses_in(tree).items():
         parameter = model.get_parameter(name)
         if parameter.grad is not None:
-            products = parameter.grad * response.direction(parameter)
-            total = total + products.movedim(response.axis, 0).reshape(len(response.U), -1).sum(1) @ response.U
+            products = widen(parameter.grad) * response.direction(parameter)
+            total = total + _sums_along(products, response.axis) @ response.U
     return total
+
+
+def _sums_along(products: Tensor, axis: int) -> Tensor:
+    """(n,): sums over every axis but one. products: also sparse, as the gradient of a table with `sparse=True`."""
+    if not products.is_sparse:
+        return products.movedim(axis, 0).reshape(products.shape[axis], -1).sum(1)
+    sums = torch.sparse.sum(products, [other for other in range(products.dim()) if other != axis])
+    return sums.to_dense() if sums.is_sparse else sums
 
 
 @staged
@@ -107,13 +119,13 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
     scale: (n,).
     response: a tensor with n entries along `axis`.
 
-    Raises ValueError for scales (batch, n).
+    Returns a tensor in the type of `response`. Raises ValueError for scales (batch, n).
     """
     if scale.dim() != 1:
         raise ValueError(
             f"scales of shape {tuple(scale.shape)}, one row per example, cannot be multiplied into a weight"
         )
-    return response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])
+    return (response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])).to(response.dtype)
 
 
 def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:

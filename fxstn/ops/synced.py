@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ops.norms import batch_norm_jacobian, batch_norm_with_statistics
+from fxstn.ops.precision import widen
 
 
 class _Total(torch.autograd.Function):
@@ -35,11 +36,6 @@ def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
-def _wide(value: Tensor) -> Tensor:
-    """In single precision at least, as statistics are."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
     """A value (channels,) so that it broadcasts with x (batch, channels, ...)."""
     return value.view(-1, *[1] * (x.dim() - 2))
@@ -57,7 +53,7 @@ def _share(x: Tensor) -> Tensor:
 
 def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x̂, mean, variance, and values per channel in all processes."""
-    x = _wide(x)
+    x = widen(x)
     *sums, count = _Total.apply(torch.cat([_sums(x), _share(x)])).split([x.shape[1], 1])
     mean = sums[0] / count
     centred = x - _per_channel(mean, x)
@@ -104,7 +100,7 @@ def synced_batch_norm_jacobian(
     """As `batch_norm_jacobian`: of the norm over all processes, applied to the tangents of all."""
     if _alone():
         return batch_norm_jacobian(tangent, x, weight, mean, inverse_std, eps)
-    wide, moved = _wide(x), _wide(tangent)
+    wide, moved = widen(x), widen(tangent)
     normalized = (wide - _per_channel(mean, x)) * _per_channel(inverse_std, x)
     sums = torch.cat([_sums(moved), _sums(moved * normalized), _share(wide)])
     shift, slope, count = _Total.apply(sums).split([x.shape[1], x.shape[1], 1])

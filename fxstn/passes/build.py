@@ -18,6 +18,7 @@ from fxstn.hp import HyperparameterSpace
 from fxstn.ir.graph_kind import graph_kind
 from fxstn.ir.graphs import forked_rng
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.precision import wide
 from fxstn.passes.hyperize import Responses, response_modules, responses
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import PipelineRecipe, canonical_graphs, with_children
@@ -42,8 +43,9 @@ def build_network(
     frontend = frontend.bind(graphs[0], binding)
     space = HyperparameterSpace(binding.hyperparameters)
     responding = responding_parameters(graphs, request.structured)
-    reference = next(model.parameters())
-    space.to(device=reference.device, dtype=reference.dtype)
+    parameters = list(model.parameters())
+    widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
+    space.to(device=parameters[0].device, dtype=widest)
     plan = Plan(binding=binding, frozen=frozen, recompute=request.recompute, statistics=request.statistics)
     recipe = PipelineRecipe(frontend, plan, pipelines)
     modules = response_modules(model, responding, len(space), request.structured)

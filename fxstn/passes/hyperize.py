@@ -259,7 +259,7 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
                 if responding[name].R is None:
                     names[name] = node.name
                 elif name not in names:
-                    names[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_response").name
+                    names[name] = graph.create_node("get_attr", f"response.{name}.R", name=f"{label}_R").name
                 annotate(node, response=names[name])
         rows = derived[node].rows
         if rows is not None:

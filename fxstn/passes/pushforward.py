@@ -18,7 +18,7 @@ from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import is_opaque
-from fxstn.ops.kernels import as_results_of, zeros_tangent
+from fxstn.ops.kernels import as_results_of, cast_tangent, zeros_tangent
 from fxstn.ops.response import for_all_examples, pick_rows
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
@@ -84,7 +84,7 @@ class Pushforward:
         if not calls or all_zero((tangents, self.tangent(node.kwargs))):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
             if (response := info_of(node).response) is not None:
-                self.tangents[node] = self._scaled_tangent(node, self.by_name[response])
+                self.tangents[node] = self._scaled_tangent(node, self._direction(node, self.by_name[response]))
             return
         derived = info_of(node).scales is not None
         tangents = map_leaves(tangents, lambda tangent: self._for_rule(tangent, node, derived))
@@ -130,6 +130,15 @@ class Pushforward:
         if axis is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
         return replace(tangent, batch_axis=axis)
+
+    def _direction(self, node: fx.Node, response: fx.Proxy) -> fx.Proxy:
+        """The response R of a parameter, in the parameter's type: R is float32 at least."""
+        value = self.values[node]
+        if response is value:
+            return value
+        direction: Any = cast_tangent(cast(Any, response), cast(Any, value))
+        direction.node._rename(f"{node.name}_response")
+        return cast(fx.Proxy, direction)
 
     def _scaled_tangent(self, node: fx.Node, response: object) -> Scaled:
         """The tangent of a parameter, or of a value computed from it row by row."""

@@ -103,19 +103,25 @@ for spatial in (1, 2, 3):
     _register_convolution(*convolutions, spatial)
 
 
-def _looked_up(d, operation, weight):
-    """(y, dy) of a lookup, linear in its table, whose columns are scaled."""
-    y = operation(weight)
+def _looked_up(d, operation, weight, scale_grad_by_freq, sparse):
+    """(y, dy) of a lookup, linear in its table, whose columns are scaled.
+
+    scale_grad_by_freq, sparse: of the gradient of the table itself; that of its response is plain.
+    """
+    settings = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+    y = operation(weight, **{name: value for name, value in settings.items() if value})
     if isinstance(d.weight, Scaled):
-        return y, scale_channels(operation(d.weight.response), d.weight.scale, -1, *_batch_axis(d.weight))
-    return y, operation(d.weight)
+        of_response = y if d.weight.response is weight else operation(d.weight.response)
+        return y, scale_channels(of_response, d.weight.scale, -1, *_batch_axis(d.weight))
+    return y, ZERO if d.weight is ZERO else operation(d.weight)
 
 
 @rule(F.embedding, kind="layer", fresh=True, reads={1: ParameterRole("table", (1,))})
 def embedding(d, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     if max_norm is not None:
         raise NoRule("max_norm changes the table in place")
-    return _looked_up(d, lambda table: F.embedding(input, table, padding_idx), weight)
+    lookup = lambda table, **settings: F.embedding(input, table, padding_idx, **settings)  # noqa: E731
+    return _looked_up(d, lookup, weight, scale_grad_by_freq, sparse)
 
 
 @rule(F.embedding_bag, kind="layer", fresh=True, reads={1: ParameterRole("table", (1,))})
@@ -126,11 +132,11 @@ def embedding_bag(
     if max_norm is not None or mode == "max":
         raise NoRule("max_norm changes the table in place" if max_norm else "mode='max' is not linear in the table")
 
-    def lookup(table, weights=per_sample_weights):
-        settings = {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
+    def lookup(table, weights=per_sample_weights, **own):
+        settings = {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx, **own}
         return F.embedding_bag(input, table, offsets, per_sample_weights=weights, **settings)
 
-    y, dy = (lookup(weight), ZERO) if d.weight is ZERO else _looked_up(d, lookup, weight)
+    y, dy = _looked_up(d, lookup, weight, scale_grad_by_freq, sparse)
     if d.per_sample_weights is not ZERO:
         term = lookup(weight, d.per_sample_weights)
         dy = term if dy is ZERO else dy + term

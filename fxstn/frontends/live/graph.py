@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,9 +18,22 @@ from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import Scaled
+from fxstn.ops.kernels import cast_tangent
 from fxstn.ops.response import for_all_examples, parameter_changes, responses_in
 
 _WHERE = "a forward that runs as it is"
+
+
+class _DenseGradient(torch.autograd.Function):
+    """x itself, whose gradient is dense: that of a table may be sparse, and its response then gets it as a dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].to_dense()
 
 
 class LiveGraph:
@@ -121,8 +135,12 @@ class LiveGraph:
         if delta is None:
             raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
-        find, responses = self.model.get_parameter, responses_in(self.root.get_submodule("response"))
-        return {name: Scaled(r(delta), r.direction(find(name)), r.axis) for name, r in responses.items()}
+        result = {}
+        for name, response in responses_in(self.root.get_submodule("response")).items():
+            parameter = self.model.get_parameter(name)
+            direction = cast_tangent(response.direction(parameter), parameter)
+            result[name] = Scaled(response(delta), direction, response.axis)
+        return result
 
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
         """Weights w₀ + Θ·delta, by the id of w₀."""
@@ -131,4 +149,8 @@ class LiveGraph:
         delta = for_all_examples(delta, 1, _WHERE)
         changes = parameter_changes(self.root.get_submodule("response"), self.model, delta)
         parameters = dict(self.model.named_parameters())
-        return {id(parameters[name]): parameters[name] + change for name, change in changes.items()}
+        moved = {
+            name: (parameters[name] + _DenseGradient.apply(change)).to(parameters[name])
+            for name, change in changes.items()
+        }
+        return {id(parameters[name]): value for name, value in moved.items()}

@@ -1,0 +1,37 @@
+"""What half precision would round away is float32 at least: λ, σ, Θ, strengths, sums and averages.
+
+A step of 1e-3 is lost in a bfloat16 number near 1, whose neighbours are 2⁻⁷ apart. An optimizer keeps its state in the type of
+its parameter, so the parameters themselves are wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for a floating-point type with fewer bits; any other type as it is."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def widen(x: Tensor) -> Tensor:
+    """A value in `wide` of its type."""
+    return x.to(wide(x.dtype))
+
+
+class WideModule(nn.Module):
+    """A module whose parameters and buffers `.half()`, `.bfloat16()` and `.to(dtype)` leave in float32.
+
+    They move to another device, and to float64, as those of every module.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideModule:
+        def convert(x: Tensor) -> Tensor:
+            result = fn(x)
+            return result if result.dtype == wide(result.dtype) else x.to(result.device, wide(result.dtype))
+
+        super()._apply(convert, recurse)
+        return self

@@ -1,0 +1,124 @@
+"""Autocast on CUDA, whose kernels want one type where those of the CPU take several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_cuda import UnlikeKernels, backward, fake_cuda, move, on_fake_cuda
+from torch import Tensor, nn
+
+import fxstn
+from fxstn import hp
+
+IMAGES, SEQUENCES = (4, 3, 6, 6), (4, 5, 8)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(8, 8, 2, batch_first=True, dropout=0.1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])
+
+
+class FrozenBackbone(nn.Module):
+    """A bfloat16 backbone that is not trained under a float32 head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)).bfloat16().requires_grad_(False)
+        self.head = nn.Sequential(nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x.bfloat16()).float())
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Without the branch on the input's rank, for which the frontend would be "export"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.weight, bias=self.bias)
+
+
+def norms() -> nn.Sequential:
+    """Norms with parameters behind layers, which autocast lowers, and activations of which it raises some."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.GELU(), nn.Dropout(0.1), nn.Conv2d(8, 8, 1),
+        InstanceNorm(8, affine=True), nn.Softplus(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.PReLU(), nn.Flatten(),
+        nn.Linear(128, 8), nn.LayerNorm(8), nn.Mish(), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def plain_norms() -> nn.Sequential:
+    """Norms without parameters."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8, affine=False), nn.SiLU(), nn.Conv2d(8, 8, 1),
+        nn.BatchNorm2d(8, affine=False), nn.ELU(), nn.Conv2d(8, 8, 1), InstanceNorm(8), nn.LocalResponseNorm(3),
+        nn.Flatten(), nn.Linear(128, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 8), nn.Softmax(-1),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def attention() -> nn.Sequential:
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), nn.Flatten(), nn.Linear(40, 3))
+
+
+AUGMENTED = [
+    hp.Cutout("0"),
+    hp.Affine("0"),
+    hp.GaussianBlur("0"),
+    hp.MixUp("0"),
+    hp.ActivationDecay("2"),
+    hp.WeightDecay(norm=1),
+]
+NETS = {
+    "norms": (norms, IMAGES, {}, torch.bfloat16),
+    "norms, structured, float16": (norms, IMAGES, {"response": "structured"}, torch.float16),
+    "plain norms": (plain_norms, IMAGES, {"hparams": AUGMENTED}, torch.bfloat16),
+    "attention": (attention, SEQUENCES, {}, torch.bfloat16),
+    "recurrent": (Recurrent, SEQUENCES, {}, torch.bfloat16),
+    "frozen backbone, live": (FrozenBackbone, IMAGES, {"hparams": [hp.WeightDecay()], "trace": "live"}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_kernel_of_cuda_gets_several_types(net):
+    """In the forward and the backward pass of each objective."""
+    torch.manual_seed(0)
+    make, shape, options, precision = NETS[net]
+    x, target = torch.randn(shape), torch.arange(4) % 3
+    options = {"hparams": [hp.Dropout(), hp.WeightDecay(shared=True)]} | options
+    stn = fxstn.transform(make(), example_inputs=x, **options).train()
+    example = "example" if stn.frontend != "live" and stn.per_example(x) else "batch"
+    objectives = [(fxstn.response_loss, example), (fxstn.hyper_loss, "batch")]
+    if net != "recurrent":  # cuDNN's kernel, which the general step runs, asks for a driver
+        objectives.append((fxstn.general_loss, "batch"))
+    kernels = UnlikeKernels()
+    with fake_cuda():
+        move(stn, *filter(None, map(graph_of(stn), (True, False))))
+        x, target = on_fake_cuda(x), on_fake_cuda(target)
+        for objective, perturb in objectives:
+            with kernels:
+                with torch.autocast("cuda", precision):
+                    loss = objective(stn, F.cross_entropy, x, target, perturb=perturb)
+                assert backward(loss) > 0
+    assert not kernels.problems
+    assert sum(kernels.seen.values()) > 100
+
+
+def graph_of(stn):
+    """The canonical graph of a mode, which may hold tensors of its own; None for a network that runs as it is."""
+    return lambda training: stn.canonical(training) if stn.frontend != "live" else None
+
+
+def test_what_the_kernels_are_compared_by_sees_unlike_types():
+    kernels = UnlikeKernels()
+    with fake_cuda():
+        x, weight = torch.empty(2, 4, 3, dtype=torch.bfloat16, device="cuda"), torch.empty(4, device="cuda")
+        with kernels:
+            torch.native_group_norm(x, weight, None, 2, 4, 3, 2, 1e-5)
+            x + weight[:3]
+            torch.nn.functional.batch_norm(x, weight, weight, weight, weight, True)
+    assert list(kernels.problems) == ["aten.native_group_norm.default: torch.bfloat16, torch.float32"]
