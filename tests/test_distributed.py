@@ -479,10 +479,11 @@ def steps_on_shares(rank, name):
     parts = {0: [slice(0, 3), slice(3, 5), slice(5, 7)], 1: [slice(7, 9)], None: [slice(0, 9)]}[rank]
     batches = [(x[part], y[part]) for part in parts]
     sgd = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
+    mean = nn.CrossEntropyLoss(**{name: torch.tensor([1.0, 2.0, 5.0]).double() if name == "weight" else "sum"})
     runner = fxstn.BilevelRunner(
-        stn, nn.CrossEntropyLoss(**{name: torch.tensor([1.0, 2.0, 5.0]).double() if name == "weight" else "sum"}), batches,
-        batches, optimizer=sgd, response_optimizer=sgd, hyper_optimizer=sgd, train_steps=1, response_every=1, perturb="batch",
-        accumulate=3, recalibrate=0, progress=False,
+        stn, lambda output, target, hparams=None: mean(output, target), batches, batches, optimizer=sgd,
+        response_optimizer=sgd, hyper_optimizer=sgd, train_steps=1, response_every=1, perturb="batch", accumulate=3,
+        recalibrate=0, progress=False,
     )  # fmt: skip
     runner._tuner.valid.next = lambda: ((x[7:], y[7:]) if rank else (x[:7], y[:7]) if rank == 0 else (x, y), False)
     return runner.fit(1).rows[0], [p.detach() for p in stn.parameters()]

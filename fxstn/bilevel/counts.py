@@ -53,7 +53,7 @@ class Loss:
             total = total + penalty
         return total
 
-    def penalised(self, *penalties: Tensor | float) -> Loss:
+    def with_penalties(self, *penalties: Tensor | float) -> Loss:
         """The same loss with further penalties."""
         return replace(self, penalties=(*self.penalties, *penalties))
 
@@ -61,7 +61,7 @@ class Loss:
         """The loss times a number, with its penalties."""
         return replace(self, data=self.data * factor, penalties=tuple(penalty * factor for penalty in self.penalties))
 
-    def detached(self) -> Loss:
+    def detach(self) -> Loss:
         """The same numbers without autograd's record of them."""
         count = self.count.detach() if isinstance(self.count, Tensor) else self.count
         return replace(self, data=self.data.detach(), count=count)
@@ -146,12 +146,12 @@ class _Reduction:
 def _reductions(loss: Tensor) -> Iterator[_Reduction]:
     """Those that a loss is made of, from the first operand on. A loss is a mean or sum, or a combination of such numbers."""
     nodes: list[tuple[Any, bool]] = [(loss.grad_fn, False)]  # operations, and whether a factor follows them
-    seen = set()
+    visits = set()
     while nodes:
         node, scaled = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visits:
             continue
-        seen.add(node)
+        visits.add(node)
         reduction = _reduction(node, scaled)
         if reduction is not None:
             yield reduction
@@ -217,10 +217,10 @@ def _native_counts(node: Any) -> tuple[Count, Count]:
     weight, total, target = node._saved_weight, node._saved_total_weight, node._saved_target
     if weight is None and node._saved_reduction == _MEAN and total.dtype not in _HALF:
         return total, total
-    counted = target != _signed(node._saved_ignore_index)
+    mask = target != _signed(node._saved_ignore_index)
     if weight is None:
-        return counted.sum(), counted.sum()
-    return (weight.float()[target[counted]].sum() if total.dtype in _HALF else total), counted.sum()
+        return mask.sum(), mask.sum()
+    return (weight.float()[target[mask]].sum() if total.dtype in _HALF else total), mask.sum()
 
 
 def _signed(number: int) -> int:

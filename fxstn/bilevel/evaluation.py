@@ -219,7 +219,7 @@ class Evaluator:
         metric returns no number.
         """
         totals, first = self._totals(loader, name, self.metrics)
-        totals = totals.gathered(self.prepare.device)
+        totals = totals.gather(self.prepare.device)
         self._entries = totals.entries
         return totals.means(name), first
 
@@ -237,7 +237,7 @@ class Evaluator:
         except LOSS_ERRORS as error:
             fault = f": {type(error).__name__}: {error}"
         if not distributed.any_process(bool(fault), self.prepare.device):
-            totals = totals.gathered(self.prepare.device)
+            totals = totals.gather(self.prepare.device)
             return totals.loss_for(self._entries) if totals.counts["valid_loss"] else math.nan
         if not distributed.rank():
             text = f"λ is not limited for an epoch, because the validation loss of training batches cannot be computed{fault}; "

@@ -39,7 +39,7 @@ def takes_hparams(loss_fn: LossFunction) -> bool:
     return "hparams" in signature.parameters
 
 
-class _Recorded(torch.autograd.Function):
+class _Record(torch.autograd.Function):
     """The identity, after which autograd records operations on a tensor, without a copy."""
 
     @staticmethod
@@ -48,13 +48,13 @@ class _Recorded(torch.autograd.Function):
         return x
 
 
-def _recorded(output: object) -> object:
+def _with_record(output: object) -> object:
     """The output of a forward without gradients, such that a loss of it has a record of its operations."""
 
     def one(leaf: Tensor) -> Tensor:
         if leaf.requires_grad or not (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
-        result: Tensor = _Recorded.apply(torch.ones((), device=leaf.device, requires_grad=True), leaf.detach())
+        result: Tensor = _Record.apply(torch.ones((), device=leaf.device, requires_grad=True), leaf.detach())
         return result
 
     return mapped(one, output)
@@ -78,11 +78,11 @@ def evaluate_loss(
     ):  # a multiple is allowed: targets per token
         raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
     with explained_loss_errors(output, target), torch.enable_grad():
-        seen = output if training else _recorded(output)
-        value = loss_fn(seen, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(seen, target)
+        result = output if training else _with_record(output)
+        value = loss_fn(result, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(result, target)
     loss = as_loss(value, inputs, target)
     if not training:
-        return loss.detached()
+        return loss.detach()
     if not loss.data.requires_grad and _has_gradient(output):
         raise ValueError("loss_fn returns a tensor without a gradient; compute it from the output in torch operations, without "
                          ".item(), .detach() or no_grad")  # fmt: skip
@@ -186,7 +186,7 @@ def _training_loss(
     penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
     for index, projections in stn.terms.jacobian:
         penalties.append((strengths[..., index] * squared_jacobian(output, inputs, projections)).mean())
-    return loss.penalised(*penalties)
+    return loss.with_penalties(*penalties)
 
 
 def hyper_loss(
@@ -207,7 +207,7 @@ def hyper_loss(
         delta = delta + perturbation(stn, inputs, perturb)
     with frozen((*stn.response_parameters(), *stn.general_parameters())):
         output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
-    return evaluate_loss(loss_fn, output, inputs, target).penalised(-entropy_weight * stn.hparams.entropy())
+    return evaluate_loss(loss_fn, output, inputs, target).with_penalties(-entropy_weight * stn.hparams.entropy())
 
 
 def validation_loss(

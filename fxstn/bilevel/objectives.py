@@ -29,8 +29,8 @@ def cross_entropy(output: Tensor, target: Tensor, hparams: Mapping[str, Tensor] 
         each = each + smoothing * (-F.log_softmax(output, 1).mean(1) - each)
     if target.is_floating_point():
         return each.mean()
-    counted = target != IGNORED
-    return each.where(counted, 0).sum() / counted.sum()
+    mask = target != IGNORED
+    return each.where(mask, 0).sum() / mask.sum()
 
 
 def general_loss(

@@ -63,7 +63,7 @@ class Totals:
         self.sums[name] += mean * count if count else 0.0
         self.counts[name] += count
 
-    def gathered(self, device: torch.device) -> Totals:
+    def gather(self, device: torch.device) -> Totals:
         """Those of all processes. Several processes: all must call it."""
         result = Totals(self.metrics)
         result.sums = distributed.total(self.sums, device)
