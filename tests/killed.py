@@ -94,7 +94,7 @@ def killed(scenario: Scenario, folder: Path, kills: int, epochs: int, seed: int)
     for _ in range(kills):
         number, pipe = start(scenario, cut, epochs, chance.randint(2, max(2, calls // (kills + 1))))
         os.read(pipe, 1)  # empty where the run ends before
-        time.sleep(chance.uniform(0.0, 0.01))
+        time.sleep(chance.uniform(0.0, 0.002))
         os.killpg(number, signal.SIGKILL)
         hits += os.WIFSIGNALED(os.waitpid(number, 0)[1])
         os.close(pipe)
