@@ -22,6 +22,7 @@ from runs import make, without_times
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import DamagedError, load_checkpoint, save_checkpoint
+from fxstn.tools import measure
 
 with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")
 ODD = ("a,b", 'say "so"', "two\nlines", "=1+2", "_private", "$x$", "$\\frac", "λ → σ", "")
@@ -154,6 +155,14 @@ def test_a_failed_write_leaves_no_part_of_a_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_a_checkpoint_takes_its_size_in_memory_once(tmp_path):
+    save_checkpoint({"a": [torch.ones(4_000_000) for _ in range(4)]}, tmp_path / "last.pt")
+    before = measure._reset_peak()
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert len(state["a"]) == 4
+    assert 1e3 * (measure._peak_kb() - before) < 1.3 * (tmp_path / "last.pt").stat().st_size
 
 
 # Names and numbers
