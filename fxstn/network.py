@@ -58,7 +58,7 @@ class SelfTuningNetwork(ModelWrapper):
         self._graphs = GraphCache(recipe)
         self.augments = False
         self.rejected: tuple[Diagnostic, ...] = ()
-        self.train(model.training)
+        self.training = model.training
 
     def train(self, mode: bool = True) -> Self:
         """As in nn.Module. Modules that were in eval mode while the network was in train mode stay in eval mode."""

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
+from nets import SmallConv, randomize_response
 from torch import nn
 
 import fxstn
@@ -273,3 +273,15 @@ def test_the_state_of_a_plain_model_is_loaded_into_the_model(stn):
     assert "a.weight" in stn.load_state_dict({"fc.weight": plain.fc.weight}, strict=False).missing_keys
     stn.load_state_dict(own)
     torch.testing.assert_close(stn.state_dict(), own, rtol=0, atol=0)
+
+
+def test_a_model_that_comes_in_eval_mode_has_no_module_frozen():
+    model = SmallConv().eval()
+    stn = fxstn.transform(model)
+    assert not stn.training
+    assert stn.recipe.plan.frozen == ()
+    before = stn.model.bn1.running_mean.clone()
+    stn.train()(torch.randn(4, 3, 9, 9))
+    assert not torch.equal(stn.model.bn1.running_mean, before)
+    report = fxstn.verify(model, torch.randn(4, 3, 9, 9))
+    assert report.ok, report

@@ -193,6 +193,7 @@ def _comparisons(
     network: SelfTuningNetwork, original: nn.Module, inputs: tuple, delta: Tensor, seed: int
 ) -> list[Comparison]:
     """What is to be compared at one point."""
+    network.train()  # a module that the states below leave in eval mode would count as frozen
     recipe, binding = network.recipe, network.recipe.plan.binding
     inserts = bool(binding.dropped) or any(site.insert for site in binding.sites)
     plain = network
