@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, Self
 
@@ -62,15 +62,18 @@ class SelfTuningNetwork(ModelWrapper):
 
     def train(self, mode: bool = True) -> Self:
         """As in nn.Module. Modules that were in eval mode while the network was in train mode stay in eval mode."""
-        self._follow(False)
+        self._graphs.follow(self, False)
         super().train(mode)
         for path in self.recipe.plan.frozen if mode else ():
             self.model.get_submodule(path).training = False
         return self
 
-    def _follow(self, training: bool) -> None:
-        """What has changed on the modules since the graphs were made is followed or refused."""
-        self._graphs.follow(self, training)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert all tensors. torch may put new parameters in place of the old ones, which is no change of a user's."""
+        self._graphs.follow(self, False)
+        super()._apply(fn, recurse)
+        self._graphs.forget_modules()
+        return self
 
     # Graphs
 
@@ -80,7 +83,7 @@ class SelfTuningNetwork(ModelWrapper):
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
-        self._follow(False)
+        self._graphs.follow(self, False)
         return self._graphs.graph(self, graph_kind(name))
 
     def canonical(self, training: bool) -> fx.GraphModule:
@@ -113,17 +116,14 @@ class SelfTuningNetwork(ModelWrapper):
         return self._graphs.per_example(self, inputs)
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Run every graph through `torch.compile(graph, fullgraph=True, **options)` from now on; between its recurrent layers,
-        which run as they are, where it has any.
+        """Run every graph, but for recurrent layers, through `torch.compile(graph, fullgraph=True, **options)` from now on.
 
         A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
         in eval mode are not touched. Raises ValueError for a network of frontend "live", which has no graph to compile, and
         with hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
         """
         if self.frontend == "live":
-            raise ValueError(
-                'a network that runs as it is (frontend "live") cannot be compiled; see `rejected` for the reasons'
-            )
+            raise ValueError('a network of frontend "live" has no graph to be compiled; `rejected` has the reasons')
         if self.terms.jacobian:
             raise ValueError("a network with hp.JacobianNorm cannot be compiled: its gradient is differentiated again")
         self._graphs.compile(options)
@@ -193,7 +193,7 @@ class SelfTuningNetwork(ModelWrapper):
     def forward(self, *inputs: object, **named: object) -> Any:
         """Train mode: the network conditioned on λ₀. Eval mode: the plain network."""
         if self.training or self.augments:
-            self._follow(self.training)
+            self._graphs.follow(self, self.training)
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
             if self.training:
@@ -223,7 +223,7 @@ class SelfTuningNetwork(ModelWrapper):
 
         auxiliary: a value for each of `terms.auxiliary`.
         """
-        self._follow(True)
+        self._graphs.follow(self, True)
         return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
 
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
@@ -268,7 +268,7 @@ class SelfTuningNetwork(ModelWrapper):
         return self._with_auxiliary(output) if kind.training else (output, ())
 
     def _run(self, kind: GraphKind, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
-        self._follow(kind.training)
+        self._graphs.follow(self, kind.training)
         moved = {"delta": self._perturbation(delta, "delta", inputs)}
         if condition is not None:
             moved["condition"] = self._perturbation(condition, "condition", inputs)

@@ -132,7 +132,11 @@ for _name, _value, _message in (
     ("device", "gpu", "device='gpu' cannot be used here.*there is cpu"),
     ("device", "cuda:99", "device='cuda:99' cannot be used here.*there is cpu"),
     ("optimizer", "sgd", "optimizer='sgd' must be an optimizer or a factory; pass a factory, such as lambda"),
-    ("optimizer", lambda p: None, "optimizer must be an optimizer, its factory returns NoneType; pass a factory"),
+    (
+        "optimizer",
+        lambda p: None,
+        "optimizer must be an optimizer, or a list of them, its factory returns NoneType; pass a factory",
+    ),
     (
         "optimizer",
         partial(torch.optim.SGD, lr=-1.0),

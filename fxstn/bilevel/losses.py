@@ -51,8 +51,8 @@ class _Record(torch.autograd.Function):
 def _with_record(output: object) -> object:
     """The output of a forward without gradients, such that a loss of it has a record of its operations."""
 
-    def one(leaf: Tensor) -> Tensor:
-        if leaf.requires_grad or not (leaf.is_floating_point() or leaf.is_complex()):
+    def one(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or leaf.requires_grad or not (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
         result: Tensor = _Record.apply(torch.ones((), device=leaf.device, requires_grad=True), leaf.detach())
         return result

@@ -92,6 +92,10 @@ class GraphCache:
             self.compiled.clear()
             respond_where_trained(root.get_submodule("response"), model, names)
 
+    def forget_modules(self) -> None:
+        """Take the modules as they are at the next step for those of the graphs."""
+        self.state = None
+
     def _follow_changes(self, root: Root, changes: list[Change], frozen: tuple[str, ...]) -> None:
         """Make graphs for modules that have changed, with these in eval mode."""
         recipe = self.recipe.with_frozen(frozen)
