@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,3 +228,15 @@ def test_an_integer_of_a_large_range_starts_where_it_is_put(k):
 def test_sigma_starts_where_it_is_put_however_large(scale):
     space = HyperparameterSpace([Hyperparameter(0.5, 0.0, 1.0, scale, name="a")])
     assert space.scale.item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    spec = hp.Dropout("2", init=np.float32(0.25), high=np.float64(0.75), scale=np.int64(2))
+    stn = fxstn.transform(mlp(), [spec, hp.Scalar("a", np.float16(0.5), np.int64(0), np.int32(1))])
+    (dropout, scalar) = stn.hparams.hyperparameters
+    assert (dropout.init, dropout.high, dropout.scale, scalar.init) == (0.25, 0.75, 2, 0.5)
+    assert {type(number) for number in (dropout.init, dropout.high, dropout.scale, scalar.low)} == {float, int}
+    stn.hparams.set({"2.dropout": np.float32(0.5)})
+    assert stn.hparams.values()["2.dropout"] == pytest.approx(0.5)
+    loss = fxstn.general_loss(stn, lambda y, t: (0 * y.sum() + 8, np.int64(len(t))), torch.ones(4, 6), torch.zeros(4))
+    assert loss.item() == 2

@@ -7,16 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
-from numbers import Real
 from types import GeneratorType
-from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE, Schedule
-from fxstn.ir.input_errors import as_path, first_line
+from fxstn.ir.input_errors import as_path, first_line, is_number
 
 AT_LEAST_ONE = (
     "train_steps",
@@ -49,11 +47,6 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that m
     "out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
 }  # fmt: skip
 NEVER_NONE = ("tune_scale",)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number, of Python or NumPy, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def remark_on(perturb: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxstn.ir.input_errors import is_number
 from fxstn.ops.batch_axis import batch_size
 
 Count = Tensor | float
@@ -107,7 +108,7 @@ def as_loss(value: object, inputs: object, target: object, name: str = "loss_fn"
         return value
     if isinstance(value, (tuple, list)) and len(value) == 2:
         total, count = value
-        if _is_scalar(total) and isinstance(count, (int, float, Tensor)) and _is_scalar(torch.as_tensor(count)):
+        if _is_scalar(total) and (is_number(count) or _is_scalar(count)):
             count = count.detach() if isinstance(count, Tensor) else float(count)
             return Loss(total / positive(count), count, entries(inputs, target))
     if not isinstance(value, Tensor) or value.dim():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from fxstn.bilevel.checks import is_number
 from fxstn.bilevel.evidence import AVERAGES, Evidence, bound_gradient, noise_gate, update_evidence
+from fxstn.ir.input_errors import is_number
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
 

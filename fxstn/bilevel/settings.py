@@ -13,12 +13,13 @@ from typing import Any, SupportsFloat, TypedDict, TypeVar
 import torch
 
 from fxstn.bilevel.batches import Batch
-from fxstn.bilevel.checks import WHOLE, check_settings, is_number
+from fxstn.bilevel.checks import WHOLE, check_settings
 from fxstn.bilevel.history import Row, Schedule
 from fxstn.bilevel.losses import LossFunction, PerturbMode
 from fxstn.bilevel.sequences import InitialState
 from fxstn.bilevel.totals import Metrics
 from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories, rmsprop
+from fxstn.ir.input_errors import is_number
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
 Callback = Callable[..., object]  # gets the runner

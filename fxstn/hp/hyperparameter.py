@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 WHOLE = 2.0**24  # up to it, float32 holds every whole number
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
@@ -38,6 +39,9 @@ class Hyperparameter:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for key in ("init", "low", "high", "scale"):  # NumPy's numbers become Python's
+            value = getattr(self, key)
+            object.__setattr__(self, key, int(value) if isinstance(value, Integral) else float(value))
         if self.name:  # without a name a start may be outside the range, because a match may bring its own
             self._check()
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 from torch import Tensor, nn
 
 from fxstn.hp.specs import Choice, Spec
+from fxstn.ir.input_errors import is_number
 from fxstn.ir.staging import staged, staging_of
 
 P = ParamSpec("P")
@@ -58,9 +59,7 @@ class Operation(Spec):
                  shared: bool = False, perturb: str | Mapping[str, str] | None = None,
                  **settings: object) -> None:  # fmt: skip
         for name, value in settings.items():
-            if name not in self.defaults or (
-                name in self.numbers and isinstance(value, (int, float))
-            ):  # meant as a start
+            if name not in self.defaults or (name in self.numbers and is_number(value)):  # meant as a start
                 self.check_arguments({name: value}, self.defaults)
         self.settings = {**self.defaults, **settings}
         super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared, perturb=perturb)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxstn.hp.bijection import Bijection
 from fxstn.hp.hyperparameter import Hyperparameter
+from fxstn.ir.input_errors import is_number
 from fxstn.ops.precision import WideModule
 
 
@@ -75,7 +76,7 @@ class HyperparameterSpace(WideModule):
         for name, value in values.items():
             if name not in indices:
                 raise ValueError(f"there is no hyperparameter {name!r}; there are {', '.join(self.names)}")
-            if not isinstance(value, (int, float)):
+            if not is_number(value):
                 raise TypeError(f"{name}={value!r} must be a number within its range")
             hyperparameter = self.hyperparameters[indices[name]]
             low, high = hyperparameter.low, hyperparameter.high

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Never, TypedDict
 
 from fxstn.hp.hyperparameter import Hyperparameter
+from fxstn.ir.input_errors import is_number
 
 Choice = float | Mapping[str, float] | None
 _STARTS = (
@@ -105,7 +106,7 @@ class Spec:
     def _check_numbers(cls, key: str, choice: object) -> None:
         """Raises TypeError for what is neither a number nor a mapping to numbers, nor None."""
         for value in choice.values() if isinstance(choice, Mapping) else [choice]:
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and not is_number(value):
                 raise TypeError(
                     f"hp.{cls.__name__}: {key}={value!r} must be a number, or numbers by name; write {key}=0.1, say"
                 )

@@ -6,8 +6,9 @@ import dis
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ def first_line(error: BaseException) -> str:
     """What an error says, without a backtrace and the like."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
     return line if len(line) <= _MOST else line[: _MOST - 1] + "…"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_path(path: object, name: str) -> Path:
