@@ -81,7 +81,7 @@ PLANTS = {
 }  # fmt: skip
 
 
-QUICK = [("dropout", "below"), ("dropout", "above"), ("cutout", "above"), ("colour", "below"), ("affine", "above")]
+QUICK = [("dropout", "below"), ("cutout", "above"), ("colour", "below")]
 
 
 @pytest.fixture(params=list(PLANTS))

@@ -98,8 +98,8 @@ def nightly(*values):
 
 @pytest.mark.parametrize(
     ("kind", "moment", "number"),
-    [("fork", "training", signal.SIGTERM), ("forkserver", "evaluation", signal.SIGTERM), ("stream", "training", signal.SIGINT),
-     nightly("spawn", "training", signal.SIGTERM), nightly("fork", "evaluation", signal.SIGINT)],
+    [("fork", "evaluation", signal.SIGTERM), ("stream", "training", signal.SIGINT),
+     nightly("forkserver", "evaluation", signal.SIGTERM), nightly("spawn", "training", signal.SIGTERM)],
 )  # fmt: skip
 def test_a_signal_to_all_processes_saves_and_the_run_goes_on_from_there(tmp_path, kind, moment, number):
     assert exit_code(tmp_path, kind, moment, number) == (1 if number == signal.SIGINT else 128 + signal.SIGTERM)
