@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -202,6 +203,23 @@ def test_metrics_are_means_over_the_entries_that_the_loss_counts():
         expected = right(runner.stn.model(x), y).mean().item()
         assert values["mean"] == pytest.approx(expected, rel=1e-6)
         assert values["total"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_metric_over_nothing_is_nan_and_the_run_goes_on(tmp_path):
+    """The recall of a class that does not occur in the validation set."""
+    parts = [(x, y.clamp(max=1)) for x, y in batches(classes)]
+
+    def recall(number, output, target):
+        return (output.argmax(1) == target)[target == number].sum(), (target == number).sum()
+
+    metrics = {f"recall {number}": partial(recall, number) for number in (1, 2)} | {"none": lambda o, t: (0, 0)}
+    settings = {"metrics": metrics, "out_dir": tmp_path, "progress": False}
+    history = fxstn.BilevelRunner(network(), F.cross_entropy, parts, parts, **settings).fit(2)
+    resumed = fxstn.BilevelRunner(network(), F.cross_entropy, parts, parts, **settings).fit(3)
+    for rows in (history, resumed):
+        assert all(map(math.isnan, rows["recall 2"] + rows["none"]))
+        assert all(0 <= value <= 1 for value in rows["recall 1"])
+    assert len(resumed) == 3
 
 
 def test_metrics_of_targets_that_are_no_tensor_count_as_the_loss_does():

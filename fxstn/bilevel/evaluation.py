@@ -215,8 +215,8 @@ class Evaluator:
         name: what errors call the loader.
 
         None in place of the batch where this process's share is empty. Raises ValueError where the shares of all processes are
-        empty, or nothing in them counts, and (TypeError) where the model or the loss cannot take a batch; TypeError where a
-        metric returns no number.
+        empty, or nothing in them counts for the loss, and (TypeError) where the model or the loss cannot take a batch;
+        TypeError where a metric returns no number.
         """
         totals, first = self._totals(loader, name, self.metrics)
         totals = totals.gather(self.prepare.device)

@@ -140,7 +140,7 @@ class Settings:
         the statistics of batch norms anew, in eval mode. Their loss in eval mode also says how far the network overfits, which
         limits the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits. Default: 10.
     metrics: {name: f(output, target) → number, the mean over the batch, or (sum, count)}. The mean over the validation set
-        weights batches as that of the loss does, without weights of classes. Default: None.
+        weights batches as that of the loss does, without weights of classes; NaN where nothing counts. Default: None.
     columns: {name: f(row) → number}, more columns of the history, computed from its row. The progress bar shows them.
         Default: None.
     callbacks: functions of the runner, called after each epoch, such as `fxstn.TensorBoard(folder)`. `runner.stop()` ends the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
@@ -77,15 +78,17 @@ class Totals:
 
         loader: what errors call the source of the batches.
 
-        Raises ValueError where there was no batch, or where nothing in them counts.
+        A metric is NaN where nothing in the batches counts for it, as the recall of a class that does not occur.
+
+        Raises ValueError where there was no batch, or where nothing in them counts for the loss.
         """
         if not self.batches:
             raise ValueError(f"{loader} is empty: it yielded no batch")
-        if empty := [name for name, count in self.counts.items() if not count]:
+        if not self.counts["valid_loss"]:
             raise ValueError(
-                f"{loader} has nothing that {empty[0]} is a mean over: all its targets are ignored, or padding"
+                f"{loader} has nothing that valid_loss is a mean over: all its targets are ignored, or padding"
             )
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        means = {name: total / count if (count := self.counts[name]) else math.nan for name, total in self.sums.items()}
         return means | ({"valid_loss": self.sums["valid_loss"]} if self._additive else {})
 
     def loss_for(self, number: float) -> float:
