@@ -30,8 +30,7 @@ class SelfTuningNetwork(ModelWrapper):
 
     recipe: makes the graphs from the children.
     rejected: what stood in the way of the frontends before this one.
-    augments: whether the model has modules that stay random in eval mode, as torchvision's transforms do, so that its
-        evaluation graph runs in its place.
+    augments: whether its evaluation graph runs in place of a model that is random in eval mode (torchvision's transforms).
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when
@@ -42,6 +41,10 @@ class SelfTuningNetwork(ModelWrapper):
     model: nn.Module
     response: nn.Module
     hparams: HyperparameterSpace
+    terms: LossTerms
+    method: str
+    augments: bool = False
+    rejected: tuple[Diagnostic, ...] = ()
 
     def __init__(
         self,
@@ -54,11 +57,8 @@ class SelfTuningNetwork(ModelWrapper):
     ) -> None:
         super().__init__()
         self.model, self.response, self.hparams = model, response, hparams
-        self.terms, self.method = terms, method
+        self.terms, self.method, self.training = terms, method, model.training
         self._graphs = GraphCache(recipe)
-        self.augments = False
-        self.rejected: tuple[Diagnostic, ...] = ()
-        self.training = model.training
 
     def train(self, mode: bool = True) -> Self:
         """As in nn.Module. Modules that were in eval mode while the network was in train mode stay in eval mode."""

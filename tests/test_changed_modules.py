@@ -261,6 +261,55 @@ def test_names_of_the_model_are_the_networks_where_it_has_none(stn):
         stn(X)
 
 
+class SameNames(nn.Module):
+    """Children and attributes of the names that the network has."""
+
+    def __init__(self):
+        super().__init__()
+        self.response, self.hparams, self.terms, self.drop = (
+            nn.Linear(6, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 3),
+            nn.Dropout(),
+        )
+        self.method, self.augments, self.rejected, self.frontend, self.recipe = "mean", "a", "r", "f", "c"
+
+    def forward(self, x):
+        y = self.terms(self.drop(torch.tanh(self.hparams(self.response(x)))))
+        return y - y.mean() if self.method == "mean" else 2 * y
+
+    @property
+    def bad(self):
+        return self.nope
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_names_that_the_model_and_the_network_have_are_each_ones_own(trace):
+    plain = SameNames().eval()
+    stn = fxstn.transform(plain, [hp.Dropout("drop"), hp.WeightDecay()], trace=trace, example_inputs=X)
+    torch.testing.assert_close(stn(X), plain(X), rtol=0, atol=0)
+    step(stn.train())
+    for network in (stn, copy.deepcopy(stn), pickle.loads(pickle.dumps(stn))):
+        assert (network.method, network.frontend, network.rejected, network.augments) == ("delta", trace, (), False)
+        assert all(vars(network.model)[name] == value for name, value in vars(plain).items() if isinstance(value, str))
+        assert network.export().state_dict().keys() == plain.state_dict().keys()
+    stn.rejected = ()
+    assert stn.model.rejected == "r"
+
+
+def test_the_error_of_a_property_of_the_model_is_not_hidden():
+    stn = fxstn.transform(SameNames(), [hp.Dropout("drop")])
+    with pytest.raises(AttributeError, match="'SameNames' object has no attribute 'nope'"):
+        _ = stn.bad
+
+
+def test_other_parameters_by_load_state_dict_are_refused_at_the_call(stn):
+    for state in (Net().state_dict(), copy.deepcopy(stn.state_dict())):
+        with pytest.raises(ValueError, match=r"assign=True .* leave it out"):
+            stn.load_state_dict(state, assign=True)
+    step(stn)
+
+
 def test_the_state_of_a_plain_model_is_loaded_into_the_model(stn):
     plain, own = Net(), copy.deepcopy(stn.state_dict())
     assert str(stn.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"

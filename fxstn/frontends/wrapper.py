@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ class ModelWrapper(nn.Module):
     """Base of a module with the child `model`.
 
     Attributes and methods that only the model has are reached through it, and set on it. Its methods run as plain code, at the
-    model's own strengths.
+    model's own strengths. What the class body annotates is the network's own, also before it is set.
     """
 
     def __init__(self) -> None:
@@ -30,25 +32,43 @@ class ModelWrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             model = self.__dict__.get("_modules", {}).get("model")
-            if model is None or name.startswith("_") or not hasattr(model, name):
+            if model is None or name.startswith("_"):
+                raise
+            descriptor = inspect.getattr_static(type(model), name, None)
+            if isinstance(descriptor, (property, functools.cached_property)):
+                return descriptor.__get__(model)  # torch hides the error of a property; this raises it
+            if not hasattr(model, name):
                 raise
             return getattr(model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         model = self.__dict__.get("_modules", {}).get("model")
-        own = name.startswith("_") or hasattr(type(self), name) or name in self.__dict__ or name in _children(self)
-        if model is not None and not own and hasattr(model, name):
+        own = name.startswith("_") or name in _declared(type(self)) or name in self.__dict__ or name in _children(self)
+        if model is not None and not own and (hasattr(type(model), name) or hasattr(model, name)):
             setattr(model, name, value)
         else:
             super().__setattr__(name, value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in nn.Module. The state_dict of a plain model is loaded into the model; all else stays as it is."""
+        """As in nn.Module. The state_dict of a plain model is loaded into the model; all else stays as it is.
+
+        Raises ValueError with assign: the graphs and the optimizers hold the parameters that there are.
+        """
+        if assign:
+            raise ValueError(
+                "assign=True would put other parameters in place of those that graphs and optimizers hold; leave it out, "
+                "which copies the values"
+            )
         own, plain = self.state_dict().keys(), self.model.state_dict().keys()
         if sum(key in plain for key in state_dict) > sum(key in own for key in state_dict):
-            return self.model.load_state_dict(state_dict, strict, assign)
-        return super().load_state_dict(state_dict, strict, assign)
+            return self.model.load_state_dict(state_dict, strict)
+        return super().load_state_dict(state_dict, strict)
 
 
 def _children(module: nn.Module) -> set[str]:
     return {*module._modules, *module._parameters, *module._buffers}
+
+
+def _declared(cls: type) -> frozenset[str]:
+    """Names of attributes that a class and its bases define or annotate."""
+    return frozenset(dir(cls)).union(*(inspect.get_annotations(base) for base in cls.__mro__))
