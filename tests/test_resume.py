@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
+from nets import mlp
 from runs import dataset, same
 from scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 import fxstn
+from fxstn import hp
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.sources import (
     checksum,
@@ -384,3 +388,56 @@ def test_another_loader_is_refused_in_the_middle_of_a_pass(there, here, message)
     streams[0].begin()
     streams[0].take(2)
     assert streams[1].refusal(streams[0].state_dict()) == message
+
+
+class Counted(IterableDataset):
+    """So many examples, in a data set that does not know how many."""
+
+    def __init__(self, count: int) -> None:
+        self.examples = list(dataset(count, 0))
+
+    def __iter__(self) -> Iterator:
+        return iter(self.examples)
+
+
+class Unsized:
+    """A loader without a length."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = DataLoader(dataset(count, 0), 1)
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("build", [lambda n: DataLoader(Counted(n), 1), Unsized], ids=["iterable", "unsized"])
+@pytest.mark.parametrize("shorter", ["train_loader", "valid_loader"])
+def test_a_loader_that_ends_before_the_place_of_a_run_is_refused_and_nothing_changes(tmp_path, build, shorter):
+    def run(train: int, valid: int, stop: int = 0):
+        torch.manual_seed(0)
+        calls = []
+
+        def loss_fn(output, target):
+            calls.append(0)
+            if len(calls) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return F.cross_entropy(output, target)
+
+        stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+        settings = {"out_dir": tmp_path, "train_steps": 1, "progress": False, "valid_loss_fn": F.cross_entropy}
+        return fxstn.BilevelRunner(stn, loss_fn, build(train), build(valid), **settings)
+
+    with pytest.raises(SystemExit):
+        run(20, 20, 18).fit(2)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = run(*((3, 20) if shorter == "train_loader" else (20, 3)))
+    before = other.stn.state_dict()
+    before = {name: value.clone() for name, value in before.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(
+        ValueError,
+        match=rf"last\.pt cannot be .* as it was .*{shorter} ends after 3 of the \d+ batches .* the same loaders",
+    ):
+        other.fit(2)
+    assert same(before, {name: other.stn.state_dict()[name] for name in before})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert len(run(20, 20).fit(2)) == 2

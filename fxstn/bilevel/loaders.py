@@ -210,7 +210,10 @@ class ResumableLoader:
         return {"taken": self._position, "loader": loader.state_dict(), "stream": stream, "own": self._own_states()}
 
     def _resume(self, state: State) -> bool:
-        """Go to the place of a state; whether the batches on the way there are those of then."""
+        """Go to the place of a state; whether the batches on the way there are those of then.
+
+        Raises ValueError where the pass ends before that place.
+        """
         first, last = state["checksums"]
         if state["open"] or state["stateful"]:
             jumps = dict(state["jumps"])
@@ -219,6 +222,11 @@ class ResumableLoader:
                 if self._position in jumps:
                     self._set_own(jumps[self._position])
                 self.take()
+            if state["open"] and self._position < state["taken"]:
+                raise ValueError(
+                    f"{self.name} ends after {self._position} of the {state['taken']} batches that the run had taken in this "
+                    "pass: give the same loaders, or choose another out_dir"
+                )
             self._first_checksum = first
             if is_stateful(self.loader) and not state["open"]:
                 self.close()
