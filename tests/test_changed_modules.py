@@ -96,6 +96,45 @@ def test_a_batch_norm_that_is_frozen_at_transform_stays_so_until_it_is_told_to_t
     assert not torch.equal(stn.model.bn.running_mean, mean)
 
 
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_an_evaluation_of_the_whole_model_freezes_nothing(trace):
+    """A step without `stn.train()` is one in train mode; what was frozen before stays so."""
+    stn, same, frozen = network(trace), network(trace), network(trace)
+    frozen.model.bn.eval()
+    step(frozen)
+    mean = frozen.model.bn.running_mean.clone()
+    for net in (stn, frozen):
+        net.model.eval()(X)
+    torch.testing.assert_close(outputs(stn), outputs(same), rtol=0, atol=0)
+    step(frozen)
+    for net in (stn, frozen):
+        net.model.eval()
+        step(net.train())
+    assert all(module.training for module in stn.modules())
+    assert [name for name, module in frozen.named_modules() if not module.training] == ["model.bn"]
+    torch.testing.assert_close(frozen.model.bn.running_mean, mean, rtol=0, atol=0)
+
+
+class Staged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout())
+        self.tuned, self.fc = nn.Dropout(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.tuned(self.stage(x)))
+
+
+def test_a_stage_in_eval_mode_is_frozen_as_a_whole(stn):
+    stn = network(stn.frontend, Staged())
+    stn.model.stage.eval()
+    mean = stn.model.stage[1].running_mean.clone()
+    step(stn)
+    step(stn.eval().train())
+    assert not any(module.training for module in stn.model.stage.modules())
+    torch.testing.assert_close(stn.model.stage[1].running_mean, mean, rtol=0, atol=0)
+
+
 FOLLOWED = {
     "dropout.p": lambda m: setattr(m.own, "p", 0.9),
     "dropout.p = 0": lambda m: setattr(m.own, "p", 0),

@@ -93,9 +93,12 @@ class ModuleState:
         return [parameter.requires_grad for parameter in self.parameters.values()]
 
     def frozen(self) -> tuple[str, ...] | None:
-        """Paths of the modules in eval mode where they are others than those that are frozen; else None."""
+        """Paths of the modules in eval mode where they are others than those that are frozen; else None.
+
+        Where the model itself is in eval mode, users evaluate it; that freezes nothing.
+        """
         flags = [module.training for module in self.modules]
-        if flags == self.flags:
+        if flags == self.flags or not flags[0]:
             return None
         return tuple(sorted(record.path for record, flag in zip(self.records, flags, strict=True) if not flag))
 
