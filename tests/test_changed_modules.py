@@ -135,6 +135,38 @@ def test_a_stage_in_eval_mode_is_frozen_as_a_whole(stn):
     torch.testing.assert_close(stn.model.stage[1].running_mean, mean, rtol=0, atol=0)
 
 
+class Tracked(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.bn, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8), norm(2, track_running_stats=True)
+        self.tuned, self.fc = nn.Dropout(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.tuned(self.norm(self.bn(self.a(x)).view(-1, 2, 4)).flatten(1)))
+
+
+def untrack(model):
+    for norm in (model.bn, model.norm):
+        norm.track_running_stats = False
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_norms_whose_statistics_are_no_longer_tracked_are_as_in_torch(trace, before):
+    plain = Tracked(nn.SyncBatchNorm if trace == "fx" else nn.InstanceNorm1d)  # "fx" follows no instance norm
+    if before:
+        untrack(plain)
+    stn = network(trace, plain)
+    if not before:
+        untrack(stn.model)
+    plain = stn.export()
+    stn(X)
+    plain(X)
+    torch.testing.assert_close(stn.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(stn.eval()(X), plain.eval()(X), rtol=0, atol=0)
+    torch.testing.assert_close(stn.graph("eval")(X), plain(X))
+
+
 FOLLOWED = {
     "dropout.p": lambda m: setattr(m.own, "p", 0.9),
     "dropout.p = 0": lambda m: setattr(m.own, "p", 0),
@@ -267,6 +299,17 @@ def test_a_weight_that_was_frozen_at_transform_is_trained_and_said_not_to_respon
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(stn)
+
+
+def test_a_weight_without_a_response_for_another_reason_is_trained_again_without_a_warning(stn):
+    """The batch norm after `a` takes its scale away."""
+    assert "a.weight" not in dict(stn.response.named_modules())
+    for network in (stn, pickle.loads(pickle.dumps(stn))):
+        for trained in (False, True):
+            network.model.a.requires_grad_(trained)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                step(network)
 
 
 def test_an_optimizer_over_all_parameters_in_one_group_is_refused(stn):

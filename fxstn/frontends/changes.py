@@ -183,7 +183,8 @@ def respond_where_trained(tree: nn.Module, model: nn.Module, unfrozen: list[str]
     """Let exactly the parameters respond that are trained.
 
     tree: their Response modules.
-    unfrozen: names of the parameters that are trained from now on. Warns where one that has rows has no response.
+    unfrozen: names of the parameters that are trained from now on and were constants at transform. Warns where one of them
+        that has rows has no response.
     """
     responses = {name: child for name, child in tree.named_modules() if isinstance(child, Response)}
     for name, response in responses.items():

@@ -90,7 +90,8 @@ class GraphCache:
         if training and (names := self.state.newly_trained()) is not None:
             self.emitted.clear()
             self.compiled.clear()
-            respond_where_trained(root.get_submodule("response"), model, names)
+            constant = [name for name in names if name in self.recipe.plan.constant]
+            respond_where_trained(root.get_submodule("response"), model, constant)
 
     def forget_modules(self) -> None:
         """Take the modules as they are at the next step for those of the graphs."""

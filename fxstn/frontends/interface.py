@@ -24,6 +24,7 @@ class Plan:
     kind: which graph it is.
     binding: which λ belongs where. A graph in eval mode reads no λ.
     frozen: paths of the modules that stay in eval mode while the network trains.
+    constant: names of the parameters that were not trained at transform, and have no response for this reason.
     batch_axes: where the examples of a batch are in every value; empty for a plain batch.
     recompute: whether the linearised output keeps its activations or computes them again in the backward pass.
     statistics: what batch norms normalise by in the linearised output: "batch" or "running".
@@ -32,6 +33,7 @@ class Plan:
     kind: GraphKind = PLAIN_EVAL
     binding: Binding = NOTHING_BOUND
     frozen: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     batch_axes: BatchAxes = field(default_factory=dict)
     recompute: bool = False
     statistics: str = "batch"

@@ -46,7 +46,10 @@ def build_network(
     parameters = list(model.parameters())
     widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
     space.to(device=parameters[0].device, dtype=widest)
-    plan = Plan(binding=binding, frozen=frozen, recompute=request.recompute, statistics=request.statistics)
+    constant = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    plan = Plan(
+        binding=binding, frozen=frozen, constant=constant, recompute=request.recompute, statistics=request.statistics
+    )
     recipe = PipelineRecipe(frontend, plan, pipelines)
     modules = response_modules(model, responding, len(space), request.structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)

@@ -115,7 +115,7 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     norm = module.get_submodule(path)
     assert isinstance(norm, _BatchNorm), path
     training = bool(info_of(node).training)
-    tracked = norm.running_mean is not None
+    tracked = norm.running_mean is not None and (norm.track_running_stats or not training)
 
     def attribute(name: str) -> fx.Node | None:
         if getattr(norm, name) is None:
@@ -129,7 +129,8 @@ def _expand_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
         momentum: float | fx.Node = 0.0 if norm.momentum is None else norm.momentum
         if training and tracked and norm.num_batches_tracked is not None:
             momentum = graph.call_function(track_batch, (attribute("num_batches_tracked"), norm.momentum))
-        tensors = [attribute(name) for name in ("running_mean", "running_var", "weight", "bias")]
+        statistics = [attribute(name) if tracked else None for name in ("running_mean", "running_var")]
+        tensors = [*statistics, attribute("weight"), attribute("bias")]
     synced = isinstance(norm, nn.SyncBatchNorm) and (training or tracked)
     node.op, node.target = "call_function", synced_batch_norm if synced else F.batch_norm
     node.args, node.kwargs = (node.args[0], *tensors, training or not tracked, momentum, norm.eps), {}
