@@ -94,6 +94,59 @@ def test_a_text_that_is_no_path_is_refused(path, message):
 # Files that are left alone
 
 
+def test_a_runner_does_not_write_over_what_a_newer_one_wrote(tmp_path):
+    first = make(tmp_path)
+    first.fit(1)
+    assert len(make(tmp_path).fit(3)) == 3
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"last\.pt is not what this runner wrote or read last.* make a new runner, which res"
+        ):
+            first.fit(2)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(make(tmp_path).fit(4)) == 4
+
+
+def test_a_runner_goes_on_from_its_own_files_and_from_those_that_it_loads(tmp_path):
+    first, second = make(tmp_path), make(tmp_path)
+    first.fit(1)
+    second.fit(2)
+    second.save(tmp_path / "last.pt")
+    second.fit(3)
+    first.load(tmp_path / "last.1.pt")  # back to an earlier epoch, on purpose
+    assert len(first.fit(3)) == 3
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert len(first.fit(4)) == 4
+    assert len(make(tmp_path).fit(5)) == 5
+
+
+def test_save_refuses_the_files_of_a_run_that_is_under_way(tmp_path):
+    other = make()
+
+    def save(runner):
+        for name in ("last.pt", "last.1.pt", "best.pt"):
+            with pytest.raises(
+                ValueError, match=rf"in use by another run \(process {os.getpid()} .* or choose another out_dir"
+            ):
+                other.save(tmp_path / name)
+        other.save(tmp_path / "other.pt")
+        runner.save(tmp_path / "last.pt")
+
+    assert len(make(tmp_path, callbacks=[save]).fit(2)) == 2
+    assert len(make(tmp_path).fit(3)) == 3
+    other.save(tmp_path / "last.pt")  # when the run is over
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "best.pt",
+        "history.csv",
+        "last.pt",
+        "last.1.pt",
+        "other.pt",
+        "other.1.pt",
+    }
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ESTALE, errno.EIO])
 def test_a_file_that_cannot_be_read_for_the_moment_is_no_damage(tmp_path, monkeypatch, number):
     make(tmp_path).fit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import signal
 
 import pytest
@@ -151,7 +152,8 @@ def test_a_resumed_run_evaluates_with_the_statistics_of_the_last_evaluation(tmp_
     whole = make(net, [hp.Dropout("6")], tmp_path / "run", **settings)
     rows = whole.fit(2).rows
     whole.save(tmp_path / "other.pt")
-    resumed, loaded = (make(net, [hp.Dropout("6")], out, **settings) for out in (tmp_path / "run", None))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    resumed, loaded = (make(net, [hp.Dropout("6")], out, **settings) for out in (tmp_path / "copy", None))
     resumed.fit(2)
     loaded.load(tmp_path / "other.pt")
     expected = results(whole)

@@ -130,7 +130,7 @@ def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
     make(tmp_path, callbacks=callbacks).fit(2)
     assert "of 2" in (tmp_path / "report.html").read_text()
     again = make(tmp_path, callbacks=callbacks)
-    again._checkpoints.resume()
+    again._checkpoints.resume(begun=False)
     again._monitors.warnings.append((2, "seen before"))
     again.save(tmp_path / "last.pt")
     resumed = make(tmp_path, callbacks=callbacks)

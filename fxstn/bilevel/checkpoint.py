@@ -123,6 +123,16 @@ def _check_seal(file: IO[bytes], path: Path) -> None:
     file.seek(0)
 
 
+def seal_of(path: Path) -> bytes | None:
+    """The end of a file, which has the checksum of a checkpoint's contents; None where the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _SEAL))
+            return file.read()
+    except OSError:
+        return None
+
+
 def load_checkpoint(path: str | Path) -> State:
     """The state in a file. Its tensors are read straight into their memory: this takes as much as the file is large.
 

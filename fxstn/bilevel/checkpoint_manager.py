@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import torch
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
-from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
+from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint, seal_of
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
 from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.plain import check_readable
@@ -23,6 +24,8 @@ from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
 from fxstn.bilevel.writer import BackgroundWriter, write_run
 from fxstn.ir.input_errors import as_path
+
+RUN_FILE = re.compile(r"last(\.\d+)?\.pt|best\.pt|history\.csv")  # names of the files that a run writes
 
 
 class CheckpointManager:
@@ -47,6 +50,7 @@ class CheckpointManager:
         self._time = time.perf_counter()
         self._unwritable = self._trained = self._better = self._writing = False
         self._lock, self._writer = FolderLock(out_dir), BackgroundWriter()
+        self._seal: bytes | None = None  # of last.pt, as this run knows it
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -102,6 +106,7 @@ class CheckpointManager:
     def _write(self, state: State, folder: Path) -> None:
         """The job of the thread; its copy of the state is kept where it cannot be written."""
         write_run(state, self.parts.history.names, folder, self.files, self._better)
+        self._note_seal()
         self._state = None
 
     def finish(self) -> None:
@@ -134,29 +139,64 @@ class CheckpointManager:
     def _last_state(self, path: Path) -> State:
         return load_checkpoint(path) if self._state is None else copied_state(self._state)
 
-    def resume(self) -> None:
-        """Go on from the newest whole file of out_dir, if there is one."""
+    def resume(self, begun: bool) -> None:
+        """Go on from the newest whole file of out_dir, if there is one.
+
+        begun: whether this run has begun already: then it goes on as it is.
+
+        Raises ValueError where it has begun, and another one has written last.pt since then.
+        """
         if self.out_dir is None:
             return
         path = self.out_dir / "last.pt"
+        if begun:
+            self.finish()
+            distributed.in_first_process(partial(self._check_seal, path))
+            return
         state = distributed.in_first_process(lambda: latest_checkpoint(path))
         if state is not None:
             self.parts.load(state, str(path))
+        self._note_seal()
+
+    def _note_seal(self) -> None:
+        """Note which last.pt this run may write over."""
+        self._seal = None if self.out_dir is None else seal_of(self.out_dir / "last.pt")
+
+    def _check_seal(self, path: Path) -> None:
+        if seal_of(path) not in (None, self._seal):
+            raise ValueError(f"{path} is not what this runner wrote or read last: another one has trained there since, and "
+                             "its epochs would be lost; make a new runner, which resumes from the file")  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint. Several processes: all must call it.
 
-        Raises OSError; TypeError for what is no path, and for a state that could not be read back; ValueError for a folder.
+        Raises OSError; TypeError for what is no path, and for a state that could not be read back; ValueError for a folder, and
+        for a file of another run that is under way.
         """
         path = as_path(path, "runner.save")
         if path.is_dir():
             raise ValueError(f"runner.save: {path} is a folder; name a file in it, {path / 'last.pt'} say")
         state = self.parts.state_dict()
         check_readable(state)
-        distributed.in_first_process(lambda: save_checkpoint(state, path, self.files))
+        distributed.in_first_process(partial(self._save, state, path.absolute()))
+
+    def _save(self, state: State, path: Path) -> None:
+        own = self.out_dir is not None and path.parent.resolve() == self.out_dir.resolve()
+        needs_lock = bool(RUN_FILE.fullmatch(path.name)) and not (own and self._lock.active)
+        lock = FolderLock(path.parent if needs_lock else None)
+        lock.acquire()
+        try:
+            save_checkpoint(state, path, self.files)
+        finally:
+            lock.release()
+        if own and path.name == "last.pt":
+            self._note_seal()
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file. Raises ValueError as `RunParts.load`, DamagedError, and TypeError for no path."""
+        """Go on from a file, which may be older than last.pt: this run writes over what is there now.
+
+        Raises ValueError as `RunParts.load`, DamagedError, and TypeError for no path.
+        """
         path = as_path(path, "runner.load")
         try:
             state = distributed.in_first_process(lambda: load_checkpoint(path))
@@ -164,6 +204,7 @@ class CheckpointManager:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DamagedError(f"{reason}; load an older file beside it, last.1.pt say, or train anew") from error
         self.parts.load(state, str(path))
+        self._note_seal()
 
 
 @dataclass

@@ -33,6 +33,11 @@ class FolderLock:
         self._file: int | None = None
         _LOCKS.add(self)
 
+    @property
+    def active(self) -> bool:
+        """Whether this run has the lock."""
+        return self._file is not None
+
     def acquire(self) -> None:
         """Take the lock. Raises ValueError where another run has it.
 

@@ -135,12 +135,11 @@ class BilevelRunner:
         minutes: > 0, in all; the epoch in which they are over is the last. None: no limit.
 
         Raises DivergedError when losses are no longer finite after `rollbacks` new attempts, ValueError where another run is
-        using out_dir. The best model so far is in `best` and in out_dir/best.pt.
+        using out_dir, or has gone on there since this one did. The best model so far is in `best` and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
         with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
-            if self.out_dir is not None and not len(self.history) and not self._tuner.means.steps:
-                self._checkpoints.resume()
+            self._checkpoints.resume(begun=bool(len(self.history) or self._tuner.means.steps))
             self._stopped = False
             self._checkpoints.begin()
             hidden = True if distributed.rank() else None if self.progress is None else not self.progress
