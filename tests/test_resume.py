@@ -309,13 +309,15 @@ def test_a_generator_that_is_no_longer_there_is_said():
 def test_generators_are_found_in_all_parts_of_a_loader_and_global_ones_are_not():
     rows = Noisy(numbers(8, 0), NOISE["closure"]())
     crop = [OwnNoise(random.Random(1))]
-    rows.transforms = {"crop": crop, "global": numpy.random.mtrand._rand, "torch": torch.default_generator}
+    rows.transforms = {"crop": crop, "global": numpy.random.mtrand._rand, "torch": torch.default_generator,
+                       "bits": numpy.random.mtrand._rand._bit_generator, "own bits": numpy.random.PCG64(3)}  # fmt: skip
     data = ConcatDataset([Subset(rows, range(8))])
     batches = BatchSampler(RandomSampler(data, generator=seeded(1)), 4, False)
     generators = generators_of(DataLoader(data, batch_sampler=batches, collate_fn=OwnNoise(numpy.random.default_rng())))
     assert set(generators) == {
         "batch_sampler.sampler.generator", "collate_fn.generator", "dataset.datasets[0].dataset.noise.generator",
         "dataset.datasets[0].dataset.transforms['crop'][0].generator",
+        "dataset.datasets[0].dataset.transforms['own bits']",
     }  # fmt: skip
 
 
@@ -333,18 +335,23 @@ def test_a_generator_of_the_module_of_a_data_set_is_found():
 
 
 KINDS_OF_BITS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+OTHER_KINDS = ("RandomState", "Random", "torch")
 
 
-@pytest.mark.parametrize("kind", [*KINDS_OF_BITS, "RandomState", "Random", "torch"])
+@pytest.mark.parametrize("kind", [*KINDS_OF_BITS, *(f"{kind} alone" for kind in KINDS_OF_BITS), *OTHER_KINDS])
 def test_the_state_of_every_kind_of_generator_comes_back_from_a_file(kind):
     if kind in KINDS_OF_BITS:
         generator = numpy.random.Generator(getattr(numpy.random, kind)(3))
+    elif kind not in OTHER_KINDS:
+        generator = getattr(numpy.random, kind.removesuffix(" alone"))(3)
     else:
         generator = {"RandomState": numpy.random.RandomState(3), "Random": random.Random(3), "torch": seeded(3)}[kind]
 
     def draw() -> float:
         if kind == "torch":
             return torch.randn((), generator=generator).item()
+        if kind.endswith(" alone"):
+            return int(generator.random_raw())
         return generator.gauss(0, 1) if kind == "Random" else generator.normal()
 
     draw()

@@ -155,8 +155,11 @@ def _wrapped(dataset: object) -> Iterator[object]:
 def _is_generator(value: object) -> bool:
     """Whether a value is a random generator, and none of the global ones."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
-        return value is not numpy.random.mtrand._rand
+    if numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.BitGenerator, numpy.random.RandomState)
+    ):
+        shared = numpy.random.mtrand._rand
+        return value is not shared and value is not shared._bit_generator
     if isinstance(value, random.Random):
         return not isinstance(value, random.SystemRandom) and value is not getattr(random, "_inst", None)
     return isinstance(value, torch.Generator) and value is not torch.default_generator
@@ -191,10 +194,11 @@ def set_generator_state(generator: Any, state: Any) -> None:
         import numpy
 
         state = tree_map_only(Tensor, lambda tensor: tensor.cpu().numpy(), state)
-        if isinstance(generator, numpy.random.Generator):
-            generator.bit_generator.state = state
-        else:
+        generator = generator.bit_generator if isinstance(generator, numpy.random.Generator) else generator
+        if isinstance(generator, numpy.random.RandomState):
             generator.set_state(state)
+        else:
+            generator.state = state
 
 
 def lacks_generator(loader: object, path: str) -> bool:
