@@ -176,6 +176,24 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothi
     assert gap(runner) is None
 
 
+def test_a_training_batch_that_overflows_in_the_evaluation_is_said_once():
+    """In float16 the step on that batch counts for nothing, and the evaluation of it is not finite."""
+    (x, y), *rest = DataLoader(dataset(32, 0), 8)
+    train, valid = [*rest, (1e5 * x, y)], list(DataLoader(dataset(15, 1), 5))
+    stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+    runner = fxstn.BilevelRunner(
+        stn, F.cross_entropy, train, valid, autocast=torch.float16, train_steps=1, progress=False
+    )
+    with pytest.warns(
+        fxstn.RunWarning, match=r"λ is not limited after an epoch .* is (nan|inf).*overflows; use"
+    ) as warned:
+        history = runner.fit(2)
+    assert len([w for w in warned if "λ is not limited" in str(w.message)]) == 1
+    assert not any(map(math.isfinite, history["clean_train_loss"]))
+    assert all(map(math.isfinite, history["valid_loss"]))
+    assert gap(runner) is None
+
+
 def test_a_run_resumed_without_limits_has_none(tmp_path):
     make(tmp_path).fit(1)
     runner = make(tmp_path, recalibrate=0)

@@ -190,6 +190,7 @@ class Evaluator:
         self.prepare, self.precision = prepare, precision
         self.statistics = EvaluatedStatistics(problem, steps)
         self._entries = 0.0  # of the targets that the last evaluation counted
+        self._warned = False
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -226,6 +227,7 @@ class Evaluator:
     def clean_train_loss(self) -> float:
         """The validation loss of the training batches of the last steps; NaN, with a warning, where it fails.
 
+        λ is not limited where it is not finite, as where a batch overflows: a warning, once in a run, says so.
         A loss that is a sum is brought to as many target entries as the last loader had.
         A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
@@ -238,11 +240,24 @@ class Evaluator:
             fault = f": {type(error).__name__}: {error}"
         if not distributed.any_process(bool(fault), self.prepare.device):
             totals = totals.gather(self.prepare.device)
-            return totals.loss_for(self._entries) if totals.counts["valid_loss"] else math.nan
+            if not totals.counts["valid_loss"]:
+                return math.nan
+            loss = totals.loss_for(self._entries)
+            if not math.isfinite(loss):
+                self._warn_not_finite(loss)
+            return loss
         if not distributed.rank():
             text = f"λ is not limited for an epoch, because the validation loss of training batches cannot be computed{fault}; "
             warn_caller(text + "give a valid_loss_fn that takes them, too")
         return math.nan
+
+    def _warn_not_finite(self, loss: float) -> None:
+        if not distributed.rank() and not self._warned:
+            warn_caller(
+                f"λ is not limited after an epoch in which the validation loss of training batches is {loss}, as now: the "
+                "network or the loss overflows; use autocast=torch.bfloat16 in place of float16, or scale the inputs"
+            )
+        self._warned = True
 
     def _totals(self, batches: Iterable[object], name: str, metrics: Metrics) -> tuple[Totals, Batch | None]:
         """This process's totals, and its first batch."""
