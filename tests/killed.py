@@ -101,7 +101,8 @@ def killed(scenario: Scenario, folder: Path, kills: int, epochs: int, seed: int)
     notices = rereads(scenario, cut / "last.pt")
     end = finish(scenario, cut, epochs)
     said = SAID in (cut / "warnings").read_text(encoding="utf-8")
-    right = said == notices and (bool(scenario.unfollowed) or same(end["end"], expected["end"]))
+    # The last resume says what it cannot follow, and perhaps one before it has said so.
+    right = said or not notices if scenario.unfollowed else not said and same(end["end"], expected["end"])
     return {"seed": seed, "right": right, "warned": said, "kills": hits, "words": str(scenario)}
 
 
