@@ -357,7 +357,7 @@ def cut_runs(rank, folder):
 
 def going_on(rank, folder):
     seen = Seen(f"{folder}/amid")
-    seen.runner._checkpoints.resume()
+    seen.runner._checkpoints.resume(begun=False)
     at_start = seen.state()
     seen.runner.fit(3)
     return seen.result() | {"start": at_start, "steps": seen.runner.steps}

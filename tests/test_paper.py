@@ -148,6 +148,7 @@ def test_a_search_goes_on_from_its_results_with_and_without_its_storage(tmp_path
     assert len(study.trials) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.* became (nan|inf) in .*back to epoch:fxstn.RunWarning")
 def test_robustness_is_over_starts_and_scales_and_a_run_that_diverges_at_once_is_a_result(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")

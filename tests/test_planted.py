@@ -81,7 +81,7 @@ PLANTS = {
 }  # fmt: skip
 
 
-QUICK = [("dropout", "below"), ("cutout", "above"), ("colour", "below")]
+QUICK = [("dropout", "below"), ("cutout", "above")]
 
 
 @pytest.fixture(params=list(PLANTS))

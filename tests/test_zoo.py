@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 WHOLE = ["efficientnet_b0", "googlenet", "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2",
          "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0"]  # fmt: skip
-SHORTENED = ["vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "swin3d_t", "mvit_v1_b", "regnet_y_400mf"]
+SHORTENED = ["vit_b_16", "swin_t", "convnext_tiny", "swin3d_t", "regnet_y_400mf"]
 LIVE = ["raft_small"]  # small detectors: test_detection.py
 
 
