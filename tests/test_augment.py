@@ -393,7 +393,7 @@ def test_a_strength_for_the_whole_batch_has_one_perturbation():
     assert all(parameter.grad is not None for parameter in stn.response_parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_graphs_compile_with_every_operation_and_survive_pickling():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 7 * 9, 5))

@@ -153,6 +153,7 @@ def test_statistics_over_batches_of_different_sizes():
     close(sum(share[5] for share in shares), of_bias)
 
 
+@pytest.mark.nightly
 def test_a_compiled_graph_breaks_around_a_synced_norm():
     x, y, noise = data_for("synced")
     gradients = []

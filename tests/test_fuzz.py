@@ -17,7 +17,7 @@ def commit(mistake):
         committed(mistake, Path(folder))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mistakes())
 @example(("transform_argument", ("method", "array")))
 @example(("transform_argument", ("recompute", "tensor")))

@@ -271,6 +271,7 @@ def test_a_corpus_of_three_files_of_one_and_of_none(tmp_path):
         text.load(*paths)
 
 
+@pytest.mark.nightly
 def test_the_example_tunes_seven_numbers_and_goes_on_where_it_stopped(tmp_path):
     def run(epochs):
         command = [sys.executable, str(ROOT / "examples" / "language_model.py"), "--small", "--width", "8", "--words", "1500",

@@ -425,7 +425,7 @@ def test_without_certainty_it_is_adam():
     torch.testing.assert_close(settled(gradients, None), adam.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("h", [1, pytest.param(3, marks=pytest.mark.nightly), 19])
+@pytest.mark.parametrize("h", [1, *[pytest.param(h, marks=pytest.mark.nightly) for h in (3, 19)]])
 def test_noise_does_not_move_lambda_and_a_sure_gradient_does_and_drags_no_other_along(h):
     """Root mean squares over 20 draws of 200 steps."""
     draws = [torch.randn(200, h, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]

@@ -127,7 +127,7 @@ def test_unknown_statistics_are_refused():
 # torch.compile
 
 
-@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_compiled_graphs_have_no_break_and_give_the_same_numbers(batch, recompute):
     stn = made(recompute=recompute)
     twin = copy.deepcopy(stn)

@@ -106,6 +106,7 @@ def tiny_mnist(command, out):
     return ["benchmarks.paper", *f"{command} --task mnist --budget tiny --seed 0 --out".split(), str(out)]
 
 
+@pytest.mark.nightly
 def test_cells_run_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     """On scikit-learn's digits in MNIST's place."""
     pytest.importorskip("sklearn", reason="the digits come with the extra fxstn[data]")

@@ -93,7 +93,7 @@ def built(configuration, training=True):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     CONFIGURATIONS, st.booleans(), st.sampled_from(["fx", "export", "live"]), st.sampled_from(["scaled", "structured"])
 )
@@ -348,6 +348,7 @@ def test_the_response_step_leaves_weights_alone():
     assert all(parameter.grad is not None for parameter in stn.response_parameters())
 
 
+@pytest.mark.nightly
 def test_a_compiled_recurrent_network_computes_the_same():
     """Its graphs are compiled around the recurrent layers, which torch.compile would unroll."""
     torch.set_default_dtype(torch.float32)

@@ -400,6 +400,7 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     assert "plain" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_bench_measures_memory_in_a_fresh_process():
     rows = bench(Setup("squeezenet1_0", batch_size=4, image_size=48), names=("plain",), rounds=1, quiet=True)
     assert rows[0]["peak_mb"] > 1
