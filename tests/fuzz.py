@@ -226,22 +226,21 @@ def call(method: str, value: str) -> Callable[[Path], object]:
 CALLS = ("epochs", "minutes", "save", "load", "evaluate")
 
 
+def spoil(data: bytes, kind: str, at: float, byte: int) -> bytes:
+    """The bytes of a file, cut, with one of them flipped, or with some inserted. at: the place, a share of the length."""
+    place = int(at * (len(data) - 1))
+    start, rest = data[:place], data[place:]
+    after = {"cut": b"", "flip": bytes([rest[0] ^ byte]) + rest[1:], "insert": bytes([byte]) * 5 + rest}
+    return start + after.get(kind, rest)
+
+
 def damage(file: str, kind: str, at: float, byte: int) -> Callable[[Path], object]:
     """A file of a run is changed before the run goes on."""
 
     def commit(folder: Path) -> object:
         runner(folder).fit(1)
         path = folder / file
-        data = bytearray(path.read_bytes())
-        place = int(at * max(len(data) - 1, 0))
-        if kind == "cut":
-            data = data[:place]
-        elif kind == "flip":
-            data[place] ^= byte
-        elif kind == "insert":
-            data[place:place] = bytes([byte]) * 5
-        elif kind == "text":
-            data = bytearray(b"{}")
+        data = b"{}" if kind == "text" else spoil(path.read_bytes(), kind, at, byte)
         path.unlink()
         if kind == "folder":
             path.mkdir()
@@ -260,15 +259,7 @@ def schedule(kind: str, at: float, byte: int) -> Callable[[Path], object]:
         run.fit(2)
         path = folder / "schedule.json"
         run.history.schedule().to_json(path)
-        data = bytearray(path.read_bytes())
-        place = int(at * (len(data) - 1))
-        if kind == "cut":
-            data = data[:place]
-        elif kind == "flip":
-            data[place] ^= byte
-        elif kind == "insert":
-            data[place:place] = bytes([byte]) * 2
-        path.write_bytes(data)
+        path.write_bytes(spoil(path.read_bytes(), kind, at, byte))
         return runner(None, schedule=fxstn.Schedule.from_json(path)).fit(2)
 
     return commit
