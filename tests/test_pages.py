@@ -188,3 +188,9 @@ def test_names_of_the_library_that_a_page_uses_exist(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fxstn"):
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], block
+
+
+def test_the_room_of_training_lists_each_of_its_files_once():
+    folder = Path(fxstn.__file__).parent / "bilevel"
+    listed = re.findall(r"\w+(?=[,.])", fxstn.bilevel.__doc__.partition("\n\n")[2])
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("[a-z]*.py"))

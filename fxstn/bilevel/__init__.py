@@ -1,4 +1,11 @@
-"""Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps."""
+"""Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps.
+
+A step: problem, network_problem, sequences, objectives, losses, counts, steps, scaling, updates, combined, optim, evidence.
+A run: runner, tuner, settings, checks, batches, loaders, sources, workers, distributed.
+Evaluation: evaluation, totals, recalibration, temporary.
+What a run tells: history, plots, faults.
+Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
+"""
 
 from fxstn.bilevel import optim
 from fxstn.bilevel.distributed import average_gradients
