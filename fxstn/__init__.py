@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxstn.rules.own import register_rule as register_rule
     from fxstn.tools.explain import Explanation as Explanation
     from fxstn.tools.explain import explain as explain
+    from fxstn.tools.hold_out import hold_out as hold_out
     from fxstn.tools.report import write_report as write_report
     from fxstn.tools.show import show as show
     from fxstn.tools.verify import VerifyResult as VerifyResult
@@ -60,6 +61,7 @@ EXPORTS = {
     "fxstn.network": ["SelfTuningNetwork"],
     "fxstn.rules.own": ["register_rule"],
     "fxstn.tools.explain": ["Explanation", "explain"],
+    "fxstn.tools.hold_out": ["hold_out"],
     "fxstn.tools.report": ["write_report"],
     "fxstn.tools.show": ["show"],
     "fxstn.tools.verify": ["VerifyResult", "verify"],
