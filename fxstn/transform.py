@@ -91,7 +91,11 @@ def transform(
     """
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
-    model = plain_copy(model)
+    return network_over(plain_copy(model), request)
+
+
+def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
+    """What `transform` returns, over the very modules of a model."""
     recognise_stochastic_depth(model)
     try:
         network, rejected = first_that_works(
@@ -100,9 +104,10 @@ def transform(
     except TransformError as error:
         if request.inputs is not None:
             check_inputs(model, frozen_modules(model), request.inputs)
-        raise with_remedy(error) if trace == "auto" and example_inputs is None else error from error.__cause__
+        unguided = request.trace == "auto" and request.inputs is None
+        raise with_remedy(error) if unguided else error from error.__cause__
     network.rejected = rejected
-    if hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:
+    if request.hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:
         reason = f", because {rejected[0]}" if rejected else ""
         warnings.warn(
             f"the augmentation '{path}' keeps its strength: it is tuned where symbolic tracing follows the model, and this "

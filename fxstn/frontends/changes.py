@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxstn.frontends.conditioned import ConditionedForward
 from fxstn.frontends.guards import HOOKS, same
 from fxstn.frontends.interface import Plan
 from fxstn.hp.binding import Binding
@@ -116,9 +117,13 @@ class ModuleState:
 
     def changes(self) -> list[Change]:
         """What has changed, but for modes and gradients."""
-        if self._identities() == self.identities and all(same(*pair) for pair in self.contents):
+        now = self._identities()
+        if now == self.identities and all(same(*pair) for pair in self.contents):
             return []
-        return [change for record in self.records for change in self._changes_of(record)]
+        result = [change for record in self.records for change in self._changes_of(record)]
+        if not result:
+            self.identities = now  # what has changed is of no concern
+        return result
 
     def _changes_of(self, record: _Record) -> Iterator[Change]:
         path, module = record.path, record.module
@@ -198,7 +203,11 @@ def respond_where_trained(tree: nn.Module, model: nn.Module, unfrozen: list[str]
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:
-    return {name: value for name, value in vars(module).items() if name not in INTERNAL}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in INTERNAL and not isinstance(value, ConditionedForward)
+    }
 
 
 _hooks_of = attrgetter(*HOOKS)

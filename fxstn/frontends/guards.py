@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch._library.autograd import make_autograd_impl
 
+from fxstn.frontends.conditioned import original_forwards
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 
@@ -160,14 +161,16 @@ def same(a: object, b: object) -> bool:
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
-    """The model in train or in eval mode, except for the modules that stay in eval mode; afterwards as it was."""
+    """The model with its own forwards, in train or in eval mode, except for the modules that stay in eval mode; afterwards as
+    it was."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train(training)
         for name, module in model.named_modules():
             if name in frozen:
                 module.training = False
-        yield
+        with original_forwards(model):
+            yield
     finally:
         for module, flag in before.items():
             module.training = flag

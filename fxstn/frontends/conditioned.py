@@ -1,0 +1,248 @@
+"""A user's own model whose random operations draw at the strengths λ while it trains. Its forward stays the user's.
+
+The modules that own such operations get a forward of their own, an attribute of the instance. In eval mode, and where the
+network's graphs are made, the original runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.hp.operation import Operation
+from fxstn.ir.containers import mapped
+from fxstn.ir.errors import operation_name
+from fxstn.ir.spelling import Unspellable, respell
+from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
+from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
+
+_SPELLINGS = {torch.dropout: F.dropout, torch.dropout_: F.dropout, torch.alpha_dropout: F.alpha_dropout,
+              torch.alpha_dropout_: F.alpha_dropout, torch.feature_alpha_dropout: F.feature_alpha_dropout,
+              torch.feature_alpha_dropout_: F.feature_alpha_dropout}  # fmt: skip
+_CANONICAL: dict[Any, Any] = {**{function: function for function in DROPOUTS}, **_SPELLINGS}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random operation at λ.
+
+    indices: which numbers of λ its strengths are.
+    function: of an `hp.Operation`: (x, *strengths, **settings) → y. None: dropout.
+    """
+
+    indices: tuple[int, ...]
+    function: Callable[..., Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, value: object, strengths: Tensor) -> object:
+        """A structure of values with this operation after each; what is not floating point stays as it is."""
+
+        def leaf(x: object) -> object:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            own = [strengths[index] for index in self.indices]
+            return x * dropout_mask(x, own[0]) if self.function is None else self.function(x, *own, **self.settings)
+
+        return mapped(leaf, value)
+
+
+@dataclass
+class ModuleSites:
+    """What a module owns.
+
+    dropouts: {which of its dropouts, in the order of calls: index into λ}.
+    results: {(operation, which of its calls): what is drawn after it}, in the order in which it acts.
+    lookups: {(operation, which of its calls): what is drawn from its arguments}.
+    whole: the module itself is this operation.
+    inputs: {name of an argument: what is drawn after it}. Of the model only, as the next.
+    exits: what is drawn after the output, by leaf; None for all leaves.
+    """
+
+    dropouts: dict[int, int] = field(default_factory=dict)
+    results: dict[tuple[str, int], list[Draw]] = field(default_factory=dict)
+    lookups: dict[tuple[Any, int], tuple[type[Operation], Draw]] = field(default_factory=dict)
+    whole: Draw | None = None
+    inputs: dict[str, list[Draw]] = field(default_factory=dict)
+    exits: list[tuple[int | None, Draw]] = field(default_factory=list)
+
+    @property
+    def inside(self) -> bool:
+        """Whether operations within the forward read λ."""
+        return bool(self.dropouts or self.results or self.lookups)
+
+
+class SiteMode(TorchFunctionMode):
+    """Draws the random operations of one call of a module at λ."""
+
+    def __init__(self, sites: ModuleSites, strengths: Tensor) -> None:
+        super().__init__()
+        self.sites, self.strengths = sites, strengths
+        self.dropouts = 0
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_function__(
+        self,
+        original: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if original in _CANONICAL:
+            return self.drop(original, args, kwargs)
+        if original in DECOMPOSITIONS:
+            with self:
+                result = DECOMPOSITIONS[original](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = original(*args, **kwargs)
+        return self.after(original, args, kwargs, result) if self.sites.results or self.sites.lookups else result
+
+    def drop(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A dropout of the model, at λ where it has a site."""
+        x = args[0] if args else kwargs["input"]
+        training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+        if not training:
+            return original(*args, **kwargs)
+        index = self.sites.dropouts.get(self.dropouts)
+        self.dropouts += 1
+        if index is None:
+            return original(*args, **kwargs)
+        in_place = (args[3] if len(args) > 3 else kwargs.get("inplace", False)) or original.__name__.endswith("_")
+        return dropped(x, self.strengths[index], _CANONICAL[original], in_place)
+
+    def after(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
+        """The result of another operation, with what is drawn after it."""
+        try:
+            spelled = respell(original, args, kwargs)
+        except Unspellable:
+            return result
+        name = operation_name(spelled.function)
+        number = self.counts[name]
+        self.counts[name] += 1
+        if (lookup := self.sites.lookups.get((name, number))) is not None:
+            operation, draw = lookup
+            strengths = [self.strengths[index] for index in draw.indices]
+            noise = operation.draw(tuple(spelled.args), *strengths, **draw.settings)
+            result = operation.apply(result, noise)
+        for draw in self.sites.results.get((name, number), ()):
+            result = draw.after(result, self.strengths)
+        return result
+
+
+def dropped(x: Tensor, p: Tensor | float, kind: Callable[..., Any], in_place: bool) -> Tensor:
+    """Dropout of one kind as the network's graphs compute it: from explicit noise.
+
+    kind: one of `DROPOUTS`.
+    """
+    spatial = SPATIAL.get(kind, 0)
+    if kind in ALPHA:
+        multiplier, shift = alpha_dropout_coefficients(x, p, spatial)
+        return x.mul_(multiplier).add_(shift) if in_place else x * multiplier + shift
+    mask = dropout_mask(x, p, spatial)
+    return x.mul_(mask) if in_place else x * mask
+
+
+class ConditionedForward:
+    """The forward of a module that owns random operations.
+
+    original: its forward before.
+    strengths: (h,), the values of λ, written into when λ moves.
+    """
+
+    def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Tensor) -> None:
+        self.module, self.sites, self.strengths = module, sites, strengths
+        self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
+        self.own = vars(module).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, sites = self.module, self.sites
+        if not module.training:
+            return self.original(*args, **kwargs)
+        if sites.whole is not None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            return sites.whole.after(x, self.strengths)
+        if sites.inputs:
+            args, kwargs = self._drawn_inputs(args, kwargs)
+        if sites.inside:
+            run = DECOMPOSITIONS.get(type(module))
+            with SiteMode(sites, self.strengths):
+                output = self.original(*args, **kwargs) if run is None else run(module, *args, **kwargs)
+        else:
+            output = self.original(*args, **kwargs)
+        for leaf, draw in sites.exits:
+            output = self._drawn_output(output, leaf, draw)
+        return output
+
+    def _drawn_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        bound = inspect.signature(self.original).bind(*args, **kwargs)
+        for name, draws in self.sites.inputs.items():
+            if name in bound.arguments:
+                for draw in draws:
+                    bound.arguments[name] = draw.after(bound.arguments[name], self.strengths)
+        return bound.args, bound.kwargs
+
+    def _drawn_output(self, output: Any, leaf: int | None, draw: Draw) -> Any:
+        if leaf is None or isinstance(output, Tensor):
+            return draw.after(output, self.strengths)
+        elements = list(output)
+        elements[leaf] = draw.after(elements[leaf], self.strengths)
+        return type(output)(elements)
+
+
+def condition_modules(model: nn.Module, sites: dict[str, ModuleSites], strengths: Tensor) -> None:
+    """Give the modules that own random operations a forward that draws them at λ.
+
+    sites: by module path.
+    strengths: (h,), the values of λ; whoever moves λ writes into it.
+    """
+    for path, own in sites.items():
+        module = model.get_submodule(path)
+        vars(module)["forward"] = ConditionedForward(module, own, strengths)
+
+
+def restore_modules(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, ConditionedForward):
+            _put(module, forward.own)
+
+
+def _put(module: nn.Module, forward: object) -> None:
+    if forward is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = forward
+
+
+@contextmanager
+def original_forwards(model: nn.Module) -> Iterator[None]:
+    """A context in which every module runs its own forward, without torch.compile."""
+    modules = list(model.modules())
+    conditioned = [(module, vars(module).get("forward")) for module in modules]
+    replaced = [(module, forward) for module, forward in conditioned if isinstance(forward, ConditionedForward)]
+    scripted = torch.jit.ScriptModule
+    compiled = [m for m in modules if not isinstance(m, scripted) and m._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    for module, forward in replaced:
+        _put(module, forward.own)
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, forward in replaced:
+            vars(module)["forward"] = forward
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call

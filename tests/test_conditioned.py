@@ -1,0 +1,265 @@
+"""A user's own model whose forward draws at λ: the same numbers as the network's graph, whatever the frontend."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from fxstn import hp
+from fxstn.frontends.conditioned import condition_modules, restore_modules
+from fxstn.frontends.live.record import record
+from fxstn.network import SelfTuningNetwork
+from fxstn.passes.owners import module_sites
+from fxstn.passes.request import Request
+from fxstn.transform import FRONTENDS, network_over
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.p = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4), 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(torch.relu(self.a(x)), self.p, self.training)
+        F.dropout(x, 0.4, training=self.training, inplace=True)
+        return self.c(torch.relu(self.b(x)))
+
+
+class FunctionalStages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4 * 12 * 12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.flatten(F.relu(self.b(F.relu(self.a(x)))), 1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.dropout, self.p, self.out = nn.Linear(16, 48), nn.Dropout(0.1), 0.3, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(x.shape[0], -1, 2, 8).transpose(1, 2) for t in self.qkv(x).split(16, 2))
+        p = self.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(x.shape)))
+
+
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.dropout = nn.Embedding(10, 8), nn.Dropout(0.1)
+        self.lstm, self.out = nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dropout(self.lstm(self.dropout(self.table(x)))[0]))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.3)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(checkpoint(self.body, x, use_reentrant=False))
+
+
+def swin() -> nn.Module:
+    return torchvision.models.swin_transformer.SwinTransformer(
+        [2, 2], 8, [1, 1], [2, 2], [2, 2], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.2, num_classes=3
+    )
+
+
+def vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 4, 1, 2, 16, 32, dropout=0.1, attention_dropout=0.1, num_classes=4)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+
+
+def chain() -> nn.Module:
+    layers = [nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(8, 8), nn.Dropout(0.2, inplace=True), nn.Linear(8, 4)]
+    return nn.Sequential(nn.Linear(8, 8), *layers)
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+
+
+IMAGES, ROWS, WORDS, SEQUENCES = (4, 3, 16, 16), (4, 8), (4, 5), (4, 5, 16)
+EVERYWHERE, GRAPHS = ("fx", "export", "live"), ("fx", "export")
+AUGMENTED = [hp.Dropout(), hp.Affine(), hp.Cutout(), hp.WeightDecay()]
+CASES = {
+    "resnet18": (torchvision.models.resnet18, IMAGES, None, ("fx",)),  # a ReLU is called twice in each block
+    "functional dropout": (FunctionalDropout, ROWS, None, EVERYWHERE),
+    "functional stages": (FunctionalStages, IMAGES, None, EVERYWHERE),
+    "augmented": (FunctionalStages, IMAGES, AUGMENTED, GRAPHS),
+    "attention": (Attention, SEQUENCES, None, ("export", "live")),
+    "language": (Language, WORDS, None, EVERYWHERE),
+    "embedding dropout": (Language, WORDS, [hp.Dropout(), hp.EmbeddingDropout()], GRAPHS),
+    "encoder": (encoder, SEQUENCES, None, EVERYWHERE),
+    "swin": (swin, IMAGES, None, ("fx", "live")),
+    "vit": (vit, IMAGES, None, ("fx",)),
+    "chain": (chain, ROWS, None, EVERYWHERE),
+    "after layers": (layers, ROWS, [hp.Dropout("0", "2"), hp.GaussianNoise("2")], GRAPHS),
+    "checkpointed": (Checkpointed, ROWS, None, ("live",)),
+}
+
+
+def inputs_of(shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if shape == WORDS:
+        return torch.randint(0, 10, shape, generator=generator)
+    return torch.rand(shape, generator=generator)
+
+
+def conditioned(
+    model: nn.Module, x: Tensor, specs: list | None, trace: str = "auto"
+) -> tuple[SelfTuningNetwork, Tensor]:
+    """The network over a model, which draws at λ from now on; and the values of λ that it reads."""
+    network = network_over(model, Request(specs, x, "delta", None, trace, False, "batch", FRONTENDS))
+    rewritable = network.recipe.frontend.rewritable
+    graph = network.canonical(True) if rewritable else record(model, True, (), (x,))
+    strengths = network.hparams().clone()
+    condition_modules(model, module_sites(graph.graph, network.recipe.plan.binding), strengths)
+    return network.train(), strengths
+
+
+@pytest.mark.parametrize(("case", "trace"), [(case, trace) for case, entry in CASES.items() for trace in entry[3]])
+@pytest.mark.filterwarnings("ignore:Converting a tensor:UserWarning", "ignore:enable_nested_tensor:UserWarning")
+def test_the_models_own_forward_equals_the_networks_graph(case: str, trace: str) -> None:
+    build, shape, specs, _ = CASES[case]
+    torch.manual_seed(0)
+    model, x = build(), inputs_of(shape)
+    network, strengths = conditioned(model, x, specs, trace)
+    for value in (0.4, 0.7):  # λ moves
+        named = {
+            p.name: p.low + value * (min(p.high, 1e3) - p.low) for p in network.hparams.hyperparameters if not p.log
+        }
+        network.hparams.set(named)
+        strengths.copy_(network.hparams())
+        state = copy.deepcopy(model.state_dict())
+        torch.manual_seed(1)
+        expected = network.conditioned_output(x)[0]
+        model.load_state_dict(state)
+        torch.manual_seed(1)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_gradients_of_a_recomputed_forward_see_the_same_masks() -> None:
+    torch.manual_seed(0)
+    model, x = Checkpointed(), inputs_of(ROWS)
+    plain = copy.deepcopy(model)
+    conditioned(model, x, None, "live")
+    torch.manual_seed(1)
+    model(x).square().sum().backward()
+    torch.manual_seed(1)
+    twin = copy.deepcopy(plain)
+    conditioned(twin, x, None, "live")
+    twin.forward = lambda x: twin.out(twin.body(x))  # type: ignore[method-assign]
+    twin(x).square().sum().backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_eval_mode_restoration_copies_and_signatures() -> None:
+    torch.manual_seed(0)
+    model, x = FunctionalDropout(), inputs_of(ROWS)
+    plain, keys = copy.deepcopy(model), list(model.state_dict())
+    _, strengths = conditioned(model, x, None)
+    assert type(model) is FunctionalDropout
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+    model.train()
+    twin = pickle.loads(pickle.dumps(model))
+    torch.manual_seed(1)
+    expected = model(x)
+    for other in (copy.deepcopy(model), twin):
+        torch.manual_seed(1)
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    strengths.zero_()  # λ moves: the copies are no longer tuned
+    torch.manual_seed(1)
+    assert not torch.equal(model(x), expected)
+    torch.manual_seed(1)
+    torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+    restore_modules(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_forward_of_the_instance_comes_back() -> None:
+    model, x = FunctionalDropout(), inputs_of(ROWS)
+    own = types.MethodType(type(model).forward, model)
+    model.forward = own  # type: ignore[method-assign]
+    conditioned(model, x, None)
+    assert model.forward is not own
+    restore_modules(model)
+    assert model.forward is own
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # Dynamo's own look
+def test_compiled_once_when_the_strengths_are_taken_over_and_never_when_they_move() -> None:
+    torch._dynamo.reset()
+    model, x, counter = Attention(), inputs_of(SEQUENCES), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    compiled(x).sum().backward()
+    before = counter.frame_count
+    _, strengths = conditioned(model, x, None, "live")
+    compiled(x).sum().backward()
+    assert counter.frame_count == before + 1
+    for value in (0.0, 0.9):
+        strengths.fill_(value)
+        compiled(x).sum().backward()
+    assert counter.frame_count == before + 1
+    restore_modules(model)
+    compiled(x)
+    assert counter.frame_count == before + 1
+
+
+@pytest.mark.parametrize(
+    ("specs", "what"),
+    [
+        ([hp.DropConnect()], "DropConnect"),
+        ([hp.MixUp()], "MixUp"),
+        ([hp.JacobianNorm()], "JacobianNorm"),
+        ([hp.ActivationDecay("b")], "ActivationDecay"),
+    ],
+)
+def test_what_only_a_graph_can_do_is_refused(specs: list, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"hp\.{what} needs more than the output.*BilevelRunner"):
+        conditioned(FunctionalStages(), inputs_of(IMAGES), specs, "fx")
+
+
+def test_a_dropout_that_is_not_tuned_stays_torchs_own() -> None:
+    model, x = chain(), inputs_of(ROWS)
+    conditioned(model, x, [hp.Dropout("4")])
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["4"]
+
+
+def test_calls_of_one_module_with_strengths_of_their_own_are_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = FunctionalDropout(), nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.out(self.body(x)))
+
+    with pytest.raises(ValueError, match=r"called several times.*shared=True"):
+        conditioned(Twice(), inputs_of(ROWS), None)
+    conditioned(Twice(), inputs_of(ROWS), [hp.Dropout(shared=True)])
