@@ -31,6 +31,8 @@ _SPELLINGS = {torch.dropout: F.dropout, torch.dropout_: F.dropout, torch.alpha_d
               torch.feature_alpha_dropout_: F.feature_alpha_dropout}  # fmt: skip
 _CANONICAL: dict[Any, Any] = {**{function: function for function in DROPOUTS}, **_SPELLINGS}
 
+_IN_PLACE = {torch.dropout_, torch.alpha_dropout_, torch.feature_alpha_dropout_}
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -118,7 +120,7 @@ class SiteMode(TorchFunctionMode):
         self.dropouts += 1
         if index is None:
             return original(*args, **kwargs)
-        in_place = (args[3] if len(args) > 3 else kwargs.get("inplace", False)) or original.__name__.endswith("_")
+        in_place = (args[3] if len(args) > 3 else kwargs.get("inplace", False)) or original in _IN_PLACE
         return dropped(x, self.strengths[index], _CANONICAL[original], in_place)
 
     def after(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
