@@ -86,10 +86,16 @@ def learned(perturb: str, rate: float, seeds: int, train: TensorDataset, valid: 
         torch.manual_seed(seed)
         stn = fxstn.transform(network(), specs(rate))
         runner = fxstn.BilevelRunner(
-            stn, F.cross_entropy, DataLoader(train, PROBLEM.batch, shuffle=True), DataLoader(valid, len(valid)),
-            optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate), warmup_epochs=EPOCHS[-1], perturb=perturb,
-            progress=False, rollbacks=0,
-        )  # fmt: skip
+            stn,
+            F.cross_entropy,
+            DataLoader(train, PROBLEM.batch, shuffle=True),
+            DataLoader(valid, len(valid)),
+            optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate),
+            hyper=fxstn.HyperSettings(warmup_epochs=EPOCHS[-1]),
+            response=fxstn.ResponseSettings(perturb=perturb),
+            progress=False,
+            checkpoints=fxstn.CheckpointSettings(rollbacks=0),
+        )
         for epoch in EPOCHS:
             runner.fit(epoch)
             found.append(hypergradients(stn, train, valid))

@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+import fxstn
 from benchmarks.overhead import RESULTS
 from benchmarks.trials import Task, reading_nothing, trained
 from benchmarks.tuning import STARTS, TASKS
@@ -49,8 +50,8 @@ def ratio(task: Task, start: str, rate: float, seed: int, root: str | None) -> f
     means: list[Tensor] = []
     controls = [hp.Scalar(f"control {i}", init=0.5, low=0.0, high=1.0) for i in range(CONTROLS)]
     settings = {
-        "hyper_optimizer": partial(Recorder, means=means),
-        "response_optimizer": partial(torch.optim.Adam, lr=rate),
+        "hyper": fxstn.HyperSettings(optimizer=partial(Recorder, means=means)),
+        "response": fxstn.ResponseSettings(optimizer=partial(torch.optim.Adam, lr=rate)),
     }
     watched = replace(
         task, specs=lambda at: [*task.specs(at), *controls], loss=reading_nothing(task.loss),

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def tuned(
         options["example_inputs"] = data.tensors[0][:4]
     stn = fxstn.transform(model(), specs, **options)
     train = DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(4))
-    runner = fxstn.BilevelRunner(stn, F.cross_entropy, train, DataLoader(data, 8), progress=False, train_steps=2,
-                                 response_every=1, **(settings or {}))  # fmt: skip
+    groups = {"response": fxstn.ResponseSettings(every=1), "hyper": fxstn.HyperSettings()} | (settings or {})
+    groups["hyper"] = replace(groups["hyper"], train_steps=2)
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, train, DataLoader(data, 8), progress=False, **groups)
     runner.fit(3)
     rows = [[f"{key}={value!r}" for key, value in row.items() if key != "seconds"] for row in runner.history.rows]
     return [*(entry for row in rows for entry in row), *state(stn)]
@@ -153,7 +155,7 @@ RUNS: dict[str, Callable[[], list[str]]] = {
     "mlp stn": lambda: tuned(mlp, vectors(), DECAYED, method="stn"),
     "mlp structured": lambda: tuned(mlp, vectors(), DECAYED, response="structured"),
     "mlp recomputed, paper": lambda: tuned(mlp, vectors(), DECAYED, recompute=True,
-                                           settings={k: v for k, v in fxstn.PAPER.items() if k != "response_every"}),
+                                           settings=fxstn.PAPER),
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,16 +139,23 @@ def pulled_back(stn: fxstn.SelfTuningNetwork, loss: Tensor) -> Tensor:
 def learned(name: str, seed: int, train: TensorDataset, valid: TensorDataset) -> list[dict[str, Tensor]]:
     """Θᵀ∇L_V, plain and corrected, at each of EPOCHS of a run with λ held; for "default" what `implicit` says besides."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {}
+    response, hyper = fxstn.ResponseSettings(), fxstn.HyperSettings()
     if name == "paper":
-        settings = fxstn.PAPER | {"response_optimizer": partial(torch.optim.Adam, lr=PROBLEM.rate), "tune_scale": False}
+        response = replace(fxstn.PAPER["response"], optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate))
+        hyper = replace(fxstn.PAPER["hyper"], tune_scale=False)
     kind = "structured" if name == "paper" else "scaled"
     stn = fxstn.transform(network(), specs(0.25 if name == "narrow" else 1.0), response=kind)
     stn.hparams.double()
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, DataLoader(train, PROBLEM.batch, shuffle=True), DataLoader(valid, len(valid)), progress=False,
-        optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate), warmup_epochs=EPOCHS[-1], **settings,
-    )  # fmt: skip
+        stn,
+        F.cross_entropy,
+        DataLoader(train, PROBLEM.batch, shuffle=True),
+        DataLoader(valid, len(valid)),
+        progress=False,
+        optimizer=partial(torch.optim.Adam, lr=PROBLEM.rate),
+        response=response,
+        hyper=replace(hyper, warmup_epochs=EPOCHS[-1]),
+    )
     rows = []
     for epoch in EPOCHS:
         runner.fit(epoch)

@@ -24,7 +24,6 @@ from benchmarks.overhead import RESULTS
 from examples.language_model import LanguageModel, cross_entropy, specs
 from fxstn import CarriedState
 from fxstn.bilevel.optim import SettlingAdam
-from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.updates import adam
 from fxstn.ops.noise import locked_mask, weight_mask, word_mask
 from fxstn.tools.measure import step_times
@@ -126,7 +125,7 @@ def variants(args: argparse.Namespace) -> Steps:
     steps["general"], steps["response"] = (paper[0], 1), (paper[1], 1)
     steps["schedule"] = cycle(*paper, 1)
     steps["response-default"] = default[1], 1
-    steps["schedule-default"] = cycle(*default, Settings.response_every)
+    steps["schedule-default"] = cycle(*default, fxstn.ResponseSettings.every)
     return steps
 
 

@@ -170,15 +170,13 @@ def make_runner(problem: Problem, method: str, start: float, settings: Settings)
         full_batches(problem.X, problem.y, settings.copies, settings.train_steps),
         full_batches(problem.X_valid, problem.y_valid, settings.valid_copies, 1),
         optimizer=partial(adam, lr=settings.lr),
-        response_optimizer=partial(adam, lr=settings.response_lr),
-        hyper_optimizer=partial(adam, lr=settings.hyper_lr, betas=settings.hyper_betas),
-        tune_scale=False,
-        train_steps=settings.train_steps,
-        response_fraction=1.0,
-        response_every=1,
-        response_widening=1.0,
-        inner_correction=0.0,
-        warmup_epochs=settings.warmup_epochs,
+        response=fxstn.ResponseSettings(optimizer=partial(adam, lr=settings.response_lr), every=1, widening=1.0),
+        hyper=fxstn.HyperSettings(
+            optimizer=partial(adam, lr=settings.hyper_lr, betas=settings.hyper_betas),
+            train_steps=settings.train_steps,
+            inner_correction=0.0,
+            warmup_epochs=settings.warmup_epochs,
+        ),
         progress=False,
     )
 

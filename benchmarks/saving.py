@@ -31,7 +31,14 @@ def build(out: Path) -> fxstn.BilevelRunner:
     stn = fxstn.transform(resnet18(num_classes=10), [hp.Dropout(), hp.WeightDecay(shared=True)])
     data = TensorDataset(torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
     loaders = DataLoader(data, 16), DataLoader(data, 64)
-    return fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, out_dir=out, progress=False, response_every=1)
+    return fxstn.BilevelRunner(
+        stn,
+        F.cross_entropy,
+        *loaders,
+        progress=False,
+        response=fxstn.ResponseSettings(every=1),
+        checkpoints=fxstn.CheckpointSettings(out_dir=out),
+    )
 
 
 def save(out: Path) -> None:

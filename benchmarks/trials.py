@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,12 @@ from fxstn.tools.data import loader
 SEARCHES = ("random", "random-halving", "tpe", "tpe-halving")
 PAPERS = ("delta", "centered", "stn")
 ABLATIONS: dict[str, dict[str, Any]] = {  # what each changes of the default
-    "unlimited": {"hyper_optimizer": partial(SettlingAdam, limits=False)},
-    "uncertain": {"hyper_optimizer": partial(SettlingAdam, lr=0.2, certainty=None, limits=False)},
-    "constant-rate": {"hyper_optimizer": partial(torch.optim.Adam, lr=6e-2)},
-    "every-step": {"response_every": 1},
-    "uncorrected": {"inner_correction": 0.0},
-    "unwidened": {"response_widening": 1.0},
+    "unlimited": {"hyper": fxstn.HyperSettings(optimizer=partial(SettlingAdam, limits=False))},
+    "uncertain": {"hyper": fxstn.HyperSettings(optimizer=partial(SettlingAdam, lr=0.2, certainty=None, limits=False))},
+    "constant-rate": {"hyper": fxstn.HyperSettings(optimizer=partial(torch.optim.Adam, lr=6e-2))},
+    "every-step": {"response": fxstn.ResponseSettings(every=1)},
+    "uncorrected": {"hyper": fxstn.HyperSettings(inner_correction=0.0)},
+    "unwidened": {"response": fxstn.ResponseSettings(widening=1.0)},
 }
 RUNS = ("untuned", "default", *ABLATIONS, *PAPERS)
 WORST = 1e6  # the loss that a search is told of a run that diverged
@@ -45,7 +45,8 @@ def reading_nothing(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., T
 class Task:
     """sets(seed, data root): training, validation and test set. specs(start): what is tuned, from a dropout of `start`.
 
-    settings: of the runner, by every method; paper: by those of the paper (PAPERS), beside `fxstn.PAPER`.
+    settings: of the runner, by every method; paper: by those of the paper (PAPERS), beside `fxstn.PAPER`, whose
+    `HyperSettings` have `hyper` in place of their own.
     """
 
     sets: Callable[[int, str | None], Sequence[TensorDataset]]
@@ -57,6 +58,7 @@ class Task:
     batch: int = 128
     settings: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=dict)
+    hyper: dict[str, Any] = field(default_factory=dict)
 
 
 def still(stn: fxstn.SelfTuningNetwork) -> fxstn.Schedule:
@@ -73,7 +75,8 @@ def prepared(
     train_set, valid_set, test_set = task.sets(seed, root)
     model, specs = task.model(train_set), task.specs(start)
     if method in PAPERS:
-        settings = fxstn.PAPER | {"response_optimizer": task.optimizer} | task.paper
+        hyper = replace(fxstn.PAPER["hyper"], **task.hyper)
+        settings = {"response": replace(fxstn.PAPER["response"], optimizer=task.optimizer), "hyper": hyper} | task.paper
         stn = fxstn.transform(model, specs, method=method, response="structured")
     else:
         stn, settings = fxstn.transform(model, specs), ABLATIONS.get(method, {})

@@ -41,7 +41,14 @@ def run(seed: int, epochs: int, tune: bool) -> list[float]:
     net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 2))
     stn = fxstn.transform(net, [hp.Scalar(name, 1.0, low=0.05, high=20.0, log=True) for name in ("common", "rare")])
     warmup = 0 if tune else epochs
-    runner = fxstn.BilevelRunner(stn, loss_fn, train, valid, metrics={"accuracy": fxstn.accuracy}, warmup_epochs=warmup)
+    runner = fxstn.BilevelRunner(
+        stn,
+        loss_fn,
+        train,
+        valid,
+        metrics={"accuracy": fxstn.accuracy},
+        hyper=fxstn.HyperSettings(warmup_epochs=warmup),
+    )
     runner.fit(epochs)
     return [runner.evaluate(test)["accuracy"], *stn.hparams.values().values()]
 

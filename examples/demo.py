@@ -68,7 +68,13 @@ def tuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
     stn, train, valid, test = prepare(seed, args)
     out = Path(args.out) / f"seed-{seed}"
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, train, valid, optimizer=sgd, metrics={"accuracy": fxstn.accuracy}, out_dir=out
+        stn,
+        F.cross_entropy,
+        train,
+        valid,
+        optimizer=sgd,
+        metrics={"accuracy": fxstn.accuracy},
+        checkpoints=fxstn.CheckpointSettings(out_dir=out),
     )
     start = time.perf_counter()
     history = runner.fit(args.epochs)

@@ -27,7 +27,13 @@ model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 stn = fxstn.transform(model, [hp.Dropout(), hp.WeightDecay(shared=True)])
 train, valid = (DataLoader(part, 64, sampler=DistributedSampler(part)) for part in (digits.train, digits.valid))
 runner = fxstn.BilevelRunner(
-    stn, F.cross_entropy, train, valid, device=device, metrics={"accuracy": fxstn.accuracy}, out_dir="out/distributed"
+    stn,
+    F.cross_entropy,
+    train,
+    valid,
+    execution=fxstn.ExecutionSettings(device=device),
+    metrics={"accuracy": fxstn.accuracy},
+    checkpoints=fxstn.CheckpointSettings(out_dir="out/distributed"),
 )
 history = runner.fit(epochs=int(os.environ.get("EPOCHS", 5)))
 if dist.get_rank() == 0:

@@ -13,6 +13,7 @@ import argparse
 import copy
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -90,17 +91,22 @@ def prepare(args: argparse.Namespace, seed: int, out_dir=None):
     y = torch.where(torch.rand(len(right)) < args.noise, torch.randint(split.classes, right.shape), right)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, split.classes))
 
-    def runner(x, y, **settings):
-        return fxstn.BilevelRunner(
-            Reweighting(copy.deepcopy(model), len(y), args.eta), None, loader(x, y, 50, seed, True),
-            loader(xv, yv, 50, seed, False), train_steps=1,
-            optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
-            hyper_optimizer=lambda p: torch.optim.Adam(p, lr=args.hyper_lr), metrics={"accuracy": fxstn.accuracy}, **settings,
-        )  # fmt: skip
+    learned = fxstn.HyperSettings(train_steps=1, optimizer=lambda p: torch.optim.Adam(p, lr=args.hyper_lr))
+    equal = replace(learned, warmup_epochs=10**9)  # all epochs are without hyper steps
 
-    never = 10**9  # epochs without hyper steps: all of them
-    plain, clean = runner(x, y, warmup_epochs=never), runner(xv, yv, warmup_epochs=never)
-    return runner(x, y, out_dir=out_dir), plain, clean, test, right == y
+    def runner(x, y, hyper, out_dir=None):
+        return fxstn.BilevelRunner(
+            Reweighting(copy.deepcopy(model), len(y), args.eta),
+            loader(x, y, 50, seed, True),
+            loader(xv, yv, 50, seed, False),
+            optimizer=lambda p: torch.optim.SGD(p, lr=args.lr, momentum=0.9),
+            hyper=hyper,
+            metrics={"accuracy": fxstn.accuracy},
+            checkpoints=fxstn.CheckpointSettings(out_dir=out_dir),
+        )
+
+    plain, clean = runner(x, y, equal), runner(xv, yv, equal)
+    return runner(x, y, learned, out_dir), plain, clean, test, right == y
 
 
 def train(runner: fxstn.BilevelRunner, epochs: int, xt, yt) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -90,12 +91,16 @@ def prepare(args: argparse.Namespace) -> tuple[fxstn.BilevelRunner, text.Windows
     sgd = partial(torch.optim.SGD, lr=args.rate)
     plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.25, patience=args.patience)
     slow = partial(torch.optim.SGD, lr=args.response_rate)
-    settings = dict(fxstn.PAPER, response_optimizer=slow) if args.method in ("delta", "centered", "stn") else {}
-    settings |= {"warmup_epochs": args.epochs, "response_every": 10**9} if args.method == "untuned" else {}
+    response, hyper = fxstn.ResponseSettings(), fxstn.HyperSettings()
+    if args.method == "untuned":
+        response, hyper = fxstn.ResponseSettings(every=10**9), fxstn.HyperSettings(warmup_epochs=args.epochs)
+    elif args.method != "default":
+        response, hyper = replace(fxstn.PAPER["response"], optimizer=slow), fxstn.PAPER["hyper"]
     runner = fxstn.BilevelRunner(
         stn, cross_entropy, *(text.Windows(part, args.batch, args.length) for part in (corpus.train, corpus.valid)),
         initial_state=model.initial_state, optimizer=sgd, schedulers={"optimizer": plateau}, clip_norm=0.25,
-        columns={"perplexity": perplexity}, device=args.device, out_dir=args.out, **settings,
+        response=response, hyper=hyper, columns={"perplexity": perplexity},
+        execution=fxstn.ExecutionSettings(device=args.device), checkpoints=fxstn.CheckpointSettings(out_dir=args.out),
     )  # fmt: skip
     return runner, text.Windows(corpus.test, args.batch, args.length)
 

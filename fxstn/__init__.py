@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from fxstn.bilevel import BilevelProblem as BilevelProblem
     from fxstn.bilevel import BilevelRunner as BilevelRunner
     from fxstn.bilevel import CarriedState as CarriedState
+    from fxstn.bilevel import CheckpointSettings as CheckpointSettings
     from fxstn.bilevel import DivergedError as DivergedError
+    from fxstn.bilevel import EarlyStopping as EarlyStopping
+    from fxstn.bilevel import ExecutionSettings as ExecutionSettings
     from fxstn.bilevel import History as History
+    from fxstn.bilevel import HyperSettings as HyperSettings
+    from fxstn.bilevel import ResponseSettings as ResponseSettings
     from fxstn.bilevel import RunWarning as RunWarning
     from fxstn.bilevel import Schedule as Schedule
     from fxstn.bilevel import accuracy as accuracy
@@ -43,8 +48,13 @@ EXPORTS = {
         "BilevelProblem",
         "BilevelRunner",
         "CarriedState",
+        "CheckpointSettings",
         "DivergedError",
+        "EarlyStopping",
+        "ExecutionSettings",
         "History",
+        "HyperSettings",
+        "ResponseSettings",
         "RunWarning",
         "Schedule",
         "accuracy",

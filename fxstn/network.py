@@ -173,7 +173,7 @@ class SelfTuningNetwork(ModelWrapper):
         """Θᵀ g, (h,): the derivative in λ, through the response, of the loss whose gradient g the general parameters hold.
 
         After `general_loss(...).backward()` it is that of the training loss, which is zero where the weights are at their
-        best: see `BilevelRunner`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
+        best: see `fxstn.HyperSettings`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
         GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
         return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)

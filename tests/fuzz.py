@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import cache, partial
 from inspect import signature
 from pathlib import Path
@@ -25,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.settings import Settings
+from fxstn.bilevel.run_settings import Settings
+from fxstn.bilevel.settings import GROUPS
 
 PACKAGE = str(Path(fxstn.__file__).parent)
 X, Y = torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
@@ -120,7 +120,8 @@ def runner(folder: Path | None = None, **replaced: object) -> fxstn.BilevelRunne
     """A small run, with some of its arguments replaced."""
     arguments: dict[str, object] = {
         "stn": None, "loss_fn": F.cross_entropy, "train_loader": _loader(), "valid_loader": _loader(),
-        "progress": False, "train_steps": 1, "out_dir": folder,
+        "progress": False, "hyper": fxstn.HyperSettings(train_steps=1),
+        "checkpoints": fxstn.CheckpointSettings(out_dir=folder),
     } | replaced  # fmt: skip
     first = [arguments.pop(name) for name in ("stn", "loss_fn", "train_loader", "valid_loader")]
     if "stn" not in replaced:
@@ -133,16 +134,20 @@ def setting(name: str, value: str) -> Callable[[Path], object]:
 
     def commit(folder: Path) -> object:
         given = JUNK[value]()
-        if name == "valid_steps" and isinstance(given, (int, float)) and given > 4:
+        group, _, field = name.rpartition(".")
+        if field == "valid_steps" and isinstance(given, (int, float)) and given > 4:
             return None  # takes as long as it says
-        if name == "out_dir" and isinstance(given, (str, Path)):
+        if field == "out_dir" and isinstance(given, (str, Path)):
             given = folder / given
+        if group:
+            kind = next(kind for kind in GROUPS if kind.keyword == group)
+            return runner(None, **{group: kind(**{field: given})}).fit(1)
         return runner(None, **{name: given}).fit(1)
 
     return commit
 
 
-SETTINGS = [*(field.name for field in fields(Settings)), "stn", "loss_fn", "train_loader", "valid_loader"]
+SETTINGS = [*Settings().by_path(), *(kind.keyword for kind in GROUPS), "stn", "loss_fn", "train_loader", "valid_loader"]
 CHOICES = ("init", "low", "high", "scale", "shared", "perturb", "where", "p")
 SPECS: dict[str, type[hp.Spec]] = {
     name: kind for name in hp.__all__ if isinstance(kind := getattr(hp, name), type) and issubclass(kind, hp.Spec)

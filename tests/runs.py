@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
+from fxstn.bilevel.settings import GROUPS
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
 
@@ -19,19 +20,32 @@ def dataset(n: int, seed: int) -> TensorDataset:
     return TensorDataset(x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(1))
 
 
+def grouped(settings, **defaults):
+    """Keywords of a runner. A group of settings may be a dict; it then has what the default group sets besides."""
+    keywords = defaults | settings
+    for kind in GROUPS:
+        if isinstance(own := settings.get(kind.keyword, {}), dict):
+            keywords[kind.keyword] = kind(**defaults.get(kind.keyword, {}) | own)
+    return keywords
+
+
 def make(out_dir=None, generator=True, train=40, **settings):
     torch.manual_seed(0)
     order = {"generator": torch.Generator().manual_seed(1)} if generator else {}
     other = {"generator": torch.Generator().manual_seed(2)} if generator else {}
-    settings = {"metrics": {"accuracy": fxstn.accuracy}, "progress": False, "train_steps": 2} | settings
     method = settings.pop("method", "delta")
     return fxstn.BilevelRunner(
         fxstn.transform(mlp(), settings.pop("hparams", STARTS), method=method),
         settings.pop("loss_fn", F.cross_entropy),
         DataLoader(dataset(train, 0), 8, shuffle=True, **order),
         DataLoader(dataset(30, 1), 8, shuffle=True, **other),
-        out_dir=out_dir,
-        **settings,
+        **grouped(
+            settings,
+            metrics={"accuracy": fxstn.accuracy},
+            progress=False,
+            hyper={"train_steps": 2},
+            checkpoints={"out_dir": out_dir},
+        ),
     )
 
 

@@ -227,7 +227,7 @@ SCHEDULERS: dict[str, dict] = {
     "none": {},
     "steps of epochs": {"schedulers": {"optimizer": lambda o: schedules.StepLR(o, 2, 0.5)}},
     "plateau": {"schedulers": {"optimizer": lambda o: schedules.ReduceLROnPlateau(o, patience=0)}},
-    "warm-up": {"step_schedulers": {"response_optimizer": lambda o: schedules.LinearLR(o, total_iters=12)}},
+    "warm-up": {"step_schedulers": {"response.optimizer": lambda o: schedules.LinearLR(o, total_iters=12)}},
     "one cycle": {"step_schedulers": {"optimizer": lambda o: schedules.OneCycleLR(o, 0.05, total_steps=100)}},
     "sequence": {
         "step_schedulers": {
@@ -260,12 +260,13 @@ class Scenario:
             place = chance.choice(tuple(WORKERS)) if kind in ("map", "concatenated", "iterable") else "main"
             return kind, chance.choice(tuple(ORDERS)), place, chance.choice(tuple(NOISE))
 
+        accumulate, train_steps = chance.choice((1, 1, 2)), chance.choice((1, 2, 3))
+        ema, tune_scale, every = chance.choice((None, 0.9)), chance.random() < 0.5, chance.choice((1, 4))
         settings = {
-            "accumulate": chance.choice((1, 1, 2)),
-            "train_steps": chance.choice((1, 2, 3)),
-            "ema": chance.choice((None, 0.9)),
-            "tune_scale": chance.random() < 0.5,
-            "response_every": chance.choice((1, 4)),
+            "accumulate": accumulate,
+            "ema": ema,
+            "hyper": fxstn.HyperSettings(train_steps=train_steps, tune_scale=tune_scale),
+            "response": fxstn.ResponseSettings(every=every),
         }
         return cls(
             draw(), draw(), chance.choice(tuple(PRECISIONS)), chance.choice(tuple(SCHEDULERS)), tuple(settings.items()),
@@ -285,11 +286,18 @@ class Scenario:
         model: nn.Module = mlp()
         stn = fxstn.transform(model, [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)])
         return fxstn.BilevelRunner(
-            stn, loss_fn, loader(*self.train, n=32, seed=0), loader(*self.valid, n=24, seed=1),  # type: ignore[arg-type]
-            valid_loss_fn=F.cross_entropy, out_dir=out, save_minutes=self.minutes, progress=False,
-            autocast=PRECISIONS[self.precision], optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-            **dict(self.settings), **SCHEDULERS[self.scheduler],
-        )  # fmt: skip
+            stn,
+            loss_fn,
+            loader(*self.train, n=32, seed=0),
+            loader(*self.valid, n=24, seed=1),  # type: ignore[arg-type]
+            valid_loss_fn=F.cross_entropy,
+            checkpoints=fxstn.CheckpointSettings(out_dir=out, save_minutes=self.minutes),
+            execution=fxstn.ExecutionSettings(autocast=PRECISIONS[self.precision]),
+            progress=False,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+            **dict(self.settings),
+            **SCHEDULERS[self.scheduler],
+        )
 
     def __str__(self) -> str:
         return str(asdict(self))

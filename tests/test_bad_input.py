@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import SmallConv, mlp
+from runs import grouped
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -45,7 +46,7 @@ def runner(train=None, valid=None, loss_fn=F.cross_entropy, model=None, **settin
     stn = settings.pop("stn", None) or fxstn.transform(model or mlp())
     return fxstn.BilevelRunner(
         stn, loss_fn, batches() if train is None else train, batches() if valid is None else valid,
-        **{"progress": False, "train_steps": 2} | settings,
+        **grouped(settings, progress=False, hyper={"train_steps": 2}),
     )  # fmt: skip
 
 
@@ -55,6 +56,12 @@ def fit(*args, **settings):
 
 def made(**settings):
     return lambda folder: runner(**settings)
+
+
+def nested(path, value):
+    """{"hyper": {"train_steps": value}} of "hyper.train_steps"."""
+    group, _, name = path.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
 
 
 def command(*words):
@@ -95,42 +102,50 @@ row("validation loss of three arguments", r"valid_loss_fn must be a function of 
     made(valid_loss_fn=lambda output, target, third: output.sum())
 )
 for _name, _value, _message in (
-    ("train_steps", 0, "train_steps=0 must be at least 1"),
-    ("train_steps", 2.5, r"train_steps=2\.5 must be a whole number"),
-    ("train_steps", float("inf"), "train_steps=inf must be a whole number"),
-    ("train_steps", "5", "train_steps='5' must be a number"),
-    ("response_fraction", 0, r"response_fraction=0 must be in \(0, 1\]"),
-    ("response_fraction", float("nan"), r"response_fraction=nan must be in \(0, 1\]"),
-    ("entropy_weight", float("inf"), "entropy_weight=inf must not be negative or infinite"),
+    ("hyper.train_steps", 0, "hyper.train_steps=0 must be at least 1"),
+    ("hyper.train_steps", 2.5, r"hyper.train_steps=2\.5 must be a whole number"),
+    ("hyper.train_steps", float("inf"), "hyper.train_steps=inf must be a whole number"),
+    ("hyper.train_steps", "5", "hyper.train_steps='5' must be a number"),
+    ("response.fraction", 0, r"response.fraction=0 must be in \(0, 1\]"),
+    ("response.fraction", float("nan"), r"response.fraction=nan must be in \(0, 1\]"),
+    ("hyper.entropy_weight", float("inf"), "hyper.entropy_weight=inf must not be negative or infinite"),
     ("ema", 1.0, r"ema=1\.0 must be in \(0, 1\)"),
-    ("perturb", "sample", "perturb='sample' must be 'auto', 'example' or 'batch'"),
+    ("response.perturb", "sample", "response.perturb='sample' must be 'auto', 'example' or 'batch'"),
     (
-        "perturb",
+        "response.perturb",
         "off",
-        "perturb=.off. must be .auto., .example. or .batch.: the response is learned from perturbations",
+        "response.perturb=.off. must be .auto., .example. or .batch.: the response is learned from perturbations",
     ),
-    ("perturb", None, "perturb=None must be 'auto', 'example' or 'batch'; 'auto' has replaced None"),
+    ("response.perturb", None, "response.perturb=None must be 'auto', 'example' or 'batch'; 'auto' has replaced None"),
     (
-        "perturb",
+        "response.perturb",
         "none",
-        "perturb='none' must be .*: the response is learned .* only; 'off' has replaced 'none', which hyper_loss",
+        "response.perturb='none' must be .*: the response is learned .* only; 'off' has replaced 'none', which hyper_loss",
     ),
     (
-        "hyper_optimizer",
+        "hyper.optimizer",
         partial(fxstn.optim.SettlingAdam, lr=-1),
-        "hyper_optimizer cannot be made: SettlingAdam: lr=-1 must be",
+        "hyper.optimizer cannot be made: SettlingAdam: lr=-1 must be",
     ),
-    ("autocast", torch.float64, r"autocast=torch\.float64 must be torch\.bfloat16, torch\.float16 or None"),
-    ("memory_format", "channels_last", r"memory_format='channels_last' must be such as torch\.channels_last"),
-    ("compile", "yes", "compile='yes' must be True, False or a dict"),
+    (
+        "execution.autocast",
+        torch.float64,
+        r"execution.autocast=torch\.float64 must be torch\.bfloat16, torch\.float16 or None",
+    ),
+    (
+        "execution.memory_format",
+        "channels_last",
+        r"execution.memory_format='channels_last' must be such as torch\.channels_last",
+    ),
+    ("execution.compile", "yes", "execution.compile='yes' must be True, False or a dict"),
     ("unpack", "image", "unpack='image' must be a function"),
     ("metrics", [fxstn.accuracy], r"metrics=\[.*\] must be a dict by name"),
     ("metrics", {"accuracy": "top1"}, r"metrics\['accuracy'\] must be a function, got str"),
     ("callbacks", print, "callbacks=.* must be a list of functions of the runner"),
-    ("out_dir", 5, "out_dir=5 must be a path, or None"),
+    ("checkpoints.out_dir", 5, "checkpoints.out_dir=5 must be a path, or None"),
     ("schedule", {"2.dropout": [0.1]}, r"schedule=.* must be a fxstn\.Schedule, such as Schedule\.from_json"),
-    ("device", "gpu", "device='gpu' cannot be used here.*there is cpu"),
-    ("device", "cuda:99", "device='cuda:99' cannot be used here.*there is cpu"),
+    ("execution.device", "gpu", "execution.device='gpu' cannot be used here.*there is cpu"),
+    ("execution.device", "cuda:99", "execution.device='cuda:99' cannot be used here.*there is cpu"),
     ("optimizer", "sgd", "optimizer='sgd' must be an optimizer or a factory; pass a factory, such as lambda"),
     (
         "optimizer",
@@ -144,14 +159,14 @@ for _name, _value, _message in (
     ),
     ("optimizer", torch.optim.LBFGS, "optimizer: LBFGS evaluates a closure.*use SGD, Adam"),
     (
-        "hyper_optimizer",
+        "hyper.optimizer",
         lambda p: torch.optim.Adam(mlp().parameters()),
-        "hyper_optimizer holds 6 .*not its own.*pass a factory",
+        "hyper.optimizer holds 6 .*not its own.*pass a factory",
     ),
     (
         "schedulers",
         {"adam": partial(StepLR, step_size=1)},
-        "schedulers names 'adam'; this run has optimizer, response_optimizer",
+        "schedulers names 'adam'; this run has optimizer, response.optimizer",
     ),
     (
         "schedulers",
@@ -169,17 +184,45 @@ for _name, _value, _message in (
         r"step_schedulers\['optimizer'\] is a ReduceLROnPlateau, which needs the validation loss.*give it in schedulers",
     ),
 ):
-    row(f"{_name} {_value!r}", _message)(made(**{_name: _value}))
+    row(f"{_name} {_value!r}", _message)(made(**nested(_name, _value)))
 
 for _name, _message in {
     "lr": r"'lr'; learning rates belong to the optimizers: optimizer=lambda p: torch\.optim\.SGD\(p, lr=0\.1\)",
     "learning_rate": "'learning_rate'; learning rates belong to the optimizers",
     "epochs": r"'epochs'; the number of epochs belongs to fit\(epochs\)",
     "batch_size": "'batch_size'; the batch size belongs to the DataLoader",
-    "train_step": r"'train_step'; did you mean 'train_steps'\?",
+    "train_step": r"'train_step'; did you mean hyper=fxstn\.HyperSettings\(train_steps=\.\.\.\)\?",
+    "response_every": r"'response_every'; did you mean response=fxstn\.ResponseSettings\(every=\.\.\.\)\?",
+    "scale_optimizer": r"'scale_optimizer'; did you mean hyper=fxstn\.HyperSettings\(scale_optimizer=\.\.\.\)\?",
+    "out_dir": r"'out_dir'; did you mean checkpoints=fxstn\.CheckpointSettings\(out_dir=\.\.\.\)\?",
+    "device": r"'device'; did you mean execution=fxstn\.ExecutionSettings\(device=\.\.\.\)\?",
+    "patience": r"'patience'; it is a callback: callbacks=\[fxstn\.EarlyStopping\(patience=\.\.\.\)\]",
+    "metric": r"'metric'; did you mean 'metrics'\?",
     "zzz": r"'zzz'; help\(fxstn\.BilevelRunner\) lists them",
 }.items():
     row(f"argument {_name}", f"BilevelRunner has no argument {_message}")(made(**{_name: 1}))
+
+
+row("unknown in a group", r"ResponseSettings has no argument 'evry'; did you mean 'every'\?")(
+    made(response={"evry": 1})
+)
+row(
+    "setting in another group",
+    r"ResponseSettings has no argument 'keep'; did you mean checkpoints=fxstn\.CheckpointSettings\(",
+)(made(response={"keep": 1}))
+row("group a number", r"response=4 must be a fxstn\.ResponseSettings$")(made(response=4))
+row("group of another kind", r"response=HyperSettings\(\) must be a fxstn\.ResponseSettings$")(
+    made(response=fxstn.HyperSettings())
+)
+row("patience 0", "patience=0 must be at least 1")(lambda folder: fxstn.EarlyStopping(0))
+row("patience a text", "patience='3' must be a number")(lambda folder: fxstn.EarlyStopping("3"))
+row(
+    "no loss function",
+    r"takes \(stn, loss_fn, .*, or \(problem, train_loader, .*missing a required argument: 'valid_loader'",
+)(lambda folder: fxstn.BilevelRunner(fxstn.transform(mlp()), batches(), batches()))
+row("unknown of a group in all", r"hyper\.train_steps=0 must be at least 1; hyper\.fraction=2 must be in \(0, 1\]")(
+    made(hyper={"train_steps": 0, "fraction": 2})
+)
 
 
 @row(
@@ -197,10 +240,10 @@ for _objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
     )
 
 
-@row("out_dir a file", "out_dir='.*taken' is a file; name a folder")
+@row("out_dir a file", "checkpoints.out_dir='.*taken' is a file; name a folder")
 def _(folder):
     (folder / "taken").write_text("here")
-    runner(out_dir=folder / "taken")
+    runner(checkpoints={"out_dir": folder / "taken"})
 
 
 for _arguments, _message in (
@@ -319,15 +362,21 @@ for _rollbacks in (0, 1):
     row(
         f"NaN in inputs, rollbacks={_rollbacks}",
         r"a batch of train_loader in epoch 1, step 1 has inputs that are NaN.*row 3.*drop",
-    )(fit(batches(X.clone().index_fill_(0, torch.tensor([3]), float("nan"))), rollbacks=_rollbacks))
+    )(fit(batches(X.clone().index_fill_(0, torch.tensor([3]), float("nan"))), checkpoints={"rollbacks": _rollbacks}))
 row(
     "NaN in validation inputs",
     r"a batch of valid_loader in epoch 1, step 2 has inputs that are NaN .*row 5 of .*drop these",
-)(fit(valid=batches(X.clone().index_fill_(0, torch.tensor([5]), float("nan"))), rollbacks=0))
+)(fit(valid=batches(X.clone().index_fill_(0, torch.tensor([5]), float("nan"))), checkpoints={"rollbacks": 0}))
 row(
     "infinite targets",
     r"a batch of train_loader in epoch 1, step 2 has target that are NaN or infinite \(row 1 .*drop these",
-)(fit(batches(y=X[:, :3].clone().index_fill_(0, torch.tensor([9]), float("inf"))), loss_fn=F.mse_loss, rollbacks=1))
+)(
+    fit(
+        batches(y=X[:, :3].clone().index_fill_(0, torch.tensor([9]), float("inf"))),
+        loss_fn=F.mse_loss,
+        checkpoints={"rollbacks": 1},
+    )
+)
 
 # Losses and metrics
 
@@ -458,13 +507,13 @@ row("set text", r"2\.dropout='high' must be a number within its range")(
 
 @row(
     "perturbations of examples on a live network",
-    r"perturb='example' needs a graph, .*trace='live'.*give perturb='auto'",
+    r"response\.perturb='example' needs a graph, .*trace='live'.*give perturb='auto'",
 )
 def example_on_live(folder):
     stn = fxstn.transform(
         nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), example_inputs=X, trace="live"
     )
-    fxstn.BilevelRunner(stn, F.cross_entropy, batches(), batches(), perturb="example")
+    fxstn.BilevelRunner(stn, F.cross_entropy, batches(), batches(), response=fxstn.ResponseSettings(perturb="example"))
 
 
 row("model a class", r"model must be an nn\.Module.*got <class .*Cut'>; give the plain model")(
@@ -519,7 +568,7 @@ class Branching(Cut):
 
 
 def saved(folder):
-    first = runner(out_dir=folder)
+    first = runner(checkpoints={"out_dir": folder})
     first.fit(1)
     return folder / "last.pt"
 
@@ -591,7 +640,7 @@ def _(folder):
 )
 def _(folder):
     saved(folder)
-    runner(stn=fxstn.transform(mlp(), [hp.WeightDecay(shared=True)]), out_dir=folder).fit(1)
+    runner(stn=fxstn.transform(mlp(), [hp.WeightDecay(shared=True)]), checkpoints={"out_dir": folder}).fit(1)
 
 
 @row("schedule no JSON", r"s\.json is not a readable schedule: .*; History\.schedule\(\)\.to_json writes one")

@@ -35,7 +35,7 @@ class Third(enum.IntEnum):
 NUMPY = {
     "lr and betas": {
         "optimizer": lambda p: SGD(p, lr=np.logspace(-3, -1, 3)[1]),
-        "response_optimizer": partial(torch.optim.Adam, betas=(np.float64(0.8), np.float64(0.99))),
+        "response": {"optimizer": partial(torch.optim.Adam, betas=(np.float64(0.8), np.float64(0.99)))},
         "schedulers": {"optimizer": lambda o: schedules.StepLR(o, np.int64(1), gamma=np.float32(0.3))},
     },
     "momentum": {
@@ -47,7 +47,7 @@ NUMPY = {
         "schedulers": {"optimizer": lambda o: schedules.MultiStepLR(o, np.arange(1, 9, 2), gamma=0.3)},
     },
     "step schedulers": {"step_schedulers": {
-        "response_optimizer": lambda o: schedules.LambdaLR(o, lambda n: np.float64(0.9) ** n),
+        "response.optimizer": lambda o: schedules.LambdaLR(o, lambda n: np.float64(0.9) ** n),
         "optimizer": lambda o: schedules.SequentialLR(
             o, [schedules.LinearLR(o, np.float32(0.1)), schedules.ExponentialLR(o, np.float64(0.9))], [np.int64(4)]),
     }},
@@ -129,7 +129,7 @@ class Remembering(SGD):
 
 
 def test_what_appears_at_the_first_step_ends_the_run_there(tmp_path):
-    runner = make(tmp_path, optimizer=partial(Remembering, lr=0.1), train_steps=2)
+    runner = make(tmp_path, optimizer=partial(Remembering, lr=0.1), hyper={"train_steps": 2})
     with pytest.raises(
         TypeError, match=r"optimizers\.optimizer\.state\.0\.seen is .*object.* which a checkpoint cannot hold"
     ):
@@ -210,7 +210,9 @@ class Own(fxstn.BilevelProblem):
 
 def own_run(out_dir=None, **arguments):
     batches = [(torch.ones(4, 1), torch.ones(4, 1))]
-    return fxstn.BilevelRunner(Own(**arguments), None, batches, batches, out_dir=out_dir, progress=False)
+    return fxstn.BilevelRunner(
+        Own(**arguments), batches, batches, checkpoints=fxstn.CheckpointSettings(out_dir=out_dir), progress=False
+    )
 
 
 def test_the_state_of_a_problem_of_ones_own_is_plain_or_refused(tmp_path):
@@ -325,24 +327,25 @@ def test_averages_that_a_new_option_needs_begin_anew(tmp_path):
     text = r"optimizer: amsgrad=True \(was False\), its averages begin anew"
     runner = resumed(tmp_path, {"optimizer": adam}, text, optimizer=partial(adam, amsgrad=True))
     assert all("max_exp_avg_sq" in state for state in runner.optimizers["optimizer"].state.values())
-    text = "hyper_optimizer: limits=False .was True.$"
+    text = "hyper.optimizer: limits=False .was True.$"
     runner = make(tmp_path, hparams=DROPOUT, optimizer=partial(adam, amsgrad=True),
-                  hyper_optimizer=partial(fxstn.optim.SettlingAdam, limits=False))  # fmt: skip
+                  hyper={"optimizer": partial(fxstn.optim.SettlingAdam, limits=False)})  # fmt: skip
     steps = load_checkpoint(tmp_path / "last.pt")["shared"]["counters"]["hyper_steps"]
     with pytest.warns(fxstn.RunWarning, match=text):
         runner.load(tmp_path / "last.pt")
-    assert runner.optimizers["hyper_optimizer"].state[runner.stn.hparams.unconstrained]["step"] == steps > 0
+    assert runner.optimizers["hyper.optimizer"].state[runner.stn.hparams.unconstrained]["step"] == steps > 0
 
 
 TAKEN = {
-    "steps": ({}, {"train_steps": 4, "clip_norm": 1.0}, r"anew: clip_norm=1\.0 \(was None\); train_steps=4 \(was 2\)$"),
-    "σ learned": ({}, {"tune_scale": True}, "scale_optimizer: begins anew; tune_scale=True"),
-    "σ kept": ({"tune_scale": True}, {}, "no scale_optimizer; tune_scale=False"),
-    "float16": ({}, {"autocast": torch.float16}, r"autocast=torch\.float16 \(was None\)"),
+    "steps": ({}, {"hyper": {"train_steps": 4}, "clip_norm": 1.0},
+              r"anew: clip_norm=1\.0 \(was None\); hyper\.train_steps=4 \(was 2\)$"),
+    "σ learned": ({}, {"hyper": {"tune_scale": True}}, "hyper.scale_optimizer: begins anew; hyper.tune_scale=True"),
+    "σ kept": ({"hyper": {"tune_scale": True}}, {}, "no hyper.scale_optimizer; hyper.tune_scale=False"),
+    "float16": ({}, {"execution": {"autocast": torch.float16}}, r"execution\.autocast=torch\.float16 \(was None\)"),
     "validation": ({}, {"valid_loss_fn": nn.CrossEntropyLoss()}, "valid_loss_fn=CrossEntropyLoss .was cross_entropy"),
     "start": ({}, {"hparams": [hp.Dropout("2", init=0.4)]}, r"keeps the value of 2\.dropout \(init=0\.4 is for a new run\)$"),
     "scale": ({}, {"hparams": [hp.Dropout("2", init=0.3, scale=0.5)]}, r"2\.dropout with scale=0\.5$"),
-    "around": ({"metrics": None}, {"patience": 3, "callbacks": [lambda runner: None], "keep": 3, "save_minutes": 1}, None),
+    "around": ({"metrics": None}, {"callbacks": [fxstn.EarlyStopping(3)], "checkpoints": {"keep": 3, "save_minutes": 1}}, None),
 }  # fmt: skip
 
 
@@ -385,17 +388,17 @@ def slope(runner):
 def test_a_value_stays_where_its_range_changes_and_so_does_what_belongs_to_it(tmp_path, old, new):
     """The value; the spread of the values, the weights and the gradients per unit of the value."""
     other = hp.Dropout("5", init=0.2)
-    first = make(loss_fn=reads_hparams, hparams=[*old, other], train_steps=1)
+    first = make(loss_fn=reads_hparams, hparams=[*old, other], hyper={"train_steps": 1})
     first.stn.hparams.unconstrained.data[0] += (
         0.01 if not old[0].numbers.get("a") or old[0].numbers["a"].init < 1 else 0.0
     )
     randomize_response(first.stn)
     for _ in range(2):
         first.stn.hparams.unconstrained.grad = torch.tensor([0.3, -0.2])
-        first.optimizers["hyper_optimizer"].step()
+        first.optimizers["hyper.optimizer"].step()
     first.stn.hparams.unconstrained.grad = None
     first.save(tmp_path / "run.pt")
-    runner = make(loss_fn=reads_hparams, hparams=[*new, other], train_steps=1)
+    runner = make(loss_fn=reads_hparams, hparams=[*new, other], hyper={"train_steps": 1})
     with pytest.warns(fxstn.RunWarning, match=r"takes anew: .* in \[.*\] .*\(was \["):
         runner.load(tmp_path / "run.pt")
     assert runner.stn.hparams.values() == pytest.approx(first.stn.hparams.values(), rel=1e-5)
@@ -406,7 +409,7 @@ def test_a_value_stays_where_its_range_changes_and_so_does_what_belongs_to_it(tm
     before, after = first.stn.best_response(delta), runner.stn.best_response(delta / ratio)
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight)
-    averages = [run.optimizers["hyper_optimizer"].state[run.stn.hparams.unconstrained] for run in (first, runner)]
+    averages = [run.optimizers["hyper.optimizer"].state[run.stn.hparams.unconstrained] for run in (first, runner)]
     for key, power in (("mean", 1), ("square", 2), ("surprise", 2)):
         torch.testing.assert_close(averages[1][key][0], averages[0][key][0] * ratio**power, rtol=1e-4, atol=0)
         assert averages[1][key][1] == averages[0][key][1]

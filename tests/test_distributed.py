@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from runs import grouped
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
@@ -205,11 +206,12 @@ class Seen:
         stn = fxstn.transform(model or normed(), [hp.Dropout(init=0.3), hp.WeightDecay(shared=True)])
         self.states, self.epochs, self.noise = [], [], []
         train, valid = own_loaders or loaders()
-        settings = {"tune_scale": True, "train_steps": 2, "response_every": 1, "ema": 0.9, "progress": False} | settings
         self.also = settings.pop("callbacks", ())
         self.runner = fxstn.BilevelRunner(
-            stn, settings.pop("loss_fn", F.cross_entropy), train, valid, out_dir=out_dir,
-            metrics={"accuracy": fxstn.accuracy}, callbacks=(self.look, *self.also), **settings,
+            stn, settings.pop("loss_fn", F.cross_entropy), train, valid, metrics={"accuracy": fxstn.accuracy},
+            callbacks=(self.look, *self.also),
+            **grouped(settings, hyper={"tune_scale": True, "train_steps": 2}, response={"every": 1}, ema=0.9, progress=False,
+                      checkpoints={"out_dir": out_dir}),
         )  # fmt: skip
         draw = stn.hparams.sample
 
@@ -293,7 +295,7 @@ def test_a_validation_loss_that_fails_in_one_process_limits_lambda_in_none():
 
 def sent(rank):
     """Numbers in each message of two epochs, and how many parameters there are of each kind."""
-    seen, messages = Seen(response_every=3), []
+    seen, messages = Seen(response={"every": 3}), []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor: (messages.append(tensor.numel()), all_reduce(tensor))[1]
     seen.runner.fit(2)
@@ -426,7 +428,7 @@ def test_all_go_back_when_one_sees_nan():
 
 def overflow_in_one(rank):
     """In float16: the second process has losses whose gradients overflow, one of each kind, and one that is no number."""
-    seen = Seen(autocast=torch.float16, recalibrate=0)
+    seen = Seen(execution={"autocast": torch.float16}, hyper={"recalibrate": 0})
     for name, factors in (
         ("general_loss", {3: 1e30, 5: float("nan")}),
         ("response_loss", {2: 1e30}),
@@ -482,10 +484,16 @@ def steps_on_shares(rank, name):
     sgd = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
     mean = nn.CrossEntropyLoss(**{name: torch.tensor([1.0, 2.0, 5.0]).double() if name == "weight" else "sum"})
     runner = fxstn.BilevelRunner(
-        stn, lambda output, target, hparams=None: mean(output, target), batches, batches, optimizer=sgd,
-        response_optimizer=sgd, hyper_optimizer=sgd, train_steps=1, response_every=1, perturb="batch", accumulate=3,
-        recalibrate=0, progress=False,
-    )  # fmt: skip
+        stn,
+        lambda output, target, hparams=None: mean(output, target),
+        batches,
+        batches,
+        optimizer=sgd,
+        response=fxstn.ResponseSettings(optimizer=sgd, every=1, perturb="batch"),
+        hyper=fxstn.HyperSettings(optimizer=sgd, train_steps=1, recalibrate=0),
+        accumulate=3,
+        progress=False,
+    )
     runner._tuner.valid.next = lambda: ((x[7:], y[7:]) if rank else (x[:7], y[:7]) if rank == 0 else (x, y), False)
     return runner.fit(1).rows[0], [p.detach() for p in stn.parameters()]
 
@@ -507,7 +515,7 @@ def test_processes_with_unequal_batches_and_padding_step_as_one_on_all_examples(
 
 def different(rank, what):
     wrong = rank == 1
-    arguments = {"settings": {"train_steps": 2 + wrong}, "model": {"model": mlp() if wrong else None}}[what]
+    arguments = {"settings": {"hyper": {"train_steps": 2 + wrong}}, "model": {"model": mlp() if wrong else None}}[what]
     try:
         Seen(**arguments)
     except ValueError as error:
@@ -516,7 +524,7 @@ def different(rank, what):
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("settings", "train_steps is 2 in process 0 and 3 in process 1"), ("model", "do not run the same")],
+    [("settings", "hyper.train_steps is 2 in process 0 and 3 in process 1"), ("model", "do not run the same")],
 )
 def test_processes_that_do_not_run_the_same_are_told(what, message):
     assert all(message in text for text in run(2, different, what))

@@ -246,8 +246,16 @@ def test_a_network_of_several_types_is_trained_and_tuned_on_every_frontend(make,
     stn = fxstn.transform(make(), [hp.Dropout(init=0.3), hp.WeightDecay()], example_inputs=x[:4], trace=trace)
     before = {name: p.detach().clone() for name, p in stn.named_parameters()}
     batches = [(x[i : i + 8], torch.arange(8) % 3) for i in (0, 8)]
-    runner = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, train_steps=1, response_every=1, progress=False,
-                                 clip_norm=1.0, tune_scale=True)  # fmt: skip
+    runner = fxstn.BilevelRunner(
+        stn,
+        F.cross_entropy,
+        batches,
+        batches,
+        hyper=fxstn.HyperSettings(train_steps=1, tune_scale=True),
+        response=fxstn.ResponseSettings(every=1),
+        progress=False,
+        clip_norm=1.0,
+    )
     runner.fit(2)
     for name, p in stn.named_parameters():
         assert p.isfinite().all()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import without_times
+from runs import grouped, without_times
 from torch import nn
 
 import fxstn
@@ -182,8 +182,9 @@ class Ridge(fxstn.BilevelProblem):
 
 def ridge(careless: bool = False, **settings) -> fxstn.BilevelRunner:
     x = torch.randn(8, 2)
-    settings = {"train_steps": 1, "progress": False} | settings
-    return fxstn.BilevelRunner(Ridge(careless), None, [(x, x.sum(1))], [(x, x.sum(1))], **settings)
+    return fxstn.BilevelRunner(
+        Ridge(careless), [(x, x.sum(1))], [(x, x.sum(1))], **grouped(settings, hyper={"train_steps": 1}, progress=False)
+    )
 
 
 def test_validation_of_an_own_problem_is_in_eval_mode_without_gradients():
@@ -207,7 +208,9 @@ def test_a_loss_that_gives_gradients_to_parameters_of_another_step_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"valid_loss_fn": F.mse_loss}, {"compile": True}, {"tune_scale": True}], ids=lambda s: next(iter(s))
+    "settings",
+    [{"valid_loss_fn": F.mse_loss}, {"execution": {"compile": True}}, {"hyper": {"tune_scale": True}}],
+    ids=lambda s: next(iter(s)),
 )
 def test_settings_of_networks_are_refused_for_an_own_problem(settings):
     with pytest.raises(TypeError, match=f"{next(iter(settings))}: only for a network"):

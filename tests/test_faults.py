@@ -67,7 +67,10 @@ def parts_of(runner):
 
 def test_every_part_takes_over_the_state_that_the_same_part_of_another_run_has():
     """Amid an epoch, after a warning and a few hyper steps; the clock of the epoch apart."""
-    calls, settings = [], {"ema": 0.9, "tune_scale": True, "train_steps": 3, "valid_loss_fn": F.cross_entropy}
+    calls, settings = (
+        [],
+        {"ema": 0.9, "hyper": {"tune_scale": True, "train_steps": 3}, "valid_loss_fn": F.cross_entropy},
+    )
 
     def loss_fn(output, target):
         calls.append(0)
@@ -97,7 +100,7 @@ def test_every_part_takes_over_the_state_that_the_same_part_of_another_run_has()
 def files(tmp_path_factory) -> Path:
     """A folder with the checkpoints of two epochs."""
     folder = tmp_path_factory.mktemp("files")
-    make(folder, keep=2).fit(3)
+    make(folder, checkpoints={"keep": 2}).fit(3)
     assert {path.name for path in folder.iterdir()} == {"best.pt", "history.csv", "last.pt", "last.1.pt"}
     return folder
 
@@ -152,7 +155,7 @@ def test_a_run_resumes_from_the_file_before_a_damaged_one_and_ends_the_same(tmp_
 
 
 def test_where_every_file_is_damaged_the_run_says_so_and_nothing_is_overwritten(tmp_path):
-    make(tmp_path, keep=1).fit(1)
+    make(tmp_path, checkpoints={"keep": 1}).fit(1)
     (tmp_path / "last.pt").write_bytes(b"")
     with pytest.raises(
         ValueError, match=r"last\.pt is empty; it is now last\.pt\.broken; no whole checkpoint.*run again"
@@ -172,7 +175,7 @@ def test_a_file_of_another_format_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_as_many_files_are_kept_as_asked_for(tmp_path):
-    make(tmp_path, keep=4).fit(6)
+    make(tmp_path, checkpoints={"keep": 4}).fit(6)
     epochs = {path.name: len(load_checkpoint(path)["shared"]["history"]["rows"]) for path in tmp_path.glob("last*.pt")}
     assert epochs == {"last.pt": 6, "last.1.pt": 5, "last.2.pt": 4, "last.3.pt": 3}
 
@@ -260,7 +263,7 @@ def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, sto
     assert history["epoch"] == [1, 2, 3, 4, 5]
     assert all(math.isfinite(loss) for loss in history["valid_loss"])
     assert runner.optimizers["optimizer"].param_groups[0]["lr"] == 0.05
-    assert runner.optimizers["response_optimizer"].param_groups[0]["lr"] == 0.01
+    assert runner.optimizers["response.optimizer"].param_groups[0]["lr"] == 0.01
 
 
 def test_what_comes_after_going_back_is_training_at_the_lower_rate(tmp_path):
@@ -288,7 +291,7 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
         assert f"rates: optimizer {expected} of 2)" in text
     assert loss_of_best(runner) == pytest.approx(min(runner.history["valid_loss"]), rel=1e-5)
     with pytest.raises(fxstn.DivergedError, match="train_loss became nan in epoch 3"):
-        make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy, rollbacks=0).fit(5)
+        make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy, checkpoints={"rollbacks": 0}).fit(5)
 
 
 @pytest.mark.parametrize(("name", "loss"), [("train", "train_loss"), ("valid", "hyper_loss")])
@@ -327,7 +330,7 @@ def row(epoch, **values):
         ),
         ({"free": [0.004, 0.003, 0.002]}, r"free = 0\.002 is at the lower end of its range \[0, 0\.95\].*low=$"),
         ({"scale:d": [9e-4, 8e-4, 7e-4]}, r"σ of d has shrunk to 0\.0007.*entropy_weight"),
-        ({"response_norm": [1.5, 1.2, 3.0]}, r"change the weights by 3 times their size; lower response_optimizer"),
+        ({"response_norm": [1.5, 1.2, 3.0]}, r"change the weights by 3 times their size; lower response\.optimizer"),
         ({"linearization_error": [0.91, 0.92, 0.99]}, r"relative error 0\.99.*scale="),
         ({"clean_train_loss": [1.2, 1.15, 1.3]}, r"training batches have a loss of 1\.3, validation 1: .*limits=False"),
     ],
@@ -375,7 +378,7 @@ def test_a_run_driven_to_a_bound_warns_and_knows_it_after_resuming(tmp_path):
 
 
 def test_diagnostics_are_zero_for_a_response_that_predicts_nothing_and_small_for_a_small_one():
-    runner = make(tune_scale=False)
+    runner = make(hyper={"tune_scale": False})
     x, y = dataset(16, 3).tensors
     at_rest = runner.problem.diagnostics(x, y, 0)
     assert at_rest == {"response_norm": 0.0, "linearization_error": 0.0}

@@ -26,8 +26,8 @@ def in_order(batch: int, **settings) -> fxstn.BilevelRunner:
     loaders = DataLoader(dataset(48, 0), batch), DataLoader(dataset(30, 1), 30)
     stn = fxstn.transform(mlp(0.0), [hp.WeightDecay(shared=True)])
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, *loaders, progress=False, train_steps=2, response_every=1,
-        hyper_optimizer=lambda p: torch.optim.SGD(p, lr=10.0), **settings,
+        stn, F.cross_entropy, *loaders, progress=False, response=fxstn.ResponseSettings(every=1),
+        hyper=fxstn.HyperSettings(train_steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=10.0)), **settings,
     )  # fmt: skip
     runner.problem.perturb = torch.tensor([0.7])
     return runner
@@ -84,30 +84,30 @@ def test_averages_are_those_of_torch_and_are_what_is_evaluated_and_kept(tmp_path
 
 def test_schedulers_step_by_epoch_or_by_step_and_go_on_where_they_were(tmp_path):
     def settings():
-        by_epoch = {"optimizer": lambda o: lr_scheduler.StepLR(o, 2), "hyper_optimizer": lr_scheduler.ReduceLROnPlateau}
-        by_step = {"response_optimizer": lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 4)}
-        return {"schedulers": by_epoch, "step_schedulers": by_step, "hyper_optimizer": torch.optim.Adam}
+        by_epoch = {"optimizer": lambda o: lr_scheduler.StepLR(o, 2), "hyper.optimizer": lr_scheduler.ReduceLROnPlateau}
+        by_step = {"response.optimizer": lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 4)}
+        return {"schedulers": by_epoch, "step_schedulers": by_step, "hyper": {"optimizer": torch.optim.Adam}}
 
-    runner = make(tmp_path, **settings(), response_every=1)
+    runner = make(tmp_path, **settings(), response={"every": 1})
     runner.fit(1)
-    rate = runner.optimizers["response_optimizer"].param_groups[0]["lr"]
+    rate = runner.optimizers["response.optimizer"].param_groups[0]["lr"]
     assert rate == pytest.approx(0.01)  # five steps of four
     runner.fit(3)
     assert runner.optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.001)
-    resumed = make(tmp_path, **settings(), response_every=1)
-    assert without_times(resumed.fit(5)) == without_times(make(**settings(), response_every=1).fit(5))
-    assert resumed.updates.schedulers["hyper_optimizer"].best == min(resumed.history["valid_loss"])
+    resumed = make(tmp_path, **settings(), response={"every": 1})
+    assert without_times(resumed.fit(5)) == without_times(make(**settings(), response={"every": 1}).fit(5))
+    assert resumed.updates.schedulers["hyper.optimizer"].best == min(resumed.history["valid_loss"])
 
 
 def test_a_scheduler_acts_on_the_default_optimizer_of_lambda_and_so_does_a_way_back():
     """Rates by 0.1 an epoch; then by a half, as after a bad hyper step."""
-    runner = make(schedulers={"hyper_optimizer": lambda o: lr_scheduler.StepLR(o, 1, 0.1)})
+    runner = make(schedulers={"hyper.optimizer": lambda o: lr_scheduler.StepLR(o, 1, 0.1)})
     rates = []
     runner.fit(1)
-    optimizer = runner.optimizers["hyper_optimizer"]
+    optimizer = runner.optimizers["hyper.optimizer"]
     for epochs in (2, 3, 4):
         if epochs == 4:
-            runner.updates.slow("hyper_optimizer", 0.5)
+            runner.updates.slow("hyper.optimizer", 0.5)
         done, steps = runner.hyper_steps, max(state["step"].item() for state in optimizer.state.values())
         assert done == steps > 0
         runner.fit(epochs)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import randomize_response
+from runs import grouped
 from torch import nn
 from torch.func import functional_call
 
@@ -52,17 +53,12 @@ def corpus(length, seed):
 def make(model=None, **settings):
     torch.manual_seed(0)
     model = model or Model()
-    settings = {
-        "initial_state": model.initial_state,
-        "progress": False,
-        "train_steps": 2,
-        "response_every": 1,
-    } | settings
     stn = fxstn.transform(
         model, [hp.LockedDropout("encoder"), hp.LockedDropout("rnn")], method=settings.pop("method", "delta")
     )
     return fxstn.BilevelRunner(
-        stn, settings.pop("loss_fn", loss), text.Windows(corpus(170, 0), 4, 8), text.Windows(corpus(110, 1), 4, 8), **settings
+        stn, settings.pop("loss_fn", loss), text.Windows(corpus(170, 0), 4, 8), text.Windows(corpus(110, 1), 4, 8),
+        **grouped(settings, initial_state=model.initial_state, progress=False, hyper={"train_steps": 2}, response={"every": 1}),
     )  # fmt: skip
 
 
@@ -119,7 +115,7 @@ def test_the_response_step_keeps_a_perturbation_and_its_state_for_some_windows(m
         return result
 
     monkeypatch.setattr(network_problem, "response_loss", watched)
-    runner = make(response_windows=2)
+    runner = make(response={"windows": 2})
     general = []
 
     def advance():
@@ -132,8 +128,8 @@ def test_the_response_step_keeps_a_perturbation_and_its_state_for_some_windows(m
     for i in range(1, len(states)):
         assert torch.equal(epsilons[i], epsilons[i - 1]) == (i % 2 == 1)
         assert torch.equal(states[i], general[i - 1]) == (i % 2 == 0)
-    with pytest.raises(ValueError, match="response_windows=2 needs initial_state and response_every=1"):
-        make(response_windows=2, response_every=4)
+    with pytest.raises(ValueError, match=r"response\.windows=2 needs response\.every=1"):
+        make(response={"windows": 2, "every": 4})
 
 
 def test_a_state_that_carries_a_perturbation_makes_the_tangent_reach_back():
@@ -184,7 +180,7 @@ def test_a_loss_that_reads_hyperparameters_gets_the_output_alone():
 def test_a_run_that_was_cut_ends_like_one_that_was_not(epochs, tmp_path):
     """The place in the validation text, its state, and the scheduler's memory included."""
     plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1.0)
-    settings = {"schedulers": {"optimizer": plateau}, "valid_steps": 2}
+    settings = {"schedulers": {"optimizer": plateau}, "hyper": {"valid_steps": 2}}
     unbroken = make(**settings)
     unbroken.fit(4)
     make(out_dir=tmp_path, **settings).fit(epochs)

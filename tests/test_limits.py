@@ -19,14 +19,14 @@ from fxstn.bilevel.optim import SettlingAdam
 
 
 def gap(runner: fxstn.BilevelRunner) -> float | None:
-    return runner.optimizers["hyper_optimizer"].param_groups[0]["gap"]
+    return runner.optimizers["hyper.optimizer"].param_groups[0]["gap"]
 
 
 def test_a_run_begins_with_a_gap_of_zero():
     """So that nothing rises in the first epoch, and little evidence lowers."""
     runner = make()
     assert gap(runner) == 0.0
-    assert runner.optimizers["hyper_optimizer"].param_groups[0]["limited"] == [True] * 3
+    assert runner.optimizers["hyper.optimizer"].param_groups[0]["limited"] == [True] * 3
 
 
 class Ends(fxstn.BilevelProblem):
@@ -66,9 +66,14 @@ def test_only_a_number_near_an_end_of_its_range_needs_certainty_of_steps_towards
     loader = DataLoader(TensorDataset(noise, noise), 1)
     problem = Ends(logits)
     runner = fxstn.BilevelRunner(
-        problem, None, loader, loader, train_steps=1, progress=False,
-        hyper_optimizer=lambda params: SettlingAdam(params, lr=0.1, settle=1e12, certainty=100.0),
-    )  # fmt: skip
+        problem,
+        loader,
+        loader,
+        hyper=fxstn.HyperSettings(
+            train_steps=1, optimizer=lambda params: SettlingAdam(params, lr=0.1, settle=1e12, certainty=100.0)
+        ),
+        progress=False,
+    )
     runner.fit(1)
     assert (problem.number.item() == -9.0) == logits
 
@@ -78,7 +83,7 @@ def test_where_in_their_ranges_the_numbers_of_a_network_are(high):
     """Reference: the constrained value as a share of the range; a range without upper end has no ends."""
     hparams = [hp.Dropout("2", init=0.3), hp.Scalar("a", 0.2, 0.0, high, regularizes=True)]
     runner = make(hparams=hparams, loss_fn=fxstn.cross_entropy)
-    position = runner.optimizers["hyper_optimizer"].position(runner.stn.hparams.unconstrained.detach())
+    position = runner.optimizers["hyper.optimizer"].position(runner.stn.hparams.unconstrained.detach())
     shares = [0.3 / runner.problem.ranges()["2.dropout"][1], 0.2 / high if math.isfinite(high) else 0.5]
     torch.testing.assert_close(position, torch.tensor(shares))
 
@@ -115,10 +120,14 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
     loaders = [DataLoader(TensorDataset(x, x), 4) for x in (train, torch.full((4, 1), 0.4))]
     places, problem = [], Rising()
     runner = fxstn.BilevelRunner(
-        problem, None, *loaders, train_steps=1, recalibrate=3, progress=False,
-        hyper_optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None),
+        problem,
+        *loaders,
+        hyper=fxstn.HyperSettings(
+            train_steps=1, recalibrate=3, optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None)
+        ),
+        progress=False,
         callbacks=[lambda run: places.append(problem.numbers.detach().clone())],
-    )  # fmt: skip
+    )
     history = runner.fit(3)
     assert history["clean_train_loss"] == pytest.approx([0.3] * 3)
     first, second, third = torch.stack(places).diff(dim=0, prepend=torch.zeros(1, 2))
@@ -129,7 +138,7 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
 
 def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
     """Without dropout, of the last two batches, which a plain copy of the network sees, too."""
-    runner = make(recalibrate=2)
+    runner = make(hyper={"recalibrate": 2})
     seen, take = [], runner._tuner.train.take
     runner._tuner.train.take = lambda n: [seen.append(batch) or batch for batch in take(n)]
     (row,) = runner.fit(1)
@@ -143,7 +152,7 @@ def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
 
 @pytest.mark.parametrize(
     "settings",
-    [fxstn.PAPER, {"recalibrate": 0}, {"hyper_optimizer": partial(SettlingAdam, limits=False)},
+    [fxstn.PAPER, {"hyper": {"recalibrate": 0}}, {"hyper": {"optimizer": partial(SettlingAdam, limits=False)}},
      {"hparams": [hp.Scalar("a", 0.5, 0, 1)], "loss_fn": fxstn.cross_entropy}],
     ids=["paper", "no training batches", "asked not to", "nothing regularises"],
 )  # fmt: skip
@@ -151,7 +160,7 @@ def test_where_nothing_is_limited_nothing_is_measured(settings):
     runner = make(**settings)
     (row,) = runner.fit(1)
     assert "clean_train_loss" not in row
-    (group,) = runner.optimizers["hyper_optimizer"].param_groups
+    (group,) = runner.optimizers["hyper.optimizer"].param_groups
     assert group.get("gap") is None
 
 
@@ -165,7 +174,12 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothi
     loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, *loaders, valid_loss_fn=picky_loss, train_steps=2, progress=False
+        stn,
+        F.cross_entropy,
+        *loaders,
+        valid_loss_fn=picky_loss,
+        hyper=fxstn.HyperSettings(train_steps=2),
+        progress=False,
     )
     with pytest.warns(
         fxstn.RunWarning, match="λ is not limited.*a whole training batch.*give a valid_loss_fn that takes"
@@ -182,7 +196,13 @@ def test_a_training_batch_that_overflows_in_the_evaluation_is_said_once():
     train, valid = [*rest, (1e5 * x, y)], list(DataLoader(dataset(15, 1), 5))
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, train, valid, autocast=torch.float16, train_steps=1, progress=False
+        stn,
+        F.cross_entropy,
+        train,
+        valid,
+        execution=fxstn.ExecutionSettings(autocast=torch.float16),
+        hyper=fxstn.HyperSettings(train_steps=1),
+        progress=False,
     )
     with pytest.warns(
         fxstn.RunWarning, match=r"λ is not limited after an epoch .* is (nan|inf).*overflows; use"
@@ -196,8 +216,8 @@ def test_a_training_batch_that_overflows_in_the_evaluation_is_said_once():
 
 def test_a_run_resumed_without_limits_has_none(tmp_path):
     make(tmp_path).fit(1)
-    runner = make(tmp_path, recalibrate=0)
-    with pytest.warns(fxstn.RunWarning, match=r"takes anew: recalibrate=0 \(was 10\)$"):
+    runner = make(tmp_path, hyper={"recalibrate": 0})
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: hyper\.recalibrate=0 \(was 10\)$"):
         runner.fit(2)
     assert gap(runner) is None
 
@@ -205,7 +225,7 @@ def test_a_run_resumed_without_limits_has_none(tmp_path):
 def test_limits_are_part_of_a_saved_run(tmp_path):
     first = make(tmp_path / "a")
     first.fit(2)
-    first.optimizers["hyper_optimizer"].param_groups[0]["gap"] = 0.1
+    first.optimizers["hyper.optimizer"].param_groups[0]["gap"] = 0.1
     first.save(tmp_path / "run.pt")
     second = make()
     second.load(tmp_path / "run.pt")
@@ -220,7 +240,7 @@ def test_a_problem_must_say_of_each_number_whether_it_regularises(said):
     with pytest.raises(
         ValueError, match=r"regularizing\(\) of Rising .* shapes \[\(2,\)\]; give one entry for each number"
     ):
-        fxstn.BilevelRunner(problem, None, loader, loader)
+        fxstn.BilevelRunner(problem, loader, loader)
 
 
 def test_unpack_may_take_things_out_of_a_batch():

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import grouped
 from torch import nn
 
 import fxstn
@@ -115,8 +116,9 @@ def run_one_step(loss_fn, parts, accumulate, specs=None, **settings):
     stn.hparams.sample = lambda n: torch.full((n, len(stn.hparams)), 0.3)
     sgd = partial(torch.optim.SGD, lr=0.1)
     runner = fxstn.BilevelRunner(
-        stn, loss_fn, parts, [joined(parts)], optimizer=sgd, response_optimizer=sgd, hyper_optimizer=sgd, train_steps=1,
-        response_every=1, perturb="batch", accumulate=accumulate, recalibrate=0, progress=False, **settings,
+        stn, loss_fn, parts, [joined(parts)], optimizer=sgd, accumulate=accumulate, progress=False,
+        response=fxstn.ResponseSettings(optimizer=sgd, every=1, perturb="batch"),
+        hyper=fxstn.HyperSettings(optimizer=sgd, train_steps=1, recalibrate=0), **settings,
     )  # fmt: skip
     row = runner.fit(1).rows[0]
     return [p.detach().clone() for p in stn.parameters()], row
@@ -145,8 +147,15 @@ def test_losses_of_the_history_are_means_over_what_counts():
     """Steps of unequal size and with more or less padding, at a rate of zero."""
     parts = batches(padded)
     stn = network([hp.Dropout("2", init=1e-3)])
-    runner = fxstn.BilevelRunner(stn, F.cross_entropy, parts, parts, optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
-                                 hyper_optimizer=lambda p: torch.optim.SGD(p, lr=0.0), progress=False)  # fmt: skip
+    runner = fxstn.BilevelRunner(
+        stn,
+        F.cross_entropy,
+        parts,
+        parts,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        hyper=fxstn.HyperSettings(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)),
+        progress=False,
+    )
     stn.hparams.set({"2.dropout": 1e-9})
     row = runner.fit(1).rows[0]
     x, y = joined(parts)
@@ -180,7 +189,9 @@ def test_batches_of_padding_alone_count_for_nothing():
             assert ours.history[name] == pytest.approx(theirs.history[name], rel=1e-5)
         for p, q in zip(ours.stn.general_parameters(), theirs.stn.general_parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
-        alone = fxstn.BilevelRunner(network(), loss_fn, [nothing], rest, progress=False, rollbacks=0)
+        alone = fxstn.BilevelRunner(
+            network(), loss_fn, [nothing], rest, progress=False, checkpoints=fxstn.CheckpointSettings(rollbacks=0)
+        )
         assert alone.fit(1)["train_loss"] == [0.0]
         with pytest.raises(
             ValueError, match="loader has nothing that valid_loss is a mean over: all its targets are ign"
@@ -213,7 +224,7 @@ def test_a_metric_over_nothing_is_nan_and_the_run_goes_on(tmp_path):
         return (output.argmax(1) == target)[target == number].sum(), (target == number).sum()
 
     metrics = {f"recall {number}": partial(recall, number) for number in (1, 2)} | {"none": lambda o, t: (0, 0)}
-    settings = {"metrics": metrics, "out_dir": tmp_path, "progress": False}
+    settings = {"metrics": metrics, "checkpoints": fxstn.CheckpointSettings(out_dir=tmp_path), "progress": False}
     history = fxstn.BilevelRunner(network(), F.cross_entropy, parts, parts, **settings).fit(2)
     resumed = fxstn.BilevelRunner(network(), F.cross_entropy, parts, parts, **settings).fit(3)
     for rows in (history, resumed):
@@ -293,7 +304,7 @@ def test_a_problem_of_ones_own_may_say_what_its_losses_are_means_over():
     parts = [(target[:1], target[:1]), (target[1:], target[1:])]
     settings = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "accumulate": 2, "progress": False}
     problem = Mean()
-    history = fxstn.BilevelRunner(problem, None, parts, parts, **settings).fit(1)
+    history = fxstn.BilevelRunner(problem, parts, parts, **settings).fit(1)
     assert problem.at.item() == pytest.approx(3.0)
     assert history["valid_loss"] == [pytest.approx(0.5 * (4 + 1 + 9) / 3)]
     assert history["train_loss"] == [pytest.approx(0.5 * (1 + 4 + 36) / 3)]
@@ -313,7 +324,9 @@ def seen_by_hyper_steps(model, size, specs=None, examples=10, **settings):
     parts = list(zip(x.split(size), (torch.arange(examples) % 3).split(size), strict=True))
     stn = fxstn.transform(model, specs or [hp.Dropout("2", init=0.3)], **settings.pop("transform", {}))
     train = 2 * len(parts) * [(x, torch.arange(examples) % 3)]
-    runner = fxstn.BilevelRunner(stn, F.cross_entropy, train, parts, train_steps=1, progress=False, **settings)
+    runner = fxstn.BilevelRunner(
+        stn, F.cross_entropy, train, parts, **grouped(settings, hyper={"train_steps": 1}, progress=False)
+    )
     seen, hyper = [], runner._tuner.stepper.hyper
     runner._tuner.stepper.hyper = lambda batch: (seen.extend(batch[0][:, 0].int().tolist()), hyper(batch))
     runner.fit(1)
@@ -350,7 +363,7 @@ def test_validation_batches_of_one_example_under_a_batch_norm_are_refused_with_t
 
 
 def test_a_part_of_a_batch_has_two_examples_where_a_batch_norm_needs_them():
-    settings = {"hyper_fraction": 0.1, "response_fraction": 0.01, "response_every": 1}
+    settings = {"hyper": {"fraction": 0.1}, "response": {"fraction": 0.01, "every": 1}}
     for norms, examples in (((), 1), ((nn.BatchNorm1d(8),), 2)):
         runner = seen_by_hyper_steps(layers(*norms), 10, **settings)[1]
         sizes, outputs = [], runner.stn.perturbed_output

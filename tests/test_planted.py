@@ -149,10 +149,10 @@ def test_the_runner_finds_the_planted_strength(plant: Plant, side: str) -> None:
         train,
         valid,
         optimizer=adam,
-        response_every=1,
-        train_steps=2,
-        warmup_epochs=10,
-        hyper_optimizer=partial(SettlingAdam, limits=False),  # clean training images say nothing of spoilt ones
+        response=fxstn.ResponseSettings(every=1),
+        hyper=fxstn.HyperSettings(
+            train_steps=2, warmup_epochs=10, optimizer=partial(SettlingAdam, limits=False)
+        ),  # clean training images say nothing of spoilt ones
         progress=False,
     )
     rows = runner.fit(36).rows

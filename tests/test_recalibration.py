@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import same, without_times
+from runs import grouped, same, without_times
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
@@ -79,7 +79,9 @@ def make(model: nn.Module, specs: list[hp.Spec], out=None, **settings) -> fxstn.
     torch.manual_seed(0)
     loaders = DataLoader(images(48, 0), 8, shuffle=True), DataLoader(images(24, 1), 24)
     stn = fxstn.transform(model, specs)
-    return fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, out_dir=out, progress=False, **settings)
+    return fxstn.BilevelRunner(
+        stn, F.cross_entropy, *loaders, **grouped(settings, checkpoints={"out_dir": out}, progress=False)
+    )
 
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["module", "graph"])
@@ -87,7 +89,7 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
     """Also where a graph runs in the module's place in eval mode, since torchvision's transforms stay random there."""
     torch.manual_seed(0)
     model = nn.Sequential(v2.ColorJitter(0.4), Net()) if augmented else Net()
-    runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], recalibrate=3)
+    runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], hyper={"recalibrate": 3})
     seen, take = [], runner._tuner.train.take
 
     def watched(n):
@@ -110,7 +112,7 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
 
 
 def test_without_recalibration_it_is_the_network_as_it_is():
-    runner = make(Net(), [hp.Dropout("6")], recalibrate=0)
+    runner = make(Net(), [hp.Dropout("6")], hyper={"recalibrate": 0})
     loss = runner.fit(1)["valid_loss"][-1]
     x, y = runner.valid_loader.dataset.tensors
     with torch.no_grad():
@@ -170,8 +172,8 @@ def test_a_resumed_run_evaluates_with_the_statistics_of_the_last_evaluation(tmp_
 def test_a_run_cut_in_mid_epoch_evaluates_as_the_one_that_was_cut(tmp_path):
     torch.manual_seed(0)
     net = Net()
-    expected = without_times(make(net, [hp.Dropout("6")], train_steps=1).fit(3))
-    cut = make(net, [hp.Dropout("6")], tmp_path, train_steps=1)
+    expected = without_times(make(net, [hp.Dropout("6")], hyper={"train_steps": 1}).fit(3))
+    cut = make(net, [hp.Dropout("6")], tmp_path, hyper={"train_steps": 1})
     hyper_step = cut._tuner.stepper.hyper
 
     def end_at_step_ten(batch):
@@ -181,7 +183,7 @@ def test_a_run_cut_in_mid_epoch_evaluates_as_the_one_that_was_cut(tmp_path):
     cut._tuner.stepper.hyper = end_at_step_ten
     with pytest.raises(SystemExit):
         cut.fit(3)
-    loaded = make(net, [hp.Dropout("6")], train_steps=1)
+    loaded = make(net, [hp.Dropout("6")], hyper={"train_steps": 1})
     loaded.load(tmp_path / "last.pt")
     assert loaded.steps == cut.steps == 10  # the fourth of six steps of the second epoch
     assert loaded.evaluate() == cut.evaluate() == loaded.evaluate()

@@ -73,7 +73,7 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
         assert f"{best[name]:.4g}" in page.text
     for text in (
         "first try", f"{best['epoch']} of 4", f"{best['valid_loss']:.4g}", f"{best['accuracy']:.4g}", "[1e-07, 0.1]",
-        "SettlingAdam", "response_every", "training data", "DataLoader, 5 batches of 8", torch.__version__,
+        "SettlingAdam", "response.every", "training data", "DataLoader, 5 batches of 8", torch.__version__,
         "CPU threads", "parameters respond", "carries a tangent", "inner steps 20 (5 per epoch)",
         f"response steps {20 // 4} (1.25 per epoch)", "hyper steps 10 (2.5 per epoch)", "was kept at 1",
     ):  # fmt: skip
@@ -113,7 +113,7 @@ def test_every_text_of_a_report_is_escaped(tmp_path):
     runner = make(hparams=hparams, metrics={f"{bad}!": fxstn.accuracy}, loss_fn=fxstn.cross_entropy)
     runner.fit(2)
     runner._monitors.warnings.append((1, bad))
-    runner.settings["out_dir"] = bad
+    runner.settings["checkpoints.out_dir"] = bad
     explanation = fxstn.explain(torch.nn.ModuleDict({"<i>": torch.nn.Linear(2, 2)}))
     explanation.rows.append(fxstn.explain(mlp()).rows[0].__class__(bad, bad, bad, bad))
     explanation.notes.append(bad)
@@ -125,7 +125,7 @@ def test_every_text_of_a_report_is_escaped(tmp_path):
 
 @with_plots
 def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
-    plain = make(train_steps=2).fit(4)
+    plain = make(hyper={"train_steps": 2}).fit(4)
     callbacks = [lambda runner: fxstn.write_report(runner, tmp_path / "report.html")]
     make(tmp_path, callbacks=callbacks).fit(2)
     assert "of 2" in (tmp_path / "report.html").read_text()
@@ -207,7 +207,7 @@ class Mean(fxstn.BilevelProblem):
 @pytest.mark.parametrize("ranges", [{}, {"shift": (-5.0, 5.0)}, {"shift": (0.0, math.inf)}])
 def test_a_problem_of_ones_own_has_a_report_of_what_it_has(ranges, tmp_path):
     batches = [(torch.randn(8, 3) + 1, torch.zeros(8)) for _ in range(4)]
-    runner = fxstn.BilevelRunner(Mean(**ranges), None, batches, batches, progress=False)
+    runner = fxstn.BilevelRunner(Mean(**ranges), batches, batches, progress=False)
     history = runner.fit(4)
     page = written(runner, tmp_path)
     assert "shift" in page.text
@@ -245,7 +245,7 @@ def test_an_explanation_of_a_network_is_that_of_its_model():
 
 
 def test_panels_of_a_history():
-    runner = make(tune_scale=True, metrics={"accuracy": fxstn.accuracy}, scale_optimizer=torch.optim.Adam)
+    runner = make(hyper={"tune_scale": True, "scale_optimizer": torch.optim.Adam}, metrics={"accuracy": fxstn.accuracy})
     runner.fit(2)
     shown = {panel.title: panel for panel in plots.panels(runner.history.groups(), runner.history.start)}
     assert list(shown) == ["loss", "accuracy", "dropout", "weight_decay", "perturbation scale σ", "diagnostics"]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp
-from runs import dataset, same
+from runs import dataset, grouped, same
 from scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
@@ -431,7 +431,13 @@ def test_a_loader_that_ends_before_the_place_of_a_run_is_refused_and_nothing_cha
             return F.cross_entropy(output, target)
 
         stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
-        settings = {"out_dir": tmp_path, "train_steps": 1, "progress": False, "valid_loss_fn": F.cross_entropy}
+        settings = grouped(
+            {},
+            checkpoints={"out_dir": tmp_path},
+            hyper={"train_steps": 1},
+            progress=False,
+            valid_loss_fn=F.cross_entropy,
+        )
         return fxstn.BilevelRunner(stn, loss_fn, build(train), build(valid), **settings)
 
     with pytest.raises(SystemExit):

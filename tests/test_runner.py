@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp, randomize_response
-from runs import dataset, make, same, without_times
+from runs import dataset, grouped, make, same, without_times
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
@@ -26,7 +26,8 @@ from torchvision import models
 import fxstn
 from fxstn import hp
 from fxstn.bilevel import network_problem as steps
-from fxstn.bilevel.settings import Settings, SettingsDict
+from fxstn.bilevel.run_settings import Settings, SettingsDict
+from fxstn.bilevel.settings import GROUPS
 from fxstn.tools import cli, data
 from fxstn.tools.bench import Setup, bench
 
@@ -77,7 +78,7 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 def test_warm_up_epochs_leave_lambda_alone():
-    runner = make(warmup_epochs=2, hyper_optimizer=torch.optim.Adam)
+    runner = make(hyper={"warmup_epochs": 2, "optimizer": torch.optim.Adam})
     history = runner.fit(3)
     name = runner.stn.hparams.names[0]
     assert history[name][0] == history[name][1] != history[name][2]
@@ -96,9 +97,15 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
     before = [{n: p.detach().clone() for n, p in stn.best_response(c).items()} for c in (0 * columns[0], *columns)]
     loaders = ([(a, b)] for a, b in ((x, y), (xv, yv)))
     runner = fxstn.BilevelRunner(
-        stn, reads_nothing, *loaders, train_steps=1, response_every=9, inner_correction=correction,
-        hyper_optimizer=partial(torch.optim.SGD, lr=1.0), progress=False,
-    )  # fmt: skip
+        stn,
+        reads_nothing,
+        *loaders,
+        hyper=fxstn.HyperSettings(
+            train_steps=1, inner_correction=correction, optimizer=partial(torch.optim.SGD, lr=1.0)
+        ),
+        response=fxstn.ResponseSettings(every=9),
+        progress=False,
+    )
     runner.fit(1)
     after = [{n: p.detach() for n, p in stn.best_response(c).items()} for c in (0 * columns[0], *columns)]
 
@@ -119,14 +126,19 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
 
 
 def test_a_fixed_scale_stays():
-    runner = make(tune_scale=False)
+    runner = make(hyper={"tune_scale": False})
     history = runner.fit(2)
     assert all(value == pytest.approx(1.0) for name in history.names for value in history[f"scale:{name}"])
 
 
-def test_patience_stops_a_run_that_does_not_improve():
-    runner = make(optimizer=lambda p: torch.optim.SGD(p, lr=0.0), patience=2, hparams=[hp.Dropout("2")])
+def test_patience_stops_a_run_that_does_not_improve_and_keeps_it_stopped(tmp_path):
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "hparams": [hp.Dropout("2")]}
+    runner = make(tmp_path, callbacks=[fxstn.EarlyStopping(patience=2)], **still)
     assert len(runner.fit(50)) == 3
+    assert len(runner.fit(50)) == 3
+    assert len(make(tmp_path, callbacks=[fxstn.EarlyStopping(2)], **still).fit(50)) == 3  # ended before it resumes
+    more = {"callbacks": [fxstn.EarlyStopping(4)], **still}
+    assert without_times(make(tmp_path, **more).fit(50)) == without_times(make(**more).fit(50))
 
 
 def test_time_stops_a_run_that_is_over_it_and_counts_what_was_before(tmp_path):
@@ -145,7 +157,7 @@ def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_best(tmp_path, step):
         broken = len(calls) > 2 * 5 * 2 + step
         return F.cross_entropy(output, target) * (math.nan if broken else 1)
 
-    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy, response_every=1)
+    runner = make(tmp_path, loss_fn=loss_fn, valid_loss_fn=F.cross_entropy, response={"every": 1})
     with pytest.raises(fxstn.DivergedError, match=r"became nan in epoch 3, step \d.*dropout=.*best.pt.*learning rate"):
         runner.fit(9)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] in (1, 2)
@@ -175,10 +187,11 @@ def test_optimizers_must_hold_exactly_their_parameters():
     assert fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, optimizer=good).optimizers["optimizer"] is good
     for name, bad in (
         ("optimizer", torch.optim.SGD(stn.parameters(), lr=0.1)),
-        ("hyper_optimizer", lambda p: torch.optim.SGD(stn.model.parameters(), lr=0.1)),
+        ("hyper.optimizer", lambda p: torch.optim.SGD(stn.model.parameters(), lr=0.1)),
     ):
+        keywords = {"hyper": fxstn.HyperSettings(optimizer=bad)} if name == "hyper.optimizer" else {name: bad}
         with pytest.raises(ValueError, match=f"^{name} holds .* not its own.*pass a factory"):
-            fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, **{name: bad})
+            fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, **keywords)
     with pytest.raises(TypeError, match="factory"):
         fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, optimizer="sgd")
 
@@ -189,12 +202,12 @@ def test_weight_decay_set_twice_is_a_warning():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"train_steps": 0}, {"response_every": 0}, {"response_fraction": 0.0}, {"hyper_fraction": 1.5},
-            {"entropy_weight": -1.0}]
+    "bad", [{"hyper": {"train_steps": 0}}, {"response": {"every": 0}}, {"response": {"fraction": 0.0}},
+            {"hyper": {"fraction": 1.5}}, {"hyper": {"entropy_weight": -1.0}}]
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(bad):
-    ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f"^{name}={value} must "):
+    ((group, ((name, value),)),) = ((group, fields.items()) for group, fields in bad.items())
+    with pytest.raises(ValueError, match=rf"^{group}\.{name}={value} must "):
         make(**bad)
 
 
@@ -208,14 +221,14 @@ def test_the_response_step_is_taken_when_due_on_its_part_of_the_batch(monkeypatc
             return original(stn, loss_fn, inputs, target, **settings)
 
         monkeypatch.setattr(steps, f"{kind}_loss", counted)
-    history = make(response_every=2, response_fraction=0.3, hyper_fraction=0.5, train_steps=5).fit(2)
+    history = make(response={"every": 2, "fraction": 0.3}, hyper={"fraction": 0.5, "train_steps": 5}).fit(2)
     assert seen == {"response": [(3, 3)] * 5, "hyper": [(4, 4)] * 2}  # 10 inner steps of 8 examples
     assert all(math.isfinite(loss) for loss in history["response_loss"])
 
 
 def test_a_compiled_run_is_the_same_run():
     plain = without_times(make().fit(2))
-    compiled = make(compile={"backend": "aot_eager"})
+    compiled = make(execution={"compile": {"backend": "aot_eager"}})
     for a, b in zip(plain, without_times(compiled.fit(2)), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert set(map(str, compiled.stn._graphs.compiled)) == {"train", "linearized", "linearized_eval"}
@@ -231,16 +244,15 @@ def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
             F.cross_entropy,
             DataLoader(data, 16),
             DataLoader(data, 16),
-            train_steps=1,
-            response_fraction=1.0,
-            response_every=1,
             optimizer=lambda p: torch.optim.SGD(p, lr=1e-4),  # a large step magnifies rounding
-            progress=False,
-            **settings,
+            **grouped(settings, hyper={"train_steps": 1}, response={"every": 1}, progress=False),
         )
         return runner, runner.fit(1).rows[0], runner._tuner.prepare.last[0]
 
-    (_, plain, _), (runner, low, images) = run(), run(autocast=torch.bfloat16, memory_format=torch.channels_last)
+    (_, plain, _), (runner, low, images) = (
+        run(),
+        run(execution={"autocast": torch.bfloat16, "memory_format": torch.channels_last}),
+    )
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert runner.stn.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert runner.stn.model.conv1.weight.dtype == torch.float32
@@ -306,6 +318,9 @@ def test_the_keywords_are_the_settings_and_documented():
     assert typing.get_type_hints(SettingsDict) == fields
     for name in fields:
         assert re.search(rf"^    {name}: ", fxstn.BilevelRunner.__doc__, re.MULTILINE), name
+    for group in GROUPS:
+        for name in typing.get_type_hints(group).keys() - {"keyword"}:
+            assert re.search(rf"^    {name}: ", group.__doc__, re.MULTILINE), name
 
 
 def test_help_on_the_runner_lists_the_settings_with_their_defaults():
@@ -313,21 +328,24 @@ def test_help_on_the_runner_lists_the_settings_with_their_defaults():
     assert list(parameters)[:4] == ["stn", "loss_fn", "train_loader", "valid_loader"]
     assert {name: p.default for name, p in list(parameters.items())[4:]} == vars(Settings())
     page = pydoc.render_doc(fxstn.BilevelRunner, renderer=pydoc.plaintext)
-    assert "train_steps: 'int' = 5" in page
+    assert "hyper: 'HyperSettings' = HyperSettings()" in page
+    assert "train_steps: 'int' = 5" in pydoc.render_doc(fxstn.HyperSettings, renderer=pydoc.plaintext)
     assert page.count("Settings of a run") == 0
 
 
-def test_the_docstring_of_a_setting_names_its_default():
-    entries = re.split(r"^    (?=\w+: )", Settings.__doc__, flags=re.MULTILINE)[1:]
+@pytest.mark.parametrize("kind", [Settings, *GROUPS])
+def test_the_docstring_of_a_setting_names_its_default(kind):
+    entries = re.split(r"^    (?=\w+: )", kind.__doc__, flags=re.MULTILINE)[1:]
     texts = {entry.partition(":")[0]: " ".join(entry.split()) for entry in entries}
-    for name, default in vars(Settings()).items():
+    for name, default in vars(kind()).items():
         value = f'"{default}"' if isinstance(default, str) else "" if default is None else default
+        value = f"`fxstn.{default}`" if isinstance(default, GROUPS) else value
         assert f" Default: {value}" in texts[name], name
 
 
 def test_a_keyword_that_is_none_is_refused_with_the_nearest_one():
-    with pytest.raises(TypeError, match=r"BilevelRunner has no argument 'train_step'; did you mean 'train_steps'\?"):
-        make(train_step=3)
+    with pytest.raises(TypeError, match=r"BilevelRunner has no argument 'metric'; did you mean 'metrics'\?"):
+        make(metric=3)
 
 
 @pytest.mark.parametrize("perturb", ["off", "none", None, "sample"])
@@ -342,9 +360,15 @@ def test_an_objective_refuses_perturbations_that_it_does_not_know(objective, per
         assert loss.isfinite()
 
 
-def test_settings_do_not_change():
+@pytest.mark.parametrize("kind", [Settings, *GROUPS])
+def test_settings_do_not_change(kind):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().train_steps = 3
+        setattr(kind(), dataclasses.fields(kind)[0].name, 3)
+
+
+def test_a_group_shows_what_differs_from_its_defaults():
+    assert repr(fxstn.ResponseSettings(every=1, widening=2)) == "ResponseSettings(every=1)"
+    assert repr(dataclasses.replace(fxstn.PAPER["response"], every=4)) == "ResponseSettings(widening=1.0)"
 
 
 def test_the_best_model_needs_an_epoch():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import randomize_response
-from runs import dataset, make, same, without_times
+from runs import dataset, grouped, make, same, without_times
 from test_language import make as windows
 from torch import nn
 from torch.optim import SGD, Adam, lr_scheduler
@@ -49,7 +49,10 @@ def test_a_run_whose_first_steps_overflow_trains(optimizer):
     x = torch.randn(640, 20)
     y = 10 * x[:, :1] + 30
     train, valid = [(x[i : i + 32], y[i : i + 32]) for i in range(0, 512, 32)], [(x[512:], y[512:])]
-    stn, settings = fxstn.transform(net, [hp.Dropout("0")]), {"autocast": torch.float16, "progress": False}
+    stn, settings = (
+        fxstn.transform(net, [hp.Dropout("0")]),
+        {"execution": fxstn.ExecutionSettings(autocast=torch.float16), "progress": False},
+    )
     runner = fxstn.BilevelRunner(stn, F.mse_loss, train, valid, optimizer=optimizer, **settings)
     half = runner.fit(4)
     assert 4 <= 4 * 16 - runner.steps <= 16
@@ -70,12 +73,21 @@ def build(batches=12, left_out=(), **settings):
     train = [(x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4]) for i in range(batches) if i not in left_out]
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     stn = fxstn.transform(net, [hp.WeightDecay(shared=True)], method=settings.pop("method", "delta"))
-    by_step = {name: lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 8) for name in ("optimizer", "hyper_optimizer")}
-    settings = {"hyper_optimizer": Adam, "train_steps": 2, "response_every": 2, "recalibrate": 2} | settings
+    by_step = {name: lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 8) for name in ("optimizer", "hyper.optimizer")}
+    hyper = {"optimizer": Adam, "train_steps": 2, "recalibrate": 2}
     runner = fxstn.BilevelRunner(
-        stn, F.cross_entropy, train, [dataset(16, 1).tensors], autocast=torch.float16, progress=False, ema=0.9,
-        clip_norm=0.5, optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9), step_schedulers=by_step, **settings,
-    )  # fmt: skip
+        stn,
+        F.cross_entropy,
+        train,
+        [dataset(16, 1).tensors],
+        execution=fxstn.ExecutionSettings(autocast=torch.float16),
+        progress=False,
+        ema=0.9,
+        clip_norm=0.5,
+        optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9),
+        step_schedulers=by_step,
+        **grouped(settings, hyper=hyper, response={"every": 2}),
+    )
     runner.problem.perturb = torch.tensor([0.7])
     for scaler in runner.updates.scalers.values():
         scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**10})  # at which nothing overflows by itself
@@ -110,7 +122,7 @@ def test_batches_that_overflow_count_as_if_they_had_not_come(method, factor):
     [("response", "response_loss", "delta"), ("hyper", "hyper_loss", "delta"), ("hyper", "hyper_loss", "stn")],
 )
 def test_a_step_of_the_response_or_of_lambda_that_overflows_changes_nothing(step, objective, method, factor):
-    runner = build(method=method, tune_scale=True)
+    runner = build(method=method, hyper={"tune_scale": True})
     runner.fit(1)
     overflowing(runner, objective, {0}, factor)
     batch = next(iter(runner.valid_loader))
@@ -125,7 +137,7 @@ def test_a_step_of_the_response_or_of_lambda_that_overflows_changes_nothing(step
 
 def test_a_warm_up_has_not_begun_while_all_steps_overflow():
     """An epoch without a step ends, and its losses are no numbers."""
-    runner = overflowing(build(8, recalibrate=0), "general_loss", range(8))
+    runner = overflowing(build(8, hyper={"recalibrate": 0}), "general_loss", range(8))
     rates = [optimizer.param_groups[0]["lr"] for optimizer in runner.optimizers.values()]
     (row,) = runner.fit(1)
     assert [optimizer.param_groups[0]["lr"] for optimizer in runner.optimizers.values()] == rates
@@ -136,7 +148,7 @@ def test_a_warm_up_has_not_begun_while_all_steps_overflow():
 
 def test_a_response_step_and_a_hyper_step_that_overflow_are_still_due():
     """Of Θ on the next batch; of λ on the next validation batch, before training goes on."""
-    runner = build(6, response_every=3, valid_steps=2)  # steps of Θ: 3, 6; of λ: two after 2, 4, 6
+    runner = build(6, response={"every": 3}, hyper={"valid_steps": 2})  # steps of Θ: 3, 6; of λ: two after 2, 4, 6
     overflowing(runner, "response_loss", {0, 1})
     overflowing(runner, "hyper_loss", {1, 2, 5})
     runner.fit(1)
@@ -147,7 +159,7 @@ def test_a_response_step_and_a_hyper_step_that_overflow_are_still_due():
 
 @pytest.mark.parametrize("objective", ["general_loss", "response_loss", "hyper_loss"])
 def test_what_no_scale_cures_is_a_bad_loss(objective):
-    runner = overflowing(build(40, rollbacks=0, response_every=1), objective, range(1, 100))
+    runner = overflowing(build(40, checkpoints={"rollbacks": 0}, response={"every": 1}), objective, range(1, 100))
     with pytest.raises(
         fxstn.DivergedError, match=f"_loss = .* overflowed float16 {MOST_OVERFLOWS} times in a row .*bfloat16"
     ):
@@ -157,7 +169,7 @@ def test_what_no_scale_cures_is_a_bad_loss(objective):
 
 def test_a_batch_whose_activations_overflow_leaves_no_trace_in_batch_norms():
     """Neither in training nor in the statistics of evaluation, which its batch is among."""
-    runner = build(4, recalibrate=10)
+    runner = build(4, hyper={"recalibrate": 10})
     runner.train_loader[2][0].fill_(1e6)
     (row,) = runner.fit(1)
     assert runner.steps == 3
@@ -168,7 +180,7 @@ def test_a_batch_whose_activations_overflow_leaves_no_trace_in_batch_norms():
 @pytest.mark.parametrize("objective", ["general_loss", "response_loss", "hyper_loss"])
 def test_a_state_that_is_carried_over_is_that_before_the_overflow(objective):
     """A window whose loss is no number would hand NaN on to all that follow."""
-    runner = windows(autocast=torch.float16, response_windows=2, rollbacks=0)
+    runner = windows(execution={"autocast": torch.float16}, response={"windows": 2}, checkpoints={"rollbacks": 0})
     original, seen = getattr(runner.problem, objective), []
 
     def poisoned(inputs, target):
@@ -206,9 +218,14 @@ def last_loss(seed, epochs, precision, every=50):
     stn = fxstn.transform(net, [hp.Dropout(), hp.WeightDecay(shared=True)])
     places = []
     runner = fxstn.BilevelRunner(
-        stn, F.mse_loss, *loaders, autocast=precision, rollbacks=0, progress=False,
+        stn,
+        F.mse_loss,
+        *loaders,
+        execution=fxstn.ExecutionSettings(autocast=precision),
+        checkpoints=fxstn.CheckpointSettings(rollbacks=0),
+        progress=False,
         callbacks=[lambda runner: places.append(stn.hparams.unconstrained.detach().clone())],
-    )  # fmt: skip
+    )
     if precision is torch.float16:
         for objective in ("general_loss", "response_loss", "hyper_loss"):
             overflowing(runner, objective, range(every - 1, 10**6, every), 1e8)
@@ -280,7 +297,9 @@ def test_a_kernel_that_the_cpu_lacks_in_float16_is_told_with_another_type():
 def half(net):
     data = [dataset(16, 0).tensors]
     stn = fxstn.transform(net, [hp.WeightDecay("1")])
-    return fxstn.BilevelRunner(stn, F.cross_entropy, data, data, autocast=torch.float16, progress=False)
+    return fxstn.BilevelRunner(
+        stn, F.cross_entropy, data, data, execution=fxstn.ExecutionSettings(autocast=torch.float16), progress=False
+    )
 
 
 @pytest.mark.parametrize("responds", [False, True])
@@ -312,7 +331,13 @@ def large(output, target):
 
 def test_a_run_whose_steps_overflow_resumes_bit_for_bit(tmp_path):
     """Scales are part of the state, those of steps that are still due too."""
-    settings = {"autocast": torch.float16, "loss_fn": large, "hyper_optimizer": Adam, "ema": 0.9, "response_every": 3}
+    settings = {
+        "execution": {"autocast": torch.float16},
+        "loss_fn": large,
+        "hyper": {"optimizer": Adam},
+        "ema": 0.9,
+        "response": {"every": 3},
+    }
     settings |= {"optimizer": lambda p: Adam(p, lr=1e-3)}
     make(tmp_path, **settings).fit(2)
     resumed = make(tmp_path, **settings)
@@ -328,7 +353,7 @@ def test_a_run_whose_steps_overflow_resumes_bit_for_bit(tmp_path):
 def test_a_run_in_float16_goes_on_from_one_in_float32_and_the_other_way_round(tmp_path):
     """With the first scale, and without one."""
     make(tmp_path).fit(1)
-    runner = make(tmp_path, autocast=torch.float16)
+    runner = make(tmp_path, execution={"autocast": torch.float16})
     with pytest.warns(fxstn.RunWarning, match=r"takes anew: autocast=torch\.float16 \(was None\)$"):
         assert len(runner.fit(2)) == 2
     assert runner.updates.scalers["train_loss"].get_scale() == 2.0**16

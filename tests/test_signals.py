@@ -55,10 +55,16 @@ def make_slow(out, kind, loss_fn=F.cross_entropy, metric=fxstn.accuracy):
     settings = {"num_workers": 2, "multiprocessing_context": context, **SETTINGS[kind]}
     data = {"dataset": Stream()} if kind == "stream" else {"dataset": Slow(), "shuffle": True}
     return fxstn.BilevelRunner(
-        fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)]), loss_fn, DataLoader(batch_size=4, **data, **settings),
-        DataLoader(Slow(), 4, **settings), out_dir=out, progress=False, train_steps=2, valid_loss_fn=F.cross_entropy,
+        fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)]),
+        loss_fn,
+        DataLoader(batch_size=4, **data, **settings),
+        DataLoader(Slow(), 4, **settings),
+        checkpoints=fxstn.CheckpointSettings(out_dir=out),
+        progress=False,
+        hyper=fxstn.HyperSettings(train_steps=2),
+        valid_loss_fn=F.cross_entropy,
         metrics={"metric": metric},
-    )  # fmt: skip
+    )
 
 
 def train_slowly(out, kind, moment, pipe):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import randomize_response
+from runs import grouped
 from torch import nn
 from torch.optim import SGD, Adam, SparseAdam
 
@@ -30,9 +31,10 @@ def transformed(model: nn.Module, **options):
     return fxstn.transform(model, [hp.Dropout(), hp.WeightDecay()], example_inputs=WORDS[:4], **options)
 
 
-def runner_of(stn, **settings):
-    settings = {"train_steps": 1, "response_every": 1, "progress": False, "accumulate": 2, "clip_norm": 0.1} | settings
-    return fxstn.BilevelRunner(stn, F.cross_entropy, BATCHES, BATCHES, **settings)
+def runner_of(stn, out_dir=None, **settings):
+    defaults = {"hyper": {"train_steps": 1}, "response": {"every": 1}, "checkpoints": {"out_dir": out_dir}}
+    keywords = grouped(settings, progress=False, accumulate=2, clip_norm=0.1, **defaults)
+    return fxstn.BilevelRunner(stn, F.cross_entropy, BATCHES, BATCHES, **keywords)
 
 
 def two_optimizers(parameters):
@@ -95,7 +97,7 @@ def test_a_network_that_is_one_table_trains_with_sparse_adam_alone():
 
 def test_float16_unscales_sparse_gradients():
     stn = transformed(net())
-    runner_of(stn, optimizer=two_optimizers, autocast=torch.float16).fit(1)
+    runner_of(stn, optimizer=two_optimizers, execution={"autocast": torch.float16}).fit(1)
     assert all(p.isfinite().all() for p in stn.parameters())
 
 

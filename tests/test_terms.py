@@ -362,7 +362,12 @@ def test_the_runner_trains_with_every_term(name):
     for network in (stn, twin):
         torch.manual_seed(0)
         runner = fxstn.BilevelRunner(
-            network, nn.CrossEntropyLoss(), batches, batches[:1], train_steps=2, response_every=1
+            network,
+            nn.CrossEntropyLoss(),
+            batches,
+            batches[:1],
+            hyper=fxstn.HyperSettings(train_steps=2),
+            response=fxstn.ResponseSettings(every=1),
         )
         histories.append(runner.fit(2).rows)
     assert len(histories[0]) == 2

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import fxstn
 from benchmarks.paper import inert, linear, report
 from benchmarks.paper.report import FOLDER, read
 from benchmarks.paper.tasks import METHODS, ROWS, START, task
@@ -46,8 +47,9 @@ def single(
     """One run, resumed from its checkpoint."""
     runner, result = trained(
         task(row, args.budget, scale), method, start, seed, args.data_root, ROWS[row].budgets[args.budget].minutes,
-        out_dir=out, device=args.device, progress=None, autocast=torch.bfloat16 if args.bf16 else None,
-        compile=args.compile, save_minutes=5,
+        progress=None, checkpoints=fxstn.CheckpointSettings(out_dir=out, save_minutes=5),
+        execution=fxstn.ExecutionSettings(device=args.device, autocast=torch.bfloat16 if args.bf16 else None,
+                                          compile=args.compile),
     )  # fmt: skip
     found = runner.history.schedule().values if len(runner.history) else {}  # none where the first epoch diverged
     schedule = {name: [float(f"{v:.3g}") for v in values] for name, values in found.items()}

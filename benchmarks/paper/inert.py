@@ -32,9 +32,15 @@ def _mlp(train: TensorDataset) -> nn.Module:
 
 
 TASK = Task(
-    _sets, _mlp, lambda start: [hp.Scalar("nothing", init=start, low=0.0, high=1.0)],
-    reading_nothing(F.cross_entropy), partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 200, 64, paper={"warmup_epochs": 5},
-)  # fmt: skip
+    _sets,
+    _mlp,
+    lambda start: [hp.Scalar("nothing", init=start, low=0.0, high=1.0)],
+    reading_nothing(F.cross_entropy),
+    partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    200,
+    64,
+    hyper={"warmup_epochs": 5},
+)
 
 
 def run(method: str, start: float, seed: int, epochs: int = TASK.epochs) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -134,19 +134,24 @@ def run(
     stn = fxstn.transform(
         _model(data.X.shape[1], kind.depth), kind.specs(start, scale), method=method, response="structured"
     )
-    names = ("optimizer", "response_optimizer", "hyper_optimizer")
-    rates = dict(zip(names, (1e-2, 5e-3, 1e-1), strict=True))
-    optimizers = {name: partial(torch.optim.Adam, lr=rate) for name, rate in rates.items()}
+    names = ("optimizer", "response.optimizer", "hyper.optimizer")
+    weights, response, hyper = (partial(torch.optim.Adam, lr=rate) for rate in (1e-2, 5e-3, 1e-1))
 
     def falling(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, max(0.1, 2 - 2 * epoch / epochs)))
 
     runner = fxstn.BilevelRunner(
-        stn, kind.loss, _loader(data.X, data.y, 10 * PASS, seed), [(data.X_valid.float(), data.y_valid.float()[:, None])],
-        train_steps=10,
-        schedulers=dict.fromkeys(names, falling), progress=False, rollbacks=0,
-        **(fxstn.PAPER | {"tune_scale": False} | optimizers),
-    )  # fmt: skip
+        stn,
+        kind.loss,
+        _loader(data.X, data.y, 10 * PASS, seed),
+        [(data.X_valid.float(), data.y_valid.float()[:, None])],
+        optimizer=weights,
+        schedulers=dict.fromkeys(names, falling),
+        progress=False,
+        response=replace(fxstn.PAPER["response"], optimizer=response),
+        hyper=replace(fxstn.PAPER["hyper"], optimizer=hyper, train_steps=10, tune_scale=False),
+        checkpoints=fxstn.CheckpointSettings(rollbacks=0),
+    )
     trajectory = runner.fit(epochs).schedule().values
     (values,) = trajectory.values()
     tail = torch.tensor(values[-max(1, epochs // 10) :], dtype=torch.float64)

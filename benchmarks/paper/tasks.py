@@ -175,9 +175,16 @@ def task(row: str, budget_name: str, scale: float = 1.0) -> Task:
     spec, budget = ROWS[row], ROWS[row].budgets[budget_name]
     decays = {"optimizer": partial(_steps, epochs=budget.epochs)} if spec.data == "cifar10" else {}
     network = (spec.full if budget_name == "full" else None) or spec.network
-    paper = {"warmup_epochs": min(5, budget.epochs // 3), "entropy_weight": spec.entropy_weight}
+    hyper = {"warmup_epochs": min(5, budget.epochs // 3), "entropy_weight": spec.entropy_weight}
     return Task(
-        partial(_sets, spec.data, budget), lambda train: network(), lambda start: spec.specs(start, scale),
-        F.cross_entropy, partial(torch.optim.SGD, lr=spec.rate, momentum=0.9), budget.epochs, 128, {"schedulers": decays},
-        paper | {"schedulers": decays | ({"response_optimizer": decays["optimizer"]} if decays else {})},
-    )  # fmt: skip
+        partial(_sets, spec.data, budget),
+        lambda train: network(),
+        lambda start: spec.specs(start, scale),
+        F.cross_entropy,
+        partial(torch.optim.SGD, lr=spec.rate, momentum=0.9),
+        budget.epochs,
+        128,
+        {"schedulers": decays},
+        {"schedulers": decays | ({"response.optimizer": decays["optimizer"]} if decays else {})},
+        hyper,
+    )

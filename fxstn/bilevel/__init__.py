@@ -1,13 +1,14 @@
 """Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps.
 
 A step: problem, network_problem, sequences, objectives, losses, counts, steps, scaling, updates, combined, optim, evidence.
-A run: runner, tuner, settings, checks, batches, loaders, sources, workers, distributed.
+A run: runner, tuner, settings, run_settings, checks, callbacks, batches, loaders, sources, workers, distributed.
 Evaluation: evaluation, totals, recalibration, temporary.
-What a run tells: history, plots, faults.
+What a run tells: history, plots, progress, faults.
 Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
 """
 
 from fxstn.bilevel import optim
+from fxstn.bilevel.callbacks import EarlyStopping
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.evaluation import accuracy
 from fxstn.bilevel.faults import DivergedError, RunWarning
@@ -16,15 +17,20 @@ from fxstn.bilevel.objectives import cross_entropy, general_loss, hyper_loss, re
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.runner import BilevelRunner
 from fxstn.bilevel.sequences import CarriedState
-from fxstn.bilevel.settings import PAPER
+from fxstn.bilevel.settings import PAPER, CheckpointSettings, ExecutionSettings, HyperSettings, ResponseSettings
 
 __all__ = [
     "PAPER",
     "BilevelProblem",
     "BilevelRunner",
     "CarriedState",
+    "CheckpointSettings",
     "DivergedError",
+    "EarlyStopping",
+    "ExecutionSettings",
     "History",
+    "HyperSettings",
+    "ResponseSettings",
     "RunWarning",
     "Schedule",
     "accuracy",

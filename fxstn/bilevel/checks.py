@@ -1,4 +1,4 @@
-"""Checks of a BilevelRunner's arguments: everything wrong is reported at once, before anything is trained."""
+"""Checks of settings and other arguments: a group's wrong numbers are reported at once, before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,37 +16,48 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE, Schedule
 from fxstn.ir.input_errors import as_path, first_line, is_number
 
+# Settings by their paths: "response.every" is `every` of `ResponseSettings`.
 AT_LEAST_ONE = (
-    "train_steps",
-    "valid_steps",
-    "response_every",
-    "response_windows",
-    "response_widening",
+    "hyper.train_steps",
+    "hyper.valid_steps",
+    "response.every",
+    "response.windows",
+    "response.widening",
     "accumulate",
-    "keep",
+    "checkpoints.keep",
+    "patience",
 )
-FRACTIONS = ("response_fraction", "hyper_fraction")
-NOT_NEGATIVE = ("warmup_epochs", "entropy_weight", "inner_correction", "rollbacks", "recalibrate")
-POSITIVE = ("clip_norm", "patience", "save_minutes")  # may also be None
-WHOLE = ("train_steps", "valid_steps", "response_every", "response_windows", "accumulate", "keep", "warmup_epochs", "rollbacks",
-         "recalibrate", "patience")  # fmt: skip
+FRACTIONS = ("response.fraction", "hyper.fraction")
+NOT_NEGATIVE = (
+    "hyper.warmup_epochs",
+    "hyper.entropy_weight",
+    "hyper.inner_correction",
+    "hyper.recalibrate",
+    "checkpoints.rollbacks",
+)
+POSITIVE = ("clip_norm", "checkpoints.save_minutes")  # may also be None
+WHOLE = ("hyper.train_steps", "hyper.valid_steps", "hyper.warmup_epochs", "hyper.recalibrate", "response.every",
+         "response.windows", "accumulate", "checkpoints.keep", "checkpoints.rollbacks", "patience")  # fmt: skip
 COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # of the history, which users may not name
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that may be None
     **dict.fromkeys(("valid_loss_fn", "initial_state", "unpack"), (callable, "a function")),
     **dict.fromkeys(
-        ("metrics", "columns", "schedulers", "step_schedulers"), (lambda value: isinstance(value, dict), "a dict by name")
+        ("metrics", "columns", "schedulers", "step_schedulers"),
+        (lambda value: isinstance(value, dict), "a dict by name"),
     ),
     "schedule": (lambda value: isinstance(value, Schedule), "a fxstn.Schedule, such as Schedule.from_json(path)"),
-    "memory_format": (lambda value: isinstance(value, torch.memory_format), "such as torch.channels_last"),
-    "compile": (
-        lambda value: isinstance(value, bool) or (isinstance(value, dict) and all(isinstance(key, str) for key in value)),
+    "execution.memory_format": (lambda value: isinstance(value, torch.memory_format), "such as torch.channels_last"),
+    "execution.compile": (
+        lambda value: (
+            isinstance(value, bool) or (isinstance(value, dict) and all(isinstance(key, str) for key in value))
+        ),
         "True, False or a dict of torch.compile's options",
     ),
-    **dict.fromkeys(("tune_scale", "progress"), (lambda value: isinstance(value, bool), "True or False")),
-    "autocast": (lambda value: isinstance(value, torch.dtype), "torch.bfloat16 or torch.float16"),
-    "out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
-}  # fmt: skip
-NEVER_NONE = ("tune_scale",)
+    **dict.fromkeys(("hyper.tune_scale", "progress"), (lambda value: isinstance(value, bool), "True or False")),
+    "execution.autocast": (lambda value: isinstance(value, torch.dtype), "torch.bfloat16 or torch.float16"),
+    "checkpoints.out_dir": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
+}
+NEVER_NONE = ("hyper.tune_scale",)
 
 
 def remark_on(perturb: object) -> str:
@@ -59,75 +70,97 @@ def remark_on(perturb: object) -> str:
     return f": the response is learned from perturbations only{replaced}" if perturb in ("off", "none") else ""
 
 
+def plain_number(path: str, value: object) -> object:
+    """A number as Python's own: NumPy's too, and 3.0 as 3 where a whole number is meant. Any other value as it is."""
+    return (int(value) if path in WHOLE else float(value)) if is_number(value) else value
+
+
 def check_settings(settings: Mapping[str, object]) -> None:
-    """Raises ValueError that lists every number out of range, TypeError for a setting of another kind."""
-    names = (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *(name for name in POSITIVE if settings[name] is not None))
+    """Raises ValueError that lists every number out of range, TypeError for a setting of another kind.
+
+    settings: {path: value}, of some of the settings.
+    """
+    names = [name for name in (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE) if name in settings]
+    names += [name for name in POSITIVE if settings.get(name) is not None]
     numbers = {name: value for name in names if is_number(value := settings[name])}
     if kinds := [f"{name}={settings[name]!r} must be a number" for name in names if name not in numbers]:
         raise TypeError("; ".join(kinds))
     _check_kinds(settings)
-    if wrong := [*_wrong_numbers(numbers), *_wrong_choices(settings), *_wrong_together(settings, numbers)]:
+    if wrong := [*_wrong_numbers(numbers), *_wrong_choices(settings), *_wrong_together(numbers)]:
         raise ValueError("; ".join(wrong))
     _check_functions(settings)
 
 
 def _wrong_numbers(numbers: Mapping[str, float]) -> list[str]:
-    wrong = [f"{name}={numbers[name]} must be at least 1" for name in AT_LEAST_ONE if not numbers[name] >= 1]
-    wrong += [f"{name}={numbers[name]} must be in (0, 1]" for name in FRACTIONS if not 0 < numbers[name] <= 1]
-    wrong += [
-        f"{name}={numbers[name]} must not be negative or infinite"
-        for name in NOT_NEGATIVE if not 0 <= numbers[name] < math.inf
-    ]  # fmt: skip
-    wrong += [f"{name}={numbers[name]} must be positive" for name in POSITIVE if not numbers.get(name, 1) > 0]
-    wrong += [
-        f"{name}={numbers[name]} is too large for a count" for name in WHOLE if numbers.get(name, 1) > sys.maxsize
+    tests: list[tuple[Sequence[str], Callable[[float], bool], str]] = [
+        (AT_LEAST_ONE, lambda number: number >= 1, "must be at least 1"),
+        (FRACTIONS, lambda number: 0 < number <= 1, "must be in (0, 1]"),
+        (NOT_NEGATIVE, lambda number: 0 <= number < math.inf, "must not be negative or infinite"),
+        (POSITIVE, lambda number: number > 0, "must be positive"),
+        (WHOLE, lambda number: not number > sys.maxsize, "is too large for a count"),
+        (WHOLE, lambda number: float(number).is_integer(), "must be a whole number"),
     ]
-    return wrong + [
-        f"{name}={numbers[name]} must be a whole number" for name in WHOLE if not float(numbers.get(name, 1)).is_integer()
-    ]  # fmt: skip
+    return [
+        f"{name}={numbers[name]} {rule}"
+        for names, right, rule in tests
+        for name in names
+        if name in numbers and not right(numbers[name])
+    ]
 
 
 def _wrong_choices(settings: Mapping[str, object]) -> list[str]:
     wrong = []
-    ema, perturb, autocast = settings["ema"], settings["perturb"], settings["autocast"]
+    ema, autocast = settings.get("ema"), settings.get("execution.autocast")
+    perturb = settings.get("response.perturb", "auto")
     if ema is not None and not (is_number(ema) and 0 < ema < 1):
         wrong.append(f"ema={ema} must be in (0, 1)")
     if not isinstance(perturb, str) or perturb not in ("auto", "example", "batch"):
-        wrong.append(f"perturb={perturb!r} must be 'auto', 'example' or 'batch'{remark_on(perturb)}")
+        wrong.append(f"response.perturb={perturb!r} must be 'auto', 'example' or 'batch'{remark_on(perturb)}")
     if autocast not in (None, torch.bfloat16, torch.float16):
-        wrong.append(f"autocast={autocast} must be torch.bfloat16, torch.float16 or None")
+        wrong.append(f"execution.autocast={autocast} must be torch.bfloat16, torch.float16 or None")
     return wrong
 
 
-def _wrong_together(settings: Mapping[str, object], numbers: Mapping[str, float]) -> list[str]:
-    wrong, windows, state = [], numbers["response_windows"], settings["initial_state"]
-    if windows > 1 and (state is None or numbers["response_every"] > 1):
-        wrong.append(f"response_windows={windows} needs initial_state and response_every=1, a step at every window")
-    if numbers["accumulate"] > 1 and state is not None:
-        wrong.append(f"accumulate={numbers['accumulate']} does not go with initial_state: a window needs the state after the "
-                     "last")  # fmt: skip
-    return wrong
+def _wrong_together(numbers: Mapping[str, float]) -> list[str]:
+    windows = numbers.get("response.windows", 1)
+    if windows > 1 and numbers["response.every"] > 1:
+        return [f"response.windows={windows} needs response.every=1, a step at every window"]
+    return []
+
+
+def check_windows(initial_state: object, windows: int, accumulate: int) -> None:
+    """Raises ValueError where settings do not go with the state that a network carries, or does not carry.
+
+    windows: of `ResponseSettings`.
+    """
+    if windows > 1 and initial_state is None:
+        raise ValueError(f"response.windows={windows} needs initial_state: without it no window goes on from the last")
+    if accumulate > 1 and initial_state is not None:
+        raise ValueError(
+            f"accumulate={accumulate} does not go with initial_state: a window needs the state after the last"
+        )
 
 
 def _check_kinds(settings: Mapping[str, object]) -> None:
     """Raises TypeError for a setting of another kind than it must be, ValueError for an out_dir that is a file."""
     for name, (right, kind) in KINDS.items():
-        if (settings[name] is not None or name in NEVER_NONE) and not right(settings[name]):
-            raise TypeError(f"{name}={settings[name]!r} must be {kind}{'' if name in NEVER_NONE else ', or None'}")
-    out_dir = settings["out_dir"]
-    if out_dir is not None and as_path(out_dir, "out_dir").is_file():
-        raise ValueError(f"out_dir={str(out_dir)!r} is a file; name a folder, which is made where there is none")
+        value = settings.get(name)
+        if (value is not None or (name in NEVER_NONE and name in settings)) and not right(value):
+            raise TypeError(f"{name}={value!r} must be {kind}{'' if name in NEVER_NONE else ', or None'}")
+    out_dir = settings.get(name := "checkpoints.out_dir")
+    if out_dir is not None and as_path(out_dir, name).is_file():
+        raise ValueError(f"{name}={str(out_dir)!r} is a file; name a folder, which is made where there is none")
 
 
 def _check_functions(settings: Mapping[str, object]) -> None:
     for argument in ("metrics", "columns"):
-        functions = settings[argument]
+        functions = settings.get(argument)
         for name, function in functions.items() if isinstance(functions, dict) else ():
             if not callable(function):
                 raise TypeError(f"{argument}[{name!r}] must be a function, got {type(function).__name__}")
             if name in COLUMNS:
                 raise ValueError(f"{argument}[{name!r}]: the history has a column of that name; choose another")
-    callbacks = settings["callbacks"]
+    callbacks = settings.get("callbacks", ())
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")
 
@@ -153,7 +186,7 @@ def check_names(
                          "same hyperparameters")  # fmt: skip
 
 
-def check_device(device: torch.device | str, name: str = "device") -> torch.device:
+def check_device(device: torch.device | str, name: str) -> torch.device:
     """The device.
 
     name: what the error calls the argument.

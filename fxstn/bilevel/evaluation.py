@@ -255,7 +255,7 @@ class Evaluator:
         if not distributed.rank() and not self._warned:
             warn_caller(
                 f"λ is not limited after an epoch in which the validation loss of training batches is {loss}, as now: the "
-                "network or the loss overflows; use autocast=torch.bfloat16 in place of float16, or scale the inputs"
+                "network or the loss overflows; use execution.autocast=torch.bfloat16 in place of float16, or scale the inputs"
             )
         self._warned = True
 

@@ -22,8 +22,8 @@ PERSISTENT = 3  # epochs in a row that a sign must last
 OPTIMIZERS_TO_SLOW = {  # {loss: optimizers whose rates a bad value of it calls too high}
     "train_loss": ("optimizer",),
     "valid_loss": ("optimizer",),
-    "response_loss": ("response_optimizer",),
-    "hyper_loss": ("response_optimizer", "hyper_optimizer"),
+    "response_loss": ("response.optimizer",),
+    "hyper_loss": ("response.optimizer", "hyper.optimizer"),
 }
 
 
@@ -101,13 +101,13 @@ def _scales_lost(recent: Sequence[Row], first: Row, names: Sequence[str]) -> Ite
         column = SCALE + name
         if all(column in row and row[column] < 1e-3 * max(first[column], 1e-3) for row in recent):
             yield f"scale {name}", (f"σ of {name} has shrunk to {recent[-1][column]:.2g}, too small to learn a response from; "
-                                    "raise entropy_weight, or keep σ with tune_scale=False")  # fmt: skip
+                                    "raise hyper.entropy_weight, or keep σ with hyper.tune_scale=False")  # fmt: skip
 
 
 def _response_too_large(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
     if all(row.get("response_norm", 0.0) > 1 for row in recent):
         yield "response", ("a perturbation of λ is predicted to change the weights by "
-                           f"{recent[-1]['response_norm']:.2g} times their size; lower response_optimizer's learning rate or "
+                           f"{recent[-1]['response_norm']:.2g} times their size; lower response.optimizer's learning rate or "
                            "the scale of the hyperparameters, or set clip_norm")  # fmt: skip
 
 
@@ -116,15 +116,15 @@ def _underfitting(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
         train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
         yield "limits", (f"training batches have a loss of {train:.4g}, validation {valid:.4g}: no regularisation rises in a "
                          "network that fits so badly, and little evidence lowers it; where many of their labels are wrong, or "
-                         "validation data are of another kind, free λ by "
-                         "hyper_optimizer=lambda p: fxstn.optim.SettlingAdam(p, limits=False)")  # fmt: skip
+                         "validation data are of another kind, free λ by hyper=fxstn.HyperSettings(optimizer=lambda p: "
+                         "fxstn.optim.SettlingAdam(p, limits=False))")  # fmt: skip
 
 
 def _linearization_poor(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
     errors = [row.get("linearization_error", 0.0) for row in recent]
     if min(errors) > 0.9 and errors[-1] >= errors[0]:
         yield "linearization", (f"the linearised loss says little of the true one (relative error {errors[-1]:.2f}); lower the "
-                                "scale of the hyperparameters (scale=), or response_optimizer's learning rate")  # fmt: skip
+                                "scale of the hyperparameters (scale=), or response.optimizer's learning rate")  # fmt: skip
 
 
 def signs(rows: Sequence[Row], ranges: Ranges, regularizing: Collection[str] = ()) -> Iterator[tuple[str, str]]:

@@ -29,8 +29,8 @@ from fxstn.bilevel.losses import (
     validation_loss,
 )
 from fxstn.bilevel.problem import BilevelProblem, Evaluation
+from fxstn.bilevel.run_settings import OF_NETWORKS, Settings
 from fxstn.bilevel.sequences import CarriedState
-from fxstn.bilevel.settings import OF_NETWORKS, Settings
 from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors, value_counts
 from fxstn.network import SelfTuningNetwork
@@ -50,13 +50,15 @@ class NetworkProblem(BilevelProblem):
         self.training_windows = CarriedState(loss_fn, settings.initial_state)
         self.perturbed_windows = CarriedState(loss_fn, settings.initial_state)
         self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)
-        self.entropy_weight, self.tune_scale = settings.entropy_weight, settings.tune_scale
-        self.perturb: Perturb = settings.perturb
+        self.entropy_weight, self.tune_scale = settings.hyper.entropy_weight, settings.hyper.tune_scale
+        self.perturb: Perturb = settings.response.perturb
         if self.perturb == "example" and not stn.recipe.frontend.rewritable:
-            raise ValueError(f"perturb='example' needs a graph, and this network is followed by trace={stn.frontend!r}, with "
-                             "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why")  # fmt: skip
-        self.response_fraction, self.response_widening = settings.response_fraction, settings.response_widening
-        self.response_windows, self.hyper_fraction = settings.response_windows, settings.hyper_fraction
+            raise ValueError(
+                f"response.perturb='example' needs a graph, and this network is followed by trace={stn.frontend!r}, with "
+                "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why"
+            )
+        self.response_fraction, self.response_widening = settings.response.fraction, settings.response.widening
+        self.response_windows, self.hyper_fraction = settings.response.windows, settings.hyper.fraction
         self._least = 2 if self._norms_of_batch() else 1  # examples of a part of a batch
         self._windows = 0  # number of windows that the response step has seen in this pass
         self._epsilon: Tensor | None = None
@@ -239,6 +241,8 @@ def as_problem(
 ) -> BilevelProblem:
     """The problem that a runner's arguments mean. Raises TypeError where they are of another kind, or do not go together.
 
+    loss_fn: None for a problem of the user's own.
+
     Warns of hyperparameters that nothing reads.
     """
     if isinstance(stn, SelfTuningNetwork):
@@ -249,8 +253,6 @@ def as_problem(
         return NetworkProblem(stn, loss_fn, settings)
     if not isinstance(stn, BilevelProblem):
         raise TypeError(f"the first argument must come from fxstn.transform(model, hparams), got {type(stn).__name__}")
-    if loss_fn is not None:
-        raise TypeError("a BilevelProblem has its losses itself: pass None as loss_fn")
     if unused := settings.changed(OF_NETWORKS):
         raise TypeError(f"{', '.join(unused)}: only for a network from fxstn.transform, not for a BilevelProblem")
     return stn

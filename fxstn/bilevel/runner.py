@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack, overload
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch
@@ -21,8 +20,9 @@ from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
+from fxstn.bilevel.progress import postfix, progress_bar
 from fxstn.bilevel.run_parts import RunParts
-from fxstn.bilevel.settings import Settings, SettingsDict, settings_of, text_of, with_settings_listed
+from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.steps import GapLimit
 from fxstn.bilevel.totals import one_number
@@ -30,17 +30,20 @@ from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
 
+@with_settings_listed
 class BilevelRunner:
     """Trains w₀, Θ, λ and σ together (paper, Alg. 1).
 
-    stn: from `fxstn.transform`; or a problem of your own, with loss_fn None (`fxstn.BilevelProblem`).
+    BilevelRunner(problem, train_loader, valid_loader, …) is for a problem of your own (`fxstn.BilevelProblem`).
+
+    stn: from `fxstn.transform`.
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). A loss function with a parameter
         `hparams` gets {name: (batch,) constrained values} in training, and None in the hyper step and in evaluation.
     train_loader, valid_loader: yield (inputs, target); a tuple of inputs is unpacked.
-    settings: keywords, listed at the end.
+    settings: keywords, listed at the end; "hyper.train_steps" is `train_steps` of the group `hyper`.
 
-    Training runs in cycles. A cycle is train_steps inner steps of w₀, with a response step of Θ at every response_every-th of
-    them, and then valid_steps hyper steps of λ and σ. A cycle may go on in the next epoch.
+    Training runs in cycles. A cycle is hyper.train_steps inner steps of w₀, and then hyper.valid_steps hyper steps of λ and σ.
+    Every response.every-th inner step brings a response step of Θ. A cycle may go on in the next epoch.
 
     Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and its device. The processes
     average their gradients and draw different noise. The first one writes the files, to its out_dir (docs/distributed.md).
@@ -50,23 +53,23 @@ class BilevelRunner:
     trouble (`fxstn.bilevel.faults`).
     """
 
-    @with_settings_listed
-    def __init__(
-        self,
-        stn: SelfTuningNetwork | BilevelProblem,
-        loss_fn: LossFunction | None,
-        train_loader: Iterable[object],
-        valid_loader: Iterable[object],
-        **settings: Unpack[SettingsDict],
-    ) -> None:
+    @overload
+    def __init__(self, stn: SelfTuningNetwork, loss_fn: LossFunction, train_loader: Iterable[object],
+                 valid_loader: Iterable[object], **settings: Unpack[SettingsDict]) -> None: ...  # fmt: skip
+    @overload
+    def __init__(self, problem: BilevelProblem, train_loader: Iterable[object], valid_loader: Iterable[object],
+                 **settings: Unpack[SettingsDict]) -> None: ...  # fmt: skip
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        stn, loss_fn, train_loader, valid_loader = positional(arguments, settings)
         options = self._options = settings_of(settings)
-        arguments = {"loss_fn": loss_fn, "train_loader": train_loader, "valid_loader": valid_loader}
-        self.settings = {name: text_of(value) for name, value in arguments.items()} | options.texts()
+        data = {"loss_fn": loss_fn, "train_loader": train_loader, "valid_loader": valid_loader}
+        self.settings = {name: text_of(value) for name, value in data.items()} | options.texts()
         batches = check_loader(train_loader, "train_loader")
         check_loader(valid_loader, "valid_loader")
         self.stn, self.problem = stn, as_problem(stn, loss_fn, options)
         self.train_loader, self.valid_loader = train_loader, valid_loader
-        self.device = next(stn.parameters()).device if options.device is None else check_device(options.device)
+        device = options.execution.device
+        self.device = next(stn.parameters()).device if device is None else check_device(device, "execution.device")
         self.metrics, self.columns = options.metrics or {}, options.columns or {}
         self.callbacks, self.progress = tuple(options.callbacks), options.progress
         self._stop, self._stopped = Stop(), False
@@ -77,33 +80,36 @@ class BilevelRunner:
 
     def _place_problem(self) -> None:
         """Move the problem to the device, and begin alike in all processes."""
-        options, problem = self._options, self.problem
+        options, problem, execution = self._options, self.problem, self._options.execution
         problem.to(self.device)
-        if options.memory_format is not None:
-            problem.to(memory_format=options.memory_format)  # type: ignore[call-overload]
-        if options.compile and isinstance(self.stn, SelfTuningNetwork):
-            self.stn.compile(**(options.compile if isinstance(options.compile, dict) else {}))
+        if execution.memory_format is not None:
+            problem.to(memory_format=execution.memory_format)  # type: ignore[call-overload]
+        if execution.compile and isinstance(self.stn, SelfTuningNetwork):
+            self.stn.compile(**(execution.compile if isinstance(execution.compile, dict) else {}))
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)
         check_names(list(problem.values()), options.metrics, options.columns, options.schedule)
-        self.out_dir = distributed.in_first_process(lambda: absolute(options.out_dir, "out_dir"))
+        self.out_dir = distributed.in_first_process(
+            lambda: absolute(options.checkpoints.out_dir, "checkpoints.out_dir")
+        )
 
     def _build_parts(self) -> None:
         """What evaluates, watches and keeps the run."""
         options, problem, tuner = self._options, self.problem, self._tuner
+        files = options.checkpoints
         self.updates, self.optimizers = tuner.updates, tuner.updates.optimizers
         self.history = History(tuple(problem.values()), start=problem.values())
         regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
         self._best, self._monitors = BestModel(self.device), Monitors(problem.ranges(), regularizing)
         self._evaluator = tuner.evaluator(self.metrics)
-        measured = options.recalibrate > 0 and options.schedule is None
-        self._limit = GapLimit(self.optimizers.get("hyper_optimizer"), problem, measured)
+        measured = options.hyper.recalibrate > 0 and options.schedule is None
+        self._limit = GapLimit(self.optimizers.get("hyper.optimizer"), problem, measured)
         self._epoch_tensors = EpochTensors(problem, tuner.averages)
         self._checkpoints = CheckpointManager(
-            self._parts(), self.device, self.out_dir, options.save_minutes, options.keep, options.rollbacks > 0
+            self._parts(), self.device, self.out_dir, files.save_minutes, files.keep, files.rollbacks > 0
         )
         self._recovery = Recovery(
-            self._checkpoints, problem, self.updates, self._monitors, tuner.prepare, options.rollbacks
+            self._checkpoints, problem, self.updates, self._monitors, tuner.prepare, files.rollbacks
         )
 
     def _parts(self) -> RunParts:
@@ -140,11 +146,8 @@ class BilevelRunner:
         check_length(epochs, minutes)
         with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
             self._checkpoints.resume(begun=bool(len(self.history) or self._tuner.means.steps))
-            self._stopped = False
-            self._checkpoints.begin()
-            hidden = True if distributed.rank() else None if self.progress is None else not self.progress
-            bar = tqdm(total=epochs, initial=min(len(self.history), epochs), unit="epoch", disable=hidden)
-            with bar:
+            self._begin_fit()
+            with progress_bar(epochs, len(self.history), self.progress) as bar:
                 while len(self.history) < epochs and not self._over(minutes):
                     number = len(self.history) + 1
                     try:
@@ -152,25 +155,24 @@ class BilevelRunner:
                     except BadLoss as fault:
                         self._recovery.go_back(fault)
                         continue
-                    bar.set_postfix(self._postfix(self.history.rows[-1]), refresh=False)
+                    bar.set_postfix(postfix(self.history, self.columns), refresh=False)
                     bar.update()
         return self.history
+
+    def _begin_fit(self) -> None:
+        self._stopped = False
+        self._checkpoints.begin()
+        for callback in self.callbacks:
+            if on_fit_start := getattr(callback, "on_fit_start", None):
+                on_fit_start(self)
 
     def stop(self) -> None:
         """End `fit` after this epoch; for callbacks."""
         self._stopped = True
 
     def _over(self, minutes: float | None) -> bool:
-        done, patience = len(self.history), self._options.patience
-        late = minutes is not None and done and sum(self.history["seconds"]) >= 60 * minutes
-        hopeless = patience is not None and done and done - self.history.best()["epoch"] >= patience
-        return distributed.any_process(bool(self._stopped or late or hopeless), self.device)
-
-    def _postfix(self, row: Row) -> dict[str, str]:
-        """Losses, columns and a few λ, for the progress bar."""
-        few = [(name.rpartition(".")[0] or name, row[name]) for name in self.history.names[:3]]
-        shown = [("train", row["train_loss"]), ("valid", row["valid_loss"]), *((n, row[n]) for n in self.columns), *few]
-        return {name: f"{value:.4g}" for name, value in shown}
+        late = minutes is not None and len(self.history) > 0 and sum(self.history["seconds"]) >= 60 * minutes
+        return distributed.any_process(self._stopped or late, self.device)
 
     def _end_epoch(self, number: int, losses: dict[str, float]) -> None:
         self._epoch_tensors.average()
@@ -240,7 +242,7 @@ class BilevelRunner:
 
     @property
     def steps(self) -> int:
-        """Inner steps done, without those that overflowed in float16; a cycle of train_steps may span epochs."""
+        """Inner steps done, without those that overflowed in float16; a cycle may span epochs."""
         return self._tuner.counters.steps
 
     @property
@@ -293,7 +295,3 @@ class BilevelRunner:
         Raises ValueError, and changes nothing, where the file is no such run, is damaged, or tunes other hyperparameters.
         """
         self._checkpoints.load(path)
-
-
-_SETTINGS = (Settings.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0]  # without the title and "Raises"
-BilevelRunner.__doc__ = f"{BilevelRunner.__doc__}\n{_SETTINGS}\n"  # so that help(BilevelRunner) explains them

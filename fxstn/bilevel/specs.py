@@ -95,13 +95,13 @@ def adapt(state: State, problem: BilevelProblem) -> tuple[State, list[str], list
         raise ValueError(f"{ranges[0]} in {old}, this run in {new}, and λ of such a problem cannot be converted; choose "
                          "another out_dir, or the same range")  # fmt: skip
     if ranges and not _settles(state):
-        changes.append("the averages of hyper_optimizer")
+        changes.append("the averages of hyper.optimizer")
     return _convert(state, ours, ranges, scales), changes, remains
 
 
 def _settles(state: State) -> bool:
     """Whether the optimizer of λ is a SettlingAdam, whose averages have known units."""
-    return bool(state["shared"]["updates"]["records"]["hyper_optimizer"]["initial"]["type"] == "SettlingAdam")
+    return bool(state["shared"]["updates"]["records"]["hyper.optimizer"]["initial"]["type"] == "SettlingAdam")
 
 
 def _convert(state: State, ours: State, ranges: Sequence[str], scales: Sequence[str]) -> State:
@@ -145,13 +145,13 @@ def _convert_updates(updates: State, slopes: Tensor, settles: bool) -> State:
         return updates
     optimizers = {name: {**state} for name, state in updates["optimizers"].items()}
     powers = dict(zip(AVERAGES, (1, 2, 2), strict=True))
-    entries = optimizers["hyper_optimizer"]["state"] if settles else {}
-    optimizers["hyper_optimizer"]["state"] = {
+    entries = optimizers["hyper.optimizer"]["state"] if settles else {}
+    optimizers["hyper.optimizer"]["state"] = {
         key: entry | {average: _times(entry[average], slopes**power) for average, power in powers.items()}
         for key, entry in entries.items()
     }
-    if "scale_optimizer" in optimizers:
-        optimizers["scale_optimizer"]["state"] = {}
+    if "hyper.scale_optimizer" in optimizers:
+        optimizers["hyper.scale_optimizer"]["state"] = {}
     return {**updates, "optimizers": optimizers}
 
 

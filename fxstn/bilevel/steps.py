@@ -27,7 +27,7 @@ class Stepper:
     updates: steps the optimizers.
     guard: checks the hyper step's loss.
     prepare: has moved the batches to the device, and names the last one in errors.
-    correction: c of `BilevelRunner`, inner_correction.
+    correction: c of `fxstn.HyperSettings`, inner_correction.
     precision: makes a context for the forward of a loss.
 
     `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step.
@@ -54,7 +54,7 @@ class Stepper:
 
         tunes: whether a hyper step will follow.
         """
-        names = ("optimizer", "response_optimizer") if self.problem.joint else ("optimizer",)
+        names = ("optimizer", "response.optimizer") if self.problem.joint else ("optimizer",)
         loss = self._gradient("train_loss", self.problem.general_loss, batches, names)
         if loss is None:
             return None
@@ -66,14 +66,14 @@ class Stepper:
 
     def response(self, batches: Sequence[Batch]) -> Mean | None:
         """Step Θ; returns the loss. None where the gradient overflowed: nothing has changed."""
-        loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response_optimizer",))
+        loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response.optimizer",))
         if loss is not None:
-            self.updates.step("response_optimizer")
+            self.updates.step("response.optimizer")
         return loss
 
     def hyper(self, batch: Batch) -> Mean | None:
         """Step λ, and σ where it is tuned; returns the loss. None where the gradient overflowed: nothing has changed."""
-        names = tuple(name for name in ("hyper_optimizer", "scale_optimizer") if name in self.updates.optimizers)
+        names = tuple(name for name in ("hyper.optimizer", "hyper.scale_optimizer") if name in self.updates.optimizers)
         loss = self._gradient("hyper_loss", self.problem.hyper_loss, [batch], names)
         if loss is None:
             return None

@@ -17,8 +17,8 @@ from fxstn.bilevel.evaluation import Evaluator, RunningMeans
 from fxstn.bilevel.faults import LossGuard, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
-from fxstn.bilevel.settings import Settings
 from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import Stepper
 from fxstn.bilevel.temporary import WeightAverages
@@ -40,18 +40,18 @@ def build_updates(
     """
     choices: dict[str, OptimizerLike] = {
         "optimizer": settings.optimizer,
-        "response_optimizer": settings.response_optimizer,
-        "hyper_optimizer": settings.hyper_optimizer,
-        "scale_optimizer": settings.scale_optimizer,
+        "response.optimizer": settings.response.optimizer,
+        "hyper.optimizer": settings.hyper.optimizer,
+        "hyper.scale_optimizer": settings.hyper.scale_optimizer,
     }
     optimizers = build_optimizers(problem, choices, network is not None and network.structured)
-    for name in ("optimizer", "response_optimizer"):
+    for name in ("optimizer", "response.optimizer"):
         groups = optimizers[name].param_groups if name in optimizers else []
         if network is not None and network.terms.penalties and any(g.get("weight_decay") for g in groups):
             warn_caller(
                 f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", UserWarning
             )
-    scaled = settings.autocast is torch.float16
+    scaled = settings.execution.autocast is torch.float16
     if scaled:
         _check_no_float16(network.model if network is not None else problem)
     scalers = {name: LossScaler(device, scaled) for name in ("train_loss", "response_loss", "hyper_loss")}
@@ -62,8 +62,10 @@ def build_updates(
 def _check_no_float16(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dtype is torch.float16:
-            raise ValueError(f"autocast=torch.float16 is for a network in float32, and {name} is in float16: leave out "
-                             ".half(), or freeze that layer")  # fmt: skip
+            raise ValueError(
+                f"execution.autocast=torch.float16 is for a network in float32, and {name} is in float16: leave out "
+                ".half(), or freeze that layer"
+            )
 
 
 @dataclass
@@ -110,15 +112,16 @@ class Tuner:
     ) -> None:
         self.problem, self.network, self.settings, self.device = problem, network, settings, device
         self.schedule, self.counters = settings.schedule, Counters()
-        self.train = ResumableLoader(train_loader, "train_loader", settings.recalibrate)
+        self.train = ResumableLoader(train_loader, "train_loader", settings.hyper.recalibrate)
         self.valid = ResumableLoader(valid_loader, "valid_loader")
         self.length = math.ceil(batches / settings.accumulate) if batches else None  # inner steps of an epoch
         self.lengths_differ = distributed.lengths_differ(train_loader)
         self.guard, self.means = LossGuard(), RunningMeans(device)
-        self.prepare = BatchPreparer(device, settings.memory_format, settings.unpack)
-        self.precision = partial(torch.autocast, device.type, settings.autocast, enabled=settings.autocast is not None)
+        autocast = settings.execution.autocast
+        self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack)
+        self.precision = partial(torch.autocast, device.type, autocast, enabled=autocast is not None)
         self.updates = build_updates(problem, network, settings, device)
-        correction = settings.inner_correction
+        correction = settings.hyper.inner_correction
         self.stepper = Stepper(problem, self.updates, self.guard, self.prepare, correction, self.precision)
         self.averages: WeightAverages | None = None
         if settings.ema is not None:
@@ -144,17 +147,17 @@ class Tuner:
             self.problem.begins("train")
             self.train.begin()
         self.problem.train()
-        tunes = self.schedule is None and number > settings.warmup_epochs
+        tunes = self.schedule is None and number > settings.hyper.warmup_epochs
         while batches := self._next_batches():
             time = f"epoch {number}, step {means.steps + 1}"
             self._replay(number - 1, means.steps + 1)
             losses = self.inner_step([self.prepare(b, "train_loader", time) for b in batches], tunes)
             means.add(losses)
-            cycle_over = bool(losses) and self.counters.steps % settings.train_steps == 0
+            cycle_over = bool(losses) and self.counters.steps % settings.hyper.train_steps == 0
             if cycle_over or means.steps == 1 or not self.guard.first:
                 self.guard.check(means.means(), time)
             if cycle_over:
-                for _ in range(settings.valid_steps if tunes else 0):
+                for _ in range(settings.hyper.valid_steps if tunes else 0):
                     while self.stepper.hyper(self._valid_batch(time)) is None:
                         pass  # its gradient overflowed: the next batch, at half the scale
                     self.counters.hyper_steps += 1
@@ -171,7 +174,7 @@ class Tuner:
     @property
     def _responds(self) -> bool:
         """Whether there are steps of Θ alone."""
-        return "response_optimizer" in self.updates.optimizers and not self.problem.joint and self.schedule is None
+        return "response.optimizer" in self.updates.optimizers and not self.problem.joint and self.schedule is None
 
     def _next_batches(self) -> list[object]:
         """The batches of the next inner step; none, in all processes, where one of them has none left."""
@@ -200,7 +203,7 @@ class Tuner:
             return {}
         losses, counters = {"train_loss": loss}, self.counters
         counters.steps += 1
-        if self._responds and (counters.response_due or counters.steps % self.settings.response_every == 0):
+        if self._responds and (counters.response_due or counters.steps % self.settings.response.every == 0):
             response_loss = self.stepper.response(batches)
             counters.response_due = response_loss is None
             if response_loss is not None:

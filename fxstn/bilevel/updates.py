@@ -23,8 +23,8 @@ from fxstn.bilevel.state import State, Stateful
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]
 OptimizerLike = Optimizer | Sequence[Optimizer] | OptimizerFactory | None
-CLIPPED = ("optimizer", "response_optimizer")
-OPTIONAL = "scale_optimizer"  # of σ: a run may begin or cease to learn it
+CLIPPED = ("optimizer", "response.optimizer")
+OPTIONAL = "hyper.scale_optimizer"  # of σ: a run may begin or cease to learn it
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
 
 
@@ -125,9 +125,9 @@ def build_optimizers(
     sparse = any(table.sparse for table in tables)
     kinds: dict[str, tuple[OptimizerFactory, Iterable[nn.Parameter]]] = {
         "optimizer": (partial(sgd, fused=not sparse), problem.general_parameters()),
-        "response_optimizer": (sgd if structured else adam, problem.response_parameters()),
-        "hyper_optimizer": (SettlingAdam, problem.hyper_parameters()),
-        "scale_optimizer": (rmsprop, problem.scale_parameters()),
+        "response.optimizer": (sgd if structured else adam, problem.response_parameters()),
+        "hyper.optimizer": (SettlingAdam, problem.hyper_parameters()),
+        "hyper.scale_optimizer": (rmsprop, problem.scale_parameters()),
     }
     return {
         name: build_optimizer(choices[name], default, parameters, name)

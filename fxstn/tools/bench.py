@@ -21,7 +21,7 @@ from fxstn.bilevel.batches import first_part, to_device
 from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.settings import Settings
+from fxstn.bilevel.settings import ResponseSettings
 from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
@@ -203,8 +203,8 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         steps["response"] = paper.response, 1
         steps["schedule"] = partial(paper.cycle, 1.0, 1, "auto", False), TRAIN_STEPS
     if "schedule-default" in names:
-        default, every = TunedTraining(setup, model, x, target, "scaled", adam), Settings.response_every
-        cycle = partial(default.cycle, Settings.response_fraction, every, "off", True)
+        default, every = TunedTraining(setup, model, x, target, "scaled", adam), ResponseSettings.every
+        cycle = partial(default.cycle, ResponseSettings.fraction, every, "off", True)
         steps["schedule-default"] = cycle, math.lcm(TRAIN_STEPS, every)
     if not BASELINES.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,18 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader
 
 from fxstn import hp
-from fxstn.bilevel import PAPER, BilevelRunner, DivergedError, Schedule, accuracy
+from fxstn.bilevel import (
+    PAPER,
+    BilevelRunner,
+    CheckpointSettings,
+    DivergedError,
+    EarlyStopping,
+    ExecutionSettings,
+    HyperSettings,
+    ResponseSettings,
+    Schedule,
+    accuracy,
+)
 from fxstn.bilevel.checks import check_device
 from fxstn.bilevel.optim import SettlingAdam
 from fxstn.ir.input_errors import as_path
@@ -44,9 +56,10 @@ def _as_in_paper(args: argparse.Namespace) -> bool:
 
 def _runner(args: argparse.Namespace, split: data.Split, device: torch.device, out: Path) -> BilevelRunner:
     paper, sgd = _as_in_paper(args), partial(torch.optim.SGD, lr=args.lr, momentum=0.9)
-    settings = PAPER | {"response_optimizer": sgd} if paper else {}
+    response = replace(PAPER["response"], optimizer=sgd) if paper else ResponseSettings()
+    hyper = replace(PAPER["hyper"] if paper else HyperSettings(), warmup_epochs=args.warmup_epochs)
     if args.hyper_lr is not None:
-        settings["hyper_optimizer"] = partial(torch.optim.RMSprop if paper else SettlingAdam, lr=args.hyper_lr)
+        hyper = replace(hyper, optimizer=partial(torch.optim.RMSprop if paper else SettlingAdam, lr=args.hyper_lr))
     schedule = Schedule.from_json(args.replay) if args.replay else None
     stn = _network(args, split.classes)
     out.mkdir(parents=True, exist_ok=True)
@@ -56,13 +69,13 @@ def _runner(args: argparse.Namespace, split: data.Split, device: torch.device, o
         data.loader(split.train, args.batch_size, args.seed),
         data.loader(split.valid, args.batch_size, args.seed + 1),
         optimizer=sgd,
+        response=response,
+        hyper=hyper,
+        checkpoints=CheckpointSettings(out_dir=out),
+        execution=ExecutionSettings(device=device),
         metrics={"accuracy": accuracy},
-        warmup_epochs=args.warmup_epochs,
-        patience=args.patience,
-        device=device,
-        out_dir=out,
+        callbacks=[] if args.patience is None else [EarlyStopping(args.patience)],
         schedule=schedule,
-        **settings,
     )
 
 
