@@ -19,7 +19,7 @@ Evaluation = Callable[[Any, Any], tuple[LossValue, Any]]  # (inputs, target) →
 
 
 class BilevelProblem(nn.Module):
-    """A bilevel problem of your own, for `BilevelRunner(problem, None, train_loader, valid_loader)`: subclass it.
+    """A bilevel problem of your own, for `BilevelRunner(problem, train_loader, valid_loader)`: subclass it.
 
     It is a module, which holds its parameters and moves to a device. The methods say what is trained on which loss.
     Needed: general_parameters, hyper_parameters, general_loss, hyper_loss, validation_loss.
