@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -202,7 +203,7 @@ def test_validation_of_an_own_problem_is_in_eval_mode_without_gradients():
 
 def test_a_loss_that_gives_gradients_to_parameters_of_another_step_is_refused():
     with pytest.raises(
-        RuntimeError, match="the step of optimizer also has gradients for the parameters of hyper_optimizer"
+        RuntimeError, match=r"the step of optimizer also has gradients for the parameters of hyper\.optimizer"
     ):
         ridge(careless=True).fit(1)
 
@@ -210,10 +211,29 @@ def test_a_loss_that_gives_gradients_to_parameters_of_another_step_is_refused():
 @pytest.mark.parametrize(
     "settings",
     [{"valid_loss_fn": F.mse_loss}, {"execution": {"compile": True}}, {"hyper": {"tune_scale": True}}],
-    ids=lambda s: next(iter(s)),
+    ids=["valid_loss_fn", "execution.compile", "hyper.tune_scale"],
 )
-def test_settings_of_networks_are_refused_for_an_own_problem(settings):
-    with pytest.raises(TypeError, match=f"{next(iter(settings))}: only for a network"):
+def test_settings_of_networks_are_refused_for_an_own_problem(settings, request):
+    with pytest.raises(TypeError, match=f"^{re.escape(request.node.callspec.id)}: only for a network"):
         ridge(**settings)
-    with pytest.raises(TypeError, match="pass None as loss_fn"):
-        fxstn.BilevelRunner(Ridge(), F.mse_loss, [(1, 2)], [(1, 2)])
+
+
+def test_an_own_problem_takes_no_loss_function():
+    batches = [(1, 2)]
+    for loss_fn in (F.mse_loss, None):
+        with pytest.raises(
+            TypeError, match=r"or \(problem, train_loader, .* has its losses itself: too many positional"
+        ):
+            fxstn.BilevelRunner(Ridge(), loss_fn, batches, batches)
+    with pytest.raises(TypeError, match="no argument 'loss_fn'; a BilevelProblem has its losses itself"):
+        fxstn.BilevelRunner(Ridge(), loss_fn=F.mse_loss, train_loader=batches, valid_loader=batches)
+
+
+def test_the_arguments_of_both_forms_may_be_named():
+    x = torch.randn(4, 3)
+    batches = [(x, x.sum(1))]
+    runner = fxstn.BilevelRunner(
+        valid_loader=batches, problem=(problem := Ridge()), train_loader=batches, progress=False
+    )
+    assert runner.problem is problem
+    assert len(runner.fit(1)) == 1

@@ -183,8 +183,8 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(epochs, tmp_path):
     settings = {"schedulers": {"optimizer": plateau}, "hyper": {"valid_steps": 2}}
     unbroken = make(**settings)
     unbroken.fit(4)
-    make(out_dir=tmp_path, **settings).fit(epochs)
-    resumed = make(out_dir=tmp_path, **settings)
+    make(checkpoints={"out_dir": tmp_path}, **settings).fit(epochs)
+    resumed = make(checkpoints={"out_dir": tmp_path}, **settings)
     assert without_times(resumed.fit(4)) == without_times(unbroken.history)
     for a, b in zip(resumed.stn.parameters(), unbroken.stn.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -213,7 +213,7 @@ def test_a_gradient_is_clipped():
 
 
 def test_a_column_is_computed_from_the_row(tmp_path):
-    runner = make(columns={"perplexity": lambda row: math.exp(row["valid_loss"])}, out_dir=tmp_path)
+    runner = make(columns={"perplexity": lambda row: math.exp(row["valid_loss"])}, checkpoints={"out_dir": tmp_path})
     row = runner.fit(1).rows[0]
     assert row["perplexity"] == math.exp(row["valid_loss"])
     assert "perplexity" in (tmp_path / "history.csv").read_text().splitlines()[0]

@@ -80,13 +80,11 @@ def build(batches=12, left_out=(), **settings):
         F.cross_entropy,
         train,
         [dataset(16, 1).tensors],
-        execution=fxstn.ExecutionSettings(autocast=torch.float16),
-        progress=False,
         ema=0.9,
         clip_norm=0.5,
         optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9),
         step_schedulers=by_step,
-        **grouped(settings, hyper=hyper, response={"every": 2}),
+        **grouped(settings, hyper=hyper, response={"every": 2}, execution={"autocast": torch.float16}, progress=False),
     )
     runner.problem.perturb = torch.tensor([0.7])
     for scaler in runner.updates.scalers.values():
@@ -354,8 +352,8 @@ def test_a_run_in_float16_goes_on_from_one_in_float32_and_the_other_way_round(tm
     """With the first scale, and without one."""
     make(tmp_path).fit(1)
     runner = make(tmp_path, execution={"autocast": torch.float16})
-    with pytest.warns(fxstn.RunWarning, match=r"takes anew: autocast=torch\.float16 \(was None\)$"):
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: execution\.autocast=torch\.float16 \(was None\)$"):
         assert len(runner.fit(2)) == 2
     assert runner.updates.scalers["train_loss"].get_scale() == 2.0**16
-    with pytest.warns(fxstn.RunWarning, match=r"takes anew: autocast=None \(was torch\.float16\)$"):
+    with pytest.warns(fxstn.RunWarning, match=r"takes anew: execution\.autocast=None \(was torch\.float16\)$"):
         assert len(make(tmp_path).fit(3)) == 3
