@@ -230,7 +230,7 @@ def test_an_own_problem_takes_no_loss_function():
 
 
 def test_the_arguments_of_both_forms_may_be_named():
-    x = torch.randn(4, 3)
+    x = torch.randn(4, 2)
     batches = [(x, x.sum(1))]
     runner = fxstn.BilevelRunner(
         valid_loader=batches, problem=(problem := Ridge()), train_loader=batches, progress=False
