@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxstn.frontends.graph_cache import GraphCache, Recipe
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.interface import Graph
 from fxstn.frontends.wrapper import ModelWrapper
 from fxstn.hp.space import HyperparameterSpace
@@ -104,16 +103,16 @@ class SelfTuningNetwork(ModelWrapper):
         """Which frontend follows the forward: "fx", "export" or "live"."""
         return self.recipe.frontend.name
 
-    def locate_examples(self, *inputs: object) -> None:
+    def locate_examples(self, *inputs: object, **named: object) -> None:
         """Find out, once, where the examples of a batch are in every value, by running a few of them.
 
         Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
         """
-        self._graphs.locate_examples(self, inputs)
+        self._graphs.locate_examples(self, Inputs(inputs, named))
 
-    def per_example(self, *inputs: object) -> bool:
+    def per_example(self, *inputs: object, **named: object) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
-        return self._graphs.per_example(self, inputs)
+        return self._graphs.per_example(self, Inputs(inputs, named))
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Run every graph, but for recurrent layers, through `torch.compile(graph, fullgraph=True, **options)` from now on.
@@ -197,39 +196,34 @@ class SelfTuningNetwork(ModelWrapper):
         if self.method == "stn":
             delta = self.hparams.unconstrained.detach()
             if self.training:
-                return self._with_auxiliary(self._call(GraphKind("trained", True), inputs, delta=delta, **named))[0]
-            return self._call(GraphKind("perturbed", False), inputs, delta=delta, **named)
+                return self._with_auxiliary(self.run(GraphKind("trained", True), Inputs(inputs, named), delta=delta))[0]
+            return self.run(GraphKind("perturbed", False), Inputs(inputs, named), delta=delta)
         if self.training or self.augments:
-            return self._call(GraphKind("plain", self.training), inputs, **named)
+            return self.run(GraphKind("plain", self.training), Inputs(inputs, named))
         return self.model(*inputs, **named)
 
-    def _call(self, kind: GraphKind, inputs: tuple, **named: object) -> Any:
-        graph = self._graphs.graph(self, kind)
-        first = takewhile(lambda node: node.op == "placeholder", graph.graph.nodes)
-        own = [str(node.target) for node in first if node.name not in ("condition", "delta")]
-        if len(inputs) > len(own) and not any(target.startswith("*") for target in own):
-            raise TypeError(
-                f"the network was traced with the inputs ({', '.join(own)}) and got {len(inputs)}; give transform "
-                "example_inputs with all the inputs you pass"
-            )
-        if self._graphs.compile_options is None:
-            return graph.forward(*inputs, **named)  # not __call__, which at an error prints the code of the graph
-        with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            return self._graphs.compiled_graph(self, kind)(*inputs, **named)
+    def run(self, kind: GraphKind, inputs: Inputs, **moved: Tensor) -> Any:
+        """What one of the graphs returns.
 
-    def conditioned_output(self, *inputs: object) -> tuple[Any, tuple]:
+        moved: "delta" and "condition", where the graph takes them.
+        """
+        return self._graphs.run(self, kind, inputs, moved)
+
+    def conditioned_output(self, *inputs: object, **named: object) -> tuple[Any, tuple]:
         """(output, auxiliary) of the training graph at λ₀ and w₀, in either mode of the module.
 
         auxiliary: a value for each of `terms.auxiliary`.
         """
         self._graphs.follow(self, True)
-        return self._with_auxiliary(self._call(GraphKind("general" if self.terms.auxiliary else "plain", True), inputs))
+        kind = GraphKind("general" if self.terms.auxiliary else "plain", True)
+        return self._with_auxiliary(self.run(kind, Inputs(inputs, named)))
 
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
         return result if self.terms.auxiliary else (result, ())
 
-    def pushforward(self, *inputs: object, delta: Tensor, condition: Tensor | None = None) -> tuple[Any, Any]:
+    def pushforward(
+        self, *inputs: object, delta: Tensor, condition: Tensor | None = None, **named: object
+    ) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
 
         delta moves weights, condition moves strengths of random operations such as dropout.
@@ -240,7 +234,7 @@ class SelfTuningNetwork(ModelWrapper):
         y and dy have the model's output structure; dy is None for leaves that are not float. w₀ is a constant: gradients reach
         Θ and delta only. Raises ValueError for another shape, or for another number of rows than examples.
         """
-        return self._run(GraphKind("pushforward", self.training), inputs, delta, condition)
+        return self._run(GraphKind("pushforward", self.training), Inputs(inputs, named), delta, condition)
 
     def perturbed_output(
         self,
@@ -249,6 +243,7 @@ class SelfTuningNetwork(ModelWrapper):
         condition: Tensor | None = None,
         training: bool | None = None,
         update_statistics: bool = False,
+        **named: object,
     ) -> tuple[Any, tuple]:
         """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
@@ -264,25 +259,25 @@ class SelfTuningNetwork(ModelWrapper):
         kind = GraphKind(objective, self.training if training is None else training)
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained.detach()
-        output = self._run(kind, inputs, delta, condition)
+        output = self._run(kind, Inputs(inputs, named), delta, condition)
         return self._with_auxiliary(output) if kind.training else (output, ())
 
-    def _run(self, kind: GraphKind, inputs: tuple, delta: Tensor, condition: Tensor | None) -> Any:
+    def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None) -> Any:
         self._graphs.follow(self, kind.training)
         moved = {"delta": self._perturbation(delta, "delta", inputs)}
         if condition is not None:
             moved["condition"] = self._perturbation(condition, "condition", inputs)
         if any(value.dim() > 1 for value in moved.values()):
-            self.locate_examples(*inputs)
+            self._graphs.locate_examples(self, inputs)
         with frozen(() if self.method == "stn" else self.general_parameters()):
-            return self._call(kind, inputs, **moved)
+            return self.run(kind, inputs, **moved)
 
-    def _perturbation(self, value: Tensor, name: str, inputs: tuple = ()) -> Tensor:
+    def _perturbation(self, value: Tensor, name: str, inputs: Inputs | None = None) -> Tensor:
         h = len(self.hparams)
         if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
-        if value.dim() == 2 and inputs and value.shape[0] != batch_size(inputs):
+        if value.dim() == 2 and inputs is not None and value.shape[0] != batch_size(inputs):
             raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch_size(inputs)} examples")
         return value
 

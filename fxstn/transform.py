@@ -61,8 +61,9 @@ def transform(
     hparams: a list of specs from `fxstn.hp`: what to tune. None tunes every dropout, stochastic depth and augmentation of the
         model. Each starts at its own strength, moved inside the range where it is at an end. Where the model has none of these,
         None inserts dropout at the input and after each top-level stage but the last.
-    example_inputs: a tensor or a tuple of them. Every graph runs once on it, so that whatever fails does so here; the inputs
-        stay as they are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
+    example_inputs: a tensor, a tuple of inputs by position, or a dict of inputs by name. A dict of which no key is a name in
+        the forward is one input. Every graph runs once on them, so that whatever fails does so here; the inputs stay as they
+        are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
     method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et
         al. 2019: uncentred, one objective).
     response: how the weights change when λ moves by δ. "scaled": (1 + U δ) ⊙ w scales every unit; only U is learned, from few
@@ -102,9 +103,9 @@ def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
             request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)
         )
     except TransformError as error:
-        if request.inputs is not None:
-            check_inputs(model, frozen_modules(model), request.inputs)
-        unguided = request.trace == "auto" and request.inputs is None
+        if (inputs := request.inputs_of(model)) is not None:
+            check_inputs(model, frozen_modules(model), inputs)
+        unguided = request.trace == "auto" and inputs is None
         raise with_remedy(error) if unguided else error from error.__cause__
     network.rejected = rejected
     if request.hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:

@@ -315,7 +315,7 @@ row(
 )(lambda folder: runner().evaluate(batches(X[:, :5])))
 row(
     "two inputs for one",
-    r"train_loader in epoch 1, step 1: .*traced with the inputs \(input\) and got 2; give transform",
+    r"train_loader in epoch 1, step 1: the forward of Sequential takes \(input\): too many .*give the inputs that it names",
 )(fit([((X, X), Y)]))
 row(
     "one example under a batch norm",
@@ -530,7 +530,7 @@ row("model a branch on data", r"cannot follow.*give example_inputs")(
 )
 row(
     "examples of another type",
-    r"example_inputs must be a tensor or a tuple.*got DataLoader; take the inputs of a batch",
+    r"example_inputs must be a tensor, or a tuple or dict.*got DataLoader; take the inputs of a batch",
 )(lambda folder: fxstn.transform(mlp(), example_inputs=batches()))
 row("examples of another shape", r"example_inputs: .* inputs float32 \(4, 5\): .*; give inputs of the .*shapes")(
     lambda folder: fxstn.transform(mlp(), example_inputs=torch.randn(4, 5))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxstn import hp
 from fxstn.frontends.conditioned import condition_modules, restore_modules
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.record import record
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.owners import module_sites
@@ -131,7 +132,7 @@ def conditioned(
     """The network over a model, which draws at λ from now on; and the values of λ that it reads."""
     network = network_over(model, Request(specs, x, "delta", None, trace, False, "batch", FRONTENDS))
     rewritable = network.recipe.frontend.rewritable
-    graph = network.canonical(True) if rewritable else record(model, True, (), (x,))
+    graph = network.canonical(True) if rewritable else record(model, True, (), Inputs((x,), {}))
     strengths = network.hparams().clone()
     condition_modules(model, module_sites(graph.graph, network.recipe.plan.binding), strengths)
     return network.train(), strengths

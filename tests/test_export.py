@@ -19,7 +19,7 @@ from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 import fxstn
 from fxstn import hp
 from fxstn.frontends.export import Export
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.node_info import info_of
 from fxstn.ops.noise import dropout_mask, track_batch
@@ -180,7 +180,7 @@ MODELS = {
 
 
 def by_both_modes(net):
-    examples = InputSpec.of(net, (torch.randn(4, 6),))
+    examples = InputSpec.of(net, Inputs((torch.randn(4, 6),), {}))
     return [(mode, simplify(canonicalize(Export(examples).capture(net, mode)))) for mode in (True, False)]
 
 
@@ -242,7 +242,7 @@ class FollowedByBoth(nn.Module):
 def test_both_frontends_make_the_same_graph(net):
     x = torch.randn(4, 6) if isinstance(net, FollowedByBoth) else torch.randn(4, 3, 8, 8)
     for mode in (True, False):
-        export = canonicalize(Export(InputSpec.of(net, (x,))).capture(net, mode))
+        export = canonicalize(Export(InputSpec.of(net, Inputs((x,), {}))).capture(net, mode))
         symbolic = canonicalize(Symbolic().capture(net, mode))
 
         def described(module):
@@ -348,7 +348,7 @@ def test_recurrent_layers_are_followed_and_left_as_they_were():
 
     net, x = Recurrent(), torch.randn(4, 3, 6)
     weights = list(net.lstm._flat_weights)
-    graph = simplify(canonicalize(Export(InputSpec.of(net, (x[:2],))).capture(net, True)))
+    graph = simplify(canonicalize(Export(InputSpec.of(net, Inputs((x[:2],), {}))).capture(net, True)))
     torch.testing.assert_close(graph(x), net(x))
     assert all(a is b for a, b in zip(net.lstm._flat_weights, weights, strict=True))
 

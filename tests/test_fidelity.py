@@ -175,7 +175,9 @@ def test_inputs_with_a_constant_default_keep_it_unless_examples_supply_them():
 
     net, x, mask = Masked(), torch.randn(4, 6), torch.rand(4, 6)
     torch.testing.assert_close(fxstn.transform(net, SCALAR)(x), net(x))
-    with pytest.raises(TypeError, match=r"traced with the inputs \(x\) and got 2; give transform example_inputs"):
+    with pytest.raises(
+        TypeError, match=r"traced with the inputs \(x\) and got mask, too; give transform example_inputs"
+    ):
         fxstn.transform(net, SCALAR)(x, mask)
     stn = fxstn.transform(net, SCALAR, example_inputs=(x, mask))
     torch.testing.assert_close(stn(x, mask), net(x, mask))

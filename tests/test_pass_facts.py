@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.interface import Plan
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.node_info import annotate, info_of
@@ -114,7 +114,7 @@ def test_a_pass_leaves_its_input_as_it_is_and_makes_its_facts_hold(name, fronten
         for training in (True, False) if objective not in ("general", "trained") else (True,):
             for statistics in ("batch", "running"):
                 kind = GraphKind(objective, training)
-                axes = recipe.locate(stn, training, (x,))
+                axes = recipe.locate(stn, training, Inputs((x,), {}))
                 plan = replace(recipe.plan, kind=kind, batch_axes=axes, statistics=statistics, recompute=True)
                 graph, done = stn.canonical(training), [canonicalize]
                 check(graph, done)
@@ -128,8 +128,8 @@ def test_a_pass_leaves_its_input_as_it_is_and_makes_its_facts_hold(name, fronten
 def test_canonicalize_leaves_what_a_frontend_captures_as_it_is(name):
     stn, x = transformed(name, "fx", False)
     for training in (True, False):
-        frontend = type(stn.recipe.frontend)(InputSpec.of(stn.model, (x,)))
-        graph = unaltered(canonicalize, frontend.capture(stn.model, training, stn.recipe.plan.frozen, (x,)))
+        frontend = type(stn.recipe.frontend)(InputSpec.of(stn.model, Inputs((x,), {})))
+        graph = unaltered(canonicalize, frontend.capture(stn.model, training, stn.recipe.plan.frozen, Inputs((x,), {})))
         check(graph, [canonicalize])
         unaltered(drop_handed_through, graph)
 

@@ -10,6 +10,7 @@ from torch import nn
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.inputs import Inputs
 from fxstn.tools.reference import Reference
 from fxstn.tools.verify import Check, VerifyResult
 
@@ -130,7 +131,7 @@ def test_the_witness_draws_what_the_network_draws(trace):
     for training in (True, False):
         torch.manual_seed(5)
         expected = stn.graph("train" if training else "eval")(x)
-        reference = Reference(model, stn, (x,), torch.ones(2).double(), 5, training)
+        reference = Reference(model, stn, Inputs((x,), {}), torch.ones(2).double(), 5, training)
         torch.testing.assert_close(reference(0.0), expected.flatten())
 
 

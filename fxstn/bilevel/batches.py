@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sized
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -40,8 +41,13 @@ def to_device(
             return leaf.contiguous(memory_format=memory_format)
         return leaf
 
-    inputs, target = tree_map(move, tuple(batch))
+    inputs, target = tree_map(move, tuple(map(_as_dict, batch)))
     return inputs, target
+
+
+def _as_dict(value: object) -> object:
+    """A mapping as a dict, through which torch's functions on structures go; anything else as it is."""
+    return dict(value) if isinstance(value, Mapping) and type(value) not in (dict, OrderedDict) else value
 
 
 def check_finite(batch: Batch, place: str) -> None:

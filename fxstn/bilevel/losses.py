@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.counts import Loss, LossValue, as_loss
 from fxstn.bilevel.temporary import eval_mode
+from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.ir.containers import leaves, mapped
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
@@ -25,9 +26,9 @@ PerturbMode = Literal["auto", "example", "batch", "off"]
 Perturb = PerturbMode | Tensor
 
 
-def as_tuple(inputs: object) -> tuple:
-    """Inputs as a tuple of them."""
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+def inputs_of(stn: SelfTuningNetwork, inputs: object) -> Inputs:
+    """The inputs of a batch: a tuple or list of them by position, a mapping by name, or the one input."""
+    return as_inputs(tuple(inputs) if isinstance(inputs, list) else inputs, stn.model)
 
 
 def takes_hparams(loss_fn: LossFunction) -> bool:
@@ -106,12 +107,12 @@ def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Te
 
     Raises ValueError for anything else.
     """
-    inputs = as_tuple(inputs)
+    inputs = inputs_of(stn, inputs)
     if isinstance(perturb, Tensor):
         return perturb
     if perturb not in ("auto", "example", "batch"):
         raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
-    per_example = stn.per_example(*inputs) if perturb == "auto" else perturb == "example"
+    per_example = stn.per_example(*inputs.args, **inputs.kwargs) if perturb == "auto" else perturb == "example"
     return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
 
 
@@ -123,7 +124,7 @@ def general_loss(
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
-    output, auxiliary = stn.conditioned_output(*inputs)
+    output, auxiliary = stn.conditioned_output(*inputs.args, **inputs.kwargs)
     return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None)
 
 
@@ -150,24 +151,31 @@ def _perturbed_loss(
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
     output, auxiliary = stn.perturbed_output(
-        *inputs, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics
+        *inputs.args,
+        delta=epsilon,
+        condition=epsilon,
+        training=True,
+        update_statistics=update_statistics,
+        **inputs.kwargs,
     )
     return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, epsilon)
 
 
-def _differentiable(stn: SelfTuningNetwork, inputs: object) -> tuple:
-    """The inputs as a tuple; where the Jacobian is penalised, derivatives with respect to them are recorded."""
-    inputs = as_tuple(inputs)
+def _differentiable(stn: SelfTuningNetwork, inputs: object) -> Inputs:
+    """The inputs; where the Jacobian is penalised, derivatives with respect to them are recorded."""
+    inputs = inputs_of(stn, inputs)
     if not stn.terms.jacobian:
         return inputs
-    result: tuple = tree_map_only(Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+    result: Inputs = tree_map_only(
+        Tensor, lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs
+    )
     return result
 
 
 def _training_loss(
     stn: SelfTuningNetwork,
     loss_fn: LossFunction,
-    inputs: tuple,
+    inputs: Inputs,
     target: object,
     output: object,
     auxiliary: Sequence,
@@ -200,13 +208,13 @@ def hyper_loss(
 ) -> Loss:
     """`fxstn.hyper_loss`, with what it is a mean over."""
     _check_network(stn)
-    inputs = as_tuple(inputs)
+    inputs = inputs_of(stn, inputs)
     unconstrained = stn.hparams.unconstrained
     delta = unconstrained - unconstrained.detach()
     if isinstance(perturb, Tensor) or perturb != "off":
         delta = delta + perturbation(stn, inputs, perturb)
     with frozen((*stn.response_parameters(), *stn.general_parameters())):
-        output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
+        output, _ = stn.perturbed_output(*inputs.args, delta=delta, training=False, **inputs.kwargs)
     return evaluate_loss(loss_fn, output, inputs, target).with_penalties(-entropy_weight * stn.hparams.entropy())
 
 
@@ -214,7 +222,7 @@ def validation_loss(
     stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object
 ) -> tuple[Loss, object]:
     """(L_V, output) of the plain network in eval mode, without gradients: what is reported and selected on."""
-    inputs = as_tuple(inputs)
+    inputs = inputs_of(stn, inputs)
     with eval_mode(stn):
-        output = stn(*inputs)
+        output = stn(*inputs.args, **inputs.kwargs)
         return evaluate_loss(loss_fn, output, inputs, target), output

@@ -19,10 +19,10 @@ from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.losses import (
     LossFunction,
     Perturb,
-    as_tuple,
     evaluate_loss,
     general_loss,
     hyper_loss,
+    inputs_of,
     perturbation,
     response_loss,
     takes_hparams,
@@ -152,7 +152,8 @@ class NetworkProblem(BilevelProblem):
         carried = CarriedState(self.valid_loss_fn, self.initial_state)
         with eval_mode(self.stn):
             for inputs, _ in batches:
-                carried.output(self.stn(*as_tuple(carried.inputs(inputs))))
+                args, kwargs = inputs_of(self.stn, carried.inputs(inputs))
+                carried.output(self.stn(*args, **kwargs))
                 carried.advance()
 
     def values(self) -> dict[str, float]:
@@ -198,10 +199,10 @@ class NetworkProblem(BilevelProblem):
         result = {"response_norm": (changes.norm() / sizes.norm()).item()}
         if stn.method != "delta" or stn.augments:
             return result
-        inputs = as_tuple(carried.inputs(inputs))
+        inputs = inputs_of(stn, carried.inputs(inputs))
 
         def loss(delta: Tensor) -> float:
-            output, _ = stn.perturbed_output(*inputs, delta=delta, training=False)
+            output, _ = stn.perturbed_output(*inputs.args, delta=delta, training=False, **inputs.kwargs)
             return evaluate_loss(carried.loss, output, inputs, target).data.item()
 
         linearized, plain = loss(epsilon), loss(torch.zeros_like(epsilon))

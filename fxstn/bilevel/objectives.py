@@ -38,7 +38,7 @@ def general_loss(
 ) -> Tensor:
     """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
 
-    inputs: a tensor or a tuple of them, (batch, ...).
+    inputs: a tensor (batch, ...), a tuple of inputs by position, or a dict of inputs by name, as for `transform`.
     target: what loss_fn takes.
     perturb: as in `response_loss`, for method "stn" only. There this is the one objective of all parameters, L_T at λ + ε
         (MacKay et al. 2019); the other methods draw no perturbation here.

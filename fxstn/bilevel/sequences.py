@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.bilevel.counts import LossValue
-from fxstn.bilevel.losses import LossFunction, as_tuple, takes_hparams
+from fxstn.bilevel.losses import LossFunction, takes_hparams
 from fxstn.ops.batch_axis import batch_size
 
 WindowState = tuple[Tensor, ...]  # the state before or after a window
@@ -61,11 +61,16 @@ class CarriedState:
     def inputs(self, inputs: object) -> object:
         """The inputs of a window and the state before it, a tuple.
 
-        Raises ValueError where the state has another number of rows than the inputs.
+        Raises ValueError where the state has another number of rows than the inputs, TypeError for inputs by name.
         """
         if self.initial is None:
             return inputs
-        inputs = as_tuple(inputs)
+        if isinstance(inputs, Mapping):
+            raise TypeError(
+                f"inputs by name ({', '.join(map(str, inputs))}) cannot be joined with a state, which follows by position; "
+                "give a tuple: unpack= of the runner makes one"
+            )
+        inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         rows = batch_size(inputs)
         if self.state is None:
             device = next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

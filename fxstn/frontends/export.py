@@ -6,7 +6,6 @@ symbolic. Its program (ATen operations, parameters as inputs) is rewritten to a 
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import math
@@ -26,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture, same
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of, bound
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.outputs import plain_output
 from fxstn.ir.containers import mapped
@@ -50,7 +49,7 @@ class Export(GraphFrontend):
     needs_examples: ClassVar[bool] = True
 
     def capture(
-        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
+        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: Inputs | None = None
     ) -> fx.GraphModule:
         """The forward in train or in eval mode, as symbolic tracing makes it but with ATen operations.
 
@@ -62,12 +61,12 @@ class Export(GraphFrontend):
         return _exported(model, training, frozen, self.examples.like(model))
 
 
-def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> fx.GraphModule:
+def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: Inputs) -> fx.GraphModule:
     """The model's forward on these inputs, exported and rewritten."""
     calls = _Calls(model)
     unsupported = ProblemCollector(calls.innermost)
     with guarded_capture(model, training, frozen, "torch.export", unsupported):
-        arguments = _arguments(model, inputs)
+        arguments = dict(bound(model, inputs).arguments)
         for name, module in model.named_modules():
             if any(getattr(module, hooks) for hooks in HOOKS):
                 unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", name)
@@ -79,16 +78,11 @@ def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs:
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
             batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
             sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
-            program = torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
+            program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=sizes, strict=False)
         if unsupported.problems:
             raise TransformError(unsupported.problems)
         _require_any_batch(program, arguments, batch)
-        return graph_of(program, model, arguments, calls.output_types)
-
-
-def _arguments(model: nn.Module, inputs: tuple) -> dict[str, Any]:
-    """The inputs by the names of the forward."""
-    return dict(inspect.signature(model.forward).bind(*inputs).arguments)
+        return graph_of(program, model, arguments_of(model, inputs), calls.output_types)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatte
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.frontends.symbolic import first_names
 from fxstn.ir.errors import source_of
-from fxstn.ir.graphs import assemble
+from fxstn.ir.graphs import assemble, complete_defaults
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.ops.inputs import require_equal, require_full_precision, require_sizes
@@ -71,6 +71,7 @@ class _Rewriter:
         """The graph; see `graph_of`."""
         self._bind_attributes()
         self._bind_inputs(arguments)
+        complete_defaults(self.graph)
         nodes = [node for node in self.program.graph.nodes if node.op != "placeholder"]
         for node in nodes:
             if node.op != "output":
@@ -112,9 +113,10 @@ class _Rewriter:
         parameters = inspect.signature(self.model.forward).parameters
         leaves = []
         for name, value in arguments.items():
-            parameter = parameters[name]
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+            parameter = parameters.get(name)  # None for what **kwargs takes
+            has_default = parameter is not None and parameter.default is not parameter.empty
+            default = (parameter.default,) if parameter is not None and has_default else ()
+            star = "*" if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL else ""
             placeholder = self.graph.create_node("placeholder", star + name, default, name=name)
             leaves += [(placeholder, path, leaf) for path, leaf in tree_flatten_with_path(value)[0]]
         names = [s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxstn.frontends.changes import Change, ModuleState, refuse, refuse_other_sites, respond_where_trained
+from fxstn.frontends.inputs import Inputs, inputs_of_graph
 from fxstn.frontends.interface import Frontend, Graph, Plan, Root
 from fxstn.hp.binding import Binding
 from fxstn.ir.graph_kind import GraphKind
+from fxstn.ir.graphs import own_inputs
 from fxstn.ir.staging import with_breaks
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.response import for_all_examples
@@ -42,7 +45,7 @@ class Recipe(Protocol):
     def emit(self, root: Root, kind: GraphKind, batch_axes: BatchAxes) -> Graph:
         """One graph."""
 
-    def locate(self, root: Root, training: bool, inputs: tuple) -> BatchAxes:
+    def locate(self, root: Root, training: bool, inputs: Inputs) -> BatchAxes:
         """Where the examples of a batch are in every value of the canonical graph."""
 
 
@@ -141,7 +144,22 @@ class GraphCache:
                 self.compiled[kind] = torch.compile(broken, **options | {"fullgraph": False})
         return self.compiled[kind]
 
-    def locate_examples(self, root: Root, inputs: tuple) -> None:
+    def run(self, root: Root, kind: GraphKind, inputs: Inputs, moved: dict[str, Tensor]) -> Any:
+        """What a graph returns.
+
+        moved: "delta" and "condition", where it takes them.
+        """
+        graph = self.graph(root, kind)
+        args, kwargs = inputs_of_graph(own_inputs(graph.graph), root.get_submodule("model"), inputs)
+        if self.compile_options is None:
+            return graph.forward(
+                *args, **kwargs, **moved
+            )  # not __call__, which at an error prints the code of the graph
+        with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            return self.compiled_graph(root, kind)(*args, **kwargs, **moved)
+
+    def locate_examples(self, root: Root, inputs: Inputs) -> None:
         """Find out, once, where the examples of a batch are; graphs made for a plain batch are made again where they differ."""
         if self.batch_axes:
             return
@@ -150,7 +168,7 @@ class GraphCache:
             self.emitted.clear()
             self.compiled.clear()
 
-    def per_example(self, root: Root, inputs: tuple) -> bool:
+    def per_example(self, root: Root, inputs: Inputs) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
         if self._per_example is None:
             self.locate_examples(root, inputs)

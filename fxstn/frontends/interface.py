@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import fx, nn
 
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.hp.binding import NOTHING_BOUND, Binding
 from fxstn.ir.graph_kind import PLAIN_EVAL, GraphKind
 from fxstn.ir.tangents import BatchAxes
@@ -81,7 +81,7 @@ class Frontend(Protocol):
 
     def __init__(self, examples: InputSpec | None) -> None: ...
 
-    def capture(self, model: nn.Module, training: bool, frozen: Sequence[str], inputs: tuple | None) -> Any:
+    def capture(self, model: nn.Module, training: bool, frozen: Sequence[str], inputs: Inputs | None) -> Any:
         """The forward as a graph that passes can read, `.graph` over a root with the child `model`.
 
         inputs: the example inputs; None where they are no longer there, as after unpickling.

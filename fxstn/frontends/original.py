@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxstn.frontends.guards import UnsupportedError, mode_of
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
@@ -51,7 +52,7 @@ def forward_of(model: nn.Module) -> Callable[..., object]:
     return own.__func__
 
 
-def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> None:
+def check_inputs(model: nn.Module, frozen: Collection[str], inputs: Inputs) -> None:
     """Run the model on the example inputs in train and in eval mode; both are left as they were.
 
     Raises ValueError or TypeError where an operation cannot take them, and whatever the model itself raises.
@@ -67,7 +68,7 @@ def check_inputs(model: nn.Module, frozen: Collection[str], inputs: tuple) -> No
             _run(model, stand_ins)
 
 
-def _run(model: nn.Module, inputs: tuple) -> None:
+def _run(model: nn.Module, inputs: Inputs) -> None:
     """One forward, with gradients where the model can have them.
 
     A forward that takes derivatives itself needs them. torchvision's ColorJitter behind a layer writes into views and cannot
@@ -75,7 +76,7 @@ def _run(model: nn.Module, inputs: tuple) -> None:
     """
     try:
         with torch.enable_grad():
-            model(*inputs)
+            model(*inputs.args, **inputs.kwargs)
     except RuntimeError:
         with torch.no_grad():
-            model(*inputs)
+            model(*inputs.args, **inputs.kwargs)

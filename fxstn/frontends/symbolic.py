@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -12,19 +13,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch.fx.node import Argument, Target, map_aggregate
+from torch.fx.node import Argument, Target
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.original import forward_of
 from fxstn.frontends.outputs import plain_output
+from fxstn.frontends.strict_mode import StrictMode, proxies_in
 from fxstn.ir.containers import mapped
-from fxstn.ir.graphs import assemble
+from fxstn.ir.graphs import assemble, complete_defaults
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.ir.vocabulary import is_opaque
@@ -67,12 +67,14 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(fx.Tracer):
     """Traces through every module except batch norm, whose bookkeeping Python cannot be followed symbolically.
 
+    supplied: the example inputs by name; None for no examples.
+
     Nodes know their scope and exits (`fxstn.ir.node_info`).
     """
 
     record_stack_traces = True
 
-    def __init__(self, supplied: int) -> None:
+    def __init__(self, supplied: Mapping[str, object] | None) -> None:
         super().__init__()
         self.unsupported = ProblemCollector(self.path_of_current)
         self.calls: list[ModuleCall] = []
@@ -88,16 +90,34 @@ class _Tracer(fx.Tracer):
         """Inputs with a constant default keep it, unless example inputs supply them: `if mask is None` can be followed."""
         function, arguments = super().create_args_for_root(forward_of(self.root), is_module, concrete_args)
         for i, argument in enumerate(arguments):
-            node = argument.node if isinstance(argument, fx.Proxy) else None
-            if node is not None and node.args and i > self.supplied and not isinstance(node.args[0], torch.Tensor):
-                arguments[i] = node.args[0]
-                self.graph.erase_node(node)
+            if isinstance(argument, fx.Proxy) and (constant := self._constants(argument.node)):
+                arguments[i] = constant[0]
+                self.graph.erase_node(argument.node)
+        complete_defaults(self.graph)
 
         def returned(*inputs: object) -> object:
             output, self.output_types = plain_output(function(*inputs))
             return output
 
         return returned, arguments
+
+    def _constants(self, placeholder: fx.Node) -> tuple:
+        """What the forward gets in place of a placeholder, in a tuple; () where the placeholder stays.
+
+        An input that has a default, and that the examples do not supply or supply as None, is that default.
+        """
+        name, supplied = str(placeholder.target), self.supplied
+        if name.startswith("**"):
+            parameters = inspect.signature(forward_of(self.root)).parameters
+            extra = [key for key in supplied or () if key not in parameters]
+            return ({key: self.create_proxy("placeholder", key, (), {}) for key in extra},)
+        if name.startswith("*"):
+            return ((),) if supplied is not None and not supplied.get(name[1:]) else ()
+        if not placeholder.args or isinstance(placeholder.args[0], torch.Tensor):
+            return ()
+        if supplied is None or name not in supplied:
+            return placeholder.args
+        return (None,) if supplied[name] is placeholder.args[0] is None else ()
 
     def create_arg(self, a: object) -> Argument:
         """fx would make a dataclass by an operation of the graph, which no rule knows."""
@@ -183,7 +203,7 @@ class _Tracer(fx.Tracer):
         call = ModuleCall(self.number_of_calls, path, type(module))
         self.calls.append(call)  # stays there when the forward raises: the error names it
         output = super().call_module(module, forward, args, kwargs)
-        entered = {id(proxy.node) for proxy in _proxies((args, kwargs))}
+        entered = {id(proxy.node) for proxy in proxies_in((args, kwargs))}
         training = module.training if self.is_leaf_module(module, path) else None
 
         def marked(value: Any) -> Any:
@@ -204,51 +224,6 @@ class _Tracer(fx.Tracer):
         return value
 
 
-class _StrictMode(TorchFunctionMode):
-    """Sees the calls that fx does not see, those without a symbolic argument. Their results would be constants of the graph.
-    A factory or a random draw becomes a node, so that each forward makes the value anew, as the original does. A value that is
-    computed from the model's own tensors is refused.
-    """
-
-    def __init__(self, model: nn.Module, tracer: _Tracer) -> None:
-        super().__init__()
-        self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if next(_proxies((args, kwargs)), None) is not None:
-            return function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
-        if name in _FACTORIES:
-            return self.tracer.create_proxy("call_function", function, args, kwargs)
-        result = function(*args, **kwargs)
-        reads = any(isinstance(a, torch.Tensor) and id(a) in self.own for a in tree_leaves((args, kwargs)))
-        if reads and (name in _READS or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))):
-            what = f"{name} of a parameter or buffer that is not read as an attribute, which would be frozen,"
-            raise UnsupportedError(self.tracer.path_of_current(), what, "read it as self.name in the forward")
-        return result
-
-
-_FACTORIES = {"tensor", "as_tensor", "arange", "linspace", "logspace", "zeros", "ones", "full", "eye", "empty", "tril_indices",
-              "triu_indices", "rand", "randn", "randint", "randperm"}  # fmt: skip
-_READS = {"item", "tolist", "__bool__", "__float__", "__int__", "equal", "allclose"}
-
-
-def _proxies(structure: Argument) -> Iterator[fx.Proxy]:
-    """The proxies in the arguments or results of a call."""
-    leaves: list[object] = []
-
-    def collect(leaf: Argument) -> Argument:
-        leaves.append(leaf)
-        return leaf
-
-    map_aggregate(structure, collect)
-    return (leaf for leaf in leaves if isinstance(leaf, fx.Proxy))
-
-
 @dataclass(frozen=True)
 class Symbolic(GraphFrontend):
     """Follows a forward with symbolic values.
@@ -261,7 +236,7 @@ class Symbolic(GraphFrontend):
     needs_examples: ClassVar[bool] = False
 
     def capture(
-        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
+        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: Inputs | None = None
     ) -> fx.GraphModule:
         """The forward in train or in eval mode.
 
@@ -271,10 +246,10 @@ class Symbolic(GraphFrontend):
         Python depends on data, or does something that a graph would drop or freeze without a word: hooks, no_grad and
         autocast regions, custom autograd functions, random draws, attributes that the forward assigns.
         """
-        tracer = _Tracer(len(self.examples.inputs) if self.examples else 0)
+        tracer = _Tracer(arguments_of(model, self.examples.inputs) if self.examples else None)
         full_precision = partial(tracer.create_proxy, "call_function", require_full_precision, (), {})
         guard = guarded_capture(model, training, frozen, "symbolic tracing", tracer.unsupported, full_precision)
-        with guard, _StrictMode(model, tracer):
+        with guard, StrictMode(model, tracer, tracer.path_of_current):
             graph = tracer.trace(model)
         return _under_root(model, graph)
 

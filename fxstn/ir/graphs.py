@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -95,6 +96,21 @@ def output_of(graph: fx.Graph) -> fx.Node:
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def own_inputs(graph: fx.Graph) -> list[str]:
+    """Targets of the placeholders for inputs of the model: all but `condition` and `delta`."""
+    first = takewhile(lambda node: node.op == "placeholder", graph.nodes)
+    return [str(node.target) for node in first if node.name not in ("condition", "delta")]
+
+
+def complete_defaults(graph: fx.Graph) -> None:
+    """Give inputs without a default that come after inputs with one the default None, as the syntax of Python asks."""
+    has_default = False
+    for node in placeholders(graph):
+        has_default = has_default or bool(node.args)
+        if has_default and not node.args and not str(node.target).startswith("*"):
+            node.args = (None,)
 
 
 def add_placeholder(graph: fx.Graph, name: str) -> fx.Node:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.guards import frozen_modules
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.interface import Frontend, Pass, Plan
 from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.selection import errors_as_diagnostics
@@ -36,7 +36,7 @@ def build_network(
 
     Raises TransformError where the frontend cannot follow the model, ValueError and TypeError for a mistake in the request.
     """
-    frozen, inputs = tuple(sorted(frozen_modules(model))), request.inputs
+    frozen, inputs = tuple(sorted(frozen_modules(model))), request.inputs_of(model)
     frontend = kind(InputSpec.of(model, inputs))
     graphs = canonical_graphs(frontend, model, frozen, inputs)
     binding = bind(graphs[0], request.hparams)
@@ -73,7 +73,7 @@ def responding_parameters(graphs: Sequence[Any], structured: bool) -> Responses:
     return responding
 
 
-def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:
+def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:
     """Emit the public graphs, and run each on the example inputs, where there are any; the network is left as it was.
 
     Raises TransformError where that fails.
@@ -82,11 +82,11 @@ def check(network: SelfTuningNetwork, inputs: tuple | None) -> None:
     preserved = None if inputs is None else Preservation(network.model, inputs)
     for name in _PUBLIC:
         with errors_as_diagnostics(f"the graph {name!r} of the forward"):
-            graph = network.graph(name)
+            network.graph(name)
             if preserved is not None:
                 moved = {"delta": delta} if graph_kind(name).moves_weights else {}
                 with preserved as stand_ins, forked_rng(), torch.no_grad():
-                    graph.forward(*stand_ins, **moved)
+                    network.run(graph_kind(name), stand_ins, **moved)
 
 
 def augmentation(model: nn.Module) -> str | None:

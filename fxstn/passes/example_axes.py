@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,10 @@ MOST_TRIALS = 32
 SIZE_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 
 
-def find_batch_axes(module: fx.GraphModule, inputs: tuple) -> BatchAxes:
+def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes:
     """The place of the examples in the value of each node.
 
-    inputs: one batch of inputs, of any structure. Dimension 0 of the first tensor is the batch.
+    inputs: one batch by the names of the forward, each of any structure. Dimension 0 of the first tensor is the batch.
 
     Dropout is left out of the runs, and batch norm takes its statistics from the first, so that it joins no examples and
     keeps values in the range that activations are made for. Values that are no tensors are left out of the result; a value
@@ -68,14 +69,14 @@ def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
         yield [first, *(i for i in others if i in subset)]
 
 
-def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[tuple]:
+def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[dict[str, Any]]:
     """A few examples of the inputs, and two copies: one with another first example, one with another last example.
 
     rows: positions of the leaves that hold examples.
     few: number of examples.
     """
 
-    def with_examples(change: Callable[[Tensor], Tensor]) -> tuple:
+    def with_examples(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         return tree_unflatten([change(leaf) if i in rows else leaf for i, leaf in enumerate(leaves)], structure)
 
     leaves = [leaf.detach()[torch.arange(few) % len(leaf)] if i in rows else leaf for i, leaf in enumerate(leaves)]
@@ -97,7 +98,7 @@ def _with_another(index: int, leaf: Tensor) -> Tensor:
     return leaf
 
 
-def _axes(module: fx.GraphModule, variants: Sequence[tuple], few: int) -> dict[str, BatchAxis | None]:
+def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) -> dict[str, BatchAxis | None]:
     own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
     axes: dict[str, BatchAxis | None] = {}
 
@@ -126,17 +127,13 @@ def _variant(module: fx.GraphModule, inputs: Values) -> Variant:
     return value
 
 
-def _bind_inputs(nodes: list[fx.Node], inputs: tuple) -> Values:
-    """Values of the placeholders: inputs by position, defaults for the rest."""
+def _bind_inputs(nodes: list[fx.Node], inputs: dict[str, Any]) -> Values:
+    """Values of the placeholders: inputs by name, defaults for the rest."""
     values: Values = {}
-    for i, node in enumerate(nodes):
+    for node in nodes:
         name = str(node.target)
-        if name.startswith("**"):
-            values[node] = {}
-        elif name.startswith("*"):
-            values[node] = tuple(inputs[i:])
-        else:
-            values[node] = inputs[i] if i < len(inputs) else node.args[0]
+        default = () if name.startswith("*") else next(iter(node.args), None)
+        values[node] = inputs.get(name.lstrip("*"), default)
     return values
 
 

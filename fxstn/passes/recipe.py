@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxstn.frontends.inputs import Inputs, arguments_of
 from fxstn.frontends.interface import Frontend, Graph, Pass, Plan, Root
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp.binding import Binding
@@ -48,9 +49,11 @@ class PipelineRecipe:
         plan = replace(self.plan, kind=kind, batch_axes=batch_axes)
         return self.frontend.emit(root, plan, self.pipelines[kind.objective])
 
-    def locate(self, root: Root, training: bool, inputs: tuple) -> BatchAxes:
+    def locate(self, root: Root, training: bool, inputs: Inputs) -> BatchAxes:
         """Where the examples of a batch are in every value of the canonical graph; {} where there is none."""
-        return find_batch_axes(root.canonical(training), inputs) if self.frontend.rewritable else {}
+        if not self.frontend.rewritable:
+            return {}
+        return find_batch_axes(root.canonical(training), arguments_of(root.get_submodule("model"), inputs))
 
 
 def with_children(graph: fx.GraphModule, root: Root) -> fx.GraphModule:
@@ -60,7 +63,7 @@ def with_children(graph: fx.GraphModule, root: Root) -> fx.GraphModule:
     return graph
 
 
-def canonical_graphs(frontend: Frontend, model: nn.Module, frozen: Sequence[str], inputs: tuple | None) -> list[Any]:
+def canonical_graphs(frontend: Frontend, model: nn.Module, frozen: Sequence[str], inputs: Inputs | None) -> list[Any]:
     """The model's training and evaluation graph, as far as passes need them to decide."""
     with errors_as_diagnostics("following the forward"):
         captured = [frontend.capture(model, training, frozen, inputs) for training in (True, False)]

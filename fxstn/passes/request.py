@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.guards import refuse_wrapped
-from fxstn.frontends.inputs import as_tuple
+from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.interface import Frontend
 from fxstn.hp import Spec
 from fxstn.network import METHODS, SelfTuningNetwork
@@ -34,15 +34,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check_hparams(self.hparams)
-        if self.example_inputs is not None and not any(isinstance(x, Tensor) for x in tree_leaves(self.example_inputs)):
-            raise TypeError(
-                f"example_inputs must be a tensor or a tuple of them, got {type(self.example_inputs).__name__}; take the "
-                "inputs of a batch, next(iter(loader))[0]"
-            )
-        for leaf in tree_leaves(self.example_inputs):
-            if isinstance(leaf, Tensor) and (kind := _special_kind(leaf)):
-                raise ValueError(f"example_inputs holds a {kind} tensor, which no frontend can follow; give a plain "
-                                 "tensor, for example a padded batch")  # fmt: skip
+        if self.example_inputs is not None:
+            _check_inputs(self.example_inputs)
         named = {frontend.name: frontend for frontend in self.frontends}
         _check_choice("method", self.method, METHODS)
         _check_choice("response", self.response, (None, "scaled", "structured"))
@@ -70,10 +63,9 @@ class Request:
             and (frontend.rewritable or not self.needs_graph)
         ]
 
-    @property
-    def inputs(self) -> tuple | None:
-        """The example inputs by position."""
-        return None if self.example_inputs is None else as_tuple(self.example_inputs)
+    def inputs_of(self, model: nn.Module) -> Inputs | None:
+        """The example inputs as arguments of a model's forward."""
+        return None if self.example_inputs is None else as_inputs(self.example_inputs, model)
 
     @property
     def structured(self) -> bool:
@@ -90,6 +82,20 @@ def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError for an argument that is none of its choices, whatever it is and however it compares."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def _check_inputs(inputs: object) -> None:
+    """Raises TypeError for example inputs without a tensor, ValueError for tensors that cannot be followed."""
+    values = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TypeError(
+            f"example_inputs must be a tensor, or a tuple or dict of them, got {type(inputs).__name__}; take the inputs of a "
+            "batch, next(iter(loader))[0]"
+        )
+    if kind := next(filter(None, map(_special_kind, tensors)), ""):
+        raise ValueError(f"example_inputs holds a {kind} tensor, which no frontend can follow; give a plain tensor, for "
+                         "example a padded batch")  # fmt: skip
 
 
 def _special_kind(x: Tensor) -> str:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxstn.frontends.guards import frozen_modules
-from fxstn.frontends.inputs import InputSpec, as_tuple
+from fxstn.frontends.inputs import Inputs, InputSpec, as_inputs
 from fxstn.frontends.live.calls import OperationNote
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
@@ -94,12 +94,12 @@ def explain(
     """
     check_hparams(hparams)
     explanation = Explanation()
-    inputs = None if example_inputs is None else as_tuple(example_inputs)
     if isinstance(model, SelfTuningNetwork):
-        _explain_network(explanation, model, inputs)
+        _explain_network(explanation, model, None if example_inputs is None else as_inputs(example_inputs, model.model))
         _responses_of_network(explanation, model)
         return explanation
     model, frontend = plain_copy(model), None
+    inputs = None if example_inputs is None else as_inputs(example_inputs, model)
     try:
         stn = transform(model, hparams, example_inputs=example_inputs)
     except Exception as error:
@@ -117,11 +117,11 @@ def _problems(error: Exception) -> list[Diagnostic]:
     return [Diagnostic("", f"{type(error).__name__}: {error}", "", "see above for what was found")]
 
 
-def _explain_network(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple[object, ...] | None) -> None:
+def _explain_network(explanation: Explanation, stn: SelfTuningNetwork, inputs: Inputs | None) -> None:
     """Its rows, and how its forward is followed."""
     try:
         if inputs is not None:
-            stn.locate_examples(*inputs)
+            stn.locate_examples(*inputs.args, **inputs.kwargs)
         if stn.frontend == "live":
             explanation.rows += _rows_of_run(explanation, stn, inputs)
         else:
@@ -134,7 +134,7 @@ def _explain_network(explanation: Explanation, stn: SelfTuningNetwork, inputs: t
     _note_frontends(explanation, stn)
 
 
-def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple[object, ...] | None) -> list[Row]:
+def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: Inputs | None) -> list[Row]:
     """The operations of one run of a forward that is no graph."""
     if inputs is None:
         explanation.notes.append("what runs is known when it runs: fxstn.explain(network, example_inputs=...) lists it")
@@ -142,7 +142,7 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: tuple
     log: list[OperationNote] = []
     delta = torch.zeros_like(stn.hparams.unconstrained)
     with Preservation(stn.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
-        cast(LiveGraph, stn.graph("pushforward")).duals(stand_ins, {}, None, delta, log)
+        cast(LiveGraph, stn.graph("pushforward")).duals(stand_ins, None, delta, log)
     explanation.notes.append("one perturbation for the whole batch only, not per example: the forward runs as it is")
     return sorted((_row_of_note(note, stn.hparams.names) for note in log), key=lambda row: row.rule != "fallback")
 
@@ -239,9 +239,7 @@ def _responses_of_network(explanation: Explanation, stn: SelfTuningNetwork) -> N
         _note_responses(explanation, stn.model, graphs, stn.structured)
 
 
-def _responses_of_model(
-    explanation: Explanation, model: nn.Module, inputs: tuple[object, ...] | None, chosen: str | None
-) -> None:
+def _responses_of_model(explanation: Explanation, model: nn.Module, inputs: Inputs | None, chosen: str | None) -> None:
     """By the frontend that transform has chosen; where transform failed, by the first that can follow the forward."""
     for kind in FRONTENDS:
         if (chosen is not None and kind.name != chosen) or (inputs is None and kind.needs_examples):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.original import plain_copy
 from fxstn.frontends.preservation import Preservation
 from fxstn.network import SelfTuningNetwork
@@ -14,7 +15,7 @@ from fxstn.ops.response import Response
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def generic_copy(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
+def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     """A float64 copy with constant parameters shifted a little, and the running statistics of one forward.
 
     After the first seed, biases of norms are shifted by three standard deviations too, up or down: then few of the values
@@ -34,7 +35,7 @@ def generic_copy(model: nn.Module, inputs: tuple, seed: int) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for module in norms:
             module.momentum = 1.0
-        model.train()(*inputs)
+        model.train()(*inputs.args, **inputs.kwargs)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     for child, mode in zip(model.modules(), modes, strict=True):

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.guards import mode_of
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.calls import Call, mutated
 from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
@@ -107,10 +108,10 @@ class ReferenceRun(LiveTracer):
         self.operations = strengths.operations
         self.dropouts: Iterator[int | None] | None = None if strengths.dropouts is None else iter(strengths.dropouts)
 
-    def output(self, inputs: tuple) -> object:
+    def output(self, inputs: Inputs) -> object:
         """The model's output, with grad mode on as in training. The model's parameters should not require gradients."""
         with torch.enable_grad(), self._operations_at_strengths():
-            return self.run(inputs, {})
+            return self.run(inputs)
 
     def body_of(self, call: Call) -> Callable[..., object] | None:
         """A kernel that draws nothing runs as it is, so that a decomposition is never its own witness."""
@@ -198,7 +199,7 @@ class Reference:
         self,
         original: nn.Module,
         network: SelfTuningNetwork,
-        inputs: tuple,
+        inputs: Inputs,
         delta: Tensor,
         seed: int,
         training: bool,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -10,10 +10,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
+from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
@@ -122,7 +124,7 @@ def verify(
 ) -> VerifyResult:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
-    inputs: as for the model, batch ≥ 2; they are converted to float64.
+    inputs: as for the model, batch ≥ 2; they are converted to float64. Inputs by name are one dict, as for `transform`.
     hparams, trace: as for `transform`.
     tolerance: of the relative error.
     seeds: how many points are tried. A comparison that fails at one point is repeated at the next.
@@ -138,17 +140,18 @@ def verify(
     were. Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
-    inputs = mapped(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
+    call: Inputs = mapped(_as_float64, as_inputs(inputs[0] if by_name else inputs, model))
     with forked_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
-            with Float64Mode(), explained_errors((inputs, None), "inputs", model):
-                original = generic_copy(model, inputs, seed)
-            network = _transformed(original, hparams, inputs, trace)
+            with Float64Mode(), explained_errors((call, None), "inputs", model):
+                original = generic_copy(model, call, seed)
+            network = _transformed(original, hparams, call, trace)
             result.frontend = network.frontend
             delta = randomize_response(network, seed)
             with Float64Mode():
-                for comparison in _comparisons(network, original, inputs, delta, seed):
+                for comparison in _comparisons(network, original, call, delta, seed):
                     if not result.passed((comparison.mode, comparison.against)):
                         error = relative_error(comparison.tangent(), comparison.function, tolerance)
                         result.checks.append(Check(comparison.mode, comparison.against, seed, error))
@@ -157,7 +160,11 @@ def verify(
     return result
 
 
-def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: tuple, trace: str) -> SelfTuningNetwork:
+def _as_float64(leaf: object) -> object:
+    return leaf.detach().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: Inputs, trace: str) -> SelfTuningNetwork:
     """transform(original). A forward that runs as it is runs in float64 throughout, whatever types it asks for."""
     rejected = None
     if trace != "live":
@@ -190,7 +197,7 @@ class Comparison:
 
 
 def _comparisons(
-    network: SelfTuningNetwork, original: nn.Module, inputs: tuple, delta: Tensor, seed: int
+    network: SelfTuningNetwork, original: nn.Module, inputs: Inputs, delta: Tensor, seed: int
 ) -> list[Comparison]:
     """What is to be compared at one point."""
     network.train()  # a module that the states below leave in eval mode would count as frozen
@@ -206,7 +213,7 @@ def _comparisons(
     def tangent(of: SelfTuningNetwork, training: bool) -> Tensor:
         with preserved as values, torch.no_grad():
             torch.manual_seed(seed)
-            y, dy = of.train(training).pushforward(*values, delta=delta)
+            y, dy = of.train(training).pushforward(*values.args, delta=delta, **values.kwargs)
             flat(y)  # raises an error that names y where it has no float tensors
             return flat(dy)
 
@@ -217,7 +224,7 @@ def _comparisons(
         with preserved as values:
             move_weights(network.model, network, step * delta)
             torch.manual_seed(seed)
-            return flat(network.graph("train")(*values))
+            return flat(network.run(GraphKind("plain", True), values))
 
     comparisons = [
         Comparison("eval", "original model", partial(tangent, network, False), of_original(False)),

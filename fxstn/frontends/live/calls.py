@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import types
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from fxstn.frontends.inputs import Inputs, arguments_of, signature_of
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.facts import is_seeded, returns_tensors, written_arguments
 from fxstn.ir.spelling import Spelled
@@ -136,12 +136,14 @@ def inlined(function: types.FunctionType) -> Callable[..., object] | None:
     return body
 
 
-def argument_names(model: nn.Module, inputs: tuple) -> list[tuple[str, bool]]:
-    """(name, whether it has a default) of each argument that is passed by position."""
-    names: list[tuple[str, bool]] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [(f"{parameter.name}_{i}", False) for i in range(len(inputs) - len(names))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append((parameter.name, parameter.default is not parameter.empty))
-    return names
+def named_values(model: nn.Module, inputs: Inputs) -> list[tuple[str, bool, object]]:
+    """(name, whether it may be left out, value) of each argument of a call."""
+    parameters, result = signature_of(model).parameters, list[tuple[str, bool, object]]()
+    for name, value in arguments_of(model, inputs).items():
+        parameter = parameters.get(name)  # None for what **kwargs takes
+        if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL:
+            assert isinstance(value, tuple)
+            result += [(f"{name}_{i}", False, entry) for i, entry in enumerate(value)]
+        else:
+            result.append((name, parameter is None or parameter.default is not parameter.empty, value))
+    return result

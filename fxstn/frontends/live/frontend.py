@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from torch import nn
 
-from fxstn.frontends.inputs import InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.interface import Pass, Plan, Root
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.live.record import Recording, record
@@ -32,7 +32,7 @@ class Live:
     rewritable: ClassVar[bool] = False
 
     def capture(
-        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: tuple | None = None
+        self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: Inputs | None = None
     ) -> Recording:
         """One run on the inputs, recorded for the passes that only read. Raises TransformError as `record`."""
         if inputs is None:

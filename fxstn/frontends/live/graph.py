@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.interface import Root
 from fxstn.frontends.live.duals import Duals, OperationNote
 from fxstn.frontends.live.sites import RuntimeSites
@@ -82,26 +83,26 @@ class LiveGraph:
     def forward(
         self, *inputs: object, condition: Tensor | None = None, delta: Tensor | None = None, **named: object
     ) -> object:
+        call = Inputs(inputs, named)
         if self.objective in ("pushforward", "linearized"):
-            return self.duals(inputs, named, condition, delta)
+            return self.duals(call, condition, delta)
         replacements: dict[int, Tensor] = {}
         if self.objective in ("perturbed", "trained"):
             replacements = self._moved(delta)
         if self.objective == "perturbed":  # works on copies of all that the forward may write into
-            outside = (x for _, x in (*attributes(self.model), *reachable((inputs, named), "")))
+            outside = (x for _, x in (*attributes(self.model), *reachable(call, "")))
             replacements |= {id(x): x.clone() for x in outside if not isinstance(x, nn.Parameter)}
-            inputs, named = mapped(lambda leaf: replacements.get(id(leaf), leaf), (inputs, named))
+            call = mapped(lambda leaf: replacements.get(id(leaf), leaf), call)
         mode = LiveTracer(self.model, self.sites, self._strengths(condition))
         keep = self.objective != "perturbed"
         with swapped_tensors(self.model, self.training, self.frozen, replacements, keep):
-            return mode.run(inputs, named)
+            return mode.run(call)
 
     __call__ = forward
 
     def duals(
         self,
-        inputs: tuple,
-        named: dict[str, object],
+        inputs: Inputs,
         condition: Tensor | None,
         delta: Tensor | None,
         log: list[OperationNote] | None = None,
@@ -118,10 +119,10 @@ class LiveGraph:
                 for name, module in self.model.named_modules():  # as fxstn.passes.statistics.choose_statistics
                     module.training = isinstance(module, _BatchNorm) and name not in self.frozen
             mode = Duals(self.model, parameters, self.sites, strengths, log)
-            outside = {id(x): x for _, x in (*reachable((inputs, named), ""), *attributes(self.model))}
+            outside = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(self.model))}
             mode.add_constants(outside.values())
             with temporary_memory(outside.values()), torch.enable_grad():
-                output = mode.run(inputs, named)
+                output = mode.run(inputs)
                 mode.finish(output)
                 result = (
                     mode.linearized(output) if self.objective == "linearized" else (output, mode.tangents_of(output))

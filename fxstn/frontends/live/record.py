@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.frontends.guards import mode_of, refuse_scripted
-from fxstn.frontends.live.calls import Call, RunningCall, argument_names, mutated
+from fxstn.frontends.inputs import Inputs
+from fxstn.frontends.live.calls import Call, RunningCall, mutated, named_values
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
@@ -40,13 +41,13 @@ class Tape(ConstantGuard):
         path, operation, order within its call, number of the module's call, element of the result or None).
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__(model)
         self.operations_to_count, self.problems = None, list[Diagnostic]()
         self.graph = fx.Graph()
         self.nodes = WeakTensorKeyDictionary()
         self.inputs_of_calls: dict[int, set[fx.Node]] = {}
-        for (name, optional), value in zip(argument_names(model, inputs), inputs, strict=False):
+        for name, optional, value in named_values(model, inputs):
             for i, (_, leaf) in enumerate(reachable(value, name)):
                 node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
                 annotate(node, address=("argument", name))
@@ -146,8 +147,8 @@ class Tape(ConstantGuard):
         return Recording(self.model, self.graph)
 
 
-def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tuple) -> Recording:
-    """Run model(*inputs) once in train or in eval mode and return its canonical graph.
+def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: Inputs) -> Recording:
+    """Run the model once on its inputs, in train or in eval mode and return its canonical graph.
 
     Parameters, buffers, attributes, inputs and random generators are left as they were. Raises TransformError where the forward
     fails or computes with a tensor that cannot be followed.
@@ -158,7 +159,7 @@ def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: tu
         try:
             with mode_of(model, training, frozen), forked_rng(), torch.enable_grad():
                 with tape.active():
-                    output = model(*inputs)
+                    output = model(*inputs.args, **inputs.kwargs)
                 return tape.finish(output)
         except TransformError:
             raise

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.live.calls import Call, RunningCall, argument_names, arithmetic, inlined
+from fxstn.frontends.inputs import Inputs, in_order
+from fxstn.frontends.live.calls import Call, RunningCall, arithmetic, inlined, named_values
 from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.sites import Address, Position, RuntimeSites
 from fxstn.ir.containers import mapped, tensors_in
@@ -56,14 +57,20 @@ class LiveTracer(TorchFunctionMode):
 
     # Module calls
 
-    def run(self, inputs: tuple, named: dict[str, object]) -> object:
+    def run(self, inputs: Inputs) -> object:
         """The model's output."""
-        values = list(inputs)
-        for i, (name, _) in enumerate(argument_names(self.model, inputs)[: len(inputs)]):
-            if name in self.sites.arguments:
-                values[i] = self._dropped_leaves(values[i], Position(self.sites.arguments[name]))
+        args, kwargs = in_order(self.model, inputs)
+        if self.sites.arguments:
+            names = [name for name, _, _ in named_values(self.model, inputs)]
+            args = tuple(map(self._dropped_argument, names, args))  # positional ones come first
+            kwargs = {name: self._dropped_argument(name, value) for name, value in kwargs.items()}
         with self.active():
-            return self.model(*values, **named)
+            return self.model(*args, **kwargs)
+
+    def _dropped_argument(self, name: str, value: object) -> object:
+        """An input with a dropout after it, where there is a site."""
+        index = self.sites.arguments.get(name)
+        return value if index is None else self._dropped_leaves(value, Position(index))
 
     @contextmanager
     def active(self) -> Iterator[None]:
