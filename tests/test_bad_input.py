@@ -109,6 +109,7 @@ for _name, _value, _message in (
     ("response.fraction", 0, r"response.fraction=0 must be in \(0, 1\]"),
     ("response.fraction", float("nan"), r"response.fraction=nan must be in \(0, 1\]"),
     ("hyper.entropy_weight", float("inf"), "hyper.entropy_weight=inf must not be negative or infinite"),
+    ("checkpoints.save_minutes", None, "checkpoints.save_minutes=None must be a number"),
     ("ema", 1.0, r"ema=1\.0 must be in \(0, 1\)"),
     ("response.perturb", "sample", "response.perturb='sample' must be 'auto', 'example' or 'batch'"),
     (
@@ -197,6 +198,7 @@ for _name, _message in {
     "out_dir": r"'out_dir'; did you mean checkpoints=fxstn\.CheckpointSettings\(out_dir=\.\.\.\)\?",
     "device": r"'device'; did you mean execution=fxstn\.ExecutionSettings\(device=\.\.\.\)\?",
     "patience": r"'patience'; it is a callback: callbacks=\[fxstn\.EarlyStopping\(patience=\.\.\.\)\]",
+    "warmup": r"'warmup'; did you mean hyper=fxstn\.HyperSettings\(warmup_epochs=\.\.\.\)\?",
     "metric": r"'metric'; did you mean 'metrics'\?",
     "zzz": r"'zzz'; help\(fxstn\.BilevelRunner\) lists them",
 }.items():

@@ -35,7 +35,8 @@ NOT_NEGATIVE = (
     "hyper.recalibrate",
     "checkpoints.rollbacks",
 )
-POSITIVE = ("clip_norm", "checkpoints.save_minutes")  # may also be None
+POSITIVE = ("clip_norm", "checkpoints.save_minutes")
+OPTIONAL = ("clip_norm",)  # numbers that may be None
 WHOLE = ("hyper.train_steps", "hyper.valid_steps", "hyper.warmup_epochs", "hyper.recalibrate", "response.every",
          "response.windows", "accumulate", "checkpoints.keep", "checkpoints.rollbacks", "patience")  # fmt: skip
 COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # of the history, which users may not name
@@ -80,8 +81,8 @@ def check_settings(settings: Mapping[str, object]) -> None:
 
     settings: {path: value}, of some of the settings.
     """
-    names = [name for name in (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE) if name in settings]
-    names += [name for name in POSITIVE if settings.get(name) is not None]
+    names = [name for name in (*AT_LEAST_ONE, *FRACTIONS, *NOT_NEGATIVE, *POSITIVE) if name in settings]
+    names = [name for name in names if name not in OPTIONAL or settings[name] is not None]
     numbers = {name: value for name in names if is_number(value := settings[name])}
     if kinds := [f"{name}={settings[name]!r} must be a number" for name in names if name not in numbers]:
         raise TypeError("; ".join(kinds))

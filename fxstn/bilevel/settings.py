@@ -173,8 +173,7 @@ class ExecutionSettings(SettingsGroup):
 
 
 GROUPS = (ResponseSettings, HyperSettings, CheckpointSettings, ExecutionSettings)
-
-
+FIELDS = [field.name for group in GROUPS for field in fields(group)]
 # {name that a setting might be given by: how to give it}: "every" and "response_every"; of equal names that of the first group
 PLACES = {
     spelling: f"{group.keyword}=fxstn.{group.__name__}({field.name}=...)"
@@ -196,7 +195,10 @@ def check_keywords(
     if unknown is None:
         return
     remedy = f"help(fxstn.{owner}) lists them"
-    if close := get_close_matches(unknown, [*names, *PLACES], 1):
+    close = get_close_matches(
+        unknown, [*names, *PLACES], 1, cutoff=0.8
+    )  # with a prefix, all names of a group are alike
+    if close := close or get_close_matches(unknown, [*names, *FIELDS], 1):
         remedy = f"did you mean {repr(close[0]) if close[0] in names else PLACES[close[0]]}?"
     raise TypeError(f"{owner} has no argument {unknown!r}; {(elsewhere or {}).get(unknown, remedy)}")
 
