@@ -88,7 +88,7 @@ def transform(
     a spec that matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown
     method, example inputs that the model cannot take, a model wrapped for several processes. Raises TypeError for a model,
     hparams or example_inputs of another kind. Warns where hparams=None leaves an augmentation of the model at its own
-    strength, because the model is not followed by "fx".
+    strength.
     """
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
@@ -108,12 +108,11 @@ def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
         unguided = request.trace == "auto" and inputs is None
         raise with_remedy(error) if unguided else error from error.__cause__
     network.rejected = rejected
-    if request.hparams is None and network.frontend != "fx" and (path := augmentation(model)) is not None:
+    sites = {site.path for site in network.recipe.plan.binding.sites}
+    if request.hparams is None and (path := augmentation(model, but=sites)) is not None:
         reason = f", because {rejected[0]}" if rejected else ""
         warnings.warn(
-            f"the augmentation '{path}' keeps its strength: it is tuned where symbolic tracing follows the model, and this "
-            f"one is followed by trace={network.frontend!r}{reason}; on 'export' a spec such as hp.ColorJitter() inserts one "
-            "that is tuned",
+            f"the augmentation '{path}' keeps its strength: no operation of fxstn does what it does{reason}",
             stacklevel=2,
         )
     return network

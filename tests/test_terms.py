@@ -466,13 +466,25 @@ def test_a_model_that_only_runs_as_it_is_refuses_what_needs_a_graph():
             fxstn.transform(Branching(), [spec], example_inputs=images(), trace="live")
 
 
+def test_an_augmentation_is_tuned_where_export_or_live_follows_the_model():
+    for trace in ("export", "live"):
+        model = nn.Sequential(v2.RandomHorizontalFlip(0.5), Branching())
+        stn = fxstn.transform(model, example_inputs=images(), trace=trace)
+        assert stn.hparams.values() == pytest.approx({"0.flip": 0.5})
+        assert torch.equal(stn.eval()(images()), stn.model[1].eval()(images()))  # off in eval mode
+
+
 def test_an_augmentation_that_keeps_its_strength_is_warned_of():
-    with pytest.warns(UserWarning, match=r"the augmentation '0' keeps its strength: .* trace='export'"):
-        stn = fxstn.transform(nn.Sequential(v2.RandomHorizontalFlip(0.5), Branching()), example_inputs=images())
-    assert stn.hparams.names == ("input.dropout",)
+    model = nn.Sequential(v2.RandomRotation(20, expand=True), Branching())
+    with pytest.warns(
+        UserWarning, match=r"'0' keeps its strength: no operation of fxstn does .* because fx: .*expand=True"
+    ):
+        stn = fxstn.transform(model, example_inputs=images())
+    assert stn.frontend == "live"
+    assert "input.dropout" in stn.hparams.names
 
 
-def test_the_warning_shows_the_error_in_an_operation_of_ones_own():
+def test_an_error_in_an_operation_of_ones_own_is_shown():
     class Fade(hp.Operation):
         numbers = {"p": hp.Hyperparameter(0.1, 0, 1)}  # noqa: RUF012
 
@@ -491,9 +503,7 @@ def test_the_warning_shows_the_error_in_an_operation_of_ones_own():
             return x * (1 - self.p)
 
     fxstn.register_operation(Fade, Faded)
-    with pytest.warns(
-        UserWarning, match="'0' keeps its strength: .* because fx: .*NameError: name 'by_exampel' is not"
-    ):
+    with pytest.raises(fxstn.TransformError, match=r"fx: .*NameError: name 'by_exampel' is not"):
         fxstn.transform(
             nn.Sequential(Faded(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(252, 5)), example_inputs=images()
         )

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxstn.frontends.export_operations import OperationMarker
 from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture, same
 from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of, bound
@@ -78,11 +79,12 @@ def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs:
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
             batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
             sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
+            marker = stack.enter_context(OperationMarker())
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=sizes, strict=False)
         if unsupported.problems:
             raise TransformError(unsupported.problems)
         _require_any_batch(program, arguments, batch)
-        return graph_of(program, model, arguments_of(model, inputs), calls.output_types)
+        return graph_of(program, model, arguments_of(model, inputs), calls.output_types, marker.calls)
 
 
 @contextmanager

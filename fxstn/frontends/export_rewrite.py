@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
@@ -16,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import Argument, map_aggregate
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
 
+from fxstn.frontends.export_operations import RandomCall
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.frontends.symbolic import first_names
 from fxstn.ir.errors import source_of
@@ -29,21 +29,22 @@ _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the
 _END = torch.iinfo(torch.int64).max
 _STORAGE = ("pin_memory", "layout")  # filled in by export; a graph's tensors are strided
 Scope = tuple[ModuleCall, ...]
-_SPATIAL_DROPOUT = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
 def graph_of(
-    program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any], types: OutputTypes | None
-) -> fx.GraphModule:
+    program: ExportedProgram, model: nn.Module, arguments: Mapping[str, Any], types: OutputTypes | None,
+    operations: Sequence[RandomCall],
+) -> fx.GraphModule:  # fmt: skip
     """The program as a graph.
 
     arguments: the example inputs by the names of the forward.
     types: of an output whose leaves alone the program returns; None for plain containers.
+    operations: the calls of random operations, by their number in the program.
 
     Parameters, buffers and constants become nodes where they are read, counted batches and batch norms one operation,
     no_grad regions detached results. Raises UnsupportedError for what the graph cannot express.
     """
-    return _Rewriter(program, model, types).run(arguments)
+    return _Rewriter(program, model, types, operations).run(arguments)
 
 
 class _Rewriter:
@@ -53,8 +54,10 @@ class _Rewriter:
     attributes: for inputs of the program that are attributes of the root, their names.
     """
 
-    def __init__(self, program: ExportedProgram, model: nn.Module, types: OutputTypes | None) -> None:
-        self.program, self.model, self.types = program, model, types
+    def __init__(
+        self, program: ExportedProgram, model: nn.Module, types: OutputTypes | None, operations: Sequence[RandomCall]
+    ) -> None:
+        self.program, self.model, self.types, self.operations = program, model, types, operations
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.constants = nn.Module()
@@ -167,8 +170,9 @@ class _Rewriter:
         handed_through = target is aten.alias.default
         if handed_through:
             target = torch.clone
-        elif target is aten.feature_dropout.default:
-            target = _SPATIAL_DROPOUT[_source(node).meta["val"].dim()]
+        elif target is torch.ops.fxstn.random_operation.default:
+            target, strengths, kwargs = self.operations[args[1]]
+            args = (args[0], *strengths)
         new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         new.meta = {"stack_trace": node.meta.get("stack_trace")}
         annotate(new, scope=scope, handed_through=handed_through)

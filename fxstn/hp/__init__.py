@@ -22,6 +22,7 @@ from fxstn.hp.operation import OPERATIONS, Operation
 from fxstn.hp.regularize import (
     ActivationDecay,
     Activity,
+    DropBlock,
     DropConnect,
     EmbeddingDropout,
     JacobianNorm,
@@ -43,6 +44,7 @@ __all__ = [
     "ColorJitter",
     "CutMix",
     "Cutout",
+    "DropBlock",
     "DropConnect",
     "Dropout",
     "EmbeddingDropout",

@@ -76,7 +76,7 @@ class Operation(Spec):
             return apply(x, draw(x, *strengths, **settings), **({} if of_torch else settings))
 
         # Functions of this class's own, so that graphs name them and two classes can share an implementation.
-        cls.function = staticmethod(staged(_named(run, kind)))
+        cls.function = staticmethod(staged(overridable=True)(_named(run, kind)))
         cls.draw = staticmethod(staged(random=True)(_named(draw, f"draw_{kind}")))
         if not of_torch and staging_of(apply) is None:
             cls.apply = staticmethod(staged(_named(apply, f"apply_{kind}")))

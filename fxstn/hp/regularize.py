@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Never, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Never, Unpack, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +14,12 @@ from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ops.drop_block import block_multiplier
 from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
 from fxstn.ops.precision import widen
+
+if TYPE_CHECKING:
+    from torchvision import ops
 
 
 class StochasticDepth(Operation):
@@ -39,6 +43,36 @@ class StochasticDepth(Operation):
     def draw(x: Tensor, p: Strength) -> Tensor:
         p = by_example(p, x)
         return ((uniform(x) >= p) / (1 - p)).to(x.dtype)
+
+
+class DropBlock(Operation):
+    """Share, in [0, 0.95], of a feature map that blocks cover, about (Ghiasi et al. 2018, arXiv 1810.12890).
+
+    Takes over `torchvision.ops.DropBlock2d` and `DropBlock3d`, and modules of other classes that do the same, timm's say. After
+    other modules that a pattern matches, one is inserted.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    block_size: side of a block, at most that of the map.
+    gamma_scale: factor of the probability of a block.
+    coupled: all channels have the same blocks.
+    inside: blocks are whole; else they may be cut at the borders of the map.
+    scaled: what is left is scaled to keep its mean, over the batch at one strength, else in each example.
+    """
+
+    numbers: Mapping[str, Hyperparameter] = {"drop_block": Hyperparameter(0.05, 0, 0.95)}
+    defaults: Mapping[str, object] = {
+        "block_size": 7, "gamma_scale": 1.0, "coupled": True, "inside": False, "scaled": True
+    }  # fmt: skip
+    apply = operator.mul
+
+    @classmethod
+    def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
+        own = cast("ops.DropBlock2d", module)
+        return {"drop_block": own.p}, {"block_size": own.block_size, "coupled": False, "inside": True}
+
+    @staticmethod
+    def draw(x: Tensor, p: Strength, **settings: Any) -> Tensor:
+        return block_multiplier(x, p, **settings)
 
 
 class LockedDropout(Operation):

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Never, TypedDict
 
@@ -146,15 +146,19 @@ class Spec:
         numbers = ", ".join(f"{name}: {number}" if several else str(number) for name, number in self.numbers.items())
         return f"hp.{type(self).__name__}({patterns}{numbers})"
 
-    def hyperparameters(self, path: str, starts: Mapping[str, float] | None = None) -> list[Hyperparameter]:
+    def hyperparameters(
+        self, path: str, starts: Mapping[str, float] | None = None, others: Collection[str] = ()
+    ) -> list[Hyperparameter]:
         """The hyperparameters at one match.
 
         They are called 'path.name', but 'name' when shared or at the root, and 'path' where it ends in the name.
         starts: a module's own strengths by name, moved inside the range. They stand where the user gives no init.
+        others: names that are in use, by a dropout after the module 'a' for one at 'a.dropout'.
         """
         result = []
         for kind, number in self.numbers.items():
-            name = kind if self.shared or not path else path if path.rpartition(".")[2] == kind else f"{path}.{kind}"
+            ends = path.rpartition(".")[2] == kind and path not in others
+            name = kind if self.shared or not path else path if ends else f"{path}.{kind}"
             if starts and kind in starts and kind not in self.explicit_starts:
                 number = number.starting_inside(starts[kind])
             result.append(number.named(name))

@@ -155,9 +155,9 @@ for _name in ("softmax", "log_softmax"):
     for _key in (_name, f"special_{_name}"):
         ANY[_key] = functools.partial(_over_with_level, getattr(torch, _name), getattr(F, _name))
         RAW[_key] = METHODS[_key] = functools.partial(_over, getattr(torch, _name), getattr(F, _name))
-for _name in ("dropout", "alpha_dropout", "feature_alpha_dropout"):
+for _name in ("dropout", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"):
     RAW[_name] = functools.partial(
-        lambda function, input, p, train: spell(function, input, p, train), getattr(F, _name)
+        lambda function, input, p, train: spell(function, input, p, train), getattr(F, _name, torch.feature_dropout)
     )
 ANY["linear"] = lambda input, weight, bias=None: spell(F.linear, input, weight, bias)
 

@@ -14,9 +14,18 @@ from torch.fx.node import Target
 from fxstn.ir.signatures import Spelled
 
 SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
-DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout}
-# These drop whole channels, each of so many dimensions.
-SPATIAL: dict[Target, int] = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3, F.feature_alpha_dropout: 2}
+DROPOUTS = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.feature_alpha_dropout,
+    F.alpha_dropout,
+    torch.feature_dropout,
+}
+# These drop whole channels, each of so many dimensions; of -1: of all that follow the first two.
+SPATIAL: dict[Target, int] = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3, F.feature_alpha_dropout: 2,
+                                   torch.feature_dropout: -1}  # fmt: skip
 ALPHA = {F.alpha_dropout, F.feature_alpha_dropout}
 
 LINKS = {torch.softmax, torch.log_softmax, torch.sigmoid}

@@ -33,7 +33,8 @@ def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: Bat
 
     x: what will be multiplied.
     p: in [0, 1]; a number, a 0-d tensor, or (batch,) with one rate per example.
-    spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it.
+    spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it; -1 for one per channel,
+        which is dimension 1.
     batch_axis: where the examples are in x.
 
     Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.

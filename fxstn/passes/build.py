@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def build_network(
     recipe = PipelineRecipe(frontend, plan, pipelines)
     modules = response_modules(model, responding, len(space), request.structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
-    network.augments = frontend.rewritable and augmentation(model) is not None
+    network.augments = augmentation(model) is not None
     if frontend.rewritable:
         network.keep_canonical([with_children(graph, network) for graph in graphs])
     check(network, inputs)
@@ -89,6 +89,7 @@ def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:
                     network.run(graph_kind(name), stand_ins, **moved)
 
 
-def augmentation(model: nn.Module) -> str | None:
-    """Path of the first module that stays random in eval mode, as torchvision's transforms do."""
-    return next((name for name, module in model.named_modules() if type(module) in AUGMENTING), None)
+def augmentation(model: nn.Module, but: Collection[str] = ()) -> str | None:
+    """Path of the first module that stays random in eval mode, as torchvision's transforms do; those at `but` excepted."""
+    names = (name for name, module in model.named_modules() if type(module) in AUGMENTING)
+    return next((name for name in names if name not in but), None)

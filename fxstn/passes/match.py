@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import cast
 
 from torch import fx
+from torch.fx.node import Argument
 
 from fxstn.hp import (
     OPERATIONS,
@@ -22,15 +25,17 @@ from fxstn.hp import (
     WeightDecay,
 )
 from fxstn.hp.binding import Binding, Site
-from fxstn.ir.errors import operation_name
+from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import model_of
+from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.passes.hyperize import layer_weights
 from fxstn.passes.places import (
     Place,
     input_places,
-    operation_path,
+    is_module,
     own_strengths,
+    path_of_call,
     places_after,
     results_of,
     stage_ends,
@@ -70,7 +75,8 @@ class _Collector:
         def indices(path: str, starts: Mapping[str, float] | None = None) -> tuple[int, ...]:
             """Those of λ at one match. The matches of a shared spec have the same."""
             if not spec.shared or len(self.hyperparameters) == first:
-                self.hyperparameters.extend(spec.hyperparameters(path, starts))
+                names = [hyperparameter.name for hyperparameter in self.hyperparameters]
+                self.hyperparameters.extend(spec.hyperparameters(path, starts, names))
             end = len(self.hyperparameters)
             return tuple(range(end - len(spec.numbers), end))
 
@@ -165,7 +171,8 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
     """Operations of the spec's kind that the model has, at their own strengths; where it has none, the usual places."""
     existing = _existing(module, spec)
     for path, nodes in existing.items():
-        starts = dict(zip(spec.numbers, map(float, own_strengths(nodes[0])), strict=True))
+        strengths = zip(spec.numbers, own_strengths(nodes[0]), strict=True)
+        starts = {name: number for name, value in strengths if (number := _number(module, value)) is not None}
         yield path, [Place(node.name) for node in nodes], starts
     if existing:
         return
@@ -175,6 +182,13 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
         yield "input", places, None
     if isinstance(spec, Dropout):
         yield from ((path, [place], None) for path, place in stage_ends(module))
+
+
+def _number(module: fx.GraphModule, strength: Argument) -> float | None:
+    """A strength of the model's own; None for one that the forward computes."""
+    if isinstance(strength, fx.Node):
+        return float(operator.attrgetter(str(strength.target))(module)) if strength.op == "get_attr" else None
+    return float(cast(float, strength))
 
 
 def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
@@ -195,12 +209,22 @@ def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
 
 
 def _existing(module: fx.GraphModule, spec: Spec) -> dict[str, list[fx.Node]]:
-    """The operations of the model that the spec can take over, by path."""
+    """The operations of the model that the spec can take over, by path.
+
+    A functional dropout in the module 'a' is at 'a.node', the node's name. One that is the output of 'a', and so called like
+    it, is at 'a.dropout'.
+    """
     nodes_at: dict[str, list[fx.Node]] = {}
+    modules = {name for name, _ in model_of(module).named_modules()}
     for node in module.graph.nodes:
         own = node.target in DROPOUTS if isinstance(spec, Dropout) else OPERATIONS.get(node.target) is type(spec)
         if node.op == "call_function" and own:
-            nodes_at.setdefault(operation_path(node), []).append(node)
+            path = module_path(node)
+            if not is_module(node):
+                path = path_of_call(node, "dropout" if info_of(node).exits else node.name)
+                names = chain([path], (f"{path}_{i}" for i in count(1)))
+                path = next(name for name in names if name not in modules and name not in nodes_at)
+            nodes_at.setdefault(path, []).append(node)
     return nodes_at
 
 

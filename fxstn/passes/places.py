@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn.frontends.decompositions.recurrent import STATEFUL
+from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.hp import OPERATIONS
 from fxstn.ir.errors import module_path
 from fxstn.ir.graphs import function_of, model_of, output_of, placeholders
@@ -35,17 +36,20 @@ class Place(NamedTuple):
     outside: int | None = None
 
 
-def operation_path(node: fx.Node) -> str:
-    """What patterns are matched against: the module's path, or 'path.node' for a functional call inside a module."""
+def is_module(node: fx.Node) -> bool:
+    """Whether a random operation is all that the innermost module around it does."""
     scope = info_of(node).scope
-    if node.target in OPERATIONS or (scope and issubclass(scope[-1].kind, _DropoutNd)):
-        return module_path(node)
-    return f"{module_path(node)}.{node.name}".lstrip(".")
+    return node.target in OPERATIONS or bool(scope and issubclass(scope[-1].kind, (_DropoutNd, *RANDOM)))
 
 
 def own_strengths(node: fx.Node) -> tuple:
     """The strengths that an operation of the model has itself."""
     return node.args[1:2] if node.target in DROPOUTS else node.args[1:]
+
+
+def path_of_call(node: fx.Node, name: str) -> str:
+    """What patterns are matched against for a functional call inside a module."""
+    return f"{module_path(node)}.{name}".lstrip(".")
 
 
 def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
@@ -55,7 +59,7 @@ def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.
         if node.op == "call_function" and node.target is function:
             path = module_path(node)
             ends = any(call.path == path for call in info_of(node).exits)
-            nodes_at.setdefault(path if ends else operation_path(node), []).append(node)
+            nodes_at.setdefault(path if ends else path_of_call(node, node.name), []).append(node)
     return nodes_at
 
 

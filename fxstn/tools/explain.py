@@ -150,11 +150,18 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: Input
 def _row_of_note(note: OperationNote, names: tuple[str, ...]) -> Row:
     if note.kind == "draw":
         return _row_of_own_draw(note.module, note.operation)
-    if note.kind != "dropout":
+    if note.kind != "random":
         return Row(note.module, note.operation, _change(note.kind), note.kind)
-    if isinstance(note.strength, int):
-        return Row(note.module, "dropout", f"strength from λ: {names[note.strength]}", "conditioned")
-    return Row(note.module, "dropout", f"kept, p = {note.strength}", "fixed noise")
+    tuned = [names[index] for index in note.strengths if isinstance(index, int)]
+    return _row_of_random(note.module, note.operation, tuned, note.strengths)
+
+
+def _row_of_random(path: str, operation: str, tuned: Sequence[str], strengths: Sequence[object]) -> Row:
+    """A random operation: at the hyperparameters of these names, or at its own strengths."""
+    if tuned:
+        return Row(path, operation, f"strength from λ: {', '.join(tuned)}", "conditioned")
+    fixed = ", ".join(map(str, strengths))
+    return Row(path, operation, f"kept, {'p = ' * (operation == 'dropout')}{fixed}", "fixed noise")
 
 
 def _change(rule: str) -> str:
@@ -178,10 +185,7 @@ def _row_of_draw(node: fx.Node, names: tuple[str, ...]) -> Row:
     dropout = node.target in (dropout_mask, alpha_dropout_coefficients)
     name = "dropout" if dropout else getattr(node.target, "__name__", "").removeprefix("draw_")
     tuned = [names[index] for index in map(_index, strengths) if index is not None]
-    if tuned:
-        return Row(module_path(node), name, f"strength from λ: {', '.join(tuned)}", "conditioned")
-    fixed = f"p = {strengths[0]}" if dropout else ", ".join(map(str, strengths))
-    return Row(module_path(node), name, f"kept, {fixed}", "fixed noise")
+    return _row_of_random(module_path(node), name, tuned, strengths[:1] if dropout else strengths)
 
 
 def _row_of_own_draw(path: str, operation: str) -> Row:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.guards import mode_of
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.calls import Call, mutated
@@ -25,7 +22,7 @@ from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.frontends.preservation import Preservation
-from fxstn.hp import OPERATIONS, Operation
+from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import arguments_mapped, leaves
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import described
@@ -61,8 +58,7 @@ class Strengths:
     sites: by address, for a network that runs the forward as it is.
     dropouts: an index into λ for each dropout call in the order of execution, for a network of graphs; None there means the
         call's own rate, as do calls beyond the last. None as a whole: `sites` decides.
-    operations: indices into λ for each call of a module that is a random operation, in the order of execution; None means
-        the module's own strengths.
+    operations: the same for each random operation, of which one may read several λ.
     """
 
     sites: RuntimeSites = field(default_factory=RuntimeSites)
@@ -105,12 +101,12 @@ class ReferenceRun(LiveTracer):
         super().__init__(model, strengths.sites, values)
         self.collected: list[Tensor] = []
         self.constants: Iterator[Tensor] | None = None if constants is None else iter(constants)
-        self.operations = strengths.operations
+        self.operations = iter(strengths.operations)
         self.dropouts: Iterator[int | None] | None = None if strengths.dropouts is None else iter(strengths.dropouts)
 
     def output(self, inputs: Inputs) -> object:
         """The model's output, with grad mode on as in training. The model's parameters should not require gradients."""
-        with torch.enable_grad(), self._operations_at_strengths():
+        with torch.enable_grad():
             return self.run(inputs)
 
     def body_of(self, call: Call) -> Callable[..., object] | None:
@@ -123,6 +119,9 @@ class ReferenceRun(LiveTracer):
         if self.dropouts is not None and dropout_settings(call.spelled)[1]:
             index = next(self.dropouts, None)
         return super().drop(call, index)
+
+    def operate(self, call: Call, indices: tuple[int, ...] | None) -> object:
+        return super().operate(call, indices if self.dropouts is None else next(self.operations, None))
 
     def apply(self, call: Call) -> object:
         changed, result = mutated(call), call.run()
@@ -143,29 +142,6 @@ class ReferenceRun(LiveTracer):
             return x
         constant = next(self.constants)
         return x if torch.equal(x, constant) else constant.clone()
-
-    @contextmanager
-    def _operations_at_strengths(self) -> Iterator[None]:
-        """Modules that are random operations are replaced by what a graph runs for them."""
-        remaining = iter(self.operations)
-
-        def call(operation: type[Operation], module: nn.Module, x: object) -> object:
-            own, settings = operation.read(module)
-            indices = next(remaining, None) if module.training else ()
-            numbers: list[float | Tensor] = [own.get(name, 0.0) for name in operation.numbers]
-            if indices is not None:
-                assert self.strengths is not None
-                numbers = [self.strengths[index] for index in indices]
-            if not any(map(float, numbers)):  # such a call is no part of a graph
-                return x
-            return operation.function(x, *numbers, **{**operation.defaults, **settings})
-
-        with ExitStack() as stack:
-            if self.dropouts is not None:
-                stack.enter_context(mock.patch.object(Operation, "call", classmethod(call)))
-                for kind in RANDOM:
-                    stack.enter_context(mock.patch.object(kind, "forward", DECOMPOSITIONS[kind]))
-            yield
 
 
 def _draws(call: Call) -> bool:

@@ -5,10 +5,13 @@ The functions of torchvision (`stochastic_depth`, `shifted_window_attention`) ar
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+from unittest import mock
 
-import torchvision
 from torch import Tensor, nn
+from torchvision import ops
 from torchvision.transforms import v2
 
 from fxstn import hp
@@ -17,7 +20,7 @@ from fxstn.frontends.decompositions.attention import row_dropout
 from fxstn.ops.color import convert, normalize_channels
 
 # Modules that are not run themselves, but by `Operation.call`; and those of them that are random in eval mode too.
-RANDOM: set[type[nn.Module]] = {v2.Compose, torchvision.ops.StochasticDepth}
+RANDOM: set[type[nn.Module]] = {v2.Compose, ops.StochasticDepth, ops.DropBlock2d, ops.DropBlock3d}
 AUGMENTING: set[type[nn.Module]] = {v2.Compose}
 OWNERS: dict[type[nn.Module], type[hp.Operation]] = {}  # the operation that takes a class over
 
@@ -64,6 +67,27 @@ def register_operation(operation: type[hp.Operation], *modules: type[nn.Module])
         AUGMENTING.add(module)
 
 
+@contextmanager
+def random_modules(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, those of the modules that are in RANDOM run as operations. What no operation can do runs as it is."""
+
+    def forward(kind: type[nn.Module]) -> Callable[..., object]:
+        original = kind.forward
+
+        def taken_over(module: nn.Module, *inputs: object) -> object:
+            try:
+                return DECOMPOSITIONS[kind](module, *inputs)
+            except NotImplementedError:
+                return original(module, *inputs)
+
+        return taken_over
+
+    with ExitStack() as patches:
+        for kind in {type(module) for module in modules} & RANDOM:
+            patches.enter_context(mock.patch.object(kind, "forward", forward(kind)))
+        yield
+
+
 def _forward_of(operation: type[hp.Operation]) -> Any:
     return lambda module, *inputs: operation.call(module, *inputs)
 
@@ -79,12 +103,21 @@ register_operation(hp.GaussianNoise, v2.GaussianNoise)
 register_operation(hp.GaussianBlur, v2.GaussianBlur)
 
 
-@decomposes(torchvision.ops.StochasticDepth)
-def stochastic_depth(module: torchvision.ops.StochasticDepth, input: Tensor) -> object:
+@decomposes(ops.StochasticDepth)
+def stochastic_depth(module: ops.StochasticDepth, input: Tensor) -> object:
     """By example it can be tuned; for the whole batch it stays as it is."""
     if module.mode == "batch":
         return row_dropout(input, module.p, "batch", module.training)
     return hp.StochasticDepth.call(module, input)
+
+
+@decomposes(ops.DropBlock2d, ops.DropBlock3d)
+def drop_block(module: ops.DropBlock2d, input: Tensor) -> Tensor:
+    """Whole blocks, those of each channel by themselves."""
+    if module.block_size % 2 == 0:
+        raise ValueError(f"block_size={module.block_size} of torchvision's DropBlock must be odd")
+    result = cast(Tensor, hp.DropBlock.call(module, input))
+    return input.copy_(result) if module.inplace and module.training else result
 
 
 @decomposes(v2.Compose)

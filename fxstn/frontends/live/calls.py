@@ -70,14 +70,14 @@ class Call:
 class OperationNote:
     """An operation in a module.
 
-    kind: of its rule, or "dropout".
-    strength: of a dropout, an index into λ (int) or a rate of its own (float).
+    kind: of its rule; "draw" for random numbers; "random" for an operation that a spec could take over.
+    strengths: of the last kind, indices into λ (int) or numbers of its own (float).
     """
 
     module: str
     operation: str
     kind: str
-    strength: float | int | None
+    strengths: tuple[float | int, ...] = ()
 
 
 def arithmetic(function: Callable[..., object], x: Tensor, other: Tensor | float, in_place: bool) -> Call:

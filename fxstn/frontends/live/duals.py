@@ -100,9 +100,9 @@ class Duals(ConstantGuard):
             return (list if isinstance(value, list) else tuple)(map(self._tangents, value))
         return ZERO
 
-    def note(self, operation: str, kind: str, strength: float | int | None = None) -> None:
+    def note(self, operation: str, kind: str, strengths: tuple[float | int, ...] = ()) -> None:
         if self.log is not None:
-            self.log.append(OperationNote(self.path, operation, kind, strength))
+            self.log.append(OperationNote(self.path, operation, kind, strengths))
 
     # Operations
 

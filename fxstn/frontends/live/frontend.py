@@ -42,8 +42,9 @@ class Live:
         return record(model, training, frozen, inputs)
 
     def bind(self, captured: Recording, binding: Binding) -> Self:
-        if binding.dropped or binding.terms.jacobian or any(type(site.spec) is not Dropout for site in binding.sites):
-            what = "an operation other than dropout, which needs a graph,"
+        inserted = any(site.insert and type(site.spec) is not Dropout for site in binding.sites)
+        if binding.dropped or binding.terms.jacobian or binding.auxiliary or inserted:
+            what = "an operation other than dropout that the model does not have itself, which needs a graph,"
             raise TransformError([Diagnostic("", what, "", "use hp.Dropout")])
         return replace(self, addresses=find_addresses(captured.graph, binding))
 

@@ -119,6 +119,13 @@ class Tape(ConstantGuard):
         self.enter_result(call, node, result)
         return result
 
+    def operate(self, call: Call, indices: tuple[int, ...] | None) -> object:
+        node = self.node(call.function, call.args, call.kwargs)
+        with torch._C.DisableTorchFunction():
+            result = call.run()
+        self.enter_result(call, node, result)
+        return result
+
     def enter(self, call: RunningCall, inputs: object) -> None:
         self.inputs_of_calls[call.number] = {
             self.nodes[x] for x in leaves(inputs) if isinstance(x, Tensor) and x in self.nodes

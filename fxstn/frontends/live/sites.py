@@ -18,10 +18,16 @@ Address = tuple[str, str, int]  # module path, operation, which call of it withi
 
 @dataclass(frozen=True)
 class Position:
-    """λ[index], for the result of an operation or of a module, or for one element of it."""
+    """λ[indices], for the result of an operation or of a module, or for one element of it."""
 
-    index: int
+    indices: tuple[int, ...]
     element: int | None = None
+
+    @property
+    def index(self) -> int:
+        """The one strength of a dropout."""
+        (index,) = self.indices
+        return index
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class RuntimeSites:
 
     arguments: {name: index into λ}, arguments of the forward that get a dropout.
     exits: {module path: positions}, results of modules that get a dropout.
-    own: dropouts of the model, by address and by number of the module's call.
+    own: dropouts and random operations of the model, by address and by number of the module's call.
     insertions: results of operations that get a dropout, likewise.
     last: {module path: number of its last call that was recorded}.
     """
@@ -91,14 +97,14 @@ def runtime_sites(binding: Binding, addresses: Addresses) -> RuntimeSites:
             result.arguments[address[0]] = site.index
         elif site.insert and (site.outside is not None or not site.path):
             leaf = None if site.outside is None else addresses.positions.get((site.node, site.outside))
-            position = Position(site.index, leaf)
+            position = Position(site.indices, leaf)
             if position not in result.exits.setdefault(site.path, []):  # once for all calls
                 result.exits[site.path].append(position)
         elif kind == "exit":
-            result.exits.setdefault(address[0], []).append(Position(site.index, address[1]))
+            result.exits.setdefault(address[0], []).append(Position(site.indices, address[1]))
         else:
             path, operation, order, occurrence, element = address
             group = result.insertions if site.insert else result.own
-            group.setdefault((path, operation, order), {})[occurrence] = Position(site.index, element)
+            group.setdefault((path, operation, order), {})[occurrence] = Position(site.indices, element)
             result.last[path] = addresses.last[path]
     return result

@@ -19,13 +19,16 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.torchvision import random_modules
 from fxstn.frontends.inputs import Inputs, in_order
 from fxstn.frontends.live.calls import Call, RunningCall, arithmetic, inlined, named_values
 from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.sites import Address, Position, RuntimeSites
+from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Unspellable, respell
+from fxstn.ir.staging import staging_of
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
@@ -53,6 +56,7 @@ class LiveTracer(TorchFunctionMode):
         self.occurrences: Counter[str] = Counter()
         self.number_of_calls = 0
         self.operations_to_count: set[str] | None = self.sites.operations()  # None: all of them
+        self.inside_operation = False  # what a random operation of the model computes
         self.inside_function = False  # of a custom autograd function, where torch disables grad mode
 
     # Module calls
@@ -70,7 +74,7 @@ class LiveTracer(TorchFunctionMode):
     def _dropped_argument(self, name: str, value: object) -> object:
         """An input with a dropout after it, where there is a site."""
         index = self.sites.arguments.get(name)
-        return value if index is None else self._dropped_leaves(value, Position(index))
+        return value if index is None else self._dropped_leaves(value, Position((index,)))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -81,7 +85,12 @@ class LiveTracer(TorchFunctionMode):
         )
         apply = classmethod(self._autograd_apply(torch.autograd.Function.__dict__["apply"]))
         try:
-            with mock.patch.object(torch.autograd.Function, "apply", apply), without_checkpoints(), self:
+            with (
+                mock.patch.object(torch.autograd.Function, "apply", apply),
+                without_checkpoints(),
+                random_modules(self.paths),
+                self,
+            ):
                 yield
         finally:
             for hook in hooks:
@@ -177,20 +186,27 @@ class LiveTracer(TorchFunctionMode):
             call = Call(original, args, kwargs, respell(original, args, kwargs))
         except Unspellable:
             call = Call(original, args, kwargs, None)
-        is_dropout = call.function in DROPOUTS
-        body = None if is_dropout else self.body_of(call)
+        is_random = call.function in DROPOUTS or call.function in OPERATIONS
+        body = None if is_random else self.body_of(call)
         if body is not None:
             with self:
                 result = body(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         name = operation_name(call.function)
-        if not is_dropout and self.operations_to_count is not None and name not in self.operations_to_count:
+        if self.inside_operation:
+            return self.apply(call)
+        if not is_random and self.operations_to_count is not None and name not in self.operations_to_count:
             return self.apply(call)
         call = replace(call, order=self.calls[-1].counts[name])
         self.calls[-1].counts[name] += 1
         own = self._position(self.sites.own, call, name)
-        result = self.drop(call, own.index if own else None) if is_dropout else self.apply(call)
+        if call.function in DROPOUTS:
+            result = self.drop(call, own.index if own else None)
+        elif is_random:
+            result = self.operate(call, own.indices if own else None)
+        else:
+            result = self.apply(call)
         insertion = self._position(self.sites.insertions, call, name)
         return result if insertion is None else self._dropped_element(result, insertion)
 
@@ -214,8 +230,8 @@ class LiveTracer(TorchFunctionMode):
         """Carry out one operation."""
         return call.run()
 
-    def note(self, operation: str, kind: str, strength: float | int | None = None) -> None:
-        """Something that explain lists: an operation by its kind of rule, or a dropout by λ's index or its own rate."""
+    def note(self, operation: str, kind: str, strengths: tuple[float | int, ...] = ()) -> None:
+        """Something that explain lists, as an `OperationNote`."""
 
     # Dropout
 
@@ -228,7 +244,7 @@ class LiveTracer(TorchFunctionMode):
         """A value with a dropout after it; unchanged when it is not a float tensor."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        self.note("dropout", "dropout", index)
+        self.note("dropout", "random", (index,))
         return self._with_noise(x, dropout_mask(x, self.strength(index)), None, in_place=False)
 
     def _dropped_element(self, result: object, position: Position) -> object:
@@ -246,13 +262,32 @@ class LiveTracer(TorchFunctionMode):
         p, training = dropout_settings(call.spelled)
         if not training:
             return x
-        self.note("dropout", "dropout", float(p) if index is None else index)
+        self.note("dropout", "random", (float(p) if index is None else index,))
         strength = p if index is None else self.strength(index)
         spatial = SPATIAL.get(call.function, 0)
         if call.function in ALPHA:
             multiplier, shift = alpha_dropout_coefficients(x, strength, spatial)
             return self._with_noise(x, multiplier, shift, call.spelled.in_place)
         return self._with_noise(x, dropout_mask(x, strength, spatial), None, call.spelled.in_place)
+
+    def operate(self, call: Call, indices: tuple[int, ...] | None) -> object:
+        """A random operation of the model's own, at its own strengths or at λ[indices]."""
+        x, *strengths = call.args
+        operation, settings = OPERATIONS[call.function], call.kwargs
+        if indices is not None:
+            strengths = [self.strength(index) for index in indices]
+        elif not any(strengths):
+            return x
+        self.note(operation.function.__name__, "random", tuple(map(float, strengths)) if indices is None else indices)
+        with torch._C.DisableTorchFunction():
+            drawn = operation.draw(x, *strengths, **settings)
+        self.add_constants(tensors_in(drawn))
+        self.inside_operation = True
+        try:
+            with self:
+                return operation.apply(x, drawn, **(settings if staging_of(operation.apply) else {}))
+        finally:
+            self.inside_operation = False
 
     def _with_noise(self, x: Tensor, multiplier: Tensor | int, shift: Tensor | None, in_place: bool) -> object:
         """x · multiplier + shift, as operations of the model."""

@@ -1,0 +1,50 @@
+"""Random operations in a program of torch.export: one node each, which becomes the operation again in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fxstn.hp import OPERATIONS
+
+
+class RandomCall(NamedTuple):
+    """A call of a random operation: function(x, *strengths, **settings)."""
+
+    function: Callable[..., object]
+    strengths: tuple
+    settings: Mapping[str, object]
+
+
+@torch.library.custom_op("fxstn::random_operation", mutates_args=())
+def random_operation(x: Tensor, number: int) -> Tensor:
+    """What a program holds in place of a random operation on x: its number among the calls. It is never run."""
+    return x.clone()
+
+
+@random_operation.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class OperationMarker(TorchFunctionMode):
+    """Inside, `random_operation` stands for each call of a random operation.
+
+    calls: these calls, by number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[RandomCall] = []
+
+    def __torch_function__(
+        self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function not in OPERATIONS:
+            return function(*args, **(kwargs or {}))
+        self.calls.append(RandomCall(function, args[1:], kwargs or {}))
+        return random_operation(args[0], len(self.calls) - 1)

@@ -1,0 +1,220 @@
+"""Regularisers as models and other libraries write them: found, named, tuned on every frontend, with exact tangents."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_drop_path import DropPath
+from torch import nn
+from torchvision import ops
+from torchvision.transforms import v2
+
+import fxstn
+from fxstn import hp
+from fxstn.ops.drop_block import block_mask, block_multiplier
+
+FRONTENDS = ["fx", "export", "live"]
+
+
+# Dropout in a forward
+
+
+class Attribute(nn.Module):
+    """A forward, given as a function of the module, the output of its layer, its rate and its mode."""
+
+    def __init__(self, p, forward):
+        super().__init__()
+        self.dropout, self.config, self.body = p, SimpleNamespace(dropout=p), forward
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.body(self, self.lin(x))
+
+
+def attended(s, x, *by_position, **named):
+    h = x.view(-1, 1, 4, 2)
+    return F.scaled_dot_product_attention(h, h, h, *by_position, **named).reshape(-1, 8)
+
+
+def attended_by_hand(s, x):
+    h = x.view(-1, 4, 2)
+    return (F.dropout(torch.softmax(h @ h.mT, -1), p=s.dropout if s.training else 0.0) @ h).reshape(-1, 8)
+
+
+SPELLINGS = {
+    "by_name": lambda s, x: F.dropout(x, p=s.dropout, training=s.training).relu(),
+    "by_config": lambda s, x: F.dropout(x, s.config.dropout, s.training).relu(),
+    "in_place": lambda s, x: F.dropout(x.tanh(), s.dropout, s.training, inplace=True) * 1,
+    "of_torch": lambda s, x: torch.dropout(x, s.dropout, s.training).relu(),
+    "if_training": lambda s, x: F.dropout(x, s.dropout).relu() if s.training and s.dropout > 0 else x.relu(),
+    "attention": lambda s, x: attended(s, x, dropout_p=s.dropout if s.training else 0.0),
+    "causal": lambda s, x: attended(s, x, None, s.dropout if s.training else 0.0, True),
+    "attention_by_hand": attended_by_hand,
+    "of_weights": lambda s, x: F.linear(x, F.dropout(s.lin.weight, s.dropout, s.training)),
+    "alpha": lambda s, x: F.alpha_dropout(x, s.dropout, s.training).relu(),
+    "channels": lambda s, x: torch.feature_dropout(x.view(-1, 4, 2), s.dropout, s.training).reshape(-1, 8),
+}  # fmt: skip
+
+
+def spelled():
+    torch.manual_seed(0)
+    modules = {name: Attribute(0.1 + i / 50, body) for i, (name, body) in enumerate(SPELLINGS.items())}
+    net = nn.Sequential()
+    net.add_module("first", nn.Linear(6, 8))
+    for name, module in modules.items():
+        net.add_module(name, module)
+    net.add_module("last", nn.Linear(8, 3))
+    return net
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_every_spelling_of_dropout_is_found_named_and_tuned(trace):
+    x, net = torch.randn(5, 6), spelled()
+    stn = fxstn.transform(net, trace=trace, example_inputs=x)
+    assert [name.partition(".")[0] for name in stn.hparams.names] == list(SPELLINGS)
+    assert list(stn.hparams.values().values()) == pytest.approx([0.1 + i / 50 for i in range(len(SPELLINGS))])
+    assert fxstn.verify(net, x, trace=trace).ok
+
+
+class Ends(nn.Module):
+    """Two functional calls, of which one is the module's output, and a module that is called like them."""
+
+    def __init__(self, p=0.2):
+        super().__init__()
+        self.lin, self.p = nn.Linear(6, 6), p
+
+    def forward(self, x):
+        return F.dropout(F.dropout(self.lin(x), self.p, self.training).relu(), self.p, self.training)
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_a_call_that_is_the_output_of_a_module_is_called_like_the_function(trace):
+    net, x = nn.Sequential(nn.Sequential(Ends(0.1)), Ends(0.2), nn.Linear(6, 2)), torch.randn(4, 6)
+    stn = fxstn.transform(net, trace=trace, example_inputs=x)
+    assert list(stn.hparams.values().values()) == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    assert stn.hparams.names == ("0.0.dropout", "0.0.dropout_1.dropout", "1.dropout_2.dropout", "1.dropout")
+    chosen = fxstn.transform(net, [hp.Dropout("1.dropout*", init=0.3)], trace=trace, example_inputs=x)
+    assert chosen.hparams.values() == pytest.approx({"1.dropout_2.dropout": 0.3, "1.dropout": 0.3})
+
+
+def test_a_pattern_may_match_a_module_and_the_dropout_in_it():
+    class Block(nn.Sequential):
+        def __init__(self, **modules):
+            super().__init__()
+            for name, module in modules.items():
+                self.add_module(name, module)
+
+    net = Block(block=Block(lin=nn.Linear(6, 6), dropout=nn.Dropout(0.2), act=nn.Tanh()), head=nn.Linear(6, 2))
+    stn = fxstn.transform(net, [hp.Dropout("block*")])
+    assert stn.hparams.names == ("block.dropout", "block.dropout.dropout")  # after the block; its own
+    assert fxstn.transform(net).hparams.names == ("block.dropout",)
+
+
+@pytest.mark.parametrize("trace", ["fx", "live"])
+def test_a_rate_may_be_a_buffer(trace):
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 3)
+            self.register_buffer("rate", torch.tensor(0.3))
+
+        def forward(self, x):
+            return F.dropout(self.lin(x), self.rate, self.training).tanh()
+
+    stn = fxstn.transform(Held(), trace=trace, example_inputs=torch.randn(4, 6))
+    assert stn.hparams.values() == pytest.approx({"dropout": 0.3})
+
+
+# Random operations on every frontend
+
+
+class Around(nn.Module):
+    """A random module between a convolution and a linear layer."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.conv, self.drop, self.lin = nn.Conv2d(3, 4, 3, padding=1), module, nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.lin(self.drop(self.conv(x).relu() * 1).mean((2, 3)))
+
+
+OPERATIONS = {
+    "DropPath": (lambda: DropPath(0.2), "stochastic_depth"),
+    "DropBlock2d": (lambda: ops.DropBlock2d(0.2, 3), "drop_block"),
+    "DropBlock2d in place": (lambda: ops.DropBlock2d(0.2, 3, inplace=True), "drop_block"),
+    "RandomErasing": (lambda: v2.RandomErasing(0.2), "erasing"),
+}
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_random_operation_is_tuned_on_every_frontend(name, trace):
+    module, number = OPERATIONS[name]
+    x, net = torch.rand(6, 3, 7, 9), Around(module())
+    stn = fxstn.transform(net, trace=trace, example_inputs=x)
+    assert stn.hparams.values() == pytest.approx({f"drop.{number}": 0.2})
+    assert fxstn.verify(net, x, trace=trace).ok
+    rows = [row for row in fxstn.explain(stn, example_inputs=x).rows if row.rule == "conditioned"]
+    assert [(row.module, row.operation, row.became) for row in rows] == [
+        ("drop", number, f"strength from λ: drop.{number}")
+    ]
+    stn.train().hparams.set({f"drop.{number}": 0.0})  # at a strength of 0 nothing is drawn
+    torch.testing.assert_close(stn(x), net.lin(net.conv(x).relu().mean((2, 3))))
+    assert torch.equal(stn.eval()(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_the_strength_that_is_tuned_is_the_one_that_is_drawn_at(trace):
+    stn = fxstn.transform(Around(DropPath(0.2)), trace=trace, example_inputs=torch.rand(4, 3, 3, 3)).train()
+    stn.hparams.set({"drop.stochastic_depth": 0.75})
+    stn.model.conv.bias.data.fill_(3.0)
+    torch.manual_seed(0)
+    dropped = torch.isclose(stn(torch.zeros(4000, 3, 3, 3)), stn.model.lin.bias).all(1).double().mean()
+    assert float(dropped) == pytest.approx(0.75, abs=0.03)
+
+
+# DropBlock
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_blocks_are_those_of_torchvision(dims):
+    """Equal shares of dropped entries, scales and shapes: whole squares (cubes) of the block's side, for each channel."""
+    torch.manual_seed(0)
+    x = torch.ones(64, 4, *[10] * dims)
+    module = (ops.DropBlock2d if dims == 2 else ops.DropBlock3d)(0.3, 3)
+    mine, theirs = block_multiplier(x, 0.3, True, block_size=3, gamma_scale=1.0, coupled=False, inside=True), module(x)
+    for y in (mine, theirs):
+        assert y.mean() == pytest.approx(1, abs=1e-4)
+        assert len(y.unique()) == 2
+        covered = (y == 0).float()
+        pool = (F.max_pool2d, F.max_pool3d)[dims - 2]
+        places = 1 - pool(1 - covered, 3, 1)  # where a whole block is covered
+        assert torch.equal(pool(F.pad(places, [2] * 2 * dims), 3, 1), covered)
+    share, other = ((y == 0).float().flatten(1).mean(1) for y in (mine, theirs))
+    assert share.mean() == pytest.approx(other.mean().item(), abs=4 * (share.std() / 8 * 2**0.5).item())
+
+
+def test_blocks_may_be_cut_at_the_borders_shared_by_channels_and_longer_than_the_map():
+    torch.manual_seed(0)
+    x = torch.ones(200, 3, 6, 9)
+    covered = block_mask(x, 0.2, block_size=4, gamma_scale=1.0, coupled=True, inside=False)
+    assert covered.shape == (200, 1, 6, 9)
+    corners = covered[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
+    assert 0 < corners.min() <= corners.max() < covered.mean()
+    assert block_mask(x, 0.2, block_size=99, gamma_scale=1.0, coupled=True, inside=True).shape == (200, 1, 6, 9)
+    rates = torch.tensor([0.0, 0.4]).repeat(100)
+    multiplier = block_multiplier(x, rates, True, block_size=3, gamma_scale=1.0, coupled=True, inside=False)
+    assert torch.equal(multiplier[::2], torch.ones(100, 1, 6, 9))
+    assert (multiplier[1::2] == 0).float().mean() > 0.3
+    torch.testing.assert_close(multiplier.flatten(1).mean(1)[1::2], torch.ones(100))
+
+
+def test_drop_block_is_inserted_after_feature_maps_alone():
+    net, x = Around(nn.Identity()), torch.rand(4, 3, 7, 7)
+    assert fxstn.verify(net, x, hparams=[hp.DropBlock("conv", block_size=3)]).ok
+    with pytest.raises(fxstn.TransformError, match=r"hp\.DropBlock: a value of shape \(4, 5\) has no blocks"):
+        fxstn.transform(net, [hp.DropBlock("lin")], example_inputs=x, trace="fx")
