@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from fxstn.tools.verify import VerifyResult as VerifyResult
     from fxstn.tools.verify import verify as verify
     from fxstn.transform import transform as transform
+    from fxstn.tune import LoopTuner as LoopTuner
+    from fxstn.tune import tune as tune
 
 EXPORTS = {
     "fxstn.bilevel": [
@@ -76,6 +78,7 @@ EXPORTS = {
     "fxstn.tools.show": ["show"],
     "fxstn.tools.verify": ["VerifyResult", "verify"],
     "fxstn.transform": ["transform"],
+    "fxstn.tune": ["LoopTuner", "tune"],
 }  # the imports above, which type checkers read, once more for Python
 __all__ = ["hp", *(name for names in EXPORTS.values() for name in names)]
 

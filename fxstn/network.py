@@ -44,6 +44,7 @@ class SelfTuningNetwork(ModelWrapper):
     method: str
     augments: bool = False
     rejected: tuple[Diagnostic, ...] = ()
+    decay_metric: Callable[[str], Tensor | None] | None = None  # D of decoupled weight decay, see `total_penalty`
 
     def __init__(
         self,
@@ -292,4 +293,5 @@ class SelfTuningNetwork(ModelWrapper):
         if condition is not None and self.method == "stn":
             delta = condition + self.hparams.unconstrained.detach()
         constant = condition is not None and self.method != "stn"
-        return total_penalty(self.terms.penalties, self.model, self.response, self.hparams(condition), delta, constant)
+        strengths, metric = self.hparams(condition), self.decay_metric
+        return total_penalty(self.terms.penalties, self.model, self.response, strengths, delta, constant, metric)

@@ -215,8 +215,8 @@ class Seen:
         )  # fmt: skip
         draw = stn.hparams.sample
 
-        def sample(n):
-            self.noise.append((epsilon := draw(n)).detach().clone())
+        def sample(n, generator=None):
+            self.noise.append((epsilon := draw(n, generator)).detach().clone())
             return epsilon
 
         stn.hparams.sample = sample
@@ -332,7 +332,7 @@ def cut_runs(rank, folder):
     after.runner.fit(3)
 
     cut = Seen(f"{folder}/amid")
-    step, steps_done = cut.runner._tuner.inner_step, []
+    step, steps_done = cut.runner._tuner.stepper.inner, []
 
     def counted(*arguments):
         steps_done.append(0)
@@ -340,7 +340,7 @@ def cut_runs(rank, folder):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    cut.runner._tuner.inner_step = counted
+    cut.runner._tuner.stepper.inner = counted
     try:
         cut.runner.fit(3)
         status = None
@@ -476,7 +476,7 @@ def test_uneven_shares_and_a_stop_in_one_process():
 def steps_on_shares(rank, name):
     """Weights and rows after one step of each kind on this process's batches: three of 7 examples, or one of 2; else on all."""
     stn = network("mlp")
-    stn.hparams.sample = lambda n: torch.full((n, len(stn.hparams)), 0.3, dtype=torch.float64)
+    stn.hparams.sample = lambda n, generator=None: torch.full((n, len(stn.hparams)), 0.3, dtype=torch.float64)
     x, y = (torch.cat([part, part[:1]]) for part in data_for("mlp")[:2])
     y[[1, 4, 5]] = -100
     parts = {0: [slice(0, 3), slice(3, 5), slice(5, 7)], 1: [slice(7, 9)], None: [slice(0, 9)]}[rank]

@@ -79,7 +79,7 @@ def test_every_part_takes_over_the_state_that_the_same_part_of_another_run_has()
         return F.cross_entropy(output, target)
 
     first, second = make(loss_fn=loss_fn, **settings), make(**settings)
-    first._monitors.warnings.append((1, "a sign"))
+    first._tuner.monitors.warnings.append((1, "a sign"))
     with pytest.raises(KeyboardInterrupt):
         first.fit(4)
     moved = []
@@ -363,7 +363,11 @@ def test_a_range_in_logarithms_is_at_its_end_there():
 
 
 def test_a_run_driven_to_a_bound_warns_and_knows_it_after_resuming(tmp_path):
-    up = {"hparams": [hp.Dropout("2", init=0.9)], "valid_loss_fn": lambda y, t: (y**2).mean()}
+    up = {
+        "hparams": [hp.Dropout("2", init=0.9)],
+        "valid_loss_fn": lambda y, t: (y**2).mean(),
+        "hyper": {"recalibrate": 0},
+    }
 
     def bent(runner):
         runner.stn.hparams.set({"2.dropout": 0.9499})

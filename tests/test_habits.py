@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_averages_are_those_of_torch_and_are_what_is_evaluated_and_kept(tmp_path
 
 def test_schedulers_step_by_epoch_or_by_step_and_go_on_where_they_were(tmp_path):
     def settings():
-        by_epoch = {"optimizer": lambda o: lr_scheduler.StepLR(o, 2), "hyper.optimizer": lr_scheduler.ReduceLROnPlateau}
+        by_epoch = {
+            "optimizer": lambda o: lr_scheduler.StepLR(o, 2),
+            "hyper.optimizer": partial(lr_scheduler.ReduceLROnPlateau, threshold=0.0),
+        }
         by_step = {"response.optimizer": lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 4)}
         return {"schedulers": by_epoch, "step_schedulers": by_step, "hyper": {"optimizer": torch.optim.Adam}}
 

@@ -139,8 +139,8 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
 def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
     """Without dropout, of the last two batches, which a plain copy of the network sees, too."""
     runner = make(hyper={"recalibrate": 2})
-    seen, take = [], runner._tuner.train.take
-    runner._tuner.train.take = lambda n: [seen.append(batch) or batch for batch in take(n)]
+    seen, take = [], runner._train.take
+    runner._train.take = lambda n: [seen.append(batch) or batch for batch in take(n)]
     (row,) = runner.fit(1)
     x, y = (torch.cat(parts) for parts in zip(*seen[-2:], strict=True))
     with torch.no_grad():

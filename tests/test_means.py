@@ -113,7 +113,7 @@ def test_the_validation_loss_is_that_of_all_batches_at_once(name):
 def run_one_step(loss_fn, parts, accumulate, specs=None, **settings):
     """The weights after one step of each kind, with ε the same for every batch."""
     stn = network(specs, **({"method": settings.pop("method")} if "method" in settings else {}))
-    stn.hparams.sample = lambda n: torch.full((n, len(stn.hparams)), 0.3)
+    stn.hparams.sample = lambda n, generator=None: torch.full((n, len(stn.hparams)), 0.3)
     sgd = partial(torch.optim.SGD, lr=0.1)
     runner = fxstn.BilevelRunner(
         stn, loss_fn, parts, [joined(parts)], optimizer=sgd, accumulate=accumulate, progress=False,
@@ -162,7 +162,7 @@ def test_losses_of_the_history_are_means_over_what_counts():
     expected = F.cross_entropy(stn.eval()(x), y).item()
     assert row["valid_loss"] == pytest.approx(expected, rel=1e-5)
     assert row["train_loss"] == pytest.approx(expected, rel=1e-4)
-    assert runner._evaluator.clean_train_loss() == pytest.approx(expected, rel=1e-5)
+    assert runner._tuner.evaluator.clean_train_loss() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sum_of_training_batches_is_compared_with_one_of_as_many_validation_entries():

@@ -49,7 +49,7 @@ def fit_response(stn: fxstn.SelfTuningNetwork, problem: ridge.Problem, monkeypat
     """Minimise the response objective over Θ alone, its expectation over ε by quadrature: each example meets each node."""
     X, y = problem.X.repeat_interleave(len(NODES), 0), problem.y.repeat_interleave(len(NODES), 0)
     epsilon = (stn.hparams.scale.detach() * NODES[:, None]).repeat(len(problem.X), 1)
-    monkeypatch.setattr(stn.hparams, "sample", lambda n: epsilon[:n])
+    monkeypatch.setattr(stn.hparams, "sample", lambda n, generator=None: epsilon[:n])
     variance = stn.hparams.scale.item() ** 2
     optimizer = torch.optim.LBFGS(
         stn.response_parameters(), max_iter=500, history_size=20, tolerance_grad=1e-12, tolerance_change=1e-16,
@@ -115,7 +115,7 @@ def test_hypergradient_at_the_jacobian_is_the_derivative_of_the_validation_loss(
         response = stn.response.get_submodule("weight")
         response.U.fill_(1.0)
         response.R.copy_(jacobian)
-    monkeypatch.setattr(stn.hparams, "sample", lambda n: torch.zeros(n, 1, dtype=torch.float64))
+    monkeypatch.setattr(stn.hparams, "sample", lambda n, generator=None: torch.zeros(n, 1, dtype=torch.float64))
     stn.train()
     fxstn.hyper_loss(stn, nn.MSELoss(), problem.X_valid, problem.y_valid).backward()
     witness = (valid_loss(step) - valid_loss(-step)) / (2 * step)

@@ -90,14 +90,14 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
     torch.manual_seed(0)
     model = nn.Sequential(v2.ColorJitter(0.4), Net()) if augmented else Net()
     runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], hyper={"recalibrate": 3})
-    seen, take = [], runner._tuner.train.take
+    seen, take = [], runner._train.take
 
     def watched(n):
         batches = take(n)
         seen.extend(x for x, _ in batches)
         return batches
 
-    runner._tuner.train.take = watched
+    runner._train.take = watched
     loss = runner.fit(1)["valid_loss"][-1]
     net = runner.stn.model[1] if augmented else runner.stn.model
     expected = by_torch(net, seen[-3:])
@@ -198,6 +198,6 @@ def test_weights_that_a_user_writes_are_evaluated_with_statistics_of_their_own()
     with torch.no_grad():
         runner.stn.model[0].weight.mul_(2)
     x, y = runner.valid_loader.dataset.tensors
-    expected = by_torch(runner.stn.model, [x for x, _ in runner._tuner.train.recent])
+    expected = by_torch(runner.stn.model, [x for x, _ in runner._train.recent])
     assert runner.evaluate()["valid_loss"] == pytest.approx(F.cross_entropy(expected(x), y).item(), rel=1e-5)
     assert runner.evaluate() != before

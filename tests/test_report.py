@@ -96,7 +96,7 @@ def test_a_report_shows_warnings_and_values_at_their_bounds(tmp_path):
         pytest.warns(fxstn.RunWarning, match="upper end"),
         pytest.warns(fxstn.RunWarning, match="lower end of its range .* low=$"),
     ):
-        runner._monitors.read(runner.history.rows)
+        runner._tuner.monitors.read(runner.history.rows)
     assert runner.warnings[0][0] == 3
     page = written(runner, tmp_path, title="a < b")
     assert "at upper end" in page.text
@@ -112,7 +112,7 @@ def test_every_text_of_a_report_is_escaped(tmp_path):
     hparams = [hp.Dropout("2", init=0.3), hp.Scalar(bad, 0.5, 0, 1)]
     runner = make(hparams=hparams, metrics={f"{bad}!": fxstn.accuracy}, loss_fn=fxstn.cross_entropy)
     runner.fit(2)
-    runner._monitors.warnings.append((1, bad))
+    runner._tuner.monitors.warnings.append((1, bad))
     runner.settings["checkpoints.out_dir"] = bad
     explanation = fxstn.explain(torch.nn.ModuleDict({"<i>": torch.nn.Linear(2, 2)}))
     explanation.rows.append(fxstn.explain(mlp()).rows[0].__class__(bad, bad, bad, bad))
@@ -131,7 +131,7 @@ def test_reports_change_nothing_in_a_run_and_go_on_after_a_resume(tmp_path):
     assert "of 2" in (tmp_path / "report.html").read_text()
     again = make(tmp_path, callbacks=callbacks)
     again._checkpoints.resume(begun=False)
-    again._monitors.warnings.append((2, "seen before"))
+    again._tuner.monitors.warnings.append((2, "seen before"))
     again.save(tmp_path / "last.pt")
     resumed = make(tmp_path, callbacks=callbacks)
     assert without_times(resumed.fit(4)) == without_times(plain)

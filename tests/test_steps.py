@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
+from fxstn.frontends.inputs import Inputs
 from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask
 from fxstn.tools.reference import ReferenceRun, strengths_of
 
@@ -103,7 +104,7 @@ def test_train_mode_equals_the_original_under_the_same_draws():
         torch.manual_seed(3)
         y = stn(x)
         torch.manual_seed(3)
-        expected = ReferenceRun(net, strengths_of(stn, training=True), stn.hparams().detach()).output((x,))
+        expected = ReferenceRun(net, strengths_of(stn, training=True), stn.hparams().detach()).output(Inputs((x,), {}))
         torch.testing.assert_close(y, expected)
 
 

@@ -1,7 +1,10 @@
 """Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps.
 
-A step: problem, network_problem, sequences, objectives, losses, counts, steps, scaling, updates, combined, optim, evidence.
-A run: runner, tuner, settings, run_settings, checks, callbacks, batches, loaders, sources, workers, distributed.
+A step: problem, network_problem, sequences, objectives, losses, counts, steps, noise, scaling, updates, combined, optim,
+evidence.
+The method: tuner, settings.
+A run around it: runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, distributed.
+A loop of the user's around it: attached, forwards, observed, validation, recent, decay.
 Evaluation: evaluation, totals, recalibration, temporary.
 What a run tells: history, plots, progress, faults.
 Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.

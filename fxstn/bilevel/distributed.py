@@ -168,6 +168,19 @@ def seed_apart(number: int = 0) -> None:
         torch.manual_seed((torch.initial_seed() + APART * rank() + number) % 2**63)
 
 
+def common_seed() -> int:
+    """The seed of torch's generator in the first process, for all."""
+    return in_first_process(torch.initial_seed)
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the tensors of the first."""
+    for tensor in tensors if processes() > 1 else ():
+        dist.broadcast(values := tensor.contiguous(), 0)
+        tensor.copy_(values)
+
+
 def join(module: nn.Module, device: torch.device, settings: dict[str, object]) -> None:
     """Begin alike: all processes get the parameters and buffers of the first, and each its own noise.
 
@@ -192,8 +205,5 @@ def join(module: nn.Module, device: torch.device, settings: dict[str, object]) -
             name = differing[0]
             raise ValueError(f"the processes do not run the same: {name} is {first.get(name, 'missing')} in process 0 and "
                              f"{other.get(name, 'missing')} in process {number}")  # fmt: skip
-    with torch.no_grad():
-        for tensor in tensors.values():
-            dist.broadcast(values := tensor.contiguous(), 0)
-            tensor.copy_(values)
+    share(tensors.values())
     seed_apart()

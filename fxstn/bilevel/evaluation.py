@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.counts import IGNORED, Mean, as_loss, positive
 from fxstn.bilevel.faults import warn_caller
-from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
 from fxstn.bilevel.sources import new_pass
@@ -166,6 +165,19 @@ class BestModel:
         self.record = on_device(state["record"], self.device)
 
 
+class RecentBatches(Protocol):
+    """Training batches of the last steps."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are any to be had."""
+        ...
+
+    def recent_or_first(self) -> Iterator[object]:
+        """The recent batches; before there is one, first ones."""
+        ...
+
+
 class Evaluator:
     """Evaluates a problem as it is kept.
 
@@ -179,7 +191,7 @@ class Evaluator:
     def __init__(
         self,
         problem: BilevelProblem,
-        train: ResumableLoader,
+        train: RecentBatches,
         averages: WeightAverages | None,
         steps: Callable[[], int],
         metrics: Metrics,

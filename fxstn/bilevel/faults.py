@@ -38,7 +38,8 @@ class RunWarning(UserWarning):
 def warn_caller(text: str, category: type[Warning] = RunWarning) -> None:
     """Warn at the line of the user's code that called fxstn."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "fxstn":
+    passed = ("fxstn", "contextlib", "torch")  # torch: the hooks of an optimizer
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in passed:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fxstn.bilevel import distributed
 from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.counts import Loss, LossValue, as_loss
 from fxstn.bilevel.temporary import eval_mode
@@ -99,11 +100,15 @@ def _check_network(stn: object) -> None:
         raise TypeError(f"stn must come from fxstn.transform, got {type(stn).__name__}; give transform(model, hparams)")
 
 
-def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Tensor:
+def perturbation(
+    stn: SelfTuningNetwork, inputs: object, perturb: Perturb, generator: torch.Generator | None = None
+) -> Tensor:
     """ε of a step.
 
     perturb: "example" draws one ε per example, (batch, h), and "batch" one for all examples, (h,). "auto" draws one per example
         where the network allows. Or ε itself, in one of the two shapes.
+    generator: that all processes have in the same state. Each then takes its share of the rows, every k-th of k processes, as
+        torch's DistributedSampler shares out examples. None: torch's own, for the rows of this process.
 
     Raises ValueError for anything else.
     """
@@ -113,7 +118,10 @@ def perturbation(stn: SelfTuningNetwork, inputs: object, perturb: Perturb) -> Te
     if perturb not in ("auto", "example", "batch"):
         raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
     per_example = stn.per_example(*inputs.args, **inputs.kwargs) if perturb == "auto" else perturb == "example"
-    return stn.hparams.sample(batch_size(inputs)) if per_example else stn.hparams.sample(1)[0]
+    if not per_example:
+        return stn.hparams.sample(1, generator)[0]
+    shares = 1 if generator is None else distributed.processes()
+    return stn.hparams.sample(batch_size(inputs) * shares, generator)[distributed.rank() % shares :: shares]
 
 
 def general_loss(

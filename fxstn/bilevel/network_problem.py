@@ -62,6 +62,7 @@ class NetworkProblem(BilevelProblem):
         self._least = 2 if self._norms_of_batch() else 1  # examples of a part of a batch
         self._windows = 0  # number of windows that the response step has seen in this pass
         self._epsilon: Tensor | None = None
+        self._generator: torch.Generator | None = None  # of ε, the same in all processes
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
@@ -92,10 +93,11 @@ class NetworkProblem(BilevelProblem):
         if begins:
             carried.state = before
         inputs = carried.inputs(inputs)
-        if self.response_windows > 1 and begins:
-            self._epsilon = perturbation(self.stn, inputs, self.perturb).detach()
-        perturb = self.perturb if self._epsilon is None else self._epsilon
-        loss = response_loss(self.stn, carried.loss, inputs, target, perturb=perturb, widening=self.response_widening)
+        if begins or self.response_windows == 1:
+            self._epsilon = perturbation(self.stn, inputs, self.perturb, self._generator).detach()
+        assert self._epsilon is not None
+        widening = self.response_widening
+        loss = response_loss(self.stn, carried.loss, inputs, target, perturb=self._epsilon, widening=widening)
         carried.advance()
         self._windows += 1
         return loss
@@ -103,10 +105,11 @@ class NetworkProblem(BilevelProblem):
     def hyper_loss(self, inputs: Any, target: Any) -> Loss:
         carried = self.validation_windows
         inputs, target = first_part((inputs, target), self.hyper_fraction, self._least)
-        perturb = self.perturb if self.tune_scale else "off"
-        loss = hyper_loss(
-            self.stn, carried.loss, carried.inputs(inputs), target, entropy_weight=self.entropy_weight, perturb=perturb
-        )
+        inputs = carried.inputs(inputs)
+        perturb: Perturb = "off"
+        if self.tune_scale:
+            perturb = perturbation(self.stn, inputs, self.perturb, self._generator)
+        loss = hyper_loss(self.stn, carried.loss, inputs, target, entropy_weight=self.entropy_weight, perturb=perturb)
         carried.advance()
         return loss
 
@@ -181,6 +184,9 @@ class NetworkProblem(BilevelProblem):
             self.training_windows.reset()
             self._windows = 0
 
+    def begins_step(self, seed: int) -> None:
+        self._generator = torch.Generator(self.stn.hparams.raw_scale.device).manual_seed(seed)
+
     @torch.no_grad()
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
         """How far one ε ~ N(0, σ²), the same for the batch, moves the network.
@@ -214,7 +220,8 @@ class NetworkProblem(BilevelProblem):
 
     def local_state(self) -> State:
         windows = (self.training_windows, self.perturbed_windows, self.validation_windows)
-        return {"windows": self._windows, "epsilon": self._epsilon, "carried": [carried.state for carried in windows]}
+        epsilon = self._epsilon if self.response_windows > 1 else None
+        return {"windows": self._windows, "epsilon": epsilon, "carried": [carried.state for carried in windows]}
 
     def load_local_state(self, state: State) -> None:
         self._windows = state["windows"]

@@ -100,6 +100,12 @@ class BilevelProblem(nn.Module):
         stream: "train" or "valid".
         """
 
+    def begins_step(self, seed: int) -> None:
+        """Prepare for a response or a hyper step.
+
+        seed: the same in all processes, another one for each step; for noise that the processes have in common.
+        """
+
     def evaluation(self) -> Evaluation:
         """validation_loss for one pass over a loader, without gradients and in eval mode."""
 

@@ -9,23 +9,21 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
 from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors
-from fxstn.bilevel.faults import BadLoss, Monitors, Stop
+from fxstn.bilevel.faults import BadLoss, Stop
 from fxstn.bilevel.files import absolute
-from fxstn.bilevel.history import SCALE, History, Row, Schedule
+from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
-from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import postfix, progress_bar
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
-from fxstn.bilevel.steps import GapLimit
-from fxstn.bilevel.totals import one_number
+from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
@@ -75,7 +73,12 @@ class BilevelRunner:
         self._stop, self._stopped = Stop(), False
         self._place_problem()
         network = stn if isinstance(stn, SelfTuningNetwork) else None
-        self._tuner = Tuner(self.problem, network, train_loader, valid_loader, options, self.device, batches)
+        self._train = ResumableLoader(train_loader, "train_loader", options.hyper.recalibrate)
+        self._valid = ResumableLoader(valid_loader, "valid_loader")
+        self._tuner = Tuner(
+            self.problem, network, options, self.device, self._train, self._valid, distributed.common_seed()
+        )
+        self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._build_parts()
 
     def _place_problem(self) -> None:
@@ -95,32 +98,26 @@ class BilevelRunner:
 
     def _build_parts(self) -> None:
         """What evaluates, watches and keeps the run."""
-        options, problem, tuner = self._options, self.problem, self._tuner
-        files = options.checkpoints
-        self.updates, self.optimizers = tuner.updates, tuner.updates.optimizers
-        self.history = History(tuple(problem.values()), start=problem.values())
-        regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
-        self._best, self._monitors = BestModel(self.device), Monitors(problem.ranges(), regularizing)
-        self._evaluator = tuner.evaluator(self.metrics)
-        measured = options.hyper.recalibrate > 0 and options.schedule is None
-        self._limit = GapLimit(self.optimizers.get("hyper.optimizer"), problem, measured)
+        problem, tuner, files = self.problem, self._tuner, self._options.checkpoints
+        self.updates, self.optimizers, self.history = tuner.updates, tuner.updates.optimizers, tuner.history
+        self._best = BestModel(self.device)
         self._epoch_tensors = EpochTensors(problem, tuner.averages)
         self._checkpoints = CheckpointManager(
             self._parts(), self.device, self.out_dir, files.save_minutes, files.keep, files.rollbacks > 0
         )
         self._recovery = Recovery(
-            self._checkpoints, problem, self.updates, self._monitors, tuner.prepare, files.rollbacks
+            self._checkpoints, problem, self.updates, tuner.monitors, tuner.prepare, files.rollbacks
         )
 
     def _parts(self) -> RunParts:
         """All parts with a state, in the order in which a checkpoint loads them."""
         tuner = self._tuner
-        shared: dict[str, Stateful] = {"limit": self._limit}
+        shared: dict[str, Stateful] = {"limit": tuner.limit}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
-        shared |= {"losses": tuner.guard, "monitors": self._monitors, "stepper": tuner.stepper}
-        shared["statistics"] = self._evaluator.statistics
+        shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper}
+        shared["statistics"] = tuner.evaluator.statistics
         own_state = LocalProblemState(self.problem, self.device)
-        local: dict[str, LocalState] = {"train": tuner.train, "valid": tuner.valid, "problem": own_state}
+        local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "problem": own_state}
         local |= {"means": tuner.means, "tensors": self._epoch_tensors}
         identity = {
             "hyperparameters": list(self.history.names),
@@ -149,9 +146,8 @@ class BilevelRunner:
             self._begin_fit()
             with progress_bar(epochs, len(self.history), self.progress) as bar:
                 while len(self.history) < epochs and not self._over(minutes):
-                    number = len(self.history) + 1
                     try:
-                        self._end_epoch(number, self._tuner.epoch(number, self._pause))
+                        self._end_epoch(self._loop.epoch(self._pause))
                     except BadLoss as fault:
                         self._recovery.go_back(fault)
                         continue
@@ -174,39 +170,16 @@ class BilevelRunner:
         late = minutes is not None and len(self.history) > 0 and sum(self.history["seconds"]) >= 60 * minutes
         return distributed.any_process(self._stopped or late, self.device)
 
-    def _end_epoch(self, number: int, losses: dict[str, float]) -> None:
+    def _end_epoch(self, losses: dict[str, float]) -> None:
         self._epoch_tensors.average()
-        with self._evaluator.evaluating():
-            values, batch = self._evaluator.means(self.valid_loader, "valid_loader")
-            self._tuner.guard.check({"valid_loss": values["valid_loss"]}, f"epoch {number}")
-            if self._limit.on:
-                losses["clean_train_loss"] = self._evaluator.clean_train_loss()
-                self._limit.set(generalisation_gap(losses["clean_train_loss"], values["valid_loss"]))
-            row = self._row({"epoch": number, **losses, **values}, batch)
-            self.updates.end_epoch(row["valid_loss"])
-            self.history.rows.append(row)
-            better = self._best.offer(number, row["valid_loss"], self.problem)
-        self._tuner.means.begin()
-        if not distributed.rank():
-            self._monitors.read(self.history.rows)
+        with self._tuner.evaluated_epoch(self.valid_loader, losses) as row:
+            better = self._best.offer(int(row["epoch"]), row["valid_loss"], self.problem)
         self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
             callback(self)
         self._keep(better)
         if distributed.any_process(self._stop.signal is not None, self.device):
             self._stop.end()
-
-    def _row(self, row: Row, batch: Batch | None) -> Row:
-        """A row of the history, from its losses and a batch of validation."""
-        problem = self.problem
-        row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
-        if self.schedule is None and not distributed.any_process(batch is None, self.device):
-            assert batch is not None
-            with self._tuner.precision():
-                row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
-        row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in self.columns.items()}
-        row |= distributed.mean({"seconds": self._tuner.means.seconds()}, self.device)
-        return row | {"seconds": round(row["seconds"], 3)}
 
     # Faults
 
@@ -227,7 +200,7 @@ class BilevelRunner:
     @property
     def warnings(self) -> list[tuple[int, str]]:
         """(epoch, text) of the signs of trouble so far, and of every time the run went back; those before a resume too."""
-        return list(self._monitors.warnings)
+        return list(self._tuner.monitors.warnings)
 
     # Results
 
@@ -269,10 +242,10 @@ class BilevelRunner:
         """
         if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
-        with self._evaluator.evaluating():
+        with self._tuner.evaluator.evaluating():
             if loader is None:
-                return self._evaluator.means(self.valid_loader, "valid_loader")[0]
-            return self._evaluator.means(loader, "loader")[0]
+                return self._tuner.evaluator.means(self.valid_loader, "valid_loader")[0]
+            return self._tuner.evaluator.means(loader, "loader")[0]
 
     def best_model(self) -> nn.Module:
         """A plain model of the original class with the weights of the epoch of the lowest validation loss."""

@@ -87,3 +87,9 @@ class LossScaler:
         if self.enabled and state:
             self._scaler.load_state_dict(state)
             self.overflows = state["overflows"]
+
+
+def overflows(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler of the user's has told an optimizer to leave out the step that it is called for."""
+    infinite = getattr(optimizer, "found_inf", None)
+    return infinite is not None and bool(infinite.item())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, positive, without_empty
 from fxstn.bilevel.faults import BadLoss, LossGuard
+from fxstn.bilevel.noise import own_generators, seed_of_step
 from fxstn.bilevel.optim import SettlingAdam, set_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.scaling import MOST_OVERFLOWS, LossScaler
@@ -29,6 +30,7 @@ class Stepper:
     prepare: has moved the batches to the device, and names the last one in errors.
     correction: c of `fxstn.HyperSettings`, inner_correction.
     precision: makes a context for the forward of a loss.
+    seed: of the noise of response and hyper steps, which draw from generators of their own.
 
     `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step.
 
@@ -44,10 +46,12 @@ class Stepper:
         prepare: BatchPreparer,
         correction: float,
         precision: Callable[[], AbstractContextManager[object]],
+        seed: int,
     ) -> None:
         self.problem, self.updates, self.guard, self.prepare = problem, updates, guard, prepare
-        self.correction, self.precision = correction, precision
+        self.correction, self.precision, self.seed = correction, precision, seed
         self.training_hypergradients: list[Tensor] = []
+        self._draws = 0  # response and hyper steps done
 
     def inner(self, batches: Sequence[Batch], tunes: bool) -> Mean | None:
         """Step w₀, and Θ too for a joint problem; returns the loss. None where the gradient overflowed: nothing has changed.
@@ -58,25 +62,36 @@ class Stepper:
         loss = self._gradient("train_loss", self.problem.general_loss, batches, names)
         if loss is None:
             return None
-        if self.correction and tunes:
-            gradient = self.problem.training_hypergradient()
-            self.training_hypergradients += [gradient] if gradient is not None else []
+        self.note_gradient(tunes)
         self.updates.step(*names)
         return loss
 
+    def note_gradient(self, tunes: bool) -> None:
+        """Note Θᵀ∇L_T of an inner step, before it; the parameters of w₀ hold the gradient.
+
+        tunes: whether a hyper step will follow.
+        """
+        if self.correction and tunes:
+            gradient = self.problem.training_hypergradient()
+            self.training_hypergradients += [gradient] if gradient is not None else []
+
     def response(self, batches: Sequence[Batch]) -> Mean | None:
         """Step Θ; returns the loss. None where the gradient overflowed: nothing has changed."""
-        loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response.optimizer",))
+        with self._own_noise():
+            loss = self._gradient("response_loss", self.problem.response_loss, batches, ("response.optimizer",))
         if loss is not None:
+            self._draws += 1
             self.updates.step("response.optimizer")
         return loss
 
     def hyper(self, batch: Batch) -> Mean | None:
         """Step λ, and σ where it is tuned; returns the loss. None where the gradient overflowed: nothing has changed."""
         names = tuple(name for name in ("hyper.optimizer", "hyper.scale_optimizer") if name in self.updates.optimizers)
-        loss = self._gradient("hyper_loss", self.problem.hyper_loss, [batch], names)
+        with self._own_noise():
+            loss = self._gradient("hyper_loss", self.problem.hyper_loss, [batch], names)
         if loss is None:
             return None
+        self._draws += 1
         self.guard.check(distributed.mean({"hyper_loss": loss.value.item()}, self.prepare.device), self.prepare.time)
         if self.training_hypergradients:
             (parameter,) = self.problem.hyper_parameters()
@@ -84,6 +99,14 @@ class Stepper:
             parameter.grad -= self.correction * torch.stack(self.training_hypergradients).mean(0)
         self.updates.step(*names)
         return loss
+
+    @contextmanager
+    def _own_noise(self) -> Iterator[None]:
+        """Inside, noise depends on the seed and on the number of this step alone."""
+        seed = seed_of_step(self.seed, self._draws)
+        self.problem.begins_step(seed)
+        with own_generators(seed, self.prepare.device):
+            yield
 
     def _gradient(
         self, name: str, objective: Callable[..., object], batches: Sequence[Batch], names: tuple[str, ...]
@@ -152,10 +175,12 @@ class Stepper:
         return loss, total
 
     def state_dict(self) -> State:
-        return {"training_hypergradients": list(self.training_hypergradients)}
+        noted = list(self.training_hypergradients)
+        return {"training_hypergradients": noted, "seed": self.seed, "draws": self._draws}
 
     def load_state_dict(self, state: State) -> None:
         self.training_hypergradients = list(on_device(state["training_hypergradients"], self.prepare.device))
+        self.seed, self._draws = state["seed"], state["draws"]
 
 
 class GapLimit:

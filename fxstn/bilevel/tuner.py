@@ -1,11 +1,13 @@
-"""Tuner: the alternation of Alg. 1 over the batches of an epoch: inner steps, response steps, hyper steps."""
+"""Tuner: the method. Θ, λ and σ with their optimizers, when they step, what limits λ, and what is known of the run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,27 +15,33 @@ from torch import nn
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.counts import Mean
-from fxstn.bilevel.evaluation import Evaluator, RunningMeans
-from fxstn.bilevel.faults import LossGuard, warn_caller
-from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.evaluation import Evaluator, RecentBatches, RunningMeans
+from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
+from fxstn.bilevel.history import SCALE, History, Row
+from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State
-from fxstn.bilevel.steps import Stepper
+from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
-from fxstn.bilevel.totals import Metrics
+from fxstn.bilevel.totals import one_number
 from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 
 
 def build_updates(
-    problem: BilevelProblem, network: SelfTuningNetwork | None, settings: Settings, device: torch.device
+    problem: BilevelProblem,
+    network: SelfTuningNetwork | None,
+    settings: Settings,
+    device: torch.device,
+    weights: bool = True,
 ) -> Updates:
     """The optimizers of a run, and what is between a backward pass and their steps.
 
     network: of the problem. None: a problem of the user's own.
+    weights: whether w₀ has one of them; False where somebody else steps w₀.
 
     Warns where weight decay is tuned and also set in an optimizer. Raises ValueError where float16 autocast would have to scale
     gradients that are in float16 themselves.
@@ -44,6 +52,8 @@ def build_updates(
         "hyper.optimizer": settings.hyper.optimizer,
         "hyper.scale_optimizer": settings.hyper.scale_optimizer,
     }
+    if not weights:
+        del choices["optimizer"]
     optimizers = build_optimizers(problem, choices, network is not None and network.structured)
     for name in ("optimizer", "response.optimizer"):
         groups = optimizers[name].param_groups if name in optimizers else []
@@ -91,127 +101,176 @@ class Counters:
             setattr(self, name, value)
 
 
+class BatchSource(Protocol):
+    """Validation batches without end."""
+
+    def next(self) -> tuple[object, bool]:
+        """The next batch, and whether it begins a pass over the data."""
+        ...
+
+
 class Tuner:
-    """Runs the steps of an epoch.
+    """The method, whoever steps w₀: a `BilevelRunner`, or a loop of the user's own (`fxstn.tune`).
+
+    Around each step of w₀ there are `before_step`, while the gradients of w₀ are at hand, and `after_step`. `evaluated_epoch`
+    follows once in a while.
 
     problem: on its device.
     network: of the problem. None: a problem of the user's own.
-    train_loader, valid_loader, settings: of the runner.
-    batches: the number of them in train_loader. None: unknown.
+    settings: of the run.
+    recent: the training batches that evaluation estimates statistics on.
+    valid: the batches of hyper steps.
+    seed: of the noise of response and hyper steps; the same in all processes.
+    weights: whether the tuner has the optimizer of w₀, too.
     """
 
     def __init__(
         self,
         problem: BilevelProblem,
         network: SelfTuningNetwork | None,
-        train_loader: Iterable[object],
-        valid_loader: Iterable[object],
         settings: Settings,
         device: torch.device,
-        batches: int | None,
+        recent: RecentBatches,
+        valid: BatchSource,
+        seed: int,
+        weights: bool = True,
     ) -> None:
         self.problem, self.network, self.settings, self.device = problem, network, settings, device
-        self.schedule, self.counters = settings.schedule, Counters()
-        self.train = ResumableLoader(train_loader, "train_loader", settings.hyper.recalibrate)
-        self.valid = ResumableLoader(valid_loader, "valid_loader")
-        self.length = math.ceil(batches / settings.accumulate) if batches else None  # inner steps of an epoch
-        self.lengths_differ = distributed.lengths_differ(train_loader)
+        self.valid, self.counters, self.schedule = valid, Counters(), settings.schedule
         self.guard, self.means = LossGuard(), RunningMeans(device)
-        autocast = settings.execution.autocast
         self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack)
-        self.precision = partial(torch.autocast, device.type, autocast, enabled=autocast is not None)
-        self.updates = build_updates(problem, network, settings, device)
+        self.autocast = settings.execution.autocast
+        self.updates = build_updates(problem, network, settings, device, weights)
         correction = settings.hyper.inner_correction
-        self.stepper = Stepper(problem, self.updates, self.guard, self.prepare, correction, self.precision)
+        self.stepper = Stepper(problem, self.updates, self.guard, self.prepare, correction, self.precision, seed)
         self.averages: WeightAverages | None = None
         if settings.ema is not None:
             averaged = (*problem.general_parameters(), *problem.response_parameters(), *problem.buffers())
             self.averages = WeightAverages(averaged, settings.ema)
+        metrics = settings.metrics or {}
+        steps = partial(getattr, self.counters, "steps")
+        self.evaluator = Evaluator(problem, recent, self.averages, steps, metrics, self.prepare, self.precision)
+        self.history = History(tuple(problem.values()), start=problem.values())
+        regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
+        self.monitors = Monitors(problem.ranges(), regularizing)
+        measured = settings.hyper.recalibrate > 0 and settings.schedule is None
+        self.limit = GapLimit(self.updates.optimizers.get("hyper.optimizer"), problem, measured)
 
-    def evaluator(self, metrics: Metrics) -> Evaluator:
-        """Evaluates the problem as this run keeps it."""
-        return Evaluator(
-            self.problem, self.train, self.averages, lambda: self.counters.steps, metrics, self.prepare, self.precision
-        )
-
-    def epoch(self, number: int, pause: Callable[[], None]) -> dict[str, float]:
-        """Train for the epoch of this number, or for the rest of it; returns the mean losses.
-
-        pause: called between cycles; in a process of its own between inner steps, too.
-
-        Raises BadLoss, and ValueError where the train loader yields no batch.
-        """
-        means, settings = self.means, self.settings
-        if not means.steps:
-            means.begin()
-            self.problem.begins("train")
-            self.train.begin()
-        self.problem.train()
-        tunes = self.schedule is None and number > settings.hyper.warmup_epochs
-        while batches := self._next_batches():
-            time = f"epoch {number}, step {means.steps + 1}"
-            self._replay(number - 1, means.steps + 1)
-            losses = self.inner_step([self.prepare(b, "train_loader", time) for b in batches], tunes)
-            means.add(losses)
-            cycle_over = bool(losses) and self.counters.steps % settings.hyper.train_steps == 0
-            if cycle_over or means.steps == 1 or not self.guard.first:
-                self.guard.check(means.means(), time)
-            if cycle_over:
-                for _ in range(settings.hyper.valid_steps if tunes else 0):
-                    while self.stepper.hyper(self._valid_batch(time)) is None:
-                        pass  # its gradient overflowed: the next batch, at half the scale
-                    self.counters.hyper_steps += 1
-                self.stepper.training_hypergradients.clear()
-            if cycle_over or distributed.processes() == 1:
-                pause()
-        if not means.steps:
-            raise ValueError("train_loader is empty: it yielded no batch")
-        self.guard.check(epoch_means := means.means(), f"epoch {number}, step {means.steps}")
-        # NaN: a short epoch without a response step, or one in which float16 overflowed in every step
-        columns = ("train_loss", "response_loss") if self._responds else ("train_loss",)
-        return dict.fromkeys(columns, math.nan) | epoch_means
+    def precision(self) -> torch.autocast:
+        """A context for the forward of a loss."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
-    def _responds(self) -> bool:
+    def epoch(self) -> int:
+        """The number of the epoch under way, from 1."""
+        return len(self.history) + 1
+
+    @property
+    def tunes(self) -> bool:
+        """Whether hyper steps are due in this epoch."""
+        return self.schedule is None and self.epoch > self.settings.hyper.warmup_epochs
+
+    @property
+    def responds(self) -> bool:
         """Whether there are steps of Θ alone."""
-        return "response.optimizer" in self.updates.optimizers and not self.problem.joint and self.schedule is None
+        own = "response.optimizer" in self.updates.optimizers and not self.problem.joint
+        return own and self.schedule is None
 
-    def _next_batches(self) -> list[object]:
-        """The batches of the next inner step; none, in all processes, where one of them has none left."""
-        batches = self.train.take(self.settings.accumulate)
-        if self.lengths_differ and distributed.any_process(not batches, self.device):
-            self.train.close()
-            return []
-        return batches
+    @property
+    def time(self) -> str:
+        """Of the step that comes next, for errors."""
+        return f"epoch {self.epoch}, step {self.means.steps + 1}"
 
-    def _replay(self, epochs: int, step: int) -> None:
-        """Set λ to where the schedule, if there is one, has it at the end of this step after so many epochs."""
-        if self.schedule is not None and self.network is not None:
-            length = self.length or step  # of a loader that does not know it: the values at the end of the epoch
-            self.network.hparams.set(self.schedule.at(epochs + step / length))
+    def begin_epoch(self) -> None:
+        """Prepare for a pass over the training data."""
+        self.means.begin()
+        self.problem.begins("train")
 
-    def inner_step(self, batches: list[Batch], tunes: bool) -> dict[str, Mean]:
-        """One step of w₀ and, when it is due, one of Θ on training batches; of both at once for a joint problem.
+    def before_step(self) -> None:
+        """Note Θᵀ∇L_T; the parameters of w₀ hold the gradient of the step that follows."""
+        self.stepper.note_gradient(self.tunes)
 
-        tunes: whether hyper steps follow.
+    def after_step(self, batches: list[Batch], losses: dict[str, Mean] | None) -> bool:
+        """Do what is due after a step of w₀: a response step on its batches, hyper steps. Returns whether a cycle is over.
 
-        Returns the loss of each step done. Empty where the gradient of w₀ overflowed in float16: nothing has changed, and the
-        next inner step takes the place of this one in the cycle.
+        losses: of the step of w₀, as far as they are known. None where its gradient overflowed in float16, so that nothing has
+            changed and the next step takes the place of this one in the cycle.
+
+        Raises BadLoss.
         """
-        loss = self.stepper.inner(batches, tunes)
+        time = self.time
+        if losses is not None:
+            self.counters.steps += 1
+            losses = losses | self._respond(batches)
+            if self.averages:
+                self.averages.update()
+        self.means.add(losses or {})
+        cycle_over = losses is not None and self.counters.steps % self.settings.hyper.train_steps == 0
+        if cycle_over or self.means.steps == 1 or not self.guard.first:
+            self.guard.check(self.means.means(), time)
+        if cycle_over:
+            for _ in range(self.settings.hyper.valid_steps if self.tunes else 0):
+                while self.stepper.hyper(self._valid_batch(time)) is None:
+                    pass  # its gradient overflowed: the next batch, at half the scale
+                self.counters.hyper_steps += 1
+            self.stepper.training_hypergradients.clear()
+        return cycle_over
+
+    def _respond(self, batches: list[Batch]) -> dict[str, Mean]:
+        """The loss of a response step, where one is due."""
+        counters = self.counters
+        due = counters.response_due or counters.steps % self.settings.response.every == 0
+        if not self.responds or not due:
+            return {}
+        loss = self.stepper.response(batches)
+        counters.response_due = loss is None
         if loss is None:
             return {}
-        losses, counters = {"train_loss": loss}, self.counters
-        counters.steps += 1
-        if self._responds and (counters.response_due or counters.steps % self.settings.response.every == 0):
-            response_loss = self.stepper.response(batches)
-            counters.response_due = response_loss is None
-            if response_loss is not None:
-                losses["response_loss"] = response_loss
-                counters.response_steps += 1
-        if self.averages:
-            self.averages.update()
-        return losses
+        counters.response_steps += 1
+        return {"response_loss": loss}
+
+    def epoch_losses(self) -> dict[str, float]:
+        """The mean losses of the epoch so far. Raises BadLoss."""
+        self.guard.check(means := self.means.means(), f"epoch {self.epoch}, step {self.means.steps}")
+        # NaN: a short epoch without a response step, or one in which float16 overflowed in every step
+        columns = ["train_loss"] * ("optimizer" in self.updates.optimizers) + ["response_loss"] * self.responds
+        return dict.fromkeys(columns, math.nan) | means
+
+    @contextmanager
+    def evaluated_epoch(self, loader: Iterable[object], losses: dict[str, float]) -> Iterator[Row]:
+        """End an epoch: evaluate, limit λ by the generalisation gap, add a row to the history. Inside, the network is what was
+        evaluated.
+
+        loader: of the validation data.
+        losses: of the epoch, for the row.
+
+        Raises BadLoss.
+        """
+        with self.evaluator.evaluating():
+            values, batch = self.evaluator.means(loader, "valid_loader")
+            self.guard.check({"valid_loss": values["valid_loss"]}, f"epoch {self.epoch}")
+            if self.limit.on:
+                losses = losses | {"clean_train_loss": self.evaluator.clean_train_loss()}
+                self.limit.set(generalisation_gap(losses["clean_train_loss"], values["valid_loss"]))
+            row = self._row({"epoch": self.epoch, **losses, **values}, batch)
+            self.updates.end_epoch(row["valid_loss"])
+            self.history.rows.append(row)
+            yield row
+        self.means.begin()
+        if not distributed.rank():
+            self.monitors.read(self.history.rows)
+
+    def _row(self, row: Row, batch: Batch | None) -> Row:
+        """A row of the history, from its losses and a batch of validation."""
+        problem = self.problem
+        row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
+        if self.schedule is None and not distributed.any_process(batch is None, self.device):
+            assert batch is not None
+            with self.precision():
+                row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
+        row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in (self.settings.columns or {}).items()}
+        row |= distributed.mean({"seconds": self.means.seconds()}, self.device)
+        return row | {"seconds": round(row["seconds"], 3)}
 
     def _valid_batch(self, time: str) -> Batch:
         """The next validation batch that the network can normalise.

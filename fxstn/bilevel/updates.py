@@ -118,7 +118,7 @@ def build_optimizers(
 ) -> dict[str, Optimizer]:
     """{argument of the runner: optimizer} for every kind of parameters that a problem has.
 
-    choices: {argument: as `build_optimizer` takes it}.
+    choices: {argument: as `build_optimizer` takes it}; others are left out.
     structured: whether the response is a structured one, whose optimizer is by default that of the weights.
     """
     tables = (module for module in problem.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
@@ -131,7 +131,7 @@ def build_optimizers(
     }
     return {
         name: build_optimizer(choices[name], default, parameters, name)
-        for name, (default, generator) in kinds.items() if (parameters := list(generator))
+        for name, (default, generator) in kinds.items() if name in choices and (parameters := list(generator))
     }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ class ModuleSites:
     results: {(operation, which of its calls): what is drawn after it}, in the order in which it acts.
     lookups: {(operation, which of its calls): what is drawn from its arguments}.
     whole: the module itself is this operation.
-    inputs: {name of an argument: what is drawn after it}. Of the model only, as the next.
+    root: whether this is the model itself.
+    inputs: {name of an argument: what is drawn after it}, of the model itself.
     exits: what is drawn after the output, by leaf; None for all leaves.
     """
 
@@ -74,6 +75,7 @@ class ModuleSites:
     results: dict[tuple[str, int], list[Draw]] = field(default_factory=dict)
     lookups: dict[tuple[Any, int], tuple[type[Operation], Draw]] = field(default_factory=dict)
     whole: Draw | None = None
+    root: bool = False
     inputs: dict[str, list[Draw]] = field(default_factory=dict)
     exits: list[tuple[int | None, Draw]] = field(default_factory=list)
 
@@ -160,10 +162,12 @@ class ConditionedForward:
 
     original: its forward before.
     strengths: (h,), the values of λ, written into when λ moves.
+    autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
     """
 
     def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Tensor) -> None:
         self.module, self.sites, self.strengths = module, sites, strengths
+        self.autocast: torch.dtype | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
         self.own = vars(module).get("forward")
 
@@ -174,6 +178,9 @@ class ConditionedForward:
         if sites.whole is not None:
             x = args[0] if args else next(iter(kwargs.values()))
             return sites.whole.after(x, self.strengths)
+        if sites.root:
+            device = self.strengths.device.type
+            self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if sites.inputs:
             args, kwargs = self._drawn_inputs(args, kwargs)
         if sites.inside:

@@ -91,12 +91,15 @@ class HyperparameterSpace(WideModule):
         """name → column of a matrix of strengths (..., h): what a loss function receives as `hparams`."""
         return dict(zip(self.names, strengths.unbind(-1), strict=True))
 
-    def sample(self, n: int) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n perturbations ε ~ N(0, diag σ²), (n, h), differentiable in σ (paper, Sec. 2.2).
+
+        generator: on the device of σ. None: torch's own.
 
         All rows have the same value where a hyperparameter has one strength for all examples.
         """
-        noise = torch.randn(n, len(self), device=self.raw_scale.device, dtype=self.raw_scale.dtype)
+        device, dtype = self.raw_scale.device, self.raw_scale.dtype
+        noise = torch.randn(n, len(self), device=device, dtype=dtype, generator=generator)
         if self.by_batch is not None:
             noise = torch.where(self.by_batch, noise[:1], noise)
         return self.scale * noise

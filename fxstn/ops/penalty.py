@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ def total_penalty(
     strengths: Tensor,
     delta: Tensor | None,
     constant: bool,
+    metric: Callable[[str], Tensor | None] | None = None,
 ) -> Tensor:
     """The sum of the penalties of several parameters, the mean over the batch.
 
@@ -62,15 +63,19 @@ def total_penalty(
     strengths: (h,) or (batch, h).
     delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
     constant: whether the weights themselves get no gradient.
+    metric: parameter name → D, shaped like the weight, where its penalty of norm 2 is ½ λ wᵀ D w with this diagonal D; or None.
     """
     total, responses = strengths.new_zeros(()), responses_in(tree)
     for name, index, norm in penalties:
         response, weight = responses.get(name), model.get_parameter(name)
         w = weight.detach() if constant else weight
-        if delta is None or response is None:
+        direction = None if delta is None or response is None else response.direction(w)
+        if norm == 2 and metric is not None and (diagonal := metric(name)) is not None:
+            root = diagonal.sqrt()  # ‖√D w‖²
+            w, direction = w * root, None if direction is None else direction * root
+        if delta is None or response is None or direction is None:
             total = total + penalty(w, strengths[..., index].mean(), norm)
         else:
-            direction = response.direction(w)
             total = total + penalty_perturbed(w, strengths[..., index], response(delta), direction, response.axis, norm)
     return total
 

@@ -56,7 +56,7 @@ class _Owners:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.nodes = {node.name: node for node in graph.nodes}
-        self.sites: dict[str, ModuleSites] = {}
+        self.sites = {"": ModuleSites(root=True)}
         self.orders: dict[str, tuple[str, int]] = {}  # {node: (operation, which of its calls in one module call)}
         self.calls: dict[str, set[int]] = {}  # {module path: its calls}
         counts: dict[int, Counter[str]] = {}

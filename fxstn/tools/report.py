@@ -13,15 +13,19 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 from string import Template
+from typing import Any, Protocol
 
 import torch
 
-from fxstn.bilevel import BilevelRunner, distributed
+from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.files import write_text
-from fxstn.bilevel.history import SCALE
+from fxstn.bilevel.history import SCALE, History
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plots import figure_class, figure_of, panels
+from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.totals import Metrics
+from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
@@ -32,8 +36,45 @@ HIDDEN = ("lr", "gap", "limited")  # of an optimizer: shown otherwise, or the st
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
+class Run(Protocol):
+    """What a report is about: a BilevelRunner, or what `fxstn.tune` returns."""
+
+    device: torch.device
+    settings: dict[str, str]
+    train_loader: Any
+    valid_loader: Any
+    metrics: Metrics
+    optimizers: dict[str, torch.optim.Optimizer]
+    updates: Updates
+
+    @property
+    def history(self) -> History: ...
+
+    @property
+    def problem(self) -> BilevelProblem: ...
+
+    @property
+    def stn(self) -> object: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def response_steps(self) -> int: ...
+
+    @property
+    def hyper_steps(self) -> int: ...
+
+    @property
+    def warnings(self) -> list[tuple[int, str]]: ...
+
+
 def write_report(
-    runner: BilevelRunner, path: str | Path, *, explanation: Explanation | None = None, title: str = "fxstn run"
+    runner: Run,
+    path: str | Path,
+    *,
+    explanation: Explanation | None = None,
+    title: str = "fxstn run",
 ) -> None:
     """Write a report of a run, after `fit` or from a callback: an HTML file that needs no other file, script or network.
 
@@ -101,17 +142,18 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{''.join(cells)}</dl>"
 
 
-def _headline(runner: BilevelRunner) -> str:
+def _headline(runner: Run) -> str:
     best, times = runner.history.best(), [row["seconds"] for row in runner.history]
     shown = [("best epoch", f"{best['epoch']} of {len(times)}"), ("validation loss", _number(best["valid_loss"]))]
     shown += [(name, _number(best[name])) for name in runner.metrics if name in best]
-    shown += [("training loss", _number(best["train_loss"])), ("hyperparameters", str(len(runner.history.names)))]
+    shown += [("training loss", _number(best["train_loss"]))] if "train_loss" in best else []
+    shown += [("hyperparameters", str(len(runner.history.names)))]
     shown += [("time per epoch", _seconds(statistics.median(times))), ("in all", _seconds(sum(times)))]
     cards = (f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in shown)
     return f"<div class='cards'>{''.join(cards)}</div>\n<p>Losses and metrics are those of the best epoch.</p>"
 
 
-def _values(runner: BilevelRunner) -> str:
+def _values(runner: Run) -> str:
     history, ranges = runner.history, runner.problem.ranges()
     best, last, rows = history.best(), history.rows[-1], []
     bounded = {name: ends for name, ends in ranges.items() if math.isfinite(ends[1] - ends[0]) and ends[0] < ends[1]}
@@ -147,7 +189,7 @@ def _bound(value: float, ends: tuple[float, float]) -> Markup:
     return Markup(f"<span class='bound'>at {end} end</span>" if end else "")
 
 
-def _plots(runner: BilevelRunner) -> str:
+def _plots(runner: Run) -> str:
     best, images = int(runner.history.best()["epoch"]), []
     for panel in panels(runner.history.groups(), runner.history.start):
         figure_of([panel], best, "fxstn.write_report").savefig(
@@ -160,7 +202,7 @@ def _plots(runner: BilevelRunner) -> str:
     return f"<div class='plots'>{''.join(images)}</div>\n<p>The dotted line is the best epoch.{note}</p>"
 
 
-def _cost(runner: BilevelRunner) -> str:
+def _cost(runner: Run) -> str:
     times, epochs = [row["seconds"] for row in runner.history], len(runner.history)
     first, last = _seconds(times[0]), _seconds(times[-1])
     rows = [("time per epoch", f"{_seconds(statistics.median(times))} (median; first {first}, last {last})")]
@@ -174,7 +216,7 @@ def _cost(runner: BilevelRunner) -> str:
                                         "was not measured in this run; <code>fxstn bench</code> does.</p>")  # fmt: skip
 
 
-def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimizer) -> list[str]:
+def _optimizer(runner: Run, name: str, optimizer: torch.optim.Optimizer) -> list[str]:
     """A row of the table of optimizers.
 
     name: that of the runner's argument.
@@ -197,7 +239,7 @@ def _optimizer(runner: BilevelRunner, name: str, optimizer: torch.optim.Optimize
     ]
 
 
-def _settings(runner: BilevelRunner) -> str:
+def _settings(runner: Run) -> str:
     rows = [_optimizer(runner, name, optimizer) for name, optimizer in runner.optimizers.items()]
     optimizers = _table(("argument", "optimizer", "of", "lr, first → last", "others", "scheduler"), rows)
     data = {"training data": _data(runner.train_loader), "validation data": _data(runner.valid_loader)}
@@ -218,7 +260,7 @@ def _data(loader: object) -> str:
     return type(loader).__name__ + batches + (f" of {size}" if batches and size else "")
 
 
-def _environment(runner: BilevelRunner) -> list[tuple[str, str]]:
+def _environment(runner: Run) -> list[tuple[str, str]]:
     try:
         version = metadata.version("fxstn")
     except metadata.PackageNotFoundError:

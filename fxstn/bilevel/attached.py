@@ -1,0 +1,300 @@
+"""AttachedTuner: the method inside a loop that somebody else runs. The hooks of the optimizer and the loader do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxstn.bilevel.decay import TunedDecay
+from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, warn_caller
+from fxstn.bilevel.history import History
+from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.network_problem import NetworkProblem
+from fxstn.bilevel.observed import can_be_observed, observe, restore
+from fxstn.bilevel.recent import RememberedBatches
+from fxstn.bilevel.run_settings import Settings
+from fxstn.bilevel.scaling import LossScaler, overflows
+from fxstn.bilevel.state import GlobalRandomState, State, on_device
+from fxstn.bilevel.tuner import Tuner
+from fxstn.bilevel.validation import rows_of, validation_stream
+from fxstn.frontends.conditioned import ConditionedForward, restore_modules
+
+FORMAT = 1
+
+
+class AttachedTuner:
+    """Tunes λ in a loop of the user's own; `fxstn.tune` makes it.
+
+    model: the user's, whose forward draws at λ.
+    problem: over a network that shares the model's modules.
+    optimizers: of the model. A step of w₀ is one of each.
+    data: (train_loader, valid_loader). The first yields the batches that the loop trains on; None: `step` gets them.
+    strengths: (h,), what the model's forward reads.
+    epoch_steps: optimizer steps from one evaluation to the next. None: those of a pass over train_loader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        problem: NetworkProblem,
+        settings: Settings,
+        optimizers: Sequence[Optimizer],
+        data: tuple[Iterable[object] | None, Iterable[object]],
+        epoch_steps: int | None,
+        strengths: Tensor,
+        seed: int,
+    ) -> None:
+        self.model, self.problem, self.stn, self._stepping = model, problem, (network := problem.stn), list(optimizers)
+        self.train_loader, self.valid_loader = train_loader, valid_loader = data
+        self.epoch_steps = epoch_steps
+        self.device = network.hparams.unconstrained.device
+        self._strengths = strengths
+        self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
+        network.decay_metric = self._decay.metric
+        self._valid = validation_stream(valid_loader, seed, settings.initial_state is not None)
+        self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate)
+        self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
+        self.updates, self.metrics = self._tuner.updates, self._tuner.settings.metrics or {}
+        self.settings, self.optimizers = settings.texts(), self.updates.optimizers
+        self._batches: list[object] = []  # since the last step
+        self._most: int | None = None  # batches of one step
+        self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
+        self._due = False  # whether a step of w₀ waits for its batch
+        self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
+        self._handles = [
+            handle
+            for optimizer in self._stepping
+            for handle in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
+        if train_loader is not None and can_be_observed(train_loader):
+            observe(train_loader, self)
+        elif train_loader is not None:
+            self._own = ResumableLoader(train_loader, "train_loader")
+        self._tuner.begin_epoch()
+
+    # What the loop tells
+
+    def begin_pass(self) -> None:
+        """A pass over the training data begins. One that was broken off ends here."""
+        self.end_pass()
+        self._batches.clear()
+
+    def see(self, batch: object) -> None:
+        """A batch that the next step of w₀ may train on."""
+        self._batches = [*self._batches, batch][-(self._most or 0) :]
+
+    def end_pass(self) -> None:
+        """A pass over the training data ends."""
+        if self._tuner.means.steps and self.epoch_steps is None:
+            self.end_epoch()
+
+    def step(self, batch: object) -> None:
+        """Do what is due after a step of w₀; to be called after optimizer.step() where there is no train_loader.
+
+        batch: that the step trained on, or one like it. Nothing happens where the optimizer did not step, as where a
+            GradScaler has skipped it.
+
+        Raises ValueError where the tuner sees the batches of a train_loader itself.
+        """
+        if self.train_loader is not None:
+            raise ValueError(
+                "the tuner sees the batches of train_loader itself: leave out step(batch), or pass train_loader=None"
+            )
+        if self._due:
+            self._due = False
+            self._advance([batch])
+
+    def end_epoch(self) -> None:
+        """Evaluate, limit λ by the generalisation gap, and add a row to the history.
+
+        It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
+        """
+        tuner, before = self._tuner, GlobalRandomState.current()
+        try:
+            with self._in_the_models_mode(), tuner.evaluated_epoch(self.valid_loader, tuner.epoch_losses()):
+                pass
+        finally:
+            before.set()
+        tuner.begin_epoch()
+
+    # Hooks of the optimizers
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if overflows(optimizer):
+            return
+        if not self._stepped:
+            self._note_gradient(getattr(optimizer, "grad_scale", None))
+        self._decay.before_step(optimizer)
+
+    def _note_gradient(self, scale: Tensor | None) -> None:
+        """Note Θᵀ∇L_T, with the penalties that λ has: the gradients that the optimizer will not see, and those it sees."""
+        gradients = [(weight, weight.grad, gradient) for weight, gradient in self._decay.gradients()]
+        for weight, before, gradient in gradients:
+            assert before is not None
+            weight.grad = before + (gradient if scale is None else gradient * scale)
+        noted = self._tuner.stepper.training_hypergradients
+        count = len(noted)
+        self._tuner.before_step()
+        if scale is not None:
+            noted[count:] = [gradient / scale for gradient in noted[count:]]
+        for weight, before, _ in gradients:
+            weight.grad = before
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if overflows(optimizer):
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) < len(self._stepping):
+            return
+        self._stepped.clear()
+        if self.train_loader is None:
+            self._due = True
+            return
+        if self._own is not None:
+            self._batches = [self._own.next()[0]]
+        batches, self._batches = self._batches, []
+        if not batches:
+            raise ValueError(
+                "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
+                "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
+            )
+        self._most = min(self._most or len(batches), len(batches))
+        self._advance(batches)
+        if self._own is not None and self.epoch_steps is None and not self._own.open:
+            self.end_epoch()
+
+    def _advance(self, batches: list[object]) -> None:
+        """Do what is due after a step of w₀ on some batches."""
+        tuner = self._tuner
+        self._follow_autocast()
+        self._recent.batches.extend(batches)
+        self._valid.resize(rows_of(batches[0]))
+        with self._in_the_models_mode():
+            prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
+            tuner.after_step(prepared, {})
+        self._refresh()
+        if self.epoch_steps is not None and tuner.means.steps >= self.epoch_steps:
+            self.end_epoch()
+
+    @contextmanager
+    def _in_the_models_mode(self) -> Iterator[None]:
+        """Inside, the network is in the mode of the model. A loss that is no number ends this, with a warning."""
+        self.stn.training = self.model.training
+        try:
+            yield
+        except BadLoss as fault:
+            self._report(fault)
+
+    def _follow_autocast(self) -> None:
+        """Use the precision of the model's last training forward, unless the settings name one."""
+        forward = vars(self.model).get("forward")
+        tuner = self._tuner
+        if tuner.settings.execution.autocast is None and isinstance(forward, ConditionedForward):
+            tuner.autocast = forward.autocast
+            if tuner.autocast is torch.float16 and not tuner.updates.scalers["hyper_loss"].enabled:
+                names = list(tuner.updates.scalers)
+                tuner.updates.scalers = {name: LossScaler(self.device, True) for name in names}
+
+    def _report(self, fault: BadLoss) -> None:
+        """Go on after a loss that is no number: warn, and halve the rates that it calls too high."""
+        updates = self._tuner.updates
+        updates.drop_gradients()
+        slowed = [name for name in OPTIMIZERS_TO_SLOW[fault.name] if name in updates.optimizers]
+        rates = ", ".join(f"{name} has the learning rate {updates.slow(name, 0.5):.3g} now" for name in slowed)
+        text = f"{fault}; the tuner left this step out" + (f", and {rates}" if rates else "")
+        self._tuner.monitors.warnings.append((self._tuner.epoch, text))
+        warn_caller(text)
+
+    def _refresh(self) -> None:
+        """Let the model's forward draw at λ as it is."""
+        with torch.no_grad():
+            self._strengths.copy_(self.stn.hparams())
+
+    # Results
+
+    def values(self) -> dict[str, float]:
+        """{name: value} of the hyperparameters, as they are now."""
+        return self.problem.values()
+
+    def strengths(self, examples: int) -> dict[str, Tensor]:
+        """{name: (examples,)}, for a training loss of your own that takes `hparams`, such as `fxstn.cross_entropy`."""
+        return self.stn.hparams.named(self._strengths.expand(examples, -1))
+
+    @property
+    def steps(self) -> int:
+        return self._tuner.counters.steps
+
+    @property
+    def response_steps(self) -> int:
+        return self._tuner.counters.response_steps
+
+    @property
+    def hyper_steps(self) -> int:
+        return self._tuner.counters.hyper_steps
+
+    @property
+    def history(self) -> History:
+        """A row for each epoch so far."""
+        return self._tuner.history
+
+    @property
+    def warnings(self) -> list[tuple[int, str]]:
+        """(epoch, text) of the signs of trouble so far."""
+        return list(self._tuner.monitors.warnings)
+
+    def detach(self) -> None:
+        """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read."""
+        for handle in self._handles:
+            handle.remove()
+        restore_modules(self.model)
+        if self.train_loader is not None and self._own is None:
+            restore(self.train_loader)
+
+    # State
+
+    def state_dict(self) -> State:
+        """Everything that a tuner goes on from: Θ, λ, σ, their optimizers, counters, places, history. Nothing of the model."""
+        tuner, own = self._tuner, self.stn.state_dict()
+        network = {name: tensor.detach().clone() for name, tensor in own.items() if not name.startswith("model.")}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"format": FORMAT, "hyperparameters": list(tuner.history.names), "network": network, **parts}
+
+    def _parts(self) -> dict[str, Any]:
+        tuner = self._tuner
+        return {
+            "updates": tuner.updates,
+            "counters": tuner.counters,
+            "losses": tuner.guard,
+            "means": tuner.means,
+            "stepper": tuner.stepper,
+            "valid": self._valid,
+            "history": tuner.history,
+            "monitors": tuner.monitors,
+            "limit": tuner.limit,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Raises ValueError where it is of another format, or of other hyperparameters."""
+        names = list(self._tuner.history.names)
+        if state.get("format") != FORMAT or "hyperparameters" not in state:
+            raise ValueError(
+                "this is no state of a tuner, or one of another version of fxstn; tuner.state_dict() gives one"
+            )
+        if state["hyperparameters"] != names:
+            raise ValueError(
+                f"the state tunes {', '.join(state['hyperparameters'])}, and this tuner {', '.join(names)}; tune the same "
+                "model with the same hparams"
+            )
+        own = {name: tensor for name, tensor in self.stn.state_dict().items() if name.startswith("model.")}
+        self.stn.load_state_dict(own | state["network"])
+        for name, part in self._parts().items():
+            part.load_state_dict(on_device(state[name], self.device))
+        self._refresh()

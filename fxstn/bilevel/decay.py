@@ -1,0 +1,230 @@
+"""Weight decay of a user's optimizer, taken over by λ: coupled as in SGD and Adam, or decoupled as in AdamW."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
+from fxstn.network import SelfTuningNetwork
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DecayedWeight:
+    """A weight whose decay is tuned.
+
+    index: of its coefficient in λ.
+    norm: 2, or 1 for λ ‖w‖₁.
+    group: of the optimizer; its own weight_decay goes on acting, and λ adds the difference.
+    decoupled: whether that acts on the weight itself, beside the gradient.
+    """
+
+    name: str
+    weight: nn.Parameter
+    index: int
+    norm: int
+    optimizer: Optimizer
+    group: Group
+    decoupled: bool
+
+    @property
+    def constant(self) -> float:
+        """The coefficient that the optimizer applies itself."""
+        return float(self.group.get("weight_decay", 0.0)) if self.norm == 2 else 0.0
+
+    def metric(self) -> Tensor | None:
+        """D of decoupled decay, (weight's shape): the optimizer moves w by −lr · (D⁻¹ ∇L + λ w), so that it rests where
+        ∇L + λ D w = 0. None where D = 1.
+
+        Adam and its kin have D = √v̂ + ε, from `exp_avg_sq`. Optimizers without it are treated as D = 1.
+        """
+        state = self.optimizer.state.get(self.weight, {})
+        square = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+        if not self.decoupled or not isinstance(square, Tensor) or square.shape != self.weight.shape:
+            return None
+        step, beta = float(state.get("step", 0)), float(self.group.get("betas", (0.0, 0.0))[-1])
+        correction = 1 - beta**step if step else 1.0
+        return (square / correction).sqrt_().add_(float(self.group.get("eps", 0.0)))
+
+
+class TunedDecay:
+    """Decays weights by λ, before each step of the user's optimizers.
+
+    penalties: (parameter name, index of its coefficient, norm), of the network.
+    """
+
+    def __init__(
+        self,
+        penalties: Sequence[tuple[str, int, int]],
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        hparams: HyperparameterSpace,
+    ) -> None:
+        self.hparams = hparams
+        groups = groups_of(optimizers)
+        self.weights = [
+            DecayedWeight(name, weight, index, norm, *groups[id(weight)])
+            for name, index, norm in penalties
+            if id(weight := model.get_parameter(name)) in groups
+        ]
+
+    @torch.no_grad()
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(weight, the gradient of its penalty), of the weights that have a gradient: λ w, and λ D w where it is decoupled."""
+        strengths = self.hparams().detach()
+        for own in self.weights:
+            if own.weight.grad is not None:
+                metric = own.metric()
+                direction = own.weight.sign() if own.norm == 1 else own.weight
+                gradient = strengths[own.index].to(direction) * direction
+                yield own.weight, gradient if metric is None else gradient * metric
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Let λ act in place of the optimizer's own coefficient, in the step that follows.
+
+        A gradient that a GradScaler has left scaled gets the scaled penalty.
+        """
+        strengths = self.hparams().detach()
+        scale = getattr(optimizer, "grad_scale", None)
+        for own in self.weights:
+            weight = own.weight
+            if own.optimizer is not optimizer or weight.grad is None:
+                continue
+            strength = strengths[own.index].to(weight)
+            if own.decoupled and own.norm == 2:
+                lr = own.group["lr"]
+                weight.mul_((1 - lr * strength) / (1 - lr * own.constant))
+                continue
+            direction = weight.sign() if own.norm == 1 else weight
+            difference = (strength - own.constant) * direction
+            weight.grad.add_(difference if scale is None else difference * scale)
+
+    def metric(self, name: str) -> Tensor | None:
+        """D of a weight with decoupled decay; None for others."""
+        return next((own.metric() for own in self.weights if own.name == name), None)
+
+
+def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, Group, bool]]:
+    """{id of a parameter: its optimizer, its group, whether weight decay is decoupled there}."""
+    return {
+        id(parameter): (optimizer, group, decoupled)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for decoupled in [is_decoupled(optimizer, group)]
+        for parameter in group["params"]
+    }
+
+
+def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay acts on the weight itself: the group's flag where it has one, else seen from a step.
+
+    An optimizer of the same class is tried on a small matrix of ones with a gradient of ones. Decoupled decay moves it by
+    −lr · weight_decay · w; coupled decay of an optimizer that rescales gradients does not.
+    """
+    if "decoupled_weight_decay" in group:
+        return bool(group["decoupled_weight_decay"])
+    options = {name: value for name, value in group.items() if name != "params"}
+    lr, decay = 1e-3, 0.5
+
+    def after_steps(weight_decay: float) -> float:
+        weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+        kind: Callable[..., Optimizer] = type(optimizer)
+        twin = kind([weight], lr=lr)
+        twin.param_groups[0].update(options | {"lr": lr, "weight_decay": weight_decay})
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            twin.step()
+        return weight.mean().item()
+
+    try:
+        moved = after_steps(0.0) - after_steps(decay)
+    except Exception:  # an optimizer with a constructor of its own
+        return False
+    expected = 1 - (1 - lr * decay) ** 2
+    return abs(moved - expected) < 0.02 * expected
+
+
+def decayed_specs(specs: Sequence[Spec] | None, optimizers: Sequence[Optimizer]) -> Sequence[Spec] | None:
+    """The specs, with weight decay that starts at the lowest of the optimizers' groups, in a range around theirs."""
+    rates = _rates(optimizers)
+    if specs is None or not rates:
+        return specs
+    return [_starting_at(spec, rates) if _takes_over(spec) else spec for spec in specs]
+
+
+def _rates(optimizers: Sequence[Optimizer]) -> list[float]:
+    """The weight decays of the optimizers' groups that have any, from the lowest."""
+    all_rates = [float(group.get("weight_decay") or 0.0) for part in optimizers for group in part.param_groups]
+    return sorted({rate for rate in all_rates if rate > 0})
+
+
+def _takes_over(spec: Spec) -> bool:
+    """Whether a spec is weight decay without a start of its own."""
+    return isinstance(spec, WeightDecay) and spec.norm == 2 and not spec.explicit_starts
+
+
+def _starting_at(spec: Spec, rates: Sequence[float]) -> Spec:
+    result = copy.copy(spec)
+    (name, number), *_ = spec.numbers.items()
+    low, high = min(number.low, rates[0] / 100), max(number.high, 100 * rates[-1])
+    result.numbers = {name: replace(number, init=rates[0], low=low, high=high)}
+    return result
+
+
+def without_undecayed(
+    network: SelfTuningNetwork, specs: Sequence[Spec] | None, optimizers: Sequence[Optimizer]
+) -> Sequence[Spec] | None:
+    """The specs without the weights in groups that have no decay; the very same where there is nothing to leave out."""
+    own = _own_rates(network, optimizers)
+    replaced = [spec for spec in specs or () if _takes_over(spec)]
+    if not replaced or not any(own.values()) or all(own.values()):
+        return specs
+    layers: dict[str, list[str]] = {}
+    for name in own:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    whole = [layer for layer, names in layers.items() if all(own[name] for name in names)]
+    single = [name for name, rate in own.items() if rate and name.rpartition(".")[0] not in whole]
+    return [_only(spec, [*whole, *single]) if spec in replaced else spec for spec in specs or ()]
+
+
+def _only(spec: Spec, paths: Sequence[str]) -> Spec:
+    """The spec for those of its layers and weights that are among these."""
+    result = copy.copy(spec)
+    result.where = tuple(
+        escape(path)
+        for path in paths
+        if any(fnmatchcase(one, pattern) for pattern in spec.where for one in (path, path.rpartition(".")[0]))
+    )
+    return result
+
+
+def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> None:
+    """Start each coefficient at the decay of the first weight that it is for, where the specs leave the start open."""
+    rates, own = _rates(optimizers), _own_rates(network, optimizers)
+    space, starts = network.hparams, dict[str, float]()
+    for name, index, _ in network.terms.penalties:
+        if own.get(name) and space.hyperparameters[index].init == rates[0]:
+            starts.setdefault(space.names[index], own[name])
+    space.set(starts)
+
+
+def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> dict[str, float]:
+    """{parameter name: weight decay of its group} of the weights whose decay is tuned and that the optimizers step."""
+    groups = groups_of(optimizers)
+    entries = {
+        name: groups.get(id(network.model.get_parameter(name)))
+        for name, _, norm in network.terms.penalties
+        if norm == 2
+    }
+    return {name: float(entry[1].get("weight_decay") or 0.0) for name, entry in entries.items() if entry is not None}

@@ -1,0 +1,167 @@
+"""How a batch goes through a user's model: forward(model, batch) → (output, target), also over the graphs of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fxstn.bilevel.counts import LossValue
+from fxstn.bilevel.losses import LossFunction, takes_hparams
+from fxstn.frontends.inputs import Inputs
+
+Forward = Callable[[Any, Any], tuple[Any, Any]]  # (model, batch) → (output, target)
+
+
+def default_forward(model: Any, batch: Any) -> tuple[Any, Any]:
+    """(output, target) of a batch (inputs, target), (input, …, target), or a dict of keyword inputs with "labels".
+
+    inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Of an output with `logits`, such as a ModelOutput of Hugging Face, it takes these. Raises TypeError for another batch.
+    """
+    inputs, target = split_batch(batch)
+    return logits_of(_called(model, inputs)), target
+
+
+def own_loss(model: Any, batch: Any) -> tuple[Any, Any]:
+    """(the loss that the model itself computes, the batch), for a model that takes the target among its inputs.
+
+    A dict is passed by keywords, a tuple by position. The loss is the output's `loss`, or its only scalar.
+    """
+    return loss_in(_called(model, batch)), batch
+
+
+def _called(model: Any, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, target) of a batch."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *inputs, target = batch
+        return inputs[0] if len(inputs) == 1 else tuple(inputs), target
+    kind = f"a dict with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise TypeError(
+        f"a batch is (inputs, target) or a dict with 'labels', and this is {kind}; give forward=, a function (model, batch) → "
+        "(output, target)"
+    )
+
+
+def logits_of(output: Any) -> Any:
+    """The logits of an output that has them by name; else the output itself."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return output if logits is None else logits
+
+
+def loss_in(output: Any) -> Any:
+    """The loss in an output: the output itself, its `loss`, or its only scalar. Raises TypeError where there is none."""
+    if isinstance(output, Tensor) and not output.dim():
+        return output
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    if isinstance(output, Sequence):
+        scalars = [leaf for leaf in output if isinstance(leaf, Tensor) and not leaf.dim()]
+        if len(scalars) == 1:
+            return scalars[0]
+    raise TypeError(
+        f"loss_fn=None takes the loss that the model returns, and it returns a {type(output).__name__} without one; give "
+        "loss_fn"
+    )
+
+
+class _Called(Exception):
+    """The call of a model within a forward."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+class _StandIn:
+    """Has everything of a model, but for the call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Recorder(_StandIn):
+    """Tells what a forward calls the model with."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(Inputs(args, kwargs))
+
+
+class _Replay(_StandIn):
+    """Returns an output that a graph of the network has computed."""
+
+    def __init__(self, model: nn.Module, output: Any) -> None:
+        super().__init__(model)
+        self._output = output
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        if self._calls > 1:
+            raise TypeError(
+                "forward calls the model twice for one batch; a tuner follows one call: join the inputs to one batch"
+            )
+        return self._output
+
+
+def inputs_of(forward: Forward, model: nn.Module, batch: Any) -> Inputs:
+    """What a forward calls the model with.
+
+    Raises TypeError where it does not call the model.
+    """
+    try:
+        forward(_Recorder(model), batch)
+    except _Called as call:
+        return call.inputs
+    raise TypeError("forward(model, batch) does not call its model; it returns (model(inputs), target)")
+
+
+class BatchReader:
+    """Reads the batches of a user's loop: batch → (what the model is called with, the batch), on the model's device.
+
+    forward: function (model, batch) → (output, target).
+    """
+
+    def __init__(self, forward: Forward, model: nn.Module) -> None:
+        self.forward, self.model = forward, model
+
+    def __call__(self, batch: Any) -> tuple[Any, Any]:
+        device = next(self.model.parameters()).device
+        batch = dict(batch) if isinstance(batch, Mapping) else batch  # of a class of Hugging Face's own, say
+        moved = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
+        return inputs_of(self.forward, self.model, moved), moved
+
+
+def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
+    """The loss as a function of what the model returns, and of the batch."""
+    if loss_fn is None:
+        return lambda output, batch: forward(_Replay(model, output), batch)[0]
+    if takes_hparams(loss_fn):
+
+        def with_hparams(output: Any, batch: Any, hparams: dict[str, Tensor] | None = None) -> LossValue:
+            return loss_fn(*_pair(forward(_Replay(model, output), batch)), hparams=hparams)
+
+        return with_hparams
+    return lambda output, batch: loss_fn(*_pair(forward(_Replay(model, output), batch)))
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(f"forward(model, batch) must return (output, target), got a {type(result).__name__}")
+    output, target = result
+    return output, target

@@ -1,0 +1,64 @@
+"""TrainingLoop: steps of w₀ over the batches of an epoch, with the tuner's steps between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.tuner import Tuner
+
+
+class TrainingLoop:
+    """Trains w₀ for an epoch at a time.
+
+    tuner: has the optimizer of w₀.
+    loader: of the training batches.
+    batches: the number of them. None: unknown.
+    """
+
+    def __init__(self, tuner: Tuner, loader: ResumableLoader, batches: int | None) -> None:
+        self.tuner, self.loader = tuner, loader
+        accumulate = tuner.settings.accumulate
+        self.length = math.ceil(batches / accumulate) if batches else None  # inner steps of an epoch
+        self.lengths_differ = distributed.lengths_differ(loader.loader)
+
+    def epoch(self, pause: Callable[[], None]) -> dict[str, float]:
+        """Train for an epoch, or for the rest of it; returns the mean losses.
+
+        pause: called between cycles; in a process of its own between inner steps, too.
+
+        Raises BadLoss, and ValueError where the train loader yields no batch.
+        """
+        tuner, problem = self.tuner, self.tuner.problem
+        if not tuner.means.steps:
+            tuner.begin_epoch()
+            self.loader.begin()
+        problem.train()
+        while batches := self._next_batches():
+            self._replay()
+            prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
+            loss = tuner.stepper.inner(prepared, tuner.tunes)
+            cycle_over = tuner.after_step(prepared, None if loss is None else {"train_loss": loss})
+            if cycle_over or distributed.processes() == 1:
+                pause()
+        if not tuner.means.steps:
+            raise ValueError("train_loader is empty: it yielded no batch")
+        return tuner.epoch_losses()
+
+    def _next_batches(self) -> list[object]:
+        """The batches of the next inner step; none, in all processes, where one of them has none left."""
+        batches = self.loader.take(self.tuner.settings.accumulate)
+        if self.lengths_differ and distributed.any_process(not batches, self.tuner.device):
+            self.loader.close()
+            return []
+        return batches
+
+    def _replay(self) -> None:
+        """Set λ to where the schedule, if there is one, has it at the end of this step."""
+        tuner, schedule = self.tuner, self.tuner.schedule
+        if schedule is not None and tuner.network is not None:
+            step = tuner.means.steps + 1
+            length = self.length or step  # of a loader that does not know it: the values at the end of the epoch
+            tuner.network.hparams.set(schedule.at(tuner.epoch - 1 + step / length))

@@ -1,0 +1,217 @@
+"""Validation batches for hyper steps: of the training batches' size, whatever size the user evaluates with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.noise import seed_of_step
+from fxstn.bilevel.sources import new_pass
+from fxstn.bilevel.state import GlobalRandomState, State
+
+EXAMPLES = 8  # of a batch that shows what a model is called with
+
+
+class _Batches:
+    """Endless batches of indices: a new order in each pass, the same in all processes, each of which takes its share.
+
+    indices: to draw from.
+    size: of a batch of one process.
+    seed: of the orders.
+    start: the number of batches to leave out at the beginning.
+    """
+
+    def __init__(self, indices: list[int], size: int, seed: int, start: int) -> None:
+        self.indices, self.size, self.seed, self.start = indices, size, seed, start
+        self.whole = size * distributed.processes()
+        self.length = max(1, len(indices) // self.whole)  # batches of a pass; what is left over waits for another order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number = self.start
+        while True:
+            current, place = divmod(number, self.length)
+            generator = torch.Generator().manual_seed((self.seed + current) % 2**63)
+            order = torch.randperm(len(self.indices), generator=generator).tolist()
+            for first in range(place * self.whole, self.length * self.whole, self.whole):
+                batch = order[first : first + self.whole][distributed.rank() :: distributed.processes()]
+                yield [self.indices[i] for i in batch or order[:1]]
+                number += 1
+
+
+class ValidationStream(ABC):
+    """Validation batches without end, about as large as those of training. A part with a state in each process.
+
+    seed: of their order and of what the data set draws; the same in all processes.
+    size: of a batch. None: that of the loader.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.size: int | None = None
+        self._position = 0
+
+    def next(self) -> tuple[object, bool]:
+        """The next batch, and whether it is the first of a pass. The global generators stay as they are."""
+        before = GlobalRandomState.current()
+        GlobalRandomState.seeded(seed_of_step(self.seed, self._position) % 2**32).set()
+        try:
+            return self.draw()
+        finally:
+            self._position += 1
+            before.set()
+
+    @abstractmethod
+    def draw(self) -> tuple[object, bool]:
+        """As `next`."""
+
+    def resize(self, size: int) -> None:
+        """Use this batch size unless one is in use."""
+        if self.size is None:
+            self.size = size
+
+    def state_dict(self) -> State:
+        return {"position": self._position, "size": self.size, "seed": self.seed}
+
+    def load_state_dict(self, state: State) -> None:
+        self._position, self.size, self.seed = state["position"], state["size"], state["seed"]
+
+    def refusal(self, state: State) -> str:
+        return ""
+
+    def restart(self, state: State) -> None:
+        """Go on from where process 0 of another number of processes was."""
+        self.load_state_dict(state)
+
+
+class DrawnStream(ValidationStream):
+    """Draws the examples itself, from the data set of a loader.
+
+    loader: its data set, its choice of examples, its collate_fn and its workers are used; its batch size and order are not.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int) -> None:
+        super().__init__(seed)
+        self.loader, self._length = loader, 1
+        self._batches: Iterator[object] | None = None
+
+    def draw(self) -> tuple[object, bool]:
+        if self._batches is None:
+            self._batches = iter(self._open())
+        return next(self._batches), self._position % self._length == 0
+
+    def _open(self) -> DataLoader:
+        loader = self.loader
+        size = self.size or loader.batch_size or 1
+        sampler = _Batches(indices_of(loader), size, self.seed, self._position)
+        self._length = sampler.length
+        workers: dict[str, Any] = {}
+        if loader.num_workers:
+            names = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+            workers = {name: getattr(loader, name) for name in names}
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
+        return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=generator,
+                          pin_memory=loader.pin_memory, **workers)  # type: ignore[arg-type]  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self._batches = None
+
+
+class SplitStream(ValidationStream):
+    """Takes the batches of a loader as they come, passes after passes, and splits large ones."""
+
+    def __init__(self, loader: Iterable[object], seed: int) -> None:
+        super().__init__(seed)
+        self.loader = ResumableLoader(loader, "valid_loader")
+        self._parts: list[tuple[object, bool]] = []
+
+    def draw(self) -> tuple[object, bool]:
+        if not self._parts:
+            batch, first = self.loader.next()
+            parts = split_rows(batch, self.size or rows_of(batch))
+            self._parts = [(part, first and number == 0) for number, part in enumerate(parts)]
+        return self._parts.pop(0)
+
+    def state_dict(self) -> State:
+        """Without the rest of a batch that was split: a resumed run goes on with the next one."""
+        return super().state_dict() | {"loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.loader.load_state_dict(state["loader"])
+        self._parts = []
+
+
+def validation_stream(loader: Iterable[object], seed: int, in_order: bool) -> ValidationStream:
+    """What draws validation batches from a loader.
+
+    in_order: whether batches follow each other, as windows of a sequence do.
+    """
+    if isinstance(loader, DataLoader) and can_be_redrawn(loader) and not in_order:
+        return DrawnStream(loader, seed)
+    return SplitStream(loader, seed)
+
+
+def can_be_redrawn(loader: DataLoader) -> bool:
+    """Whether a loader's batches can be drawn anew in another size: a DataLoader over numbered examples, in batches."""
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    return loader.batch_sampler is not None and hasattr(loader.dataset, "__getitem__")
+
+
+def indices_of(loader: DataLoader) -> list[int]:
+    """The examples that a loader yields, in order, each once; those of all processes where it takes a share of them."""
+    if isinstance(loader.sampler, DistributedSampler):
+        return list(range(len(loader.sampler.dataset)))  # type: ignore[arg-type]
+    before = GlobalRandomState.current()
+    try:
+        assert loader.batch_sampler is not None
+        return sorted({index for batch in loader.batch_sampler for index in batch})
+    finally:
+        before.set()
+
+
+def rows_of(batch: object) -> int:
+    """The number of examples of a batch: the first size of its first tensor that has one; 1 where there is none."""
+    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((len(leaf) for leaf in leaves), 1)
+
+
+def split_rows(batch: Any, size: int) -> list[Any]:
+    """A batch in parts of about `size` examples; the batch itself where it is no larger."""
+    rows = rows_of(batch)
+    parts = max(1, round(rows / size))
+
+    def part(number: int) -> Any:
+        chosen = slice(number * rows // parts, (number + 1) * rows // parts)
+
+        def cut(x: object) -> object:
+            return x[chosen] if isinstance(x, torch.Tensor) and x.dim() and len(x) == rows else x
+
+        return tree_map(cut, batch)
+
+    return [batch] if parts == 1 else [part(number) for number in range(parts)]
+
+
+def example_batch(loader: Iterable[object]) -> Any:
+    """A batch of a few examples, as a loader would yield them. No pass over the loader begins where that can be helped."""
+    before = GlobalRandomState.current()
+    try:
+        if isinstance(loader, DataLoader) and can_be_redrawn(loader):
+            assert loader.batch_sampler is not None
+            indices = next(iter(loader.batch_sampler))
+            return loader.collate_fn([loader.dataset[index] for index in indices[:EXAMPLES]])
+        if (batch := next(iter(new_pass(loader)), None)) is None:
+            raise ValueError(
+                "a loader yields no batch; give one that can be read again and again, such as a DataLoader"
+            )
+        return split_rows(batch, EXAMPLES)[0]
+    finally:
+        before.set()

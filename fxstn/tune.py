@@ -1,0 +1,149 @@
+"""fxstn.tune: tunes the regularisation of a model in the training loop that its user already has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.attached import AttachedTuner
+from fxstn.bilevel.checks import check_loader, check_synced_norms
+from fxstn.bilevel.decay import decayed_specs, start_at_decay, without_undecayed
+from fxstn.bilevel.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
+from fxstn.bilevel.losses import LossFunction
+from fxstn.bilevel.network_problem import NetworkProblem, as_problem
+from fxstn.bilevel.run_settings import Settings
+from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
+from fxstn.bilevel.validation import example_batch
+from fxstn.hp import Spec
+from fxstn.network import SelfTuningNetwork
+from fxstn.passes.request import Request, check_model
+from fxstn.passes.take_over import condition_model
+from fxstn.transform import FRONTENDS, network_over
+
+
+class TuneSettings(TypedDict, total=False):
+    """The settings of `fxstn.tune`."""
+
+    response: ResponseSettings
+    hyper: HyperSettings
+    execution: ExecutionSettings
+    trace: str
+    statistics: str
+
+
+class LoopTuner(AttachedTuner):
+    """What `fxstn.tune` returns: tunes λ while somebody else trains.
+
+    `values()` are the hyperparameters now, `history` has a row for each epoch. `state_dict()` and `load_state_dict(state)` are
+    for the checkpoint of the loop. `report(path)` writes a page, `detach()` leaves a plain model. `step(batch)` and
+    `end_epoch()` are for loops without a train_loader.
+    """
+
+    def report(self, path: str | Path, title: str = "fxstn run") -> None:
+        """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`."""
+        from fxstn.tools.report import write_report
+
+        write_report(self, path, title=title)
+
+
+def tune(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    loss_fn: LossFunction | None,
+    train_loader: Iterable[object] | None,
+    valid_loader: Iterable[object],
+    hparams: Sequence[Spec] | None = None,
+    *,
+    forward: Forward | None = None,
+    valid_loss_fn: LossFunction | None = None,
+    example_inputs: object = None,
+    epoch_steps: int | None = None,
+    **settings: Unpack[TuneSettings],
+) -> LoopTuner:
+    """Tune the regularisation of a model from now on, in the training loop that there is. The loop does not change.
+
+    model: stays the object that it is. It may be wrapped in DistributedDataParallel or compiled, before or after. In train mode
+        its random operations draw at λ.
+    optimizer: of the model, or several that step together. Their step hooks run the tuner; a step that is left out is none.
+    loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). None: the loss that the model returns.
+    train_loader: the very object that the loop iterates over. None: call `step(batch)` after optimizer.step().
+    valid_loader: held-out data. The tuner takes batches of the training size from its data set.
+    hparams: as for `fxstn.transform`. hp.WeightDecay() takes over the optimizer's weight_decay, coupled or decoupled as it is
+        there, and starts from it; groups without decay stay without, unless no group has any.
+    forward: function (model, batch) → (output, target). Default: for (inputs, target), longer tuples, dicts with "labels".
+    valid_loss_fn: loss of validation batches. Default: loss_fn.
+    example_inputs: as for `fxstn.transform`. Default: a few examples of train_loader.
+    epoch_steps: ≥ 1, optimizer steps between two evaluations. Default: those of a pass over train_loader.
+    settings: response, hyper and execution as for `fxstn.BilevelRunner`, where autocast by default follows the loop; trace and
+        statistics as for `fxstn.transform`.
+
+    Several processes: all must call it; the tuner averages what is its own. Raises TransformError, ValueError and TypeError as
+    transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp).
+    """
+    check_keywords("tune", settings, list(TuneSettings.__annotations__))
+    plain, optimizers = unwrapped(model), [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    check_model(plain)
+    _check_loop(plain, optimizers, train_loader, valid_loader)
+    forward = forward or (own_loss if loss_fn is None else default_forward)
+    reader = BatchReader(forward, plain)
+    batch = example_batch(valid_loader if train_loader is None else train_loader)
+    examples = reader(batch)[0] if example_inputs is None else example_inputs
+    trace, statistics = settings.get("trace", "auto"), settings.get("statistics", "batch")
+    groups = {name: value for name, value in settings.items() if name in ("response", "hyper", "execution")}
+
+    def build(specs: Sequence[Spec] | None) -> SelfTuningNetwork:
+        return network_over(plain, Request(specs, examples, "delta", None, trace, False, statistics, FRONTENDS))
+
+    network = build(specs := decayed_specs(hparams, optimizers))
+    if (decayed := without_undecayed(network, specs, optimizers)) is not specs:
+        network = build(decayed)
+    start_at_decay(network, optimizers)
+    losses = [loss_of(forward, plain, fn) for fn in (loss_fn, loss_fn if valid_loss_fn is None else valid_loss_fn)]
+    options = Settings(valid_loss_fn=losses[1], unpack=reader, **groups)  # type: ignore[arg-type]
+    problem = as_problem(network, losses[0], options)
+    assert isinstance(problem, NetworkProblem)
+    strengths = condition_model(plain, network, examples)
+    data, seed = (train_loader, valid_loader), distributed.common_seed()
+    distributed.share((*network.response.parameters(), *network.hparams.parameters()))
+    check_synced_norms(network)
+    return LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it is wrapped in DistributedDataParallel or compiled."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            break
+    return model
+
+
+def _check_loop(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    train_loader: Iterable[object] | None,
+    valid_loader: Iterable[object],
+) -> None:
+    """Raises ValueError and TypeError where the pieces of a loop do not go together."""
+    if wrong := [part for part in optimizers if not isinstance(part, Optimizer)] or not optimizers:
+        raise TypeError(f"optimizer must be an optimizer of the model, or a list of them, got {wrong!r}")
+    steps = {id(p) for part in optimizers for group in part.param_groups for p in group["params"]}
+    if not any(id(parameter) in steps for parameter in model.parameters()):
+        raise ValueError(
+            "optimizer has none of the model's parameters: make it of model.parameters(), of this very model"
+        )
+    if train_loader is not None:
+        check_loader(train_loader, "train_loader")
+    check_loader(valid_loader, "valid_loader")
+    if compiled := [name for name, module in model.named_modules() if "_orig_mod" in module._modules]:
+        raise ValueError(
+            f"module {compiled[0]!r} is wrapped by torch.compile: compile it in place, by module.compile(), or after tune"
+        )
