@@ -216,7 +216,8 @@ class Seen:
         draw = stn.hparams.sample
 
         def sample(n, generator=None):
-            self.noise.append((epsilon := draw(n, generator)).detach().clone())
+            epsilon, shares = draw(n, generator), distributed.processes() if generator is not None and n > 1 else 1
+            self.noise.append(epsilon.detach()[distributed.rank() % shares :: shares].clone())
             return epsilon
 
         stn.hparams.sample = sample
