@@ -11,6 +11,7 @@ from fxstn.frontends.decompositions.drop_path import recognise_stochastic_depth
 from fxstn.frontends.export import Export
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.interface import Frontend, Pass
+from fxstn.frontends.layer_trial import recognise_layer_drop, varying_modules
 from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.original import check_inputs, plain_copy
 from fxstn.frontends.selection import first_that_works, with_remedy
@@ -98,16 +99,25 @@ def transform(
 def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
     """What `transform` returns, over the very modules of a model."""
     recognise_stochastic_depth(model)
+    inputs = request.inputs_of(model)
+    recognise_layer_drop(model, inputs)
     try:
         network, rejected = first_that_works(
             request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)
         )
     except TransformError as error:
-        if (inputs := request.inputs_of(model)) is not None:
+        if inputs is not None:
             check_inputs(model, frozen_modules(model), inputs)
         unguided = request.trace == "auto" and inputs is None
         raise with_remedy(error) if unguided else error from error.__cause__
     network.rejected = rejected
+    if network.frontend == "live" and inputs is not None and (varying := varying_modules(model, inputs)):
+        warnings.warn(
+            f"the forward calls {', '.join(map(repr, varying[:3]))} for some random draws and not for others: that randomness "
+            "keeps its strength, and dropouts that the example run skipped are not tuned; draw a mask with torch in its place, "
+            "or switch it off",
+            stacklevel=3,
+        )
     sites = {site.path for site in network.recipe.plan.binding.sites}
     if request.hparams is None and (path := augmentation(model, but=sites)) is not None:
         reason = f", because {rejected[0]}" if rejected else ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_conditioned import conditioned
 from test_drop_path import DropPath
 from torch import nn
 from torchvision import ops
@@ -14,6 +18,8 @@ from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
+from fxstn.frontends.conditioned import restore_modules
+from fxstn.frontends.decompositions.layer_drop import LOOPS
 from fxstn.ops.drop_block import block_mask, block_multiplier
 
 FRONTENDS = ["fx", "export", "live"]
@@ -218,3 +224,125 @@ def test_drop_block_is_inserted_after_feature_maps_alone():
     assert fxstn.verify(net, x, hparams=[hp.DropBlock("conv", block_size=3)]).ok
     with pytest.raises(fxstn.TransformError, match=r"hp\.DropBlock: a value of shape \(4, 5\) has no blocks"):
         fxstn.transform(net, [hp.DropBlock("lin")], example_inputs=x, trace="fx")
+
+
+# LayerDrop
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.drop = nn.Linear(8, 8), nn.Dropout(0.1)
+
+    def forward(self, x, scale=1.0):
+        return (x + scale * self.drop(torch.tanh(self.lin(x))), None)
+
+
+class Encoder(nn.Module):
+    """A loop over layers that are skipped at random, as in Hugging Face's encoders.
+
+    skip: whether to skip a layer, at a rate.
+    """
+
+    def __init__(self, skip, rate=0.3):
+        super().__init__()
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+        self.dropout, self.config, self.skips = 0.1, SimpleNamespace(layerdrop=rate, num_layers=3), skip
+
+    def forward(self, x):
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.layers:
+            if self.training and self.config.layerdrop > 0 and self.skips(self.config.layerdrop):
+                continue
+            x = layer(x, scale=0.5)[0]
+        return x
+
+
+SKIPS = {
+    "a tensor": lambda rate: torch.rand([]) < rate,
+    "of NumPy": lambda rate: numpy.random.uniform(0, 1) < rate,
+    "of Python": lambda rate: random.random() < rate,
+}
+
+
+def encoding(skip, rate=0.3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), Encoder(skip, rate), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def loops():
+    """The classes that are recognised in a test are forgotten."""
+    yield
+    LOOPS.clear()
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_layers_that_are_skipped_at_random_are_tuned(skip, loops):
+    net, x = encoding(SKIPS[skip]), torch.randn(5, 6)
+    stn = fxstn.transform(net, example_inputs=x)
+    expected = {f"1.layers.{i}.layer_drop": 0.3 for i in range(3)}
+    expected |= {"1.dropout.dropout": 0.1} | {f"1.layers.{i}.drop.dropout": 0.1 for i in range(3)}
+    assert {name: round(value, 5) for name, value in stn.hparams.values().items()} == {
+        name.replace("1.dropout.dropout", "1.dropout"): value for name, value in expected.items()
+    }
+    assert fxstn.verify(net, x).ok
+    assert stn.model[1].config.layerdrop == 0.3
+    assert all("forward" not in vars(module) for module in stn.model.modules())
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_a_layer_is_skipped_by_example_with_the_probability_that_is_tuned(trace, loops):
+    x = torch.zeros(4000, 6)
+    stn = fxstn.transform(encoding(SKIPS["a tensor"]), trace=trace, example_inputs=x[:4]).train()
+    stn.hparams.set(dict.fromkeys(stn.hparams.names, 0.0) | {"1.layers.1.layer_drop": 0.6})
+    plain = copy.deepcopy(stn.model).eval()
+    with torch.no_grad():
+        h = plain[0](x[:1])
+        for i in (0, 2):
+            h = plain[1].layers[i](h, scale=0.5)[0]
+        torch.manual_seed(0)
+        share = torch.isclose(stn(x), plain[2](h)).all(1).double().mean()
+    assert float(share) == pytest.approx(0.6, abs=0.03)
+    assert torch.equal(stn.eval()(x), plain(x))
+
+
+def test_a_models_own_forward_skips_at_the_strengths_that_are_tuned(loops):
+    net, x = encoding(SKIPS["a tensor"]), torch.randn(64, 6)
+    network, strengths = conditioned(net, x, None, "live")
+    network.hparams.set(dict.fromkeys(network.hparams.names, 0.4))
+    strengths.copy_(network.hparams())
+    results = []
+    for run in (lambda: network.conditioned_output(x)[0], lambda: net(x)):
+        torch.manual_seed(1)
+        results.append(run().detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert not torch.allclose(*results[:1], net.eval()(x))
+    assert net[1].config.layerdrop == 0.3
+    restore_modules(net)
+    assert all("forward" not in vars(module) for module in net.modules())
+
+
+class Shrinking(Encoder):
+    """Its layers change the shape: a skipped one is no layer that adds nothing."""
+
+    def __init__(self, skip):
+        super().__init__(skip)
+        self.layers = nn.ModuleList(nn.AvgPool1d(2, 1) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not (self.training and self.skips(self.config.layerdrop)):
+                x = layer(x)
+        return x.mean(-1, keepdim=True)
+
+
+def test_a_forward_that_calls_other_modules_at_random_is_warned_of(loops):
+    net, x = nn.Sequential(nn.Linear(6, 8), Shrinking(SKIPS["a tensor"]), nn.Linear(1, 3)), torch.randn(5, 6)
+    with pytest.warns(
+        UserWarning, match=r"the forward calls '1\.layers\.0', .* for some random draws and not for others"
+    ):
+        stn = fxstn.transform(net, example_inputs=x)
+    assert stn.frontend == "live"
+    assert not any("layer_drop" in name for name in stn.hparams.names)
+    assert LOOPS == {}

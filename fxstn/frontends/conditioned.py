@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.layer_drop import LayerLoop, with_residual
 from fxstn.hp.operation import Operation
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import operation_name
@@ -66,6 +68,8 @@ class ModuleSites:
     results: {(operation, which of its calls): what is drawn after it}, in the order in which it acts.
     lookups: {(operation, which of its calls): what is drawn from its arguments}.
     whole: the module itself is this operation.
+    residual: what is drawn on what the module adds to its input.
+    loop: how the module skips layers at random; it skips none, because their residuals are drawn.
     root: whether this is the model itself.
     inputs: {name of an argument: what is drawn after it}, of the model itself.
     exits: what is drawn after the output, by leaf; None for all leaves.
@@ -75,6 +79,8 @@ class ModuleSites:
     results: dict[tuple[str, int], list[Draw]] = field(default_factory=dict)
     lookups: dict[tuple[Any, int], tuple[type[Operation], Draw]] = field(default_factory=dict)
     whole: Draw | None = None
+    residual: Draw | None = None
+    loop: LayerLoop | None = None
     root: bool = False
     inputs: dict[str, list[Draw]] = field(default_factory=dict)
     exits: list[tuple[int | None, Draw]] = field(default_factory=list)
@@ -183,15 +189,23 @@ class ConditionedForward:
             self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if sites.inputs:
             args, kwargs = self._drawn_inputs(args, kwargs)
-        if sites.inside:
-            run = DECOMPOSITIONS.get(type(module))
-            with SiteMode(sites, self.strengths):
-                output = self.original(*args, **kwargs) if run is None else run(module, *args, **kwargs)
+        if sites.loop is None:
+            output = self._original_output(args, kwargs)
         else:
-            output = self.original(*args, **kwargs)
+            with sites.loop.without_skips(module):
+                output = self._original_output(args, kwargs)
+        if (draw := sites.residual) is not None:
+            output = with_residual((args, kwargs), output, partial(draw.after, strengths=self.strengths))
         for leaf, draw in sites.exits:
             output = self._drawn_output(output, leaf, draw)
         return output
+
+    def _original_output(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.sites.inside:
+            return self.original(*args, **kwargs)
+        run = DECOMPOSITIONS.get(type(self.module))
+        with SiteMode(self.sites, self.strengths):
+            return self.original(*args, **kwargs) if run is None else run(self.module, *args, **kwargs)
 
     def _drawn_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         bound = inspect.signature(self.original).bind(*args, **kwargs)

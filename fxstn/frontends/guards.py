@@ -18,6 +18,7 @@ from torch._library.autograd import make_autograd_impl
 
 from fxstn.frontends.conditioned import original_forwards
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
@@ -214,7 +215,7 @@ def guarded_capture(
         refuse_scripted(model)
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
-        with _operations_noticed(unsupported, full_precision):
+        with _operations_noticed(unsupported, full_precision), no_layer_skipped(model):
             yield
 
 

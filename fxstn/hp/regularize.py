@@ -45,6 +45,25 @@ class StochasticDepth(Operation):
         return ((uniform(x) >= p) / (1 - p)).to(x.dtype)
 
 
+class LayerDrop(Operation):
+    """Probability, in [0, 0.95], that an example skips a layer (Fan et al. 2020, arXiv 1909.11556).
+
+    What the layer adds to its input is dropped; nothing is scaled. It takes over loops that skip layers at random, of Hugging
+    Face's encoders say, where transform gets example inputs: every layer has a probability of its own, and is computed always.
+    It inserts nothing.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
+
+    numbers: Mapping[str, Hyperparameter] = {"layer_drop": Hyperparameter(0.05, 0, 0.95)}
+    inserts = False
+    apply = operator.mul
+
+    @staticmethod
+    def draw(x: Tensor, p: Strength) -> Tensor:
+        return (uniform(x) >= by_example(p, x)).to(x.dtype)
+
+
 class DropBlock(Operation):
     """Share, in [0, 0.95], of a feature map that blocks cover, about (Ghiasi et al. 2018, arXiv 1810.12890).
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from fxstn.frontends.conditioned import Draw, ModuleSites
+from fxstn.frontends.decompositions.layer_drop import LOOPS
 from fxstn.frontends.decompositions.recurrent import STATEFUL
-from fxstn.hp import OPERATIONS, Activity, Dropout, Mixing, Operation
+from fxstn.hp import OPERATIONS, Activity, Dropout, LayerDrop, Mixing, Operation
 from fxstn.hp.binding import Binding, Site
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.errors import operation_name
@@ -97,6 +98,11 @@ class _Owners:
             self._put(own.dropouts, self.orders[node.name][1], site.index, site)
             return
         draw = Draw(site.indices, function_of(node), dict(node.kwargs))
+        if isinstance(site.spec, LayerDrop):
+            owner = next(outer for outer in reversed(info_of(node).scope) if outer.kind in LOOPS)
+            self.owner(owner.path).loop = LOOPS[owner.kind]
+            own.residual = draw
+            return
         others = [n for n in self.nodes.values() if n.target in OPERATIONS and self.call_of(n) == call]
         if not call.path or len(others) != 1:
             raise ValueError(

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
 from fxstn.frontends.decompositions.torchvision import random_modules
 from fxstn.frontends.inputs import Inputs, in_order
 from fxstn.frontends.live.calls import Call, RunningCall, arithmetic, inlined, named_values
@@ -89,6 +90,7 @@ class LiveTracer(TorchFunctionMode):
                 mock.patch.object(torch.autograd.Function, "apply", apply),
                 without_checkpoints(),
                 random_modules(self.paths),
+                no_layer_skipped(self.model),
                 self,
             ):
                 yield
