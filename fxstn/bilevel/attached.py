@@ -51,9 +51,8 @@ class AttachedTuner:
     ) -> None:
         self.model, self.problem, self.stn, self._stepping = model, problem, (network := problem.stn), list(optimizers)
         self.train_loader, self.valid_loader = train_loader, valid_loader = data
-        self.epoch_steps = epoch_steps
+        self.epoch_steps, self._strengths = epoch_steps, strengths
         self.device = network.hparams.unconstrained.device
-        self._strengths = strengths
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
         network.decay_metric = self._decay.metric
         self._valid = validation_stream(valid_loader, seed, settings.initial_state is not None)
@@ -62,7 +61,7 @@ class AttachedTuner:
         self.updates, self.metrics = self._tuner.updates, self._tuner.settings.metrics or {}
         self.settings, self.optimizers = settings.texts(), self.updates.optimizers
         self._batches: list[object] = []  # since the last step
-        self._most: int | None = None  # batches of one step
+        self._most = 0  # batches of one step, as far as seen
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
@@ -89,7 +88,7 @@ class AttachedTuner:
 
     def see(self, batch: object) -> None:
         """A batch that the next step of w₀ may train on."""
-        self._batches = [*self._batches, batch][-(self._most or 0) :]
+        self._batches = [*self._batches, batch][-self._most :]
 
     def end_pass(self) -> None:
         """A pass over the training data ends."""
@@ -123,6 +122,7 @@ class AttachedTuner:
                 pass
         finally:
             before.set()
+        self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
         tuner.begin_epoch()
 
     # Hooks of the optimizers
@@ -166,7 +166,7 @@ class AttachedTuner:
                 "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
                 "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
             )
-        self._most = min(self._most or len(batches), len(batches))
+        self._most = max(self._most, len(batches))
         self._advance(batches)
         if self._own is not None and self.epoch_steps is None and not self._own.open:
             self.end_epoch()

@@ -25,7 +25,7 @@ class DecayedWeight:
 
     index: of its coefficient in λ.
     norm: 2, or 1 for λ ‖w‖₁.
-    group: of the optimizer; its own weight_decay goes on acting, and λ adds the difference.
+    number: of its group in the optimizer. The group's weight_decay goes on acting, and λ adds the difference.
     decoupled: whether that acts on the weight itself, beside the gradient.
     """
 
@@ -34,8 +34,13 @@ class DecayedWeight:
     index: int
     norm: int
     optimizer: Optimizer
-    group: Group
+    number: int
     decoupled: bool
+
+    @property
+    def group(self) -> Group:
+        """As it is now: an optimizer that loads a state has new groups."""
+        return self.optimizer.param_groups[self.number]
 
     @property
     def constant(self) -> float:
@@ -115,12 +120,12 @@ class TunedDecay:
         return next((own.metric() for own in self.weights if own.name == name), None)
 
 
-def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, Group, bool]]:
-    """{id of a parameter: its optimizer, its group, whether weight decay is decoupled there}."""
+def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int, bool]]:
+    """{id of a parameter: its optimizer, the number of its group, whether weight decay is decoupled there}."""
     return {
-        id(parameter): (optimizer, group, decoupled)
+        id(parameter): (optimizer, number, decoupled)
         for optimizer in optimizers
-        for group in optimizer.param_groups
+        for number, group in enumerate(optimizer.param_groups)
         for decoupled in [is_decoupled(optimizer, group)]
         for parameter in group["params"]
     }
@@ -221,10 +226,11 @@ def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) 
 
 def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> dict[str, float]:
     """{parameter name: weight decay of its group} of the weights whose decay is tuned and that the optimizers step."""
-    groups = groups_of(optimizers)
-    entries = {
-        name: groups.get(id(network.model.get_parameter(name)))
-        for name, _, norm in network.terms.penalties
-        if norm == 2
+    rates = {
+        id(parameter): float(group.get("weight_decay") or 0.0)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
-    return {name: float(entry[1].get("weight_decay") or 0.0) for name, entry in entries.items() if entry is not None}
+    weights = {name: id(network.model.get_parameter(name)) for name, _, norm in network.terms.penalties if norm == 2}
+    return {name: rates[weight] for name, weight in weights.items() if weight in rates}

@@ -50,7 +50,6 @@ class ResNet(nn.Module):
 def main(argv: Sequence[str] = ()) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--stop", type=int, default=None, help="leave off after this epoch")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] = ()) -> dict:
         # fxstn: tuner.load_state_dict(state["tuner"])
 
     log = []
-    for epoch in range(start, args.stop or args.epochs):
+    for epoch in range(start, args.epochs):
         torch.manual_seed(epoch)
         model.train()
         for x, y in train_loader:

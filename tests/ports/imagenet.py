@@ -1,4 +1,4 @@
-"""The shape of the ImageNet example of pytorch/examples: torchvision's ResNet, DDP on demand, checkpoints, top-k accuracy."""
+"""The shape of the ImageNet example of pytorch/examples: torchvision's network, DDP on demand, checkpoints, top-k accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.models import resnet
+from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 # fxstn: import fxstn
 from tests.ports import data
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] = ()) -> dict:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--start-epoch", type=int, default=0)
     parser.add_argument("-b", "--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
     parser.add_argument("--resume", default="")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] = ()) -> dict:
     args = parser.parse_args(argv)
 
     torch.manual_seed(args.seed)
-    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    model = ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64], num_classes=10)
     if args.distributed:
         model = nn.parallel.DistributedDataParallel(model)
     criterion = nn.CrossEntropyLoss()
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] = ()) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
 
-    train_dataset, val_dataset = data.images(64, 0, size=32), data.images(32, 1, size=32)
+    train_dataset, val_dataset = data.images(64, 0), data.images(32, 1)
     train_sampler = DistributedSampler(train_dataset) if args.distributed else None
     train_loader = DataLoader(train_dataset, args.batch_size, shuffle=train_sampler is None, sampler=train_sampler)
     val_loader = DataLoader(val_dataset, 2 * args.batch_size)
-    # fxstn: tuner = fxstn.tune(model, optimizer, criterion, train_loader, val_loader)
+    # fxstn: tuner = fxstn.tune(model, optimizer, criterion, train_loader, val_loader, [fxstn.hp.WeightDecay(shared=True)])
     # fxstn: tuner.load_state_dict(checkpoint["tuner"]) if args.resume else None
 
     log = []

@@ -56,14 +56,14 @@ def main(argv: Sequence[str] = ()) -> dict:
     model = GPT(GPTConfig(**model_args, dropout=args.dropout))
     scaler = torch.amp.GradScaler(device_type, enabled=(args.dtype == "float16"))
     optimizer = torch.optim.AdamW(groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95))
-    # fxstn: tuner = fxstn.tune(model, optimizer, None, None, get_batch)
+    # fxstn: tuner = fxstn.tune(model, optimizer, None, None, [get_batch("val") for _ in range(8)], epoch_steps=5)
     if args.init_from == "resume":
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     # fxstn: tuner.load_state_dict(checkpoint["tuner"]) if args.init_from == "resume" else None
     raw_model = model
     if args.compile:
-        model = torch.compile(model, backend="aot_eager")
+        model = torch.compile(model, backend="eager")
 
     @torch.no_grad()
     def estimate_loss():
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] = ()) -> dict:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        # fxstn: tuner.step(batch)
+        # fxstn: tuner.step((X, Y))
         optimizer.zero_grad(set_to_none=True)
         log.append({"iter": iter_num, "loss": loss.item() * args.gradient_accumulation_steps, "lr": lr})
         iter_num += 1

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] = ()) -> dict:
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
-    # fxstn: tuner = fxstn.tune(model, optimizer, criterion, loader, data_loader_test)
+    # fxstn: tuner = fxstn.tune(model, optimizer, criterion, loader, data_loader_test, [fxstn.hp.WeightDecay(shared=True)])
     scaler = torch.amp.GradScaler("cpu", enabled=False) if args.amp else None
     main_lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs - args.lr_warmup_epochs)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=args.lr_warmup_epochs)
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] = ()) -> dict:
         # fxstn: tuner.load_state_dict(checkpoint["tuner"])
 
     log = []
-    for epoch in range(args.start_epoch, args.stop or args.epochs):
+    for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(args.seed + epoch)
         meters = train_one_epoch(model, criterion, optimizer, loader, device, epoch, args, model_ema, scaler)
         log.append({"epoch": epoch, "loss": meters.loss, "lr": meters.lr})
@@ -180,7 +180,6 @@ def get_args_parser():
     parser.add_argument("-b", "--batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--start-epoch", type=int, default=0)
-    parser.add_argument("--stop", type=int, help="leave off before this epoch")
     parser.add_argument("--opt", default="sgd")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)

@@ -116,7 +116,6 @@ def main(argv: Sequence[str] = ()) -> dict:
     parser.add_argument("-b", "--batch-size", type=int, default=8)
     parser.add_argument("--validation-batch-size", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--stop", type=int, help="leave off before this epoch")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--clip-grad", type=float, default=1.0)
@@ -144,7 +143,7 @@ def main(argv: Sequence[str] = ()) -> dict:
     model_ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.model_ema_decay), use_buffers=True)
     if args.resume:
         model_ema.load_state_dict(checkpoint["state_dict_ema"])
-    task = torch.compile(model, backend="aot_eager") if args.torchcompile else model
+    task = torch.compile(model, backend="eager") if args.torchcompile else model
     loader_train = DataLoader(images(104, 0), args.batch_size, shuffle=True)
     loader_eval = DataLoader(images(48, 1), args.validation_batch_size)
     train_loss_fn = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
@@ -155,7 +154,7 @@ def main(argv: Sequence[str] = ()) -> dict:
     lr_scheduler.step_update(start_epoch * updates_per_epoch)
 
     log, metrics = [], []
-    for epoch in range(start_epoch, args.stop or args.epochs):
+    for epoch in range(start_epoch, args.epochs):
         torch.manual_seed(42 + epoch)
         log += train_one_epoch(
             epoch,

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] = ()) -> dict:
         seq_len = min(args.bptt, len(source) - 1 - i)
         return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].view(-1)
 
-    # fxstn: tuner = fxstn.tune(model, optimizer, criterion, None, val_data)
+    # fxstn: valid = [(i, model.init_hidden(10), t) for i, t in (get_batch(val_data, i) for i in range(0, 49, args.bptt))]
+    # fxstn: tuner = fxstn.tune(model, optimizer, lambda o, t: criterion(o[0], t), None, valid, epoch_steps=20)
 
     def evaluate(data_source):
         model.eval()
@@ -102,13 +103,14 @@ def main(argv: Sequence[str] = ()) -> dict:
             inputs, targets = get_batch(train_data, i)
             optimizer.zero_grad()
             hidden = repackage_hidden(hidden)
+            # fxstn: batch = inputs, hidden, targets
             output, hidden = model(inputs, hidden)
             loss = criterion(output, targets)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
-            # fxstn: tuner.step((inputs, hidden, targets))
-            log.append({"epoch": epoch, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]})
+            # fxstn: tuner.step(batch)
+            log.append({"epoch": epoch, "loss": loss.item()})
         val_loss = evaluate(val_data)
         evaluations.append(val_loss)
         if best_val_loss is None or val_loss < best_val_loss:
