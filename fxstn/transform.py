@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fxstn.frontends.decompositions.drop_path import recognise_stochastic_depth
+from fxstn.frontends.decompositions.recognition import recognise_dropout
 from fxstn.frontends.export import Export
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.interface import Frontend, Pass
@@ -98,7 +98,7 @@ def transform(
 
 def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
     """What `transform` returns, over the very modules of a model."""
-    recognise_stochastic_depth(model)
+    recognise_dropout(model)
     inputs = request.inputs_of(model)
     recognise_layer_drop(model, inputs)
     try:

@@ -226,6 +226,114 @@ def test_drop_block_is_inserted_after_feature_maps_alone():
         fxstn.transform(net, [hp.DropBlock("lin")], example_inputs=x, trace="fx")
 
 
+# Dropout in classes of other libraries
+
+
+class Stable(nn.Module):
+    """Entries by a mask of its own, with a number that is no probability."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.drop_prob, self.count = p, 0
+
+    def forward(self, x):
+        if not self.training or self.drop_prob == 0:
+            return x
+        return x.masked_fill(torch.bernoulli(torch.full_like(x, self.drop_prob)).bool(), 0) / (1 - self.drop_prob)
+
+
+class Axes(nn.Module):
+    """One draw for all entries along some axes."""
+
+    def __init__(self, p, axes):
+        super().__init__()
+        self.p, self.axes = p, axes
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        axes = range(2, x.dim()) if self.axes == "space" else self.axes
+        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        return x * x.new_empty(shape).bernoulli_(1 - self.p) / (1 - self.p)
+
+
+class Blocks(nn.Module):
+    """DropBlock, with blocks that are cut at the borders."""
+
+    def __init__(self, rate, size, gamma_scale=1.0, coupled=True, inplace=False):
+        super().__init__()
+        self.rate, self.size, self.gamma_scale, self.coupled, self.inplace = rate, size, gamma_scale, coupled, inplace
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        b, c, h, w = x.shape
+        gamma = self.gamma_scale * self.rate * h * w / self.size**2 / ((h - self.size + 1) * (w - self.size + 1))
+        with torch.no_grad():
+            seeds = torch.empty(b, 1 if self.coupled else c, h, w).bernoulli_(gamma).to(x)
+            mask = 1 - F.max_pool2d(seeds, self.size, 1, self.size // 2)[..., -h:, -w:]
+            mask *= mask.numel() / mask.sum()
+        return x.mul_(mask) if self.inplace else x * mask
+
+
+class Weird(Stable):
+    """It drops entries, but twice as many as its number says."""
+
+    def forward(self, x):
+        return x if not self.training else x * (torch.rand_like(x) > 2 * self.drop_prob) / (1 - self.drop_prob)
+
+
+RECOGNISED = {
+    "entries": (Stable(0.2), "drop.dropout", {}),
+    "channels": (Axes(0.2, "space"), "drop.dropout", {}),
+    "examples": (Axes(0.2, (1, 2, 3)), "drop.stochastic_depth", {}),
+    "times": (Axes(0.2, (1,)), "drop.locked_dropout", {"axis": 1}),
+    "blocks": (Blocks(0.2, 3), "drop.drop_block", {"block_size": 3, "coupled": True, "gamma_scale": 1.0}),
+    "even blocks": (
+        Blocks(0.2, 4, 0.5, False),
+        "drop.drop_block",
+        {"block_size": 4, "coupled": False, "gamma_scale": 0.5},
+    ),
+    "in place": (Blocks(0.2, 3, inplace=True), "drop.drop_block", {"inside": False, "scaled": True}),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_dropout_of_another_library_is_recognised_by_what_it_does(name):
+    module, number, settings = RECOGNISED[name]
+    net, x = Around(module), torch.rand(4, 3, 7, 9)
+    stn = fxstn.transform(net, example_inputs=x)
+    assert stn.hparams.values() == pytest.approx({number: 0.2})
+    nodes = [node for node in stn.canonical(True).graph.nodes if node.args[1:2] == (0.2,)]
+    assert [{**node.kwargs, **settings} for node in nodes] == [node.kwargs for node in nodes]
+    assert len(nodes) == 1
+    assert fxstn.verify(net, x).ok
+
+
+@pytest.mark.parametrize("trace", ["export", "live"])
+@pytest.mark.parametrize("name", ["entries", "times"])
+def test_and_so_it_is_on_every_frontend(name, trace):
+    module, number, _ = RECOGNISED[name]
+    net, x = Around(module), torch.rand(4, 3, 7, 9)
+    assert fxstn.transform(net, example_inputs=x, trace=trace).hparams.values() == pytest.approx({number: 0.2})
+    assert fxstn.verify(net, x, trace=trace).ok
+
+
+def test_what_does_something_else_stays_as_it_is():
+    net, x = Around(Weird(0.2)), torch.rand(4, 3, 7, 9)
+    stn = fxstn.transform(net, [hp.Dropout("conv")], example_inputs=x)
+    rows = [row for row in fxstn.explain(stn, example_inputs=x).rows if row.rule == "fixed noise"]
+    assert [(row.module, row.became) for row in rows] == [("drop", "kept as the model draws it, not tuned")]
+
+
+def test_modules_of_timm_are_tuned():
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    for module, number in ((layers.DropPath(0.2), "stochastic_depth"), (layers.DropBlock2d(0.2, 3), "drop_block")):
+        net, x = Around(module), torch.rand(4, 3, 7, 9)
+        assert fxstn.transform(net, example_inputs=x).hparams.values() == pytest.approx({f"drop.{number}": 0.2})
+        assert fxstn.verify(net, x).ok
+
+
 # LayerDrop
 
 
@@ -346,3 +454,16 @@ def test_a_forward_that_calls_other_modules_at_random_is_warned_of(loops):
     assert stn.frontend == "live"
     assert not any("layer_drop" in name for name in stn.hparams.names)
     assert LOOPS == {}
+
+
+def test_loops_of_transformers_are_tuned(loops):
+    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8,
+             "decoder_ffn_dim": 8, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": 20}  # fmt: skip
+    config = library.BartConfig(**sizes, max_position_embeddings=9, encoder_layerdrop=0.2, decoder_layerdrop=0.3)
+    net, x = library.BartModel(config).train(), {"input_ids": torch.randint(3, 20, (2, 5))}
+    values = fxstn.transform(net, example_inputs=x).hparams.values()
+    rates = {name: rate for name, rate in values.items() if "layer_drop" in name}
+    assert rates == pytest.approx(
+        {"encoder.layers.0.layer_drop": 0.2, "encoder.layers.1.layer_drop": 0.2, "decoder.layers.0.layer_drop": 0.3}
+    )

@@ -46,7 +46,7 @@ def recognise_layer_drop(model: nn.Module, inputs: Inputs | None) -> None:
 def _candidates(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(holder, name) of numbers that may be the rate of a loop over layers."""
     lists = [child for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential))]
-    if not any(len(child) > 1 for child in lists):
+    if not any(map(len, lists)):
         return
     for holder, owner in (("", module), ("config", getattr(module, "config", None))):
         for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():

@@ -1,7 +1,7 @@
 """Decompositions: modules and functions that traces cannot look into, as operations. A new decomposition goes into one of them.
 
 attention: attention of torch and of torchvision's Swin, transformer layers, and `torchvision.ops.stochastic_depth`.
-drop_path, layer_drop: stochastic depth in classes of other libraries, and loops that skip layers.
+recognition, layer_drop: dropout in classes of other libraries, and loops that skip layers.
 recurrent: LSTM, GRU and RNN.
 torchvision: random modules of `torchvision.transforms.v2`, and the module `torchvision.ops.StochasticDepth`.
 registry: the table and its decorator.
