@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -32,6 +32,7 @@ class TuneSettings(TypedDict, total=False):
     response: ResponseSettings
     hyper: HyperSettings
     execution: ExecutionSettings
+    callbacks: Sequence[Callable[[LoopTuner], object]]
     trace: str
     statistics: str
 
@@ -79,8 +80,8 @@ def tune(
     valid_loss_fn: loss of validation batches. Default: loss_fn.
     example_inputs: as for `fxstn.transform`. Default: a few examples of train_loader.
     epoch_steps: ≥ 1, optimizer steps between two evaluations. Default: those of a pass over train_loader.
-    settings: response, hyper and execution as for `fxstn.BilevelRunner`, where autocast by default follows the loop; trace and
-        statistics as for `fxstn.transform`.
+    settings: response, hyper and execution as for `fxstn.BilevelRunner`, where autocast by default follows the loop; callbacks,
+        functions of the tuner, called after each row; trace and statistics as for `fxstn.transform`.
 
     Several processes: all must call it; the tuner averages what is its own. Raises TransformError, ValueError and TypeError as
     transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp).
@@ -94,7 +95,7 @@ def tune(
     batch = example_batch(valid_loader if train_loader is None else train_loader)
     examples = reader(batch)[0] if example_inputs is None else example_inputs
     trace, statistics = settings.get("trace", "auto"), settings.get("statistics", "batch")
-    groups = {name: value for name, value in settings.items() if name in ("response", "hyper", "execution")}
+    groups = {name: value for name, value in settings.items() if name not in ("trace", "statistics")}
 
     def build(specs: Sequence[Spec] | None) -> SelfTuningNetwork:
         return network_over(plain, Request(specs, examples, "delta", None, trace, False, statistics, FRONTENDS))

@@ -142,7 +142,7 @@ for _name, _value, _message in (
     ("unpack", "image", "unpack='image' must be a function"),
     ("metrics", [fxstn.accuracy], r"metrics=\[.*\] must be a dict by name"),
     ("metrics", {"accuracy": "top1"}, r"metrics\['accuracy'\] must be a function, got str"),
-    ("callbacks", print, "callbacks=.* must be a list of functions of the runner"),
+    ("callbacks", print, "callbacks=.* must be a list of functions of the run"),
     ("checkpoints.out_dir", 5, "checkpoints.out_dir=5 must be a path, or None"),
     ("schedule", {"2.dropout": [0.1]}, r"schedule=.* must be a fxstn\.Schedule, such as Schedule\.from_json"),
     ("execution.device", "gpu", "execution.device='gpu' cannot be used here.*there is cpu"),

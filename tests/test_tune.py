@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,6 +159,27 @@ def test_accumulated_batches_are_one_step() -> None:
     assert (tuner.steps, sizes) == (5, [6] * 10)
 
 
+def test_a_loop_without_a_loader_tells_every_batch_that_a_step_accumulates() -> None:
+    values = []
+    for observed in (True, False):
+        model, (_, valid) = mlp(), loaders()
+        loader, optimizer = DataLoader(data(60), 6), sgd(model)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader if observed else None, valid, **QUICK)
+        torch.manual_seed(3)
+        for number, (x, y) in enumerate(loader, 1):
+            (F.cross_entropy(model(x), y) / 2).backward()
+            if number % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            if not observed:
+                tuner.step((x, y))
+        if not observed:
+            tuner.end_epoch()
+        assert tuner.steps == 5
+        values.append(tuner.values())
+    assert values[0] == values[1]
+
+
 def test_the_size_of_validation_batches_does_not_matter_to_the_tuner() -> None:
     values = []
     for size in (5, 80):
@@ -223,8 +245,8 @@ class Keywords(nn.Module):
 
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, None])
 def test_batches_that_are_dicts_with_labels(loss_fn: Any) -> None:
-    def collate(rows: list) -> dict[str, Tensor]:
-        return {"features": torch.stack([x for x, _ in rows]), "labels": torch.stack([y for _, y in rows])}
+    def collate(rows: list) -> UserDict:  # as collators of Hugging Face do
+        return UserDict(features=torch.stack([x for x, _ in rows]), labels=torch.stack([y for _, y in rows]))
 
     model = Keywords()
     loader, valid = (DataLoader(part, 12, collate_fn=collate) for part in (data(60), data(80, 1)))
@@ -234,8 +256,10 @@ def test_batches_that_are_dicts_with_labels(loss_fn: Any) -> None:
     for _ in range(2):
         for batch in loader:
             optimizer.zero_grad()
-            model(**batch).loss.backward()
+            labels = batch.pop("labels")
+            F.cross_entropy(model(**batch).logits, labels).backward()
             optimizer.step()
+    assert tuner._valid.size == 12
     twin, (pairs, held) = mlp(), loaders()
     steps = sgd(twin)
     other = fxstn.tune(twin, steps, F.cross_entropy, pairs, held, **QUICK)

@@ -65,14 +65,8 @@ class AttachedTuner:
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
-        self._handles = [
-            handle
-            for optimizer in self._stepping
-            for handle in (
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            )
-        ]
+        self._handles = [part.register_step_pre_hook(self._before_step) for part in self._stepping]
+        self._handles += [part.register_step_post_hook(self._after_step) for part in self._stepping]
         if train_loader is not None and can_be_observed(train_loader):
             observe(train_loader, self)
         elif train_loader is not None:
@@ -88,18 +82,19 @@ class AttachedTuner:
 
     def see(self, batch: object) -> None:
         """A batch that the next step of w₀ may train on."""
+        batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out
         self._batches = [*self._batches, batch][-self._most :]
 
     def end_pass(self) -> None:
-        """A pass over the training data ends."""
+        """A pass over the training data ends. Nothing happens where no step was taken in it."""
         if self._tuner.means.steps and self.epoch_steps is None:
             self.end_epoch()
 
     def step(self, batch: object) -> None:
         """Do what is due after a step of w₀; to be called after optimizer.step() where there is no train_loader.
 
-        batch: that the step trained on, or one like it. Nothing happens where the optimizer did not step, as where a
-            GradScaler has skipped it.
+        batch: that the step trained on, or one like it. Where the optimizer has not stepped, it waits for the next step: in a
+            loop that accumulates gradients, call `step` after each batch. A GradScaler's skipped step is none.
 
         Raises ValueError where the tuner sees the batches of a train_loader itself.
         """
@@ -107,16 +102,17 @@ class AttachedTuner:
             raise ValueError(
                 "the tuner sees the batches of train_loader itself: leave out step(batch), or pass train_loader=None"
             )
+        self.see(batch)
         if self._due:
             self._due = False
-            self._advance([batch])
+            self._advance()
 
     def end_epoch(self) -> None:
         """Evaluate, limit λ by the generalisation gap, and add a row to the history.
 
         It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
         """
-        tuner, before = self._tuner, GlobalRandomState.current()
+        tuner, rows, before = self._tuner, len(self.history), GlobalRandomState.current()
         try:
             with self._in_the_models_mode(), tuner.evaluated_epoch(self.valid_loader, tuner.epoch_losses()):
                 pass
@@ -124,6 +120,8 @@ class AttachedTuner:
             before.set()
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
         tuner.begin_epoch()
+        for callback in tuner.settings.callbacks if len(self.history) > rows else ():
+            callback(self)
 
     # Hooks of the optimizers
 
@@ -160,25 +158,24 @@ class AttachedTuner:
             return
         if self._own is not None:
             self._batches = [self._own.next()[0]]
-        batches, self._batches = self._batches, []
-        if not batches:
+        if not self._batches:
             raise ValueError(
                 "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
                 "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
             )
-        self._most = max(self._most, len(batches))
-        self._advance(batches)
+        self._advance()
         if self._own is not None and self.epoch_steps is None and not self._own.open:
             self.end_epoch()
 
-    def _advance(self, batches: list[object]) -> None:
-        """Do what is due after a step of w₀ on some batches."""
-        tuner = self._tuner
+    def _advance(self) -> None:
+        """Do what is due after a step of w₀ on the batches since the last one."""
+        tuner, batches, self._batches = self._tuner, self._batches, []
+        self._most = max(self._most, len(batches))
         self._follow_autocast()
         self._recent.batches.extend(batches)
-        self._valid.resize(rows_of(batches[0]))
         with self._in_the_models_mode():
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
+            self._valid.resize(rows_of(prepared[0][0]))
             tuner.after_step(prepared, {})
         self._refresh()
         if self.epoch_steps is not None and tuner.means.steps >= self.epoch_steps:

@@ -9,11 +9,15 @@ from fxstn.bilevel.checks import check_settings, plain_number
 from fxstn.bilevel.history import History
 
 
-class Stoppable(Protocol):
-    """What a callback sees of the runner."""
+class HasHistory(Protocol):
+    """What a callback sees of a BilevelRunner, and of the tuner that `fxstn.tune` returns."""
 
     @property
     def history(self) -> History: ...
+
+
+class Stoppable(HasHistory, Protocol):
+    """What a callback sees of a BilevelRunner alone."""
 
     def stop(self) -> None: ...
 

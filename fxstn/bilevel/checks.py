@@ -163,7 +163,7 @@ def _check_functions(settings: Mapping[str, object]) -> None:
                 raise ValueError(f"{argument}[{name!r}]: the history has a column of that name; choose another")
     callbacks = settings.get("callbacks", ())
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the runner")
+        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the run")
 
 
 def check_names(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.runner import BilevelRunner
+from fxstn.bilevel.callbacks import HasHistory
 from fxstn.ir.input_errors import as_path
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoard:
-    """`BilevelRunner(callbacks=[fxstn.TensorBoard(folder)])`: each epoch's row of the history as scalars, at step = epoch.
+    """`callbacks=[fxstn.TensorBoard(folder)]` of BilevelRunner or fxstn.tune: each row of the history as scalars, step = epoch.
 
     Tags: loss/valid, metric/NAME, hyperparameter/NAME, scale/NAME, diagnostics/response_norm, diagnostics/seconds.
     NaN is left out. The file is flushed after each epoch.
@@ -37,10 +37,10 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
         self._last = 0  # epoch written last
 
-    def __call__(self, runner: BilevelRunner) -> None:
+    def __call__(self, run: HasHistory) -> None:
         if distributed.rank():
             return
-        rows = runner.history.rows
+        rows = run.history.rows
         writer = self._writer
         if writer is None or rows[-1]["epoch"] <= self._last:
             self.close()
@@ -50,15 +50,15 @@ class TensorBoard:
         else:
             rows = rows[-1:]
         for row in rows:
-            self._write(writer, runner, row)
+            self._write(writer, run, row)
         self._last = int(rows[-1]["epoch"])
         writer.flush()
 
-    def _write(self, writer: SummaryWriter, runner: BilevelRunner, row: Mapping[str, float]) -> None:
+    def _write(self, writer: SummaryWriter, run: HasHistory, row: Mapping[str, float]) -> None:
         for column, value in row.items():
             if column == "epoch" or not math.isfinite(value):
                 continue
-            group = runner.history.group(column)
+            group = run.history.group(column)
             name = column.removesuffix("_loss") if group == "loss" else column.removeprefix("scale:")
             writer.add_scalar(f"{group}/{name}", value, row["epoch"])
 
