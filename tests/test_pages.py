@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -154,6 +155,27 @@ def test_a_conditioned_operation_is_a_class_and_a_line(names):
     assert site.target is not first.function
     x = torch.tensor([[0.2, 0.7]]).view(1, 1, 1, 2)
     assert names["Solarize"].function(x, 1.0).flatten().tolist() == pytest.approx([0.2, 0.3])
+
+
+def test_an_operation_of_another_library_is_registered_as_the_page_says(names, monkeypatch):
+    class GaussianDropout(nn.Module):
+        def __init__(self, rate):
+            super().__init__()
+            self.rate = rate
+
+        def forward(self, x):
+            return x * (1 + self.rate * torch.randn_like(x)) if self.training else x
+
+    page = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "register_operation" in block)
+    assert len([line for line in block.splitlines() if line]) <= 15
+    monkeypatch.setitem(sys.modules, "their_library", SimpleNamespace(GaussianDropout=GaussianDropout))
+    run(block, names)
+    model, x = classifier(nn.Conv2d(3, 3, 1), GaussianDropout(0.3)), images()
+    for trace in ("fx", "export", "live"):
+        stn = fxstn.transform(model, trace=trace, example_inputs=x)
+        assert stn.hparams.values() == {"1.rate": pytest.approx(0.3)}
+        assert fxstn.verify(model, x, trace=trace).ok
 
 
 PAGES = [path for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md")) if path.stem != "CHANGELOG"]

@@ -467,3 +467,43 @@ def test_loops_of_transformers_are_tuned(loops):
     assert rates == pytest.approx(
         {"encoder.layers.0.layer_drop": 0.2, "encoder.layers.1.layer_drop": 0.2, "decoder.layers.0.layer_drop": 0.3}
     )
+
+
+# What is not tuned is told
+
+
+class PatchDropout(nn.Module):
+    """Leaves out tokens, as timm's: the shape of its output depends on the mode."""
+
+    def __init__(self, prob):
+        super().__init__()
+        self.prob = prob
+
+    def forward(self, x):
+        if not self.training or self.prob == 0:
+            return x
+        order = torch.argsort(torch.randn(x.shape[:2]), dim=1)[:, : max(1, int(x.shape[1] * (1 - self.prob)))]
+        return x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.patches, self.head = nn.Linear(6, 8), PatchDropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.patches(self.embed(x).tanh()).mean(1))
+
+
+@pytest.mark.parametrize("trace", ["export", "live"])
+def test_tokens_that_are_left_out_stay_so_and_are_told(trace):
+    net, x = Tokens(), torch.randn(4, 6, 6)
+    stn = fxstn.transform(net, [hp.Dropout("embed")], trace=trace, example_inputs=x).train()
+    rows = [row for row in fxstn.explain(stn, example_inputs=x).rows if row.rule == "fixed noise"]
+    assert [(row.module, row.became) for row in rows] == [("patches", "kept as the model draws it, not tuned")]
+    assert fxstn.verify(net, x, hparams=[hp.Dropout("embed")], trace=trace).ok
+    stn.hparams.set({"embed.dropout": 0.0})
+    outputs = torch.stack([stn(x) for _ in range(20)])
+    halves = stn.model.head(stn.model.embed(x).tanh()).std(1)
+    assert (outputs.std(0) > 0.05 * halves).all()  # drawn anew each time
+    assert torch.equal(stn.eval()(x), net.eval()(x))
