@@ -18,6 +18,7 @@ from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
+from fxstn.bilevel.step_hooks import unwrapped_optimizer
 from fxstn.bilevel.validation import example_batch
 from fxstn.hp import Spec
 from fxstn.network import SelfTuningNetwork
@@ -70,7 +71,8 @@ def tune(
 
     model: stays the object that it is. It may be wrapped in DistributedDataParallel or compiled, before or after. In train mode
         its random operations draw at λ.
-    optimizer: of the model, or several that step together. Their step hooks run the tuner; a step that is left out is none.
+    optimizer: of the model, or several that step together; accelerator.prepare may have wrapped them. Their step hooks run the
+        tuner; a step that is left out is none.
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). None: the loss that the model returns.
     train_loader: the very object that the loop iterates over. None: call `step(batch)` after optimizer.step().
     valid_loader: held-out data. The tuner takes batches of the training size from its data set.
@@ -87,7 +89,8 @@ def tune(
     transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp).
     """
     check_keywords("tune", settings, list(TuneSettings.__annotations__))
-    plain, optimizers = unwrapped(model), [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    parts = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    plain, optimizers = unwrapped(model), [unwrapped_optimizer(part) for part in parts]
     check_model(plain)
     _check_loop(plain, optimizers, train_loader, valid_loader)
     forward = forward or (own_loss if loss_fn is None else default_forward)

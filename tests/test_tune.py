@@ -136,7 +136,83 @@ def test_dead_steps_are_no_steps() -> None:
     assert tuner.steps == len(loader) - 1
 
 
+def test_a_step_without_gradients_is_no_step() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, **QUICK)
+    for _ in loader:
+        optimizer.step()
+    assert tuner.steps == 0
+
+
 # What it does
+
+
+def trained_by(step: Any, kind: str = "AdamW", wrap: Any = lambda optimizer: optimizer) -> Any:
+    """The tuner of a loop whose step, a function (optimizer, closure), is another one."""
+    model, (loader, valid) = mlp(), loaders()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), 1e-2, weight_decay=1e-2)
+    specs = [hp.Dropout(), hp.WeightDecay()]
+    tuner = fxstn.tune(model, wrap(optimizer), F.cross_entropy, loader, valid, specs, **QUICK)
+    torch.manual_seed(3)
+    for _ in range(2):
+        for x, y in loader:
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                (loss := F.cross_entropy(model(x), y)).backward()
+                return loss
+
+            step(optimizer, closure)
+    return tuner
+
+
+def apart(optimizer: Optimizer, closure: Any) -> None:
+    closure()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    "step",
+    [lambda optimizer, closure: optimizer.step(closure), lambda optimizer, closure: optimizer.step(closure=closure)],
+    ids=["position", "keyword"],
+)
+def test_gradients_of_a_closure_are_those_of_a_backward_pass_before_the_step(kind: str, step: Any) -> None:
+    one, other = trained_by(apart, kind), trained_by(step, kind)
+    assert one.values() == other.values() != one.history.start
+    assert torch.equal(one.model[0].weight, other.model[0].weight)
+
+
+def test_a_closure_that_runs_several_times_is_one_step() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+    hyper = HyperSettings(train_steps=10)
+    tuner = fxstn.tune(
+        model, optimizer, F.cross_entropy, loader, valid, response=ResponseSettings(every=1), hyper=hyper
+    )
+    calls = []
+    for x, y in loader:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            (loss := F.cross_entropy(model(x), y)).backward()
+            calls.append(loss.item())
+            return loss
+
+        optimizer.step(closure)
+    assert len(calls) > tuner.steps == len(loader) == len(tuner._tuner.stepper.training_hypergradients)
+
+
+class Wrapped(Optimizer):
+    """An optimizer as accelerate wraps it: without hooks of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+def test_a_wrapped_optimizer_is_the_one_that_steps() -> None:
+    assert trained_by(apart, wrap=Wrapped).values() == trained_by(apart).values()
 
 
 def test_accumulated_batches_are_one_step() -> None:
@@ -296,6 +372,23 @@ def test_taken_over_decay_is_the_optimizers_own(kind: str) -> None:
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert optimizer.param_groups[0]["weight_decay"] == own
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)  # λ's range is float32
+
+
+def test_decay_follows_the_learning_rate_of_an_optimizer_that_was_loaded() -> None:
+    """λ is 3e-2 in both; load_state_dict gives the optimizer new groups, which a scheduler then changes."""
+    weights = []
+    for own in (1e-2, 3e-2):
+        model, (loader, valid) = mlp(0.0), loaders()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=own)
+        specs, hyper = [hp.WeightDecay(shared=True)], HyperSettings(warmup_epochs=9)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, None, valid, specs, hyper=hyper)
+        tuner.stn.hparams.set({"weight_decay": 3e-2})
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups[0]["lr"] = 0.5
+        model(next(iter(loader))[0]).sum().backward()
+        optimizer.step()
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
 
 
 def test_weight_decay_starts_where_the_groups_are() -> None:

@@ -18,8 +18,9 @@ from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.observed import can_be_observed, observe, restore
 from fxstn.bilevel.recent import RememberedBatches
 from fxstn.bilevel.run_settings import Settings
-from fxstn.bilevel.scaling import LossScaler, overflows
+from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import GlobalRandomState, State, on_device
+from fxstn.bilevel.step_hooks import hook_steps
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import rows_of, validation_stream
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
@@ -65,8 +66,8 @@ class AttachedTuner:
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
-        self._handles = [part.register_step_pre_hook(self._before_step) for part in self._stepping]
-        self._handles += [part.register_step_post_hook(self._after_step) for part in self._stepping]
+        hooks = (self._before_step, self._after_step)
+        self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
         if train_loader is not None and can_be_observed(train_loader):
             observe(train_loader, self)
         elif train_loader is not None:
@@ -125,12 +126,10 @@ class AttachedTuner:
 
     # Hooks of the optimizers
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if overflows(optimizer):
-            return
-        if not self._stepped:
+    def _before_step(self, optimizer: Optimizer, first: bool) -> None:
+        if first and not self._stepped:
             self._note_gradient(getattr(optimizer, "grad_scale", None))
-        self._decay.before_step(optimizer)
+        self._decay.before_step(optimizer, first)
 
     def _note_gradient(self, scale: Tensor | None) -> None:
         """Note Θᵀ∇L_T, with the penalties that λ has: the gradients that the optimizer will not see, and those it sees."""
@@ -146,9 +145,7 @@ class AttachedTuner:
         for weight, before, _ in gradients:
             weight.grad = before
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if overflows(optimizer):
-            return
+    def _after_step(self, optimizer: Optimizer) -> None:
         self._stepped.add(id(optimizer))
         if len(self._stepped) < len(self._stepping):
             return

@@ -95,8 +95,10 @@ class TunedDecay:
                 yield own.weight, gradient if metric is None else gradient * metric
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, first: bool = True) -> None:
         """Let λ act in place of the optimizer's own coefficient, in the step that follows.
+
+        first: whether these are the first gradients of the step; a closure may compute several.
 
         A gradient that a GradScaler has left scaled gets the scaled penalty.
         """
@@ -108,8 +110,9 @@ class TunedDecay:
                 continue
             strength = strengths[own.index].to(weight)
             if own.decoupled and own.norm == 2:
-                lr = own.group["lr"]
-                weight.mul_((1 - lr * strength) / (1 - lr * own.constant))
+                if first:
+                    lr = own.group["lr"]
+                    weight.mul_((1 - lr * strength) / (1 - lr * own.constant))
                 continue
             direction = weight.sign() if own.norm == 1 else weight
             difference = (strength - own.constant) * direction

@@ -170,10 +170,12 @@ def indices_of(loader: DataLoader) -> list[int]:
     """The examples that a loader yields, in order, each once; those of all processes where it takes a share of them."""
     if isinstance(loader.sampler, DistributedSampler):
         return list(range(len(loader.sampler.dataset)))  # type: ignore[arg-type]
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's, of which each process takes a share
+        batches = batches.batch_sampler
     before = GlobalRandomState.current()
     try:
-        assert loader.batch_sampler is not None
-        return sorted({index for batch in loader.batch_sampler for index in batch})
+        return sorted({index for batch in batches for index in batch})
     finally:
         before.set()
 

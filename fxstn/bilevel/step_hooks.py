@@ -1,0 +1,62 @@
+"""What happens around the steps of somebody else's optimizer: before one, once its gradients are there, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from fxstn.bilevel.scaling import overflows
+
+
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, where a framework has wrapped it in an object that has it as `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def hook_steps(
+    optimizer: Optimizer, before: Callable[[Optimizer, bool], None], after: Callable[[Optimizer], None]
+) -> list[RemovableHandle]:
+    """Call functions around each step that changes weights.
+
+    before: function (optimizer, first), called when the gradients of the step are there: before the step, or inside it after
+        each call of its closure. first: whether this is the first call in the step.
+    after: function (optimizer), called after the step.
+    """
+
+    def before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        optimizer_, *positional = args
+        closure = positional[0] if positional else kwargs.get("closure")
+        if closure is None:
+            if changes_weights(optimizer):
+                before(optimizer, True)
+            return None
+        first = True
+
+        def closure_with_gradients() -> Any:
+            nonlocal first
+            loss = closure()
+            if changes_weights(optimizer):
+                before(optimizer, first)
+                first = False
+            return loss
+
+        if positional:
+            return (optimizer_, closure_with_gradients, *positional[1:]), kwargs
+        return args, kwargs | {"closure": closure_with_gradients}
+
+    def after_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if changes_weights(optimizer):
+            after(optimizer)
+
+    return [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+
+
+def changes_weights(optimizer: Optimizer) -> bool:
+    """Whether a step changes weights: some weight has a gradient, and no GradScaler has found one that overflowed."""
+    with_gradient = any(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
+    return with_gradient and not overflows(optimizer)
