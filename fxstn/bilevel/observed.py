@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 _LISTENER = "_fxstn_listener"
+_CLASS: Any = vars(object)["__class__"]  # a class may have a property of that name, as accelerate's loaders have
 
 
 class Listener(Protocol):
@@ -44,11 +45,11 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         heard.end_pass()
 
     names = {"__iter__": passes, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    object.__setattr__(loader, "__class__", type(kind.__name__, (kind,), names))
+    _CLASS.__set__(loader, type(kind.__name__, (kind,), names))
     vars(loader)[_LISTENER] = listener
 
 
 def restore(loader: Iterable[object]) -> None:
     """Give a loader its class back."""
     if vars(loader).pop(_LISTENER, None) is not None:
-        object.__setattr__(loader, "__class__", type(loader).__bases__[0])
+        _CLASS.__set__(loader, type(loader).__bases__[0])
