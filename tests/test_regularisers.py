@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from types import SimpleNamespace
 
@@ -19,7 +20,10 @@ from torchvision.transforms import v2
 import fxstn
 from fxstn import hp
 from fxstn.frontends.conditioned import restore_modules
+from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import LOOPS
+from fxstn.frontends.decompositions.recognition import RECOGNISED
+from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.ops.drop_block import block_mask, block_multiplier
 
 FRONTENDS = ["fx", "export", "live"]
@@ -283,7 +287,7 @@ class Weird(Stable):
         return x if not self.training else x * (torch.rand_like(x) > 2 * self.drop_prob) / (1 - self.drop_prob)
 
 
-RECOGNISED = {
+KINDS = {
     "entries": (Stable(0.2), "drop.dropout", {}),
     "channels": (Axes(0.2, "space"), "drop.dropout", {}),
     "examples": (Axes(0.2, (1, 2, 3)), "drop.stochastic_depth", {}),
@@ -298,9 +302,9 @@ RECOGNISED = {
 }
 
 
-@pytest.mark.parametrize("name", RECOGNISED)
+@pytest.mark.parametrize("name", KINDS)
 def test_dropout_of_another_library_is_recognised_by_what_it_does(name):
-    module, number, settings = RECOGNISED[name]
+    module, number, settings = KINDS[name]
     net, x = Around(module), torch.rand(4, 3, 7, 9)
     stn = fxstn.transform(net, example_inputs=x)
     assert stn.hparams.values() == pytest.approx({number: 0.2})
@@ -313,7 +317,7 @@ def test_dropout_of_another_library_is_recognised_by_what_it_does(name):
 @pytest.mark.parametrize("trace", ["export", "live"])
 @pytest.mark.parametrize("name", ["entries", "times"])
 def test_and_so_it_is_on_every_frontend(name, trace):
-    module, number, _ = RECOGNISED[name]
+    module, number, _ = KINDS[name]
     net, x = Around(module), torch.rand(4, 3, 7, 9)
     assert fxstn.transform(net, example_inputs=x, trace=trace).hparams.values() == pytest.approx({number: 0.2})
     assert fxstn.verify(net, x, trace=trace).ok
@@ -507,3 +511,32 @@ def test_tokens_that_are_left_out_stay_so_and_are_told(trace):
     halves = stn.model.head(stn.model.embed(x).tanh()).std(1)
     assert (outputs.std(0) > 0.05 * halves).all()  # drawn anew each time
     assert torch.equal(stn.eval()(x), net.eval()(x))
+
+
+# Another process, which has tried no module
+
+
+def forgotten():
+    """Nothing that was recognised is known any longer."""
+    for kind in RECOGNISED:
+        del DECOMPOSITIONS[kind]
+        RANDOM.discard(kind)
+    RECOGNISED.clear()
+    LOOPS.clear()
+
+
+def skips_by_tensor(rate):
+    return torch.rand([]) < rate
+
+
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_a_network_that_is_loaded_in_another_process_draws_at_its_strengths(trace, loops):
+    net, x = nn.Sequential(encoding(skips_by_tensor), DropPath(0.2), nn.Linear(3, 3)), torch.randn(64, 6)
+    stn = fxstn.transform(net, trace=trace, example_inputs=x).train()
+    stn.hparams.set(dict.fromkeys(stn.hparams.names, 0.5))
+    torch.manual_seed(1)
+    expected, saved = stn(x), pickle.dumps(stn)
+    forgotten()
+    loaded = pickle.loads(saved).train()
+    torch.manual_seed(1)
+    assert torch.equal(loaded(x), expected)

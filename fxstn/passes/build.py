@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxstn.frontends.decompositions.layer_drop import loops_of
 from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.inputs import Inputs, InputSpec
@@ -50,7 +51,7 @@ def build_network(
     plan = Plan(
         binding=binding, frozen=frozen, constant=constant, recompute=request.recompute, statistics=request.statistics
     )
-    recipe = PipelineRecipe(frontend, plan, pipelines)
+    recipe = PipelineRecipe(frontend, plan, pipelines, loops_of(model))
     modules = response_modules(model, responding, len(space), request.structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
     network.augments = augmentation(model) is not None

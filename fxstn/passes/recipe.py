@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
+from fxstn.frontends.decompositions.layer_drop import LOOPS, LayerLoop
+from fxstn.frontends.decompositions.recognition import recognise_dropout
 from fxstn.frontends.inputs import Inputs, arguments_of
 from fxstn.frontends.interface import Frontend, Graph, Pass, Plan, Root
 from fxstn.frontends.selection import errors_as_diagnostics
@@ -25,11 +27,13 @@ class PipelineRecipe:
     frontend: how the forward is followed.
     plan: what is decided once for all graphs; each is made by a copy with its kind and batch axes.
     pipelines: `fxstn.transform.PIPELINES`, the passes by objective.
+    loops: of the model's classes that skip layers at random. Another process, which loads the network, enters them anew.
     """
 
     frontend: Frontend
     plan: Plan
     pipelines: Mapping[str, Sequence[Pass]]
+    loops: Mapping[type[nn.Module], LayerLoop] = field(default_factory=dict)
 
     def with_binding(self, binding: Binding) -> PipelineRecipe:
         """The same with another decision on which λ belongs where."""
@@ -41,13 +45,21 @@ class PipelineRecipe:
 
     def canonical(self, root: Root, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling, with the children of root."""
-        model = root.get_submodule("model")
+        model = self._model(root)
         return with_children(canonicalize(self.frontend.capture(model, training, self.plan.frozen, None)), root)
 
     def emit(self, root: Root, kind: GraphKind, batch_axes: BatchAxes) -> Graph:
         """One graph."""
         plan = replace(self.plan, kind=kind, batch_axes=batch_axes)
+        self._model(root)
         return self.frontend.emit(root, plan, self.pipelines[kind.objective])
+
+    def _model(self, root: Root) -> nn.Module:
+        """The model, whose random modules are known in this process afterwards."""
+        model = root.get_submodule("model")
+        LOOPS.update(self.loops)
+        recognise_dropout(model)
+        return model
 
     def locate(self, root: Root, training: bool, inputs: Inputs) -> BatchAxes:
         """Where the examples of a batch are in every value of the canonical graph; {} where there is none."""

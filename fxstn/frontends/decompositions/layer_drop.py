@@ -47,6 +47,11 @@ class LayerLoop:
 LOOPS: dict[type[nn.Module], LayerLoop] = {}
 
 
+def loops_of(model: nn.Module) -> dict[type[nn.Module], LayerLoop]:
+    """The loops that classes of a model's modules have."""
+    return {kind: LOOPS[kind] for kind in map(type, model.modules()) if kind in LOOPS}
+
+
 @contextmanager
 def no_layer_skipped(model: nn.Module) -> Iterator[None]:
     """Inside, loops of these classes run every layer in train mode, and `hp.LayerDrop` stands for the skips."""

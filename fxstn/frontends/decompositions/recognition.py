@@ -20,7 +20,7 @@ from fxstn.ops.drop_block import block_mask
 Settings = tuple[str, tuple[tuple[str, str], ...]]  # (which attribute is the probability, the others)
 StandIn = Callable[[Any, float], object]  # (x, p) → y, in train mode
 
-_recognised: dict[type[nn.Module], dict[Settings, StandIn]] = {}
+RECOGNISED: dict[type[nn.Module], dict[Settings, StandIn]] = {}
 P = 0.25  # the probability that modules are tried at
 _LIKELY = {"p", "rate", "prob"}
 
@@ -34,11 +34,11 @@ def recognise_dropout(model: nn.Module) -> None:
     """
     for module in model.modules():
         kind = type(module)
-        others = kind in DECOMPOSITIONS and kind not in _recognised
+        others = kind in DECOMPOSITIONS and kind not in RECOGNISED
         parts = [*module.parameters(), *module.buffers(), *module.children()]
         if others or parts or kind.__module__.startswith("torch."):
             continue
-        known = _recognised.get(kind, {})
+        known = RECOGNISED.get(kind, {})
         if any(settings in known for settings in _possible_settings(module)):
             continue
         for settings in _possible_settings(module):
@@ -46,7 +46,7 @@ def recognise_dropout(model: nn.Module) -> None:
                 if not known:
                     decomposes(kind)(_forward(kind.forward))
                     RANDOM.add(kind)
-                _recognised[kind] = known | {settings: stand_in}
+                RECOGNISED[kind] = known | {settings: stand_in}
                 break
 
 
@@ -64,7 +64,7 @@ def _forward(original: Callable[..., object]) -> Callable[..., object]:
     """What stands for the forward of the modules of a class: of those with the settings that were tried; else the original."""
 
     def forward(module: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
-        known = _recognised[type(module)]
+        known = RECOGNISED[type(module)]
         settings = next((settings for settings in _possible_settings(module) if settings in known), None)
         if settings is None or args or kwargs:
             return original(module, x, *args, **kwargs)
