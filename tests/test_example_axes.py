@@ -10,7 +10,7 @@ from torch import nn
 
 import fxstn
 from fxstn import hp
-from fxstn.ir.tangents import BATCH_FIRST
+from fxstn.ir.tangents import BATCH_FIRST, SHARED
 
 LENGTH = 5
 
@@ -122,3 +122,47 @@ def test_a_model_for_one_batch_size_runs_with_that(error):
 def test_an_error_that_is_not_about_sizes_is_raised():
     with pytest.raises(OSError, match="the batch has 3 examples"):
         prepared(OneSize("OSError"), torch.randn(LENGTH, 4).double())
+
+
+class Positions(nn.Module):
+    """An embedding of positions, which no example is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.position, self.out = nn.Embedding(7, 4), nn.Embedding(LENGTH, 4), nn.Linear(4, 2)
+
+    def forward(self, words):
+        return self.out(torch.tanh(self.word(words) + self.position(torch.arange(words.shape[1]))))
+
+
+def test_a_layer_that_all_examples_share_follows_the_mean_of_their_perturbations():
+    words = torch.randint(7, (4, LENGTH))
+    stn, axes = prepared(Positions(), words)
+    assert stn.per_example(words)
+    assert axes[True]["position"] == SHARED
+    delta = torch.randn(4, 1).double()
+    _, rows = stn.pushforward(words, delta=delta)
+    own = [stn.pushforward(words, delta=delta[i])[1][i] for i in range(4)]
+    with torch.no_grad():
+        stn.response.get_submodule("position").weight.U.zero_()
+    alone = [stn.pushforward(words, delta=delta[i])[1][i] for i in range(4)]
+    mean = delta.mean(0)
+    for i in range(4):  # linear in δ: what positions add is that of the mean
+        torch.testing.assert_close(rows[i] - alone[i], (own[i] - alone[i]) * mean / delta[i])
+
+
+class Started(nn.Module):
+    """A layer of a state that begins with zeros, a row for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(x + self.state(x.new_zeros((x.shape[0], 3)))))
+
+
+def test_equal_rows_of_the_examples_are_not_taken_for_one_that_they_share():
+    stn, axes = prepared(Started(), x := torch.randn(4, 4).double())
+    assert axes[True]["state"] is None
+    assert not stn.per_example(x)

@@ -30,6 +30,7 @@ class BatchAxis(NamedTuple):
 
 
 BATCH_FIRST = BatchAxis()
+SHARED = BatchAxis(-1, 0, 0)  # nowhere: the value depends on no example, and all of them read it
 BatchAxes = Mapping[
     str, BatchAxis | None
 ]  # by node name; None: no single place. A name that is missing: a plain batch.

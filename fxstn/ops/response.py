@@ -169,6 +169,15 @@ def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
 
 
 @staged
+def mean_over_examples(scale: Tensor) -> Tensor:
+    """The scales of a layer whose output all examples share: it follows their mean, as its weight does in training.
+
+    scale: (n,), or (batch, n) with a row per example.
+    """
+    return scale.mean(0) if scale.dim() > 1 else scale
+
+
+@staged
 def pick_rows(scale: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
     """The scales of a slice, or of a join: runs of entries one after the other.
 

@@ -17,7 +17,7 @@ from fxstn.hp.binding import NOTHING_BOUND, Site
 from fxstn.ir.graphs import add_placeholder, copied, function_of, output_of, placeholders
 from fxstn.ir.node_info import annotate, copy_place, info_of
 from fxstn.ir.staging import staging_of
-from fxstn.ir.tangents import BATCH_FIRST, BatchAxes, BatchAxis
+from fxstn.ir.tangents import BATCH_FIRST, SHARED, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples, weight_mask
 from fxstn.ops.response import for_all_examples
@@ -84,7 +84,7 @@ class _StrengthReader:
         axis, needed = self.batch_axes.get(site.node, BATCH_FIRST), site.spec.examples
         dropout = isinstance(site.spec, Dropout)
         strengths = []
-        known = axis is not None and (needed is None or axis == BatchAxis(needed))
+        known = axis not in (None, SHARED) and (needed is None or axis == BatchAxis(needed))
         for index, number in zip(site.indices, site.spec.numbers, strict=True):
             strength = self.read(index, f"{site.path or 'output'}_{'p' if dropout else number}", before)
             if not known:

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fxstn.hp import OPERATIONS
 from fxstn.ir.graphs import evaluated, filled_in, forked_rng, placeholders, reseed
 from fxstn.ir.node_info import info_of
-from fxstn.ir.tangents import BatchAxes, BatchAxis
+from fxstn.ir.tangents import SHARED, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
@@ -41,7 +41,7 @@ def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes
 
     Dropout is left out of the runs, and batch norm takes its statistics from the first, so that it joins no examples and
     keeps values in the range that activations are made for. Values that are no tensors are left out of the result; a value
-    that does not depend on the examples is None.
+    that depends on no example, and has no row for each, is SHARED.
     """
     leaves, structure = tree_flatten(inputs)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
@@ -107,7 +107,8 @@ def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) 
         results = [value[0] if isinstance(value, tuple) and value else value for value in values]
         tensors = [value for value in results if isinstance(value, Tensor)]
         if tensors and node.op != "get_attr":
-            axes[node.name] = _axis_of(tensors[0], tensors[1:], few)
+            shared = _is_shared(node, tensors, axes, few)
+            axes[node.name] = SHARED if shared else _axis_of(tensors[0], tensors[1:], few)
 
     nodes = [node for node in module.graph.nodes if node.op != "output"]
     device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
@@ -153,6 +154,16 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Values) -> object:
     if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
         return filled_in(node.args[0], values)
     return evaluated(node, values)
+
+
+def _is_shared(node: fx.Node, values: Sequence[Tensor], axes: BatchAxes, examples: int) -> bool:
+    """Whether a value, and all that it is computed from, depends on no example. A batch of equal rows has a row for each."""
+    base, *others = values
+    if examples in base.shape or any(x.shape != base.shape or changed(base, x).any() for x in others):
+        return False
+    if node.op == "placeholder":
+        return base.dtype != torch.bool  # the examples of a mask stay as they are
+    return all(axes.get(source.name, SHARED) == SHARED for source in node.all_input_nodes)
 
 
 def _axis_of(base: Tensor, others: Sequence[Tensor], examples: int) -> BatchAxis | None:

@@ -16,10 +16,10 @@ from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_n
 from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
-from fxstn.ir.tangents import BATCH_FIRST, ZERO, BatchAxes, Scaled, all_zero
+from fxstn.ir.tangents import BATCH_FIRST, SHARED, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.kernels import as_results_of, cast_tangent, zeros_tangent
-from fxstn.ops.response import for_all_examples, pick_rows
+from fxstn.ops.response import for_all_examples, mean_over_examples, pick_rows
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
 
@@ -129,6 +129,8 @@ class Pushforward:
         axis = self.batch_axes.get(node.name, BATCH_FIRST)
         if axis is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
+        if axis == SHARED:
+            return replace(tangent, scale=mean_over_examples(tangent.scale))
         return replace(tangent, batch_axis=axis)
 
     def _direction(self, node: fx.Node, response: fx.Proxy) -> fx.Proxy:
