@@ -72,7 +72,9 @@ def rereads(scenario: Scenario, file: Path) -> bool:
     if not file.exists():
         return False
     (state,) = load_checkpoint(file)["processes"]
-    return any(state[name]["passes"] for name in scenario.unfollowed)
+    return any(
+        state[name].get("passes") for name in scenario.unfollowed
+    )  # a stream that draws itself reads nothing twice
 
 
 def finish(scenario: Scenario, out: Path, epochs: int) -> dict[str, object]:

@@ -298,7 +298,7 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
 def test_nan_in_the_data_is_found_and_named(name, loss):
     runner = make()
     loader = getattr(runner, f"{name}_loader")
-    loader.dataset.tensors[0][3, 2] = math.nan
+    loader.dataset.tensors[0][3:, 2] = math.nan
     with (
         pytest.warns(fxstn.RunWarning, match=rf"^{loss} became nan in epoch 1, step \d+; back to"),
         pytest.raises(

@@ -31,6 +31,7 @@ def in_order(batch: int, **settings) -> fxstn.BilevelRunner:
         hyper=fxstn.HyperSettings(train_steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=10.0)), **settings,
     )  # fmt: skip
     runner.problem.perturb = torch.tensor([0.7])
+    runner._valid.resize(30)  # whatever the size of training batches
     return runner
 
 

@@ -171,12 +171,13 @@ def test_a_validation_loss_that_takes_no_training_batches_is_a_warning_and_nothi
             raise kind("a whole training batch")
         return F.cross_entropy(output, target)
 
-    loaders = [DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5))]
+    train, valid = (DataLoader(dataset(n, 0), size) for n, size in ((32, 8), (15, 5)))
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
     runner = fxstn.BilevelRunner(
         stn,
         F.cross_entropy,
-        *loaders,
+        train,
+        list(valid),  # batches that stay as they are
         valid_loss_fn=picky_loss,
         hyper=fxstn.HyperSettings(train_steps=2),
         progress=False,

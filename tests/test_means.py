@@ -120,6 +120,7 @@ def run_one_step(loss_fn, parts, accumulate, specs=None, **settings):
         response=fxstn.ResponseSettings(optimizer=sgd, every=1, perturb="batch"),
         hyper=fxstn.HyperSettings(optimizer=sgd, train_steps=1, recalibrate=0), **settings,
     )  # fmt: skip
+    runner._valid.resize(len(joined(parts)[1]))  # that of all parts, not that of one
     row = runner.fit(1).rows[0]
     return [p.detach().clone() for p in stn.parameters()], row
 

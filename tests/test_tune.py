@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxstn
 from fxstn import HyperSettings, ResponseSettings, hp
@@ -343,6 +344,57 @@ def test_batches_that_are_dicts_with_labels(loss_fn: Any) -> None:
     torch.manual_seed(3)
     train(twin, steps, pairs, 2)
     assert list(tuner.values().values()) == pytest.approx(list(other.values().values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("specs", [None, [hp.Dropout(), hp.WeightDecay(init=1e-3)]])
+def test_the_runner_is_a_loop_around_the_same_tuner_bit_for_bit(specs: list | None) -> None:
+    def seeded() -> tuple[nn.Module, DataLoader, DataLoader]:
+        pieces = (mlp(), *loaders())
+        torch.manual_seed(7)  # of the tuner's noise
+        return pieces
+
+    model, loader, valid = seeded()
+    tuner = fxstn.tune(model, optimizer := sgd(model), F.cross_entropy, loader, valid, specs, **QUICK)
+    torch.manual_seed(1)
+    train(model, optimizer, loader, 3)
+    other, loader, valid = seeded()
+    runner = fxstn.BilevelRunner(
+        fxstn.transform(other, specs), F.cross_entropy, loader, valid, progress=False, **QUICK,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    runner.fit(3)
+    assert tuner.values() == runner.problem.values() != tuner.history.start
+    without = ("train_loss", "seconds")
+    rows = [{k: v for k, v in row.items() if k not in without} for row in runner.history.rows]
+    assert [{k: v for k, v in row.items() if k not in without} for row in tuner.history.rows] == rows
+
+
+def tune_in_processes(rank: int, world: int) -> tuple[dict[str, float], list[float], list[Tensor]]:
+    """Weight decay tuned, in a process that has its share of the examples."""
+    model, parts = mlp(0.0).double(), []
+    for examples, seed, size in ((64, 0, 16), (48, 1, 24)):
+        x, y = data(examples, seed).tensors
+        part = TensorDataset(x.double(), y)
+        sampler = DistributedSampler(part, shuffle=False) if world > 1 else None
+        parts.append(DataLoader(part, size // world, sampler=sampler))
+    called = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    torch.manual_seed(5 + rank)  # the tuner takes the seed of the first process
+    optimizer = torch.optim.AdamW(called.parameters(), 1e-2, weight_decay=1e-2)
+    hyper = HyperSettings(train_steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=3.0))
+    tuner = fxstn.tune(
+        called, optimizer, F.cross_entropy, *parts, [hp.WeightDecay()], hyper=hyper, response=QUICK["response"]
+    )
+    train(called, optimizer, parts[0], 3)
+    return tuner.values(), tuner.history["valid_loss"], [p.detach() for p in model.parameters()]
+
+
+def test_two_processes_equal_one_on_the_whole_batch() -> None:
+    alone = tune_in_processes(0, 1)
+    assert max(abs(value / 1e-2 - 1) for value in alone[0].values()) > 1e-2
+    for result in run(2, tune_in_processes, 2):
+        for one, other in zip(result, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 # Weight decay

@@ -19,7 +19,7 @@ from fxstn.bilevel.observed import can_be_observed, observe, restore
 from fxstn.bilevel.recent import RememberedBatches
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
-from fxstn.bilevel.state import GlobalRandomState, State, on_device
+from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.step_hooks import hook_steps
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import rows_of, validation_stream
@@ -113,12 +113,9 @@ class AttachedTuner:
 
         It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
         """
-        tuner, rows, before = self._tuner, len(self.history), GlobalRandomState.current()
-        try:
-            with self._in_the_models_mode(), tuner.evaluated_epoch(self.valid_loader, tuner.epoch_losses()):
-                pass
-        finally:
-            before.set()
+        tuner, rows = self._tuner, len(self.history)
+        with self._in_the_models_mode():
+            tuner.end_epoch(self.valid_loader)
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
         tuner.begin_epoch()
         for callback in tuner.settings.callbacks if len(self.history) > rows else ():

@@ -20,7 +20,7 @@ def seed_of_step(seed: int, number: int) -> int:
 @contextmanager
 def own_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, torch draws from this seed, on the CPU and on the device; each process draws other numbers."""
-    own = (seed + APART * rank()) % 2**63
+    own = (seed + APART * (rank() + 1)) % 2**63  # ε has the seed itself
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(

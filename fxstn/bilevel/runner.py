@@ -25,6 +25,7 @@ from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, te
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
+from fxstn.bilevel.validation import validation_stream
 from fxstn.network import SelfTuningNetwork
 
 
@@ -74,10 +75,9 @@ class BilevelRunner:
         self._place_problem()
         network = stn if isinstance(stn, SelfTuningNetwork) else None
         self._train = ResumableLoader(train_loader, "train_loader", options.hyper.recalibrate)
-        self._valid = ResumableLoader(valid_loader, "valid_loader")
-        self._tuner = Tuner(
-            self.problem, network, options, self.device, self._train, self._valid, distributed.common_seed()
-        )
+        seed, in_order = distributed.common_seed(), network is None or options.initial_state is not None
+        self._valid = validation_stream(valid_loader, seed, in_order)
+        self._tuner = Tuner(self.problem, network, options, self.device, self._train, self._valid, seed)
         self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._build_parts()
 

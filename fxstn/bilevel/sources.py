@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fxstn.bilevel.state import Stateful
+from fxstn.bilevel.state import GlobalRandomState, Stateful
 from fxstn.bilevel.workers import batches_of
 
 LARGEST, WIDEST = 5000, 64  # objects visited in all, and entries of one list or dict
@@ -245,3 +245,16 @@ def checksum(batch: object) -> str:
             plain = isinstance(leaf, (str, bytes, int, float))
             total.update((repr(leaf) if plain else type(leaf).__name__).encode())
     return total.hexdigest()
+
+
+@contextlib.contextmanager
+def unchanged_generators(loader: object) -> Iterator[None]:
+    """Inside, a loader may be read; afterwards the global generators and its own are as they were."""
+    before, generators = GlobalRandomState.current(), generators_of(loader)
+    states = {path: generator_state(generator) for path, generator in generators.items()}
+    try:
+        yield
+    finally:
+        before.set()
+        for path, generator in generators.items():
+            set_generator_state(generator, states[path])

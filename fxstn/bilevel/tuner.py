@@ -22,6 +22,7 @@ from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
+from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
@@ -107,6 +108,9 @@ class BatchSource(Protocol):
     def next(self) -> tuple[object, bool]:
         """The next batch, and whether it begins a pass over the data."""
         ...
+
+    def resize(self, size: int) -> None:
+        """Use batches of about this many examples, unless a size is in use."""
 
 
 class Tuner:
@@ -246,7 +250,7 @@ class Tuner:
 
         Raises BadLoss.
         """
-        with self.evaluator.evaluating():
+        with unchanged_generators(loader), self.evaluator.evaluating():
             values, batch = self.evaluator.means(loader, "valid_loader")
             self.guard.check({"valid_loss": values["valid_loss"]}, f"epoch {self.epoch}")
             if self.limit.on:
@@ -259,6 +263,11 @@ class Tuner:
         self.means.begin()
         if not distributed.rank():
             self.monitors.read(self.history.rows)
+
+    def end_epoch(self, loader: Iterable[object]) -> None:
+        """As `evaluated_epoch`, with the losses so far."""
+        with self.evaluated_epoch(loader, self.epoch_losses()):
+            pass
 
     def _row(self, row: Row, batch: Batch | None) -> Row:
         """A row of the history, from its losses and a batch of validation."""

@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.noise import seed_of_step
-from fxstn.bilevel.sources import new_pass
+from fxstn.bilevel.sources import generators_of, new_pass, unchanged_generators
 from fxstn.bilevel.state import GlobalRandomState, State
 
 EXAMPLES = 8  # of a batch that shows what a model is called with
 
 
 class _Batches:
-    """Endless batches of indices: a new order in each pass, the same in all processes, each of which takes its share.
+    """Endless batches of [(number of the batch, index), …].
+
+    Each pass has a new order, the same in all processes. Each process takes its share.
 
     indices: to draw from.
     size: of a batch of one process.
@@ -33,7 +35,7 @@ class _Batches:
         self.whole = size * distributed.processes()
         self.length = max(1, len(indices) // self.whole)  # batches of a pass; what is left over waits for another order
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         number = self.start
         while True:
             current, place = divmod(number, self.length)
@@ -41,14 +43,35 @@ class _Batches:
             order = torch.randperm(len(self.indices), generator=generator).tolist()
             for first in range(place * self.whole, self.length * self.whole, self.whole):
                 batch = order[first : first + self.whole][distributed.rank() :: distributed.processes()]
-                yield [self.indices[i] for i in batch or order[:1]]
+                yield [(number, self.indices[i]) for i in batch or order[:1]]
                 number += 1
+
+
+class _SeededDataset(Dataset):
+    """A data set whose batches, in whatever process, draw from global generators that their numbers seed.
+
+    A batch is asked for as [(its number, index), …].
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, keys: list[tuple[int, Any]]) -> list[Any]:
+        seeded_state(self.seed, keys[0][0]).set()
+        indices = [index for _, index in keys]
+        several = getattr(self.dataset, "__getitems__", None)
+        return [self.dataset[index] for index in indices] if several is None else several(indices)
+
+
+def seeded_state(seed: int, number: int) -> GlobalRandomState:
+    """States of the global generators for one batch."""
+    return GlobalRandomState.seeded(seed_of_step(seed, number) % 2**32)
 
 
 class ValidationStream(ABC):
     """Validation batches without end, about as large as those of training. A part with a state in each process.
 
-    seed: of their order and of what the data set draws; the same in all processes.
+    seed: of the order of batches and of what the data set draws; the same in all processes.
     size: of a batch. None: that of the loader.
     """
 
@@ -60,7 +83,7 @@ class ValidationStream(ABC):
     def next(self) -> tuple[object, bool]:
         """The next batch, and whether it is the first of a pass. The global generators stay as they are."""
         before = GlobalRandomState.current()
-        GlobalRandomState.seeded(seed_of_step(self.seed, self._position) % 2**32).set()
+        seeded_state(self.seed, self._position).set()
         try:
             return self.draw()
         finally:
@@ -116,7 +139,8 @@ class DrawnStream(ValidationStream):
             names = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
             workers = {name: getattr(loader, name) for name in names}
         generator = torch.Generator().manual_seed(self.seed % 2**63)
-        return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=generator,
+        dataset = _SeededDataset(loader.dataset, self.seed)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=generator,
                           pin_memory=loader.pin_memory, **workers)  # type: ignore[arg-type]  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -160,10 +184,14 @@ def validation_stream(loader: Iterable[object], seed: int, in_order: bool) -> Va
 
 
 def can_be_redrawn(loader: DataLoader) -> bool:
-    """Whether a loader's batches can be drawn anew in another size: a DataLoader over numbered examples, in batches."""
-    if isinstance(loader.dataset, IterableDataset):
+    """Whether a loader's batches can be drawn anew in another size, and again after a resume.
+
+    It is a DataLoader over numbered examples, in batches, whose data set has no random generator of its own.
+    """
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return False
-    return loader.batch_sampler is not None and hasattr(loader.dataset, "__getitem__")
+    inside = any(path.startswith(("dataset", "collate_fn")) for path in generators_of(loader))
+    return hasattr(loader.dataset, "__getitem__") and not inside
 
 
 def indices_of(loader: DataLoader) -> list[int]:
@@ -173,11 +201,8 @@ def indices_of(loader: DataLoader) -> list[int]:
     batches: Any = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):  # accelerate's, of which each process takes a share
         batches = batches.batch_sampler
-    before = GlobalRandomState.current()
-    try:
+    with unchanged_generators(loader):
         return sorted({index for batch in batches for index in batch})
-    finally:
-        before.set()
 
 
 def rows_of(batch: object) -> int:
@@ -204,8 +229,7 @@ def split_rows(batch: Any, size: int) -> list[Any]:
 
 def example_batch(loader: Iterable[object]) -> Any:
     """A batch of a few examples, as a loader would yield them. No pass over the loader begins where that can be helped."""
-    before = GlobalRandomState.current()
-    try:
+    with unchanged_generators(loader):
         if isinstance(loader, DataLoader) and can_be_redrawn(loader):
             assert loader.batch_sampler is not None
             indices = next(iter(loader.batch_sampler))
@@ -215,5 +239,3 @@ def example_batch(loader: Iterable[object]) -> Any:
                 "a loader yields no batch; give one that can be read again and again, such as a DataLoader"
             )
         return split_rows(batch, EXAMPLES)[0]
-    finally:
-        before.set()

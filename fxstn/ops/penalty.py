@@ -21,7 +21,8 @@ def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
     """
     if norm == 1:
         return strength * weight.abs().sum(dtype=wide(weight.dtype))
-    return 0.5 * strength * torch.linalg.vector_norm(weight, dtype=wide(weight.dtype)).square()
+    flat = widen(weight).flatten()  # the gradient of ⟨w, w⟩ is λ w to the last bit, as an optimizer's own weight decay
+    return 0.5 * strength * torch.linalg.vecdot(flat, flat).real
 
 
 def penalty_perturbed(
