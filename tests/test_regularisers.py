@@ -513,6 +513,19 @@ def test_tokens_that_are_left_out_stay_so_and_are_told(trace):
     assert torch.equal(stn.eval()(x), net.eval()(x))
 
 
+@pytest.mark.parametrize("trace", FRONTENDS)
+def test_a_draw_that_has_a_tangent_by_jvp_is_told(trace):
+    class Native(nn.Linear):
+        def forward(self, x):
+            return torch.native_dropout(super().forward(x), 0.2, self.training)[0]
+
+    net, x = nn.Sequential(nn.Linear(6, 8), Native(8, 3)), torch.randn(4, 6)
+    stn = fxstn.transform(net, [hp.Dropout("0")], trace=trace, example_inputs=x)
+    rows = fxstn.explain(stn, example_inputs=x).rows
+    told = [(row.module, row.operation, row.became) for row in rows if row.rule == "fixed noise"]
+    assert told == [("1", "torch.native_dropout", "kept as the model draws it, not tuned")]
+
+
 # Another process, which has tried no module
 
 

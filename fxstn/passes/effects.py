@@ -22,6 +22,9 @@ from fxstn.rules import RULES
 
 def is_random(function: Target) -> bool:
     """Whether an operation may draw random numbers: one of ours, one whose rule says so, or one that torch tags."""
+    staging = staging_of(function)
+    if staging and staging.derivative_of:
+        return is_random(staging.derivative_of)
     return draws(function) or (function in RULES and RULES[function].random) or is_seeded(function)
 
 

@@ -22,7 +22,7 @@ from fxstn.hp import Activity, Spec
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
-from fxstn.ir.staging import draws
+from fxstn.ir.staging import draws, staging_of
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples
 from fxstn.ops.response import Response, for_all_examples
@@ -174,7 +174,9 @@ def _rows_of_graph(graph: fx.GraphModule, names: tuple[str, ...]) -> list[Row]:
         if draws(node.target):
             rows.append(_row_of_draw(node, names))
         elif node.op == "call_function" and is_random(node.target):
-            rows.append(_row_of_own_draw(module_path(node), operation_name(node.target)))
+            staging = staging_of(node.target)
+            operation = staging.derivative_of if staging and staging.derivative_of else node.target
+            rows.append(_row_of_own_draw(module_path(node), operation_name(operation)))
         elif (info := info_of(node)).rule and info.operation:
             rows.append(Row(module_path(node), info.operation, _change(info.rule), info.rule))
     return sorted(rows, key=lambda row: row.rule != "fallback")
