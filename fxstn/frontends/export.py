@@ -1,7 +1,8 @@
 """The frontend "export": torch.export follows what symbolic tracing cannot. nn.Module → the graph that `symbolic` makes.
 
-Export runs the forward on fake tensors of the example inputs' shapes, so that Python may branch on sizes; the batch stays
-symbolic. Its program (ATen operations, parameters as inputs) is rewritten to a graph under a root with the child `model`.
+Export runs the forward on fake tensors of the example inputs' shapes. Their sizes are symbols: where Python branches on one,
+export notes what it has taken for true. Its program (ATen operations, parameters as inputs) is rewritten to a graph
+under a root with the child `model`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config as shape_settings
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fxstn.frontends.export_operations import OperationMarker
 from fxstn.frontends.export_rewrite import graph_of
@@ -33,6 +38,7 @@ from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.output_types import OutputTypes
+from fxstn.ops.batch_axis import batch_size
 
 _BOOKKEEPING = ("_tensor_constant", "__dict__", "_flat_weight")  # what export and nn.RNNBase assign for themselves
 _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
@@ -42,10 +48,12 @@ _OTHER_BATCHES = (*range(2, 34), 63, 64, 100, 127, 1000, 4096)
 class Export(GraphFrontend):
     """Follows a forward by torch.export.
 
-    examples: example inputs. Later inputs must have the same sizes, except the batch (dimension 0).
+    examples: example inputs. Their sizes are symbols, as far as the forward allows, and the batch in any case.
+    exact: whether a graph for these sizes alone will do, the batch included.
     """
 
     examples: InputSpec
+    exact: bool = False
     name: ClassVar[str] = "export"
     needs_examples: ClassVar[bool] = True
 
@@ -56,14 +64,28 @@ class Export(GraphFrontend):
 
         frozen: modules that stay in eval mode in the training graph.
 
-        The graph requires its inputs to have the examples' sizes, dimension 0 aside. Raises TransformError where the forward
+        The graph requires of its inputs what export has taken for true of their sizes. Raises TransformError where the forward
         depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
         """
-        return _exported(model, training, frozen, self.examples.like(model))
+        attempts = [(inputs, True) for inputs in self.examples.like(model, self.exact)]
+        attempts.append((attempts[0][0], False))
+        for number, (examples, every) in enumerate(attempts, 1):
+            try:
+                return _exported(model, training, frozen, examples, every, self.exact)
+            except TransformError as error:
+                if number == len(attempts) or not _sizes_may_be_why(error):
+                    raise
+        raise AssertionError("there is an attempt")
 
 
-def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs: Inputs) -> fx.GraphModule:
-    """The model's forward on these inputs, exported and rewritten."""
+def _exported(
+    model: nn.Module, training: bool, frozen: Collection[str], inputs: Inputs, every: bool, exact: bool
+) -> fx.GraphModule:
+    """The model's forward on these inputs, exported and rewritten.
+
+    every: whether all sizes are symbols; else the batch alone.
+    exact: as in `Export`.
+    """
     calls = _Calls(model)
     unsupported = ProblemCollector(calls.innermost)
     with guarded_capture(model, training, frozen, "torch.export", unsupported):
@@ -74,16 +96,18 @@ def _exported(model: nn.Module, training: bool, frozen: Collection[str], inputs:
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(calls.recorded())
+            # Else export takes it for true, without a guard, that no size is 1.
+            stack.enter_context(shape_settings.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             for norm in model.modules():
                 if isinstance(norm, _BatchNorm) and norm.momentum is None:  # its average reads the counter's value
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
-            batch = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
-            sizes = tree_map(lambda x: {0: Dim.AUTO} if _is_batch(x, batch) else None, arguments)
+            sizes = tree_map(partial(_dynamic, every=every, batch=batch_size(arguments)), arguments)
             marker = stack.enter_context(OperationMarker())
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=sizes, strict=False)
         if unsupported.problems:
             raise TransformError(unsupported.problems)
-        _require_any_batch(program, arguments, batch)
+        if not exact:
+            _require_any_batch(program, arguments)
         return graph_of(program, model, arguments_of(model, inputs), calls.output_types, marker.calls)
 
 
@@ -167,20 +191,45 @@ class _Calls:
                 handle.remove()
 
 
-def _is_batch(leaf: object, batch: int) -> bool:
-    """Whether a leaf of the inputs has one row per example."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+def _dynamic(value: object, every: bool, batch: int) -> dict[int, Any] | None:
+    """What torch.export is told of the sizes of one input: which are symbols, as far as the forward lets them.
+
+    every: whether all are; else only the batch, dimension 0 of that size.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    return {i: Dim.AUTO for i, size in enumerate(value.shape) if every or (i == 0 and size == batch)}
 
 
-def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any], batch: int) -> None:
-    """Raise UnsupportedError where the program holds for some batch sizes only."""
+def _sizes_may_be_why(error: TransformError) -> bool:
+    """Whether a capture may have failed because sizes were symbols: not where the forward does what no graph can hold."""
+    return error.__cause__ is not None and not isinstance(error.__cause__, GuardOnDataDependentSymNode)
+
+
+def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any]) -> None:
+    """Raise UnsupportedError where the program holds for some batch sizes only. A batch of one may have a graph of its own."""
     remedy = "write the forward so that it does the same for every batch size"
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    leaves, structure = tree_flatten(arguments)
+    pairs = [(leaf, values[name]) for leaf, name in zip(leaves, names, strict=True)]
+    batch = next(value.shape[0] for leaf, value in pairs if isinstance(leaf, Tensor) and leaf.dim())
+
+    def resized(size: int, dim: int | torch.SymInt, actual: int) -> int:
+        if isinstance(dim, int) or isinstance(batch, int):
+            return size if isinstance(dim, int) and dim == batch else actual
+        expression = dim.node.expr.subs(batch.node.expr, size)
+        return int(expression) if expression.is_number else actual
+
+    def with_batch(size: int, leaf: object, value: Any) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = [resized(size, dim, actual) for dim, actual in zip(value.shape, leaf.shape, strict=True)]
+        return torch.empty(shape, device="meta")
 
     def holds(guard: str, size: int) -> bool:
-        def resized(x: Tensor) -> Tensor:
-            return torch.empty(size, *x.shape[1:], device="meta") if _is_batch(x, batch) else x.to("meta")
-
-        return bool(eval(guard, {"L": tree_map_only(Tensor, resized, arguments), "math": math, "torch": torch}))
+        others = [with_batch(size, *pair) for pair in pairs]
+        return bool(eval(guard, {"L": tree_unflatten(others, structure), "math": math, "torch": torch}))
 
     for guard in program._guards_code:
         if size := next((size for size in _OTHER_BATCHES if not holds(guard, size)), None):

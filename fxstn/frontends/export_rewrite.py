@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import Argument, map_aggregate
-from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
+from fxstn.frontends.export_inputs import bind_inputs
 from fxstn.frontends.export_operations import RandomCall
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.frontends.symbolic import first_names
@@ -22,7 +22,7 @@ from fxstn.ir.errors import source_of
 from fxstn.ir.graphs import assemble, complete_defaults
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.output_types import OutputTypes
-from fxstn.ops.inputs import require_equal, require_full_precision, require_sizes
+from fxstn.ops.inputs import require_full_precision
 
 aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
@@ -73,7 +73,9 @@ class _Rewriter:
     def run(self, arguments: Mapping[str, Any]) -> fx.GraphModule:
         """The graph; see `graph_of`."""
         self._bind_attributes()
-        self._bind_inputs(arguments)
+        inputs = bind_inputs(self.graph, self.program, self.model, arguments)
+        self.values |= inputs.values
+        self.device_of, self.device = inputs.device_of, inputs.device
         complete_defaults(self.graph)
         nodes = [node for node in self.program.graph.nodes if node.op != "placeholder"]
         for node in nodes:
@@ -110,34 +112,6 @@ class _Rewriter:
         name = name.replace(".", "_")
         self.constants.register_buffer(name, value.detach().clone())
         return f"constants.{name}"
-
-    def _bind_inputs(self, arguments: Mapping[str, Any]) -> None:
-        """Placeholders for the forward's own inputs, in their own structure, and what is required of them."""
-        parameters = inspect.signature(self.model.forward).parameters
-        leaves = []
-        for name, value in arguments.items():
-            parameter = parameters.get(name)  # None for what **kwargs takes
-            has_default = parameter is not None and parameter.default is not parameter.empty
-            default = (parameter.default,) if parameter is not None and has_default else ()
-            star = "*" if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL else ""
-            placeholder = self.graph.create_node("placeholder", star + name, default, name=name)
-            leaves += [(placeholder, path, leaf) for path, leaf in tree_flatten_with_path(value)[0]]
-        names = [s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-        by_name = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
-        self.device_of: fx.Node | None = None
-        for (placeholder, path, leaf), name in zip(leaves, names, strict=True):
-            value, node = placeholder, by_name[name]
-            for key in path:
-                value = self.graph.call_function(*_step(key, value))
-            self.values[node] = value
-            label = f"input '{placeholder.name}{''.join(map(str, path))}'"
-            if isinstance(leaf, Tensor):
-                sizes = tuple(None if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
-                self.graph.call_function(require_sizes, (value, sizes, label))
-                if self.device_of is None:
-                    self.device_of, self.device = value, leaf.device
-            else:
-                self.graph.call_function(require_equal, (value, leaf, label))
 
     # Operations
 
@@ -278,16 +252,6 @@ def _source(node: fx.Node, position: int = 0) -> fx.Node:
     argument = node.args[position]
     assert isinstance(argument, fx.Node)
     return argument
-
-
-def _step(key: object, value: fx.Node) -> tuple[Callable[..., Any], tuple]:
-    """The operation that takes one step into a structure of inputs."""
-    if isinstance(key, GetAttrKey):
-        return getattr, (value, key.name)
-    if isinstance(key, SequenceKey):
-        return operator.getitem, (value, key.idx)
-    assert isinstance(key, MappingKey)
-    return operator.getitem, (value, key.key)
 
 
 def _does_nothing(node: fx.Node) -> bool:

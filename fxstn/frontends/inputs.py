@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.frontends.guards import same
 
+_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -147,15 +149,22 @@ class InputSpec:
         dtype = next(model.parameters(), torch.empty(0)).dtype
         return cls(tree_map_only(Tensor, lambda x: x.detach().to("meta"), in_order(model, inputs)), dtype)
 
-    def like(self, model: nn.Module) -> Inputs:
-        """Inputs on the model's device, and in its dtype where they were so before; a batch of one becomes two."""
+    def like(self, model: nn.Module, exact: bool) -> list[Inputs]:
+        """Inputs on the model's device, and in its dtype where they were so before; several guesses at which have a batch.
+
+        exact: whether the batch keeps its size. Else it gets one that no other size has, so that the two are not confused.
+        """
         parameter = next(model.parameters(), torch.empty(0))
-        sizes = [leaf.shape[0] for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+        leaves = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+        batch = leaves[0].shape[0] if leaves else 0
+        others = {size for leaf in leaves for i, size in enumerate(leaf.shape) if i or size != batch}
+        other = next(size for size in _PRIMES if size not in others)
 
-        def zeros(x: Tensor) -> Tensor:
-            if sizes[:1] == [1] and x.dim() and x.shape[0] == 1:
-                x = x.repeat(2, *[1] * (x.dim() - 1))  # export would take a batch of one for a constant
+        def zeros(x: Tensor, size: int) -> Tensor:
+            shape = [size if i == 0 and n == batch else n for i, n in enumerate(x.shape)]
             dtype = parameter.dtype if x.dtype == self.dtype else x.dtype
-            return torch.zeros_like(x, dtype=dtype, device=parameter.device)
+            return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
-        return Inputs(*tree_map_only(Tensor, zeros, self.inputs))
+        keep = exact or not (batch == 1 or batch in others)
+        sizes = [batch] if keep else [other, *([batch] if batch > 1 else [])]
+        return [Inputs(*tree_map_only(Tensor, partial(zeros, size=size), self.inputs)) for size in sizes]

@@ -1,9 +1,15 @@
-"""Checks of later batches, inside the graphs: the sizes and values that export fixed, and autocast.
+"""Checks of later batches, inside the graphs: the sizes and values that export fixed, what it took for true, and autocast.
 
 No node reads the result of a check; simplify keeps the checks because they count as effects.
 """
 
 from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from types import CodeType
 
 import torch
 from torch import Tensor
@@ -15,12 +21,35 @@ _REMEDY = "give transform example_inputs of the kind that you train with"
 
 @staged
 def require_sizes(x: Tensor, sizes: tuple[int | None, ...], name: str) -> None:
-    """Raise ValueError unless x has these sizes; None stands for any, the batch."""
-    if x.dim() != len(sizes) or any(size not in (None, actual) for size, actual in zip(sizes, x.shape, strict=True)):
-        expected = ", ".join("batch" if size is None else str(size) for size in sizes)
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, but the network was exported with ({expected}); {_REMEDY}"
-        )
+    """Raise ValueError unless x has these sizes; None stands for any."""
+    shape = tuple(x.shape) if isinstance(x, Tensor) else None
+    if shape is None or len(shape) != len(sizes) or any(n not in (None, m) for n, m in zip(sizes, shape, strict=True)):
+        free = ("batch", *["any"] * len(sizes))
+        expected = ", ".join(free[i] if size is None else str(size) for i, size in enumerate(sizes))
+        what = f"is {x!r}" if shape is None else f"has shape {shape}"
+        raise ValueError(f"{name} {what}, but the network was exported with ({expected}); {_REMEDY}")
+
+
+@staged
+def require_guards(guards: tuple[str, ...], inputs: Mapping[str, object]) -> None:
+    """Raise ValueError unless the sizes of the inputs are such that the graph holds, as export writes it.
+
+    guards: expressions such as "L['ids'].size()[1] <= 64".
+    inputs: the arguments of the forward by name.
+
+    torch.compile leaves this out, which has guards of its own; `GraphCache` looks before it calls what is compiled.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for guard in guards:
+        if not eval(_compiled(guard), {"L": inputs, "math": math, "torch": torch}):
+            shown = re.sub(r"L\['(\w+)'\]", r"\1", guard).replace(".size()", ".shape")
+            raise ValueError(f"the network was exported for sizes of its inputs with {shown}; {_REMEDY}")
+
+
+@functools.cache
+def _compiled(guard: str) -> CodeType:
+    return compile(guard, "<guard of torch.export>", "eval")
 
 
 @staged
@@ -38,4 +67,5 @@ def require_full_precision() -> None:
         raise ValueError("the model switches autocast off in places, which its graph cannot; train it without autocast")
 
 
-REQUIREMENTS = {require_sizes, require_equal, require_full_precision}
+SIZE_REQUIREMENTS = {require_sizes, require_guards}
+REQUIREMENTS = {*SIZE_REQUIREMENTS, require_equal, require_full_precision}
