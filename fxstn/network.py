@@ -270,6 +270,10 @@ class SelfTuningNetwork(ModelWrapper):
             moved["condition"] = self._perturbation(condition, "condition", inputs)
         if any(value.dim() > 1 for value in moved.values()):
             self._graphs.locate_examples(self, inputs)
+            if batch_size(inputs) == 1 and not self._graphs.per_example(self, inputs):
+                moved = {
+                    name: value.flatten() for name, value in moved.items()
+                }  # that of one example is that of the batch
         with frozen(() if self.method == "stn" else self.general_parameters()):
             return self.run(kind, inputs, **moved)
 

@@ -13,9 +13,9 @@ import math
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from unittest import mock
 
 import torch
@@ -34,6 +34,8 @@ from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, gu
 from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of, bound
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.outputs import plain_output
+from fxstn.frontends.recurrent_shapes import recurrent_shapes
+from fxstn.frontends.sizes import unmet_requirement
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graphs import forked_rng
@@ -49,13 +51,16 @@ class Export(GraphFrontend):
     """Follows a forward by torch.export.
 
     examples: example inputs. Their sizes are symbols, as far as the forward allows, and the batch in any case.
-    exact: whether a graph for these sizes alone will do, the batch included.
+    exact: whether the graph must hold for these sizes, and may hold for them alone, the batch included.
     """
 
     examples: InputSpec
     exact: bool = False
     name: ClassVar[str] = "export"
     needs_examples: ClassVar[bool] = True
+
+    def for_sizes(self, examples: InputSpec) -> Self:
+        return replace(self, examples=examples, exact=True)
 
     def capture(
         self, model: nn.Module, training: bool, frozen: Collection[str] = (), inputs: Inputs | None = None
@@ -67,15 +72,32 @@ class Export(GraphFrontend):
         The graph requires of its inputs what export has taken for true of their sizes. Raises TransformError where the forward
         depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
         """
-        attempts = [(inputs, True) for inputs in self.examples.like(model, self.exact)]
-        attempts.append((attempts[0][0], False))
-        for number, (examples, every) in enumerate(attempts, 1):
+        error, unmet = None, ""
+        for examples, every, exact in self._attempts(model):
+            if unmet and not exact:
+                continue
             try:
-                return _exported(model, training, frozen, examples, every, self.exact)
-            except TransformError as error:
-                if number == len(attempts) or not _sizes_may_be_why(error):
+                graph = _exported(model, training, frozen, examples, every, exact)
+            except TransformError as raised:
+                error = raised
+                if not (self.exact or _sizes_may_be_why(raised)):
                     raise
-        raise AssertionError("there is an attempt")
+                continue
+            if self.exact:
+                unmet = unmet_requirement(graph.graph, arguments_of(model, self.examples.inputs))
+            if not unmet:
+                return graph
+        raise error or AssertionError(f"a graph for the examples' own sizes does not hold for them: {unmet}")
+
+    def _attempts(self, model: nn.Module) -> Iterator[tuple[Inputs, bool, bool]]:
+        """(inputs, whether all sizes are symbols, whether the graph may hold for one batch size), the most general first."""
+        general = self.examples.like(model, exact=False)
+        yield from ((inputs, True, False) for inputs in general)
+        yield general[0], False, False
+        if self.exact:
+            (inputs,) = self.examples.like(model, exact=True)
+            yield inputs, True, True
+            yield inputs, False, True
 
 
 def _exported(
@@ -96,6 +118,7 @@ def _exported(
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(calls.recorded())
+            stack.enter_context(recurrent_shapes())
             # Else export takes it for true, without a guard, that no size is 1.
             stack.enter_context(shape_settings.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             for norm in model.modules():

@@ -41,7 +41,7 @@ class _Leaf:
     placeholder: fx.Node
     source: str
     path: tuple[Any, ...]
-    value: object
+    value: Any
 
     @property
     def steps(self) -> str:
@@ -60,7 +60,8 @@ def bind_inputs(
     by_name = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     guards, fixed, result = program._guards_code, set[str](), GraphInputs()
     for leaf, name in zip(leaves, names, strict=True):
-        value, node = leaf.placeholder, by_name[name]
+        value: fx.Node = leaf.placeholder
+        node = by_name[name]
         for key in leaf.path:
             value = graph.call_function(*_step(key, value))
         result.values[node] = value

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxstn.frontends.changes import Change, ModuleState, refuse, refuse_other_sites, respond_where_trained
-from fxstn.frontends.inputs import Inputs, inputs_of_graph
+from fxstn.frontends.inputs import Inputs, arguments_of, inputs_of_graph
 from fxstn.frontends.interface import Frontend, Graph, Plan, Root
+from fxstn.frontends.sizes import size_requirements, unmet_requirement
 from fxstn.hp.binding import Binding
+from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
 from fxstn.ir.staging import with_breaks
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.response import for_all_examples
+
+MANY = 8  # captures for other sizes, after which a warning says so
 
 
 class Recipe(Protocol):
@@ -32,6 +37,9 @@ class Recipe(Protocol):
 
     @property
     def plan(self) -> Plan: ...
+
+    def for_sizes(self, root: Root, inputs: Inputs) -> tuple[Recipe, list[fx.GraphModule]]:
+        """The recipe for inputs of other sizes, and the canonical graphs that hold for them."""
 
     def with_binding(self, binding: Binding) -> Recipe:
         """The same with another decision on which λ belongs where."""
@@ -64,10 +72,11 @@ class GraphCache:
         self.canonical: dict[bool, fx.GraphModule] = {}
         self.emitted: dict[GraphKind, Graph] = {}
         self.compiled: dict[GraphKind, Callable[..., Any]] = {}
+        self.others: list[NetworkOfSizes] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which read the very modules of this network; a copy makes its own."""
-        return {**vars(self), "canonical": {}, "emitted": {}, "compiled": {}, "state": None}
+        return {**vars(self), "canonical": {}, "emitted": {}, "compiled": {}, "others": [], "state": None}
 
     def with_recipe(self, recipe: Recipe) -> GraphCache:
         """An empty cache for another recipe, with the canonical graphs where both follow the forward in the same way."""
@@ -93,6 +102,7 @@ class GraphCache:
         if training and (names := self.state.newly_trained()) is not None:
             self.emitted.clear()
             self.compiled.clear()
+            self.others.clear()
             constant = [name for name in names if name in self.recipe.plan.constant]
             respond_where_trained(root.get_submodule("response"), model, constant)
 
@@ -132,7 +142,7 @@ class GraphCache:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every graph from now on when it first runs, as a whole unless the options say otherwise."""
-        self.compile_options, self.compiled = {"fullgraph": True} | options, {}
+        self.compile_options, self.compiled, self.others = {"fullgraph": True} | options, {}, []
 
     def compiled_graph(self, root: Root, kind: GraphKind) -> Callable[..., Any]:
         if kind not in self.compiled:
@@ -144,12 +154,45 @@ class GraphCache:
                 self.compiled[kind] = torch.compile(broken, **options | {"fullgraph": False})
         return self.compiled[kind]
 
+    def for_sizes(self, root: Root, inputs: Inputs) -> tuple[GraphCache, Root]:
+        """The graphs that hold for inputs of these sizes, and the network to make them for: these, or those of another capture.
+
+        Raises ValueError where there are none.
+        """
+        if not self.recipe.frontend.rewritable or not size_requirements(self.canonical_graph(root, True).graph):
+            return self, root
+        arguments = arguments_of(root.get_submodule("model"), inputs)
+        if not (reason := self._unmet(root, arguments)):
+            return self, root
+        for other in self.others:
+            if not other.graphs._unmet(other, arguments):
+                return other.graphs, other
+        try:
+            recipe, graphs = self.recipe.for_sizes(root, inputs)
+        except (TransformError, ValueError) as error:
+            said = error.problems[0].what if isinstance(error, TransformError) else str(error)
+            raise ValueError(f"{reason}; no graph of its own can be made for these sizes: {said}") from error
+        other = NetworkOfSizes(root, GraphCache(recipe))
+        other.graphs.compile_options = self.compile_options
+        other.graphs.keep_canonical(graphs)
+        self.others.append(other)
+        if len(self.others) % MANY == 0:
+            warnings.warn(f"the forward was exported anew for {len(self.others)} sizes of its inputs, which takes time; pad "
+                          'to a few lengths, or transform with trace="live"', stacklevel=2)  # fmt: skip
+        return other.graphs, other
+
+    def _unmet(self, root: Root, arguments: Mapping[str, Any]) -> str:
+        """What the graphs of one of the modes require of the sizes of inputs and these do not have; "" for nothing."""
+        graphs = (self.canonical_graph(root, training).graph for training in (True, False))
+        return next(filter(None, (unmet_requirement(graph, arguments) for graph in graphs)), "")
+
     def run(self, root: Root, kind: GraphKind, inputs: Inputs, moved: dict[str, Tensor]) -> Any:
         """What a graph returns.
 
         moved: "delta" and "condition", where it takes them.
         """
-        graph = self.graph(root, kind)
+        cache, root = self.for_sizes(root, inputs)
+        graph = cache.graph(root, kind)
         args, kwargs = inputs_of_graph(own_inputs(graph.graph), root.get_submodule("model"), inputs)
         if self.compile_options is None:
             return graph.forward(
@@ -157,10 +200,14 @@ class GraphCache:
             )  # not __call__, which at an error prints the code of the graph
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            return self.compiled_graph(root, kind)(*args, **kwargs, **moved)
+            return cache.compiled_graph(root, kind)(*args, **kwargs, **moved)
 
     def locate_examples(self, root: Root, inputs: Inputs) -> None:
         """Find out, once, where the examples of a batch are; graphs made for a plain batch are made again where they differ."""
+        cache, root = self.for_sizes(root, inputs)
+        cache._locate_examples(root, inputs)
+
+    def _locate_examples(self, root: Root, inputs: Inputs) -> None:
         if self.batch_axes:
             return
         self.batch_axes = {training: self.recipe.locate(root, training, inputs) for training in (True, False)}
@@ -170,9 +217,31 @@ class GraphCache:
 
     def per_example(self, root: Root, inputs: Inputs) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
+        cache, root = self.for_sizes(root, inputs)
+        return cache._is_per_example(root, inputs)
+
+    def _is_per_example(self, root: Root, inputs: Inputs) -> bool:
         if self._per_example is None:
-            self.locate_examples(root, inputs)
+            self._locate_examples(root, inputs)
             graphs = [self.graph(root, GraphKind("pushforward", training)) for training in (True, False)]
             shared = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
             self._per_example = not any(shared)
         return self._per_example
+
+
+@dataclass
+class NetworkOfSizes:
+    """A network as the graphs of another capture, for other sizes of the inputs, see it."""
+
+    network: Root
+    graphs: GraphCache
+
+    @property
+    def training(self) -> bool:
+        return self.network.training
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.network.get_submodule(target)
+
+    def canonical(self, training: bool) -> fx.GraphModule:
+        return self.graphs.canonical_graph(self, training)

@@ -60,7 +60,8 @@ class Graph(Protocol):
 class Root(Protocol):
     """The network, as far as a frontend needs it: its children are `model`, `hparams` and `response`."""
 
-    training: bool
+    @property
+    def training(self) -> bool: ...
 
     def get_submodule(self, target: str) -> nn.Module: ...
 
@@ -89,6 +90,9 @@ class Frontend(Protocol):
         Leaves the model and the inputs as they were. Raises TransformError for what the graph would lose.
         """
 
+    def for_sizes(self, examples: InputSpec) -> Self:
+        """The same for inputs of other sizes, where a captured graph requires sizes of its inputs."""
+
     def bind(self, captured: Any, binding: Binding) -> Self:
         """The frontend that emits the graphs of this binding. Raises TransformError for specs that it cannot place."""
 
@@ -103,6 +107,9 @@ class GraphFrontend:
     """What the frontends have in common whose captured graphs are rewritten by passes."""
 
     rewritable: ClassVar[bool] = True
+
+    def for_sizes(self, examples: InputSpec) -> Self:
+        return self
 
     def bind(self, captured: fx.GraphModule, binding: Binding) -> Self:
         return self

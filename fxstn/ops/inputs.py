@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType
 
 import torch
@@ -67,5 +67,5 @@ def require_full_precision() -> None:
         raise ValueError("the model switches autocast off in places, which its graph cannot; train it without autocast")
 
 
-SIZE_REQUIREMENTS = {require_sizes, require_guards}
+SIZE_REQUIREMENTS: tuple[Callable[..., None], ...] = (require_sizes, require_guards)
 REQUIREMENTS = {*SIZE_REQUIREMENTS, require_equal, require_full_precision}

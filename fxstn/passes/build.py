@@ -51,7 +51,7 @@ def build_network(
     plan = Plan(
         binding=binding, frozen=frozen, constant=constant, recompute=request.recompute, statistics=request.statistics
     )
-    recipe = PipelineRecipe(frontend, plan, pipelines, loops_of(model))
+    recipe = PipelineRecipe(frontend, plan, pipelines, request.hparams, loops_of(model))
     modules = response_modules(model, responding, len(space), request.structured)
     network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
     network.augments = augmentation(model) is not None

@@ -24,6 +24,7 @@ from fxstn.ir.graphs import evaluated, filled_in, forked_rng, placeholders, rese
 from fxstn.ir.node_info import info_of
 from fxstn.ir.tangents import SHARED, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import DROPOUTS
+from fxstn.ops.inputs import SIZE_REQUIREMENTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.probe import Values, Variant, changed, probe
@@ -54,7 +55,12 @@ def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes
         except SIZE_ERRORS:
             continue
     few = max(2, batch)  # some models are written for one batch size
-    return _axes(module, _variants(leaves, structure, candidates, few), few)
+    try:
+        return _axes(module, _variants(leaves, structure, candidates, few), few)
+    except SIZE_ERRORS:
+        if batch > 1:
+            raise
+        return dict.fromkeys((node.name for node in module.graph.nodes), None)  # a graph for one example alone
 
 
 def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
@@ -151,6 +157,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Values) -> object:
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
     if node.target is track_batch:
         return 0.0
+    if node.target in SIZE_REQUIREMENTS:  # a few examples are no batch
+        return None
     if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
         return filled_in(node.args[0], values)
     return evaluated(node, values)

@@ -10,14 +10,16 @@ from torch import fx, nn
 
 from fxstn.frontends.decompositions.layer_drop import LOOPS, LayerLoop
 from fxstn.frontends.decompositions.recognition import recognise_dropout
-from fxstn.frontends.inputs import Inputs, arguments_of
+from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of
 from fxstn.frontends.interface import Frontend, Graph, Pass, Plan, Root
 from fxstn.frontends.selection import errors_as_diagnostics
+from fxstn.hp import Spec
 from fxstn.hp.binding import Binding
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import BatchAxes
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.example_axes import find_batch_axes
+from fxstn.passes.match import bind
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class PipelineRecipe:
     frontend: how the forward is followed.
     plan: what is decided once for all graphs; each is made by a copy with its kind and batch axes.
     pipelines: `fxstn.transform.PIPELINES`, the passes by objective.
+    hparams: what is tuned, as `transform` gets it.
     loops: of the model's classes that skip layers at random. Another process, which loads the network, enters them anew.
     """
 
     frontend: Frontend
     plan: Plan
     pipelines: Mapping[str, Sequence[Pass]]
+    hparams: Sequence[Spec] | None
     loops: Mapping[type[nn.Module], LayerLoop] = field(default_factory=dict)
 
     def with_binding(self, binding: Binding) -> PipelineRecipe:
@@ -42,6 +46,25 @@ class PipelineRecipe:
     def with_frozen(self, frozen: tuple[str, ...]) -> PipelineRecipe:
         """The same with other modules that stay in eval mode."""
         return replace(self, plan=replace(self.plan, frozen=frozen))
+
+    def for_sizes(self, root: Root, inputs: Inputs) -> tuple[PipelineRecipe, list[fx.GraphModule]]:
+        """The recipe for inputs of other sizes, and the model's own graphs that hold for them, of train and of eval mode.
+
+        Raises TransformError where there are none, ValueError where λ has other places in them.
+        """
+        model = self._model(root)
+        spec = InputSpec.of(model, inputs)
+        assert spec is not None
+        frontend = self.frontend.for_sizes(spec)
+        graphs = canonical_graphs(frontend, model, self.plan.frozen, inputs)
+        old, new = self.plan.binding, bind(graphs[0], self.hparams)
+        if [p.name for p in new.hyperparameters] != [p.name for p in old.hyperparameters]:
+            raise ValueError('the hyperparameters have other places in it; give transform trace="live"')
+        bound = {(site.path, site.insert, type(site.spec)) for site in old.sites}  # verify leaves some out
+        sites = tuple(site for site in new.sites if (site.path, site.insert, type(site.spec)) in bound)
+        binding = replace(new, sites=sites, dropped=old.dropped)
+        recipe = replace(self, frontend=frontend, plan=replace(self.plan, binding=binding))
+        return recipe, [with_children(graph, root) for graph in graphs]
 
     def canonical(self, root: Root, training: bool) -> fx.GraphModule:
         """The model's own graph in one mode, in canonical spelling, with the children of root."""

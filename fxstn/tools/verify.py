@@ -121,11 +121,12 @@ def verify(
     tolerance: float = 1e-6,
     seeds: int = 3,
     trace: str = "auto",
+    example_inputs: object = None,
 ) -> VerifyResult:
     """Check the tangent that `transform` emits for this model, in train and in eval mode.
 
     inputs: as for the model, batch ≥ 2; they are converted to float64. Inputs by name are one dict, as for `transform`.
-    hparams, trace: as for `transform`.
+    hparams, trace, example_inputs: as for `transform`. example_inputs may be of other sizes; None for `inputs` themselves.
     tolerance: of the relative error.
     seeds: how many points are tried. A comparison that fails at one point is repeated at the next.
 
@@ -142,12 +143,13 @@ def verify(
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_as_float64, as_inputs(inputs[0] if by_name else inputs, model))
+    examples = call if example_inputs is None else mapped(_as_float64, as_inputs(example_inputs, model))
     with forked_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
-            network = _transformed(original, hparams, call, trace)
+            network = _transformed(original, hparams, examples, trace)
             result.frontend = network.frontend
             delta = randomize_response(network, seed)
             with Float64Mode():

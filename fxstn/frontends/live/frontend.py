@@ -41,6 +41,9 @@ class Live:
             )
         return record(model, training, frozen, inputs)
 
+    def for_sizes(self, examples: InputSpec) -> Self:
+        return self
+
     def bind(self, captured: Recording, binding: Binding) -> Self:
         inserted = any(site.insert and type(site.spec) is not Dropout for site in binding.sites)
         if binding.dropped or binding.terms.jacobian or binding.auxiliary or inserted:
