@@ -105,9 +105,8 @@ class SelfTuningNetwork(ModelWrapper):
         return self.recipe.frontend.name
 
     def locate_examples(self, *inputs: object, **named: object) -> None:
-        """Find out, once, where the examples of a batch are in every value, by running a few of them.
-
-        Perturbations per example need it; the losses and `pushforward` call it with the first batch they see.
+        """Find out, once, where the examples of a batch are in every value, by running a few of them: for perturbations per
+        example. The losses and `pushforward` call it with the first batch they see.
         """
         self._graphs.locate_examples(self, Inputs(inputs, named))
 
