@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex, cast
 
 from torch import fx
@@ -19,7 +20,7 @@ from fxstn.ir.staging import call
 from fxstn.ir.tangents import BATCH_FIRST, SHARED, ZERO, BatchAxes, Scaled, all_zero
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.kernels import as_results_of, cast_tangent, zeros_tangent
-from fxstn.ops.response import for_all_examples, mean_over_examples, pick_rows
+from fxstn.ops.response import for_all_examples, mean_over_examples, pick_rows, scale_channels
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
 
@@ -87,7 +88,10 @@ class Pushforward:
                 self.tangents[node] = self._scaled_tangent(node, self._direction(node, self.by_name[response]))
             return
         derived = info_of(node).scales is not None
-        tangents = map_leaves(tangents, lambda tangent: self._for_rule(tangent, node, derived))
+        tangents = tuple(
+            map_leaves(tangent, partial(self._for_rule, node=node, derived=derived, position=i))
+            for i, tangent in enumerate(tangents)
+        )
         try:
             y, dy = self._apply(node, tangents)
         except NoRule as reason:
@@ -120,12 +124,20 @@ class Pushforward:
         apply = opaque_tangent if is_opaque(function) else apply_rule
         return apply(function, tangents, args, kwargs, dict(named))
 
-    def _for_rule(self, tangent: object, node: fx.Node, derived: bool) -> object:
-        """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it."""
+    def _for_rule(self, tangent: object, node: fx.Node, derived: bool, position: int) -> object:
+        """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it.
+
+        An operation that takes no structured tangent gets the product. Parameters that respond are read by layers alone, but
+        for graphs of inputs of other sizes, where a lookup may be one of constants.
+        """
         if not isinstance(tangent, Scaled):
             return tangent
         if derived:
             return tangent.response
+        rule = RULES.get(function_of(node))
+        if rule is None or position not in rule.reads or tangent.axis not in rule.reads[position].axes:
+            scale: Any = mean_over_examples(tangent.scale)
+            return scale_channels(cast(Any, tangent.response), scale, tangent.axis)
         axis = self.batch_axes.get(node.name, BATCH_FIRST)
         if axis is None:
             return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
