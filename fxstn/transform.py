@@ -70,9 +70,10 @@ def transform(
     response: how the weights change when λ moves by δ. "scaled": (1 + U δ) ⊙ w scales every unit; only U is learned, from few
         examples. "structured": w + (U δ) ⊙ R (the paper, Eq. 3.14); R is learned too, and needs many times more examples.
         None: "scaled" for method "delta", "structured" for the others.
-    trace: which frontend follows the forward. "fx": symbolic tracing. "export": torch.export; Python may branch on sizes, and
-        later inputs must have the same sizes as the examples, except the batch (dimension 0). "live": the forward runs as it
-        is, whatever its Python does, and computes the tangents beside the values; one perturbation serves the whole batch.
+    trace: which frontend follows the forward. "fx": symbolic tracing. "export": torch.export; Python may branch on sizes.
+        The sizes of later inputs may differ: the forward is exported anew where it does something else for them, or ValueError
+        says which sizes it takes. "live": the forward runs as it is, whatever its Python does, and computes the tangents beside
+        the values; one perturbation serves the whole batch.
         "export" and "live" need example_inputs. "auto": the first that works. `frontend` of the network names it; `rejected`
         says why the ones before did not work.
     recompute: True computes the activations of the response and hyper steps again in the backward pass (activation
