@@ -236,3 +236,20 @@ def test_a_lookup_that_is_constant_at_one_length_keeps_its_tangent():
     for length in (6, 1):
         x, example = torch.randint(9, (3, length)), torch.randint(9, (4, 5))
         assert fxstn.verify(Placed(), x, hparams=DROPOUT, trace="export", example_inputs=example).ok
+
+
+def test_inputs_may_share_the_batch_without_an_operation_that_says_so():
+    """A mask that is reshaped by the size of another input, as in GPT-2."""
+
+    class Reshaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, ids, mask):
+            return (self.table(ids) * mask.view(ids.shape[0], -1)[..., None]).sum(1) if ids.shape[1] < 9 else mask
+
+    inputs = torch.randint(9, (4, 5)), torch.ones(4, 5)
+    stn = fxstn.transform(Reshaped(), [hp.Scalar("a", 0.5, 0, 1)], example_inputs=inputs, trace="export")
+    ids, mask = torch.randint(9, (3, 6)), torch.rand(3, 6)
+    assert torch.equal(stn.train()(ids, mask), stn.model(ids, mask))

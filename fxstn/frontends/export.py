@@ -236,7 +236,8 @@ def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any]) -> N
     values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
     leaves, structure = tree_flatten(arguments)
     pairs = [(leaf, values[name]) for leaf, name in zip(leaves, names, strict=True)]
-    batch = next(value.shape[0] for leaf, value in pairs if isinstance(leaf, Tensor) and leaf.dim())
+    rows, batch = next((len(leaf), value.shape[0]) for leaf, value in pairs if isinstance(leaf, Tensor) and leaf.dim())
+    unique = all(rows not in leaf.shape[1:] for leaf in leaves if isinstance(leaf, Tensor))
 
     def resized(size: int, dim: int | torch.SymInt, actual: int) -> int:
         if isinstance(dim, int) or isinstance(batch, int):
@@ -248,6 +249,8 @@ def _require_any_batch(program: ExportedProgram, arguments: dict[str, Any]) -> N
         if not isinstance(leaf, Tensor):
             return leaf
         shape = [resized(size, dim, actual) for dim, actual in zip(value.shape, leaf.shape, strict=True)]
+        if unique and shape and len(leaf) == rows:  # also where export has not found out that it is the same size
+            shape[0] = size
         return torch.empty(shape, device="meta")
 
     def holds(guard: str, size: int) -> bool:
