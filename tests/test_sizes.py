@@ -222,20 +222,30 @@ def test_places_of_lambda_that_depend_on_the_length_are_refused():
         stn(torch.randn(2, 5, 3))
 
 
+class Placed(nn.Module):
+    """Places that are looked up, all of them or, by themselves, the first."""
+
+    def __init__(self, branch=True):
+        super().__init__()
+        self.table, self.place, self.drop = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Dropout(0.1)
+        self.register_buffer("places", torch.arange(8))
+        self.branch = branch
+
+    def forward(self, x):
+        places = self.places[:1] if self.branch and x.shape[1] == 1 else self.places[: x.shape[1]]
+        return self.drop(torch.tanh(self.table(x) + self.place(places)))
+
+
 def test_a_lookup_that_is_constant_at_one_length_keeps_its_tangent():
-    class Placed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.place, self.drop = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Dropout(0.1)
-            self.register_buffer("places", torch.arange(8))
-
-        def forward(self, x):
-            places = self.places[: x.shape[1]] if x.shape[1] > 1 else self.places[:1]
-            return self.drop(torch.tanh(self.table(x) + self.place(places)))
-
     for length in (6, 1):
         x, example = torch.randint(9, (3, length)), torch.randint(9, (4, 5))
         assert fxstn.verify(Placed(), x, hparams=DROPOUT, trace="export", example_inputs=example).ok
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_length_is_not_taken_for_the_few_examples_that_are_tried(length):
+    stn = fxstn.transform(Placed(branch=False), DROPOUT)
+    assert stn.per_example(torch.randint(9, (4, length)))
 
 
 def test_inputs_may_share_the_batch_without_an_operation_that_says_so():

@@ -29,7 +29,7 @@ from fxstn.ops.noise import track_batch
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.probe import Values, Variant, changed, probe
 
-EXAMPLES = (3, 5)  # primes, because few sizes of a model are multiples of them
+EXAMPLES = (3, 5, 7, 11, 13)  # primes, because few sizes of a model are multiples of them
 MOST_TRIALS = 32
 # Operations, and assertions in models, raise these where a size does not fit.
 SIZE_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
@@ -48,7 +48,8 @@ def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = len(leaves[tensors[0]])
     candidates = [i for i in tensors if len(leaves[i]) == batch]
-    few = next(number for number in EXAMPLES if number != batch)
+    sizes = {size for i in tensors for size in leaves[i].shape}
+    few = next((number for number in EXAMPLES if number not in sizes), EXAMPLES[batch == EXAMPLES[0]])
     for rows in _by_likelihood(candidates):
         try:
             return _axes(module, _variants(leaves, structure, rows, few), few)
