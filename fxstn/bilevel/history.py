@@ -160,6 +160,19 @@ class History:
             result.setdefault(self.group(column), {})[column] = [float(row.get(column, math.nan)) for row in self.rows]
         return result
 
+    def tagged(self, row: Row) -> dict[str, float]:
+        """A row as loggers have it: loss/valid, metric/NAME, hyperparameter/NAME, scale/NAME, diagnostics/NAME.
+
+        The epoch and numbers that are not finite are left out.
+        """
+        result = {}
+        for column, value in row.items():
+            if column != "epoch" and math.isfinite(value):
+                group = self.group(column)
+                name = column.removesuffix("_loss") if group == "loss" else column.removeprefix(SCALE)
+                result[f"{group}/{name}"] = value
+        return result
+
     def schedule(self, best: bool = False) -> Schedule:
         """The hyperparameters over the epochs, from their start on.
 

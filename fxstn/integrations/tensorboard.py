@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,17 +48,10 @@ class TensorBoard:
         else:
             rows = rows[-1:]
         for row in rows:
-            self._write(writer, run, row)
+            for tag, value in run.history.tagged(row).items():
+                writer.add_scalar(tag, value, row["epoch"])
         self._last = int(rows[-1]["epoch"])
         writer.flush()
-
-    def _write(self, writer: SummaryWriter, run: HasHistory, row: Mapping[str, float]) -> None:
-        for column, value in row.items():
-            if column == "epoch" or not math.isfinite(value):
-                continue
-            group = run.history.group(column)
-            name = column.removesuffix("_loss") if group == "loss" else column.removeprefix("scale:")
-            writer.add_scalar(f"{group}/{name}", value, row["epoch"])
 
     def close(self) -> None:
         """Close the file; a further epoch opens a new one."""
