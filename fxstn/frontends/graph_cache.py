@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.changes import Change, ModuleState, refuse, refuse_other_sites, respond_where_trained
 from fxstn.frontends.inputs import Inputs, arguments_of, inputs_of_graph
@@ -65,6 +66,7 @@ class GraphCache:
         self.batch_axes: dict[bool, BatchAxes] = {}
         self.compile_options: dict[str, Any] | None = None
         self._per_example: bool | None = None
+        self._located: list[torch.Size] = []  # sizes of the inputs that `batch_axes` come from
         self.state: ModuleState | None = None
         self._forget()
 
@@ -208,12 +210,19 @@ class GraphCache:
         cache._locate_examples(root, inputs)
 
     def _locate_examples(self, root: Root, inputs: Inputs) -> None:
-        if self.batch_axes:
+        sizes = [leaf.shape[1:] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if self.batch_axes and (sizes == self._located or not self._is_folded()):
             return
+        self._located, self._per_example = sizes, None
         self.batch_axes = {training: self.recipe.locate(root, training, inputs) for training in (True, False)}
         if any(axis != BATCH_FIRST for axes in self.batch_axes.values() for axis in axes.values()):
             self.emitted.clear()
             self.compiled.clear()
+
+    def _is_folded(self) -> bool:
+        """Whether some value has sizes of the inputs on both sides of its examples: they are elsewhere at other sizes."""
+        places = (axis for axes in self.batch_axes.values() for axis in axes.values() if axis is not None)
+        return any(axis.left > 1 and axis.right > 1 for axis in places)
 
     def per_example(self, root: Root, inputs: Inputs) -> bool:
         """Whether every layer and every tuned strength can be perturbed per example, on inputs like these."""
