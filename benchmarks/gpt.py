@@ -206,8 +206,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         runs = [run for key, run in results.items() if key.startswith(f"{way} seed ")]
         columns = [[run[key] for run in runs] for key in ("valid", "last", "test")]
         shown = [f"{statistics.mean(c):.3f} ({', '.join(f'{v:.3f}' for v in c)})" for c in columns]
-        rows.append([way, *shown, f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
-    headers = ["dropout", "best validation loss", "last validation loss", "test loss at the best", "seconds"]
+        rows.append([way, *shown])
+    headers = ["dropout", "best validation loss", "last validation loss", "test loss at the best"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
