@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
+INTEGRATIONS := tests/test_lightning.py tests/test_accelerate.py tests/test_transformers.py
 FAST := --bf16 --channels-last --processes 1 --variants general response schedule schedule-default
 
-.PHONY: demo test nightly bench support paper gpu figures
+.PHONY: demo test integrations nightly bench support paper gpu figures
 
 demo: $(READY)  ## tune resnet18 on real data, against the same network untuned
 	$(BIN)/python examples/demo.py --out out/demo
@@ -17,6 +18,13 @@ test: $(READY)  ## tests, then lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
+	for versions in '' '--constraint tests/oldest.txt'; do \
+		$(PYTHON) -m venv --clear .venv-integrations && \
+		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' $$versions && \
+		.venv-integrations/bin/python -m pytest $(INTEGRATIONS) || exit 1; \
+	done
 
 nightly: $(READY)  ## the tests that take hours: every model of torchvision
 	$(BIN)/python -m pytest -m nightly

@@ -37,17 +37,17 @@ def last_dropout(printed: str) -> float:
 # Examples
 
 
-def test_own_loop_trains_tunes_and_exports(capsys):
+def test_own_loop_trains_and_tunes(capsys):
     plain = own_loop.main(["--epochs", "5"])
     assert type(plain) is nn.Sequential
-    assert not any("response" in name for name, _ in plain.named_parameters())
+    assert all("forward" not in vars(module) for module in plain.modules())
     printed = capsys.readouterr().out
     assert printed.count("epoch") == 5
     assert accuracy_in(printed) > 0.7
-    assert last_dropout(printed) < 0.4  # from 0.5
+    assert last_dropout(printed) < 0.45  # from 0.5
 
 
-def test_the_steps_go_into_a_loop_of_accelerate(capsys):
+def test_a_loop_of_accelerate_trains_and_tunes(capsys):
     pytest.importorskip("accelerate", reason="accelerate comes with the extra fxstn[accelerate]")
     from examples import with_accelerate
 
