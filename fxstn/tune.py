@@ -119,8 +119,16 @@ def tune(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where it is wrapped in DistributedDataParallel or compiled."""
+    """The model itself, where it is wrapped in DistributedDataParallel or compiled.
+
+    Raises ValueError where DataParallel runs copies of it on several devices.
+    """
     while isinstance(model, nn.Module):
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                f"nn.DataParallel runs copies of the model on {len(model.device_ids)} devices, which a tuner cannot follow: "
+                "start a process per device, with torchrun, or let the program see one device, CUDA_VISIBLE_DEVICES=0"
+            )
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:

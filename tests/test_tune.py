@@ -504,6 +504,9 @@ def mistakes() -> Iterator[tuple[dict[str, Any], str]]:
     model = mlp()
     yield {"optimizer": sgd(nn.Linear(2, 2))}, r"none of the model's parameters"
     yield {"optimizer": []}, r"must be an optimizer"
+    copies = nn.DataParallel(model)
+    copies.device_ids = [0, 1]
+    yield {"model": copies}, r"copies of the model on 2 devices.*torchrun"
     yield {"model": fxstn.transform(model)}, r"not transformed yet"
     yield {"valid_loader": []}, r"valid_loader is empty"
     yield {"train_loader": iter([])}, r"a loader yields no batch"

@@ -95,7 +95,7 @@ class TuneCallback(TrainerCallback):
         if before is not None:
             before.detach()  # where training was broken off
         self.tuner = tune(
-            trainer.model, trainer.optimizer, None, None, valid, self.hparams, forward=self._forward, **settings
+            trainer.model_wrapped, trainer.optimizer, None, None, valid, self.hparams, forward=self._forward, **settings
         )
         if self._checkpoint:
             self._resume(self.tuner)
