@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
 from fxstn.bilevel.step_hooks import unwrapped_optimizer
 from fxstn.bilevel.validation import example_batch
+from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 from fxstn.hp import Spec
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.request import Request, check_model
@@ -111,11 +113,26 @@ def tune(
     options = Settings(valid_loss_fn=losses[1], unpack=reader, **groups)  # type: ignore[arg-type]
     problem = as_problem(network, losses[0], options)
     assert isinstance(problem, NetworkProblem)
-    strengths = condition_model(plain, network, examples)
-    data, seed = (train_loader, valid_loader), distributed.common_seed()
-    distributed.share((*network.response.parameters(), *network.hparams.parameters()))
+    execute(network, options.execution)
     check_synced_norms(network)
-    return LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
+    distributed.share((*network.response.parameters(), *network.hparams.parameters()))
+    data, seed = (train_loader, valid_loader), distributed.common_seed()
+    strengths = condition_model(plain, network, examples)
+    try:
+        return LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
+    except BaseException:
+        restore_modules(plain)
+        raise
+
+
+def execute(network: SelfTuningNetwork, settings: ExecutionSettings) -> None:
+    """Compile the tuner's graphs where the settings say so. Raises ValueError for another device than the model's."""
+    device = network.hparams.unconstrained.device
+    if settings.device is not None and torch.device(settings.device).type != device.type:
+        raise ValueError(f"execution.device={settings.device!r}, and the model is on {device}: the tuner works where the "
+                         "model is; leave it out, and move the model before tune")  # fmt: skip
+    if settings.compile:
+        network.compile(**(settings.compile if isinstance(settings.compile, dict) else {}))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -152,6 +169,8 @@ def _check_loop(
         raise ValueError(
             "optimizer has none of the model's parameters: make it of model.parameters(), of this very model"
         )
+    if any(isinstance(vars(module).get("forward"), ConditionedForward) for module in model.modules()):
+        raise ValueError("the model is tuned already; call detach() of that tuner first")
     if train_loader is not None:
         check_loader(train_loader, "train_loader")
     check_loader(valid_loader, "valid_loader")

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxstn
-from fxstn import HyperSettings, ResponseSettings, hp
+from fxstn import ExecutionSettings, HyperSettings, ResponseSettings, hp
 
 QUICK = {"response": ResponseSettings(every=1), "hyper": HyperSettings(train_steps=2)}
 
@@ -538,3 +538,27 @@ def test_two_tuners_of_one_loader_are_refused() -> None:
     fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid)
     with pytest.raises(ValueError, match=r"another tuner"):
         fxstn.tune(other := mlp(), sgd(other), F.cross_entropy, loader, valid)
+    assert all("forward" not in vars(module) for module in other.modules())
+
+
+def test_a_model_is_tuned_by_one_tuner_at_a_time() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    tuner = fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid)
+    with pytest.raises(ValueError, match=r"tuned already; call detach\(\)"):
+        fxstn.tune(model, sgd(model), F.cross_entropy, *loaders())
+    tuner.detach()
+    fxstn.tune(model, sgd(model), F.cross_entropy, *loaders())
+
+
+def test_the_tuner_works_on_the_models_device_and_compiles_its_graphs() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    with pytest.raises(ValueError, match=r"execution\.device='cuda', and the model is on cpu"):
+        fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid, execution=ExecutionSettings(device="cuda"))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    execution = ExecutionSettings(compile={"backend": counter})
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, execution=execution, **QUICK)
+    train(model, optimizer, loader)
+    assert tuner.hyper_steps
+    assert counter.frame_count >= 2  # of the response and of the hyper step
