@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxstn.frontends.interface import Plan
 from fxstn.ir.graphs import assemble
+from fxstn.ops.inputs import REQUIREMENTS
 
 
 class Recomputed(nn.Module):
@@ -55,10 +56,10 @@ def recompute(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """What costs nothing to keep: inputs, parameters, λ and row scales."""
+    """What costs nothing to keep: inputs and their checks, parameters, λ and row scales."""
     outside: set[fx.Node] = set()
     for node in nodes:
-        cheap = node.op == "call_module" or node.target is operator.getitem
+        cheap = node.op == "call_module" or node.target is operator.getitem or node.target in REQUIREMENTS
         if node.op in ("placeholder", "get_attr") or (cheap and outside.issuperset(node.all_input_nodes)):
             outside.add(node)
     return outside
