@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
-INTEGRATIONS := tests/test_lightning.py tests/test_accelerate.py tests/test_transformers.py
+INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm)
 FAST := --bf16 --channels-last --processes 1 --variants general response schedule schedule-default
 
 .PHONY: demo test integrations nightly bench support paper gpu figures
@@ -22,7 +22,7 @@ test: $(READY)  ## tests, then lint and types
 integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
 	for versions in '' '--constraint tests/oldest.txt'; do \
 		$(PYTHON) -m venv --clear .venv-integrations && \
-		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' $$versions && \
+		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' 'timm>=1.0.30' $$versions && \
 		.venv-integrations/bin/python -m pytest $(INTEGRATIONS) || exit 1; \
 	done
 
