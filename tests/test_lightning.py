@@ -224,14 +224,14 @@ def test_two_processes_have_the_same_values(tmp_path: Path) -> None:
         "enable_model_summary": False,
     }
     trainer = L.Trainer(
-        max_epochs=1,
+        max_epochs=2,
         callbacks=[tuner, Saved(tmp_path, tuner)],
         accelerator="cpu",
         devices=2,
         strategy="ddp_spawn",
         **quiet,
     )
-    trainer.fit(Classifier(), DataLoader(data(60), 6), DataLoader(data(80, 1), 40))
+    trainer.fit(Classifier(), DataLoader(data(60), 3), DataLoader(data(80, 1), 40))
     (one, losses), (other, same_losses) = (torch.load(tmp_path / name) for name in ("2-0", "2-1"))
     assert one == other
     assert losses == same_losses
