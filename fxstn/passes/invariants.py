@@ -12,6 +12,7 @@ from fxstn.ir.graphs import placeholders
 from fxstn.ir.node_info import info_of
 from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
+from fxstn.ops.inputs import REQUIREMENTS
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.effects import has_effect, updates_statistics
@@ -141,12 +142,11 @@ def everything_is_read(module: fx.GraphModule) -> Iterator[str]:
 
 
 def pieces_are_recomputed(module: fx.GraphModule) -> Iterator[str]:
-    """What is left in the graph costs nothing to keep: inputs, parameters, λ and scales."""
+    """What is left in the graph costs nothing to keep: inputs and their checks, parameters, λ and scales."""
     for node in module.graph.nodes:
         piece = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Recomputed)
-        if node.op == "call_function" and not all(
-            source.op in ("call_module", "call_function") for source in node.all_input_nodes
-        ):
+        computed = node.op == "call_function" and node.target not in REQUIREMENTS
+        if computed and not all(source.op in ("call_module", "call_function") for source in node.all_input_nodes):
             yield f"{node.name} is kept outside of the pieces"
         elif piece and not node.users:
             yield f"nobody reads the piece {node.name}"
