@@ -15,7 +15,7 @@ from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, warn_caller
 from fxstn.bilevel.history import History
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
-from fxstn.bilevel.observed import can_be_observed, observe, restore
+from fxstn.bilevel.observed import can_be_observed, length_of, observe, restore, unobserved
 from fxstn.bilevel.recent import RememberedBatches
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
@@ -61,10 +61,11 @@ class AttachedTuner:
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics = self._tuner.updates, self._tuner.settings.metrics or {}
         self.settings, self.optimizers = settings.texts(), self.updates.optimizers
-        self._batches: list[object] = []  # since the last step
+        self._batches, self._last = list[object](), list[object]()  # since the last step; of that step
         self._most = 0  # batches of one step, as far as seen
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
+        self._passing, self._late = False, 0  # whether a pass is under way; steps of this epoch outside of one
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
         hooks = (self._before_step, self._after_step)
         self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
@@ -72,13 +73,16 @@ class AttachedTuner:
             observe(train_loader, self)
         elif train_loader is not None:
             self._own = ResumableLoader(train_loader, "train_loader")
+            self.epoch_steps = epoch_steps or length_of(train_loader)
         self._tuner.begin_epoch()
 
     # What the loop tells
 
     def begin_pass(self) -> None:
         """A pass over the training data begins. One that was broken off ends here."""
-        self.end_pass()
+        if self._passing:
+            self.end_pass()
+        self._passing = True
         self._batches.clear()
 
     def see(self, batch: object) -> None:
@@ -88,7 +92,8 @@ class AttachedTuner:
 
     def end_pass(self) -> None:
         """A pass over the training data ends. Nothing happens where no step was taken in it."""
-        if self._tuner.means.steps and self.epoch_steps is None:
+        self._passing = False
+        if self._tuner.means.steps > self._late and self.epoch_steps is None:
             self.end_epoch()
 
     def step(self, batch: object) -> None:
@@ -117,6 +122,7 @@ class AttachedTuner:
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
+        self._late = 0
         tuner.begin_epoch()
         for callback in tuner.settings.callbacks if len(self.history) > rows else ():
             callback(self)
@@ -152,18 +158,20 @@ class AttachedTuner:
             return
         if self._own is not None:
             self._batches = [self._own.next()[0]]
+        self._late += not self._passing
+        if self._late < self._most:  # the loop takes batches ahead, and its pass ended before the last steps
+            self._batches = self._batches or self._last
         if not self._batches:
             raise ValueError(
                 "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
                 "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
             )
         self._advance()
-        if self._own is not None and self.epoch_steps is None and not self._own.open:
-            self.end_epoch()
 
     def _advance(self) -> None:
         """Do what is due after a step of w₀ on the batches since the last one."""
         tuner, batches, self._batches = self._tuner, self._batches, []
+        self._last = batches
         self._most = max(self._most, len(batches))
         self._follow_autocast()
         self._recent.batches.extend(batches)
@@ -180,7 +188,8 @@ class AttachedTuner:
         """Inside, the network is in the mode of the model. A loss that is no number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
-            yield
+            with unobserved(self.train_loader):
+                yield
         except BadLoss as fault:
             self._report(fault)
 

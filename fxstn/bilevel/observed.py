@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 _LISTENER = "_fxstn_listener"
@@ -44,7 +45,7 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
             yield batch
         heard.end_pass()
 
-    names = {"__iter__": passes, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {"__slots__": (), "__iter__": passes, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     _CLASS.__set__(loader, type(kind.__name__, (kind,), names))
     vars(loader)[_LISTENER] = listener
 
@@ -53,3 +54,25 @@ def restore(loader: Iterable[object]) -> None:
     """Give a loader its class back."""
     if vars(loader).pop(_LISTENER, None) is not None:
         _CLASS.__set__(loader, type(loader).__bases__[0])
+
+
+@contextmanager
+def unobserved(loader: object) -> Iterator[None]:
+    """Inside, nobody hears of the passes over a loader: they are the tuner's own."""
+    attributes = getattr(loader, "__dict__", {})
+    listener = attributes.pop(_LISTENER, None)
+    try:
+        yield
+    finally:
+        if listener is not None:
+            attributes[_LISTENER] = listener
+
+
+def length_of(loader: Iterable[object]) -> int:
+    """The number of batches of a loader whose passes cannot be seen. Raises ValueError where it does not tell."""
+    if not isinstance(loader, Sized):
+        raise ValueError(
+            f"the passes over train_loader, a {type(loader).__name__}, cannot be seen, and it has no length: give "
+            "epoch_steps=, the optimizer steps between two evaluations"
+        )
+    return len(loader)

@@ -1,0 +1,128 @@
+"""fxstn.tune in loops that read their batches in other ways: ahead, from lists, from the middle of an epoch on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_tune import QUICK, data, loaders, mlp, sgd, train
+from torch.utils.data import DataLoader
+
+import fxstn
+
+
+def tuned(loader: Any, valid: Any) -> Any:
+    """(model, optimizer, tuner)."""
+    model = mlp()
+    optimizer = sgd(model)
+    torch.manual_seed(7)  # of the tuner's noise
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, **QUICK)
+    torch.manual_seed(3)
+    return model, optimizer, tuner
+
+
+def test_a_run_that_goes_on_amid_an_epoch_ends_that_epoch_once(tmp_path: Any) -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    train(model, optimizer, loader)
+    iterator = iter(loader)
+    train(model, optimizer, [next(iterator) for _ in range(1)])
+    train(model, optimizer, [next(iterator) for _ in range(1)])
+    assert (tuner.steps, len(tuner.history)) == (7, 1)
+    torch.save((model.state_dict(), optimizer.state_dict(), tuner.state_dict()), tmp_path / "run.pt")
+    tuner.detach()
+    model, optimizer, tuner = tuned(loader, valid)
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    for part, state in zip((model, optimizer, tuner), saved, strict=True):
+        part.load_state_dict(state)
+    for number, batch in enumerate(loader):
+        if number >= 2:
+            train(model, optimizer, [batch])
+    assert (tuner.steps, len(tuner.history)) == (10, 2)
+
+
+def test_a_run_whose_state_is_the_end_of_a_pass_is_evaluated_on_first_batches() -> None:
+    """Nothing is remembered after a resume; the tuner's own look at the loader is no pass."""
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    iterator = iter(loader)
+    for _ in range(len(loader)):
+        train(model, optimizer, [next(iterator)])
+    state = copy.deepcopy(tuner.state_dict())
+    tuner.detach()
+    _, _, other = tuned(loader, valid)
+    other.load_state_dict(state)
+    other.end_epoch()
+    assert len(other.history) == 1
+
+
+def ahead(loader: Any) -> Iterator[Any]:
+    """The batches, each when the next one is already there."""
+    iterator = iter(loader)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch
+        batch = following
+
+
+def test_a_loop_that_takes_batches_ahead_has_one_row_for_each_pass() -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    for number in range(3):
+        train(model, optimizer, ahead(loader))
+        assert len(list(loader)) == 5  # an evaluation of the user's own
+        assert (tuner.steps, len(tuner.history)) == (5 * number + 5, number + 1)
+
+
+def test_batches_that_a_loop_keeps_for_itself_are_told() -> None:
+    loader, valid = loaders()
+    model, optimizer, _ = tuned(loader, valid)
+    batches = list(loader)
+    with pytest.raises(ValueError, match=r"train_loader has yielded no batch"):
+        train(model, optimizer, batches, 2)
+
+
+class Slots:
+    """A loader without attributes of its own, or without weak references to it."""
+
+    __slots__: tuple[str, ...] = ("batches",)
+
+    def __init__(self, batches: list) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Attributes:
+    __slots__ = ("__dict__",)
+
+    def __init__(self, batches: list) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Slots, Attributes])
+def test_each_pass_over_batches_of_ones_own_is_an_epoch(kind: Callable[[list], Any]) -> None:
+    loader, valid = loaders()
+    loader = kind(list(loader))
+    model, optimizer, tuner = tuned(loader, valid)
+    train(model, optimizer, loader, 3)
+    assert (tuner.steps, len(tuner.history)) == (15, 3)
+
+
+def test_validation_on_the_training_loader_is_no_pass_of_the_loop() -> None:
+    loader = DataLoader(data(60), 12)
+    model, optimizer, tuner = tuned(loader, loader)
+    train(model, optimizer, loader, 2)
+    assert (tuner.steps, len(tuner.history)) == (10, 2)
