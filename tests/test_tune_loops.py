@@ -13,6 +13,7 @@ from test_tune import QUICK, data, loaders, mlp, sgd, train
 from torch.utils.data import DataLoader
 
 import fxstn
+from fxstn import hp
 
 
 def tuned(loader: Any, valid: Any) -> Any:
@@ -112,7 +113,18 @@ class Attributes:
         return iter(self.batches)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, Slots, Attributes])
+class OwnIterator(Attributes):
+    """As the loaders of DALI: `iter` returns the object itself, at its start."""
+
+    def __iter__(self) -> Iterator[Any]:
+        self.rest = iter(self.batches)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.rest)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Slots, Attributes, OwnIterator])
 def test_each_pass_over_batches_of_ones_own_is_an_epoch(kind: Callable[[list], Any]) -> None:
     loader, valid = loaders()
     loader = kind(list(loader))
@@ -126,3 +138,20 @@ def test_validation_on_the_training_loader_is_no_pass_of_the_loop() -> None:
     model, optimizer, tuner = tuned(loader, loader)
     train(model, optimizer, loader, 2)
     assert (tuner.steps, len(tuner.history)) == (10, 2)
+
+
+def test_an_optimizer_that_maximizes_the_negative_loss_tunes_as_one_that_minimizes() -> None:
+    values = []
+    for sign in (1, -1):
+        model, (loader, valid) = mlp(), loaders()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-2, maximize=sign < 0)
+        torch.manual_seed(7)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, [hp.Dropout(), hp.WeightDecay()], **QUICK)
+        torch.manual_seed(3)
+        for x, y in (batch for _ in range(2) for batch in loader):
+            optimizer.zero_grad()
+            (sign * F.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+        assert tuner.values() != tuner.history.start
+        values.append(list(tuner.values().values()))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)

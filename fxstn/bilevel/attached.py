@@ -20,7 +20,7 @@ from fxstn.bilevel.recent import RememberedBatches
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, on_device
-from fxstn.bilevel.step_hooks import hook_steps
+from fxstn.bilevel.step_hooks import gradient_factor, hook_steps
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import rows_of, validation_stream
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
@@ -131,10 +131,10 @@ class AttachedTuner:
 
     def _before_step(self, optimizer: Optimizer, first: bool) -> None:
         if first and not self._stepped:
-            self._note_gradient(getattr(optimizer, "grad_scale", None))
+            self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
-    def _note_gradient(self, scale: Tensor | None) -> None:
+    def _note_gradient(self, scale: Tensor | float | None) -> None:
         """Note Θᵀ∇L_T, with the penalties that λ has: the gradients that the optimizer will not see, and those it sees."""
         gradients = [(weight, weight.grad, gradient) for weight, gradient in self._decay.gradients()]
         for weight, before, gradient in gradients:

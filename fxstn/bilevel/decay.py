@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxstn.bilevel.step_hooks import gradient_factor
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.network import SelfTuningNetwork
 
@@ -100,10 +101,11 @@ class TunedDecay:
 
         first: whether these are the first gradients of the step; a closure may compute several.
 
-        A gradient that a GradScaler has left scaled gets the scaled penalty.
+        A gradient that a GradScaler has left scaled gets the scaled penalty, and that of an optimizer that maximizes the
+        negative one.
         """
         strengths = self.hparams().detach()
-        scale = getattr(optimizer, "grad_scale", None)
+        scale = gradient_factor(optimizer)
         for own in self.weights:
             weight = own.weight
             if own.optimizer is not optimizer or weight.grad is None:

@@ -22,7 +22,7 @@ class Listener(Protocol):
 
 def can_be_observed(loader: object) -> bool:
     """Whether the passes over an object can be seen: not those over a list, say, which has no attributes."""
-    return hasattr(loader, "__dict__") and hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__next__")
+    return hasattr(loader, "__dict__") and hasattr(type(loader), "__iter__")
 
 
 def observe(loader: Iterable[object], listener: Listener) -> None:
@@ -45,7 +45,26 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
             yield batch
         heard.end_pass()
 
-    names = {"__slots__": (), "__iter__": passes, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    def begins(self: Any) -> Any:
+        if (heard := vars(self).get(_LISTENER)) is not None:
+            heard.begin_pass()
+        return kind.__iter__(self)
+
+    def following(self: Any) -> Any:
+        heard = vars(self).get(_LISTENER)
+        try:
+            batch = kind.__next__(self)  # type: ignore[attr-defined]
+        except StopIteration:
+            if heard is not None:
+                heard.end_pass()
+            raise
+        if heard is not None:
+            heard.see(batch)
+        return batch
+
+    # an object that is its own iterator has one place, so that all who iterate over it are one pass
+    methods = {"__iter__": begins, "__next__": following} if hasattr(kind, "__next__") else {"__iter__": passes}
+    names = {"__slots__": (), **methods, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     _CLASS.__set__(loader, type(kind.__name__, (kind,), names))
     vars(loader)[_LISTENER] = listener
 

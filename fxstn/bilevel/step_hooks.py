@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -60,3 +61,14 @@ def changes_weights(optimizer: Optimizer) -> bool:
     """Whether a step changes weights: some weight has a gradient, and no GradScaler has found one that overflowed."""
     with_gradient = any(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
     return with_gradient and not overflows(optimizer)
+
+
+def gradient_factor(optimizer: Optimizer) -> Tensor | float | None:
+    """What the gradients of the loss are multiplied by: the scale of a GradScaler, and −1 for an optimizer that maximizes.
+
+    None where they are those of the loss.
+    """
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if optimizer.param_groups[0].get("maximize", False):
+        return -1.0 if scale is None else -scale
+    return scale
