@@ -497,6 +497,38 @@ def test_a_state_of_something_else_is_refused() -> None:
         other.load_state_dict(model.state_dict())
 
 
+def test_a_state_of_another_model_changes_nothing() -> None:
+    tuners = []
+    for width in (32, 16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, width), nn.Dropout(0.1), nn.Linear(width, 3))
+        tuners.append(fxstn.tune(model, sgd(model), F.cross_entropy, *loaders()))
+    before = tuners[0].state_dict()
+    with pytest.raises(
+        ValueError, match=r"another model: response\.0\.weight\.U has the shape \(16, 1\) there and \(32, 1\)"
+    ):
+        tuners[0].load_state_dict(tuners[1].state_dict())
+    assert str(tuners[0].state_dict()) == str(before)
+
+
+def test_weights_that_no_optimizer_steps_are_left_out() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    for decay in (0.0, 1e-2):
+        optimizer = torch.optim.SGD(model[6].parameters(), lr=0.1, weight_decay=decay)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, [hp.WeightDecay()])
+        assert list(tuner.values()) == ["6.weight_decay"]
+        tuner.detach()
+
+
+def test_a_model_that_moves_after_tune_is_told() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    optimizer = sgd(model)
+    fxstn.tune(model, optimizer, F.cross_entropy, loader, valid)
+    model.double()
+    with pytest.raises(ValueError, match=r"moved from \(cpu, float32\) to \(cpu, float64\) since fxstn.tune"):
+        train(model, optimizer, [(x.double(), y) for x, y in loader])
+
+
 # Mistakes
 
 

@@ -4,7 +4,7 @@ A step: problem, network_problem, sequences, objectives, losses, counts, steps, 
 evidence.
 The method: tuner, settings.
 A run around it: runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, distributed.
-A loop of the user's around it: attached, step_hooks, forwards, observed, validation, recent, decay.
+A loop of the user's around it: attached, attached_checks, step_hooks, forwards, observed, validation, recent, decay.
 Evaluation: evaluation, totals, recalibration, temporary.
 What a run tells: history, plots, progress, faults.
 Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxstn.bilevel.attached_checks import check_place, check_state, place_of
 from fxstn.bilevel.decay import TunedDecay
 from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, warn_caller
 from fxstn.bilevel.history import History
@@ -53,7 +54,7 @@ class AttachedTuner:
         self.model, self.problem, self.stn, self._stepping = model, problem, (network := problem.stn), list(optimizers)
         self.train_loader, self.valid_loader = train_loader, valid_loader = data
         self.epoch_steps, self._strengths = epoch_steps, strengths
-        self.device = network.hparams.unconstrained.device
+        self.device, self._place = network.hparams.unconstrained.device, place_of(model)
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
         network.decay_metric = self._decay.metric
         self._valid = validation_stream(valid_loader, seed, settings.initial_state is not None)
@@ -131,6 +132,7 @@ class AttachedTuner:
 
     def _before_step(self, optimizer: Optimizer, first: bool) -> None:
         if first and not self._stepped:
+            check_place(self.model, self._place)
             self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
@@ -282,17 +284,8 @@ class AttachedTuner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises ValueError where it is of another format, or of other hyperparameters."""
-        names = list(self._tuner.history.names)
-        if state.get("format") != FORMAT or "hyperparameters" not in state:
-            raise ValueError(
-                "this is no state of a tuner, or one of another version of fxstn; tuner.state_dict() gives one"
-            )
-        if state["hyperparameters"] != names:
-            raise ValueError(
-                f"the state tunes {', '.join(state['hyperparameters'])}, and this tuner {', '.join(names)}; tune the same "
-                "model with the same hparams"
-            )
+        """Go on from a state. Raises ValueError, and changes nothing, where it is of another format, model or choice of λ."""
+        check_state(state, FORMAT, list(self._tuner.history.names), self.stn.state_dict())
         own = {name: tensor for name, tensor in self.stn.state_dict().items() if name.startswith("model.")}
         self.stn.load_state_dict(own | state["network"])
         for name, part in self._parts().items():

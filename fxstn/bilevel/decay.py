@@ -195,16 +195,18 @@ def _starting_at(spec: Spec, rates: Sequence[float]) -> Spec:
 def without_undecayed(
     network: SelfTuningNetwork, specs: Sequence[Spec] | None, optimizers: Sequence[Optimizer]
 ) -> Sequence[Spec] | None:
-    """The specs without the weights in groups that have no decay; the very same where there is nothing to leave out."""
+    """The specs without the weights that no optimizer steps, and, where some group has decay, without those in groups that have
+    none; the very same where there is nothing to leave out."""
     own = _own_rates(network, optimizers)
-    replaced = [spec for spec in specs or () if _takes_over(spec)]
-    if not replaced or not any(own.values()) or all(own.values()):
+    replaced, decays = [spec for spec in specs or () if _takes_over(spec)], any(own.values())
+    chosen = {name for name, rate in own.items() if rate or (rate is not None and not decays)}
+    if not replaced or not chosen or len(chosen) == len(own):
         return specs
     layers: dict[str, list[str]] = {}
     for name in own:
         layers.setdefault(name.rpartition(".")[0], []).append(name)
-    whole = [layer for layer, names in layers.items() if all(own[name] for name in names)]
-    single = [name for name, rate in own.items() if rate and name.rpartition(".")[0] not in whole]
+    whole = [layer for layer, names in layers.items() if chosen.issuperset(names)]
+    single = [name for name in own if name in chosen and name.rpartition(".")[0] not in whole]
     return [_only(spec, [*whole, *single]) if spec in replaced else spec for spec in specs or ()]
 
 
@@ -224,13 +226,13 @@ def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) 
     rates, own = _rates(optimizers), _own_rates(network, optimizers)
     space, starts = network.hparams, dict[str, float]()
     for name, index, _ in network.terms.penalties:
-        if own.get(name) and space.hyperparameters[index].init == rates[0]:
-            starts.setdefault(space.names[index], own[name])
+        if (rate := own.get(name)) and space.hyperparameters[index].init == rates[0]:
+            starts.setdefault(space.names[index], rate)
     space.set(starts)
 
 
-def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> dict[str, float]:
-    """{parameter name: weight decay of its group} of the weights whose decay is tuned and that the optimizers step."""
+def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> dict[str, float | None]:
+    """{parameter name: weight decay of its group} of the weights whose decay is tuned; None where no optimizer steps it."""
     rates = {
         id(parameter): float(group.get("weight_decay") or 0.0)
         for optimizer in optimizers
@@ -238,4 +240,4 @@ def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> d
         for parameter in group["params"]
     }
     weights = {name: id(network.model.get_parameter(name)) for name, _, norm in network.terms.penalties if norm == 2}
-    return {name: rates[weight] for name, weight in weights.items() if weight in rates}
+    return {name: rates.get(weight) for name, weight in weights.items()}

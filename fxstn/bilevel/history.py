@@ -128,7 +128,7 @@ class History:
     def best(self) -> Row:
         """The row with the lowest validation loss. Raises ValueError on an empty history."""
         if not self.rows:
-            raise ValueError("the history is empty: no epoch is done yet; call fit first")
+            raise ValueError("the history is empty: no epoch is done yet; call fit first, or train on in your loop")
         return min(self.rows, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:
@@ -181,7 +181,7 @@ class History:
         Raises ValueError on an empty history.
         """
         if not self.rows:
-            raise ValueError("the history is empty: there is no schedule yet; call fit first")
+            raise ValueError("the history is empty: there is no schedule yet; call fit first, or train on in your loop")
         schedule = Schedule({name: [self.start[name], *self[name]] for name in self.names})
         return schedule.until(int(self.best()["epoch"])) if best else schedule
 
