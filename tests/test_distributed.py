@@ -279,7 +279,7 @@ def picky_run(rank):
         return F.cross_entropy(output, target)
 
     (train, _), (_, valid) = loaders(), loaders(batch=3)
-    seen = Seen(own_loaders=(train, valid), valid_loss_fn=picky_loss)
+    seen = Seen(own_loaders=(train, list(valid)), valid_loss_fn=picky_loss)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         seen.runner.fit(2)

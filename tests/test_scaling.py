@@ -88,7 +88,7 @@ def build(batches=12, left_out=(), **settings):
     )
     runner.problem.perturb = torch.tensor([0.7])
     for scaler in runner.updates.scalers.values():
-        scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**10})  # at which nothing overflows by itself
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**13})  # at which nothing overflows by itself
     return runner
 
 
@@ -238,7 +238,7 @@ def last_loss(seed, epochs, precision, every=50):
 @pytest.mark.filterwarnings("ignore:epoch .* linearised loss:fxstn.RunWarning")
 @pytest.mark.parametrize(
     ("epochs", "plain_seeds", "half_seeds"),
-    [(15, (1, 2), (1,)), pytest.param(500, range(3), range(3), marks=pytest.mark.nightly)],
+    [(15, (0, 3), (0,)), pytest.param(500, range(3), range(3), marks=pytest.mark.nightly)],
 )
 def test_a_run_that_overflows_in_every_fiftieth_step_ends_within_the_spread_of_float32(epochs, plain_seeds, half_seeds):
     """300 steps, and 10,000."""

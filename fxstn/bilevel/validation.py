@@ -15,6 +15,7 @@ from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.sources import generators_of, new_pass, unchanged_generators
 from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.workers import batches_of
 
 EXAMPLES = 8  # of a batch that shows what a model is called with
 
@@ -126,7 +127,7 @@ class DrawnStream(ValidationStream):
 
     def draw(self) -> tuple[object, bool]:
         if self._batches is None:
-            self._batches = iter(self._open())
+            self._batches = batches_of(self._open())
         return next(self._batches), self._position % self._length == 0
 
     def _open(self) -> DataLoader:

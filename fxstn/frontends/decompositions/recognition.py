@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstn import hp
 from fxstn.frontends.decompositions.registry import DECOMPOSITIONS, decomposes
@@ -81,12 +82,13 @@ def _forward(original: Callable[..., object]) -> Callable[..., object]:
 
 def _stand_in(module: nn.Module, name: str) -> StandIn | None:
     """What does the same as a module whose attribute `name` is the probability, found by trying; None where nothing does."""
-    for shape in ((64, 6, 5), (64, 6, 5, 5)):
-        x = torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape)
-        y = _output(module, name, x)
-        if y is not None and bool(((y == 0) | torch.isclose(y * (1 - P), x)).all()):
-            return _by_pattern(y == 0)
-    return _blocks(module, name)
+    with _disable_current_modes():  # on real numbers, also where tensors are fake
+        for shape in ((64, 6, 5), (64, 6, 5, 5)):
+            x = torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape)
+            y = _output(module, name, x)
+            if y is not None and bool(((y == 0) | torch.isclose(y * (1 - P), x)).all()):
+                return _by_pattern(y == 0)
+        return _blocks(module, name)
 
 
 def _output(module: nn.Module, name: str, x: Tensor) -> Tensor | None:
