@@ -152,7 +152,7 @@ def test_a_response_step_and_a_hyper_step_that_overflow_are_still_due():
     runner.fit(1)
     assert (runner.steps, runner.response_steps, runner.hyper_steps) == (6, 2, 6)
     scales = {name: scaler.get_scale() for name, scaler in runner.updates.scalers.items()}
-    assert scales == {"train_loss": 1024.0, "response_loss": 256.0, "hyper_loss": 128.0}
+    assert scales == {"train_loss": 8192.0, "response_loss": 2048.0, "hyper_loss": 1024.0}
 
 
 @pytest.mark.parametrize("objective", ["general_loss", "response_loss", "hyper_loss"])
