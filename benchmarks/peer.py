@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks.overhead import RESULTS
 from fxstn.bilevel.updates import sgd
-from fxstn.tools.bench import TRAIN_STEPS, Setup, Steps, environment, variants
+from fxstn.tools.bench import Steps, environment, variants
 from fxstn.tools.measure import step_times
+from fxstn.tools.workloads import TRAIN_STEPS, Setup
 
 
 class Decays(nn.Module):

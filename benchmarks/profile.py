@@ -15,7 +15,8 @@ from collections.abc import Callable
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from fxstn.tools.bench import Setup, variants
+from fxstn.tools.bench import variants
+from fxstn.tools.workloads import Setup
 
 KINDS = {
     "convolution": ("conv", "mkldnn", "cudnn", "mm", "linear"),

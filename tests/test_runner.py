@@ -29,7 +29,8 @@ from fxstn.bilevel import network_problem as steps
 from fxstn.bilevel.run_settings import Settings, SettingsDict
 from fxstn.bilevel.settings import GROUPS
 from fxstn.tools import cli, data
-from fxstn.tools.bench import Setup, bench
+from fxstn.tools.bench import bench
+from fxstn.tools.workloads import Setup
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])

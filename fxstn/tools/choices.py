@@ -7,6 +7,7 @@ VARIANTS = (
     "response",
     "schedule",
     "schedule-default",
+    "tune",
     "func-jvp",
     "func-jvp-batch",
     "double-backward",
