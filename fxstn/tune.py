@@ -22,6 +22,7 @@ from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSet
 from fxstn.bilevel.step_hooks import unwrapped_optimizer
 from fxstn.bilevel.validation import example_batch
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
+from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.request import Request, check_model
@@ -131,8 +132,8 @@ def execute(network: SelfTuningNetwork, settings: ExecutionSettings) -> None:
     if settings.device is not None and torch.device(settings.device).type != device.type:
         raise ValueError(f"execution.device={settings.device!r}, and the model is on {device}: the tuner works where the "
                          "model is; leave it out, and move the model before tune")  # fmt: skip
-    if settings.compile:
-        network.compile(**(settings.compile if isinstance(settings.compile, dict) else {}))
+    if (options := settings.compile_options) is not None:
+        network.compile(**options)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -148,8 +149,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             )
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
+        elif COMPILED in model._modules:
+            model = model.get_submodule(COMPILED)
         else:
             break
     return model
@@ -174,7 +175,7 @@ def _check_loop(
     if train_loader is not None:
         check_loader(train_loader, "train_loader")
     check_loader(valid_loader, "valid_loader")
-    if compiled := [name for name, module in model.named_modules() if "_orig_mod" in module._modules]:
+    if compiled := [name for name, module in model.named_modules() if COMPILED in module._modules]:
         raise ValueError(
             f"module {compiled[0]!r} is wrapped by torch.compile: compile it in place, by module.compile(), or after tune"
         )

@@ -12,24 +12,24 @@ from torch.optim import Optimizer
 
 from fxstn.bilevel.attached_checks import check_place, check_state, place_of
 from fxstn.bilevel.decay import TunedDecay
-from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, warn_caller
-from fxstn.bilevel.history import History
+from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.observed import can_be_observed, length_of, observe, restore, unobserved
 from fxstn.bilevel.recent import RememberedBatches
+from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.step_hooks import gradient_factor, hook_steps
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.validation import rows_of, validation_stream
+from fxstn.bilevel.validation import validation_stream
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 
 FORMAT = 1
 
 
-class AttachedTuner:
+class AttachedTuner(Run):
     """Tunes λ in a loop of the user's own; `fxstn.tune` makes it.
 
     model: the user's, whose forward draws at λ.
@@ -57,11 +57,11 @@ class AttachedTuner:
         self.device, self._place = network.hparams.unconstrained.device, place_of(model)
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
         network.decay_metric = self._decay.metric
-        self._valid = validation_stream(valid_loader, seed, settings.initial_state is not None)
+        self._valid = validation_stream(valid_loader, seed, in_order=False)
         self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate)
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
-        self.updates, self.metrics = self._tuner.updates, self._tuner.settings.metrics or {}
-        self.settings, self.optimizers = settings.texts(), self.updates.optimizers
+        self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
+        self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._batches, self._last = list[object](), list[object]()  # since the last step; of that step
         self._most = 0  # batches of one step, as far as seen
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
@@ -88,7 +88,7 @@ class AttachedTuner:
 
     def see(self, batch: object) -> None:
         """A batch that the next step of w₀ may train on."""
-        batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out
+        batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out of its own
         self._batches = [*self._batches, batch][-self._most :]
 
     def end_pass(self) -> None:
@@ -179,7 +179,6 @@ class AttachedTuner:
         self._recent.batches.extend(batches)
         with self._in_the_models_mode():
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
-            self._valid.resize(rows_of(prepared[0][0]))
             tuner.after_step(prepared, {})
         self._refresh()
         if self.epoch_steps is not None and tuner.means.steps >= self.epoch_steps:
@@ -209,8 +208,9 @@ class AttachedTuner:
         """Go on after a loss that is no number: warn, and halve the rates that it calls too high."""
         updates = self._tuner.updates
         updates.drop_gradients()
-        slowed = [name for name in OPTIMIZERS_TO_SLOW[fault.name] if name in updates.optimizers]
-        rates = ", ".join(f"{name} has the learning rate {updates.slow(name, 0.5):.3g} now" for name in slowed)
+        rates = ", ".join(
+            f"{name} has the learning rate {rate:.3g} now" for name, rate in slow_after(fault, updates, 0.5)
+        )
         text = f"{fault}; the tuner left this step out" + (f", and {rates}" if rates else "")
         self._tuner.monitors.warnings.append((self._tuner.epoch, text))
         warn_caller(text)
@@ -229,28 +229,6 @@ class AttachedTuner:
     def strengths(self, examples: int) -> dict[str, Tensor]:
         """{name: (examples,)}, for a training loss of your own that takes `hparams`, such as `fxstn.cross_entropy`."""
         return self.stn.hparams.named(self._strengths.expand(examples, -1))
-
-    @property
-    def steps(self) -> int:
-        return self._tuner.counters.steps
-
-    @property
-    def response_steps(self) -> int:
-        return self._tuner.counters.response_steps
-
-    @property
-    def hyper_steps(self) -> int:
-        return self._tuner.counters.hyper_steps
-
-    @property
-    def history(self) -> History:
-        """A row for each epoch so far."""
-        return self._tuner.history
-
-    @property
-    def warnings(self) -> list[tuple[int, str]]:
-        """(epoch, text) of the signs of trouble so far."""
-        return list(self._tuner.monitors.warnings)
 
     def detach(self) -> None:
         """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sized
@@ -41,11 +42,11 @@ def to_device(
             return leaf.contiguous(memory_format=memory_format)
         return leaf
 
-    inputs, target = tree_map(move, tuple(map(_as_dict, batch)))
+    inputs, target = tree_map(move, tuple(map(as_dict, batch)))
     return inputs, target
 
 
-def _as_dict(value: object) -> object:
+def as_dict(value: Any) -> Any:
     """A mapping as a dict, through which torch's functions on structures go; anything else as it is."""
     return dict(value) if isinstance(value, Mapping) and type(value) not in (dict, OrderedDict) else value
 
@@ -123,8 +124,23 @@ def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
     examples = batch_size(batch[0])
     count = max(math.ceil(examples * fraction), least)
 
-    def cut(leaf: object) -> object:
-        return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
-
-    inputs, target = tree_map(cut, batch)
+    inputs, target = _rows(batch, slice(count), examples)
     return inputs, target
+
+
+def parts_of(batch: Any, size: int) -> list[Any]:
+    """A batch in parts of about `size` examples; the batch itself where it is no larger."""
+    batch = as_dict(batch)
+    examples = batch_size(batch)
+    count = max(1, round(examples / size))
+    bounds = [number * examples // count for number in range(count + 1)]
+    return [_rows(batch, slice(*pair), examples) for pair in itertools.pairwise(bounds)] if count > 1 else [batch]
+
+
+def _rows(batch: Any, chosen: slice, examples: int) -> Any:
+    """Some of the examples of a batch that has so many."""
+
+    def cut(leaf: object) -> object:
+        return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
+
+    return tree_map(cut, batch)

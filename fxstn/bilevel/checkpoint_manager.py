@@ -15,7 +15,7 @@ import torch
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import BatchPreparer
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint, seal_of
-from fxstn.bilevel.faults import OPTIMIZERS_TO_SLOW, BadLoss, DivergedError, Monitors, warn_caller
+from fxstn.bilevel.faults import BadLoss, DivergedError, Monitors, slow_after, warn_caller
 from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.plain import check_readable
 from fxstn.bilevel.problem import BilevelProblem
@@ -233,9 +233,8 @@ class Recovery:
         self.checkpoints.restore()
         counters.rollbacks = done
         self.updates.drop_gradients()
-        slowed = [name for name in OPTIMIZERS_TO_SLOW[fault.name] if name in self.updates.optimizers]
-        factor = 0.5**self.checkpoints.restorations
-        rates = ", ".join(f"{name} {self.updates.slow(name, factor):.3g}" for name in slowed)
+        slower = slow_after(fault, self.updates, 0.5**self.checkpoints.restorations)
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in slower)
         text = f"{fault}; back to epoch {len(history)} with lower learning rates: {rates} (attempt {done} of {self.attempts})"
         self.monitors.warnings = [*before, (len(history) + 1, text)]
         self.prepare.check_finite = True

@@ -268,3 +268,13 @@ def check_synced_norms(stn: nn.Module) -> None:
     if distributed.processes() > 1 and frontend != "fx" and any(isinstance(m, nn.SyncBatchNorm) for m in stn.modules()):
         raise ValueError(f"SyncBatchNorm normalises over processes in a network followed by trace='fx'; this one is "
                          f"{frontend!r}, which sees its own process only: see stn.rejected, or keep BatchNorm")  # fmt: skip
+
+
+def check_no_float16(module: nn.Module) -> None:
+    """Raises ValueError where float16 autocast would have to scale gradients that are in float16 themselves."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype is torch.float16:
+            raise ValueError(
+                f"execution.autocast=torch.float16 is for a network in float32, and {name} is in float16: leave out "
+                ".half(), or freeze that layer"
+            )

@@ -14,6 +14,7 @@ from types import FrameType
 
 from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.state import State
+from fxstn.bilevel.updates import Updates
 
 EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
 AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
@@ -55,6 +56,12 @@ class BadLoss(Exception):
     def __init__(self, name: str, fault: str, time: str) -> None:
         super().__init__(f"{name} {fault} in {time}")
         self.name = name
+
+
+def slow_after(fault: BadLoss, updates: Updates, factor: float) -> list[tuple[str, float]]:
+    """Multiply the rates that a bad loss calls too high; (optimizer, new rate) of each."""
+    slowed = [name for name in OPTIMIZERS_TO_SLOW[fault.name] if name in updates.optimizers]
+    return [(name, updates.slow(name, factor)) for name in slowed]
 
 
 class LossGuard:

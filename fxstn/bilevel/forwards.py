@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fxstn.bilevel.batches import as_dict
 from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.losses import LossFunction, takes_hparams
 from fxstn.frontends.inputs import Inputs
@@ -142,8 +143,7 @@ class BatchReader:
 
     def __call__(self, batch: Any) -> tuple[Any, Any]:
         device = next(self.model.parameters()).device
-        batch = dict(batch) if isinstance(batch, Mapping) else batch  # of a class of Hugging Face's own, say
-        moved = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
+        moved = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), as_dict(batch))
         return inputs_of(self.forward, self.model, moved), moved
 
 

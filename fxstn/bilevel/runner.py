@@ -20,6 +20,7 @@ from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import postfix, progress_bar
+from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.state import LocalState, Stateful
@@ -30,7 +31,7 @@ from fxstn.network import SelfTuningNetwork
 
 
 @with_settings_listed
-class BilevelRunner:
+class BilevelRunner(Run):
     """Trains w₀, Θ, λ and σ together (paper, Alg. 1).
 
     BilevelRunner(problem, train_loader, valid_loader, …) is for a problem of your own (`fxstn.BilevelProblem`).
@@ -87,8 +88,8 @@ class BilevelRunner:
         problem.to(self.device)
         if execution.memory_format is not None:
             problem.to(memory_format=execution.memory_format)  # type: ignore[call-overload]
-        if execution.compile and isinstance(self.stn, SelfTuningNetwork):
-            self.stn.compile(**(execution.compile if isinstance(execution.compile, dict) else {}))
+        if (compiler := execution.compile_options) is not None and isinstance(self.stn, SelfTuningNetwork):
+            self.stn.compile(**compiler)
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)
         check_names(list(problem.values()), options.metrics, options.columns, options.schedule)
@@ -197,11 +198,6 @@ class BilevelRunner:
         if wishes["end"]:
             self._stop.end()
 
-    @property
-    def warnings(self) -> list[tuple[int, str]]:
-        """(epoch, text) of the signs of trouble so far, and of every time the run went back; those before a resume too."""
-        return list(self._tuner.monitors.warnings)
-
     # Results
 
     @property
@@ -212,21 +208,6 @@ class BilevelRunner:
     @schedule.setter
     def schedule(self, schedule: Schedule | None) -> None:
         self._tuner.schedule = schedule
-
-    @property
-    def steps(self) -> int:
-        """Inner steps done, without those that overflowed in float16; a cycle may span epochs."""
-        return self._tuner.counters.steps
-
-    @property
-    def response_steps(self) -> int:
-        """Response steps done; those along with inner steps (method "stn") are not counted."""
-        return self._tuner.counters.response_steps
-
-    @property
-    def hyper_steps(self) -> int:
-        """Hyper steps done."""
-        return self._tuner.counters.hyper_steps
 
     @property
     def best(self) -> Best | None:

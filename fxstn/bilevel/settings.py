@@ -171,6 +171,11 @@ class ExecutionSettings(SettingsGroup):
     autocast: torch.dtype | None = None
     memory_format: torch.memory_format | None = None
 
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """The options of torch.compile; None where nothing is compiled."""
+        return self.compile if isinstance(self.compile, dict) else {} if self.compile else None
+
 
 GROUPS = (ResponseSettings, HyperSettings, CheckpointSettings, ExecutionSettings)
 FIELDS = [field.name for group in GROUPS for field in fields(group)]

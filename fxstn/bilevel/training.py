@@ -8,7 +8,6 @@ from collections.abc import Callable
 from fxstn.bilevel import distributed
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.validation import rows_of
 
 
 class TrainingLoop:
@@ -39,7 +38,6 @@ class TrainingLoop:
         problem.train()
         while batches := self._next_batches():
             self._replay()
-            tuner.valid.resize(rows_of(batches[0]))
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
             loss = tuner.stepper.inner(prepared, tuner.tunes)
             cycle_over = tuner.after_step(prepared, None if loss is None else {"train_loss": loss})

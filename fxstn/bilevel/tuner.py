@@ -10,10 +10,10 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
+from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
 from fxstn.bilevel.evaluation import Evaluator, RecentBatches, RunningMeans
 from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
@@ -30,6 +30,7 @@ from fxstn.bilevel.totals import one_number
 from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.batch_axis import batch_size
 
 
 def build_updates(
@@ -64,19 +65,10 @@ def build_updates(
             )
     scaled = settings.execution.autocast is torch.float16
     if scaled:
-        _check_no_float16(network.model if network is not None else problem)
+        check_no_float16(network.model if network is not None else problem)
     scalers = {name: LossScaler(device, scaled) for name in ("train_loss", "response_loss", "hyper_loss")}
     schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
     return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scalers, check=network is None)
-
-
-def _check_no_float16(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.dtype is torch.float16:
-            raise ValueError(
-                f"execution.autocast=torch.float16 is for a network in float32, and {name} is in float16: leave out "
-                ".half(), or freeze that layer"
-            )
 
 
 @dataclass
@@ -203,6 +195,8 @@ class Tuner:
         Raises BadLoss.
         """
         time = self.time
+        if self.network is not None:  # a problem of the user's own may have batches of any kind
+            self.valid.resize(batch_size(batches[0][0]))
         if losses is not None:
             self.counters.steps += 1
             losses = losses | self._respond(batches)

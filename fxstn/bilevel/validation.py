@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.batches import parts_of
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.sources import generators_of, new_pass, unchanged_generators
@@ -84,7 +84,6 @@ class ValidationStream(ABC):
     def next(self) -> tuple[object, bool]:
         """The next batch, and whether it is the first of a pass. The global generators stay as they are."""
         before = GlobalRandomState.current()
-        seeded_state(self.seed, self._position).set()
         try:
             return self.draw()
         finally:
@@ -158,9 +157,10 @@ class SplitStream(ValidationStream):
         self._parts: list[tuple[object, bool]] = []
 
     def draw(self) -> tuple[object, bool]:
+        seeded_state(self.seed, self._position).set()
         if not self._parts:
             batch, first = self.loader.next()
-            parts = split_rows(batch, self.size or rows_of(batch))
+            parts = [batch] if self.size is None else parts_of(batch, self.size)
             self._parts = [(part, first and number == 0) for number, part in enumerate(parts)]
         return self._parts.pop(0)
 
@@ -206,28 +206,6 @@ def indices_of(loader: DataLoader) -> list[int]:
         return sorted({index for batch in batches for index in batch})
 
 
-def rows_of(batch: object) -> int:
-    """The number of examples of a batch: the first size of its first tensor that has one; 1 where there is none."""
-    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
-    return next((len(leaf) for leaf in leaves), 1)
-
-
-def split_rows(batch: Any, size: int) -> list[Any]:
-    """A batch in parts of about `size` examples; the batch itself where it is no larger."""
-    rows = rows_of(batch)
-    parts = max(1, round(rows / size))
-
-    def part(number: int) -> Any:
-        chosen = slice(number * rows // parts, (number + 1) * rows // parts)
-
-        def cut(x: object) -> object:
-            return x[chosen] if isinstance(x, torch.Tensor) and x.dim() and len(x) == rows else x
-
-        return tree_map(cut, batch)
-
-    return [batch] if parts == 1 else [part(number) for number in range(parts)]
-
-
 def example_batch(loader: Iterable[object]) -> Any:
     """A batch of a few examples, as a loader would yield them. No pass over the loader begins where that can be helped."""
     with unchanged_generators(loader):
@@ -239,4 +217,4 @@ def example_batch(loader: Iterable[object]) -> Any:
             raise ValueError(
                 "a loader yields no batch; give one that can be read again and again, such as a DataLoader"
             )
-        return split_rows(batch, EXAMPLES)[0]
+        return parts_of(batch, EXAMPLES)[0]

@@ -24,16 +24,25 @@ from fxstn.frontends.decompositions.layer_drop import LayerLoop, with_residual
 from fxstn.hp.operation import Operation
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import operation_name
+from fxstn.ir.signatures import Spelled
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 
-_SPELLINGS = {torch.dropout: F.dropout, torch.dropout_: F.dropout, torch.alpha_dropout: F.alpha_dropout,
-              torch.alpha_dropout_: F.alpha_dropout, torch.feature_alpha_dropout: F.feature_alpha_dropout,
-              torch.feature_alpha_dropout_: F.feature_alpha_dropout}  # fmt: skip
-_CANONICAL: dict[Any, Any] = {**{function: function for function in DROPOUTS}, **_SPELLINGS}
 
-_IN_PLACE = {torch.dropout_, torch.alpha_dropout_, torch.feature_alpha_dropout_}
+def _spellings() -> dict[Any, Spelled]:
+    """{function of torch: a call of it in the canonical spelling}, of all that are dropout."""
+    result: dict[Any, Spelled] = {}
+    for module in (torch, F):
+        for name in filter(lambda name: "dropout" in name and not name.startswith("_"), dir(module)):
+            function = getattr(module, name)
+            spelled = respell(function, (torch.empty(0), 0.5, True), {})
+            if spelled.function in DROPOUTS:
+                result[function] = spelled
+    return result
+
+
+_SPELLINGS = _spellings()
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class SiteMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if original in _CANONICAL:
+        if original in _SPELLINGS:
             return self.drop(original, args, kwargs)
         if original in DECOMPOSITIONS:
             with self:
@@ -128,8 +137,9 @@ class SiteMode(TorchFunctionMode):
         self.dropouts += 1
         if index is None:
             return original(*args, **kwargs)
-        in_place = (args[3] if len(args) > 3 else kwargs.get("inplace", False)) or original in _IN_PLACE
-        return dropped(x, self.strengths[index], _CANONICAL[original], in_place)
+        spelled = _SPELLINGS[original]
+        in_place = spelled.in_place or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
+        return dropped(x, self.strengths[index], spelled.function, in_place)
 
     def after(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
         """The result of another operation, with what is drawn after it."""

@@ -15,7 +15,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 
-_COMPILED = "_orig_mod"  # the child of a module from torch.compile: the module that was compiled
+COMPILED = "_orig_mod"  # the child of a module from torch.compile: the module that was compiled
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -24,14 +24,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
     A frontend follows Python, and the graphs of a network are compiled as a whole (`SelfTuningNetwork.compile`).
     """
     model = copy.deepcopy(model)
-    while _COMPILED in model._modules:
-        model = model.get_submodule(_COMPILED)
+    while COMPILED in model._modules:
+        model = model.get_submodule(COMPILED)
     for module in [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]:
         if module._compiled_call_impl is not None:
             module._compiled_call_impl = None  # what nn.Module.compile leaves
         for name, child in module._modules.items():
-            while child is not None and _COMPILED in child._modules:
-                module._modules[name] = child = child.get_submodule(_COMPILED)
+            while child is not None and COMPILED in child._modules:
+                module._modules[name] = child = child.get_submodule(COMPILED)
     return model
 
 

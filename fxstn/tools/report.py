@@ -13,19 +13,16 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 from string import Template
-from typing import Any, Protocol
 
 import torch
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.files import write_text
-from fxstn.bilevel.history import SCALE, History
+from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.plots import figure_class, figure_of, panels
-from fxstn.bilevel.problem import BilevelProblem
-from fxstn.bilevel.totals import Metrics
-from fxstn.bilevel.updates import Updates
+from fxstn.bilevel.run import Run
 from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
@@ -34,39 +31,6 @@ COSTLY = ("hyper.train_steps", "hyper.valid_steps", "hyper.fraction", "response.
           "response.perturb", "accumulate", "execution.compile", "execution.autocast", "execution.memory_format")  # fmt: skip
 HIDDEN = ("lr", "gap", "limited")  # of an optimizer: shown otherwise, or the state of a run
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-
-
-class Run(Protocol):
-    """What a report is about: a BilevelRunner, or what `fxstn.tune` returns."""
-
-    device: torch.device
-    settings: dict[str, str]
-    train_loader: Any
-    valid_loader: Any
-    metrics: Metrics
-    optimizers: dict[str, torch.optim.Optimizer]
-    updates: Updates
-
-    @property
-    def history(self) -> History: ...
-
-    @property
-    def problem(self) -> BilevelProblem: ...
-
-    @property
-    def stn(self) -> object: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def response_steps(self) -> int: ...
-
-    @property
-    def hyper_steps(self) -> int: ...
-
-    @property
-    def warnings(self) -> list[tuple[int, str]]: ...
 
 
 def write_report(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxstn
 from fxstn import hp
 from fxstn.bilevel.batches import first_part, to_device
 from fxstn.bilevel.losses import PerturbMode
@@ -18,7 +19,6 @@ from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.updates import sgd
 from fxstn.tools.models import build_model
 from fxstn.transform import transform
-from fxstn.tune import tune
 
 TRAIN_STEPS = 5
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -137,7 +137,7 @@ class TunedLoop:
         self.model, x, target = setup.build()
         self.batch, self.optimizer = (x, target), sgd(list(self.model.parameters()))
         self.step = Stepper(setup, self.optimizer)
-        self.tuner = tune(self.model, self.optimizer, F.cross_entropy, None, [self.batch], setup.hparams())
+        self.tuner = fxstn.tune(self.model, self.optimizer, F.cross_entropy, None, [self.batch], setup.hparams())
 
     def cycle(self, steps: int) -> None:
         x, target = self.batch
