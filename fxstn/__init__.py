@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fxstn.integrations.tensorboard import TensorBoard as TensorBoard
     from fxstn.ir.errors import Diagnostic as Diagnostic
     from fxstn.ir.errors import TransformError as TransformError
+    from fxstn.loops.tune import LoopTuner as LoopTuner
+    from fxstn.loops.tune import tune as tune
     from fxstn.network import SelfTuningNetwork as SelfTuningNetwork
     from fxstn.rules.own import register_rule as register_rule
     from fxstn.tools.explain import Explanation as Explanation
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from fxstn.tools.verify import VerifyResult as VerifyResult
     from fxstn.tools.verify import verify as verify
     from fxstn.transform import transform as transform
-    from fxstn.tune import LoopTuner as LoopTuner
-    from fxstn.tune import tune as tune
 
 EXPORTS = {
     "fxstn.bilevel": [
@@ -70,6 +70,7 @@ EXPORTS = {
     "fxstn.frontends.decompositions.torchvision": ["register_operation"],
     "fxstn.integrations.tensorboard": ["TensorBoard"],
     "fxstn.ir.errors": ["Diagnostic", "TransformError"],
+    "fxstn.loops.tune": ["LoopTuner", "tune"],
     "fxstn.network": ["SelfTuningNetwork"],
     "fxstn.rules.own": ["register_rule"],
     "fxstn.tools.explain": ["Explanation", "explain"],
@@ -78,7 +79,6 @@ EXPORTS = {
     "fxstn.tools.show": ["show"],
     "fxstn.tools.verify": ["VerifyResult", "verify"],
     "fxstn.transform": ["transform"],
-    "fxstn.tune": ["LoopTuner", "tune"],
 }  # the imports above, which type checkers read, once more for Python
 __all__ = ["hp", *(name for names in EXPORTS.values() for name in names)]
 

@@ -27,7 +27,7 @@ FILES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-AT_TRANSFORM_TIME = ("fxstn.transform", "fxstn.tune", "fxstn.passes", "fxstn.frontends", "fxstn.tools")
+AT_TRANSFORM_TIME = ("fxstn.transform", "fxstn.loops.tune", "fxstn.passes", "fxstn.frontends", "fxstn.tools")
 AT_RUN_TIME = ("fxstn.frontends.live",)  # rooms of AT_TRANSFORM_TIME that run in training all the same
 
 Graph = dict[str, set[str]]  # {module: modules that it imports}

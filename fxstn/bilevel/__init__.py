@@ -3,8 +3,8 @@
 A step: problem, network_problem, sequences, objectives, losses, counts, steps, noise, scaling, updates, combined, optim,
 evidence.
 The method: tuner, settings.
-A run around it: run, runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, distributed.
-A loop of the user's around it: attached, attached_checks, step_hooks, forwards, observed, validation, recent, decay.
+A run around it: run, runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, validation,
+distributed.
 Evaluation: evaluation, totals, recalibration, temporary.
 What a run tells: history, plots, progress, faults.
 Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxstn.bilevel.forwards import Forward, default_forward, loss_in
 from fxstn.bilevel.history import History
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.state import GlobalRandomState, State
 from fxstn.bilevel.validation import example_batch
 from fxstn.hp import Spec
-from fxstn.tune import LoopTuner, TuneSettings, tune, unwrapped
+from fxstn.loops.forwards import Forward, default_forward, loss_in
+from fxstn.loops.tune import LoopTuner, TuneSettings, tune, unwrapped
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -13,7 +13,7 @@ import torch
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.settings import ExecutionSettings
 from fxstn.hp import Spec
-from fxstn.tune import LoopTuner, TuneSettings, tune
+from fxstn.loops.tune import LoopTuner, TuneSettings, tune
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

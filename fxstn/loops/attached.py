@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxstn.bilevel.attached_checks import check_place, check_state, place_of
-from fxstn.bilevel.decay import TunedDecay
 from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
-from fxstn.bilevel.observed import can_be_observed, length_of, observe, restore, unobserved
-from fxstn.bilevel.recent import RememberedBatches
 from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.state import State, on_device
-from fxstn.bilevel.step_hooks import gradient_factor, hook_steps
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
+from fxstn.loops.checks import check_place, check_state, place_of
+from fxstn.loops.decay import TunedDecay
+from fxstn.loops.observed import can_be_observed, length_of, observe, restore, unobserved
+from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
+from fxstn.loops.step_hooks import gradient_factor, hook_steps
 
 FORMAT = 1
 
@@ -62,11 +62,9 @@ class AttachedTuner(Run):
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
-        self._batches, self._last = list[object](), list[object]()  # since the last step; of that step
-        self._most = 0  # batches of one step, as far as seen
+        self._seen = SeenBatches()
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
-        self._passing, self._late = False, 0  # whether a pass is under way; steps of this epoch outside of one
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
         hooks = (self._before_step, self._after_step)
         self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
@@ -81,20 +79,18 @@ class AttachedTuner(Run):
 
     def begin_pass(self) -> None:
         """A pass over the training data begins. One that was broken off ends here."""
-        if self._passing:
+        if self._seen.passing:
             self.end_pass()
-        self._passing = True
-        self._batches.clear()
+        self._seen.begin_pass()
 
     def see(self, batch: object) -> None:
         """A batch that the next step of w₀ may train on."""
-        batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out of its own
-        self._batches = [*self._batches, batch][-self._most :]
+        self._seen.see(batch)
 
     def end_pass(self) -> None:
         """A pass over the training data ends. Nothing happens where no step was taken in it."""
-        self._passing = False
-        if self._tuner.means.steps > self._late and self.epoch_steps is None:
+        self._seen.passing = False
+        if self._tuner.means.steps > self._seen.late and self.epoch_steps is None:
             self.end_epoch()
 
     def step(self, batch: object) -> None:
@@ -112,7 +108,7 @@ class AttachedTuner(Run):
         self.see(batch)
         if self._due:
             self._due = False
-            self._advance()
+            self._advance(self._seen.take())
 
     def end_epoch(self) -> None:
         """Evaluate, limit λ by the generalisation gap, and add a row to the history.
@@ -123,7 +119,7 @@ class AttachedTuner(Run):
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
-        self._late = 0
+        self._seen.late = 0
         tuner.begin_epoch()
         for callback in tuner.settings.callbacks if len(self.history) > rows else ():
             callback(self)
@@ -159,22 +155,17 @@ class AttachedTuner(Run):
             self._due = True
             return
         if self._own is not None:
-            self._batches = [self._own.next()[0]]
-        self._late += not self._passing
-        if self._late < self._most:  # the loop takes batches ahead, and its pass ended before the last steps
-            self._batches = self._batches or self._last
-        if not self._batches:
+            self.see(self._own.next()[0])
+        if not (batches := self._seen.take()):
             raise ValueError(
                 "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
                 "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
             )
-        self._advance()
+        self._advance(batches)
 
-    def _advance(self) -> None:
-        """Do what is due after a step of w₀ on the batches since the last one."""
-        tuner, batches, self._batches = self._tuner, self._batches, []
-        self._last = batches
-        self._most = max(self._most, len(batches))
+    def _advance(self, batches: list[object]) -> None:
+        """Do what is due after a step of w₀ on these batches."""
+        tuner = self._tuner
         self._follow_autocast()
         self._recent.batches.extend(batches)
         with self._in_the_models_mode():

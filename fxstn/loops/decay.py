@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxstn.bilevel.step_hooks import gradient_factor
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
+from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 
 Group = dict[str, Any]

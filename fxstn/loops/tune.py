@@ -11,19 +11,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.attached import AttachedTuner
 from fxstn.bilevel.checks import check_loader, check_synced_norms
-from fxstn.bilevel.decay import decayed_specs, start_at_decay, without_undecayed
-from fxstn.bilevel.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
-from fxstn.bilevel.step_hooks import unwrapped_optimizer
 from fxstn.bilevel.validation import example_batch
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
+from fxstn.loops.attached import AttachedTuner
+from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
+from fxstn.loops.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
+from fxstn.loops.step_hooks import unwrapped_optimizer
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.request import Request, check_model
 from fxstn.passes.take_over import condition_model

@@ -1,0 +1,9 @@
+"""The method inside training loops that somebody else runs: fxstn.tune, and what it hears of the loop.
+
+tune is the function, attached the tuner that it returns. A tuner hears of steps (step_hooks), of passes over the loader
+(observed) and of their batches (seen_batches), and reads these (forwards). decay takes over the weight decay of an optimizer.
+"""
+
+from fxstn.loops.tune import LoopTuner, TuneSettings, tune
+
+__all__ = ["LoopTuner", "TuneSettings", "tune"]
