@@ -106,3 +106,33 @@ def test_the_metric_is_the_root_of_the_optimizers_second_moment() -> None:
     tuner.detach()
     coupled = fxstn.tune(model, other, half_square, batches, batches, [hp.WeightDecay()])
     assert coupled.stn.decay_metric("0.weight") is None
+
+
+def penalised_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)
+    ).double()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_steps_along_the_gradient_of_its_penalties(accumulate: int) -> None:
+    """One inner step is that of SGD on the loss and the penalties, which autograd differentiates: of weights that respond, of
+    one before a batch norm, which does not, with a strength in common and with their own."""
+    x, target = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)).double(), torch.arange(12) % 2
+    specs = [hp.WeightDecay(init=0.08, shared=True), hp.WeightDecay("2", "5", norm=1, init=0.02)]
+    plain, stn = penalised_network(), fxstn.transform(penalised_network(), specs)
+    loader = list(zip(x.split(12 // accumulate), target.split(12 // accumulate), strict=True))
+    runner = fxstn.BilevelRunner(
+        stn, nn.functional.cross_entropy, loader, loader, progress=False, accumulate=accumulate,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.5), hyper=fxstn.HyperSettings(warmup_epochs=9, recalibrate=0),
+    )  # fmt: skip
+    (row,) = runner.fit(1).rows
+    loss = torch.stack([nn.functional.cross_entropy(plain(part), y) for part, y in loader]).mean()
+    loss = loss + 0.04 * sum(plain[i].weight.square().sum() for i in (0, 2, 5))
+    loss = loss + 0.02 * sum(plain[i].weight.abs().sum() for i in (2, 5))
+    loss.backward()
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for (name, expected), weight in zip(plain.named_parameters(), stn.model.parameters(), strict=True):
+        stepped = expected.detach() - 0.5 * expected.grad
+        torch.testing.assert_close(weight.detach(), stepped, rtol=1e-5, atol=1e-6, msg=name)

@@ -125,15 +125,19 @@ def perturbation(
 
 
 def general_loss(
-    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto"
-) -> Loss:
-    """`fxstn.general_loss`, with what it is a mean over."""
+    stn: SelfTuningNetwork, loss_fn: LossFunction, inputs: object, target: object, *, perturb: Perturb = "auto",
+    decays: bool = True,
+) -> Loss:  # fmt: skip
+    """`fxstn.general_loss`, with what it is a mean over.
+
+    decays: whether weight decay has a gradient. Where it has not, `add_decay` of the network adds it.
+    """
     _check_network(stn)
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
     output, auxiliary = stn.conditioned_output(*inputs.args, **inputs.kwargs)
-    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None)
+    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None, decays)
 
 
 def response_loss(
@@ -188,17 +192,20 @@ def _training_loss(
     output: object,
     auxiliary: Sequence,
     epsilon: Tensor | None,
+    decays: bool = True,
 ) -> Loss:
     """L_T of an output at λ₀ + ε: the loss function and every penalty.
 
     epsilon: None for zero.
+    decays: of `general_loss`.
     """
     strengths = stn.hparams(epsilon)
     for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
         target = spec.retarget(target, output, value)
     hparams = stn.hparams.named(strengths.expand(batch_size(inputs), -1)) if takes_hparams(loss_fn) else None
     loss = evaluate_loss(loss_fn, output, inputs, target, hparams)
-    penalties = [stn.penalty(epsilon)]
+    with torch.set_grad_enabled(decays and torch.is_grad_enabled()):
+        penalties = [stn.penalty(epsilon)]
     penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
     for index, projections in stn.terms.jacobian:
         penalties.append((strengths[..., index] * squared_jacobian(output, inputs, projections)).mean())

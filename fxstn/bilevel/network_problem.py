@@ -35,6 +35,7 @@ from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors, value_counts
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.penalty import add_decay
 
 
 class NetworkProblem(BilevelProblem):
@@ -81,9 +82,13 @@ class NetworkProblem(BilevelProblem):
         carried = self.training_windows
         inputs = carried.inputs(inputs)
         self._before = carried.state
-        loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb)
+        loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb, decays=self.joint)
         carried.advance()
         return loss
+
+    def add_decay(self) -> None:
+        if not self.joint:
+            add_decay(self.stn.terms.penalties, self.stn.model, self.stn.hparams().detach())
 
     def response_loss(self, inputs: Any, target: Any) -> Loss:
         """L_T at λ + ε, from the state before the window or, while ε stays, from that of the perturbed network."""

@@ -90,6 +90,12 @@ class BilevelProblem(nn.Module):
         """
         return torch.full_like(unconstrained, 0.5)
 
+    def add_decay(self) -> None:
+        """Add to the gradients of w₀ those of weight decay that general_loss has only the value of, once in a step.
+
+        The gradients have their true size, and are the same in all processes.
+        """
+
     def training_hypergradient(self) -> Tensor | None:
         """The derivative in λ of the training loss, from the gradients of w₀. None: nothing to correct (`inner_correction`)."""
         return None

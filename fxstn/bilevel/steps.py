@@ -62,6 +62,7 @@ class Stepper:
         loss = self._gradient("train_loss", self.problem.general_loss, batches, names)
         if loss is None:
             return None
+        self.problem.add_decay()
         self.note_gradient(tunes)
         self.updates.step(*names)
         return loss

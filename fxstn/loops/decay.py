@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.penalty import add_to_gradients, penalty_gradients
 
 Group = dict[str, Any]
 
@@ -106,19 +107,24 @@ class TunedDecay:
         """
         strengths = self.hparams().detach()
         scale = gradient_factor(optimizer)
+        for one, weights in self._alike(optimizer):
+            strength = strengths[one.index].to(one.weight)
+            if not (one.decoupled and one.norm == 2):
+                difference = strength - one.constant
+                difference = difference if scale is None else difference * scale
+                add_to_gradients(weights, penalty_gradients(weights, difference, one.norm))
+            elif first:
+                lr = one.group["lr"]
+                torch._foreach_mul_(list[Tensor](weights), (1 - lr * strength) / (1 - lr * one.constant))
+
+    def _alike(self, optimizer: Optimizer) -> Iterator[tuple[DecayedWeight, list[nn.Parameter]]]:
+        """The weights of an optimizer that have a gradient, as (one of them, all those that decay as it does)."""
+        alike: dict[tuple[int, int, int, torch.dtype], list[DecayedWeight]] = {}
         for own in self.weights:
-            weight = own.weight
-            if own.optimizer is not optimizer or weight.grad is None:
-                continue
-            strength = strengths[own.index].to(weight)
-            if own.decoupled and own.norm == 2:
-                if first:
-                    lr = own.group["lr"]
-                    weight.mul_((1 - lr * strength) / (1 - lr * own.constant))
-                continue
-            direction = weight.sign() if own.norm == 1 else weight
-            difference = (strength - own.constant) * direction
-            weight.grad.add_(difference if scale is None else difference * scale)
+            if own.optimizer is optimizer and own.weight.grad is not None:
+                alike.setdefault((own.index, own.norm, own.number, own.weight.dtype), []).append(own)
+        for part in alike.values():
+            yield part[0], [own.weight for own in part]
 
     def metric(self, name: str) -> Tensor | None:
         """D of a weight with decoupled decay; None for others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,81 @@ from fxstn.ops.precision import wide, widen
 from fxstn.ops.response import responses_in
 
 
-def penalty(weight: Tensor, strength: Tensor, norm: int = 2) -> Tensor:
-    """½ λ ‖w‖², or λ ‖w‖₁ for norm 1, a scalar.
+class _Penalty(torch.autograd.Function):
+    """½ λ Σ ‖w‖², or λ Σ ‖w‖₁ for norm 1, by multi-tensor operations."""
 
-    weight: of any shape.
+    @staticmethod
+    def forward(ctx: Any, strength: Tensor, norm: int, *weights: Tensor) -> Tensor:
+        sizes = torch.stack(torch._foreach_norm(weights, norm, dtype=wide(weights[0].dtype)))
+        size = sizes.sum() if norm == 1 else 0.5 * sizes.square().sum()
+        ctx.save_for_backward(strength, size, *weights)
+        ctx.norm = norm
+        return strength * size
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        strength, size, *weights = ctx.saved_tensors
+        of_strength = gradient * size if ctx.needs_input_grad[0] else None
+        return of_strength, None, *penalty_gradients(weights, gradient * strength, ctx.norm)
+
+
+def penalty(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> Tensor:
+    """½ λ Σ ‖w‖², or λ Σ ‖w‖₁ for norm 1, a scalar at least in float32.
+
+    weights: of any shapes, and of one type.
     strength: λ ≥ 0, 0-d.
+
+    Its gradient in w is λ w to the last bit, as an optimizer's own weight decay has it.
     """
-    if norm == 1:
-        return strength * weight.abs().sum(dtype=wide(weight.dtype))
-    flat = widen(weight).flatten()  # the gradient of ⟨w, w⟩ is λ w to the last bit, as an optimizer's own weight decay
-    return 0.5 * strength * torch.linalg.vecdot(flat, flat).real
+    return _Penalty.apply(strength.to(wide(weights[0].dtype).to_real()), norm, *weights)
+
+
+def penalty_gradients(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> list[Tensor]:
+    """λ w, or λ sign(w) for norm 1, of each weight.
+
+    weights: of one type.
+    strength: λ, 0-d.
+    """
+    directions = [weight.sgn() for weight in weights] if norm == 1 else list(weights)
+    return list(torch._foreach_mul(directions, strength.to(weights[0].dtype)))
+
+
+Groups = dict[tuple[int, int, torch.dtype], list[str]]  # (index of the strength, norm, type) → names of parameters
+
+
+def groups_of(penalties: Sequence[tuple[str, int, int]], model: nn.Module) -> Groups:
+    """The penalised parameters that one multi-tensor operation can take.
+
+    penalties: (parameter name, index of its strength, norm) of each.
+    """
+    groups: Groups = {}
+    for name, index, norm in penalties:
+        groups.setdefault((index, norm, model.get_parameter(name).dtype), []).append(name)
+    return groups
+
+
+@torch.no_grad()
+def add_decay(penalties: Sequence[tuple[str, int, int]], model: nn.Module, strengths: Tensor) -> None:
+    """Add the gradient of each penalty at w to that of its parameter, unless it is frozen.
+
+    penalties: (parameter name, index of its strength, norm) of each.
+    strengths: (h,).
+    """
+    for (index, norm, _), names in groups_of(penalties, model).items():
+        if weights := [w for w in map(model.get_parameter, names) if w.requires_grad]:
+            add_to_gradients(weights, penalty_gradients(weights, strengths[index], norm))
+
+
+@torch.no_grad()
+def add_to_gradients(weights: Sequence[nn.Parameter], changes: Sequence[Tensor]) -> None:
+    """Add a dense tensor to the gradient of each weight: dense, sparse or none."""
+    dense = [(w.grad, change) for w, change in zip(weights, changes, strict=True)
+             if w.grad is not None and not w.grad.is_sparse]  # fmt: skip
+    if dense:
+        torch._foreach_add_([gradient for gradient, _ in dense], [change for _, change in dense])
+    for weight, change in zip(weights, changes, strict=True):
+        if weight.grad is None or weight.grad.is_sparse:
+            weight.grad = change if weight.grad is None else change.add_(weight.grad)
 
 
 def penalty_perturbed(
@@ -67,6 +133,10 @@ def total_penalty(
     metric: parameter name → D, shaped like the weight, where its penalty of norm 2 is ½ λ wᵀ D w with this diagonal D; or None.
     """
     total, responses = strengths.new_zeros(()), responses_in(tree)
+    if delta is None and metric is None:
+        for (index, norm, _), names in groups_of(penalties, model).items():
+            total = total + penalty([model.get_parameter(name) for name in names], strengths[..., index].mean(), norm)
+        return total
     for name, index, norm in penalties:
         response, weight = responses.get(name), model.get_parameter(name)
         w = weight.detach() if constant else weight
@@ -75,7 +145,7 @@ def total_penalty(
             root = diagonal.sqrt()  # ‖√D w‖²
             w, direction = w * root, None if direction is None else direction * root
         if delta is None or response is None or direction is None:
-            total = total + penalty(w, strengths[..., index].mean(), norm)
+            total = total + penalty([w], strengths[..., index].mean(), norm)
         else:
             total = total + penalty_perturbed(w, strengths[..., index], response(delta), direction, response.axis, norm)
     return total
