@@ -28,6 +28,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import fxstn
 from fxstn import hp
+from fxstn.ops.response import Response
 
 
 def images(size: int, examples: int = 24) -> TensorDataset:
@@ -128,9 +129,14 @@ def detected() -> list[str]:
     return [*losses, *state(stn)]
 
 
-def state(stn: nn.Module) -> list[str]:
+def state(stn: fxstn.SelfTuningNetwork) -> list[str]:
     """The weights, responses and hyperparameters, a digest each, in order; names may change."""
-    tensors = [*stn.parameters(), *stn.buffers()]
+    responses: dict[object, Tensor] = {}
+    for response in (child for child in stn.response.modules() if isinstance(child, Response)):
+        responses.setdefault(response.block, response.U)
+        if response.R is not None:
+            responses[response] = response.R
+    tensors = [*stn.model.parameters(), *responses.values(), *stn.hparams.parameters(), *stn.buffers()]
     return [f"tensor {i}={hashlib.sha256(t.detach().numpy().tobytes()).hexdigest()}" for i, t in enumerate(tensors)]
 
 

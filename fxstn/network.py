@@ -19,7 +19,8 @@ from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import total_penalty
-from fxstn.ops.response import Response, frozen, parameter_changes, pulled_back
+from fxstn.ops.pulled_back import gradients_in, pulled_back
+from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes
 
 METHODS = ("delta", "centered", "stn")
 
@@ -38,7 +39,7 @@ class SelfTuningNetwork(ModelWrapper):
     """
 
     model: nn.Module
-    response: nn.Module
+    response: ResponseTree
     hparams: HyperparameterSpace
     terms: LossTerms
     method: str
@@ -49,7 +50,7 @@ class SelfTuningNetwork(ModelWrapper):
     def __init__(
         self,
         model: nn.Module,
-        response: nn.Module,
+        response: ResponseTree,
         hparams: HyperparameterSpace,
         terms: LossTerms,
         method: str,
@@ -140,7 +141,7 @@ class SelfTuningNetwork(ModelWrapper):
         return self.model.parameters()
 
     def response_parameters(self) -> Iterator[nn.Parameter]:
-        """Θ: U, and R where the response is structured, of every parameter that responds."""
+        """Θ: the scales U of all parameters that respond in one tensor, and R of each where the response is structured."""
         return self.response.parameters()
 
     @property
@@ -167,7 +168,6 @@ class SelfTuningNetwork(ModelWrapper):
         changes = parameter_changes(self.response, self.model, delta)
         return {n: weight + changes[n] if n in changes else weight for n, weight in self.model.named_parameters()}
 
-    @torch.no_grad()
     def hypergradient(self) -> Tensor:
         """Θᵀ g, (h,): the derivative in λ, through the response, of the loss whose gradient g the general parameters hold.
 
@@ -175,7 +175,7 @@ class SelfTuningNetwork(ModelWrapper):
         best: see `fxstn.HyperSettings`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
         GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
-        return torch.zeros_like(self.hparams.unconstrained) + pulled_back(self.response, self.model)
+        return pulled_back(self.response, gradients_in(self.model), self.model).to(self.hparams.unconstrained)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""

@@ -16,7 +16,7 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.ops.response import Response
+from fxstn.ops.response import Response, responses_in
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
 
@@ -308,7 +308,7 @@ def norms_and_inputs():
 def test_where_units_are_scaled_norms_respond_and_what_they_normalise_does_not():
     net, _ = norms_and_inputs()
     scaled, structured = (fxstn.transform(net, SCALAR, response=kind) for kind in ("scaled", "structured"))
-    named = [{n.rpartition(".")[0] for n, _ in stn.response.named_parameters()} for stn in (scaled, structured)]
+    named = [set(responses_in(stn.response)) for stn in (scaled, structured)]
     layers = {"conv.weight", "conv.bias", "head.weight", "head.bias"}
     assert named[0] == dict(net.named_parameters()).keys() - {"conv.weight", "conv.bias"}
     assert named[1] == layers
@@ -319,7 +319,7 @@ def test_a_batch_norm_that_is_frozen_takes_no_scale_away():
     net, _ = norms_and_inputs()
     net.batch.eval()
     stn = fxstn.transform(net, SCALAR)
-    assert {"conv.weight", "batch.weight"} <= {n.rpartition(".")[0] for n, _ in stn.response.named_parameters()}
+    assert {"conv.weight", "batch.weight"} <= responses_in(stn.response).keys()
 
 
 @pytest.mark.parametrize("trace", ["fx", "live"])

@@ -121,9 +121,7 @@ def _convert(state: State, ours: State, ranges: Sequence[str], scales: Sequence[
         raw[index] = inverse_softplus(scale)
     for name in scales:
         raw[names.index(name)] = inverse_softplus(ours[name]["scale"])
-    for key, tensor in tensors.items():
-        if key.startswith("stn.response.") and key.endswith(".U"):
-            tensors[key] = _times(tensor, slopes)
+    tensors["stn.response.flat_U"] = _times(tensors["stn.response.flat_U"], slopes)
     tensors |= {"stn.hparams.unconstrained": points, "stn.hparams.raw_scale": raw}
     stepper = shared["stepper"]
     gradients = [_times(gradient, slopes) for gradient in stepper["training_hypergradients"]]

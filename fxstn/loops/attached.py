@@ -26,7 +26,7 @@ from fxstn.loops.observed import can_be_observed, length_of, observe, restore, u
 from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
 from fxstn.loops.step_hooks import gradient_factor, hook_steps
 
-FORMAT = 1
+FORMAT = 2
 
 
 class AttachedTuner(Run):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.precision import wide, widen
-from fxstn.ops.response import responses_in
+from fxstn.ops.response import responses_in, row_scales
 
 
 class _Penalty(torch.autograd.Function):
@@ -137,6 +137,7 @@ def total_penalty(
         for (index, norm, _), names in groups_of(penalties, model).items():
             total = total + penalty([model.get_parameter(name) for name in names], strengths[..., index].mean(), norm)
         return total
+    scales = {} if delta is None else row_scales(tree, delta)
     for name, index, norm in penalties:
         response, weight = responses.get(name), model.get_parameter(name)
         w = weight.detach() if constant else weight
@@ -147,7 +148,8 @@ def total_penalty(
         if delta is None or response is None or direction is None:
             total = total + penalty([w], strengths[..., index].mean(), norm)
         else:
-            total = total + penalty_perturbed(w, strengths[..., index], response(delta), direction, response.axis, norm)
+            scale = scales[name].to(wide(weight.dtype.to_real()))
+            total = total + penalty_perturbed(w, strengths[..., index], scale, direction, response.axis, norm)
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,48 +18,71 @@ from fxstn.ops.precision import WideModule, wide, widen
 class Response(WideModule):
     """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
 
-    U: (n, h), n entries along `axis`. It starts at zero, so that a fresh response predicts no change. Parameters that w is
-        combined with row by row share it.
-    R: None where it is w itself, so that w(δ) = (1 + U δ) ⊙ w. Otherwise a parameter shaped like w, which starts from the
-        uniform distribution of torch's linear and convolution layers, ±1/√fan_in.
-    active: whether w responds. It does not while it is not trained.
+    parameter: w.
+    fan_in: of its layer.
+    tree: holds the scales of all parameters.
+    block: the number of the block of scales that is its own, or that it shares.
+    structured: whether R is a parameter. It is then shaped like w, and starts from the uniform distribution of torch's linear
+        and convolution layers, ±1/√fan_in. Otherwise R is None and stands for w itself, so that w(δ) = (1 + U δ) ⊙ w.
 
-    U and R are in the type of w, but float32 at least. A layer gets U δ in the type of its output, and R in that of w.
+    `active` is whether w responds. It does not while it is not trained. R is in the type of w, but float32 at least.
     """
 
     def __init__(
-        self,
-        parameter: Tensor,
-        fan_in: int,
-        hyperparameters: int,
-        axis: int = 0,
-        U: nn.Parameter | None = None,
-        structured: bool = True,
+        self, parameter: Tensor, fan_in: int, tree: ResponseTree, block: int, axis: int = 0, structured: bool = True
     ) -> None:
         super().__init__()
-        dtype, bound = wide(parameter.dtype), 1 / math.sqrt(fan_in)
-        zeros = torch.zeros(parameter.shape[axis], hyperparameters, dtype=dtype, device=parameter.device)
-        self.U = nn.Parameter(zeros) if U is None else U
-        drawn = torch.empty_like(parameter, dtype=dtype).uniform_(-bound, bound) if structured else None
-        self.R = None if drawn is None else nn.Parameter(drawn)
-        self.axis = axis
-        self.active = True
+        bound = 1 / math.sqrt(fan_in)
+        drawn = torch.empty_like(parameter, dtype=wide(parameter.dtype)) if structured else None
+        self.R = None if drawn is None else nn.Parameter(drawn.uniform_(-bound, bound))
+        self.block, self.axis, self.active = block, axis, True
+        self._tree = (tree,)  # a tuple, because a module would become a child
 
-    def forward(self, delta: Tensor) -> Tensor:
-        """Scales U δ: (n,) for delta (h,), (batch, n) for (batch, h)."""
-        return nn.functional.linear(delta.to(self.U.dtype), self.U)
+    @property
+    def U(self) -> Tensor:  # noqa: N802 (Eq. 3.14)
+        """(n, h), a view of its rows of the scales of all parameters."""
+        (tree,) = self._tree
+        sizes = tree.flat_sizes
+        return tree.flat_U.narrow(0, sum(sizes[: self.block]), sizes[self.block])
 
     def direction(self, parameter: Tensor) -> Tensor:
         """R, given w."""
         return parameter if self.R is None else self.R
 
 
-def responses_in(tree: nn.Module) -> dict[str, Response]:
-    """{parameter name: its response} of a tree of Response modules that mirrors the model's parameter names.
+class ResponseTree(WideModule):
+    """The responses of a network: a tree of Response modules that mirrors the model's parameter names.
 
-    Parameters that are not trained are left out.
+    flat_U: (N, h), the scales U of all parameters, block below block. It starts at zero, so that a fresh response predicts no
+        change. It is float32 at least.
+    flat_sizes: the rows of each block. Parameters that are combined row by row share one.
+
+    Children and parameters of the root are called like those of the model: it has no other names that a model might have.
     """
+
+    def __init__(self, flat_U: Tensor, flat_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.flat_U, self.flat_sizes = nn.Parameter(flat_U), tuple(flat_sizes)
+
+    def forward(self, delta: Tensor) -> tuple[Tensor, ...]:
+        """Scales U δ of each block, by one product: (n,) for delta (h,), (batch, n) for (batch, h)."""
+        scales = nn.functional.linear(delta.to(self.flat_U.dtype), self.flat_U)
+        return scales.split(self.flat_sizes, -1)
+
+
+def responses_in(tree: nn.Module) -> dict[str, Response]:
+    """{parameter name: its response} of a ResponseTree. Parameters that are not trained are left out."""
     return {name: child for name, child in tree.named_modules() if isinstance(child, Response) and child.active}
+
+
+def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
+    """{parameter name: U δ}, (n,) or (batch, n), of every parameter that responds.
+
+    tree: a ResponseTree.
+    delta: (h,) or (batch, h).
+    """
+    scales = tree(delta)
+    return {name: scales[response.block] for name, response in responses_in(tree).items()}
 
 
 @contextmanager
@@ -78,38 +101,14 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[str, Tensor]:
     """{parameter name: Δw} for one delta, at least float32.
 
-    tree: Response modules, under the names of the model's parameters.
+    tree: a ResponseTree, over the names of the model's parameters.
     delta: (h,).
     """
+    responses = responses_in(tree)
     return {
-        name: materialised(response(delta), widen(response.direction(model.get_parameter(name))), response.axis)
-        for name, response in responses_in(tree).items()
+        name: materialised(scale, widen(responses[name].direction(model.get_parameter(name))), responses[name].axis)
+        for name, scale in row_scales(tree, delta).items()
     }
-
-
-@torch.no_grad()
-def pulled_back(tree: nn.Module, model: nn.Module) -> Tensor | float:
-    """Θᵀ g for the gradients g of the model's parameters: Σ U.T · (rows of g · rows of R).
-
-    tree: Response modules, under the names of the model's parameters.
-
-    Returns (h,); 0.0 where no parameter has a gradient.
-    """
-    total: Tensor | float = 0.0
-    for name, response in responses_in(tree).items():
-        parameter = model.get_parameter(name)
-        if parameter.grad is not None:
-            products = widen(parameter.grad) * response.direction(parameter)
-            total = total + _sums_along(products, response.axis) @ response.U
-    return total
-
-
-def _sums_along(products: Tensor, axis: int) -> Tensor:
-    """(n,): sums over every axis but one. products: also sparse, as the gradient of a table with `sparse=True`."""
-    if not products.is_sparse:
-        return products.movedim(axis, 0).reshape(products.shape[axis], -1).sum(1)
-    sums = torch.sparse.sum(products, [other for other in range(products.dim()) if other != axis])
-    return sums.to_dense() if sums.is_sparse else sums
 
 
 @staged

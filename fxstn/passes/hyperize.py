@@ -16,7 +16,8 @@ from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, function_of, model_of
 from fxstn.ir.node_info import RowScales, annotate
 from fxstn.ir.vocabulary import DROPOUTS, is_size
-from fxstn.ops.response import Response, responses_in
+from fxstn.ops.precision import wide
+from fxstn.ops.response import Response, ResponseTree, responses_in
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.row_structure import Derived, consumers, from_parameters, structures
 from fxstn.rules import RULES
@@ -209,24 +210,29 @@ def _groups(uses: Sequence[ParameterUse], pending: set[str]) -> list[list[str]]:
     return list({id(group): group for group in leader.values()}.values())
 
 
-def response_modules(model: nn.Module, responding: Responses, hyperparameters: int, structured: bool) -> nn.Module:
+def response_modules(model: nn.Module, responding: Responses, hyperparameters: int, structured: bool) -> ResponseTree:
     """A module tree that mirrors the model's parameter names: 'layer1.0.conv1.weight' → Response."""
-    tree = nn.Module()
-    modules: dict[str, Response] = {}
+    parameters = {name: model.get_parameter(name) for name in responding.axes}
+    blocks: dict[str, int] = {}
+    sizes: list[int] = []
+    for name, axis in responding.axes.items():
+        leader = responding.leaders[name]
+        if leader not in blocks:
+            blocks[leader] = len(sizes)
+            sizes.append(parameters[name].shape[axis])
+    types = [wide(parameter.dtype.to_real()) for parameter in parameters.values()]
+    widest, device = max(types, key=lambda dtype: dtype.itemsize), next(iter(parameters.values())).device
+    tree = ResponseTree(torch.zeros(sum(sizes), hyperparameters, dtype=widest, device=device), sizes)
     for name, axis in responding.axes.items():
         *path, leaf = name.split(".")
-        owner = tree
+        owner: nn.Module = tree
         for part in path:
-            if not hasattr(owner, part):
+            if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        first = next(
-            (modules[other] for other in modules if responding.leaders[other] == responding.leaders[name]), None
-        )
-        shared = first.U if first is not None else None
-        parameter = model.get_parameter(name)
-        modules[name] = Response(parameter, responding.fan_ins[name], hyperparameters, axis, shared, structured)
-        owner.add_module(leaf, modules[name])
+        block = blocks[responding.leaders[name]]
+        response = Response(parameters[name], responding.fan_ins[name], tree, block, axis, structured)
+        owner.add_module(leaf, response)
     return tree
 
 
@@ -240,6 +246,7 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
     graph = module.graph
     responding = dict(response_tree(module))
     delta = add_placeholder(graph, "delta")
+    blocks: fx.Node | None = None  # U δ of all
     scales: dict[int, str] = {}
     names: dict[str, str] = {}
     derived: dict[fx.Node, Derived] = {}
@@ -249,12 +256,14 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
         if node not in derived:
             continue
         name = derived[node].parameters[0]
-        shared = id(responding[name].U)
+        block = responding[name].block
         label = name.replace(".", "_")
         with graph.inserting_before(node):
-            if shared not in scales:
-                scale = graph.create_node("call_module", f"response.{name}", (delta,), name=f"{label}_scale")
-                scales[shared] = scale.name
+            if blocks is None:
+                blocks = graph.create_node("call_module", "response", (delta,), name="scales")
+            if block not in scales:
+                scale = graph.create_node("call_function", operator.getitem, (blocks, block), name=f"{label}_scale")
+                scales[block] = scale.name
             if node.op == "get_attr":
                 if responding[name].R is None:
                     names[name] = node.name
@@ -265,9 +274,9 @@ def hyperize(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModul
         if rows is not None:
             size = responding[name].U.shape[0]
             runs = () if rows.runs == ((0, size),) else rows.runs
-            annotate(node, scales=RowScales(scales[shared], rows.axis, runs))
+            annotate(node, scales=RowScales(scales[block], rows.axis, runs))
         else:
-            annotate(node, scales=RowScales(scales[shared], None, ()))
+            annotate(node, scales=RowScales(scales[block], None, ()))
     graph.lint()
     return module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import fx
@@ -98,10 +99,15 @@ def parameters_know_their_response(module: fx.GraphModule) -> Iterator[str]:
             yield f"{node.name} names the response {info.response}, which is no parameter"
         elif info.response and not info.scales:
             yield f"{node.name} responds and names no scales"
-        if info.scales and (info.scales.name not in nodes or nodes[info.scales.name].op != "call_module"):
+        if info.scales and (info.scales.name not in nodes or not _are_scales(nodes[info.scales.name])):
             yield f"{node.name} names the scales {info.scales.name}, which no response computes"
         elif info.scales and not nodes[info.scales.name] < node:
             yield f"{node.name} comes before its scales {info.scales.name}"
+
+
+def _are_scales(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and (source.op, source.target) == ("call_module", "response")
 
 
 def statistics_are_held(module: fx.GraphModule) -> Iterator[str]:

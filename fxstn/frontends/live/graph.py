@@ -20,7 +20,7 @@ from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.kernels import cast_tangent
-from fxstn.ops.response import for_all_examples, parameter_changes, responses_in
+from fxstn.ops.response import for_all_examples, parameter_changes, responses_in, row_scales
 
 _WHERE = "a forward that runs as it is"
 
@@ -136,11 +136,12 @@ class LiveGraph:
         if delta is None:
             raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
         delta = for_all_examples(delta, 1, _WHERE)
-        result = {}
-        for name, response in responses_in(self.root.get_submodule("response")).items():
+        result, tree = {}, self.root.get_submodule("response")
+        scales = row_scales(tree, delta)
+        for name, response in responses_in(tree).items():
             parameter = self.model.get_parameter(name)
             direction = cast_tangent(response.direction(parameter), parameter)
-            result[name] = Scaled(response(delta), direction, response.axis)
+            result[name] = Scaled(scales[name], direction, response.axis)
         return result
 
     def _moved(self, delta: Tensor | None) -> dict[int, Tensor]:
