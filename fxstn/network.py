@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxstn.frontends.graph_cache import GraphCache, Recipe
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.interface import Graph
+from fxstn.frontends.region import Finish, unchanged, without_auxiliary
 from fxstn.frontends.wrapper import ModelWrapper
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
@@ -116,11 +117,11 @@ class SelfTuningNetwork(ModelWrapper):
         return self._graphs.per_example(self, Inputs(inputs, named))
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Run every graph, but for recurrent layers, through `torch.compile(graph, fullgraph=True, **options)` from now on.
+        """Run every graph that records gradients through `torch.compile(fullgraph=True, **options)` from now on.
 
-        A graph is compiled when it first runs, and again for another batch size. Losses, optimizers and the plain network
-        in eval mode are not touched. Raises ValueError for a network of frontend "live", which has no graph to compile, and
-        with hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
+        An objective is compiled with its graph, from the inputs to the loss, when it first runs. The plain network in eval mode
+        is not touched. Raises ValueError for a network of frontend "live", which has no graph to compile, and with
+        hp.JacobianNorm: compiled graphs lose the derivatives of their gradients (pytorch issue 181581).
         """
         if self.frontend == "live":
             raise ValueError('a network of frontend "live" has no graph to be compiled; `rejected` has the reasons')
@@ -202,21 +203,22 @@ class SelfTuningNetwork(ModelWrapper):
             return self.run(GraphKind("plain", self.training), Inputs(inputs, named))
         return self.model(*inputs, **named)
 
-    def run(self, kind: GraphKind, inputs: Inputs, **moved: Tensor) -> Any:
-        """What one of the graphs returns.
+    def run(self, kind: GraphKind, inputs: Inputs, finish: Finish = unchanged, **moved: Tensor) -> Any:
+        """finish(what one of the graphs returns), compiled together where graphs are compiled.
 
         moved: "delta" and "condition", where the graph takes them.
         """
-        return self._graphs.run(self, kind, inputs, moved)
+        return self._graphs.run(self, kind, inputs, moved, finish)
 
-    def conditioned_output(self, *inputs: object, **named: object) -> tuple[Any, tuple]:
+    def conditioned_output(self, *inputs: object, finish: Finish | None = None, **named: object) -> Any:
         """(output, auxiliary) of the training graph at λ₀ and w₀, in either mode of the module.
 
         auxiliary: a value for each of `terms.auxiliary`.
+        finish: None, or what is called with the pair (without such terms, with the output) and returns the result.
         """
         self._graphs.follow(self, True)
         kind = GraphKind("general" if self.terms.auxiliary else "plain", True)
-        return self._with_auxiliary(self.run(kind, Inputs(inputs, named)))
+        return self.run(kind, Inputs(inputs, named), finish or self._with_auxiliary)
 
     def _with_auxiliary(self, result: Any) -> tuple[Any, tuple]:
         return result if self.terms.auxiliary else (result, ())
@@ -226,10 +228,8 @@ class SelfTuningNetwork(ModelWrapper):
     ) -> tuple[Any, Any]:
         """(y, dy): the output at w₀ and its directional derivative dy = J_yw Θ·delta (paper, Eq. 3.11).
 
-        delta moves weights, condition moves strengths of random operations such as dropout.
-
-        delta: (h,) for the whole batch or (batch, h), unconstrained units. It changes dy only.
-        condition: of the same shapes, or None for zero. In train mode the strengths are those at λ₀ + condition.
+        delta: (h,) for the whole batch or (batch, h), unconstrained units. It moves weights: dy only.
+        condition: of the same shapes, or None for zero. In train mode random operations have the strengths at λ₀ + condition.
 
         y and dy have the model's output structure; dy is None for leaves that are not float. w₀ is a constant: gradients reach
         Θ and delta only. Raises ValueError for another shape, or for another number of rows than examples.
@@ -243,8 +243,9 @@ class SelfTuningNetwork(ModelWrapper):
         condition: Tensor | None = None,
         training: bool | None = None,
         update_statistics: bool = False,
+        finish: Finish | None = None,
         **named: object,
-    ) -> tuple[Any, tuple]:
+    ) -> Any:
         """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
 
         Method "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
@@ -259,10 +260,11 @@ class SelfTuningNetwork(ModelWrapper):
         kind = GraphKind(objective, self.training if training is None else training)
         if self.method == "stn":
             delta = delta + self.hparams.unconstrained.detach()
-        output = self._run(kind, Inputs(inputs, named), delta, condition)
-        return self._with_auxiliary(output) if kind.training else (output, ())
+        finish = finish or (self._with_auxiliary if kind.training else without_auxiliary)
+        return self._run(kind, Inputs(inputs, named), delta, condition, finish)
 
-    def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None) -> Any:
+    def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None,
+             finish: Finish = unchanged) -> Any:  # fmt: skip
         self._graphs.follow(self, kind.training)
         moved = {"delta": self._perturbation(delta, "delta", inputs)}
         if condition is not None:
@@ -270,11 +272,9 @@ class SelfTuningNetwork(ModelWrapper):
         if any(value.dim() > 1 for value in moved.values()):
             self._graphs.locate_examples(self, inputs)
             if batch_size(inputs) == 1 and not self._graphs.per_example(self, inputs):
-                moved = {
-                    name: value.flatten() for name, value in moved.items()
-                }  # that of one example is that of the batch
+                moved = {name: value.flatten() for name, value in moved.items()}  # one example: that of the batch
         with frozen(() if self.method == "stn" else self.general_parameters()):
-            return self.run(kind, inputs, **moved)
+            return self.run(kind, inputs, finish, **moved)
 
     def _perturbation(self, value: Tensor, name: str, inputs: Inputs | None = None) -> Tensor:
         h = len(self.hparams)

@@ -227,14 +227,6 @@ def test_the_response_step_is_taken_when_due_on_its_part_of_the_batch(monkeypatc
     assert all(math.isfinite(loss) for loss in history["response_loss"])
 
 
-def test_a_compiled_run_is_the_same_run():
-    plain = without_times(make().fit(2))
-    compiled = make(execution={"compile": {"backend": "aot_eager"}})
-    for a, b in zip(plain, without_times(compiled.fit(2)), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    assert set(map(str, compiled.stn._graphs.compiled)) == {"train", "linearized", "linearized_eval"}
-
-
 def test_low_precision_and_memory_format_stay_close_to_the_plain_run():
     def run(**settings):
         torch.manual_seed(0)

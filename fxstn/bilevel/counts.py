@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.input_errors import is_number
+from fxstn.ir.staging import in_graph
 from fxstn.ops.batch_axis import batch_size
 
 Count = Tensor | float
@@ -41,7 +42,7 @@ class Loss:
     data: Tensor
     count: Count
     entries: Count
-    additive: bool = False
+    additive: bool | Tensor = False
     penalties: tuple[Tensor | float, ...] = ()
 
     def total(self, parts: int = 1) -> Tensor:
@@ -49,7 +50,7 @@ class Loss:
 
         parts: the number of batches whose totals one step averages. A sum becomes the sum over all of them.
         """
-        total = self.data * parts if self.additive and parts > 1 else self.data
+        total = either(self.additive, self.data * parts, self.data) if parts > 1 else self.data
         for penalty in self.penalties:
             total = total + penalty
         return total
@@ -69,6 +70,11 @@ class Loss:
 
 
 LossValue = Loss | Tensor | tuple[Tensor, Count]  # a scalar, the mean over the batch, or (sum, count)
+
+
+def either(condition: bool | Tensor, value: Any, other: Any) -> Any:
+    """`value` where a condition holds, else `other`; a condition that is a tensor is not waited for."""
+    return torch.where(condition, value, other) if isinstance(condition, Tensor) else value if condition else other
 
 
 def positive(count: Count) -> Count:
@@ -116,13 +122,36 @@ def as_loss(value: object, inputs: object, target: object, name: str = "loss_fn"
         raise ValueError(
             f"{name} must return a scalar tensor, the mean over the batch; got {kind}: give losses.mean() or (sum, count)"
         )
-    reductions = list(_reductions(value))
+    number = partial(entries, inputs, target)
+    if torch.compiler.is_compiling():
+        return Loss(value, *_counts_in_graph(value, torch.as_tensor(number(), device=value.device)))
+    return Loss(value, *_counts(value, number))
+
+
+def _counts(loss: Tensor, number: Callable[[], Count]) -> tuple[Count, Count, bool]:
+    """(count, entries, additive) of a loss, from autograd's record of it.
+
+    number: the entries of the target, where there is no such record.
+    """
+    reductions = list(_reductions(loss))
     first = next((each for each in reductions if each.native), reductions[0] if reductions else None)
-    number = entries(inputs, target) if first is None or first.entries is None else first.entries
+    own = number() if first is None or first.entries is None else first.entries
     if first is None or first.additive:
-        return Loss(value, number if first is None else 1.0, number, additive=first is not None)
+        return own if first is None else 1.0, own, first is not None
     more = [each.count for each in reductions if each is not first and each.kind == first.kind and not each.additive]
-    return Loss(value, sum(more, first.count), number)
+    return sum(more, first.count), own, False
+
+
+@in_graph
+def _counts_in_graph(loss: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_counts` as tensors, of a loss that torch.compile follows: while it does, there is autograd's record."""
+    count, own, additive = _counts(loss, lambda: number)
+    return _as_tensor(count, loss), _as_tensor(own, loss), _as_tensor(additive, loss)
+
+
+def _as_tensor(value: Count, like: Tensor) -> Tensor:
+    """A number as a tensor of its own; a size that may change stays one."""
+    return value.clone() if isinstance(value, Tensor) else torch.full((), value, device=like.device)
 
 
 def _is_scalar(value: object) -> bool:
@@ -186,7 +215,7 @@ def _reduction(node: Any, scaled: bool) -> _Reduction | None:
             return _Reduction(kind, False, node._saved_other, node._saved_other)
         return None
     if kind.startswith("Mean"):
-        return _Reduction(kind, False, float(node._saved_self_sym_numel))
+        return _Reduction(kind, False, _size(node._saved_self_sym_numel))
     if kind.startswith("Sum") and not scaled and not operand.name().startswith(("Mean", "Div")):
         return _Reduction(kind, False, additive=True)
     return None
@@ -213,7 +242,7 @@ def _is_known(divisor: Any) -> bool:
 def _native_counts(node: Any) -> tuple[Count, Count]:
     """What the mean of a loss of torch divides by, and the number of target entries that it does not ignore."""
     if not hasattr(node, "_saved_ignore_index"):
-        number = float(node._saved_self.numel())
+        number = _size(node._saved_self.numel())
         return number, number
     weight, total, target = node._saved_weight, node._saved_total_weight, node._saved_target
     if weight is None and node._saved_reduction == _MEAN and total.dtype not in _HALF:
@@ -222,6 +251,11 @@ def _native_counts(node: Any) -> tuple[Count, Count]:
     if weight is None:
         return mask.sum(), mask.sum()
     return (weight.float()[target[mask]].sum() if total.dtype in _HALF else total), mask.sum()
+
+
+def _size(number: int | torch.SymInt) -> Any:
+    """A size as a count. That of a graph which is compiled for changing sizes stays as it is."""
+    return float(number) if isinstance(number, int) else number
 
 
 def _signed(number: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checks import remark_on
-from fxstn.bilevel.counts import Loss, LossValue, as_loss
+from fxstn.bilevel.counts import Count, Loss, LossValue, as_loss
 from fxstn.bilevel.temporary import eval_mode
 from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.ir.containers import leaves, mapped
@@ -63,11 +64,13 @@ def _with_record(output: object) -> object:
 
 
 def evaluate_loss(
-    loss_fn: LossFunction, output: object, inputs: object, target: object, hparams: dict[str, Tensor] | None = None
-) -> Loss:
+    loss_fn: LossFunction, output: object, inputs: object, target: object, hparams: dict[str, Tensor] | None = None,
+    reads: bool | None = None,
+) -> Loss:  # fmt: skip
     """loss_fn(output, target), with `hparams` where it takes them.
 
     inputs: of the network.
+    reads: whether it takes them; None: not known yet.
 
     Raises ValueError where there are no examples, where the target has another number of them than the inputs, where the loss
     function cannot take the two, and where the loss is not a scalar, or no function of the output that autograd knows.
@@ -79,9 +82,11 @@ def evaluate_loss(
         isinstance(target, Tensor) and target.dim() and target.shape[0] % examples
     ):  # a multiple is allowed: targets per token
         raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
+    named = {"hparams": hparams} if (takes_hparams(loss_fn) if reads is None else reads) else {}
+    if torch.compiler.is_compiling():
+        return as_loss(loss_fn(output, target, **named), inputs, target)
     with explained_loss_errors(output, target), torch.enable_grad():
-        result = output if training else _with_record(output)
-        value = loss_fn(result, target, hparams=hparams) if takes_hparams(loss_fn) else loss_fn(result, target)
+        value = loss_fn(output if training else _with_record(output), target, **named)
     loss = as_loss(value, inputs, target)
     if not training:
         return loss.detach()
@@ -136,8 +141,8 @@ def general_loss(
     if stn.method == "stn":
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
-    output, auxiliary = stn.conditioned_output(*inputs.args, **inputs.kwargs)
-    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, None, decays)
+    finish = _TrainingLoss(stn, loss_fn, inputs, target, None, takes_hparams(loss_fn), decays)
+    return Loss(*stn.conditioned_output(*inputs.args, finish=finish, **inputs.kwargs))
 
 
 def response_loss(
@@ -162,15 +167,11 @@ def _perturbed_loss(
     epsilon = perturbation(stn, inputs, perturb).detach()
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
-    output, auxiliary = stn.perturbed_output(
-        *inputs.args,
-        delta=epsilon,
-        condition=epsilon,
-        training=True,
-        update_statistics=update_statistics,
+    finish = _TrainingLoss(stn, loss_fn, inputs, target, epsilon, takes_hparams(loss_fn))
+    return Loss(*stn.perturbed_output(
+        *inputs.args, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics, finish=finish,
         **inputs.kwargs,
-    )
-    return _training_loss(stn, loss_fn, inputs, target, output, auxiliary, epsilon)
+    ))  # fmt: skip
 
 
 def _differentiable(stn: SelfTuningNetwork, inputs: object) -> Inputs:
@@ -184,32 +185,63 @@ def _differentiable(stn: SelfTuningNetwork, inputs: object) -> Inputs:
     return result
 
 
-def _training_loss(
-    stn: SelfTuningNetwork,
-    loss_fn: LossFunction,
-    inputs: Inputs,
-    target: object,
-    output: object,
-    auxiliary: Sequence,
-    epsilon: Tensor | None,
-    decays: bool = True,
-) -> Loss:
-    """L_T of an output at λ₀ + ε: the loss function and every penalty.
+Parts = tuple[Tensor, Count, Count, bool | Tensor, tuple[Tensor | float, ...]]  # the fields of a Loss
+
+
+def _parts(loss: Loss, penalties: Sequence[Tensor | float]) -> Parts:
+    """A loss with further penalties, in a form that compiled code can return; there the penalties are one number."""
+    added = (*loss.penalties, *penalties)
+    joined = (sum(added),) if torch.compiler.is_compiling() else added
+    return loss.data, loss.count, loss.entries, loss.additive, joined
+
+
+@dataclass(frozen=True)
+class _TrainingLoss:
+    """L_T at λ₀ + ε of what a graph returns: the loss function and every penalty.
 
     epsilon: None for zero.
+    reads: whether loss_fn takes hparams.
     decays: of `general_loss`.
     """
-    strengths = stn.hparams(epsilon)
-    for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
-        target = spec.retarget(target, output, value)
-    hparams = stn.hparams.named(strengths.expand(batch_size(inputs), -1)) if takes_hparams(loss_fn) else None
-    loss = evaluate_loss(loss_fn, output, inputs, target, hparams)
-    with torch.set_grad_enabled(decays and torch.is_grad_enabled()):
-        penalties = [stn.penalty(epsilon)]
-    penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
-    for index, projections in stn.terms.jacobian:
-        penalties.append((strengths[..., index] * squared_jacobian(output, inputs, projections)).mean())
-    return loss.with_penalties(*penalties)
+
+    stn: SelfTuningNetwork
+    loss_fn: LossFunction
+    inputs: Inputs
+    target: object
+    epsilon: Tensor | None
+    reads: bool
+    decays: bool = True
+
+    def __call__(self, result: Any) -> Parts:
+        stn, target = self.stn, self.target
+        output, auxiliary = result if stn.terms.auxiliary else (result, ())
+        strengths = stn.hparams(self.epsilon)
+        for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
+            target = spec.retarget(target, output, value)
+        hparams = stn.hparams.named(strengths.expand(batch_size(self.inputs), -1)) if self.reads else None
+        loss = evaluate_loss(self.loss_fn, output, self.inputs, target, hparams, self.reads)
+        with torch.set_grad_enabled(self.decays and torch.is_grad_enabled()):
+            penalties = [stn.penalty(self.epsilon)]
+        penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
+        for index, projections in stn.terms.jacobian:
+            penalties.append((strengths[..., index] * squared_jacobian(output, self.inputs, projections)).mean())
+        return _parts(loss, penalties)
+
+
+@dataclass(frozen=True)
+class _ValidationLoss:
+    """L_V − τ H[ε] of what a graph returns. reads: whether loss_fn takes hparams; it gets None."""
+
+    stn: SelfTuningNetwork
+    loss_fn: LossFunction
+    inputs: Inputs
+    target: object
+    entropy_weight: float
+    reads: bool
+
+    def __call__(self, output: Any) -> Parts:
+        loss = evaluate_loss(self.loss_fn, output, self.inputs, self.target, None, self.reads)
+        return _parts(loss, [-self.entropy_weight * self.stn.hparams.entropy()])
 
 
 def hyper_loss(
@@ -229,8 +261,8 @@ def hyper_loss(
     if isinstance(perturb, Tensor) or perturb != "off":
         delta = delta + perturbation(stn, inputs, perturb)
     with frozen((*stn.response_parameters(), *stn.general_parameters())):
-        output, _ = stn.perturbed_output(*inputs.args, delta=delta, training=False, **inputs.kwargs)
-    return evaluate_loss(loss_fn, output, inputs, target).with_penalties(-entropy_weight * stn.hparams.entropy())
+        finish = _ValidationLoss(stn, loss_fn, inputs, target, entropy_weight, takes_hparams(loss_fn))
+        return Loss(*stn.perturbed_output(*inputs.args, delta=delta, training=False, finish=finish, **inputs.kwargs))
 
 
 def validation_loss(

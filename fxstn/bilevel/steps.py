@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
-from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, positive, without_empty
+from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, either, positive, without_empty
 from fxstn.bilevel.faults import BadLoss, LossGuard
 from fxstn.bilevel.noise import own_generators, seed_of_step
 from fxstn.bilevel.optim import SettlingAdam, set_gap
@@ -159,7 +159,7 @@ class Stepper:
             count = count + loss.count
         rest = len(batches) * first / positive(count)
         self.updates.multiply_gradients(names, rest)
-        return Mean(torch.stack(values).mean() * rest, 1.0 if loss.additive else count)
+        return Mean(torch.stack(values).mean() * rest, either(loss.additive, 1.0, count))
 
     def _loss(self, objective: Callable[..., object], batch: Batch, batches: int) -> tuple[Loss, Tensor]:
         """The loss of a batch, and the scalar to minimise.

@@ -58,7 +58,7 @@ class Totals:
             else:
                 self._add(name, one_number(value, function), number)
         self.batches, self.entries = self.batches + 1, self.entries + number
-        self._additive += loss.additive
+        self._additive += float(loss.additive)
 
     def _add(self, name: str, mean: float, count: float) -> None:
         self.sums[name] += mean * count if count else 0.0

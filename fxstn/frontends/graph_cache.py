@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from fxstn.frontends.changes import Change, ModuleState, refuse, refuse_other_sites, respond_where_trained
 from fxstn.frontends.inputs import Inputs, arguments_of, inputs_of_graph
 from fxstn.frontends.interface import Frontend, Graph, Plan, Root
+from fxstn.frontends.region import CompiledRegion, Finish, let_batch_vary, unchanged
 from fxstn.frontends.sizes import size_requirements, unmet_requirement
 from fxstn.hp.binding import Binding
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
-from fxstn.ir.staging import with_breaks
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
+from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.response import for_all_examples
 
 MANY = 8  # captures for other sizes, after which a warning says so
@@ -73,7 +74,7 @@ class GraphCache:
     def _forget(self) -> None:
         self.canonical: dict[bool, fx.GraphModule] = {}
         self.emitted: dict[GraphKind, Graph] = {}
-        self.compiled: dict[GraphKind, Callable[..., Any]] = {}
+        self.compiled: dict[GraphKind, CompiledRegion] = {}
         self.others: list[NetworkOfSizes] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,14 +147,10 @@ class GraphCache:
         """Compile every graph from now on when it first runs, as a whole unless the options say otherwise."""
         self.compile_options, self.compiled, self.others = {"fullgraph": True} | options, {}, []
 
-    def compiled_graph(self, root: Root, kind: GraphKind) -> Callable[..., Any]:
+    def compiled_region(self, root: Root, kind: GraphKind) -> CompiledRegion:
         if kind not in self.compiled:
             graph = cast(fx.GraphModule, self.graph(root, kind))
-            options, broken = self.compile_options or {}, with_breaks(graph)
-            if broken is None:
-                self.compiled[kind] = torch.compile(graph, **options)
-            else:
-                self.compiled[kind] = torch.compile(broken, **options | {"fullgraph": False})
+            self.compiled[kind] = CompiledRegion(graph, self.compile_options or {})
         return self.compiled[kind]
 
     def for_sizes(self, root: Root, inputs: Inputs) -> tuple[GraphCache, Root]:
@@ -188,21 +185,24 @@ class GraphCache:
         graphs = (self.canonical_graph(root, training).graph for training in (True, False))
         return next(filter(None, (unmet_requirement(graph, arguments) for graph in graphs)), "")
 
-    def run(self, root: Root, kind: GraphKind, inputs: Inputs, moved: dict[str, Tensor]) -> Any:
-        """What a graph returns.
+    def run(
+        self, root: Root, kind: GraphKind, inputs: Inputs, moved: dict[str, Tensor], finish: Finish = unchanged
+    ) -> Any:
+        """What a step does with what a graph returns. Both are compiled together, where they record gradients.
 
-        moved: "delta" and "condition", where it takes them.
+        moved: "delta" and "condition", where the graph takes them.
         """
         cache, root = self.for_sizes(root, inputs)
         graph = cache.graph(root, kind)
         args, kwargs = inputs_of_graph(own_inputs(graph.graph), root.get_submodule("model"), inputs)
-        if self.compile_options is None:
-            return graph.forward(
-                *args, **kwargs, **moved
-            )  # not __call__, which at an error prints the code of the graph
+        if self.compile_options is None or not torch.is_grad_enabled():
+            # not __call__, which at an error prints the code of the graph
+            return finish(graph.forward(*args, **kwargs, **moved))
+        if self.compile_options.get("dynamic") is not False:
+            let_batch_vary(batch_size(inputs), args, kwargs, moved, getattr(finish, "__dict__", {}))
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            return cache.compiled_graph(root, kind)(*args, **kwargs, **moved)
+            return cache.compiled_region(root, kind)(args, kwargs | moved, finish)
 
     def locate_examples(self, root: Root, inputs: Inputs) -> None:
         """Find out, once, where the examples of a batch are; graphs made for a plain batch are made again where they differ."""

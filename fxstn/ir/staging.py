@@ -106,6 +106,24 @@ def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+_in_graph: list[Callable[..., Any]] = []
+
+
+def in_graph(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: torch.compile puts the call of a function into its graph without looking into it.
+
+    The function takes and returns tensors. It is run on stand-ins for tensors while a graph is compiled, so that it may read
+    what autograd knows of them.
+    """
+    _in_graph.append(function)
+    return function
+
+
+def functions_in_graph() -> list[Callable[..., Any]]:
+    """Those with the decorator `in_graph`."""
+    return list(_in_graph)
+
+
 def _breaks(node: fx.Node) -> bool:
     staging = staging_of(node.target)
     return staging is not None and not staging.compiled

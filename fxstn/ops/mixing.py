@@ -55,7 +55,10 @@ def _as_numbers(target: Tensor, output: object) -> Tensor:
     dtype = output.dtype if isinstance(output, Tensor) and output.is_floating_point() else torch.get_default_dtype()
     if not isinstance(output, Tensor) or target.dim() != output.dim() - 1:
         return target.to(dtype)
-    if target.device.type == "cpu" and not (int(target.min()) >= 0 and int(target.max()) < output.shape[1]):
+    known = (
+        target.device.type == "cpu" and not torch.compiler.is_compiling()
+    )  # else looking at values would wait for them
+    if known and not (int(target.min()) >= 0 and int(target.max()) < output.shape[1]):
         raise ValueError(
             f"mixup and cutmix turn classes into probabilities: they must be 0 to {output.shape[1] - 1}, the output's "
             f"classes, got {int(target.min())} to {int(target.max())}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
-from fxstn.ops.precision import wide, widen
+from fxstn.ops.precision import real, wide, widen
 from fxstn.ops.response import responses_in, row_scales
 
 
@@ -40,7 +40,7 @@ def penalty(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> Tenso
 
     Its gradient in w is λ w to the last bit, as an optimizer's own weight decay has it.
     """
-    return _Penalty.apply(strength.to(wide(weights[0].dtype).to_real()), norm, *weights)
+    return _Penalty.apply(strength.to(real(wide(weights[0].dtype))), norm, *weights)
 
 
 def penalty_gradients(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> list[Tensor]:
@@ -148,7 +148,7 @@ def total_penalty(
         if delta is None or response is None or direction is None:
             total = total + penalty([w], strengths[..., index].mean(), norm)
         else:
-            scale = scales[name].to(wide(weight.dtype.to_real()))
+            scale = scales[name].to(wide(real(weight.dtype)))
             total = total + penalty_perturbed(w, strengths[..., index], scale, direction, response.axis, norm)
     return total
 

@@ -17,6 +17,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The type of the parts of a complex type, else the type itself."""
+    return dtype.to_real() if dtype.is_complex else dtype  # torch.compile does not know to_real
+
+
 def widen(x: Tensor) -> Tensor:
     """A value in `wide` of its type."""
     return x.to(wide(x.dtype))

@@ -14,6 +14,7 @@ from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.interface import Frontend, Pass, Plan
 from fxstn.frontends.preservation import Preservation
+from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
 from fxstn.ir.graph_kind import graph_kind
@@ -87,7 +88,7 @@ def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:
             if preserved is not None:
                 moved = {"delta": delta} if graph_kind(name).moves_weights else {}
                 with preserved as stand_ins, forked_rng(), torch.no_grad():
-                    network.run(graph_kind(name), stand_ins, **moved)
+                    network.run(graph_kind(name), stand_ins, unchanged, **moved)
 
 
 def augmentation(model: nn.Module, but: Collection[str] = ()) -> str | None:

@@ -1,0 +1,93 @@
+"""torch.compile: a step's graph, loss and penalties are one region for all batches and every λ, with the eager values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import make, without_times
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from fxstn.bilevel.counts import as_loss
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_each_kind_of_step_is_one_graph_for_all_batches_and_every_lambda():
+    settings = {"train": 45, "hyper": {"optimizer": partial(torch.optim.SGD, lr=1.0)}}
+    plain = make(**settings).fit(2)  # batches of 8; the last has 5, and that of validation 6
+    counter = CompileCounterWithBackend("eager")
+    run = make(**settings, execution={"compile": {"backend": counter}})
+    run.fit(1)
+    assert counter.frame_count == 3
+    assert set(map(str, run.stn._graphs.compiled)) == {"train", "linearized", "linearized_eval"}
+    for a, b in zip(without_times(plain), without_times(run.fit(2)), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    assert counter.frame_count == 3
+    assert not counters["graph_break"]
+    assert run.history["2.dropout"][0] != run.history["2.dropout"][1]
+
+
+ALONE = {"backend": "eager", "fullgraph": False}  # the graphs alone are compiled
+WEIGHT = torch.tensor([1.0, 0.5, 2.0])
+LOSSES = {
+    "mean": F.cross_entropy,
+    "weighted": lambda output, target: F.cross_entropy(output, target, weight=WEIGHT, label_smoothing=0.1),
+    "sum": lambda output, target: F.cross_entropy(output, target, reduction="sum"),
+    "own mean": lambda output, target: F.cross_entropy(output, target, reduction="none").mean(),
+    "by the count": lambda output, target: (
+        F.cross_entropy(output, target, reduction="none").sum() / (target != -100).sum()
+    ),
+    "pair": lambda output, target: (F.cross_entropy(output, target, reduction="sum"), (target != -100).sum()),
+    "two": lambda output, target: F.cross_entropy(output, target) + 0.1 * F.cross_entropy(-output, target),
+    "of the output": lambda output, target: F.mse_loss(output, F.one_hot(target.clamp_min(0), 3).float()),
+    "no record": lambda output, target: output.logsumexp((0, 1)) / 7,
+}
+
+
+def test_a_compiled_loss_knows_what_it_is_a_mean_over():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def parts(output, target):
+        losses = [as_loss(loss_fn(output, target), output, target) for loss_fn in LOSSES.values()]
+        return [(loss.data, loss.count, loss.entries, loss.additive) for loss in losses]
+
+    for batch in (8, 5):
+        target = torch.arange(batch) % 3
+        target[1] = -100
+        output, totals = torch.randn(batch, 3, requires_grad=True), [0.0, 0.0]
+        for (name, loss_fn), (data, *facts) in zip(LOSSES.items(), parts(output, target), strict=True):
+            expected = as_loss(loss_fn(output, target), output, target)
+            wanted = [float(fact) for fact in (expected.count, expected.entries, expected.additive)]
+            assert [float(fact) for fact in facts] == pytest.approx(wanted), name
+            totals = [total + loss for total, loss in zip(totals, (data, expected.data), strict=True)]
+        gradient, other = (torch.autograd.grad(total, output)[0] for total in totals)
+        torch.testing.assert_close(gradient, other)
+    assert counter.frame_count == 1
+
+
+def item(output, target):
+    return F.cross_entropy(output, target) * (1.0 if output.sum().item() > 0 else 2.0)
+
+
+def test_what_cannot_be_compiled_is_named_with_the_remedy():
+    with pytest.raises(
+        ValueError, match=r"cannot follow this step, .*test_compile\.py:\d+: .*item\(\).*'fullgraph': False"
+    ):
+        make(loss_fn=item, execution={"compile": {"backend": "eager"}}).fit(1)
+    histories = [make(loss_fn=item, execution={"compile": compiled}).fit(1) for compiled in (False, ALONE)]
+    assert without_times(histories[1])[0] == pytest.approx(without_times(histories[0])[0], rel=1e-5)
+    with pytest.raises(ValueError, match="train_loader in epoch 1, step 1: loss_fn cannot take an output"):
+        make(loss_fn=lambda output, target: F.cross_entropy(output, target + 0.5),
+             execution={"compile": {"backend": "eager"}}).fit(1)  # fmt: skip
