@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-PROMOTES = {"cat", "stack", "copy_", "_to_copy"}  # beside what is tagged as pointwise
+PROMOTES = {"cat", "stack", "copy_", "_to_copy", "bernoulli_"}  # beside what is tagged as pointwise
 # CUDA's kernels keep statistics in float32, and those of batch norm take float32 parameters with half values.
 STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var"}
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var"}

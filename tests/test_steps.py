@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import UnlikeKernels, fake_cuda
 from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
@@ -17,7 +18,8 @@ from torch.func import functional_call
 import fxstn
 from fxstn import hp
 from fxstn.frontends.inputs import Inputs
-from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask
+from fxstn.ops import noise
+from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask, keep_rates
 from fxstn.tools.reference import ReferenceRun, strengths_of
 
 
@@ -217,6 +219,24 @@ def test_dropout_masks_have_the_rate_and_the_mean_of_dropout():
     assert channels.shape == (3, 7, 1, 1)
     assert not dropout_mask(x, 1.0).any()
     assert dropout_mask(torch.ones(3, dtype=torch.long), 0.5) == 1
+
+
+def test_a_mask_on_cuda_is_drawn_by_one_kernel_and_scaled_by_another(monkeypatch):
+    """Also per example and in half precision; the kernel has the rates, which the CPU shows."""
+    with fake_cuda(), (kernels := UnlikeKernels()):
+        x, p = (torch.empty(size, device="cuda") for size in ((4, 3, 5, 5), (4,)))
+        keep = keep_rates(p)
+        kernels.seen.clear()
+        assert dropout_mask(x.bfloat16(), p, keep_rate=keep).dtype == torch.bfloat16
+    others = {"device", "empty", "view", "_to_copy"}  # no kernels, and the conversion of x here
+    assert {name: number for name, number in kernels.seen.items() if name not in others} == {"bernoulli_": 1, "div_": 1}
+    assert not kernels.problems
+    monkeypatch.setattr(noise, "_is_serial", lambda x: False)
+    test_dropout_masks_have_the_rate_and_the_mean_of_dropout()
+    assert not dropout_mask(
+        x := torch.ones(9), torch.tensor(torch.nan)
+    ).any()  # where the device would stop the process
+    assert dropout_mask(x, torch.tensor(0.0)).eq(1).all()
 
 
 def test_alpha_dropout_keeps_mean_and_variance():

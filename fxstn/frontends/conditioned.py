@@ -27,7 +27,7 @@ from fxstn.ir.errors import operation_name
 from fxstn.ir.signatures import Spelled
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
-from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
+from fxstn.ops.noise import Strengths, alpha_dropout_coefficients, dropout_mask
 
 
 def _spellings() -> dict[Any, Spelled]:
@@ -57,14 +57,16 @@ class Draw:
     function: Callable[..., Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def after(self, value: object, strengths: Tensor) -> object:
+    def after(self, value: object, strengths: Strengths) -> object:
         """A structure of values with this operation after each; what is not floating point stays as it is."""
 
         def leaf(x: object) -> object:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
             own = [strengths[index] for index in self.indices]
-            return x * dropout_mask(x, own[0]) if self.function is None else self.function(x, *own, **self.settings)
+            if self.function is not None:
+                return self.function(x, *own, **self.settings)
+            return x * dropout_mask(x, own[0], keep_rate=strengths.keep_rate(self.indices[0]))
 
         return mapped(leaf, value)
 
@@ -103,7 +105,7 @@ class ModuleSites:
 class SiteMode(TorchFunctionMode):
     """Draws the random operations of one call of a module at λ."""
 
-    def __init__(self, sites: ModuleSites, strengths: Tensor) -> None:
+    def __init__(self, sites: ModuleSites, strengths: Strengths) -> None:
         super().__init__()
         self.sites, self.strengths = sites, strengths
         self.dropouts = 0
@@ -139,7 +141,7 @@ class SiteMode(TorchFunctionMode):
             return original(*args, **kwargs)
         spelled = _SPELLINGS[original]
         in_place = spelled.in_place or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
-        return dropped(x, self.strengths[index], spelled.function, in_place)
+        return dropped(x, self.strengths, index, spelled.function, in_place)
 
     def after(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
         """The result of another operation, with what is drawn after it."""
@@ -160,16 +162,16 @@ class SiteMode(TorchFunctionMode):
         return result
 
 
-def dropped(x: Tensor, p: Tensor | float, kind: Callable[..., Any], in_place: bool) -> Tensor:
-    """Dropout of one kind as the network's graphs compute it: from explicit noise.
+def dropped(x: Tensor, strengths: Strengths, index: int, kind: Callable[..., Any], in_place: bool) -> Tensor:
+    """Dropout of one kind, at strengths[index], as the network's graphs compute it: from explicit noise.
 
     kind: one of `DROPOUTS`.
     """
-    spatial = SPATIAL.get(kind, 0)
+    p, spatial = strengths[index], SPATIAL.get(kind, 0)
     if kind in ALPHA:
         multiplier, shift = alpha_dropout_coefficients(x, p, spatial)
         return x.mul_(multiplier).add_(shift) if in_place else x * multiplier + shift
-    mask = dropout_mask(x, p, spatial)
+    mask = dropout_mask(x, p, spatial, keep_rate=strengths.keep_rate(index))
     return x.mul_(mask) if in_place else x * mask
 
 
@@ -177,11 +179,11 @@ class ConditionedForward:
     """The forward of a module that owns random operations.
 
     original: its forward before.
-    strengths: (h,), the values of λ, written into when λ moves.
+    strengths: what these operations read.
     autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
     """
 
-    def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Tensor) -> None:
+    def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Strengths) -> None:
         self.module, self.sites, self.strengths = module, sites, strengths
         self.autocast: torch.dtype | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
@@ -195,7 +197,7 @@ class ConditionedForward:
             x = args[0] if args else next(iter(kwargs.values()))
             return sites.whole.after(x, self.strengths)
         if sites.root:
-            device = self.strengths.device.type
+            device = self.strengths.values.device.type
             self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if sites.inputs:
             args, kwargs = self._drawn_inputs(args, kwargs)
@@ -239,9 +241,10 @@ def condition_modules(model: nn.Module, sites: dict[str, ModuleSites], strengths
     sites: by module path.
     strengths: (h,), the values of λ; whoever moves λ writes into it.
     """
+    shared = Strengths(strengths)
     for path, own in sites.items():
         module = model.get_submodule(path)
-        vars(module)["forward"] = ConditionedForward(module, own, strengths)
+        vars(module)["forward"] = ConditionedForward(module, own, shared)
 
 
 def restore_modules(model: nn.Module) -> None:

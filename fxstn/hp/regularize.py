@@ -15,7 +15,7 @@ from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
 from fxstn.hp.terms import Auxiliary
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.drop_block import block_multiplier
-from fxstn.ops.noise import by_example, locked_mask, uniform, word_mask
+from fxstn.ops.noise import by_example, locked_mask, row_mask, uniform, word_mask
 from fxstn.ops.precision import widen
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class StochasticDepth(Operation):
 
     @staticmethod
     def draw(x: Tensor, p: Strength) -> Tensor:
-        p = by_example(p, x)
-        return ((uniform(x) >= p) / (1 - p)).to(x.dtype)
+        return row_mask(x, p)
 
 
 class LayerDrop(Operation):

@@ -23,12 +23,49 @@ def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
 def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """One draw per example of x (batch, ...) from [low, high): (batch, 1, ..., 1)."""
     dtype = wide(x.dtype) if x.is_floating_point() else torch.float32
-    shape = (x.shape[0], *[1] * (x.dim() - 1))
-    return low + (high - low) * torch.rand(shape, device=x.device, dtype=dtype)
+    noise = torch.rand((x.shape[0], *[1] * (x.dim() - 1)), device=x.device, dtype=dtype)
+    return noise if (low, high) == (0, 1) else low + (high - low) * noise
+
+
+@staged
+def keep_rates(p: Tensor) -> Tensor:
+    """1 − p, above 0: the share of what dropout at rate p keeps, of all rates in a few kernels.
+
+    p: of any shape; what is not a number drops everything.
+    """
+    return (1 - p).nan_to_num_(0.0).clamp_min_(torch.finfo(p.dtype).tiny)
+
+
+class Strengths:
+    """What random operations read.
+
+    values: (h,), of λ; whoever moves λ writes into it.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._keep, self._version = values, -1
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.values[index]
+
+    def keep_rate(self, index: int) -> Tensor | None:
+        """1 − p of a rate, computed for all of them when λ has moved; None where torch.compile looks on."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.values._version != self._version:
+            self._keep, self._version = keep_rates(self.values), self.values._version
+        return self._keep[index]
 
 
 @staged(random=True)
-def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor | int:
+def dropout_mask(
+    x: Tensor,
+    p: Tensor | float,
+    spatial: int = 0,
+    batch_axis: BatchAxis = BATCH_FIRST,
+    keep_rate: Tensor | None = None,
+) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
 
     x: what will be multiplied.
@@ -36,25 +73,40 @@ def dropout_mask(x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: Bat
     spatial: 0 for one draw per element; k for one per channel of a value with k dimensions after it; -1 for one per channel,
         which is dimension 1.
     batch_axis: where the examples are in x.
+    keep_rate: `keep_rates(p)`, where a graph has it; None: it is computed here.
 
     Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.
     Raises ValueError when p has a rate per example but x has another number of examples.
     """
-    return _dropout_mask(x, p, spatial, batch_axis) if x.is_floating_point() else 1
+    return _inverted(x, _mask_shape(x, spatial), p, batch_axis, keep_rate) if x.is_floating_point() else 1
 
 
-def _dropout_mask(x: Tensor, p: Tensor | float, spatial: int, batch_axis: BatchAxis) -> Tensor:
+def _mask_shape(x: Tensor, spatial: int) -> tuple[int, ...]:
     leading = x.dim() if not spatial else max(1, min(2, x.dim() - spatial))  # (channels, ...) is an unbatched value
-    return _inverted(x, x.shape[:leading] + (1,) * (x.dim() - leading), p, batch_axis)
+    return x.shape[:leading] + (1,) * (x.dim() - leading)
 
 
-def _inverted(x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: BatchAxis) -> Tensor:
+def _inverted(
+    x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: BatchAxis, keep_rate: Tensor | None = None
+) -> Tensor:
     """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
-    noise = torch.rand(shape, device=x.device, dtype=wide(x.dtype))
+    keep: Tensor | float = max(1 - p, torch.finfo(wide(x.dtype)).tiny) if not isinstance(p, Tensor) else 0.0
     if isinstance(p, Tensor):
-        p = _by_example(p.to(noise.dtype), x, batch_axis)
-        return noise.ge_(p).div_((1 - p).clamp_min(torch.finfo(noise.dtype).tiny)).to(x.dtype)
-    return noise.ge_(p).div_(max(1 - p, torch.finfo(noise.dtype).tiny)).to(x.dtype)
+        p = _by_example(p.to(wide(x.dtype)), x, batch_axis)
+        keep = keep_rates(p) if keep_rate is None else _by_example(keep_rate.to(p.dtype), x, batch_axis)
+    return _draw(x, shape, p, keep).div_(keep).to(x.dtype)
+
+
+def _draw(x: Tensor, shape: Sequence[int], p: Tensor | float, keep: Tensor | float) -> Tensor:
+    """1 with probability keep = 1 − p, else 0."""
+    if _is_serial(x):
+        return torch.rand(shape, device=x.device, dtype=wide(x.dtype)).ge_(p)
+    return torch.empty(shape, device=x.device, dtype=x.dtype).bernoulli_(keep)
+
+
+def _is_serial(x: Tensor) -> bool:
+    """Whether `bernoulli_` is slow: the CPU draws one number after the other, and torch.compile fuses `rand` alone."""
+    return x.device.type == "cpu" or torch.compiler.is_compiling()
 
 
 def _by_example(p: Tensor, x: Tensor, batch_axis: BatchAxis) -> Tensor:
@@ -118,7 +170,7 @@ def alpha_dropout_coefficients(
     Returns two tensors that broadcast with x.
     """
     limit = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
-    mask = (_dropout_mask(x, p, spatial, batch_axis) != 0).to(wide(x.dtype))
+    mask = (_inverted(x, _mask_shape(x, spatial), p, batch_axis) != 0).to(wide(x.dtype))
     if isinstance(p, Tensor):
         p = _by_example(p.to(mask.dtype), x, batch_axis)
     gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
@@ -126,17 +178,16 @@ def alpha_dropout_coefficients(
 
 
 @staged(random=True)
-def row_mask(x: Tensor, p: float, whole: bool) -> Tensor:
+def row_mask(x: Tensor, p: Tensor | float, whole: bool = False) -> Tensor:
     """Multiplier of stochastic depth: per example, or for the whole batch, 0 with probability p, else 1/(1 − p).
 
     x: (batch, ...).
-    p: in [0, 1].
+    p: as in `dropout_mask`.
     whole: one draw for the whole batch.
 
     Returns a tensor that broadcasts with x.
     """
-    mask = x.new_empty([1 if whole else x.shape[0], *[1] * (x.dim() - 1)]).bernoulli_(1 - p)
-    return mask.div_(1 - p) if p < 1 else mask
+    return _inverted(x, [1 if whole else x.shape[0], *[1] * (x.dim() - 1)], p, BATCH_FIRST)
 
 
 @staged
@@ -168,9 +219,7 @@ def weight_mask(weight: Tensor, p: Tensor) -> Tensor:
     """
     if p.dim():
         raise ValueError(f"hp.DropConnect: {len(p)} rates for one mask; give one rate for the whole batch")
-    noise = torch.rand_like(weight, dtype=wide(weight.dtype))
-    p = p.to(noise.dtype)
-    return ((noise >= p) / (1 - p)).to(weight.dtype)
+    return _inverted(weight, weight.shape, p, BATCH_FIRST)
 
 
 @staged

@@ -19,7 +19,7 @@ from fxstn.ir.node_info import annotate, copy_place, info_of
 from fxstn.ir.staging import staging_of
 from fxstn.ir.tangents import BATCH_FIRST, SHARED, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
-from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples, weight_mask
+from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, keep_rates, one_for_all_examples, weight_mask
 from fxstn.ops.response import for_all_examples
 from fxstn.passes.places import own_strengths
 
@@ -40,7 +40,7 @@ def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
     for node in list(graph.nodes):
         if node.op == "call_function" and (node.target in DROPOUTS or node.target in OPERATIONS):
             site = own_sites.get(node.name)
-            _split(graph, node, *(reader.of_site(site, node) if site else (own_strengths(node), BATCH_FIRST)))
+            _split(reader, node, *(reader.of_site(site, node) if site else (own_strengths(node), BATCH_FIRST)))
     inserted = [site for site in binding.sites if site.insert and not isinstance(site.spec, Activity)]
     # Inserted in reverse, because the one inserted last acts first: specs act in the order in which they are listed.
     noise = {site: _insert(graph, by_name[site.node], site, reader) for site in reversed(inserted)}
@@ -59,13 +59,17 @@ def condition(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModu
 
 
 class _StrengthReader:
-    """Emits the nodes that read λ. One call of `hparams`, behind the graph's inputs, serves them all."""
+    """Emits the nodes that read λ. One call of `hparams`, behind the graph's inputs, serves them all.
+
+    So does one call of `keep_rates` all dropouts.
+    """
 
     def __init__(self, graph: fx.Graph, batch_axes: BatchAxes) -> None:
         self.graph, self.batch_axes = graph, batch_axes
         self.condition = add_placeholder(graph, "condition")
         self.last_input = placeholders(graph)[-1]
         self.hparams: fx.Node | None = None
+        self.keep_rates: fx.Node | None = None
 
     def read(self, index: int, name: str, before: fx.Node) -> fx.Node:
         """λ[..., index], constrained."""
@@ -75,6 +79,16 @@ class _StrengthReader:
         arguments = (self.hparams, cast(Argument, (..., index)))  # fx takes an Ellipsis, its annotation does not
         with self.graph.inserting_before(before):
             return self.graph.create_node("call_function", operator.getitem, arguments, name=name.replace(".", "_"))
+
+    def keep_rate(self, p: Argument) -> fx.Node | None:
+        """1 − p of a rate λ[..., index], behind it; None for any other."""
+        if not isinstance(p, fx.Node) or p.target is not operator.getitem or p.args[0] is not self.hparams:
+            return None
+        if self.keep_rates is None:
+            with self.graph.inserting_after(self.hparams):
+                self.keep_rates = self.graph.call_function(keep_rates, (self.hparams,))
+        with self.graph.inserting_after(p):
+            return self.graph.create_node("call_function", operator.getitem, (self.keep_rates, p.args[1]))
 
     def of_site(self, site: Site, before: fx.Node) -> tuple[tuple[fx.Node, ...], BatchAxis]:
         """(the strengths of a site, where the examples are in its value).
@@ -102,11 +116,11 @@ class _StrengthReader:
             return self.graph.call_function(one_for_all_examples, arguments)
 
 
-def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: BatchAxis) -> fx.Node:
+def _split(reader: _StrengthReader, node: fx.Node, strengths: Sequence[Argument], axis: BatchAxis) -> fx.Node:
     """Splits a random operation into its draw, which is returned, and what is done with it, at the node itself."""
-    x, operation = node.args[0], OPERATIONS.get(function_of(node))
+    graph, x, operation = node.graph, node.args[0], OPERATIONS.get(function_of(node))
     if operation is None:
-        return _split_dropout(graph, node, strengths[0], axis)
+        return _split_dropout(reader, node, strengths[0], axis)
     if all(strength == 0 for strength in strengths):
         node.target, node.args, node.kwargs = torch.clone, (x,), {}
         annotate(node, handed_through=True)
@@ -125,13 +139,15 @@ def _split(graph: fx.Graph, node: fx.Node, strengths: Sequence[Argument], axis: 
     return noise
 
 
-def _split_dropout(graph: fx.Graph, node: fx.Node, p: Argument, axis: BatchAxis) -> fx.Node:
-    x, spatial = node.args[0], SPATIAL.get(node.target, 0)
+def _split_dropout(reader: _StrengthReader, node: fx.Node, p: Argument, axis: BatchAxis) -> fx.Node:
+    graph, x, spatial = node.graph, node.args[0], SPATIAL.get(node.target, 0)
     draw = alpha_dropout_coefficients if node.target in ALPHA else dropout_mask
     arguments: tuple[Argument, ...] = (x, p, spatial) if spatial or axis != BATCH_FIRST else (x, p)
     arguments += (axis,) if axis != BATCH_FIRST else ()
+    keep_rate = reader.keep_rate(p) if draw is dropout_mask else None
+    settings: dict[str, Argument] = {} if keep_rate is None else {"keep_rate": keep_rate}
     with graph.inserting_before(node):
-        noise = graph.create_node("call_function", draw, arguments, name=f"{node.name}_mask")
+        noise = graph.create_node("call_function", draw, arguments, settings, name=f"{node.name}_mask")
         copy_place(noise, node)
         if node.target in ALPHA:
             multiplier = graph.call_function(operator.getitem, (noise, 0))
@@ -164,7 +180,7 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, reader: _StrengthReader
         if site.outside is None or all(call.number != site.outside for call in info_of(user).scope)
     ]
     anchor = (reader.last_input if value.op == "placeholder" else value).next
-    while anchor.op == "placeholder" or anchor.target == "hparams":
+    while anchor.op == "placeholder" or anchor.target in ("hparams", keep_rates):
         anchor = anchor.next
     function: Callable[..., object] = F.dropout
     arguments: tuple[Argument, ...] = (value, 0.0, True)
@@ -177,7 +193,7 @@ def _insert(graph: fx.Graph, value: fx.Node, site: Site, reader: _StrengthReader
         result = graph.create_node("call_function", function, arguments, dict(settings), name)
     copy_place(result, value)
     annotate(result, scope=tuple(call for call in info_of(value).scope if call.number != site.outside))
-    noise = _split(graph, result, *reader.of_site(site, result))
+    noise = _split(reader, result, *reader.of_site(site, result))
     for user in readers:
         user.replace_input_with(value, result)
     return noise
