@@ -123,7 +123,10 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
         problem,
         *loaders,
         hyper=fxstn.HyperSettings(
-            train_steps=1, recalibrate=3, optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None)
+            train_steps=1,
+            recalibrate=3,
+            evaluation_share=1.0,
+            optimizer=partial(SettlingAdam, lr=0.1, settle=1e12, certainty=None),
         ),
         progress=False,
         callbacks=[lambda run: places.append(problem.numbers.detach().clone())],
@@ -248,7 +251,9 @@ def test_unpack_may_take_things_out_of_a_batch():
     batches = [{"x": x, "y": y} for x, y in DataLoader(dataset(16, 0), 8)]
     stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
     unpack = lambda batch: (batch.pop("x"), batch.pop("y"))  # noqa: E731
-    (row,) = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, unpack=unpack, progress=False).fit(1)
+    hyper = fxstn.HyperSettings(evaluation_share=1.0)
+    settings = {"hyper": hyper, "unpack": unpack, "progress": False}
+    (row,) = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, **settings).fit(1)
     assert row["clean_train_loss"] == pytest.approx(row["valid_loss"], rel=1e-5)
 
 

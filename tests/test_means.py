@@ -168,7 +168,9 @@ def test_losses_of_the_history_are_means_over_what_counts():
 
 def test_a_sum_of_training_batches_is_compared_with_one_of_as_many_validation_entries():
     parts = batches(classes)
-    runner = fxstn.BilevelRunner(network(), nn.CrossEntropyLoss(reduction="sum"), parts[:2], parts * 5, progress=False)
+    hyper = fxstn.HyperSettings(evaluation_share=1.0)
+    loss_fn = nn.CrossEntropyLoss(reduction="sum")
+    runner = fxstn.BilevelRunner(network(), loss_fn, parts[:2], parts * 5, hyper=hyper, progress=False)
     row = runner.fit(1).rows[0]
     x, y = joined(parts[:2])
     mean = F.cross_entropy(runner.stn.model(x), y).item()

@@ -19,6 +19,7 @@ from fxstn.ir.input_errors import as_path, first_line, is_number
 # Settings by their paths: "response.every" is `every` of `ResponseSettings`.
 AT_LEAST_ONE = (
     "hyper.train_steps",
+    "hyper.longest_cycle",
     "hyper.valid_steps",
     "response.every",
     "response.windows",
@@ -27,7 +28,7 @@ AT_LEAST_ONE = (
     "checkpoints.keep",
     "patience",
 )
-FRACTIONS = ("response.fraction", "hyper.fraction")
+FRACTIONS = ("response.fraction", "hyper.fraction", "hyper.evaluation_share")
 NOT_NEGATIVE = (
     "hyper.warmup_epochs",
     "hyper.entropy_weight",
@@ -37,8 +38,9 @@ NOT_NEGATIVE = (
 )
 POSITIVE = ("clip_norm", "checkpoints.save_minutes")
 OPTIONAL = ("clip_norm",)  # numbers that may be None
-WHOLE = ("hyper.train_steps", "hyper.valid_steps", "hyper.warmup_epochs", "hyper.recalibrate", "response.every",
-         "response.windows", "accumulate", "checkpoints.keep", "checkpoints.rollbacks", "patience")  # fmt: skip
+WHOLE = ("hyper.train_steps", "hyper.longest_cycle", "hyper.valid_steps", "hyper.warmup_epochs",
+         "hyper.recalibrate", "response.every", "response.windows", "accumulate", "checkpoints.keep",
+         "checkpoints.rollbacks", "patience")  # fmt: skip
 COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # of the history, which users may not name
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that may be None
     **dict.fromkeys(("valid_loss_fn", "initial_state", "unpack"), (callable, "a function")),

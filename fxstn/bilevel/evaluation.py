@@ -205,8 +205,11 @@ class Evaluator:
         self._warned = False
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside, the network is what is evaluated and kept."""
+    def evaluating(self, batches: int | None = None) -> Iterator[None]:
+        """Inside, the network is what is evaluated and kept.
+
+        batches: the number of recent ones that statistics are estimated on. None: all.
+        """
         known = self.statistics.hold()
         with contextlib.ExitStack() as stack:
             stack.callback(self.statistics.note_parameters)
@@ -215,12 +218,19 @@ class Evaluator:
             stack.enter_context(torch.inference_mode(False))  # so that autograd can record what a loss is a mean over
             stack.enter_context(self.precision())
             if self.train.remembers:
-                stack.enter_context(self.statistics.restored() if known else self.statistics.estimated(self._recent()))
+                stack.enter_context(
+                    self.statistics.restored() if known else self.statistics.estimated(self._recent(batches))
+                )
             yield
 
-    def _recent(self) -> Iterator[Batch]:
-        for batch in self.train.recent_or_first():
+    def _recent(self, count: int | None) -> Iterator[Batch]:
+        for batch in self._last(count):
             yield self.prepare(batch, "train_loader", "recalibration")
+
+    def _last(self, count: int | None) -> list[object]:
+        """The last ones of the recent batches, so many; all for None."""
+        batches = list(self.train.recent_or_first())
+        return batches if count is None else batches[max(0, len(batches) - count) :]
 
     def means(self, loader: Iterable[object], name: str) -> tuple[dict[str, float], Batch | None]:
         """ "valid_loss" and the metrics, over all batches of a loader as over one; and this process's first batch.
@@ -236,16 +246,18 @@ class Evaluator:
         self._entries = totals.entries
         return totals.means(name), first
 
-    def clean_train_loss(self) -> float:
+    def clean_train_loss(self, batches: int | None = None) -> float:
         """The validation loss of the training batches of the last steps; NaN, with a warning, where it fails.
+
+        batches: the number of them. None: all that are remembered.
 
         λ is not limited where it is not finite, as where a batch overflows: a warning, once in a run, says so.
         A loss that is a sum is brought to as many target entries as the last loader had.
         A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
-        totals, fault, batches = Totals({}), "", list(self.train.recent_or_first())
+        totals, fault = Totals({}), ""
         try:
-            totals, _ = self._totals(batches, "train_loader", {})
+            totals, _ = self._totals(self._last(batches), "train_loader", {})
         except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise
         except LOSS_ERRORS as error:

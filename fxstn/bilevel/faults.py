@@ -112,15 +112,23 @@ def _scales_lost(recent: Sequence[Row], first: Row, names: Sequence[str]) -> Ite
                                     "raise hyper.entropy_weight, or keep σ with hyper.tune_scale=False")  # fmt: skip
 
 
-def _response_too_large(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    if all(row.get("response_norm", 0.0) > 1 for row in recent):
+def _last_with(rows: Sequence[Row], column: str) -> Sequence[Row]:
+    """The last `PERSISTENT` rows that have a column, which not every epoch measures; () where there are fewer."""
+    measured = [row for row in rows if column in row][-PERSISTENT:]
+    return measured if len(measured) == PERSISTENT else ()
+
+
+def _response_too_large(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    recent = _last_with(rows, "response_norm")
+    if recent and all(row["response_norm"] > 1 for row in recent):
         yield "response", ("a perturbation of λ is predicted to change the weights by "
                            f"{recent[-1]['response_norm']:.2g} times their size; lower response.optimizer's learning rate or "
                            "the scale of the hyperparameters, or set clip_norm")  # fmt: skip
 
 
-def _underfitting(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    if all(row.get("clean_train_loss", -math.inf) > max(1.1 * row.get("valid_loss", math.inf), 0.0) for row in recent):
+def _underfitting(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    recent = _last_with(rows, "clean_train_loss")
+    if recent and all(row["clean_train_loss"] > max(1.1 * row["valid_loss"], 0.0) for row in recent):
         train, valid = recent[-1]["clean_train_loss"], recent[-1]["valid_loss"]
         yield "limits", (f"training batches have a loss of {train:.4g}, validation {valid:.4g}: no regularisation rises in a "
                          "network that fits so badly, and little evidence lowers it; where many of their labels are wrong, or "
@@ -128,9 +136,9 @@ def _underfitting(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
                          "fxstn.optim.SettlingAdam(p, limits=False))")  # fmt: skip
 
 
-def _linearization_poor(recent: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    errors = [row.get("linearization_error", 0.0) for row in recent]
-    if min(errors) > 0.9 and errors[-1] >= errors[0]:
+def _linearization_poor(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    errors = [row["linearization_error"] for row in _last_with(rows, "linearization_error")]
+    if errors and min(errors) > 0.9 and errors[-1] >= errors[0]:
         yield "linearization", (f"the linearised loss says little of the true one (relative error {errors[-1]:.2f}); lower the "
                                 "scale of the hyperparameters (scale=), or response.optimizer's learning rate")  # fmt: skip
 
@@ -146,9 +154,9 @@ def signs(rows: Sequence[Row], ranges: Ranges, regularizing: Collection[str] = (
     if len(recent) == PERSISTENT:
         yield from _bounds_reached(recent, ranges, regularizing)
         yield from _scales_lost(recent, rows[0], list(ranges))
-        yield from _response_too_large(recent)
-        yield from _underfitting(recent)
-        yield from _linearization_poor(recent)
+    yield from _response_too_large(rows)
+    yield from _underfitting(rows)
+    yield from _linearization_poor(rows)
 
 
 class Monitors:

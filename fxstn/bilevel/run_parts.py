@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fxstn.bilevel import distributed, specs
+from fxstn.bilevel.cadence import Counters
 from fxstn.bilevel.evaluation import BestModel
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.history import History
 from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_random_state
-from fxstn.bilevel.tuner import Counters
 from fxstn.bilevel.updates import Updates
 
 # The values of these parts never change, so that a state in memory may share them.

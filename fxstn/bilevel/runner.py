@@ -43,7 +43,8 @@ class BilevelRunner(Run):
     settings: keywords, listed at the end; "hyper.train_steps" is `train_steps` of the group `hyper`.
 
     Training runs in cycles. A cycle is hyper.train_steps inner steps of w₀, and then hyper.valid_steps hyper steps of λ and σ.
-    Every response.every-th inner step brings a response step of Θ. A cycle may go on in the next epoch.
+    Every response.every-th inner step brings a response step of Θ. A cycle may go on in the next epoch. As the rate of λ's
+    optimizer falls, cycles become longer and response steps rarer (`fxstn.HyperSettings`, longest_cycle).
 
     Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and its device. The processes
     average their gradients and draw different noise. The first one writes the files, to its out_dir (docs/distributed.md).

@@ -63,8 +63,8 @@ class ResponseSettings(SettingsGroup):
 
     optimizer: of Θ: a factory, an optimizer that holds exactly its parameters, or a list of optimizers that do together.
         Default: Adam, lr 1e-2; for a structured response that of w₀.
-    every: ≥ 1, number of inner steps from one response step to the next. Each step is unbiased; with a larger number Θ moves
-        less often. Default: 4.
+    every: ≥ 1, number of inner steps from one response step to the next, at first; it grows as a cycle does
+        (`HyperSettings`, longest_cycle). Each step is unbiased; with a larger number Θ moves less often. Default: 4.
     fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the statistics of
         batch norms. Default: 1.0.
     widening: ≥ 1. Near the ends of a range ε is enlarged in the response step, at most by this factor. Default: 2.0.
@@ -94,13 +94,16 @@ class HyperSettings(SettingsGroup):
     optimizer: of λ, as that of `ResponseSettings`. Default: `fxstn.optim.SettlingAdam`. Its rate falls from 0.4, and it shrinks
         λ's step when the gradient is noisy.
     scale_optimizer: of σ, which is learned where tune_scale is True. Default: RMSprop, lr 1e-2.
-    train_steps: T_train ≥ 1, number of inner steps of a cycle. Default: 5.
+    train_steps: T_train ≥ 1, number of inner steps of a cycle, at first. Default: 5.
+    longest_cycle: ≥ 1, number of inner steps up to which a cycle grows while the rate of a `SettlingAdam` falls: after n hyper
+        steps it has train_steps √(n/(2 settle)) of them, train_steps at least, and the intervals of response steps grow alike.
+        Any number up to train_steps: cycles stay as they are. Default: 40.
     valid_steps: T_valid ≥ 1, number of hyper steps at the end of a cycle. Default: 1.
     warmup_epochs: ≥ 0, number of epochs at the start without hyper steps. Default: 0.
     fraction: in (0, 1], part of each validation batch that the hyper step sees. Default: 1.0.
     inner_correction: c ≥ 0, how much of the training gradient is subtracted from λ's gradient. 1 removes what training would do
-        anyway; 0 is the paper. The hypergradient is Θᵀ(∇L_V − c ∇L_T), with ∇L_T the mean over the inner steps since the last
-        hyper step. Where the weights are at their best ∇L_T is zero and c has no effect. To first order ∇L_V − ∇L_T is ∇L_V
+        anyway; 0 is the paper. The hypergradient is Θᵀ(∇L_V − c ∇L_T), with ∇L_T the mean over the last train_steps
+        inner steps. Where the weights are at their best ∇L_T is zero and c has no effect. To first order ∇L_V − ∇L_T is ∇L_V
         after a Newton step of the training loss, if both losses have about the same curvature. Method "stn" does not use it.
         Default: 1.0.
     entropy_weight: τ ≥ 0, weight of the entropy of ε. A larger weight keeps σ larger, where tune_scale is True.
@@ -110,6 +113,9 @@ class HyperSettings(SettingsGroup):
     recalibrate: ≥ 0, number of training batches, those of the last steps, on which evaluation estimates the statistics of batch
         norms anew, in eval mode. Their loss in eval mode also says how far the network overfits, which limits the steps of λ
         (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits. Default: 10.
+    evaluation_share: in (0, 1], the part of the arithmetic of training that evaluations may take besides the validation data:
+        for `recalibrate` and for diagnostics. Where epochs are short they take fewer batches, or leave an epoch out; statistics
+        of batch norms are estimated on at least four. 1: on all batches, and in every epoch. Default: 0.02.
 
     Raises ValueError that lists every number out of range, and TypeError for a value of another kind.
     """
@@ -118,6 +124,7 @@ class HyperSettings(SettingsGroup):
     optimizer: OptimizerLike = None
     scale_optimizer: OptimizerLike = None
     train_steps: int = 5
+    longest_cycle: int = 40
     valid_steps: int = 1
     warmup_epochs: int = 0
     fraction: float = 1.0
@@ -125,6 +132,7 @@ class HyperSettings(SettingsGroup):
     entropy_weight: float = 1e-3
     tune_scale: bool = False
     recalibrate: int = 10
+    evaluation_share: float = 0.02
 
 
 @explains_unknown
@@ -217,5 +225,5 @@ class Preset(TypedDict):
 
 PAPER: Preset = {
     "response": ResponseSettings(every=1, widening=1.0),
-    "hyper": HyperSettings(optimizer=rmsprop, tune_scale=True, inner_correction=0.0),
+    "hyper": HyperSettings(optimizer=rmsprop, longest_cycle=5, tune_scale=True, inner_correction=0.0),
 }

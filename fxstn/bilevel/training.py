@@ -39,7 +39,7 @@ class TrainingLoop:
         while batches := self._next_batches():
             self._replay()
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
-            loss = tuner.stepper.inner(prepared, tuner.tunes)
+            loss = tuner.stepper.inner(prepared, tuner.notes)
             cycle_over = tuner.after_step(prepared, None if loss is None else {"train_loss": loss})
             if cycle_over or distributed.processes() == 1:
                 pause()

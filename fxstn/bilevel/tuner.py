@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Batch, BatchPreparer
+from fxstn.bilevel.allowance import LEAST, Allowance
+from fxstn.bilevel.batches import Batch, BatchPreparer, first_part
+from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
 from fxstn.bilevel.evaluation import Evaluator, RecentBatches, RunningMeans
@@ -23,7 +24,6 @@ from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.sources import unchanged_generators
-from fxstn.bilevel.state import State
 from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.bilevel.totals import one_number
@@ -31,6 +31,8 @@ from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
+
+DIAGNOSED = 32  # examples of the batch that diagnostics are computed on, at most
 
 
 def build_updates(
@@ -69,29 +71,6 @@ def build_updates(
     scalers = {name: LossScaler(device, scaled) for name in ("train_loss", "response_loss", "hyper_loss")}
     schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
     return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scalers, check=network is None)
-
-
-@dataclass
-class Counters:
-    """What a run has done so far: inner steps, response steps alone, hyper steps, and how often it went back.
-
-    A step whose gradient overflowed in float16 is none.
-
-    response_due: whether the next inner step brings a response step, because that of this one overflowed.
-    """
-
-    steps: int = 0
-    response_steps: int = 0
-    response_due: bool = False
-    hyper_steps: int = 0
-    rollbacks: int = 0
-
-    def state_dict(self) -> State:
-        return asdict(self)
-
-    def load_state_dict(self, state: State) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 class BatchSource(Protocol):
@@ -137,6 +116,8 @@ class Tuner:
         self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack)
         self.autocast = settings.execution.autocast
         self.updates = build_updates(problem, network, settings, device, weights)
+        optimizer = self.updates.optimizers.get("hyper.optimizer")
+        self.cadence = Cadence(settings.response, settings.hyper, optimizer, self.counters)
         correction = settings.hyper.inner_correction
         self.stepper = Stepper(problem, self.updates, self.guard, self.prepare, correction, self.precision, seed)
         self.averages: WeightAverages | None = None
@@ -150,7 +131,7 @@ class Tuner:
         regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
         self.monitors = Monitors(problem.ranges(), regularizing)
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None
-        self.limit = GapLimit(self.updates.optimizers.get("hyper.optimizer"), problem, measured)
+        self.limit = GapLimit(optimizer, problem, measured)
 
     def precision(self) -> torch.autocast:
         """A context for the forward of a loss."""
@@ -165,6 +146,11 @@ class Tuner:
     def tunes(self) -> bool:
         """Whether hyper steps are due in this epoch."""
         return self.schedule is None and self.epoch > self.settings.hyper.warmup_epochs
+
+    @property
+    def notes(self) -> bool:
+        """Whether a hyper step will read the gradient of the next inner step."""
+        return self.tunes and self.cadence.ends_cycle_soon
 
     @property
     def responds(self) -> bool:
@@ -184,7 +170,7 @@ class Tuner:
 
     def before_step(self) -> None:
         """Note Θᵀ∇L_T; the parameters of w₀ hold the gradient of the step that follows."""
-        self.stepper.note_gradient(self.tunes)
+        self.stepper.note_gradient(self.notes)
 
     def after_step(self, batches: list[Batch], losses: dict[str, Mean] | None) -> bool:
         """Do what is due after a step of w₀: a response step on its batches, hyper steps. Returns whether a cycle is over.
@@ -197,13 +183,13 @@ class Tuner:
         time = self.time
         if self.network is not None:  # a problem of the user's own may have batches of any kind
             self.valid.resize(batch_size(batches[0][0]))
+        cycle_over = False
         if losses is not None:
-            self.counters.steps += 1
-            losses = losses | self._respond(batches)
+            due, cycle_over = self.cadence.count()
+            losses = losses | (self._respond(batches) if due and self.responds else {})
             if self.averages:
                 self.averages.update()
         self.means.add(losses or {})
-        cycle_over = losses is not None and self.counters.steps % self.settings.hyper.train_steps == 0
         if cycle_over or self.means.steps == 1 or not self.guard.first:
             self.guard.check(self.means.means(), time)
         if cycle_over:
@@ -215,16 +201,12 @@ class Tuner:
         return cycle_over
 
     def _respond(self, batches: list[Batch]) -> dict[str, Mean]:
-        """The loss of a response step, where one is due."""
-        counters = self.counters
-        due = counters.response_due or counters.steps % self.settings.response.every == 0
-        if not self.responds or not due:
-            return {}
+        """The loss of a response step. {} where its gradient overflowed: the next inner step brings another one."""
         loss = self.stepper.response(batches)
-        counters.response_due = loss is None
         if loss is None:
             return {}
-        counters.response_steps += 1
+        self.counters.since_response = 0
+        self.counters.response_steps += 1
         return {"response_loss": loss}
 
     def epoch_losses(self) -> dict[str, float]:
@@ -244,13 +226,14 @@ class Tuner:
 
         Raises BadLoss.
         """
-        with unchanged_generators(loader), self.evaluator.evaluating():
+        allowance = self._allowance()
+        with unchanged_generators(loader), self.evaluator.evaluating(allowance.statistics_batches):
             values, batch = self.evaluator.means(loader, "valid_loader")
             self.guard.check({"valid_loss": values["valid_loss"]}, f"epoch {self.epoch}")
-            if self.limit.on:
-                losses = losses | {"clean_train_loss": self.evaluator.clean_train_loss()}
-                self.limit.set(generalisation_gap(losses["clean_train_loss"], values["valid_loss"]))
-            row = self._row({"epoch": self.epoch, **losses, **values}, batch)
+            if self.limit.on and (count := allowance.loss_batches):
+                losses = losses | {"clean_train_loss": self.evaluator.clean_train_loss(count)}
+                self.limit.set(self._gap(losses | values, count))
+            row = self._row({"epoch": self.epoch, **losses, **values}, batch, allowance.diagnostics)
             self.updates.end_epoch(row["valid_loss"])
             self.history.rows.append(row)
             yield row
@@ -263,12 +246,33 @@ class Tuner:
         with self.evaluated_epoch(loader, self.epoch_losses()):
             pass
 
-    def _row(self, row: Row, batch: Batch | None) -> Row:
-        """A row of the history, from its losses and a batch of validation."""
+    def _allowance(self) -> Allowance:
+        """What this evaluation may measure."""
+        steps, batches = self.counters.steps, self.settings.accumulate
+        before = max(0, steps - self.means.steps)
+        return Allowance(self.settings.hyper.evaluation_share, before * batches, steps * batches)
+
+    def _gap(self, row: Row, batches: int) -> float | None:
+        """The generalisation gap, on `LEAST` training batches at least, those of earlier rows with them.
+
+        row: with the losses of this epoch.
+        batches: those of its clean training loss.
+        """
+        measured = [each for each in self.history.rows if math.isfinite(each.get("clean_train_loss", math.nan))]
+        rows = [row, *measured[max(0, len(measured) + 1 - math.ceil(LEAST / batches)) :]]
+        return generalisation_gap(*(sum(each[name] for each in rows) for name in ("clean_train_loss", "valid_loss")))
+
+    def _row(self, row: Row, batch: Batch | None, diagnoses: bool) -> Row:
+        """A row of the history, from its losses and a batch of validation.
+
+        diagnoses: whether with diagnostics.
+        """
         problem = self.problem
         row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
-        if self.schedule is None and not distributed.any_process(batch is None, self.device):
+        if diagnoses and self.schedule is None and not distributed.any_process(batch is None, self.device):
             assert batch is not None
+            if self.network is not None:
+                batch = first_part(batch, min(1.0, DIAGNOSED / batch_size(batch[0])))
             with self.precision():
                 row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
         row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in (self.settings.columns or {}).items()}

@@ -27,8 +27,9 @@ from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.explain import Explanation, explain
 
-COSTLY = ("hyper.train_steps", "hyper.valid_steps", "hyper.fraction", "response.every", "response.fraction", "response.windows",
-          "response.perturb", "accumulate", "execution.compile", "execution.autocast", "execution.memory_format")  # fmt: skip
+COSTLY = ("hyper.train_steps", "hyper.longest_cycle", "hyper.valid_steps", "hyper.fraction", "response.every",
+          "response.fraction", "response.windows", "response.perturb", "hyper.evaluation_share", "accumulate",
+          "execution.compile", "execution.autocast", "execution.memory_format")  # fmt: skip
 HIDDEN = ("lr", "gap", "limited")  # of an optimizer: shown otherwise, or the state of a run
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
