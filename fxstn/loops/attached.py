@@ -134,6 +134,8 @@ class AttachedTuner(Run):
 
     def _note_gradient(self, scale: Tensor | float | None) -> None:
         """Note Θᵀ∇L_T, with the penalties that λ has: the gradients that the optimizer will not see, and those it sees."""
+        if not self._tuner.notes:
+            return
         gradients = [(weight, weight.grad, gradient) for weight, gradient in self._decay.gradients()]
         for weight, before, gradient in gradients:
             assert before is not None
