@@ -21,7 +21,6 @@ from fxstn.ops.color import jitter
 from fxstn.ops.erase import boxes_mask, cutout_mask, erasing_mask
 from fxstn.ops.geometry import inverse_affine, resample
 from fxstn.ops.noise import by_example, weight_mask
-from fxstn.ops.penalty import penalty, penalty_perturbed
 from fxstn.tools.cli import main
 from fxstn.tools.show import strengths_of
 
@@ -420,22 +419,6 @@ def test_label_smoothing_equals_torch_per_example():
     )
     torch.testing.assert_close(fxstn.cross_entropy(output, target, {"label_smoothing": smoothing}), expected / 5)
     torch.testing.assert_close(fxstn.cross_entropy(output, target), F.cross_entropy(output, target))
-
-
-@pytest.mark.parametrize("norm", [1, 2])
-def test_penalties_equal_those_of_materialised_weights(norm):
-    generator = torch.Generator().manual_seed(0)
-    weight, response = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
-    scale = 1e-3 * torch.randn(5, 3, dtype=torch.float64, generator=generator)  # no entry changes its sign
-    strength = torch.rand(5, dtype=torch.float64, generator=generator)
-    weights = [weight + s[:, None] * response for s in scale]
-    sizes = [w.abs().sum() if norm == 1 else 0.5 * w.square().sum() for w in weights]
-    moved = [k * size for k, size in zip(strength, sizes, strict=True)]
-    torch.testing.assert_close(
-        torch.stack([penalty(w, k, norm) for w, k in zip(weights, strength, strict=True)]), torch.stack(moved)
-    )
-    found = penalty_perturbed(weight, strength, scale, response, norm=norm)
-    torch.testing.assert_close(found, torch.stack(moved).mean(), rtol=1e-12, atol=0)
 
 
 # The picture

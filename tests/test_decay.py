@@ -136,3 +136,44 @@ def test_a_run_steps_along_the_gradient_of_its_penalties(accumulate: int) -> Non
     for (name, expected), weight in zip(plain.named_parameters(), stn.model.parameters(), strict=True):
         stepped = expected.detach() - 0.5 * expected.grad
         torch.testing.assert_close(weight.detach(), stepped, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Sums(nn.Module):
+    """Weights that share scales, because they are added, each with a strength of its own; and one that is scaled by columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.linear(x, self.a.weight + self.b.weight, self.a.bias).tanh())
+
+
+@pytest.mark.parametrize("response", ["scaled", "structured"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(response: str, decoupled: bool) -> None:
+    torch.manual_seed(0)
+    specs = [hp.WeightDecay("a", "b", "out", init=0.05), hp.WeightDecay("a", "out", norm=1, init=0.02, shared=True)]
+    stn = fxstn.transform(Sums().double(), specs, response=response, example_inputs=torch.randn(3, 5).double())
+    parameters = list(stn.response_parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(1e-3 * torch.randn_like(parameter) if parameter is stn.response.flat_U else parameter)
+    metrics = {name: torch.rand_like(w) + 0.5 for name, w in stn.model.named_parameters()}
+    stn.decay_metric = metrics.get if decoupled else None
+    epsilon, total = torch.randn(6, len(stn.hparams)).double(), torch.zeros(()).double()
+    for row in epsilon:
+        strengths, weights = stn.hparams(row), stn.wide_response(row)
+        frozen = dict(stn.model.named_parameters())
+        for name, index, norm in stn.terms.penalties:
+            w = weights[name] - frozen[name] + frozen[name].detach()
+            d = metrics[name] if decoupled else torch.ones_like(w)
+            total = total + strengths[index] * (w.abs().sum() if norm == 1 else 0.5 * (d * w.square()).sum()) / 6
+    torch.testing.assert_close(stn.penalty(epsilon), total, rtol=1e-9, atol=0)
+    ours, expected = (
+        torch.autograd.grad(value, parameters, allow_unused=True) for value in (stn.penalty(epsilon), total)
+    )
+    for one, other in zip(ours, expected, strict=True):
+        assert (one is None) == (other is None) or not other.any()
+        assert one is None or (one - other).norm() <= 1e-9 * other.norm()

@@ -59,8 +59,8 @@ class DecayedWeight:
         square = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         if not self.decoupled or not isinstance(square, Tensor) or square.shape != self.weight.shape:
             return None
-        step, beta = float(state.get("step", 0)), float(self.group.get("betas", (0.0, 0.0))[-1])
-        correction = 1 - beta**step if step else 1.0
+        beta = float(self.group.get("betas", (0.0, 0.0))[-1])
+        correction = 1 - beta ** state["step"] if "step" in state else 1.0  # a tensor, which may be on the device
         return (square / correction).sqrt_().add_(float(self.group.get("eps", 0.0)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.precision import real, wide, widen
-from fxstn.ops.response import responses_in, row_scales
+from fxstn.ops.pulled_back import row_products
+from fxstn.ops.response import Response, ResponseTree, responses_in
 
 
 class _Penalty(torch.autograd.Function):
@@ -91,29 +94,6 @@ def add_to_gradients(weights: Sequence[nn.Parameter], changes: Sequence[Tensor])
             weight.grad = change if weight.grad is None else change.add_(weight.grad)
 
 
-def penalty_perturbed(
-    weight: Tensor, strength: Tensor, scale: Tensor, response: Tensor, axis: int = 0, norm: int = 2
-) -> Tensor:
-    """Mean over the batch of the penalty at w + s_i ⊙row R, without per-example weights.
-
-    Norm 2 uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r. Norm 1 is linearised at w, which is
-    exact until an entry changes its sign: ‖W_r‖₁ + s_r ⟨sign W_r, R_r⟩.
-
-    weight, response: of one shape.
-    strength: λ ≥ 0, 0-d or (batch,).
-    scale: (rows,) or (batch, rows), scales s_i along `axis`.
-    norm: 1 or 2.
-
-    Returns a scalar.
-    """
-    w, r = (widen(value).movedim(axis, 0).flatten(1) for value in (weight, response))
-    if norm == 1:
-        return (strength * (w.abs().sum() + scale @ torch.linalg.vecdot(w.sign(), r))).mean()
-    cross, square = torch.linalg.vecdot(w, r), torch.linalg.vecdot(r, r)
-    norms = torch.linalg.vecdot(w, w).sum() + 2 * scale @ cross + scale.square() @ square
-    return 0.5 * (strength * norms).mean()
-
-
 def total_penalty(
     penalties: Sequence[tuple[str, int, int]],
     model: nn.Module,
@@ -123,34 +103,89 @@ def total_penalty(
     constant: bool,
     metric: Callable[[str], Tensor | None] | None = None,
 ) -> Tensor:
-    """The sum of the penalties of several parameters, the mean over the batch.
+    """The sum of the penalties of several parameters, the mean over the batch, without weights per example.
 
     penalties: (parameter name, index of its strength, norm) of each.
-    tree: the Response modules of the model's parameters.
+    tree: the ResponseTree of the model's parameters.
     strengths: (h,) or (batch, h).
     delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
     constant: whether the weights themselves get no gradient.
     metric: parameter name → D, shaped like the weight, where its penalty of norm 2 is ½ λ wᵀ D w with this diagonal D; or None.
     """
-    total, responses = strengths.new_zeros(()), responses_in(tree)
-    if delta is None and metric is None:
-        for (index, norm, _), names in groups_of(penalties, model).items():
-            total = total + penalty([model.get_parameter(name) for name in names], strengths[..., index].mean(), norm)
-        return total
-    scales = {} if delta is None else row_scales(tree, delta)
-    for name, index, norm in penalties:
-        response, weight = responses.get(name), model.get_parameter(name)
-        w = weight.detach() if constant else weight
-        direction = None if delta is None or response is None else response.direction(w)
-        if norm == 2 and metric is not None and (diagonal := metric(name)) is not None:
-            root = diagonal.sqrt()  # ‖√D w‖²
-            w, direction = w * root, None if direction is None else direction * root
-        if delta is None or response is None or direction is None:
-            total = total + penalty([w], strengths[..., index].mean(), norm)
-        else:
-            scale = scales[name].to(wide(real(weight.dtype)))
-            total = total + penalty_perturbed(w, strengths[..., index], scale, direction, response.axis, norm)
+    responses = {} if delta is None else responses_in(tree)
+    total = strengths.new_zeros(())
+    for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
+        weights = [model.get_parameter(name).detach() if constant else model.get_parameter(name) for name in names]
+        if norm == 2 and metric is not None:
+            diagonals = map(metric, names)
+            weights = [w if d is None else w * d.sqrt() for w, d in zip(weights, diagonals, strict=True)]
+        total = total + penalty(weights, strengths[..., index].mean(), norm)
+    if delta is not None and responses:
+        assert isinstance(tree, ResponseTree)
+        scales = tree.flat_scales(delta)
+        for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
+            own = {n: model.get_parameter(n).detach() if constant else model.get_parameter(n) for n in part.names}
+            total = total + _penalty_of_rows(part, own, tree, strengths, scales, metric)
     return total
+
+
+@dataclass
+class _Part:
+    """Penalties of one norm, such that all parameters that share a block of scales have one strength.
+
+    indices: {block: index of its strength}.
+    """
+
+    norm: int
+    names: list[str] = field(default_factory=list)
+    indices: dict[int, int] = field(default_factory=dict)
+
+
+def _without_conflict(penalties: Sequence[tuple[str, int, int]], responses: dict[str, Response]) -> list[_Part]:
+    parts: list[_Part] = []
+    for name, index, norm in penalties:
+        block = responses[name].block
+        free = (p for p in parts if p.norm == norm and name not in p.names and p.indices.get(block, index) == index)
+        if (part := next(free, None)) is None:
+            parts.append(part := _Part(norm))
+        part.names.append(name)
+        part.indices[block] = index
+    return parts
+
+
+def _penalty_of_rows(
+    part: _Part,
+    weights: dict[str, Tensor],
+    tree: nn.Module,
+    strengths: Tensor,
+    scales: Tensor,
+    metric: Callable[[str], Tensor | None] | None,
+) -> Tensor:
+    """Mean over the batch of the penalties at w + s_i ⊙row R, from sums over rows.
+
+    Norm 2 uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r, with D in each product where there is
+    one. Norm 1 is linearised at w, which is exact until an entry changes its sign: ‖W_r‖₁ + s_r ⟨sign W_r, R_r⟩.
+
+    weights: {parameter name: w}.
+    scales: (N,) or (batch, N).
+    """
+    assert isinstance(tree, ResponseTree)
+    responses = {name: response for name, response in responses_in(tree).items() if name in weights}
+    sums = partial(row_products, tree, metric=metric if part.norm == 2 else None)
+    left = {name: w.sgn() for name, w in weights.items()} if part.norm == 1 else weights
+    own = sums(left, weights)
+    if all(response.R is None for response in responses.values()):  # R is w
+        rows = own * (1 + scales) if part.norm == 1 else 0.5 * own * (1 + scales).square()
+    else:
+        directions = {name: response.direction(weights[name]) for name, response in responses.items()}
+        change = scales * sums(left, directions)
+        if part.norm == 2:
+            change = change + 0.5 * scales.square() * sums(directions, directions)
+        rows = own / part.norm + change
+    each = [strengths[..., part.indices.get(block, 0), None] for block in range(len(tree.flat_sizes))]
+    sizes = tree.flat_sizes
+    strength = torch.cat([one.expand(*one.shape[:-1], n) for one, n in zip(each, sizes, strict=True)], -1)
+    return (strength.to(rows.dtype) * rows).sum(-1).mean()
 
 
 def squared_jacobian(output: object, inputs: object, projections: int | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Θᵀ g for the gradients g of a network's parameters."""
+"""Sums over the entries that each row of U scales, and Θᵀ g for the gradients g of a network's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,23 @@ from fxstn.ops.precision import widen
 from fxstn.ops.response import ResponseTree, responses_in
 
 
-@torch.no_grad()
-def row_products(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-    """q: for each row of U the sum of g ⊙ R over the entries that it scales, so that Θᵀ g = Uᵀ q.
+def row_products(
+    tree: nn.Module,
+    left: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    metric: Callable[[str], Tensor | None] | None = None,
+) -> Tensor:
+    """For each row of U the sum of a ⊙ b, or of D ⊙ a ⊙ b, over the entries that it scales.
 
     tree: a ResponseTree, over the names of the model's parameters.
-    gradients: {name: g}; a parameter without one counts as zero. They may be sparse.
+    left: {parameter name: a}, shaped like the parameter; one without counts as zero. They may be sparse.
+    right: {parameter name: b}, for every name of `left` that responds.
+    metric: parameter name → D, shaped like the parameter; None for D = 1.
 
-    Returns (N,), in the type of U.
+    Returns (N,), in the type of U, differentiable in a and b.
     """
     assert isinstance(tree, ResponseTree)
-    responses = {name: response for name, response in responses_in(tree).items() if name in gradients}
+    responses = {name: response for name, response in responses_in(tree).items() if name in left}
     sums: dict[int, Tensor] = {}
     pending: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -32,16 +38,17 @@ def row_products(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Mod
         total = total.to_dense() if total.is_sparse else total
         sums[response.block] = sums[response.block] + total if response.block in sums else total
 
-    for name, response in responses.items():
-        g, direction = widen(gradients[name]), response.direction(model.get_parameter(name))
-        if g.is_sparse:
-            add(name, g * direction)
-        else:  # Re(ḡ R), as everywhere the derivative along a complex direction
-            pending[name] = (torch.view_as_real(g), torch.view_as_real(direction)) if g.is_complex() else (g, direction)
-    for names in _groups({name: g.numel() for name, (g, _) in pending.items()}):
+    for name in responses:
+        a, b = widen(left[name]), widen(right[name])
+        if a.is_sparse:
+            add(name, a * b)
+        else:  # Re(ā b), as everywhere the derivative along a complex direction
+            pending[name] = (torch.view_as_real(a), torch.view_as_real(b)) if a.is_complex() else (a, b)
+    for names in _groups({name: a.numel() for name, (a, _) in pending.items()}):
         products = torch._foreach_mul([pending[name][0] for name in names], [pending[name][1] for name in names])
         for name, product in zip(names, products, strict=True):
-            add(name, product)
+            diagonal = None if metric is None else metric(name)
+            add(name, product if diagonal is None else product * diagonal)
         del products
     U = tree.flat_U
     blocks = enumerate(tree.flat_sizes)
@@ -50,9 +57,18 @@ def row_products(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Mod
 
 @torch.no_grad()
 def pulled_back(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-    """Θᵀ g, (h,), for gradients g of the model's parameters. Arguments as in `row_products`."""
+    """Θᵀ g = Uᵀ q, (h,), with the row sums q of g ⊙ R.
+
+    tree: a ResponseTree, over the names of the model's parameters.
+    gradients: {name: g}; a parameter without one counts as zero. They may be sparse.
+    """
     assert isinstance(tree, ResponseTree)
-    return tree.flat_U.T @ row_products(tree, gradients, model)
+    return tree.flat_U.T @ row_products(tree, gradients, directions(tree, model))
+
+
+def directions(tree: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """{parameter name: R} of those that respond."""
+    return {name: response.direction(model.get_parameter(name)) for name, response in responses_in(tree).items()}
 
 
 def gradients_in(model: nn.Module) -> dict[str, Tensor]:

@@ -66,8 +66,11 @@ class ResponseTree(WideModule):
 
     def forward(self, delta: Tensor) -> tuple[Tensor, ...]:
         """Scales U δ of each block, by one product: (n,) for delta (h,), (batch, n) for (batch, h)."""
-        scales = nn.functional.linear(delta.to(self.flat_U.dtype), self.flat_U)
-        return scales.split(self.flat_sizes, -1)
+        return self.flat_scales(delta).split(self.flat_sizes, -1)
+
+    def flat_scales(self, delta: Tensor) -> Tensor:
+        """U δ: (N,) for delta (h,), (batch, N) for (batch, h)."""
+        return nn.functional.linear(delta.to(self.flat_U.dtype), self.flat_U)
 
 
 def responses_in(tree: nn.Module) -> dict[str, Response]:
