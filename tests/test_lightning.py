@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from test_tune import QUICK, data, mlp
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import fxstn
-from fxstn import hp
+from fxstn import HyperSettings, hp
 
 L = pytest.importorskip("lightning.pytorch", reason="Lightning comes with the extra fxstn[lightning]")
 
@@ -204,19 +207,45 @@ def test_after_a_fit_the_model_is_plain_and_another_fit_goes_on(tmp_path: Path) 
     assert tuner.history["epoch"] == [1, 2, 3]
 
 
+class InShares(Classifier):
+    """Each process has its share of the same batches, in order. Without dropout, they differ in nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def loader(self, rows: TensorDataset, size: int) -> DataLoader:
+        world = self.trainer.world_size
+        return DataLoader(rows, size // world, sampler=DistributedSampler(rows, shuffle=False) if world > 1 else None)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader(data(64), 16)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader(data(48, 1), 24)
+
+
+class Seeded(L.Callback):
+    """Gives each process noise of its own. The tuner takes the seed of the first."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        torch.manual_seed(5 + trainer.global_rank)
+
+
 class Saved(L.Callback):
-    """Saves what a process of its own ends with."""
+    """Saves what a process ends with."""
 
     def __init__(self, folder: Path, tuner: TuneCallback) -> None:
         self.folder, self.tuner = folder, tuner
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        rows = self.tuner.history["valid_loss"]
-        torch.save((self.tuner.values(), rows), self.folder / f"{trainer.world_size}-{trainer.global_rank}")
+        weights = [p.detach() for p in module.parameters()]
+        end = (self.tuner.values(), self.tuner.history["valid_loss"], weights, trainer.callback_metrics["loss/valid"])
+        torch.save(end, self.folder / f"{trainer.world_size}-{trainer.global_rank}")
 
 
-def test_two_processes_have_the_same_values(tmp_path: Path) -> None:
-    tuner = TuneCallback(hparams=[hp.WeightDecay()], **QUICK)
+def fit_in_double(folder: Path, devices: int = 1, **options: Any) -> None:
+    hyper = HyperSettings(train_steps=2, optimizer=steep)
+    tuner = TuneCallback(hparams=[hp.WeightDecay()], hyper=hyper, response=QUICK["response"])
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -224,18 +253,31 @@ def test_two_processes_have_the_same_values(tmp_path: Path) -> None:
         "enable_model_summary": False,
     }
     trainer = L.Trainer(
-        max_epochs=2,
-        callbacks=[tuner, Saved(tmp_path, tuner)],
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        **quiet,
-    )
-    trainer.fit(Classifier(), DataLoader(data(60), 3), DataLoader(data(80, 1), 40))
-    (one, losses), (other, same_losses) = (torch.load(tmp_path / name) for name in ("2-0", "2-1"))
-    assert one == other
-    assert losses == same_losses
-    assert one["0.weight_decay"] != pytest.approx(1e-2, rel=1e-2)
+        max_epochs=3, accelerator="cpu", devices=devices, precision="64-true", use_distributed_sampler=False,
+        callbacks=[Seeded(), tuner, Saved(folder, tuner)], **quiet, **options,
+    )  # fmt: skip
+    trainer.fit(InShares())
+
+
+def steep(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=3.0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_two_processes_equal_one_on_the_whole_batch(strategy: str, tmp_path: Path) -> None:
+    """A program of strategy "ddp" starts itself again for the other process; "ddp_spawn" sends the callback to both."""
+    fit_in_double(tmp_path)
+    if strategy == "ddp":
+        folders = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        program = [sys.executable, __file__, str(tmp_path)]
+        subprocess.run(program, check=True, timeout=280, capture_output=True, env=os.environ | {"PYTHONPATH": folders})
+    else:
+        fit_in_double(tmp_path, 2, strategy=strategy)
+    alone, *both = (torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    assert max(abs(value / 1e-2 - 1) for value in alone[0].values()) > 1e-2
+    for result in both:
+        for one, other in zip(result, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 class TwoModules(Classifier):
@@ -250,3 +292,7 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
         fit(tmp_path, loaders=[DataLoader(data(60), 6)])
     with pytest.raises(ValueError, match=r"has no tuner yet"):
         callback().values()
+
+
+if __name__ == "__main__":
+    fit_in_double(Path(sys.argv[1]), 2, strategy="ddp")

@@ -80,6 +80,19 @@ def test_a_loop_that_takes_batches_ahead_has_one_row_for_each_pass() -> None:
         assert (tuner.steps, len(tuner.history)) == (5 * number + 5, number + 1)
 
 
+def test_a_loop_that_tells_no_beginning_of_a_pass_has_a_row_for_each_end() -> None:
+    """As the callbacks of frameworks do, which may hear of the end of an epoch twice."""
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(None, valid)
+    for number in range(2):
+        for batch in loader:
+            train(model, optimizer, [batch])
+            tuner.step(batch)
+        tuner.end_pass()
+        tuner.end_pass()
+        assert (tuner.steps, len(tuner.history)) == (5 * number + 5, number + 1)
+
+
 def test_batches_that_a_loop_keeps_for_itself_are_told() -> None:
     loader, valid = loaders()
     model, optimizer, _ = tuned(loader, valid)

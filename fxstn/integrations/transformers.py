@@ -13,7 +13,8 @@ import torch
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.settings import ExecutionSettings
 from fxstn.hp import Spec
-from fxstn.loops.tune import LoopTuner, TuneSettings, tune
+from fxstn.loops.adapter import Adapter
+from fxstn.loops.tune import TuneSettings
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,7 +28,7 @@ FILE = "fxstn_tuner.pt"  # in the folder of a checkpoint
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
 
 
-class TuneCallback(TrainerCallback):
+class TuneCallback(Adapter, TrainerCallback):
     """`trainer.add_callback(TuneCallback(trainer))` tunes the model of a Trainer while it trains.
 
     trainer: its compute_loss is the loss, so that label smoothing, compute_loss_func and an override count.
@@ -48,9 +49,8 @@ class TuneCallback(TrainerCallback):
         valid_loader: Iterable[object] | None = None,
         **settings: Unpack[TuneSettings],
     ) -> None:
-        self.trainer, self.hparams, self.valid_loader = trainer, hparams, valid_loader
-        self.settings: dict[str, Any] = dict(settings)
-        self.tuner: LoopTuner | None = None
+        super().__init__(hparams, settings)
+        self.trainer, self.valid_loader = trainer, valid_loader
         self._batch: object = None  # that the trainer trains on
         self._checkpoint: str | bool | None = None  # that training resumes from
         self._observe()
@@ -75,40 +75,30 @@ class TuneCallback(TrainerCallback):
         """(the trainer's loss of a batch, the batch)."""
         return self.trainer.compute_loss(model, dict(batch)), batch
 
-    def _built(self) -> LoopTuner:
-        if self.tuner is None:
-            raise ValueError("TuneCallback has no tuner yet: the trainer makes it when it begins to train")
-        return self.tuner
-
     # Events of the trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer, before, settings = self.trainer, self.tuner, dict(self.settings)
-        settings["callbacks"] = [*settings.get("callbacks", ()), self._log]
-        execution = settings.get("execution", ExecutionSettings())
+        trainer = self.trainer
+        execution = self.settings.get("execution", ExecutionSettings())
         if execution.autocast is None:  # accelerate's autocast is within the forward, where a tuner does not see it
             precision = PRECISIONS.get(trainer.accelerator.mixed_precision)
-            settings["execution"] = replace(execution, autocast=precision)
-        valid = trainer.get_eval_dataloader() if self.valid_loader is None else self.valid_loader
-        if before is not None:
-            before.detach()  # where training was broken off
-        self.tuner = tune(
-            trainer.model_wrapped, trainer.optimizer, None, None, valid, self.hparams, forward=self._forward, **settings
-        )
+            execution = replace(execution, autocast=precision)
         if self._checkpoint:
-            self._resume(self.tuner)
-        elif before is not None and before.model is self.tuner.model:
-            self.tuner.load_state_dict(before.state_dict())
+            self._resume()
+        valid = trainer.get_eval_dataloader() if self.valid_loader is None else self.valid_loader
+        self.begin(trainer.model_wrapped, trainer.optimizer, valid, self._forward, self._log, execution=execution)
 
-    def _resume(self, tuner: LoopTuner) -> None:
+    def _resume(self) -> None:
         """Go on from the tuner's file in the checkpoint. Warns where there is none."""
         last = get_last_checkpoint(self.trainer.args.output_dir) if self._checkpoint is True else self._checkpoint
         path = Path(str(last)) / FILE
         if path.is_file():
-            tuner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self._state = torch.load(path, map_location="cpu", weights_only=True)
         else:
+            self.end()
+            self.tuner = None
             warn_caller(f"the checkpoint {last} has no {FILE}: λ begins at its start", UserWarning)
 
     def on_substep_end(
@@ -138,12 +128,11 @@ class TuneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._built().detach()
+        self.end()
 
-    def _log(self, tuner: LoopTuner) -> None:
-        """Log the last row. What the trainer has to log itself stays due."""
+    def _log(self, row: dict[str, float]) -> None:
+        """Log a row. What the trainer has to log itself stays due."""
         control = self.trainer.control
         due = control.should_log
-        row = tuner.history.tagged(tuner.history.rows[-1])
         self.trainer.log({f"tune/{tag}": value for tag, value in row.items()})
         control.should_log = due

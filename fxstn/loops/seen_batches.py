@@ -49,7 +49,8 @@ class SeenBatches:
         self._now.clear()
 
     def see(self, batch: object) -> None:
-        """A batch that the step may train on; no more are kept than the largest step had."""
+        """A batch that the step may train on, in a pass; no more are kept than the largest step had."""
+        self.passing = True
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out of its own
         self._now = [*self._now, batch][-(self._most or FIRST) :]
 
