@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel.losses import LossFunction
-from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.state import GlobalRandomState
 from fxstn.bilevel.validation import example_batch
 from fxstn.hp import Spec
 from fxstn.loops.adapter import Adapter, only_loader
@@ -84,25 +84,18 @@ class TuneCallback(Adapter, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
-        tuner = self._built()
-        tuner.step(TrainingBatch(batch, batch_idx))
+        self.step(TrainingBatch(batch, batch_idx))
         if trainer.is_last_batch:  # before validation, after which the trainer writes checkpoints
-            tuner.end_pass()
+            self.end_pass()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._built().end_pass()
+        self.end_pass()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.end()
-
-    def state_dict(self) -> State:
-        return {} if self.tuner is None else self.tuner.state_dict()
-
-    def load_state_dict(self, state_dict: State) -> None:
-        self._state = state_dict or None
 
 
 class TrainingStep:

@@ -95,7 +95,7 @@ class TuneCallback(Adapter, TrainerCallback):
         last = get_last_checkpoint(self.trainer.args.output_dir) if self._checkpoint is True else self._checkpoint
         path = Path(str(last)) / FILE
         if path.is_file():
-            self._state = torch.load(path, map_location="cpu", weights_only=True)
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
             self.end()
             self.tuner = None
@@ -104,26 +104,26 @@ class TuneCallback(Adapter, TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._built().step(self._batch)
+        self.step(self._batch)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._built().step(self._batch)
+        self.step(self._batch)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if float(state.epoch or 0).is_integer():  # before the checkpoint of an epoch's last step
-            self._built().end_pass()
+            self.end_pass()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._built().end_pass()
+        self.end_pass()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and not args.save_only_model and folder.is_dir():  # a search has its folders elsewhere
-            torch.save(self._built().state_dict(), folder / FILE)
+            torch.save(self.state_dict(), folder / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

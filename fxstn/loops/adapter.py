@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fxstn.bilevel.history import History
 from fxstn.bilevel.losses import LossFunction
+from fxstn.bilevel.state import State
 from fxstn.hp import Spec
 from fxstn.loops.forwards import Forward
 from fxstn.loops.tune import LoopTuner, TuneSettings, tune, unwrapped
@@ -22,14 +23,14 @@ class Adapter:
 
     hparams, settings: as for `fxstn.tune`.
 
-    A framework tells it by `begin`, by `tuner.step(batch)` after every batch, whether or not the optimizer has stepped, and by
-    `tuner.end_pass()` after the last batch of an epoch, once or more.
+    A framework calls `begin`; `step(batch)` after every batch, whether or not the optimizer has stepped; `end_pass` after the
+    last batch of an epoch, once or more; `end`.
     """
 
     def __init__(self, hparams: Sequence[Spec] | None, settings: TuneSettings) -> None:
         self.hparams, self.settings = hparams, settings
         self.tuner: LoopTuner | None = None
-        self._state: Mapping[str, Any] | None = None  # of a checkpoint, from which the next training goes on
+        self._state: State | None = None  # of a checkpoint, from which the next training goes on
 
     def values(self) -> dict[str, float]:
         """{name: value} of the hyperparameters, as they are now. Raises ValueError before the first training."""
@@ -44,6 +45,14 @@ class Adapter:
         if self.tuner is None:
             raise ValueError("TuneCallback has no tuner yet: the trainer makes it when it begins to train")
         return self.tuner
+
+    def state_dict(self) -> State:
+        """The tuner's, {} before the first training."""
+        return {} if self.tuner is None else self.tuner.state_dict()
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Let the next training go on from a state."""
+        self._state = state_dict or None
 
     def begin(
         self,
@@ -76,6 +85,14 @@ class Adapter:
         self._state = None
         if state is not None:
             self.tuner.load_state_dict(state)
+
+    def step(self, batch: object) -> None:
+        """Do what is due after a batch."""
+        self._built().step(batch)
+
+    def end_pass(self) -> None:
+        """Add the epoch's row to the history, unless it is there."""
+        self._built().end_pass()
 
     def end(self) -> None:
         """Leave a plain model."""
