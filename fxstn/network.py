@@ -21,7 +21,7 @@ from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import total_penalty
 from fxstn.ops.pulled_back import gradients_in, pulled_back
-from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes
+from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes, responding
 
 METHODS = ("delta", "centered", "stn")
 
@@ -81,7 +81,7 @@ class SelfTuningNetwork(ModelWrapper):
 
     def graph(self, name: str) -> Graph:
         """The emitted graph: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives, "general",
-        "linearized", "perturbed", "trained", which return (output, auxiliary) where there are any.
+        "linearized", "perturbed", "trained", "at_rest_eval", which return (output, auxiliary) where there are any.
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
@@ -161,7 +161,7 @@ class SelfTuningNetwork(ModelWrapper):
 
     def wide_response(self, delta: Tensor) -> dict[str, Tensor]:
         """`best_response` before it is rounded to the type of a parameter: at least float32 where the response moves it."""
-        delta = self._perturbation(delta, "delta")
+        delta = self.hparams.checked(delta, "delta")
         if delta.dim() != 1:
             raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
         if self.method == "stn":
@@ -263,27 +263,25 @@ class SelfTuningNetwork(ModelWrapper):
         finish = finish or (self._with_auxiliary if kind.training else without_auxiliary)
         return self._run(kind, Inputs(inputs, named), delta, condition, finish)
 
+    def output_at_rest(self, *inputs: object, finish: Finish = unchanged, **named: object) -> Any:
+        """The output at λ₀ and w₀ as the hyper step sees it. Gradients reach the weights that respond, and no others."""
+        self._graphs.follow(self, False)
+        kind = GraphKind("at_rest" if self.method == "delta" else "plain", False)
+        with frozen(self.general_parameters(), but=responding(self.response, self.model).values()):
+            return self.run(kind, Inputs(inputs, named), finish)
+
     def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None,
              finish: Finish = unchanged) -> Any:  # fmt: skip
         self._graphs.follow(self, kind.training)
-        moved = {"delta": self._perturbation(delta, "delta", inputs)}
+        moved = {"delta": self.hparams.checked(delta, "delta", inputs)}
         if condition is not None:
-            moved["condition"] = self._perturbation(condition, "condition", inputs)
+            moved["condition"] = self.hparams.checked(condition, "condition", inputs)
         if any(value.dim() > 1 for value in moved.values()):
             self._graphs.locate_examples(self, inputs)
             if batch_size(inputs) == 1 and not self._graphs.per_example(self, inputs):
                 moved = {name: value.flatten() for name, value in moved.items()}  # one example: that of the batch
         with frozen(() if self.method == "stn" else self.general_parameters()):
             return self.run(kind, inputs, finish, **moved)
-
-    def _perturbation(self, value: Tensor, name: str, inputs: Inputs | None = None) -> Tensor:
-        h = len(self.hparams)
-        if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != h:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
-        if value.dim() == 2 and inputs is not None and value.shape[0] != batch_size(inputs):
-            raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch_size(inputs)} examples")
-        return value
 
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:
         """Σ ½ λ ‖w‖², or λ ‖w‖₁, over the layers with weight decay; 0.0 where no weight decay is tuned.

@@ -40,6 +40,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
     "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, restore_types, simplify,
                    recompute_pass),
+    "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, recompute_pass),
     "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
     "trained": (condition, hyperize, perturbed, restore_types, simplify),
 }  # fmt: skip

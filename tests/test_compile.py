@@ -30,7 +30,7 @@ def test_each_kind_of_step_is_one_graph_for_all_batches_and_every_lambda():
     run = make(**settings, execution={"compile": {"backend": counter}})
     run.fit(1)
     assert counter.frame_count == 3
-    assert set(map(str, run.stn._graphs.compiled)) == {"train", "linearized", "linearized_eval"}
+    assert set(map(str, run.stn._graphs.compiled)) == {"train", "linearized", "at_rest_eval"}
     for a, b in zip(without_times(plain), without_times(run.fit(2)), strict=True):
         assert b == pytest.approx(a, rel=1e-5)
     assert counter.frame_count == 3

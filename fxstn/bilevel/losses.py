@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian
+from fxstn.ops.pulled_back import through_response
 from fxstn.ops.response import frozen
 
 LossFunction = Callable[..., LossValue]  # (output, target), or (output, target, hparams)
@@ -230,18 +231,18 @@ class _TrainingLoss:
 
 @dataclass(frozen=True)
 class _ValidationLoss:
-    """L_V − τ H[ε] of what a graph returns. reads: whether loss_fn takes hparams; it gets None."""
+    """L_V − τ H[ε] of what a graph returns, τ the entropy_weight. reads: whether loss_fn takes hparams; it gets None."""
 
     stn: SelfTuningNetwork
     loss_fn: LossFunction
     inputs: Inputs
     target: object
-    entropy_weight: float
     reads: bool
+    entropy_weight: float = 0.0
 
     def __call__(self, output: Any) -> Parts:
         loss = evaluate_loss(self.loss_fn, output, self.inputs, self.target, None, self.reads)
-        return _parts(loss, [-self.entropy_weight * self.stn.hparams.entropy()])
+        return _parts(loss, self.stn.hparams.entropy_terms(self.entropy_weight))
 
 
 def hyper_loss(
@@ -256,12 +257,17 @@ def hyper_loss(
     """`fxstn.hyper_loss`, with what it is a mean over."""
     _check_network(stn)
     inputs = inputs_of(stn, inputs)
-    unconstrained = stn.hparams.unconstrained
+    unconstrained, off = stn.hparams.unconstrained, not isinstance(perturb, Tensor) and perturb == "off"
+    if off and stn.method != "stn":
+        finish = _ValidationLoss(stn, loss_fn, inputs, target, takes_hparams(loss_fn))
+        loss = Loss(*stn.output_at_rest(*inputs.args, finish=finish, **inputs.kwargs))
+        if loss.data.requires_grad:
+            loss = replace(loss, data=through_response(loss.data, unconstrained, stn.response, stn.model))
+        return loss.with_penalties(*stn.hparams.entropy_terms(entropy_weight))
     delta = unconstrained - unconstrained.detach()
-    if isinstance(perturb, Tensor) or perturb != "off":
-        delta = delta + perturbation(stn, inputs, perturb)
+    delta = delta if off else delta + perturbation(stn, inputs, perturb)
     with frozen((*stn.response_parameters(), *stn.general_parameters())):
-        finish = _ValidationLoss(stn, loss_fn, inputs, target, entropy_weight, takes_hparams(loss_fn))
+        finish = _ValidationLoss(stn, loss_fn, inputs, target, takes_hparams(loss_fn), entropy_weight)
         return Loss(*stn.perturbed_output(*inputs.args, delta=delta, training=False, finish=finish, **inputs.kwargs))
 
 

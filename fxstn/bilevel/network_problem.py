@@ -51,7 +51,8 @@ class NetworkProblem(BilevelProblem):
         self.training_windows = CarriedState(loss_fn, settings.initial_state)
         self.perturbed_windows = CarriedState(loss_fn, settings.initial_state)
         self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)
-        self.entropy_weight, self.tune_scale = settings.hyper.entropy_weight, settings.hyper.tune_scale
+        self.tune_scale = settings.hyper.tune_scale
+        self.entropy_weight = settings.hyper.entropy_weight if self.tune_scale else 0.0  # else a constant
         self.perturb: Perturb = settings.response.perturb
         if self.perturb == "example" and not stn.recipe.frontend.rewritable:
             raise ValueError(

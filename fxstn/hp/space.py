@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxstn.hp.bijection import Bijection
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.ir.input_errors import is_number
+from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.precision import WideModule
 
 
@@ -87,6 +88,20 @@ class HyperparameterSpace(WideModule):
                 value = min(max(value, low + margin), high - margin)
             self.unconstrained[indices[name]] = hyperparameter.unconstrained_at(value)
 
+    def checked(self, perturbation: Tensor, name: str, inputs: object = None) -> Tensor:
+        """A perturbation of λ: one for the batch, (h,), or one per example, (batch, h). Raises ValueError for another shape.
+
+        name: how messages call it.
+        inputs: the batch; None where it is not known.
+        """
+        h, known = len(self), isinstance(perturbation, Tensor)
+        if not known or perturbation.dim() not in (1, 2) or perturbation.shape[-1] != h:
+            got = tuple(perturbation.shape) if known else type(perturbation).__name__
+            raise ValueError(f"{name} must have shape ({h},) or (batch, {h}), one entry per hyperparameter; got {got}")
+        if perturbation.dim() == 2 and inputs is not None and len(perturbation) != batch_size(inputs):
+            raise ValueError(f"{name} has {len(perturbation)} rows for a batch of {batch_size(inputs)} examples")
+        return perturbation
+
     def named(self, strengths: Tensor) -> dict[str, Tensor]:
         """name → column of a matrix of strengths (..., h): what a loss function receives as `hparams`."""
         return dict(zip(self.names, strengths.unbind(-1), strict=True))
@@ -116,3 +131,7 @@ class HyperparameterSpace(WideModule):
     def entropy(self) -> Tensor:
         """H[ε] of the perturbation, Σ ½ log(2πe σ²), a scalar (paper, Eq. 2.7)."""
         return (0.5 * math.log(2 * math.pi * math.e) + self.scale.log()).sum()
+
+    def entropy_terms(self, weight: float) -> list[Tensor]:
+        """−τ H[ε], as a list of penalties; none where τ is 0."""
+        return [-weight * self.entropy()] if weight else []

@@ -26,7 +26,7 @@ class GraphKind:
     @property
     def moves_weights(self) -> bool:
         """Whether the graph takes `delta`."""
-        return self.objective not in ("plain", "general")
+        return self.objective not in ("plain", "general", "at_rest")
 
     def __str__(self) -> str:
         train, evaluation = _MODES.get(self.objective, (self.objective, f"{self.objective}_eval"))
@@ -41,6 +41,7 @@ _KINDS = {
         *(GraphKind(objective, training) for objective in _EVALUATED for training in (True, False)),
         GraphKind("general", True),
         GraphKind("trained", True),
+        GraphKind("at_rest", False),
     )
 }
 

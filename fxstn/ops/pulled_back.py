@@ -1,14 +1,17 @@
-"""Sums over the entries that each row of U scales, and Θᵀ g for the gradients g of a network's parameters."""
+"""Sums over the entries that each row of U scales, and Θᵀ g for the gradients g of a network's parameters, or of a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fxstn.ops.precision import widen
-from fxstn.ops.response import ResponseTree, responses_in
+from fxstn.ops.response import ResponseTree, responding, responses_in
 
 
 def row_products(
@@ -78,7 +81,8 @@ def gradients_in(model: nn.Module) -> dict[str, Tensor]:
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names in groups, none of a larger size in all than the largest single one."""
-    most, result, rest = max(sizes.values(), default=0), list[list[str]](), 0
+    result: list[list[str]] = []
+    most, rest = max(sizes.values(), default=0), 0
     for name, size in sizes.items():
         if size > rest:
             result.append([])
@@ -86,3 +90,52 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
         result[-1].append(name)
         rest -= size
     return result
+
+
+class _ThroughResponse(torch.autograd.Function):
+    """The loss itself, with the gradient Θᵀ ∇L in λ, and what it has in λ besides."""
+
+    @staticmethod
+    def forward(ctx: Any, unconstrained: Tensor, record: Sequence[Tensor], tree: nn.Module, model: nn.Module) -> Tensor:
+        (loss,) = record  # in a sequence it is no input of this function: its record stays apart
+        ctx.unconstrained, ctx.loss, ctx.tree, ctx.model = unconstrained, loss, tree, model
+        return loss.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = responding(ctx.tree, ctx.model)
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+        with without_hooks(parameters.values()):
+            sources = (ctx.unconstrained, *parameters.values())
+            own, *gradients = torch.autograd.grad(ctx.loss, sources, gradient, keeps, allow_unused=True)
+        of_weights = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        result = pulled_back(ctx.tree, of_weights, ctx.model).to(ctx.unconstrained)
+        return result if own is None else result + own, None, None, None
+
+
+def through_response(loss: Tensor, unconstrained: Tensor, tree: nn.Module, model: nn.Module) -> Tensor:
+    """A loss of the network itself as a function of λ: the weights move by Θ δ, δ = λ − λ₀ = 0.
+
+    Its gradient in λ is that of L(f(w₀ + Θδ)), Θᵀ ∇L: the loss's own backward pass and one product. No other gradient is left
+    anywhere, and no hook on a parameter runs.
+
+    loss: a scalar, whose record leads to the parameters that respond.
+    unconstrained: λ, (h,).
+    tree: a ResponseTree, over the names of the model's parameters.
+    """
+    result: Tensor = _ThroughResponse.apply(unconstrained, [loss], tree, model)
+    return result
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters have no hooks on their gradients."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooks:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, own in hooks:
+            parameter._backward_hooks = own

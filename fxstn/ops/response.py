@@ -88,10 +88,17 @@ def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
     return {name: scales[response.block] for name, response in responses_in(tree).items()}
 
 
+def responding(tree: nn.Module, model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: w} of the parameters that respond and are trained."""
+    parameters = {name: model.get_parameter(name) for name in responses_in(tree)}
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+
 @contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters as constants: nothing computed inside records a gradient for them."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+def frozen(parameters: Iterable[nn.Parameter], but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Parameters as constants: nothing computed inside records a gradient for them, save for some."""
+    others = {id(parameter) for parameter in but}
+    trainable = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in others]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

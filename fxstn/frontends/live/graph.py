@@ -74,7 +74,11 @@ class LiveGraph:
         return inspect.getsource(type(self.model).forward)
 
     def __repr__(self) -> str:
-        beside = {"pushforward": ", tangents carried beside it", "linearized": ", tangents carried beside it and added"}
+        beside = {
+            "pushforward": ", tangents carried beside it",
+            "linearized": ", tangents carried beside it and added",
+            "at_rest": ", batch norms by the batch",
+        }
         weights = ", at the weights that the response predicts" if self.objective in ("perturbed", "trained") else ""
         mode = "train" if self.training else "eval"
         called = f"{type(self.model).__name__}.forward in {mode} mode, run as it is"
@@ -89,13 +93,15 @@ class LiveGraph:
         replacements: dict[int, Tensor] = {}
         if self.objective in ("perturbed", "trained"):
             replacements = self._moved(delta)
-        if self.objective == "perturbed":  # works on copies of all that the forward may write into
+        keep = self.objective not in ("perturbed", "at_rest")
+        if not keep:  # works on copies of all that the forward may write into
             outside = (x for _, x in (*attributes(self.model), *reachable(call, "")))
             replacements |= {id(x): x.clone() for x in outside if not isinstance(x, nn.Parameter)}
             call = mapped(lambda leaf: replacements.get(id(leaf), leaf), call)
         mode = LiveTracer(self.model, self.sites, self._strengths(condition))
-        keep = self.objective != "perturbed"
         with swapped_tensors(self.model, self.training, self.frozen, replacements, keep):
+            if self.objective == "at_rest":
+                self._normalise_by_batch()
             return mode.run(call)
 
     __call__ = forward
@@ -116,8 +122,7 @@ class LiveGraph:
         strengths = None if strengths is None else strengths.detach()
         with swapped_tensors(self.model, self.training, self.frozen, buffers, keep=False):
             if self.objective == "linearized" and not self.training:
-                for name, module in self.model.named_modules():  # as fxstn.passes.statistics.choose_statistics
-                    module.training = isinstance(module, _BatchNorm) and name not in self.frozen
+                self._normalise_by_batch()
             mode = Duals(self.model, parameters, self.sites, strengths, log)
             outside = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(self.model))}
             mode.add_constants(outside.values())
@@ -128,6 +133,11 @@ class LiveGraph:
                     mode.linearized(output) if self.objective == "linearized" else (output, mode.tangents_of(output))
                 )
                 return mapped(lambda leaf: leaf.data if id(leaf) in outside else leaf, result)
+
+    def _normalise_by_batch(self) -> None:
+        """As the pass choose_statistics does it for an evaluation graph."""
+        for name, module in self.model.named_modules():
+            module.training = isinstance(module, _BatchNorm) and name not in self.frozen
 
     def _strengths(self, condition: Tensor | None) -> Tensor | None:
         return self.root.get_submodule("hparams")(condition) if self.training else None
