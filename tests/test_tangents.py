@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import UnlikeKernels, backward, fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Classifier, SmallConv, mlp, randomize_response
@@ -16,7 +18,8 @@ from torchvision import models
 
 import fxstn
 from fxstn import hp
-from fxstn.ops.response import Response, responses_in
+from fxstn.ops.response import Response, align, responses_in
+from fxstn.ops.scaled import scaled_tangent
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
 
@@ -388,3 +391,34 @@ def test_a_forward_that_rounds_to_float32_is_checked_without_the_rounding():
     for trace in ("fx", "export", "live"):
         report = fxstn.verify(Rounding(), torch.randn(3, 4), hparams=[hp.Scalar("a", 0.5, 0, 1)], trace=trace)
         assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("by_example", [True, False])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 2, 4, 2), -3), ((3, 4, 2), -1), ((3, 2), -1)])
+def test_the_tangent_of_a_scaled_layer_has_its_gradients(shape, dim, by_example):
+    """Of the first and of the second order; the first is by a fused kernel where the layer's examples and channels lead."""
+    tangent, output = (torch.randn(shape).double().requires_grad_() for _ in range(2))
+    scale, bias_scale = (torch.randn(2).double().requires_grad_() for _ in range(2))
+    if by_example:
+        scale, bias_scale = (torch.randn(3, 2).double().requires_grad_() for _ in range(2))
+    bias = torch.randn(2).double().requires_grad_()
+    biases = [(None, None), (bias, None), (bias, bias_scale)]
+    for dx, (b, of_bias) in itertools.product((tangent, None), biases):
+        aligned = lambda v: torch.zeros(()) if v is None else align(v, output, dim)  # noqa: E731
+        expected = aligned(scale) * (output - aligned(b)) + aligned(of_bias) * aligned(b) + (0 if dx is None else dx)
+        values = (dx, output, scale, b, of_bias)
+        torch.testing.assert_close(scaled_tangent(*values, dim), expected)
+        assert torch.autograd.gradcheck(lambda *values: scaled_tangent(*values, dim), values)
+        assert torch.autograd.gradgradcheck(lambda *values: scaled_tangent(*values, dim), values)
+
+
+def test_the_gradient_of_the_scales_of_a_map_reads_it_once():
+    with fake_cuda(), (kernels := UnlikeKernels()):
+        tangent, output = (torch.empty(4, 3, 5, 5, device="cuda") for _ in range(2))
+        scale, bias_scale = (torch.empty(4, 3, device="cuda").requires_grad_() for _ in range(2))
+        loss = scaled_tangent(tangent, output, scale, torch.empty(3, device="cuda"), bias_scale, -3).relu().sum()
+        kernels.seen.clear()
+        with torch.no_grad():
+            backward(loss)
+    assert kernels.seen["native_group_norm_backward"] == kernels.seen["mul"] == 1  # the product is of the bias
+    assert not kernels.problems

@@ -19,6 +19,7 @@ from fxstn.ops.response import (
     scale_channels,
     without_bias,
 )
+from fxstn.ops.scaled import scaled_tangent
 from fxstn.rules.fallback import NoRule
 from fxstn.rules.registry import ParameterRole, rule
 
@@ -44,6 +45,20 @@ def with_shifted(dy, y, tangent, channel):
     return bias_tangent(y, *change) if dy is ZERO else add_bias(dy, *change)
 
 
+def scaled_layer(dy, y, d, weight, bias, channel, repeats=1):
+    """dy + the tangent of a layer of which weight and bias are scaled, R being the parameter itself; None for any other.
+
+    dy: what the tangent of the input gives, or ZERO.
+    y: what the layer gives, of its product and its bias.
+    """
+    own = isinstance(d.weight, Scaled) and d.weight.response is weight
+    if not own or not (d.bias is ZERO or (isinstance(d.bias, Scaled) and d.bias.response is bias)):
+        return None
+    scale = pick_rows(d.weight.scale, ((0, None),) * repeats) if repeats > 1 else d.weight.scale
+    of_bias = d.bias.scale if isinstance(d.bias, Scaled) else None
+    return scaled_tangent(None if dy is ZERO else dy, y, scale, bias, of_bias, channel, *_batch_axis(d.weight))
+
+
 def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     """(y, dy) of operation(input, weight) + bias; the response's product shares the input of the general one."""
     y = operation(input, weight, bias)
@@ -53,6 +68,8 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     ):  # tied to an embedding: columns are scaled
         term = operation(scale_channels(input, d.weight.scale, -1, *_batch_axis(d.weight)), d.weight.response, None)
         dy = term if dy is ZERO else dy + term
+    elif (scaled := scaled_layer(dy, y, d, weight, bias, channel, repeats)) is not None:
+        return y, scaled
     elif isinstance(d.weight, Scaled):
         if d.weight.response is not weight:
             product = operation(input, d.weight.response, None)

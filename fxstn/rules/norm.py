@@ -23,7 +23,7 @@ from fxstn.ops.norms import (
 )
 from fxstn.ops.response import without_bias
 from fxstn.ops.synced import synced_batch_norm, synced_batch_norm_jacobian, synced_batch_norm_with_statistics
-from fxstn.rules.layers import with_scaled, with_shifted
+from fxstn.rules.layers import scaled_layer, with_scaled, with_shifted
 from fxstn.rules.reduce import vector_norm_tangent
 from fxstn.rules.registry import ParameterRole, rule, total
 
@@ -37,6 +37,8 @@ def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     """
     per_channel = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
     dy = total((d.input, jacobian))
+    if (scaled := scaled_layer(dy, y, d, weight, bias, channel)) is not None:
+        return scaled
     if isinstance(d.weight, Scaled):
         if d.weight.response is not weight:
             product = plain() * per_channel(d.weight.response)
