@@ -308,6 +308,17 @@ def test_nan_in_the_data_is_found_and_named(name, loss):
         runner.fit(2)
 
 
+def test_a_bad_hyper_loss_leaves_lambda_also_where_the_host_does_not_wait_for_the_device():
+    """Then the loss is found at the end of the epoch, with the time of its step."""
+    runner = make(valid_loss_fn=lambda output, target: math.nan * output.sum(), checkpoints={"rollbacks": 0})
+    runner._tuner.guard.device = torch.device("meta")  # for which the host would wait
+    before = runner.problem.values()
+    with pytest.raises(fxstn.DivergedError, match=r"hyper_loss became nan in epoch 1, step \d"):
+        runner.fit(1)
+    assert runner._tuner.counters.hyper_steps > 1
+    assert runner.problem.values() == pytest.approx(before, rel=0.5)
+
+
 # Signs
 
 

@@ -99,7 +99,7 @@ def test_nothing_is_certain_before_a_second_gradient_and_little_before_a_third()
      (True, 0.3, 1.0, 1.0), (False, 0.3, 0.05, 0.65), (False, 0.3, 0.0, 1.0), (True, 1.0, 0.1, 0.0)],
 )  # fmt: skip
 def test_steps_that_the_gap_favours_need_less_certainty_and_steps_to_an_end_all_of_it(rises, gap, position, needed):
-    share = optim.needed_certainty(torch.tensor([rises]), torch.tensor(gap), torch.tensor([position]))
+    share = optim.needed_certainty(torch.tensor([rises]), gap, torch.tensor([position]))
     torch.testing.assert_close(share, torch.tensor([needed]))
 
 

@@ -5,7 +5,7 @@ evidence.
 The method: tuner, cadence, settings.
 A run around it: run, runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, validation,
 distributed.
-Evaluation: evaluation, allowance, totals, recalibration, temporary.
+Evaluation: running_means, evaluation, allowance, totals, recalibration, temporary.
 What a run tells: history, plots, progress, faults.
 Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,10 +22,19 @@ _HALF = (torch.float16, torch.bfloat16)  # which count to 2048, or to 256
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean, and what it divides by."""
+    """A mean, and what it divides by. Its value means nothing where that is 0 (`without_empty`)."""
 
     value: Tensor
     count: Count
+
+    def copy(self) -> Mean:
+        """The same in memory of its own: the next run of a compiled graph writes over the results of the last one."""
+        value, count = self.value, self.count
+        if not isinstance(count, Tensor):
+            return Mean(value.clone(), count)
+        if value.dtype == count.dtype:  # one kernel
+            return Mean(*torch.stack((value, count)).unbind())
+        return Mean(value.clone(), count.clone())
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,21 @@ def without_empty(value: Tensor, count: Count) -> Tensor:
     if isinstance(count, Tensor):
         return torch.where(count > 0, value, torch.zeros_like(value))
     return value if count else torch.zeros_like(value)
+
+
+def sum_of_means(means: Sequence[Mean], unit: Count) -> tuple[Tensor, Count]:
+    """(sum of value · count / unit, sum of count / unit), in a few kernels."""
+    values = [mean.value for mean in means]
+    if any(isinstance(mean.count, Tensor) for mean in means):
+        counts = torch.stack([torch.as_tensor(mean.count, device=values[0].device) for mean in means])
+        shares = counts / unit
+        return (without_empty(torch.stack(values), counts) * shares).sum(), shares.sum()
+    numbers = [float(mean.count) / float(unit) for mean in means]
+    parts = [value for value, number in zip(values, numbers, strict=True) if number]
+    scaled = (
+        torch._foreach_mul(parts, [number for number in numbers if number]) if parts else [torch.zeros_like(values[0])]
+    )
+    return torch.stack(list(scaled)).sum(), sum(numbers)
 
 
 def entries(inputs: object, target: object) -> Count:

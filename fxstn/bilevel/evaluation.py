@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypedDict
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
-from fxstn.bilevel.counts import IGNORED, Mean, as_loss, positive
+from fxstn.bilevel.counts import IGNORED, as_loss
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
@@ -27,67 +26,6 @@ from fxstn.ir.input_errors import explained_errors
 
 # What a loss raises of a batch that it is not made for. No other error says so.
 LOSS_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-class RunningMeans:
-    """Mean losses of the epoch under way, and its time. A part with a state in each process.
-
-    device: where sums are loaded to, and averaged over the processes.
-
-    `steps` is the number of inner steps of the epoch; 0 between two epochs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget everything: an epoch begins, or is over."""
-        self.steps, self._seconds = 0, 0.0  # seconds of the epoch before a resume
-        self._sums: dict[str, dict[str, Tensor | float]] = {}  # {loss: {"total", "count", "unit"}}
-        self._start = time.perf_counter()
-
-    def add(self, losses: dict[str, Mean]) -> None:
-        """Add the losses of one step, which stay on their device.
-
-        Counts are in units of the first one, so that steps of equal counts have a plain mean.
-        """
-        for name, loss in losses.items():
-            sums = self._sums.setdefault(name, {"total": 0.0, "count": 0.0, "unit": positive(loss.count)})
-            share = loss.count / sums["unit"]
-            sums["total"], sums["count"] = sums["total"] + loss.value * share, sums["count"] + share
-        self.steps += 1
-
-    def means(self) -> dict[str, float]:
-        """The mean of each loss over what the steps counted, in all processes."""
-        alone = distributed.processes() == 1
-        units = {name: 1.0 if alone else float(sums["unit"]) for name, sums in self._sums.items()}
-        totals = {name: float(sums["total"]) * units[name] for name, sums in self._sums.items()}
-        counts = {name: float(sums["count"]) * units[name] for name, sums in self._sums.items()}
-        totals, counts = distributed.total(totals, self.device), distributed.total(counts, self.device)
-        return {name: total / (counts[name] or 1.0) for name, total in totals.items()}
-
-    def seconds(self) -> float:
-        """Seconds of the epoch so far."""
-        return self._seconds + time.perf_counter() - self._start
-
-    def state_dict(self) -> State:
-        return {
-            "steps": self.steps,
-            "sums": {name: dict(sums) for name, sums in self._sums.items()},
-            "seconds": self.seconds() if self.steps else 0.0,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        self.begin()
-        self.steps, self._seconds = state["steps"], state["seconds"]
-        self._sums = on_device({name: dict(sums) for name, sums in state["sums"].items()}, self.device)
-
-    def refusal(self, state: State) -> str:
-        return ""
-
-    def restart(self, state: State) -> None:
-        self.begin()
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:

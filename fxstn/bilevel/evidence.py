@@ -68,10 +68,10 @@ def update_evidence(gradient: Tensor, state: dict[str, Tensor]) -> Evidence:
     return Evidence(mean, square, variance / (1 - NOISE_MEMORY**before) if before else variance, before)
 
 
-def noise_gate(evidence: Evidence, certainty: Tensor) -> Tensor:
+def noise_gate(evidence: Evidence, certainty: Tensor | float) -> Tensor:
     """ρ in [0, 1]: the share of a step that the evidence for its direction allows.
 
-    certainty: ≥ 0, standard deviations; in the parameter's shape.
+    certainty: ≥ 0, standard deviations; of all numbers, or in the parameter's shape.
 
     With z = m/e, where e is the standard error of m, noise alone gives Σ z² over h numbers of about h ± √(2h). With
     q(h) = h + certainty √(2h)

@@ -8,14 +8,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+import torch
+from torch import Tensor
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.counts import Mean, without_empty
 from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
 
+UNCHECKED = 100  # inner steps for which the losses stay on a device that the host would have to wait for
 EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
 AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
 Ranges = dict[str, tuple[float, float]]  # {name: (low, high)}
@@ -65,21 +71,59 @@ def slow_after(fault: BadLoss, updates: Updates, factor: float) -> list[tuple[st
 
 
 class LossGuard:
-    """Raises BadLoss for a loss that is not finite, or `EXPLODED` times its first value."""
+    """Raises BadLoss for a loss that is not finite, or `EXPLODED` times its first value.
 
-    def __init__(self) -> None:
+    device: of the losses. For another one than the CPU the host would have to wait, so it checks now and then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.first: dict[str, float] = {}  # the first value of each loss
+        self._step = 0  # after which losses were checked last
+        self._notes: list[tuple[str, Mean, str]] = []  # (loss, its value, time), not checked yet
+
+    def note(self, name: str, loss: Mean, time: str) -> Tensor:
+        """Note a loss for the next check; returns whether it is a bad one, as far as is known, on the device.
+
+        Several processes: all must call it, and note their mean.
+        """
+        loss = loss.copy()
+        distributed.average([loss.value])
+        self._notes.append((name, loss, time))
+        most = EXPLODED * max(1.0, abs(self.first[name])) if name in self.first else math.inf
+        return (loss.value.abs() < most).logical_not_()
+
+    def note_first(self, name: str, loss: Mean, time: str) -> None:
+        """As `note`, for the first value of a loss."""
+        if name not in self.first and all(name != other for other, _, _ in self._notes):
+            self.note(name, loss, time)
+
+    def check_now_and_then(self, step: int, losses: Callable[[], dict[str, float]], time: str) -> None:
+        """Check losses that a function returns, unless the host must not wait yet.
+
+        step: inner steps of the run so far.
+        """
+        if self.device.type == "cpu" or step - self._step >= UNCHECKED:
+            self._step = step
+            self.check(losses(), time)
 
     def check(self, losses: dict[str, float], time: str) -> None:
-        for name, loss in losses.items():
-            if not math.isfinite(loss) or abs(loss) > EXPLODED * max(1.0, abs(self.first.setdefault(name, loss))):
-                raise BadLoss(name, f"became {loss:.6g}", time)
+        """Check the losses noted, and others."""
+        notes, self._notes = self._notes, []
+        for name, loss, when in notes:
+            self._check_one(name, float(without_empty(loss.value, loss.count)), when)
+        for name, value in losses.items():
+            self._check_one(name, value, time)
+
+    def _check_one(self, name: str, loss: float, time: str) -> None:
+        if not math.isfinite(loss) or abs(loss) > EXPLODED * max(1.0, abs(self.first.setdefault(name, loss))):
+            raise BadLoss(name, f"became {loss:.6g}", time)
 
     def state_dict(self) -> State:
         return {"first": dict(self.first)}
 
     def load_state_dict(self, state: State) -> None:
-        self.first = dict(state["first"])
+        self.first, self._notes, self._step = dict(state["first"]), [], 0
 
 
 def share_of_range(value: float, low: float, high: float) -> float:

@@ -28,7 +28,7 @@ def falling_rate(first: float, settle: float, steps: float) -> float:
     return first / math.sqrt(1 + steps / settle)
 
 
-def needed_certainty(rises: Tensor, gap: Tensor, position: Tensor) -> Tensor:
+def needed_certainty(rises: Tensor, gap: float, position: Tensor) -> Tensor:
     """The share of the certainty, in [0, 1], that a step of each number needs.
 
     rises: whether the step raises the number.
@@ -168,11 +168,12 @@ class SettlingAdam(torch.optim.Optimizer):
         if position is not None and not callable(position):
             raise TypeError(f"SettlingAdam: position={position!r} must be a function of a parameter, such as torch.sigmoid, or "
                             "None")  # fmt: skip
+        self._masks: dict[int, tuple[list, list[Tensor]]] = {}
         super().__init__(params, defaults)
         self.position = position
 
     def __getstate__(self) -> dict[str, object]:
-        return super().__getstate__() | {"position": self.position}
+        return super().__getstate__() | {"position": self.position, "_masks": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         name = f"SettlingAdam, group {len(self.param_groups)}"
@@ -208,13 +209,8 @@ class SettlingAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            certainty, gap, limited = group["certainty"], group["gap"], group["limited"]
-            parameters = group["params"]
-            flags = [True] * sum(x.numel() for x in parameters) if limited is None else limited
-            masks = (
-                [None for _ in parameters] if gap is None else _split_flags(flags, parameters, "SettlingAdam: limited")
-            )
-            for x, mask in zip(parameters, masks, strict=True):
+            certainty, gap = group["certainty"], group["gap"]
+            for x, mask in zip(group["params"], self._masks_of(group), strict=True):
                 if x.grad is None:
                     continue
                 evidence = update_evidence(bound_gradient(x.grad), self.state[x])
@@ -222,6 +218,18 @@ class SettlingAdam(torch.optim.Optimizer):
                 decrease = rate * evidence.mean / (evidence.square.sqrt() + 1e-8)
                 x -= self._limit_step(x, decrease, evidence, certainty, gap, mask)
         return loss
+
+    def _masks_of(self, group: dict[str, Any]) -> list[Tensor | None]:
+        """For each parameter the numbers that the gap limits; None: all of them. They are made once, and again for others."""
+        parameters, limited = group["params"], group["limited"]
+        if group["gap"] is None or limited is None or all(limited):
+            return [None] * len(parameters)
+        key = [tuple(limited), *((x.shape, x.device) for x in parameters)]
+        before, masks = self._masks.get(id(group), (None, []))
+        if key != before:
+            masks = _split_flags(limited, parameters, "SettlingAdam: limited")
+            self._masks[id(group)] = key, masks
+        return list(masks)
 
     def _limit_step(
         self,
@@ -234,13 +242,15 @@ class SettlingAdam(torch.optim.Optimizer):
     ) -> Tensor:
         """What is left of Adam's step, `decrease`, which is negative where x rises.
 
-        mask: of the numbers that a gap limits.
+        mask: of the numbers that a gap limits. None: all.
         """
-        needed = torch.ones_like(decrease)
-        if gap is not None and mask is not None:
-            share, rises = decrease.new_tensor(gap), decrease < 0
-            needed = torch.where(mask, needed_certainty(rises, share, self._place(x).to(decrease)), needed)
-            decrease = torch.where(rises & mask, share * decrease, decrease)
+        needed: Tensor | float = 1.0
+        if gap is not None:
+            rises = decrease < 0
+            needed = needed_certainty(rises, gap, self._place(x).to(decrease))
+            if mask is not None:
+                rises, needed = rises & mask, torch.where(mask, needed, 1.0)
+            decrease = torch.where(rises, gap * decrease, decrease)
         return decrease if certainty is None else decrease * noise_gate(evidence, certainty * needed)
 
     def _place(self, x: Tensor) -> Tensor:

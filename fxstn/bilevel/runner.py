@@ -195,6 +195,7 @@ class BilevelRunner(Run):
         signalled = self._stop.signal is not None
         wishes = distributed.total({"end": signalled, "save": self._checkpoints.due()}, self.device)
         if any(wishes.values()):
+            self._tuner.epoch_losses()  # a bad one must not be kept
             self._keep()
         if wishes["end"]:
             self._stop.end()

@@ -93,13 +93,22 @@ class Stepper:
         if loss is None:
             return None
         self._draws += 1
-        self.guard.check(distributed.mean({"hyper_loss": loss.value.item()}, self.prepare.device), self.prepare.time)
+        self._leave_out_bad(loss, names)
         if self.training_hypergradients:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
             parameter.grad -= self.correction * torch.stack(self.training_hypergradients).mean(0)
         self.updates.step(*names)
         return loss
+
+    def _leave_out_bad(self, loss: Mean, names: Sequence[str]) -> None:
+        """Note the loss of a hyper step for the guard, and set its gradient to zero where it is a bad one.
+
+        The host does not wait for the device: the guard checks it later, and until then no NaN has reached λ.
+        """
+        bad = self.guard.note("hyper_loss", loss, self.prepare.time)
+        for gradient in self.updates.gradients(names):
+            gradient.masked_fill_(bad, 0.0)
 
     @contextmanager
     def _own_noise(self) -> Iterator[None]:
@@ -125,6 +134,8 @@ class Stepper:
         local = self.problem.local_state() if scaler.enabled else {}
         loss = self._backward(objective, batches, names, scaler)
         if self.updates.ready(names, scaler, loss):
+            if name != "hyper_loss":  # of which all are noted
+                self.guard.note_first(name, loss, self.prepare.time)
             return loss
         with torch.no_grad():
             for buffer, before in buffers:
@@ -148,10 +159,10 @@ class Stepper:
         first: Count = 1.0
         for number, batch in enumerate(batches):
             loss, total = self._loss(objective, batch, len(batches))
-            value = without_empty(total.detach(), loss.count)
             if len(batches) == 1:
                 scaler.scale(total).backward()
-                return Mean(value, loss.count)
+                return Mean(total.detach(), loss.count)
+            value = without_empty(total.detach(), loss.count)
             first = first if number else positive(loss.count)
             share = loss.count / first
             scaler.scale(total * share / len(batches)).backward()

@@ -16,12 +16,13 @@ from fxstn.bilevel.batches import Batch, BatchPreparer, first_part
 from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
-from fxstn.bilevel.evaluation import Evaluator, RecentBatches, RunningMeans
+from fxstn.bilevel.evaluation import Evaluator, RecentBatches
 from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
 from fxstn.bilevel.history import SCALE, History, Row
 from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
+from fxstn.bilevel.running_means import RunningMeans
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.steps import GapLimit, Stepper
@@ -112,7 +113,7 @@ class Tuner:
     ) -> None:
         self.problem, self.network, self.settings, self.device = problem, network, settings, device
         self.valid, self.counters, self.schedule = valid, Counters(), settings.schedule
-        self.guard, self.means = LossGuard(), RunningMeans(device)
+        self.guard, self.means = LossGuard(device), RunningMeans(device)
         self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack)
         self.autocast = settings.execution.autocast
         self.updates = build_updates(problem, network, settings, device, weights)
@@ -191,13 +192,14 @@ class Tuner:
                 self.averages.update()
         self.means.add(losses or {})
         if cycle_over or self.means.steps == 1 or not self.guard.first:
-            self.guard.check(self.means.means(), time)
+            self.guard.check_now_and_then(self.counters.steps, self.means.means, time)
         if cycle_over:
             for _ in range(self.settings.hyper.valid_steps if self.tunes else 0):
                 while self.stepper.hyper(self._valid_batch(time)) is None:
                     pass  # its gradient overflowed: the next batch, at half the scale
                 self.counters.hyper_steps += 1
             self.stepper.training_hypergradients.clear()
+            self.guard.check_now_and_then(self.counters.steps, dict, time)
         return cycle_over
 
     def _respond(self, batches: list[Batch]) -> dict[str, Mean]:

@@ -23,12 +23,10 @@ from fxstn.bilevel.state import State, Stateful
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]
 OptimizerLike = Optimizer | Sequence[Optimizer] | OptimizerFactory | None
+SchedulerFactories = dict[str, Callable[[Optimizer], Scheduler]] | None
 CLIPPED = ("optimizer", "response.optimizer")
 OPTIONAL = "hyper.scale_optimizer"  # of σ: a run may begin or cease to learn it
 _FACTORY = "pass a factory, such as lambda params: torch.optim.SGD(params, lr=0.1)"
-
-
-SchedulerFactories = dict[str, Callable[[Optimizer], Scheduler]] | None
 
 
 def _fusible(parameters: Sequence[nn.Parameter]) -> bool:
@@ -192,10 +190,13 @@ class Updates:
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
+    def gradients(self, names: Sequence[str]) -> list[Tensor]:
+        """Those of the parameters of these optimizers."""
+        return [p.grad for name in names for p in self._parameters(name) if p.grad is not None]
+
     @torch.no_grad()
     def multiply_gradients(self, names: Sequence[str], factor: Tensor | float) -> None:
-        """Multiply the gradients of these optimizers."""
-        for gradient in [p.grad for name in names for p in self._parameters(name) if p.grad is not None]:
+        for gradient in self.gradients(names):
             gradient *= factor
 
     def _check_gradients(self, names: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.ops.color import as_float, gray, jitter, like_before
+from fxstn.ops.constants import constant
 from fxstn.ops.erase import cutout_mask, erasing_mask
 from fxstn.ops.noise import by_example, uniform
 
@@ -113,9 +114,7 @@ class Erasing(Operation):
 
     @staticmethod
     def draw(x: Tensor, erasing: Strength, *, area: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
-        noise = (
-            torch.randn_like(as_float(x)) if value is None else torch.tensor(value, device=x.device).view(1, -1, 1, 1)
-        )
+        noise = torch.randn_like(as_float(x)) if value is None else constant(value, as_float(x)).view(1, -1, 1, 1)
         return erasing_mask(x, by_example(erasing, x), area, ratio), noise.to(x.dtype)
 
     @staticmethod

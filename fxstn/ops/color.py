@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from fxstn.ir.staging import staged
+from fxstn.ops.constants import constant
 from fxstn.ops.precision import widen
 
 
@@ -40,11 +41,13 @@ def gray(x: Tensor) -> Tensor:
     return torch.add(0.2989 * r, g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+def shift_hue(x: Tensor, shift: Tensor, ramps: tuple[Tensor, ...] | None = None) -> Tensor:
     """RGB images with their hue turned by `shift` of a full circle, (batch, 1, 1, 1), in [-0.5, 0.5].
 
     With the smallest channel m, chroma C and hue H in sixths, red is m + C · clip(|H − 3| − 1, 0, 1), green and blue
     m + C · clip(2 − |H − k|, 0, 1) with k = 2 and 4.
+
+    ramps: of `ramps_of_channels`, for several calls.
     """
     if x.shape[1] == 1:
         return x
@@ -55,9 +58,14 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.lerp(g - b, hue, _apart(value, r)) / chroma.clamp_min(1e-30)  # 0 without chroma
     hue.add_(6 * shift)
     hue = hue.sub(torch.floor(hue / 6), alpha=6)
-    middle, sign, top = x.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]]).view(3, 1, 3, 1, 1).unbind(0)
-    ramps = torch.addcmul(top, (hue - middle).abs_(), sign).clamp_(0, 1)
-    return torch.addcmul(low, chroma, ramps)
+    middle, sign, top = ramps_of_channels(x) if ramps is None else ramps
+    shares = torch.addcmul(top, (hue - middle).abs_(), sign).clamp_(0, 1)
+    return torch.addcmul(low, chroma, shares)
+
+
+def ramps_of_channels(x: Tensor) -> tuple[Tensor, ...]:
+    """(k, s, t) of `shift_hue`, (1, 3, 1, 1): a channel has s |H − k| + t of the chroma, cut to [0, 1]."""
+    return tuple(constant(values, x).view(1, 3, 1, 1) for values in ((3, 2, 4), (1, -1, -1), (-1, 2, 2)))
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -78,7 +86,7 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     the example does each of them, and the hue of each example is turned once.
     """
     images = as_float(x)
-    result = torch.empty_like(images)
+    result, ramps = torch.empty_like(images), ramps_of_channels(images)
     factor = factors.gather(1, order)
     of_mean, of_luma = ((1 - factor) * (order == kind) for kind in (1, 2))
     unchanged = ((factors == 1).all(1) & (shift == 0)).to(images.dtype)
@@ -87,7 +95,7 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
         *blends, turn, still = own[:, :, None, None, None].unbind(1)
         before = y = images.index_select(0, rows)
         for step in range(4):
-            y = shift_hue(y, turn) if step == quarter else y
+            y = shift_hue(y, turn, ramps) if step == quarter else y
             y = _blend(y, *blends[step::3]) if step < 3 else y
         result.index_copy_(0, rows, torch.lerp(y, before, still))
     return like_before(result, x)
@@ -107,7 +115,7 @@ def _blend(y: Tensor, factor: Tensor, of_mean: Tensor, of_luma: Tensor) -> Tenso
 @staged
 def normalize_channels(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(x − mean) / std per channel, dimension -3, of floating point images."""
-    mean_, std_ = (torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1) for values in (mean, std))
+    mean_, std_ = (constant(values, x).view(-1, 1, 1) for values in (mean, std))
     return (x - mean_) / std_
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.ir.staging import staged
+from fxstn.ops.constants import constant
 
 
 def inverse_affine(
@@ -30,7 +31,7 @@ def inverse_affine(
     b = -(a * torch.tan(shear_x) + torch.sin(angle))
     d = torch.cos(angle) - c * torch.tan(shear_x)
     linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2) / scale[:, None, None]
-    middle = torch.tensor(center, dtype=linear.dtype, device=linear.device)
+    middle = constant(center, linear)
     moved = middle - (linear @ (middle + translate)[..., None])[..., 0]
     return torch.cat([linear, moved[..., None]], -1)
 
@@ -55,10 +56,8 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     rows, columns = (
         torch.arange(size, dtype=images.dtype, device=x.device) - (size - 1) / 2 for size in (height, width)
     )
-    pixels = torch.stack(
-        [columns.expand(height, -1), rows[:, None].expand(-1, width), torch.ones(height, width).to(columns)]
-    )
-    half = torch.tensor([width / 2, height / 2], dtype=images.dtype, device=x.device)
+    pixels = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width), columns.new_ones(height, width)])
+    half = constant((width / 2, height / 2), images)
     grid = pixels.flatten(1).mT @ (matrices / half[:, None]).mT
     if fill is not None:
         images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
@@ -66,7 +65,7 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     if fill is not None:  # at the border torchvision weighs the image twice; so do we
         y, inside = y[:, :-1], y[:, -1:]
         inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
-        outside = torch.tensor(fill, dtype=y.dtype, device=y.device).view(1, -1, 1, 1)
+        outside = constant(fill, y).view(1, -1, 1, 1)
         y = inside * (y - outside) + outside
     identity = torch.eye(2, 3, dtype=matrices.dtype, device=x.device)
     still = (matrices == identity).all(-1).all(-1).view(-1, 1, 1, 1)

@@ -16,8 +16,9 @@ from fxstn.ops.precision import wide
 def by_example(strength: Tensor | float, x: Tensor) -> Tensor:
     """A strength, or (batch,) of them, as (batch or 1, 1, ..., 1): it broadcasts with x (batch, ...). At least float32."""
     dtype = wide(x.dtype) if x.is_floating_point() else torch.float32
-    strength = torch.as_tensor(strength, dtype=dtype, device=x.device)
-    return strength.reshape(-1, *[1] * (x.dim() - 1))
+    if not isinstance(strength, Tensor):
+        return x.new_full([1] * x.dim(), strength, dtype=dtype)
+    return strength.to(x.device, dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
+from fxstn.ops.constants import constant
 
 
 def _edges(boxes: Tensor, scale: float, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def region_shift(
     start, size, follows = _edges(boxes, scale, aligned)
     moved = tangent[:, 1:3] * scale
     stretched = (tangent[:, 3:5] - tangent[:, 1:3]) * scale * follows
-    bins = torch.tensor([width, height], device=boxes.device)
+    bins = constant((width, height), boxes)
     samples = torch.full_like(size, ratio) if ratio > 0 else (size / bins).ceil()
     result = tangent.new_zeros(len(boxes), image.shape[1], height, width)
     for numbers in samples.unique(dim=0):
