@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import UnlikeKernels, backward, fake_cuda, move, on_fake_cuda
 from torch import Tensor, nn
 
 import fxstn
+from benchmarks.fake_cuda import backward, fake_cuda, move, on_fake_cuda
+from benchmarks.launches import Launches
 from fxstn import hp
 
 IMAGES, SEQUENCES = (4, 3, 6, 6), (4, 5, 8)
@@ -95,17 +96,17 @@ def test_no_kernel_of_cuda_gets_several_types(net):
     objectives = [(fxstn.response_loss, example), (fxstn.hyper_loss, "batch")]
     if net != "recurrent":  # cuDNN's kernel, which the general step runs, asks for a driver
         objectives.append((fxstn.general_loss, "batch"))
-    kernels = UnlikeKernels()
+    launches = Launches()
     with fake_cuda():
         move(stn, *filter(None, map(graph_of(stn), (True, False))))
         x, target = on_fake_cuda(x), on_fake_cuda(target)
         for objective, perturb in objectives:
-            with kernels:
+            with launches:
                 with torch.autocast("cuda", precision):
                     loss = objective(stn, F.cross_entropy, x, target, perturb=perturb)
                 assert backward(loss) > 0
-    assert not kernels.problems
-    assert sum(kernels.seen.values()) > 100
+    assert not launches.unlike
+    assert sum(launches.seen.values()) > 100
 
 
 def graph_of(stn):
@@ -114,11 +115,11 @@ def graph_of(stn):
 
 
 def test_what_the_kernels_are_compared_by_sees_unlike_types():
-    kernels = UnlikeKernels()
+    launches = Launches()
     with fake_cuda():
         x, weight = torch.empty(2, 4, 3, dtype=torch.bfloat16, device="cuda"), torch.empty(4, device="cuda")
-        with kernels:
+        with launches:
             torch.native_group_norm(x, weight, None, 2, 4, 3, 2, 1e-5)
             x + weight[:3]
             torch.nn.functional.batch_norm(x, weight, weight, weight, weight, True)
-    assert list(kernels.problems) == ["aten.native_group_norm.default: torch.bfloat16, torch.float32"]
+    assert list(launches.unlike) == ["aten.native_group_norm.default: torch.bfloat16, torch.float32"]

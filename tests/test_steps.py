@@ -10,12 +10,13 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import UnlikeKernels, fake_cuda
 from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
 
 import fxstn
+from benchmarks.fake_cuda import fake_cuda
+from benchmarks.launches import Launches
 from fxstn import hp
 from fxstn.frontends.inputs import Inputs
 from fxstn.ops import noise
@@ -223,14 +224,17 @@ def test_dropout_masks_have_the_rate_and_the_mean_of_dropout():
 
 def test_a_mask_on_cuda_is_drawn_by_one_kernel_and_scaled_by_another(monkeypatch):
     """Also per example and in half precision; the kernel has the rates, which the CPU shows."""
-    with fake_cuda(), (kernels := UnlikeKernels()):
+    with fake_cuda(), (launches := Launches()):
         x, p = (torch.empty(size, device="cuda") for size in ((4, 3, 5, 5), (4,)))
         keep = keep_rates(p)
-        kernels.seen.clear()
+        launches.seen.clear()
         assert dropout_mask(x.bfloat16(), p, keep_rate=keep).dtype == torch.bfloat16
     others = {"device", "empty", "view", "_to_copy"}  # no kernels, and the conversion of x here
-    assert {name: number for name, number in kernels.seen.items() if name not in others} == {"bernoulli_": 1, "div_": 1}
-    assert not kernels.problems
+    assert {name: number for name, number in launches.seen.items() if name not in others} == {
+        "bernoulli_": 1,
+        "div_": 1,
+    }
+    assert not launches.unlike
     monkeypatch.setattr(noise, "_is_serial", lambda x: False)
     test_dropout_masks_have_the_rate_and_the_mean_of_dropout()
     assert not dropout_mask(

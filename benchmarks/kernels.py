@@ -1,0 +1,286 @@
+"""What each step of a run launches, counted without a GPU, and what an H100 would make of it.
+
+    python -m benchmarks.kernels                                       # the networks of docs/overhead.md
+    python -m benchmarks.kernels --model resnet18 vit_b_16 --bf16 --batch-size 64 --image-size 64 --tuned dropout
+    python -m benchmarks.kernels --model resnet18 --operators 20       # also the operators launched most
+
+The training loop of a runner takes as many inner steps as its schedule needs to repeat itself, with their response and hyper
+steps, on fake CUDA tensors (benchmarks/fake_cuda.py). Adds to benchmarks/results/kernels.json as it goes, and goes on where it
+stopped; `python -m benchmarks.tables` makes the table of docs/overhead.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fxstn
+from benchmarks.fake_cuda import fake_cuda, move
+from benchmarks.launches import ESTIMATES, Launches, summary
+from fxstn import hp
+from fxstn.bilevel.network_problem import as_problem
+from fxstn.bilevel.run_settings import settings_of
+from fxstn.bilevel.settings import PAPER
+from fxstn.bilevel.training import TrainingLoop
+from fxstn.bilevel.tuner import Tuner
+from fxstn.tools.bench import plain_baseline
+from fxstn.tools.models import build_model
+
+DECAY = 1e-4
+FILE = Path(__file__).resolve().parent / "results" / "kernels.json"
+STEPS = ("inner", "response", "hyper")
+SPECS: dict[str, Callable[[], list[hp.Spec] | None]] = {
+    "both": lambda: [hp.Dropout(), hp.WeightDecay(shared=True)],
+    "dropout": lambda: None,
+    "decay-per-layer": lambda: [hp.Dropout(), hp.WeightDecay()],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and what it trains on.
+
+    model: as for `build_model`.
+    tuned: a key of SPECS.
+    """
+
+    model: str
+    batch_size: int = 128
+    image_size: int = 32
+    bf16: bool = False
+    tuned: str = "both"
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch_size} × {self.image_size}²"
+        return f"{self.model.rpartition(':')[2]}, {size}, {self.tuned}" + ", bf16" * self.bf16
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        if self.model == "vit_b_16":
+            from torchvision.models import vit_b_16
+
+            return vit_b_16(num_classes=10, image_size=self.image_size)
+        return build_model(self.model, 10)
+
+
+TABLE = (
+    Case("resnet18", tuned="dropout"),
+    Case("resnet18"),
+    Case("benchmarks.networks:three_layers"),
+    Case("mobilenet_v3_small", image_size=224),
+    Case("resnet50", image_size=224),
+    Case("vit_b_16", image_size=224, bf16=True),
+    Case("convnext_tiny", image_size=224, bf16=True),
+)
+
+
+@dataclass
+class Batches:
+    """The same batch again and again, on the device: what a training loop and a tuner draw from.
+
+    left: the number of training batches of the pass.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    left: int = 0
+
+    loader: ClassVar[tuple] = ()
+    remembers: ClassVar[bool] = False
+
+    def begin(self) -> None:
+        """A pass begins."""
+
+    def take(self, count: int) -> list[object]:
+        """Training batches."""
+        count = min(count, self.left)
+        self.left -= count
+        return [(self.inputs, self.target)] * count
+
+    def next(self) -> tuple[object, bool]:
+        """A validation batch, and whether it is the first of a pass."""
+        return (self.inputs, self.target), False
+
+    def resize(self, size: int) -> None:
+        """It has the size of the training batches."""
+
+
+def count_plain(model: nn.Module, x: Tensor, target: Tensor, decay: float, precision: torch.dtype | None) -> Launches:
+    """A step of training without fxstn, when the optimizer has its state.
+
+    model: with fixed dropout, on the CPU or on the fake device.
+    x, target: of a batch, on the fake device.
+    """
+    move(model.train())
+    optimizer, launches = fixed_sgd(model, decay), Launches(on=False)
+    with launches:
+        for number in range(2):
+            launches.on = number > 0
+            with launches.step("inner"):
+                step_plainly(model, optimizer, x, target, precision)
+    return launches
+
+
+def fixed_sgd(model: nn.Module, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=decay, fused=True)
+
+
+def step_plainly(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, precision: torch.dtype | None
+) -> None:
+    with torch.autocast("cuda", precision, enabled=precision is not None):
+        loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def network(model: nn.Module, specs: Sequence[hp.Spec] | None, few: Tensor, **options: Any) -> Any:
+    """A network from transform that knows where the examples of a batch are, on the CPU.
+
+    few: a batch of some examples.
+    """
+    stn = fxstn.transform(model, specs, example_inputs=few, **options).train()
+    stn.per_example(few)
+    stn.locate_examples(few)
+    return stn
+
+
+def count_run(stn: Any, x: Tensor, target: Tensor, loss_fn: Any = F.cross_entropy, **settings: Any) -> Launches:
+    """A cycle of a runner: inner steps until the schedule repeats itself. Optimizers have their state before.
+
+    stn: from `network`; it is moved to the fake device.
+    x, target: of a batch there.
+    settings: of `BilevelRunner`.
+    """
+    move(stn, *(stn.canonical(training) for training in (True, False)))
+    options = settings_of(settings)
+    batches = Batches(x, target, left=math.lcm(options.response.every, options.hyper.train_steps))
+    tuner = Tuner(as_problem(stn, loss_fn, options), stn, options, x.device, batches, batches, seed=0)
+    pair, launches = (x, target), Launches()
+    for step in (partial(tuner.stepper.inner, tunes=False), tuner.stepper.response):
+        step([pair])
+    tuner.stepper.hyper(pair)
+    label_steps(launches, tuner.stepper)
+    tuner.begin_epoch()
+    with launches:
+        TrainingLoop(tuner, batches, batches.left).epoch(partial(pause_after, launches, batches))
+    return launches
+
+
+def pause_after(launches: Launches, batches: Batches) -> None:
+    """Count no more after the last step: what an epoch ends with is no part of a cycle."""
+    launches.on = batches.left > 0
+
+
+def label_steps(launches: Launches, stepper: Any) -> None:
+    """Let each step of a kind note its operators under its name."""
+
+    def labelled(kind: str, step: Callable[..., Any], *args: Any) -> Any:
+        with launches.step(kind):
+            return step(*args)
+
+    for kind in STEPS:
+        setattr(stepper, kind, partial(labelled, kind, getattr(stepper, kind)))
+
+
+# Results
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The entry of a network: figures of plain training and of each schedule."""
+    few = torch.rand(4, 3, case.image_size, case.image_size), torch.zeros(4, dtype=torch.long)
+    precision, specs = (torch.bfloat16 if case.bf16 else None), SPECS[case.tuned]
+    dropouts = [spec for spec in specs() or [] if isinstance(spec, hp.Dropout)] or None
+    plain = plain_baseline(case.build(), dropouts)
+    scaled, structured = (network(case.build(), specs(), few[0], response=kind) for kind in ("scaled", "structured"))
+    with fake_cuda():
+        x, target = (torch.empty(case.batch_size, *t.shape[1:], dtype=t.dtype, device="cuda") for t in few)
+        run = partial(count_run, x=x, target=target, execution=fxstn.ExecutionSettings(autocast=precision))
+        counts = {
+            "plain": count_plain(plain, x, target, 0.0 if case.tuned == "dropout" else DECAY, precision),
+            "default": run(scaled),
+            "paper": run(structured, **PAPER),
+        }
+    return {name: figures(launches, counts["plain"]) for name, launches in counts.items()}
+
+
+def figures(launches: Launches, plain: Launches) -> dict[str, Any]:
+    """Per inner step of the schedule, with ratios to plain training; per step of each kind; and what should not be there."""
+    total, base = summary(launches.operators, launches.steps["inner"]), summary(plain.operators)
+    result: dict[str, Any] = {**total, "ratios": {e: total[f"{e}_ms"] / base[f"{e}_ms"] for e in ESTIMATES}}
+    result["steps"], result["of each kind"], result["operators"] = dict(launches.steps), {}, {}
+    for kind in ("inner", "response", "hyper", "between"):
+        own = [o for o in launches.operators if (o.kind or "between") == kind]
+        names: Counter[str] = Counter()
+        for o in own:
+            names[o.name] += o.launches
+        result["of each kind"][kind] = summary(own, launches.steps[kind] or launches.steps["inner"])
+        result["operators"][kind] = dict(names.most_common(20))
+    return result | {name: dict(getattr(launches, name)) for name in ("syncs", "copies", "unlike")}
+
+
+def read() -> dict[str, Any]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def table(entries: dict[str, Any]) -> str:
+    """The networks, as Markdown."""
+    cells = []
+    for name, entry in entries.items():
+        launches = " → ".join(f"{entry[schedule]['launches']:.0f}" for schedule in ("plain", "default", "paper"))
+        steps = [f"{kind['launches']:.0f}" for kind in map(entry["default"]["of each kind"].get, STEPS)]
+        ratios = [
+            " / ".join(f"{entry[schedule]['ratios'][estimate]:.2f}" for estimate in ESTIMATES)
+            for schedule in ("default", "paper")
+        ]
+        cells.append([name, launches, " / ".join(steps), *ratios])
+    headers = [
+        "network, batch × image, what is tuned", "launches per inner step: plain → default → paper's",
+        "of an inner / response / hyper step", "default / plain: eager / graphs / fused", "paper's / plain",
+    ]  # fmt: skip
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", help="of torchvision, or package.module:function; default: the table's")
+    parser.add_argument("--batch-size", type=int, default=Case.batch_size)
+    parser.add_argument("--image-size", type=int, default=Case.image_size)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--tuned", default=Case.tuned, choices=list(SPECS))
+    parser.add_argument("--again", action="store_true", help="also what is in the file already")
+    parser.add_argument("--operators", type=int, default=0, help="also print the operators launched most, so many")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = (args.batch_size, args.image_size, args.bf16, args.tuned)
+    cases = [Case(model, *sizes) for model in args.model] if args.model else TABLE
+    for case in (progress := tqdm(cases, disable=None)):
+        progress.set_description(case.name)
+        entries = read()
+        if args.again or case.name not in entries:
+            entries = read() | {case.name: measure(case)}
+            FILE.write_text(json.dumps(entries, indent=1) + "\n")
+        for schedule, entry in entries[case.name].items():
+            for kind, operators in entry["operators"].items() if args.operators else ():
+                most = ", ".join(f"{name} {launches}" for name, launches in list(operators.items())[: args.operators])
+                tqdm.write(f"{schedule}, {kind}: {most}")
+    tqdm.write(table({case.name: read()[case.name] for case in cases}))
+
+
+if __name__ == "__main__":
+    main()

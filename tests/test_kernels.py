@@ -1,0 +1,84 @@
+"""What a cycle of a run does on a CUDA device, counted without one (benchmarks/kernels.py): how much, and what must not be."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer, resnet18
+from torchvision.transforms import v2
+
+import fxstn
+from benchmarks.fake_cuda import fake_cuda
+from benchmarks.kernels import count_plain, count_run, network
+from benchmarks.networks import three_layers
+from fxstn import hp
+from fxstn.tools.bench import plain_baseline
+
+
+def vision_transformer() -> nn.Module:
+    """Two layers of vit_b_16's kind."""
+    return VisionTransformer(32, 16, 2, 2, 32, 64, 0.1, num_classes=10)
+
+
+def group_norms() -> nn.Module:
+    layers = [[nn.Conv2d(a, 8, 3), nn.GroupNorm(2, 8), nn.GELU()] for a in (3, 8, 8)]
+    return nn.Sequential(*[layer for block in layers for layer in block], nn.Flatten(), nn.Linear(8 * 26 * 26, 10))
+
+
+def augmented() -> nn.Module:
+    return nn.Sequential(
+        v2.Normalize([0.5] * 3, [0.25] * 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+        nn.Flatten(), nn.Linear(8 * 28 * 28, 10)
+    )  # fmt: skip
+
+
+BOTH = [hp.Dropout(), hp.WeightDecay(shared=True)]
+AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Flip(), hp.VerticalFlip(), hp.Grayscale(),
+                 hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
+# (network, what is tuned, most kernels per inner step of the default schedule). Wanted of the first two: 300 and 45.
+NETWORKS = {
+    "resnet18": (partial(resnet18, num_classes=10), BOTH, 480),
+    "mlp": (partial(three_layers, 10), BOTH, 135),
+    "vision transformer": (vision_transformer, BOTH, 370),
+    "group norms": (group_norms, BOTH, 180),
+    "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 900),
+}
+# Steps of each kind launch what they launch, however many follow each other.
+SHORT = {"response": fxstn.ResponseSettings(every=1), "hyper": fxstn.HyperSettings(train_steps=1)}
+EVERY = {"inner": 1, "response": fxstn.ResponseSettings.every, "hyper": fxstn.HyperSettings.train_steps}
+
+
+def per_inner_step(launches):
+    """Kernels per inner step of the default schedule, from a cycle of a short one."""
+    rates = {kind: launches.steps[kind] * every for kind, every in EVERY.items()} | {"": launches.steps["inner"]}
+    return sum(o.launches / rates[o.kind] for o in launches.operators)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cycle_of_a_run_on_cuda(name):
+    """It launches so many kernels; the host waits for nothing and sends nothing; no kernel gets several types."""
+    build, specs, most = NETWORKS[name]
+    torch.manual_seed(0)
+    stn = network(build(), specs, torch.rand(4, 3, 32, 32))
+    with fake_cuda():
+        x, target = torch.empty(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
+        launches = count_run(stn, x, target, **SHORT)
+    assert launches.steps == {"inner": 1, "response": 1, "hyper": 1}
+    assert not launches.syncs
+    assert not launches.copies
+    assert not launches.unlike
+    assert per_inner_step(launches) <= most
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("resnet18", 194), ("mlp", 26)])
+def test_plain_training_launches_what_torchs_own_engine_does(name, kernels):
+    """As counted where CUDA's driver was a stub, so that torch's engine ran the backward pass."""
+    build = NETWORKS[name][0]
+    model = plain_baseline(build(), [hp.Dropout()])
+    with fake_cuda():
+        x, target = torch.empty(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
+        launches = count_plain(model, x, target, 1e-4, None)
+    assert sum(o.launches for o in launches.operators) == kernels
