@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 
 from torch import Tensor, fx
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import tree_is_leaf, tree_leaves
 
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.ir.containers import hidden, leaves, path_to
 from fxstn.ir.output_types import OutputTypes
 
-_PLAIN = (tuple, list, dict, None)  # None: the type of a leaf
 _VALUES = (Tensor, fx.Proxy)
 
 
@@ -25,8 +24,8 @@ def plain_output(output: object) -> tuple[object, OutputTypes | None]:
     for leaf in values:
         if not isinstance(leaf, _VALUES) and any(True for _ in hidden(leaf, _VALUES)):
             raise UnsupportedError("", *hidden_in_output(leaf, output))
-    entries, structure = tree_flatten(output)
-    if _is_plain(structure) and len(entries) == len(values) and all(map(operator.is_, entries, values)):
+    entries = tree_leaves(output)
+    if _is_plain(output) and len(entries) == len(values) and all(map(operator.is_, entries, values)):
         return output, None
     return values, OutputTypes.of(output, _VALUES)
 
@@ -38,5 +37,8 @@ def hidden_in_output(leaf: object, output: object) -> tuple[str, str]:
     return what, "return them in tuples, lists, dicts or objects with plain attributes"
 
 
-def _is_plain(structure: TreeSpec) -> bool:
-    return structure.type in _PLAIN and all(map(_is_plain, structure.children()))
+def _is_plain(value: object) -> bool:
+    """Whether a value consists of tuples, lists, dicts and leaves, of these very types."""
+    if type(value) in (tuple, list, dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))  # type: ignore[call-overload]
+    return tree_is_leaf(value)
