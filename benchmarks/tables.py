@@ -15,7 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import batchnorm, controls, gpt, hypergradient, ptb, replay, tuned, tuning
+from benchmarks import batchnorm, controls, gpt, hypergradient, ptb, replay, tuned, tuning, whole_runs
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +146,10 @@ def replayed() -> str:
     return replay.table(json.loads(replay.FILE.read_text()))
 
 
+def whole() -> str:
+    return whole_runs.table(json.loads(whole_runs.FILE.read_text()))
+
+
 def small_gpt() -> str:
     return gpt.table(json.loads(gpt.FILE.read_text()))
 
@@ -153,7 +157,7 @@ def small_gpt() -> str:
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt,
+    "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "whole": whole,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.allowance import DIAGNOSTICS, LEAST, STEP, Allowance
-from fxstn.bilevel.cadence import Cadence, Counters
+from fxstn.bilevel.cadence import Cadence, Counters, steps_of_run
 from fxstn.bilevel.faults import PERSISTENT, signs
 from fxstn.bilevel.history import History
 from fxstn.bilevel.optim import SettlingAdam
@@ -58,6 +58,7 @@ def test_intervals_grow_as_the_rate_of_lambda_falls_from_those_of_a_short_run():
     assert [round(sum(s <= steps for s in (*responses, *hypers)) / steps, 2) for steps in (100, 1000, 10_000)] == [
         0.45, 0.35, 0.17
     ]  # fmt: skip
+    assert steps_of_run(1000) == tuple(sum(s <= 1000 for s in steps) for steps in (responses, hypers))
 
 
 @pytest.mark.parametrize(

@@ -409,8 +409,8 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--memory") == 0
     rows = json.loads(file.read_text())
     assert [row["variant"] for row in rows] == [
-        "plain", "general", "response", "schedule", "schedule-default", "tune", "func-jvp",
-        "func-jvp-batch", "double-backward",
+        "plain", "general", "response", "schedule", "schedule-default", "schedule-long", "tune",
+        "func-jvp", "func-jvp-batch", "double-backward",
     ]  # fmt: skip
     assert {"variant", "step_ms", "ratio", "peak_mb"} <= set(rows[0])
     assert rows[0]["ratio"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+import torch
 from torch.optim import Optimizer
 
 from fxstn.bilevel.optim import SettlingAdam
@@ -92,3 +93,16 @@ class Cadence:
         if over:
             counters.cycle = 0
         return counters.since_response >= self.response_interval, over
+
+
+def steps_of_run(inner: int) -> tuple[int, int]:
+    """(response steps, hyper steps) of the first so many inner steps, with default settings."""
+    counters = Counters()
+    cadence = Cadence(ResponseSettings(), HyperSettings(), SettlingAdam([torch.zeros(1)]), counters)
+    for _ in range(inner):
+        responds, over = cadence.count()
+        if responds:
+            counters.since_response = 0
+        counters.response_steps += responds
+        counters.hyper_steps += over
+    return counters.response_steps, counters.hyper_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.counts import Count, Loss, LossValue, as_loss
 from fxstn.bilevel.temporary import eval_mode
-from fxstn.frontends.inputs import Inputs, as_inputs
+from fxstn.frontends.inputs import Inputs, as_inputs, signature_once
 from fxstn.ir.containers import leaves, mapped
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
@@ -37,7 +36,7 @@ def inputs_of(stn: SelfTuningNetwork, inputs: object) -> Inputs:
 def takes_hparams(loss_fn: LossFunction) -> bool:
     """Whether a loss function has a parameter named `hparams`."""
     try:
-        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+        signature = signature_once(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
     except ValueError:  # some builtins have no signature
         return False
     return "hparams" in signature.parameters

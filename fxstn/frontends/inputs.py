@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxstn.frontends.guards import same
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+_SIGNATURES: WeakKeyDictionary[FunctionType, dict[bool, inspect.Signature]] = WeakKeyDictionary()
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -46,10 +49,24 @@ def _names_inputs(value: Mapping, model: nn.Module) -> bool:
     return bool(value) and all(isinstance(key, str) for key in value) and (takes_any or not names.isdisjoint(value))
 
 
+def signature_once(function: Callable[..., object]) -> inspect.Signature:
+    """inspect.signature, which takes as long as ten small kernels: once for each function, and for its methods.
+
+    Raises ValueError and TypeError as that does.
+    """
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, FunctionType):
+        return inspect.signature(function)
+    known, is_method = _SIGNATURES.setdefault(plain, {}), plain is not function
+    if is_method not in known:
+        known[is_method] = inspect.signature(function)
+    return known[is_method]
+
+
 def signature_of(model: nn.Module) -> inspect.Signature:
     """The signature of the forward. A scripted one, which no frontend follows, has none: it takes anything."""
     try:
-        return inspect.signature(model.forward)
+        return signature_once(model.forward)
     except ValueError:
         return inspect.signature(lambda *args, **kwargs: None)
 

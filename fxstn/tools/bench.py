@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxstn import hp
+from fxstn.bilevel.cadence import steps_of_run
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.settings import ResponseSettings
 from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
@@ -30,6 +29,7 @@ from fxstn.tools.choices import VARIANTS
 from fxstn.tools.measure import peak_memory, step_times
 from fxstn.tools.workloads import TRAIN_STEPS, Setup, Stepper, TunedLoop, TunedTraining
 
+SHORT, LONG, PERIOD = 1000, 10_000, 40  # inner steps of runs, and of a round of their schedules
 BASELINES = {"func-jvp", "func-jvp-batch", "double-backward"}
 Steps = dict[str, tuple[Callable[[], None], int]]  # name → (what to run, inner steps that it does)
 Row = dict[str, str | int | float | bool | None]
@@ -77,7 +77,8 @@ def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -
 def variants(setup: Setup, names: Sequence[str]) -> Steps:
     """The named variants, each with its optimizer's step.
 
-    They have a structured response, SGD with momentum and the paper's settings; "schedule-default" has those of the runner.
+    They have a structured response, SGD with momentum and the paper's settings. "schedule-default" and "schedule-long" have
+    those of the runner, with the response and hyper steps of the first `SHORT`, or `LONG`, inner steps of a run, on average.
     """
     model, x, target = setup.build()
     steps: Steps = {}
@@ -86,17 +87,18 @@ def variants(setup: Setup, names: Sequence[str]) -> Steps:
         run = torch.compile(plain) if setup.compile else plain
         plain_step = Stepper(setup, sgd(list(plain.parameters())))
         steps["plain"] = partial(plain_step, lambda: F.cross_entropy(run(x), target)), 1
-    if not {"plain", "schedule-default", "tune"}.issuperset(names):
+    if not {"plain", "schedule-default", "schedule-long", "tune"}.issuperset(names):
         paper = TunedTraining(setup, model, x, target, "structured", sgd)
         steps["general"] = paper.general, 1
         steps["response"] = paper.response, 1
-        steps["schedule"] = partial(paper.cycle, 1.0, 1, "auto", False), TRAIN_STEPS
-    if "schedule-default" in names:
-        default, every = TunedTraining(setup, model, x, target, "scaled", adam), ResponseSettings.every
-        cycle = partial(default.cycle, ResponseSettings.fraction, every, "off", True)
-        steps["schedule-default"] = cycle, math.lcm(TRAIN_STEPS, every)
+        steps["schedule"] = partial(paper.cycle, TRAIN_STEPS, TRAIN_STEPS, 1, "auto", False), TRAIN_STEPS
+    if not {"schedule-default", "schedule-long"}.isdisjoint(names):
+        default = TunedTraining(setup, model, x, target, "scaled", adam)
+        for name, inner in (("schedule-default", SHORT), ("schedule-long", LONG)):
+            responses, hypers = (round(PERIOD * count / inner) for count in steps_of_run(inner))
+            steps[name] = partial(default.cycle, PERIOD, responses, hypers, "off", True), PERIOD
     if "tune" in names:
-        steps["tune"] = partial(TunedLoop(setup).cycle, period := math.lcm(TRAIN_STEPS, ResponseSettings.every)), period
+        steps["tune"] = partial(TunedLoop(setup).cycle, PERIOD), PERIOD
     if not BASELINES.isdisjoint(names):
         original = without_statistics(plain_baseline(model, setup.hparams()))
         losses: dict[str, Callable[[], Tensor]] = {

@@ -7,6 +7,7 @@ VARIANTS = (
     "response",
     "schedule",
     "schedule-default",
+    "schedule-long",
     "tune",
     "func-jvp",
     "func-jvp-batch",

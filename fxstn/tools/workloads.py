@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.batches import first_part, to_device
+from fxstn.bilevel.batches import to_device
 from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.updates import sgd
@@ -106,27 +105,24 @@ class TunedTraining:
         loss = partial(general_loss, self.stn, F.cross_entropy, self.x, self.target)
         self.step_general(loss, before=self.stn.hypergradient if corrected else None)
 
-    def response(self, fraction: float = 1.0) -> None:
-        self.step_response(
-            partial(response_loss, self.stn, F.cross_entropy, *first_part((self.x, self.target), fraction))
-        )
+    def response(self) -> None:
+        self.step_response(partial(response_loss, self.stn, F.cross_entropy, self.x, self.target))
 
     def hyper(self, perturb: PerturbMode) -> None:
         self.step_hyper(partial(hyper_loss, self.stn, F.cross_entropy, self.x, self.target, perturb=perturb))
 
-    def cycle(self, fraction: float, every: int, perturb: PerturbMode, corrected: bool) -> None:
-        """The steps until the schedule repeats itself.
+    def cycle(self, steps: int, responses: int, hypers: int, perturb: PerturbMode, corrected: bool) -> None:
+        """Some inner steps, and response and hyper steps at equal intervals between them.
 
-        fraction: part of the batch that a response step gets.
-        every: inner steps from one response step to the next.
+        steps, responses, hypers: the number of each.
         perturb: of the hyper step.
         corrected: whether the training hypergradient is subtracted.
         """
-        for number in range(1, math.lcm(TRAIN_STEPS, every) + 1):
+        for number in range(1, steps + 1):
             self.general(corrected)
-            if number % every == 0:
-                self.response(fraction)
-            if number % TRAIN_STEPS == 0:
+            if number * responses // steps > (number - 1) * responses // steps:
+                self.response()
+            if number * hypers // steps > (number - 1) * hypers // steps:
                 self.hyper(perturb)
 
 
