@@ -19,7 +19,7 @@ from fxstn.hp.terms import LossTerms
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
-from fxstn.ops.penalty import total_penalty
+from fxstn.ops.penalty import Metric, total_penalty
 from fxstn.ops.pulled_back import gradients_in, pulled_back
 from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes, responding
 
@@ -46,7 +46,7 @@ class SelfTuningNetwork(ModelWrapper):
     method: str
     augments: bool = False
     rejected: tuple[Diagnostic, ...] = ()
-    decay_metric: Callable[[str], Tensor | None] | None = None  # D of decoupled weight decay, see `total_penalty`
+    decay_metric: Metric | None = None  # D of decoupled weight decay, see `total_penalty`
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ def test_the_response_step_rests_where_the_weights_answer_to_lambda() -> None:
         stn.model[0].weight.copy_(retrained(0.0))
     right = (retrained(1e-4) - retrained(-1e-4)) / 2e-4
     assert right.norm() > 1e-2
-    stn.decay_metric = lambda name: diagonal[None]
+    stn.decay_metric = lambda names: dict.fromkeys(names, diagonal[None])
     at_rest, elsewhere = gradient(right), gradient(torch.zeros(SIZE).double())
     assert at_rest < 1e-3 * elsewhere
     stn.decay_metric = None  # of coupled decay these are not the right answers
@@ -101,11 +101,11 @@ def test_the_metric_is_the_root_of_the_optimizers_second_moment() -> None:
         optimizer.step()
     square = optimizer.state[model[0].weight]["exp_avg_sq"]
     expected = (square / (1 - 0.99**4)).sqrt() + 1e-4
-    torch.testing.assert_close(tuner.stn.decay_metric("0.weight"), expected)
+    torch.testing.assert_close(tuner.stn.decay_metric(["0.weight"])["0.weight"], expected)
     other = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
     tuner.detach()
     coupled = fxstn.tune(model, other, half_square, batches, batches, [hp.WeightDecay()])
-    assert coupled.stn.decay_metric("0.weight") is None
+    assert coupled.stn.decay_metric(["0.weight"]) == {}
 
 
 def penalised_network() -> nn.Module:
@@ -161,7 +161,7 @@ def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(response:
         for parameter in parameters:
             parameter.copy_(1e-3 * torch.randn_like(parameter) if parameter is stn.response.flat_U else parameter)
     metrics = {name: torch.rand_like(w) + 0.5 for name, w in stn.model.named_parameters()}
-    stn.decay_metric = metrics.get if decoupled else None
+    stn.decay_metric = (lambda names: {name: metrics[name] for name in names}) if decoupled else None
     epsilon, total = torch.randn(6, len(stn.hparams)).double(), torch.zeros(()).double()
     for row in epsilon:
         strengths, weights = stn.hparams(row), stn.wide_response(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
@@ -49,19 +49,17 @@ class DecayedWeight:
         """The coefficient that the optimizer applies itself."""
         return float(self.group.get("weight_decay", 0.0)) if self.norm == 2 else 0.0
 
-    def metric(self) -> Tensor | None:
-        """D of decoupled decay, (weight's shape): the optimizer moves w by −lr · (D⁻¹ ∇L + λ w), so that it rests where
-        ∇L + λ D w = 0. None where D = 1.
-
-        Adam and its kin have D = √v̂ + ε, from `exp_avg_sq`. Optimizers without it are treated as D = 1.
-        """
+    def second_moment(self) -> tuple[Tensor, Tensor] | None:
+        """(v, its correction for the start, 0-d) of an optimizer with decoupled decay like Adam's; None for another."""
         state = self.optimizer.state.get(self.weight, {})
         square = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-        if not self.decoupled or not isinstance(square, Tensor) or square.shape != self.weight.shape:
+        if not self.decoupled or self.norm == 1 or not isinstance(square, Tensor) or square.shape != self.weight.shape:
             return None
         beta = float(self.group.get("betas", (0.0, 0.0))[-1])
-        correction = 1 - beta ** state["step"] if "step" in state else 1.0  # a tensor, which may be on the device
-        return (square / correction).sqrt_().add_(float(self.group.get("eps", 0.0)))
+        correction = (
+            1 - beta ** state["step"] if "step" in state else 1.0
+        )  # the step may be on the device: no float of it
+        return square, torch.as_tensor(correction)
 
 
 class TunedDecay:
@@ -89,12 +87,14 @@ class TunedDecay:
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """(weight, the gradient of its penalty), of the weights that have a gradient: λ w, and λ D w where it is decoupled."""
         strengths = self.hparams().detach()
-        for own in self.weights:
-            if own.weight.grad is not None:
-                metric = own.metric()
-                direction = own.weight.sign() if own.norm == 1 else own.weight
-                gradient = strengths[own.index].to(direction) * direction
-                yield own.weight, gradient if metric is None else gradient * metric
+        for optimizer in {id(own.optimizer): own.optimizer for own in self.weights}.values():
+            for part in self._alike(optimizer):
+                weights, one = [own.weight for own in part], part[0]
+                gradients = penalty_gradients(weights, strengths[one.index], one.norm)
+                if metric := self.metric([own.name for own in part]) if one.norm == 2 else {}:
+                    scaled = [g for own, g in zip(part, gradients, strict=True) if own.name in metric]
+                    torch._foreach_mul_(scaled, [metric[own.name] for own in part if own.name in metric])
+                yield from zip(weights, gradients, strict=True)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, first: bool = True) -> None:
@@ -107,7 +107,8 @@ class TunedDecay:
         """
         strengths = self.hparams().detach()
         scale = gradient_factor(optimizer)
-        for one, weights in self._alike(optimizer):
+        for part in self._alike(optimizer):
+            one, weights = part[0], [own.weight for own in part]
             strength = strengths[one.index].to(one.weight)
             if not (one.decoupled and one.norm == 2):
                 difference = strength - one.constant
@@ -117,18 +118,32 @@ class TunedDecay:
                 lr = one.group["lr"]
                 torch._foreach_mul_(list[Tensor](weights), (1 - lr * strength) / (1 - lr * one.constant))
 
-    def _alike(self, optimizer: Optimizer) -> Iterator[tuple[DecayedWeight, list[nn.Parameter]]]:
-        """The weights of an optimizer that have a gradient, as (one of them, all those that decay as it does)."""
+    def _alike(self, optimizer: Optimizer) -> Iterable[list[DecayedWeight]]:
+        """The weights of an optimizer that have a gradient, those together that decay alike."""
         alike: dict[tuple[int, int, int, torch.dtype], list[DecayedWeight]] = {}
         for own in self.weights:
             if own.optimizer is optimizer and own.weight.grad is not None:
                 alike.setdefault((own.index, own.norm, own.number, own.weight.dtype), []).append(own)
-        for part in alike.values():
-            yield part[0], [own.weight for own in part]
+        return alike.values()
 
-    def metric(self, name: str) -> Tensor | None:
-        """D of a weight with decoupled decay; None for others."""
-        return next((own.metric() for own in self.weights if own.name == name), None)
+    @torch.no_grad()
+    def metric(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """{name: D, in the weight's shape}, of those weights with decoupled decay where D is not 1.
+
+        The optimizer moves w by −lr · (D⁻¹ ∇L + λ w), so that it rests where ∇L + λ D w = 0. Adam and its kin have D = √v̂ + ε,
+        from `exp_avg_sq`. Optimizers without it are treated as D = 1.
+        """
+        moments = {
+            own.name: (*moment, float(own.group.get("eps", 0.0)))
+            for own in self.weights
+            if own.name in names and (moment := own.second_moment()) is not None
+        }
+        if not moments:
+            return {}
+        squares, corrections, smallest = zip(*moments.values(), strict=True)
+        diagonals = torch._foreach_sqrt(torch._foreach_div(squares, corrections))
+        torch._foreach_add_(diagonals, smallest)
+        return dict(zip(moments, diagonals, strict=True))
 
 
 def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int, bool]]:

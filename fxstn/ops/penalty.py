@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.precision import real, wide, widen
-from fxstn.ops.pulled_back import row_products
+from fxstn.ops.pulled_back import Metric, row_products
 from fxstn.ops.response import Response, ResponseTree, responses_in
 
 
@@ -101,7 +101,7 @@ def total_penalty(
     strengths: Tensor,
     delta: Tensor | None,
     constant: bool,
-    metric: Callable[[str], Tensor | None] | None = None,
+    metric: Metric | None = None,
 ) -> Tensor:
     """The sum of the penalties of several parameters, the mean over the batch, without weights per example.
 
@@ -110,15 +110,15 @@ def total_penalty(
     strengths: (h,) or (batch, h).
     delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
     constant: whether the weights themselves get no gradient.
-    metric: parameter name → D, shaped like the weight, where its penalty of norm 2 is ½ λ wᵀ D w with this diagonal D; or None.
+    metric: names of parameters → {name: D}, shaped like the weight, of those whose penalty of norm 2 is ½ λ wᵀ D w with this
+        diagonal D.
     """
     responses = {} if delta is None else responses_in(tree)
     total = strengths.new_zeros(())
     for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
         weights = [model.get_parameter(name).detach() if constant else model.get_parameter(name) for name in names]
-        if norm == 2 and metric is not None:
-            diagonals = map(metric, names)
-            weights = [w if d is None else w * d.sqrt() for w, d in zip(weights, diagonals, strict=True)]
+        if norm == 2 and metric is not None and (diagonals := metric(names)):
+            weights = [w * diagonals[n].sqrt() if n in diagonals else w for n, w in zip(names, weights, strict=True)]
         total = total + penalty(weights, strengths[..., index].mean(), norm)
     if delta is not None and responses:
         assert isinstance(tree, ResponseTree)
@@ -159,7 +159,7 @@ def _penalty_of_rows(
     tree: nn.Module,
     strengths: Tensor,
     scales: Tensor,
-    metric: Callable[[str], Tensor | None] | None,
+    metric: Metric | None,
 ) -> Tensor:
     """Mean over the batch of the penalties at w + s_i ⊙row R, from sums over rows.
 

@@ -13,19 +13,21 @@ from torch.autograd.function import once_differentiable
 from fxstn.ops.precision import widen
 from fxstn.ops.response import ResponseTree, responding, responses_in
 
+Metric = Callable[[Sequence[str]], Mapping[str, Tensor]]
+
 
 def row_products(
     tree: nn.Module,
     left: Mapping[str, Tensor],
     right: Mapping[str, Tensor],
-    metric: Callable[[str], Tensor | None] | None = None,
+    metric: Metric | None = None,
 ) -> Tensor:
     """For each row of U the sum of a ⊙ b, or of D ⊙ a ⊙ b, over the entries that it scales.
 
     tree: a ResponseTree, over the names of the model's parameters.
     left: {parameter name: a}, shaped like the parameter; one without counts as zero. They may be sparse.
     right: {parameter name: b}, for every name of `left` that responds.
-    metric: parameter name → D, shaped like the parameter; None for D = 1.
+    metric: names of parameters → {name: D}, shaped like the parameter; D is 1 for a name without one.
 
     Returns (N,), in the type of U, differentiable in a and b.
     """
@@ -49,13 +51,23 @@ def row_products(
             pending[name] = (torch.view_as_real(a), torch.view_as_real(b)) if a.is_complex() else (a, b)
     for names in _groups({name: a.numel() for name, (a, _) in pending.items()}):
         products = torch._foreach_mul([pending[name][0] for name in names], [pending[name][1] for name in names])
-        for name, product in zip(names, products, strict=True):
-            diagonal = None if metric is None else metric(name)
-            add(name, product if diagonal is None else product * diagonal)
+        for name, product in zip(names, with_metric(names, products, metric), strict=True):
+            add(name, product)
         del products
     U = tree.flat_U
     blocks = enumerate(tree.flat_sizes)
     return torch.cat([sums[i] if i in sums else U.new_zeros(size) for i, size in blocks]).to(U.dtype)
+
+
+def with_metric(names: Sequence[str], values: Sequence[Tensor], metric: Metric | None) -> list[Tensor]:
+    """D ⊙ a of each value a. Arguments as in `row_products`."""
+    diagonals = {} if metric is None else metric(names)
+    if not diagonals:
+        return list(values)
+    own = [number for number, name in enumerate(names) if name in diagonals]
+    products = torch._foreach_mul([values[number] for number in own], [diagonals[names[number]] for number in own])
+    scaled = dict(zip(own, products, strict=True))
+    return [scaled.get(number, value) for number, value in enumerate(values)]
 
 
 @torch.no_grad()
