@@ -132,7 +132,7 @@ def _run(roots: Gradients, captured: dict[tuple[Any, int], Tensor] | None) -> It
     for node in reversed(order):
         own = gradients.pop(node, {})
         for key in [(node, i) for i in own if captured is not None and (node, i) in captured]:
-            captured[key] = own[key[1]]
+            captured[key] = _given(node, own)[key[1]]
         if not own:
             continue
         if hasattr(node, "variable"):

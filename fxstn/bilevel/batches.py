@@ -42,7 +42,7 @@ def to_device(
             return leaf.contiguous(memory_format=memory_format)
         return leaf
 
-    inputs, target = (move(part) if isinstance(part, Tensor) else tree_map(move, as_dict(part)) for part in batch)
+    inputs, target = tree_map(move, tuple(map(as_dict, batch)))
     return inputs, target
 
 

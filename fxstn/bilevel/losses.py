@@ -215,17 +215,16 @@ class _TrainingLoss:
     def __call__(self, result: Any) -> Parts:
         stn, target = self.stn, self.target
         output, auxiliary = result if stn.terms.auxiliary else (result, ())
+        strengths = stn.hparams(self.epsilon)
         for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):
             target = spec.retarget(target, output, value)
-        rows = stn.hparams(self.epsilon).expand(batch_size(self.inputs), -1) if self.reads else None
-        hparams = None if rows is None else stn.hparams.named(rows)
+        hparams = stn.hparams.named(strengths.expand(batch_size(self.inputs), -1)) if self.reads else None
         loss = evaluate_loss(self.loss_fn, output, self.inputs, target, hparams, self.reads)
         with torch.set_grad_enabled(self.decays and torch.is_grad_enabled()):
             penalties = [stn.penalty(self.epsilon)]
         penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
         for index, projections in stn.terms.jacobian:
-            strength = stn.hparams(self.epsilon)[..., index]
-            penalties.append((strength * squared_jacobian(output, self.inputs, projections)).mean())
+            penalties.append((strengths[..., index] * squared_jacobian(output, self.inputs, projections)).mean())
         return _parts(loss, penalties)
 
 

@@ -56,10 +56,11 @@ class DecayedWeight:
         if not self.decoupled or self.norm == 1 or not isinstance(square, Tensor) or square.shape != self.weight.shape:
             return None
         beta = float(self.group.get("betas", (0.0, 0.0))[-1])
-        correction = (
-            1 - beta ** state["step"] if "step" in state else 1.0
-        )  # the step may be on the device: no float of it
-        return square, torch.as_tensor(correction)
+        if "step" not in state:
+            return square, torch.ones(())
+        return square, 1 - beta ** torch.as_tensor(
+            state["step"]
+        ).double()  # which may be on the device, so no float of it
 
 
 class TunedDecay:
