@@ -61,17 +61,19 @@ def test_a_compiled_loss_knows_what_it_is_a_mean_over():
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def parts(output, target):
         losses = [as_loss(loss_fn(output, target), output, target) for loss_fn in LOSSES.values()]
+        losses.append(as_loss(output.logsumexp((0, 1)), output, output.detach()))  # the entries of the target count
         return [(loss.data, loss.count, loss.entries, loss.additive) for loss in losses]
 
     for batch in (8, 5):
         target = torch.arange(batch) % 3
         target[1] = -100
         output, totals = torch.randn(batch, 3, requires_grad=True), [0.0, 0.0]
-        for (name, loss_fn), (data, *facts) in zip(LOSSES.items(), parts(output, target), strict=True):
+        for (name, loss_fn), (data, *facts) in zip(LOSSES.items(), parts(output, target)[:-1], strict=True):
             expected = as_loss(loss_fn(output, target), output, target)
             wanted = [float(fact) for fact in (expected.count, expected.entries, expected.additive)]
             assert [float(fact) for fact in facts] == pytest.approx(wanted), name
             totals = [total + loss for total, loss in zip(totals, (data, expected.data), strict=True)]
+        assert float(parts(output, target)[-1][1]) == 3 * batch
         gradient, other = (torch.autograd.grad(total, output)[0] for total in totals)
         torch.testing.assert_close(gradient, other)
     assert counter.frame_count == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,15 +11,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_flatten
 
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions.recurrent import recurrent
+from fxstn.ir.closed import closed_call
 from fxstn.ir.errors import TransformError
 from fxstn.ops.recurrence import recurrence, recurrence_tangent
-from fxstn.ops.recurrent import Steps, steps
+from fxstn.ops.recurrent import Steps, recurrent_layer, steps
 from fxstn.tools.verify import relative_error
 
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN, "relu": nn.RNN}
@@ -350,19 +354,44 @@ def test_the_response_step_leaves_weights_alone():
 
 @pytest.mark.nightly
 def test_a_compiled_recurrent_network_computes_the_same():
-    """Its graphs are compiled around the recurrent layers, which torch.compile would unroll."""
+    """A recurrent layer is one operator of the graph; sequences of a second length are compiled once more."""
     torch.set_default_dtype(torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     model, inputs = built({"kind": "lstm", "stateful": True, "num_layers": 2, "batch_first": True})
     plain = shuffled(fxstn.transform(model, [hp.Scalar("a", 1.0, 0.0, 2.0)], example_inputs=inputs))
     compiled = copy.deepcopy(plain)
-    compiled.compile(backend="aot_eager")
+    compiled.compile(backend=counter)
     loss = lambda output, target: F.mse_loss(output[0], target)  # noqa: E731
-    gradients = []
-    for stn in (plain, compiled):
-        for objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
-            torch.manual_seed(0)
-            objective(stn, loss, inputs, torch.zeros(BATCH, TIME, 2)).backward()
-        gradients.append([parameter.grad for parameter in stn.parameters() if parameter.grad is not None])
-    assert len(gradients[0]) > 10
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for batch, time, graphs in ((BATCH, TIME, 3), (BATCH - 1, TIME, 3), (BATCH, TIME + 3, 6), (BATCH - 2, TIME + 1, 6)):
+        inputs = torch.randn(batch, time, 2), *(torch.randn(batch, *state.shape[1:]) for state in inputs[1:])
+        gradients = []
+        for stn in (plain, compiled):
+            stn.zero_grad()
+            for objective in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+                torch.manual_seed(0)
+                objective(stn, loss, inputs, torch.zeros(batch, time, 2)).backward()
+            gradients.append([parameter.grad for parameter in stn.parameters() if parameter.grad is not None])
+        assert len(gradients[0]) > 10
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["float64", "autocast"])
+@pytest.mark.parametrize("layer", [recurrent_layer, steps])
+def test_a_closed_call_is_the_function_with_its_gradient(layer, lowered):
+    """What torch.compile takes as one operator: a state without a gradient, biases that are missing, nested results."""
+    torch.set_default_dtype(torch.float32 if lowered else torch.float64)
+    x, h = torch.randn(TIME, BATCH, 3 * WIDTH, requires_grad=True), torch.randn(BATCH, WIDTH)
+    weights = [torch.randn(3 * WIDTH, n, requires_grad=True) for n in (3 * WIDTH, WIDTH)]
+    own = (weights[0], None, weights[1], None, None) if layer is recurrent_layer else (weights[1], None, None)
+    found = []
+    for function in (layer.__wrapped__, partial(closed_call, layer.__wrapped__)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            results, structure = tree_flatten(function("gru", x, h, None, *own))
+        values = [leaf for leaf in results if leaf is not None]
+        total = sum(leaf.float().square().sum() for leaf in values)
+        found.append((str(structure), values, torch.autograd.grad(total, (x, weights[1]))))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1:], found[1][1:])

@@ -119,9 +119,9 @@ def entries(inputs: object, target: object) -> Count:
     Where the target is no tensor, or has no entries, the number of examples.
     """
     if not isinstance(target, Tensor) or not target.dim():
-        return float(batch_size(inputs))
+        return _size(batch_size(inputs))
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
-        return float(target.numel())
+        return _size(target.numel())
     return (target != IGNORED).sum()
 
 
@@ -148,7 +148,7 @@ def as_loss(value: object, inputs: object, target: object, name: str = "loss_fn"
         )
     number = partial(entries, inputs, target)
     if torch.compiler.is_compiling():
-        return Loss(value, *_counts_in_graph(value, torch.as_tensor(number(), device=value.device)))
+        return Loss(value, *_counts_in_graph(value, _as_tensor(number(), value)))
     return Loss(value, *_counts(value, number))
 
 
@@ -278,8 +278,8 @@ def _native_counts(node: Any) -> tuple[Count, Count]:
 
 
 def _size(number: int | torch.SymInt) -> Any:
-    """A size as a count. That of a graph which is compiled for changing sizes stays as it is."""
-    return float(number) if isinstance(number, int) else number
+    """A size as a count. It stays one in a graph that is compiled for changing sizes."""
+    return number if torch.compiler.is_compiling() or not isinstance(number, int) else float(number)
 
 
 def _signed(number: int) -> int:

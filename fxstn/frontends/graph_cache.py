@@ -193,12 +193,15 @@ class GraphCache:
         moved: "delta" and "condition", where the graph takes them.
         """
         cache, root = self.for_sizes(root, inputs)
+        options = self.compile_options if torch.is_grad_enabled() else None
+        if options is not None and kind not in cache.compiled:
+            cache._locate_examples(root, inputs)  # first, or the graph would be compiled again afterwards
         graph = cache.graph(root, kind)
         args, kwargs = inputs_of_graph(own_inputs(graph.graph), root.get_submodule("model"), inputs)
-        if self.compile_options is None or not torch.is_grad_enabled():
+        if options is None:
             # not __call__, which at an error prints the code of the graph
             return finish(graph.forward(*args, **kwargs, **moved))
-        if self.compile_options.get("dynamic") is not False:
+        if options.get("dynamic") is not False:
             let_batch_vary(batch_size(inputs), args, kwargs, moved, getattr(finish, "__dict__", {}))
         with warnings.catch_warnings():  # compiling looks at .grad of a δ that is computed from λ; of no concern
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)

@@ -53,7 +53,8 @@ class CompiledRegion:
         if not self.whole:
             return finish(self._compiled(args, kwargs, unchanged))
         try:
-            return self._compiled(args, kwargs, finish)
+            with torch._dynamo.config.patch(allow_rnn=True):  # a graph reads their weights, and does not call them
+                return self._compiled(args, kwargs, finish)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
                 raise

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fxstn.ir.closed import closed_call
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _KEY = "staging"
@@ -22,13 +24,15 @@ class Staging:
 
     random: it draws random numbers. Two calls are never merged, and its tangent is ZERO.
     overridable: function modes see it as one operation, as they see torch's.
-    compiled: torch.compile looks into it. It should not look into a loop over time, which it would unroll.
+    compiled: torch.compile looks into it. It cannot look into what waits for other processes; there a graph breaks.
+    closed: torch.compile takes it as one operator, see `closed_call`: a loop over time, which it would unroll.
     derivative_of: the operation that the helper runs and differentiates; it draws and writes what that does.
     """
 
     random: bool = False
     overridable: bool = False
     compiled: bool = True
+    closed: bool = False
     derivative_of: Callable[..., object] | None = None
 
 
@@ -64,6 +68,24 @@ def call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return _emit(proxy, function, args, kwargs)
 
 
+_in_graph: list[Callable[..., Any]] = []
+
+
+def in_graph(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: torch.compile puts the call of a function into its graph without looking into it.
+
+    The function takes and returns tensors. It is run on stand-ins for tensors while a graph is compiled, so that it may read
+    what autograd knows of them.
+    """
+    _in_graph.append(function)
+    return function
+
+
+def functions_in_graph() -> list[Callable[..., Any]]:
+    """Those with the decorator `in_graph`."""
+    return list(_in_graph)
+
+
 @overload
 def staged(function: Callable[P, R], /) -> Callable[P, R]: ...
 
@@ -74,6 +96,7 @@ def staged(
     random: bool = ...,
     overridable: bool = ...,
     compiled: bool = ...,
+    closed: bool = ...,
     derivative_of: Callable[..., object] | None = ...,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
@@ -91,7 +114,13 @@ def staged(function: Callable[..., R] | None = None, /, **flags: bool | Callable
 
 
 def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
-    overridable = staging.overridable
+    overridable, closed = staging.overridable, staging.closed
+
+    def operator(*args: Any) -> Any:
+        return closed_call(function, *args)
+
+    if closed:
+        in_graph(operator)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,28 +129,12 @@ def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
             return _emit(proxy, wrapper, args, kwargs)
         if overridable and has_torch_function(args):
             return handle_torch_function(wrapper, args, *args, **kwargs)
+        if closed and torch.compiler.is_compiling():
+            return operator(*args)
         return function(*args, **kwargs)
 
     vars(wrapper)[_KEY] = staging
     return wrapper
-
-
-_in_graph: list[Callable[..., Any]] = []
-
-
-def in_graph(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: torch.compile puts the call of a function into its graph without looking into it.
-
-    The function takes and returns tensors. It is run on stand-ins for tensors while a graph is compiled, so that it may read
-    what autograd knows of them.
-    """
-    _in_graph.append(function)
-    return function
-
-
-def functions_in_graph() -> list[Callable[..., Any]]:
-    """Those with the decorator `in_graph`."""
-    return list(_in_graph)
 
 
 def _breaks(node: fx.Node) -> bool:

@@ -40,24 +40,33 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dc: Tensor) -> Any:
-        by_hidden, carry, output, weight, projection = ctx.saved_tensors
-        gates, entering = by_hidden.shape[-2], torch.empty_like(by_hidden)
-        inner = gates - (output is not None)
-        dh, projected = torch.zeros_like(dy[0]), torch.empty_like(dy) if projection is not None else None
-        for t in reversed(range(len(dy))):
-            dh = dh + dy[t]
-            if projected is not None:
-                projected[t] = dh
-                dh = dh @ projection
-            dc = dc + dh if output is None else torch.addcmul(dc, output[t], dh)
-            if output is not None:
-                entering[t, :, -1] = dh
-            entering[t, :, :inner] = dc.unsqueeze(-2)
-            dh = (by_hidden[t] * entering[t]).flatten(-2) @ weight
-            dc = torch.zeros_like(dc) if carry is None else carry[t] * dc
-        return entering, dh, dc, projected, *[None] * 5
+        return *_adjoint(dy, dc, *ctx.saved_tensors), *[None] * 5
 
 
+@staged(closed=True)
+def _adjoint(
+    dy: Tensor, dc: Tensor, by_hidden: Tensor, carry: Tensor | None, output: Tensor | None, weight: Tensor,
+    projection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients in the first four arguments of `recurrence`, from those of its results."""
+    gates, entering = by_hidden.shape[-2], torch.empty_like(by_hidden)
+    inner = gates - (output is not None)
+    dh, projected = torch.zeros_like(dy[0]), torch.empty_like(dy) if projection is not None else None
+    for t in reversed(range(len(dy))):
+        dh = dh + dy[t]
+        if projected is not None and projection is not None:
+            projected[t] = dh
+            dh = dh @ projection
+        dc = dc + dh if output is None else torch.addcmul(dc, output[t], dh)
+        if output is not None:
+            entering[t, :, -1] = dh
+        entering[t, :, :inner] = dc.unsqueeze(-2)
+        dh = (by_hidden[t] * entering[t]).flatten(-2) @ weight
+        dc = torch.zeros_like(dc) if carry is None else carry[t] * dc
+    return entering, dh, dc, projected
+
+
+@staged(closed=True)
 def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | None, by_hidden: Tensor, carry: Tensor | None,
                output: Tensor | None, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The recurrence of `_Recurrence`.
@@ -83,7 +92,7 @@ def recurrence(entering: Tensor, dh: Tensor, dc: Tensor, projected: Tensor | Non
     return torch.stack(outputs), dc
 
 
-@staged(compiled=False)
+@staged
 def recurrence_tangent(
     mode: str, entering: Tensor, dh: Tensor | None, dc: Tensor | None, projected: Tensor | None, trace: Steps,
     weight_hh: Tensor, weight_hr: Tensor | None,

@@ -20,7 +20,7 @@ from fxstn.ops.response import align, materialised
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
-@staged(overridable=True, compiled=False)
+@staged(overridable=True, closed=True)
 def recurrent_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
     bias_hh: Tensor | None, weight_hr: Tensor | None = None,
@@ -126,7 +126,7 @@ _CELLS: dict[str, Any] = {
 }
 
 
-@staged(compiled=False)
+@staged(closed=True)
 def steps(
     mode: str, products: Tensor, h: Tensor, c: Tensor | None, weight_hh: Tensor, bias_hh: Tensor | None,
     weight_hr: Tensor | None,
@@ -156,7 +156,7 @@ def steps(
     return Steps(results, joined[:-1], torch.stack(hidden), torch.stack(full) if full else None, *derivatives)
 
 
-@staged(compiled=False)
+@staged(closed=True)
 def perturbed_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple[Change | None, ...]
 ) -> tuple[Tensor, ...]:
