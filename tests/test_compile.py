@@ -12,6 +12,7 @@ from runs import make, without_times
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+import fxstn
 from fxstn.bilevel.counts import as_loss
 
 
@@ -93,3 +94,11 @@ def test_what_cannot_be_compiled_is_named_with_the_remedy():
     with pytest.raises(ValueError, match="train_loader in epoch 1, step 1: loss_fn cannot take an output"):
         make(loss_fn=lambda output, target: F.cross_entropy(output, target + 0.5),
              execution={"compile": {"backend": "eager"}}).fit(1)  # fmt: skip
+
+
+def test_cuda_graphs_are_the_default_on_a_gpu_alone():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fxstn.ExecutionSettings(compile=True).compile_options(cuda) == {"mode": "reduce-overhead"}
+    assert fxstn.ExecutionSettings(compile=True).compile_options(cpu) == {}
+    assert fxstn.ExecutionSettings(compile={"backend": "eager"}).compile_options(cuda) == {"backend": "eager"}
+    assert fxstn.ExecutionSettings().compile_options(cuda) is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import SmallConv, randomize_response
+from runs import make, without_times
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchvision import models
@@ -85,3 +88,22 @@ def test_every_step_of_resnet18_runs_on_cuda():
         loss.backward()
         assert torch.isfinite(loss)
     assert all(tensor.is_cuda for tensor in (*stn.parameters(), *stn.buffers()))
+
+
+def test_steps_run_as_cuda_graphs_and_are_those_of_eager_mode():
+    """Noise, gradients, carried statistics and λ: a run with "reduce-overhead" is the run without, but for rounding."""
+    with torch._inductor.config.patch(fallback_random=True):  # the draws of eager mode
+        plain, compiled = (make(execution={"device": "cuda", "compile": flag}).fit(3) for flag in (False, True))
+    for a, b in zip(without_times(plain), without_times(compiled), strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_compiled_steps_record_no_new_graph_after_the_first_epoch(accumulate):
+    run = make(train=45, execution={"device": "cuda", "compile": True}, accumulate=accumulate)
+    run.fit(2)
+    torch._dynamo.utils.counters.clear()
+    run.fit(4)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert all(math.isfinite(loss) for loss in run.history["train_loss"])

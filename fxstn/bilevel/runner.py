@@ -80,6 +80,7 @@ class BilevelRunner(Run):
         seed, in_order = distributed.common_seed(), network is None or options.initial_state is not None
         self._valid = validation_stream(valid_loader, seed, in_order)
         self._tuner = Tuner(self.problem, network, options, self.device, self._train, self._valid, seed)
+        self._tuner.stepper.replays = bool(options.execution.compile) and self.device.type == "cuda"
         self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._build_parts()
 
@@ -89,7 +90,8 @@ class BilevelRunner(Run):
         problem.to(self.device)
         if execution.memory_format is not None:
             problem.to(memory_format=execution.memory_format)  # type: ignore[call-overload]
-        if (compiler := execution.compile_options) is not None and isinstance(self.stn, SelfTuningNetwork):
+        compiler = execution.compile_options(self.device)
+        if compiler is not None and isinstance(self.stn, SelfTuningNetwork):
             self.stn.compile(**compiler)
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)

@@ -83,8 +83,9 @@ class CarriedState:
         return (*inputs, *self.state)
 
     def advance(self) -> None:
-        """Go on with the state that the last loss saw."""
-        self.state = self._after
+        """Go on with the state that the last loss saw; on a GPU with a copy, which no replay of a CUDA graph writes over."""
+        after = self._after
+        self.state = None if after is None else tuple(state.clone() if state.is_cuda else state for state in after)
 
     def reset(self) -> None:
         """The next window is a first one."""

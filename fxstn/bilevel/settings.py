@@ -179,10 +179,13 @@ class ExecutionSettings(SettingsGroup):
     autocast: torch.dtype | None = None
     memory_format: torch.memory_format | None = None
 
-    @property
-    def compile_options(self) -> dict[str, Any] | None:
-        """The options of torch.compile; None where nothing is compiled."""
-        return self.compile if isinstance(self.compile, dict) else {} if self.compile else None
+    def compile_options(self, device: torch.device) -> dict[str, Any] | None:
+        """The options of torch.compile for a run on a device, by default with CUDA graphs; None where nothing is compiled."""
+        if not self.compile:
+            return None
+        options = self.compile if isinstance(self.compile, dict) else {}
+        own = device.type != "cuda" or not {"mode", "options", "backend"}.isdisjoint(options)
+        return options if own else {"mode": "reduce-overhead"} | options
 
 
 GROUPS = (ResponseSettings, HyperSettings, CheckpointSettings, ExecutionSettings)

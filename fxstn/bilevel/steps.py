@@ -32,7 +32,8 @@ class Stepper:
     precision: makes a context for the forward of a loss.
     seed: of the noise of response and hyper steps, which draw from generators of their own.
 
-    `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step.
+    `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step. `replays`: whether steps may run as CUDA
+    graphs, which write over the gradients of the step before.
 
     Every step raises ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no
     gradient; RuntimeError where it has gradients for parameters that another step learns; BadLoss.
@@ -51,6 +52,7 @@ class Stepper:
         self.problem, self.updates, self.guard, self.prepare = problem, updates, guard, prepare
         self.correction, self.precision, self.seed = correction, precision, seed
         self.training_hypergradients: list[Tensor] = []
+        self.replays = False
         self._draws = 0  # response and hyper steps done
 
     def inner(self, batches: Sequence[Batch], tunes: bool) -> Mean | None:
@@ -129,6 +131,8 @@ class Stepper:
         None where the gradient overflowed in float16. It is dropped, and buffers and carried states are those of before: batch
         norms would keep an infinity for ever. Raises BadLoss where no scale of the loss helps.
         """
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()
         scaler = self.updates.scalers[name]
         buffers = [(buffer, buffer.clone()) for buffer in self.problem.buffers()] if scaler.enabled else []
         local = self.problem.local_state() if scaler.enabled else {}

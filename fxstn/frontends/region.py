@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.ir.errors import LIBRARY, module_path
 from fxstn.ir.input_errors import first_line
@@ -41,6 +41,8 @@ class CompiledRegion:
     """
 
     def __init__(self, graph: fx.GraphModule, options: dict[str, Any]) -> None:
+        # whether results lie where the next call writes: CUDA graphs
+        self.replays = options.get("mode") in ("reduce-overhead", "max-autotune") or "options" in options
         self.graph, broken = graph, with_breaks(graph)
         self.whole = broken is None and options["fullgraph"]
         self._compiled = _compiled(graph if broken is None else broken, options | {"fullgraph": self.whole})
@@ -54,7 +56,7 @@ class CompiledRegion:
             return finish(self._compiled(args, kwargs, unchanged))
         try:
             with torch._dynamo.config.patch(allow_rnn=True):  # a graph reads their weights, and does not call them
-                return self._compiled(args, kwargs, finish)
+                result = self._compiled(args, kwargs, finish)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
                 raise
@@ -62,6 +64,7 @@ class CompiledRegion:
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             raise ValueError(_refusal(self.graph, error)) from error
+        return tree_map_only(Tensor, _lasting, result) if self.replays else result
 
 
 def _compiled(run: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
@@ -79,6 +82,11 @@ def _compiled(run: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any
     code = region.__code__.replace(co_name=f"region_{next(_numbers)}")
     own = FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
     return torch.compile(own, **options)
+
+
+def _lasting(result: Tensor) -> Tensor:
+    """A result that outlives the step: a copy, unless a backward pass reads it."""
+    return result if result.requires_grad else result.clone()
 
 
 def _refusal(graph: fx.GraphModule, error: Exception) -> str:

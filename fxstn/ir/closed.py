@@ -100,8 +100,8 @@ def _backward(key: str, tensors: list[Tensor], gradients: list[Optional[Tensor]]
         results = _calls[key](leaves)
     pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
     outputs, directions = [y for y, _ in pairs], [g for _, g in pairs]
-    wanted = [leaves[i] for i in sources]
-    changes = torch.autograd.grad(outputs, wanted, directions, allow_unused=True, materialize_grads=True)
+    inputs = [leaves[i] for i in sources]
+    changes = torch.autograd.grad(outputs, inputs, directions, allow_unused=True, materialize_grads=True)
     return _apart(changes, [*tensors, *directions])
 
 

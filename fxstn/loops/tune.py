@@ -132,8 +132,8 @@ def execute(network: SelfTuningNetwork, settings: ExecutionSettings) -> None:
     if settings.device is not None and torch.device(settings.device).type != device.type:
         raise ValueError(f"execution.device={settings.device!r}, and the model is on {device}: the tuner works where the "
                          "model is; leave it out, and move the model before tune")  # fmt: skip
-    if (options := settings.compile_options) is not None:
-        network.compile(**options)
+    if settings.compile:  # without CUDA graphs: they would write over what the loop's own CUDA graphs return
+        network.compile(**settings.compile if isinstance(settings.compile, dict) else {})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
