@@ -95,14 +95,11 @@ def _inverted(
     if isinstance(p, Tensor):
         p = _by_example(p.to(wide(x.dtype)), x, batch_axis)
         keep = keep_rates(p) if keep_rate is None else _by_example(keep_rate.to(p.dtype), x, batch_axis)
-    return _draw(x, shape, p, keep).div_(keep).to(x.dtype)
-
-
-def _draw(x: Tensor, shape: Sequence[int], p: Tensor | float, keep: Tensor | float) -> Tensor:
-    """1 with probability keep = 1 − p, else 0."""
     if _is_serial(x):
-        return torch.rand(shape, device=x.device, dtype=wide(x.dtype)).ge_(p)
-    return torch.empty(shape, device=x.device, dtype=x.dtype).bernoulli_(keep)
+        return torch.rand(shape, device=x.device, dtype=wide(x.dtype)).ge_(p).div_(keep).to(x.dtype)
+    left = torch.empty(shape, device=x.device, dtype=torch.bool).bernoulli_(keep)  # a byte for each entry
+    rate = keep.detach() if isinstance(keep, Tensor) else keep
+    return torch.div(left, rate, out=torch.empty(shape, device=x.device, dtype=x.dtype))
 
 
 def _is_serial(x: Tensor) -> bool:
