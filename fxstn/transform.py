@@ -23,6 +23,7 @@ from fxstn.passes.build import augmentation, build_network
 from fxstn.passes.condition import condition
 from fxstn.passes.hyperize import hyperize
 from fxstn.passes.linearized import linearized
+from fxstn.passes.lowered import lower_weights
 from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import recompute as recompute_pass
@@ -38,8 +39,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     "plain": (condition, restore_types, simplify),
     "general": (condition, restore_types, simplify),
     "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
-    "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, restore_types, simplify,
-                   recompute_pass),
+    "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, lower_weights, restore_types,
+                   simplify, recompute_pass),
     "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, recompute_pass),
     "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
     "trained": (condition, hyperize, perturbed, restore_types, simplify),

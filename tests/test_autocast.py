@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstn
 from benchmarks.fake_cuda import backward, fake_cuda, move, on_fake_cuda
@@ -123,3 +126,27 @@ def test_what_the_kernels_are_compared_by_sees_unlike_types():
             x + weight[:3]
             torch.nn.functional.batch_norm(x, weight, weight, weight, weight, True)
     assert list(launches.unlike) == ["aten.native_group_norm.default: torch.bfloat16, torch.float32"]
+
+
+class Conversions(TorchDispatchMode):
+    """`numbers`: how often each tensor, by its memory, was converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.numbers[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_a_response_step_converts_each_weight_once():
+    """Autocast converts a weight that requires no gradient at every read."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 3))
+    stn = fxstn.transform(net, [hp.Dropout("1")]).train()
+    x = torch.randn(IMAGES)
+    stn.per_example(x)
+    with Conversions() as conversions, torch.autocast("cpu", torch.bfloat16):
+        fxstn.response_loss(stn, F.cross_entropy, x, torch.arange(4) % 3).backward()
+    assert [conversions.numbers[parameter.data_ptr()] for parameter in stn.model.parameters()] == [1] * 6

@@ -6,10 +6,12 @@ its parameter, so the parameters themselves are wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fxstn.ir.staging import staged
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -40,3 +42,13 @@ class WideModule(nn.Module):
 
         super()._apply(convert, recurse)
         return self
+
+
+@staged
+def lowered(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Weights in the type that autocast lowers products to; as they are where it is off."""
+    device = weights[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return weights
+    dtype = torch.get_autocast_dtype(device)
+    return [weight.to(dtype) if weight.dtype == torch.float32 else weight for weight in weights]

@@ -1,0 +1,59 @@
+"""The pass lower_weights: under autocast, one conversion of each weight for all products that read it."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxstn.frontends.interface import DEFAULT_PLAN, Plan
+from fxstn.ir.graphs import copied, placeholders
+from fxstn.ops.precision import lowered
+from fxstn.ops.scaled import scaled_tangent
+
+# What autocast lowers, on every device, and has a weight: positions of the weight and of the bias.
+PRODUCTS = dict.fromkeys(
+    (F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+     torch.conv_transpose3d), (1, 2),
+)  # fmt: skip
+
+
+def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
+    """Weights and biases of products become results of one call of `lowered`.
+
+    They are constants here. Autocast itself keeps its conversions only of weights that require gradients, and would convert
+    each at every read: for the primal, the tangent and the tangent of the bias. Where activations are computed again, so are
+    conversions, which then need no memory in between.
+    """
+    if plan.recompute:
+        return module
+    module = copied(module)
+    graph = module.graph
+    readers: dict[str, list[tuple[fx.Node, int]]] = {}
+    for node in graph.nodes:
+        for position in PRODUCTS.get(node.target, ()) if node.op == "call_function" else ():
+            value = node.args[position] if position < len(node.args) else None
+            if isinstance(value, fx.Node) and value.op == "get_attr":
+                readers.setdefault(str(value.target), []).append((node, position))
+    if not readers:
+        return module
+    for node in graph.nodes:
+        if node.target is scaled_tangent and isinstance(bias := node.args[3], fx.Node) and str(bias.target) in readers:
+            readers[str(bias.target)].append((node, 3))
+    names = {str(node.target): node.name for node in graph.find_nodes(op="get_attr")}
+    with graph.inserting_after(placeholders(graph)[-1]):
+        together = graph.create_node("call_function", lowered, ((),), name="lowered_weights")
+    with graph.inserting_before(together):
+        weights = tuple(graph.create_node("get_attr", target, name=f"{names[target]}_wide") for target in readers)
+    together.args = (weights,)
+    for index, (target, uses) in enumerate(readers.items()):
+        first = min(node for node, _ in uses)
+        with graph.inserting_before(first):
+            value = graph.create_node("call_function", operator.getitem, (together, index), name=names[target])
+        for node, position in uses:
+            node.update_arg(position, value)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return module
