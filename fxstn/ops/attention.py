@@ -11,6 +11,17 @@ from fxstn.ir.staging import staged
 
 
 @staged
+def scaled_query(query: Tensor, scale: float | None) -> Tensor:
+    """scale · Q.
+
+    query: (..., L, E).
+    scale: None stands for 1/√E.
+    """
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return query if factor == 1 else query * factor
+
+
+@staged
 def attention_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, grouped: bool
 ) -> Tensor:
@@ -24,8 +35,7 @@ def attention_scores(
 
     Returns (..., L, S), −∞ where nothing is attended to.
     """
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.matmul(query * factor, attention_values(key, query, grouped).mT)
+    scores = torch.matmul(scaled_query(query, scale), attention_values(key, query, grouped).mT)
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
@@ -40,6 +50,19 @@ def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     A mask may leave a row with nothing to attend to: its probabilities are 0, as in torch.
     """
     return torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
+
+
+@staged
+def low_weights(scores: Tensor, masked: bool) -> Tensor:
+    """`attention_weights` in the type of the scores: autocast would widen them, and narrow the result for each product.
+
+    masked: whether a row may have nothing to attend to.
+    """
+    device = scores.device.type
+    if not torch.amp.is_autocast_available(device):
+        return torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)
+    with torch.autocast(device, enabled=False):
+        return torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)
 
 
 @staged

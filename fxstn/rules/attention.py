@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxstn.ops.attention import attention_scores, attention_values, attention_weights
+from fxstn.ir.staging import call
+from fxstn.ops.attention import attention_scores, attention_values, low_weights, scaled_query
 from fxstn.ops.heads import join_heads, join_windows, mask_windows, split_heads, split_windows
 from fxstn.ops.kernels import expand_like, softmax_jacobian
 from fxstn.rules.fallback import NoRule
@@ -19,13 +20,18 @@ def attention(
     """dy = dP V + P dV; dP is the softmax's Jacobian applied to the tangent of the scores."""
     if not isinstance(dropout_p, (int, float)) or dropout_p > 0:
         raise NoRule("its dropout is drawn inside; pass dropout_p=0 and drop the probabilities or the output instead")
-    scores = attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
-    weights = attention_weights(scores, attn_mask)
+    # The heads of a layer lie apart in memory: they are brought together once, not for each product.
+    packed = lambda x: call(torch.Tensor.contiguous, x)  # noqa: E731
+    query, key, value = packed(scaled_query(query, scale)), packed(key), packed(value)
+    dquery = total((d.query, lambda dq: packed(scaled_query(dq, scale))))
+    dkey, dvalue = (total((tangent, packed)) for tangent in (d.key, d.value))
+    scores = attention_scores(query, key, attn_mask, is_causal, 1.0, enable_gqa)
+    weights = low_weights(scores, attn_mask is not None)
     values = attention_values(value, query, enable_gqa)
-    dscores = _scores_tangent(d.query, d.key, d.attn_mask, query, key, scores, scale, enable_gqa)
+    dscores = _scores_tangent(dquery, dkey, d.attn_mask, query, key, scores, 1.0, enable_gqa)
     return torch.matmul(weights, values), total(
         (dscores, lambda dscores: torch.matmul(softmax_jacobian(dscores, weights, -1), values)),
-        (d.value, lambda dv: torch.matmul(weights, attention_values(dv, query, enable_gqa))),
+        (dvalue, lambda dv: torch.matmul(weights, attention_values(dv, query, enable_gqa))),
     )
 
 
