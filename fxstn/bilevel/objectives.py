@@ -73,7 +73,8 @@ def hyper_loss(
 
     inputs, target: as in `response_loss`, of validation data.
     entropy_weight: τ ≥ 0.
-    perturb: as in `response_loss`, or "off": ε = 0, the gradient at λ itself, and σ gets its gradient from the entropy alone.
+    perturb: as in `response_loss`, or "off": ε = 0, the gradient at λ itself, Θᵀ ∇L_V by the network's own backward pass. σ
+        gets its gradient from the entropy alone.
 
     The network is in eval mode. With method "delta", batch norms normalise by this batch all the same, as where Θ was learned
     (`transform`, statistics). A loss_fn that takes `hparams` gets None: L_V must not read λ, or λ would minimise it directly.

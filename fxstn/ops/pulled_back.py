@@ -120,7 +120,7 @@ class _ThroughResponse(torch.autograd.Function):
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         with without_hooks(parameters.values()):
             sources = (ctx.unconstrained, *parameters.values())
-            own, *gradients = torch.autograd.grad(ctx.loss, sources, gradient, keeps, allow_unused=True)
+            own, *gradients = torch.autograd.grad(ctx.loss, sources, gradient, retain_graph=keeps, allow_unused=True)
         of_weights = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         result = pulled_back(ctx.tree, of_weights, ctx.model).to(ctx.unconstrained)
         return result if own is None else result + own, None, None, None
