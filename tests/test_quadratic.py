@@ -20,6 +20,9 @@ from fxstn.ops.response import frozen, parameter_changes
 
 LOW, HIGH = 1e-4, 1e3
 QUICK = [("diabetes", 0.1)]
+SHORT = ridge.Settings(
+    copies=64, valid_copies=32, warmup_epochs=30, phases=((60, 1.0), (20, 0.5), (20, 0.2), (15, 0.1))
+)
 # Multiplicities of a three-node Gauss–Hermite rule for N(0, 1): exact for polynomials up to degree 5.
 NODES = torch.tensor([0.0] * 4 + [math.sqrt(3.0), -math.sqrt(3.0)], dtype=torch.float64)
 
@@ -124,16 +127,19 @@ def test_hypergradient_at_the_jacobian_is_the_derivative_of_the_validation_loss(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("problem", "factor"),
+    ("problem", "factor", "settings"),
     [
-        pytest.param(name, factor, marks=[] if (name, factor) in QUICK else pytest.mark.nightly)
-        for name in ridge.SPLITS for factor in ridge.STARTS
+        *(pytest.param(name, factor, SHORT) for name, factor in QUICK),
+        *(pytest.param(name, factor, ridge.Settings(), marks=pytest.mark.nightly)
+          for name in ridge.SPLITS for factor in ridge.STARTS),
     ],
     indirect=["problem"],
 )  # fmt: skip
-def test_runner_reaches_the_weight_decay_of_the_closed_form_search(problem: ridge.Problem, factor: float) -> None:
+def test_runner_reaches_the_weight_decay_of_the_closed_form_search(
+    problem: ridge.Problem, factor: float, settings: ridge.Settings
+) -> None:
     optimum = ridge.optimal_weight_decay(problem)
-    trajectory = ridge.tune(problem, "delta", factor * optimum)
+    trajectory = ridge.tune(problem, "delta", factor * optimum, settings)
     assert abs(math.log(trajectory[-1] / optimum)) < 0.05
 
 
