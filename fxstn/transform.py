@@ -21,6 +21,7 @@ from fxstn.ir.errors import TransformError
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.build import augmentation, build_network
 from fxstn.passes.condition import condition
+from fxstn.passes.counters import join_counters
 from fxstn.passes.hyperize import hyperize
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lowered import lower_weights
@@ -36,14 +37,14 @@ FRONTENDS: tuple[type[Frontend], ...] = (Symbolic, Export, Live)
 
 # What makes each graph from the canonical one, by the objective that it serves (`fxstn.ir.graph_kind.GraphKind`).
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
-    "plain": (condition, restore_types, simplify),
-    "general": (condition, restore_types, simplify),
+    "plain": (condition, restore_types, simplify, join_counters),
+    "general": (condition, restore_types, simplify, join_counters),
     "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
     "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, lower_weights, restore_types,
                    simplify, recompute_pass),
     "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, recompute_pass),
     "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
-    "trained": (condition, hyperize, perturbed, restore_types, simplify),
+    "trained": (condition, hyperize, perturbed, restore_types, simplify, join_counters),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import fxstn
 from fxstn import hp
 from fxstn.frontends.symbolic import Symbolic
+from fxstn.ops.noise import track_batch, track_batches
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.effects import is_pure, is_random, shared_arguments
 from fxstn.passes.simplify import simplify
@@ -185,3 +186,26 @@ def test_a_change_in_place_of_a_fresh_result_is_followed(function):
     model, x = Calls(body), torch.randn(4, 4)
     graph = fxstn.transform(model, [hp.Dropout("input")], trace="fx").graph("eval")
     assert torch.equal(graph(x), model(x))
+
+
+class CountingTwice(nn.Module):
+    """Three batch norms, of which one is called twice and one averages cumulatively."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.cumulative = (nn.BatchNorm1d(4, momentum=m) for m in (0.1, 0.2, None))
+
+    def forward(self, x):
+        return self.cumulative(self.twice(self.first(self.twice(x))))
+
+
+def test_batch_norms_count_a_batch_by_one_operation_as_the_original_does():
+    model = CountingTwice()
+    stn = fxstn.transform(model, [hp.Scalar("a", 0.5, 0.0, 1.0)]).train()
+    targets = [node.target for node in stn.graph("train").graph.nodes]
+    assert (targets.count(track_batches), targets.count(track_batch)) == (1, 2)  # the second call, the average
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        model(x), stn(x)
+    for path, statistic in model.named_buffers():
+        torch.testing.assert_close(stn.model.get_buffer(path), statistic)

@@ -231,3 +231,9 @@ def track_batch(num_batches_tracked: Tensor, momentum: float | None) -> float | 
     """
     num_batches_tracked.add_(1)
     return 1.0 / float(num_batches_tracked) if momentum is None else momentum
+
+
+@staged
+def track_batches(counters: Sequence[Tensor]) -> None:
+    """Count one training batch of each of several batch norms, all by one kernel."""
+    torch._foreach_add_(list(counters), 1)
