@@ -39,7 +39,7 @@ def due_steps(steps, response=RESPONSE, hyper=HYPER, optimizer=None, counters=No
         noted += [counters.steps] if notes else []
         if responds:
             responses.append(counters.steps)
-            counters.since_response = 0
+            cadence.count_response()
         if over:
             hypers.append(counters.steps)
             counters.hyper_steps += hyper.valid_steps

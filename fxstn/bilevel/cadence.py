@@ -20,7 +20,7 @@ class Counters:
     A step whose gradient overflowed in float16 is none.
 
     cycle: inner steps since the last cycle was over.
-    since_response: inner steps since the last response step.
+    since_response: inner steps since the last response step was due.
     """
 
     steps: int = 0
@@ -94,6 +94,11 @@ class Cadence:
             counters.cycle = 0
         return counters.since_response >= self.response_interval, over
 
+    def count_response(self) -> None:
+        """Count a response step. One that comes late, because others overflowed, does not put off the next."""
+        self.counters.response_steps += 1
+        self.counters.since_response %= self.response_interval
+
 
 def steps_of_run(inner: int) -> tuple[int, int]:
     """(response steps, hyper steps) of the first so many inner steps, with default settings."""
@@ -102,7 +107,6 @@ def steps_of_run(inner: int) -> tuple[int, int]:
     for _ in range(inner):
         responds, over = cadence.count()
         if responds:
-            counters.since_response = 0
-        counters.response_steps += responds
+            cadence.count_response()
         counters.hyper_steps += over
     return counters.response_steps, counters.hyper_steps

@@ -207,8 +207,7 @@ class Tuner:
         loss = self.stepper.response(batches)
         if loss is None:
             return {}
-        self.counters.since_response = 0
-        self.counters.response_steps += 1
+        self.cadence.count_response()
         return {"response_loss": loss}
 
     def epoch_losses(self) -> dict[str, float]:
