@@ -66,6 +66,7 @@ class NetworkProblem(BilevelProblem):
         self._epsilon: Tensor | None = None
         self._generator: torch.Generator | None = None  # of ε, the same in all processes
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
+        self._decay: Tensor | None = None  # the strengths that general_loss has left to add_decay
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
         return [parameter for parameter in self.stn.general_parameters() if parameter.requires_grad]
@@ -83,13 +84,15 @@ class NetworkProblem(BilevelProblem):
         carried = self.training_windows
         inputs = carried.inputs(inputs)
         self._before = carried.state
-        loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb, decays=self.joint)
+        with self.stn.hparams.at_rest():
+            loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb, decays=self.joint)
+            self._decay = self.stn.hparams().detach() if self.stn.terms.penalties and not self.joint else None
         carried.advance()
         return loss
 
     def add_decay(self) -> None:
-        if not self.joint:
-            add_decay(self.stn.terms.penalties, self.stn.model, self.stn.hparams().detach())
+        if self._decay is not None:
+            add_decay(self.stn.terms.penalties, self.stn.model, self._decay)
 
     def response_loss(self, inputs: Any, target: Any) -> Loss:
         """L_T at λ + ε, from the state before the window or, while ε stays, from that of the perturbed network."""
@@ -103,7 +106,8 @@ class NetworkProblem(BilevelProblem):
             self._epsilon = perturbation(self.stn, inputs, self.perturb, self._generator).detach()
         assert self._epsilon is not None
         widening = self.response_widening
-        loss = response_loss(self.stn, carried.loss, inputs, target, perturb=self._epsilon, widening=widening)
+        with self.stn.hparams.at_rest():
+            loss = response_loss(self.stn, carried.loss, inputs, target, perturb=self._epsilon, widening=widening)
         carried.advance()
         self._windows += 1
         return loss

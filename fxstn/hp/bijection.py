@@ -52,7 +52,7 @@ class Bijection(torch.nn.Module):
         return torch.where(self.unbounded, 0.5, torch.sigmoid(unconstrained))
 
     def forward(self, unconstrained: Tensor) -> Tensor:
-        value = self.low + self.width * torch.sigmoid(unconstrained)
+        value = torch.addcmul(self.low, self.width, torch.sigmoid(unconstrained))
         if self.any_exponential:
             value = torch.where(self.exponential, value.exp(), value)
         if self.any_unbounded:

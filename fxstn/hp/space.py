@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class HyperparameterSpace(WideModule):
         self.unconstrained = nn.Parameter(torch.tensor([p.unconstrained for p in hyperparameters]))
         self.raw_scale = nn.Parameter(torch.tensor([inverse_softplus(p.scale) for p in hyperparameters]))
         self.bijection = Bijection(hyperparameters)
+        self._known: list[tuple[Tensor | None, Tensor]] | None = None  # (condition, strengths) while λ is at rest
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
@@ -59,8 +61,26 @@ class HyperparameterSpace(WideModule):
 
         They have no gradient to λ: in the training objectives λ is a constant (paper, Alg. 1).
         """
+        if torch.compiler.is_compiling() or self._known is None:
+            return self._strengths(condition)
+        for known, strengths in self._known:
+            if known is condition:
+                return strengths
+        self._known.append((condition, self._strengths(condition)))
+        return self._known[-1][1]
+
+    def _strengths(self, condition: Tensor | None) -> Tensor:
         unconstrained = self.unconstrained.detach()
         return self.bijection(unconstrained if condition is None else unconstrained + condition)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, where λ does not move, the strengths at one and the same condition are computed once."""
+        outer, self._known = self._known, [] if self._known is None else self._known
+        try:
+            yield
+        finally:
+            self._known = outer
 
     def values(self) -> dict[str, float]:
         """name → constrained value at λ₀."""

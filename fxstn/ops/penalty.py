@@ -23,7 +23,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, strength: Tensor, norm: int, *weights: Tensor) -> Tensor:
         sizes = torch.stack(torch._foreach_norm(weights, norm, dtype=wide(weights[0].dtype)))
-        size = sizes.sum() if norm == 1 else 0.5 * sizes.square().sum()
+        size = sizes.sum() if norm == 1 else 0.5 * torch.dot(sizes, sizes)
         ctx.save_for_backward(strength, size, *weights)
         ctx.norm = norm
         return strength * size
@@ -105,7 +105,7 @@ def total_penalty(
 ) -> Tensor:
     """The sum of the penalties of several parameters, the mean over the batch, without weights per example.
 
-    penalties: (parameter name, index of its strength, norm) of each.
+    penalties: (parameter name, index of its strength, norm) of each; at least one.
     tree: the ResponseTree of the model's parameters.
     strengths: (h,) or (batch, h).
     delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
@@ -114,19 +114,19 @@ def total_penalty(
         diagonal D.
     """
     responses = {} if delta is None else responses_in(tree)
-    total = strengths.new_zeros(())
+    terms: list[Tensor] = []
     for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
         weights = [model.get_parameter(name).detach() if constant else model.get_parameter(name) for name in names]
         if norm == 2 and metric is not None and (diagonals := metric(names)):
             weights = [w * diagonals[n].sqrt() if n in diagonals else w for n, w in zip(names, weights, strict=True)]
-        total = total + penalty(weights, strengths[..., index].mean(), norm)
+        terms.append(penalty(weights, strengths[index] if strengths.dim() == 1 else strengths[:, index].mean(), norm))
     if delta is not None and responses:
         assert isinstance(tree, ResponseTree)
         scales = tree.flat_scales(delta)
         for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
             own = {n: model.get_parameter(n).detach() if constant else model.get_parameter(n) for n in part.names}
-            total = total + _penalty_of_rows(part, own, tree, strengths, scales, metric)
-    return total
+            terms.append(_penalty_of_rows(part, own, tree, strengths, scales, metric))
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
 @dataclass

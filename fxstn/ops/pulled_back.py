@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fxstn.ops.precision import widen
 from fxstn.ops.response import ResponseTree, responding, responses_in
 
+SMALL = 2**22  # entries: 16 MB of float32
 Metric = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
@@ -54,9 +56,11 @@ def row_products(
         for name, product in zip(names, with_metric(names, products, metric), strict=True):
             add(name, product)
         del products
-    U = tree.flat_U
-    blocks = enumerate(tree.flat_sizes)
-    return torch.cat([sums[i] if i in sums else U.new_zeros(size) for i, size in blocks]).to(U.dtype)
+    parts = []
+    for known, blocks in itertools.groupby(enumerate(tree.flat_sizes), lambda block: block[0] in sums):
+        own = list(blocks)
+        parts += [sums[i] for i, _ in own] if known else [tree.flat_U.new_zeros(sum(size for _, size in own))]
+    return torch.cat(parts).to(tree.flat_U.dtype)
 
 
 def with_metric(names: Sequence[str], values: Sequence[Tensor], metric: Metric | None) -> list[Tensor]:
@@ -92,9 +96,9 @@ def gradients_in(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Names in groups, none of a larger size in all than the largest single one."""
+    """Names in groups, none of a larger size in all than the largest single one, or than what is no matter."""
     result: list[list[str]] = []
-    most, rest = max(sizes.values(), default=0), 0
+    most, rest = max(SMALL, *sizes.values(), 0), 0
     for name, size in sizes.items():
         if size > rest:
             result.append([])
