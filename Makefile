@@ -6,7 +6,6 @@ READY := $(VENV)/ready
 DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
 INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm)
-FAST := --bf16 --channels-last --processes 1 --variants general response schedule schedule-default
 
 .PHONY: demo test integrations nightly bench support paper gpu figures
 
@@ -52,16 +51,8 @@ figures: $(READY)  ## the figures and tables of README and docs from benchmarks/
 	$(BIN)/python -m benchmarks.ridge
 	$(BIN)/python -m benchmarks.tables
 
-gpu:  ## on a machine with CUDA and the dependencies installed; nothing is downloaded
-	PYTHONPATH=. $(PYTHON) -m pytest -m cuda tests
-	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --device $(DEVICE) --batch-size 128
-	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --device $(DEVICE) --batch-size 128 --compile $(FAST)
-	PYTHONPATH=. $(PYTHON) -m benchmarks.overhead --networks resnet18 resnet50 --device $(DEVICE) \
-		--batch-size 128 --image-size 224 --compile $(FAST)
-	PYTHONPATH=. $(PYTHON) -m benchmarks.scaling --device $(DEVICE)
-	PYTHONPATH=. $(PYTHON) -m benchmarks.augment --device $(DEVICE)
-	PYTHONPATH=. $(PYTHON) -m benchmarks.language --device $(DEVICE)
-	PYTHONPATH=. $(PYTHON) -m benchmarks.language --device $(DEVICE) --compile
+gpu:  ## ten minutes on a machine with CUDA and the dependencies installed; nothing is downloaded
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --device $(DEVICE)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -160,31 +160,42 @@ def network(model: nn.Module, specs: Sequence[hp.Spec] | None, few: Tensor, **op
     return stn
 
 
-def count_run(stn: Any, x: Tensor, target: Tensor, loss_fn: Any = F.cross_entropy, **settings: Any) -> Launches:
-    """A cycle of a runner: inner steps until the schedule repeats itself. Optimizers have their state before.
+def cycle(
+    stn: Any, x: Tensor, target: Tensor, loss_fn: Any = F.cross_entropy, **settings: Any
+) -> tuple[Batches, TrainingLoop]:
+    """The training loop of a runner over a pass that is a cycle: inner steps until the schedule repeats itself.
 
-    stn: from `network`; it is moved to the fake device.
+    stn: on its device. Optimizers have their state.
     x, target: of a batch there.
     settings: of `BilevelRunner`.
     """
-    move(stn, *(stn.canonical(training) for training in (True, False)))
     options = settings_of(settings)
     batches = Batches(x, target, left=math.lcm(options.response.every, options.hyper.train_steps))
     tuner = Tuner(as_problem(stn, loss_fn, options), stn, options, x.device, batches, batches, seed=0)
-    pair, launches = (x, target), Launches()
     for step in (partial(tuner.stepper.inner, tunes=False), tuner.stepper.response):
-        step([pair])
-    tuner.stepper.hyper(pair)
-    label_steps(launches, tuner.stepper)
+        step([(x, target)])
+    tuner.stepper.hyper((x, target))
     tuner.begin_epoch()
+    return batches, TrainingLoop(tuner, batches, batches.left)
+
+
+def count_run(stn: Any, x: Tensor, target: Tensor, loss_fn: Any = F.cross_entropy, **settings: Any) -> Launches:
+    """What a cycle of a runner does.
+
+    stn: from `network`; it is moved to the fake device.
+    x, target, loss_fn, settings: of `cycle`.
+    """
+    move(stn, *(stn.canonical(training) for training in (True, False)))
+    batches, loop = cycle(stn, x, target, loss_fn, **settings)
+    launches = Launches()
+    label_steps(launches, loop.tuner.stepper)
+
+    def pause() -> None:
+        launches.on = batches.left > 0  # what an epoch ends with is no part of a cycle
+
     with launches:
-        TrainingLoop(tuner, batches, batches.left).epoch(partial(pause_after, launches, batches))
+        loop.epoch(pause)
     return launches
-
-
-def pause_after(launches: Launches, batches: Batches) -> None:
-    """Count no more after the last step: what an epoch ends with is no part of a cycle."""
-    launches.on = batches.left > 0
 
 
 def label_steps(launches: Launches, stepper: Any) -> None:

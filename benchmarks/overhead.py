@@ -87,7 +87,7 @@ def measure(name: str, args: argparse.Namespace) -> Path:
     tqdm.write(f"{name}\n" + tabulate(shown, ["variant", "step ms", "ratio", "each process", "peak MB"]))
     device = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
     size = [f"{args.batch_size or batch}x{args.image_size or image}"] if args.batch_size or args.image_size else []
-    file = RESULTS / ("-".join(["overhead", name, device, *size, *chosen]) + ".json")
+    file = args.results / ("-".join(["overhead", name, device, *size, *chosen]) + ".json")
     file.write_text(json.dumps(rows, indent=1) + "\n")
     return file
 
@@ -109,6 +109,7 @@ def main() -> None:
         default=["plain", "general", "response", "schedule", "schedule-default", "func-jvp"],
         help="variants whose peak memory is measured",
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files")
     for option in OPTIONS:
         parser.add_argument(f"--{option}", action="store_true", help="as for `fxstn bench`")
     args = parser.parse_args()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import SmallConv, randomize_response
+from processes import run
 from runs import make, without_times
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 import fxstn
+from benchmarks.kernels import cycle
 from fxstn import hp
 from fxstn.ir.tangents import ZERO
 from fxstn.rules import apply_rule
@@ -107,3 +110,53 @@ def test_compiled_steps_record_no_new_graph_after_the_first_epoch(accumulate):
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     assert all(math.isfinite(loss) for loss in run.history["train_loss"])
+
+
+def a_cycle(compiled=False, device="cuda", **execution):
+    """(batches, loop, network) of resnet18 with the default schedule."""
+    torch.manual_seed(0)
+    stn = (
+        fxstn.transform(models.resnet18(num_classes=10), [hp.Dropout(), hp.WeightDecay(shared=True)]).to(device).train()
+    )
+    if compiled:
+        stn.compile()
+    x, target = torch.randn(8, 3, 32, 32, device=device), torch.randint(10, (8,), device=device)
+    return *cycle(stn, x, target, execution=fxstn.ExecutionSettings(**execution)), stn
+
+
+def wait_is_an_error(on):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this is a prototype
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+def test_in_a_cycle_the_host_does_not_wait_for_the_device(precision):
+    batches, loop, _ = a_cycle(autocast=precision)
+    try:
+        wait_is_an_error(True)
+        losses = loop.epoch(lambda: wait_is_an_error(batches.left > 0))
+    finally:
+        wait_is_an_error(False)
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert loop.tuner.counters.hyper_steps == 4
+
+
+@pytest.mark.parametrize("settings", [{"autocast": torch.float16}, {"compiled": True}], ids=["float16", "compiled"])
+def test_a_cycle_runs(settings):
+    """In float16 torch's GradScaler makes the host wait, once for each step."""
+    _, loop, _ = a_cycle(**settings)
+    assert all(math.isfinite(loss) for loss in loop.epoch(lambda: None).values())
+
+
+def on_a_gpu_of_its_own(rank):
+    _, loop, stn = a_cycle(device=f"cuda:{rank}")
+    torch.manual_seed(rank)
+    loop.epoch(lambda: None)
+    return stn.hparams.values()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_processes_on_two_gpus_tune_the_same():
+    first, second = run(2, on_a_gpu_of_its_own)
+    assert first == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torchvision.models import VisionTransformer, resnet18
 from torchvision.transforms import v2
 
 import fxstn
+from benchmarks import gpu
 from benchmarks.fake_cuda import fake_cuda
 from benchmarks.kernels import count_plain, count_run, network
 from benchmarks.networks import three_layers
@@ -82,3 +84,18 @@ def test_plain_training_launches_what_torchs_own_engine_does(name, kernels):
         x, target = torch.empty(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
         launches = count_plain(model, x, target, 1e-4, None)
     assert sum(o.launches for o in launches.operators) == kernels
+
+
+@pytest.mark.slow  # four processes that import torch
+def test_make_gpu_runs_the_same_commands_without_a_gpu(tmp_path):
+    """Each part says how it ended; what it measured is in a file of its own."""
+    assert gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
+    outcomes = {name: part["outcome"] for name, part in json.loads((tmp_path / "gpu-cpu.json").read_text()).items()}
+    assert outcomes == {"tests": "passed", "mlp": "passed"}
+    rows = json.loads((tmp_path / "overhead-mlp-cpu-2x32.json").read_text())
+    assert {row["variant"] for row in rows} == {"plain", *gpu.STEPS}
+
+
+def test_the_parts_of_make_gpu_take_ten_minutes_at_most_and_one_that_is_stopped_says_so(tmp_path):
+    assert sum(part.seconds for part in gpu.parts("cuda", tiny=False)) <= 600
+    assert gpu.run(gpu.Part("clock", 0, ("timeit",)), tmp_path)["outcome"] == "stopped"
