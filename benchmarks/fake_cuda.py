@@ -70,10 +70,15 @@ def on_fake_cuda(x: Tensor) -> Tensor:
 def move(*modules: nn.Module) -> None:
     """Exchange every parameter and buffer for a fake one on "cuda", wherever it is referred to."""
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not isinstance(tensor, FakeTensor):
-                other = on_fake_cuda(tensor)
-                _swap(tensor, nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other)
+        move_tensors(*module.parameters(), *module.buffers())
+
+
+def move_tensors(*tensors: Tensor) -> None:
+    """Exchange tensors for fake ones on "cuda", wherever they are referred to."""
+    for tensor in tensors:
+        if not isinstance(tensor, FakeTensor):
+            other = on_fake_cuda(tensor)
+            _swap(tensor, nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other)
 
 
 def _swap(a: Tensor, b: Tensor) -> None:

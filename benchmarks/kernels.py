@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 import fxstn
-from benchmarks.fake_cuda import fake_cuda, move
+from benchmarks.fake_cuda import fake_cuda, move, move_tensors
 from benchmarks.launches import ESTIMATES, Launches, summary
 from fxstn import hp
 from fxstn.bilevel.network_problem import as_problem
@@ -36,6 +37,7 @@ from fxstn.bilevel.run_settings import settings_of
 from fxstn.bilevel.settings import PAPER
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
+from fxstn.loops.checks import place_of
 from fxstn.tools.bench import plain_baseline
 from fxstn.tools.models import build_model
 
@@ -198,6 +200,35 @@ def count_run(stn: Any, x: Tensor, target: Tensor, loss_fn: Any = F.cross_entrop
     return launches
 
 
+def count_loop(model: nn.Module, optimizer: torch.optim.Optimizer, specs: Sequence[hp.Spec] | None,
+               few: tuple[Tensor, Tensor], x: Tensor, target: Tensor) -> Launches:  # fmt: skip
+    """What a loop of one's own does in a cycle, the second one, with `fxstn.tune` in front of it.
+
+    model, few: on the CPU; few: a batch of some examples.
+    x, target: a batch on the fake device.
+    """
+    with _disable_current_modes():
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, None, [few], specs)
+        tuner.stn.per_example(few[0])
+        tuner.stn.locate_examples(few[0])
+        graphs = [tuner.stn.canonical(training) for training in (True, False)]
+    method, batches, launches = tuner._tuner, Batches(x, target), Launches(on=False)
+    move(model, tuner.stn, *graphs)
+    move_tensors(tuner._strengths)
+    for part in (tuner, method, method.prepare, method.means, method.guard):
+        part.device = x.device
+    method.valid, tuner._place = batches, place_of(model)
+    label_steps(launches, method.stepper)
+    period = math.lcm(fxstn.ResponseSettings.every, fxstn.HyperSettings.train_steps)
+    with launches:
+        for number in range(2 * period):
+            launches.on = number >= period
+            with launches.step("inner"):
+                step_plainly(model, optimizer, x, target, None)
+            tuner.step((x, target))
+    return launches
+
+
 def label_steps(launches: Launches, stepper: Any) -> None:
     """Let each step of a kind note its operators under its name."""
 
@@ -284,7 +315,8 @@ def main() -> None:
         progress.set_description(case.name)
         entries = read()
         if args.again or case.name not in entries:
-            entries = read() | {case.name: measure(case)}
+            entry = measure(case)
+            entries = read() | {case.name: entry}  # another process may have added some
             FILE.write_text(json.dumps(entries, indent=1) + "\n")
         for schedule, entry in entries[case.name].items():
             for kind, operators in entry["operators"].items() if args.operators else ():

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -137,6 +138,8 @@ class Launches(TorchDispatchMode):
             self.kind = before
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # most of what is asked for; the other modes would take their time
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]
         if self.on:
@@ -149,11 +152,11 @@ class Launches(TorchDispatchMode):
 
     def _note(self, function: OpOverload, name: str, args: tuple, kwargs: dict, out: object) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-        devices = {x.device.type for x in (*inputs, *outputs)}
+        devices = {_device(x) for x in (*inputs, *outputs)}
         if devices <= {"cpu"}:
             return
         if name in ("_to_copy", "copy_") and "cpu" in devices:
-            self.copies[f"{self.kind}: {' to '.join(x.device.type for x in (inputs[-1], *outputs[:1]))}"] += 1
+            self.copies[f"{self.kind}: {' to '.join(map(_device, (inputs[-1], *outputs[:1])))}"] += 1
         if _waits(function, inputs):
             self.syncs[f"{self.kind}: {name}"] += 1
         if name == "_local_scalar_dense":
@@ -197,6 +200,10 @@ class Launches(TorchDispatchMode):
             except RuntimeError:
                 return False
         return True
+
+
+def _device(x: Tensor) -> str:
+    return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type
 
 
 def _tensors(structure: object) -> list[Tensor]:

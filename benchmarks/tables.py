@@ -15,7 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import batchnorm, controls, gpt, hypergradient, ptb, replay, tuned, tuning, whole_runs
+from benchmarks import batchnorm, controls, gpt, hypergradient, kernels, ptb, replay, tuned, tuning, whole_runs
 from benchmarks.overhead import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,10 +154,14 @@ def small_gpt() -> str:
     return gpt.table(json.loads(gpt.FILE.read_text()))
 
 
+def launches() -> str:
+    return kernels.table(kernels.read())
+
+
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "whole": whole,
+    "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "whole": whole,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 import fxstn
 from benchmarks import gpu
 from benchmarks.fake_cuda import fake_cuda
-from benchmarks.kernels import count_plain, count_run, network
+from benchmarks.kernels import count_loop, count_plain, count_run, network
 from benchmarks.networks import three_layers
 from fxstn import hp
 from fxstn.tools.bench import plain_baseline
@@ -73,6 +73,20 @@ def test_a_cycle_of_a_run_on_cuda(name):
     assert not launches.copies
     assert not launches.unlike
     assert per_inner_step(launches) <= most
+
+
+def test_a_cycle_of_a_loop_of_ones_own_on_cuda():
+    """The hooks of `fxstn.tune` let the host wait for nothing either, and send nothing."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1e-2, fused=True)
+    few = torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.long)
+    with fake_cuda():
+        x, target = (torch.empty(8, *t.shape[1:], dtype=t.dtype, device="cuda") for t in few)
+        launches = count_loop(model, optimizer, BOTH, few, x, target)
+    assert launches.steps == {"inner": 20, "response": 5, "hyper": 4}
+    assert not launches.syncs
+    assert not launches.copies
+    assert not launches.unlike
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("resnet18", 194), ("mlp", 26)])
