@@ -17,6 +17,7 @@ from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.penalty import add_to_gradients, penalty_gradients
+from fxstn.ops.precision import wide
 
 Group = dict[str, Any]
 
@@ -58,9 +59,8 @@ class DecayedWeight:
         beta = float(self.group.get("betas", (0.0, 0.0))[-1])
         if "step" not in state:
             return square, torch.ones(())
-        return square, 1 - beta ** torch.as_tensor(
-            state["step"]
-        ).double()  # which may be on the device, so no float of it
+        correction = 1 - beta ** torch.as_tensor(state["step"]).double()  # which may be on the device: no float of it
+        return square, correction.to(wide(square.dtype))  # one type, so that one kernel divides many tensors
 
 
 class TunedDecay:
