@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import UnlikeKernels, backward, fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Classifier, SmallConv, mlp, randomize_response
@@ -17,6 +16,8 @@ from torch.func import functional_call
 from torchvision import models
 
 import fxstn
+from benchmarks.fake_cuda import backward, fake_cuda
+from benchmarks.launches import Launches
 from fxstn import hp
 from fxstn.ops.response import Response, align, responses_in
 from fxstn.ops.scaled import scaled_tangent
@@ -413,12 +414,12 @@ def test_the_tangent_of_a_scaled_layer_has_its_gradients(shape, dim, by_example)
 
 
 def test_the_gradient_of_the_scales_of_a_map_reads_it_once():
-    with fake_cuda(), (kernels := UnlikeKernels()):
+    with fake_cuda(), (launches := Launches()):
         tangent, output = (torch.empty(4, 3, 5, 5, device="cuda") for _ in range(2))
         scale, bias_scale = (torch.empty(4, 3, device="cuda").requires_grad_() for _ in range(2))
         loss = scaled_tangent(tangent, output, scale, torch.empty(3, device="cuda"), bias_scale, -3).relu().sum()
-        kernels.seen.clear()
+        launches.seen.clear()
         with torch.no_grad():
             backward(loss)
-    assert kernels.seen["native_group_norm_backward"] == kernels.seen["mul"] == 1  # the product is of the bias
-    assert not kernels.problems
+    assert launches.seen["native_group_norm_backward"] == launches.seen["mul"] == 1  # the product is of the bias
+    assert not launches.unlike
