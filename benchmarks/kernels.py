@@ -32,13 +32,14 @@ import fxstn
 from benchmarks.fake_cuda import fake_cuda, move, move_tensors
 from benchmarks.launches import ESTIMATES, Launches, summary
 from fxstn import hp
+from fxstn.bilevel.cadence import steps_of_run
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.run_settings import settings_of
 from fxstn.bilevel.settings import PAPER
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
 from fxstn.loops.checks import place_of
-from fxstn.tools.bench import plain_baseline
+from fxstn.tools.bench import LONG, SHORT, plain_baseline
 from fxstn.tools.models import build_model
 
 DECAY = 1e-4
@@ -276,6 +277,16 @@ def figures(launches: Launches, plain: Launches) -> dict[str, Any]:
     return result | {name: dict(getattr(launches, name)) for name in ("syncs", "copies", "unlike")}
 
 
+def averages(figures: dict[str, Any], inner: int) -> dict[str, float]:
+    """Figures per inner step, with the response and hyper steps of the default's first so many inner steps.
+
+    figures: of the default schedule.
+    """
+    counts = dict(zip(STEPS, (inner, *steps_of_run(inner)), strict=True)) | {"between": inner}
+    kinds = figures["of each kind"]
+    return {name: sum(n * kinds[kind][name] for kind, n in counts.items()) / inner for name in kinds["inner"]}
+
+
 def read() -> dict[str, Any]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
@@ -284,16 +295,17 @@ def table(entries: dict[str, Any]) -> str:
     """The networks, as Markdown."""
     cells = []
     for name, entry in entries.items():
-        launches = " → ".join(f"{entry[schedule]['launches']:.0f}" for schedule in ("plain", "default", "paper"))
         steps = [f"{kind['launches']:.0f}" for kind in map(entry["default"]["of each kind"].get, STEPS)]
+        runs = [entry["default"], *(averages(entry["default"], inner) for inner in (SHORT, LONG)), entry["paper"]]
+        launches = " → ".join(f"{run['launches']:.0f}" for run in (entry["plain"], *runs))
         ratios = [
-            " / ".join(f"{entry[schedule]['ratios'][estimate]:.2f}" for estimate in ESTIMATES)
-            for schedule in ("default", "paper")
+            " / ".join(f"{run[f'{e}_ms'] / entry['plain'][f'{e}_ms']:.2f}" for e in ESTIMATES) for run in runs[1:]
         ]
-        cells.append([name, launches, " / ".join(steps), *ratios])
+        cells.append([name, " / ".join(steps), launches, *ratios])
     headers = [
-        "network, batch × image, what is tuned", "launches per inner step: plain → default → paper's",
-        "of an inner / response / hyper step", "default / plain: eager / graphs / fused", "paper's / plain",
+        "network, batch × image, what is tuned", "launches of an inner / response / hyper step",
+        "per inner step: plain → default's first cycle → its first 1,000 → 10,000 steps → paper's",
+        "default / plain, 1,000 steps: eager / graphs / fused", "10,000 steps", "paper's / plain",
     ]  # fmt: skip
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import fxstn
 from fxstn.bilevel.counts import as_loss
+from fxstn.ir.staging import functions_in_graph
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,8 @@ LOSSES = {
 
 def test_a_compiled_loss_knows_what_it_is_a_mean_over():
     counter = CompileCounterWithBackend("aot_eager")
+    for function in functions_in_graph():  # as before a step is compiled
+        torch.compiler.allow_in_graph(function)
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def parts(output, target):

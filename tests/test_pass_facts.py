@@ -23,9 +23,12 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.node_info import annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.noise import track_batch, track_batches
+from fxstn.ops.precision import lowered
 from fxstn.passes import invariants
 from fxstn.passes.canonicalize import canonicalize, drop_handed_through
 from fxstn.passes.invariants import FACTS, check
+from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.transform import PIPELINES
 
 FOLDER = Path(inspect.getfile(canonicalize)).parent
@@ -156,10 +159,10 @@ def test_every_pass_in_the_folder_is_run_above():
 # What stands in the way of each fact, planted in a graph that passes
 
 
-def planted(stn: SelfTuningNetwork, objective: str) -> tuple[fx.GraphModule, list]:
-    plan = Plan(GraphKind(objective, True), stn.recipe.plan.binding, recompute=True)
+def planted(stn: SelfTuningNetwork, objective: str, recompute: bool = True) -> tuple[fx.GraphModule, list]:
+    plan = Plan(GraphKind(objective, True), stn.recipe.plan.binding, recompute=recompute)
     graph, done = stn.canonical(True), [canonicalize]
-    for apply in PIPELINES[objective]:
+    for apply in [one for one in PIPELINES[objective] if recompute or one is not recompute_pass]:
         graph = apply(graph, plan)
         done.append(apply)
     return graph, done
@@ -221,6 +224,21 @@ def computes_for_nobody(graph):
         graph.graph.call_function(torch.exp, (last,))
 
 
+def counts_again(graph):
+    counter = graph.graph.find_nodes(op="call_function", target=track_batches)[0].args[0][0]
+    with graph.graph.inserting_after(counter):
+        graph.graph.call_function(track_batch, (counter, 0.1))
+        other = graph.graph.get_attr("model.bn1.running_mean")
+    with graph.graph.inserting_after(other):
+        graph.graph.call_function(track_batch, (other, 0.1))
+
+
+def reads_a_wide_weight(graph):
+    wide = graph.graph.find_nodes(op="call_function", target=lowered)[0].all_input_nodes[0]
+    product = graph.graph.find_nodes(op="call_function", target=torch.conv2d)[0]
+    product.update_arg(1, wide)
+
+
 def keeps_an_activation(graph):
     node = first(graph, "placeholder")
     with graph.graph.inserting_before(list(graph.graph.nodes)[-1]):
@@ -239,6 +257,8 @@ PLANTED = {
     "tangents_name_their_rule": (forgets_its_operation, "pushforward", "and the operation None"),
     "outputs_have_their_types": (returns_the_leaves_alone, "plain", "a plain list is returned"),
     "everything_is_read": (computes_for_nobody, "plain", "nobody reads exp"),
+    "batches_are_counted_at_once": (counts_again, "plain", "count one by one"),
+    "weights_are_lowered_once": (reads_a_wide_weight, "linearized", "in the type that it is kept in"),
     "pieces_are_recomputed": (keeps_an_activation, "linearized", "is kept outside of the pieces"),
 }
 
@@ -247,7 +267,7 @@ PLANTED = {
 def test_a_fact_that_does_not_hold_is_found(fact):
     stn, _ = transformed("convolutions", "fx", False)
     break_it, objective, message = PLANTED[fact]
-    graph, done = planted(stn, objective)
+    graph, done = planted(stn, objective, recompute=fact != "weights_are_lowered_once")
     check(graph, done)
     break_it(graph)
     with pytest.raises(ValueError, match=message):

@@ -364,7 +364,9 @@ DRAWN: list[Drawn] = [
     lambda b, n, c: Case(F.layer_norm, ((b, n, c + 1), (c + 1,), (c + 1,)), (X, (c + 1,), X, X)),
     lambda b, n, c: Case(F.rms_norm, ((b, n, c), (n, c)), (X, (n, c), X)),
     lambda b, n, c: Case(F.group_norm, ((b, 2 * n, c + 1), (2 * n,), (2 * n,)), (X, n, X, X)),
-    lambda b, n, c: Case(F.instance_norm, ((b, n, c + 1),)),
+    lambda b, n, c: Case(
+        F.instance_norm, ((b, n, c + 2),)
+    ),  # of two values only the smoothing constant has a derivative
     lambda b, n, c: Case(F.batch_norm, ((b + 1, n, c), (n,), (n,)), (X, None, None, X, X, True)),
     lambda b, n, c: Case(
         F.scaled_dot_product_attention, ((b, 2, n, c), (b, 2, c, c), (b, 2, c, n), (n, c)), forward=False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,10 +55,15 @@ def row_products(
         for name, product in zip(names, with_metric(names, products, metric), strict=True):
             add(name, product)
         del products
-    parts = []
-    for known, blocks in itertools.groupby(enumerate(tree.flat_sizes), lambda block: block[0] in sums):
-        own = list(blocks)
-        parts += [sums[i] for i, _ in own] if known else [tree.flat_U.new_zeros(sum(size for _, size in own))]
+    parts: list[Tensor] = []
+    missing = 0  # rows one after the other that have no sum
+    for block, size in enumerate(tree.flat_sizes):
+        if block not in sums:
+            missing += size
+            continue
+        parts += [tree.flat_U.new_zeros(missing), sums[block]] if missing else [sums[block]]
+        missing = 0
+    parts += [tree.flat_U.new_zeros(missing)] if missing else []
     return torch.cat(parts).to(tree.flat_U.dtype)
 
 

@@ -10,10 +10,7 @@ from fxstn.ops.noise import track_batch, track_batches
 
 
 def join_counters(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """One `track_batches` for the first `track_batch` of each counter; those with a cumulative average stay, which read it.
-
-    It comes after `simplify`: nobody reads its value.
-    """
+    """One `track_batches` for the first `track_batch` of each counter; those with a cumulative average stay, which read it."""
     if len(_first_counts(module.graph)) < 2:
         return module
     module = copied(module)

@@ -15,7 +15,7 @@ from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws, staging_of
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_opaque, is_size
 from fxstn.ops.inputs import REQUIREMENTS
-from fxstn.ops.noise import track_batch
+from fxstn.ops.noise import track_batch, track_batches
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.rules import RULES
 
@@ -70,7 +70,8 @@ def has_effect(node: fx.Node) -> bool:
     """
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
-    return node.target in REQUIREMENTS or updates_statistics(node) or is_opaque(node.target) or writes(node.target)
+    known = node.target in REQUIREMENTS or node.target is track_batches
+    return known or updates_statistics(node) or is_opaque(node.target) or writes(node.target)
 
 
 def shared_arguments(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -14,11 +14,15 @@ from fxstn.ir.node_info import info_of
 from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.inputs import REQUIREMENTS
+from fxstn.ops.noise import track_batch
+from fxstn.ops.precision import lowered
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
+from fxstn.passes.counters import join_counters
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
 from fxstn.passes.linearized import linearized
+from fxstn.passes.lowered import PRODUCTS, lower_weights
 from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import Recomputed, recompute
@@ -147,6 +151,28 @@ def everything_is_read(module: fx.GraphModule) -> Iterator[str]:
             yield f"nobody reads {node.name}"
 
 
+def batches_are_counted_at_once(module: fx.GraphModule) -> Iterator[str]:
+    """At most one operation counts a batch by itself for a norm whose average has a momentum."""
+    counts = [
+        node for node in module.graph.find_nodes(op="call_function", target=track_batch) if node.args[1] is not None
+    ]
+    counters = {str(node.args[0]) for node in counts}
+    if len(counters) > 1:
+        yield f"{', '.join(node.name for node in counts)} count one by one"
+
+
+def weights_are_lowered_once(module: fx.GraphModule) -> Iterator[str]:
+    """What one call lowers is read from there by every product."""
+    calls = module.graph.find_nodes(op="call_function", target=lowered)
+    if len(calls) > 1:
+        yield f"{', '.join(node.name for node in calls)} lower weights"
+    targets = {source.target for call in calls for source in call.all_input_nodes}
+    for node in module.graph.nodes:
+        for source in node.all_input_nodes if node.target in PRODUCTS else ():
+            if source.op == "get_attr" and source.target in targets:
+                yield f"{node.name} reads {source.target} in the type that it is kept in"
+
+
 def pieces_are_recomputed(module: fx.GraphModule) -> Iterator[str]:
     """What is left in the graph costs nothing to keep: inputs and their checks, parameters, λ and scales."""
     for node in module.graph.nodes:
@@ -170,10 +196,14 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     perturbed: (tangents_name_their_rule,),
     restore_types: (outputs_have_their_types,),
     simplify: (everything_is_read,),
+    join_counters: (batches_are_counted_at_once,),
+    lower_weights: (weights_are_lowered_once,),
     recompute: (pieces_are_recomputed,),
 }
-# These passes end facts: rules emit operations that are not canonical, and recompute moves nodes into pieces.
+# These passes end facts: rules emit operations that are not canonical, weights are read before their scales are computed, and
+# recompute moves nodes into pieces.
 ENDS: Mapping[object, tuple[Fact, ...]] = {
     **dict.fromkeys((pushforward, linearized, perturbed), CANONICAL),
+    lower_weights: (parameters_know_their_response,),
     recompute: (tangents_name_their_rule, parameters_know_their_response),
 }
