@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,8 @@ class Case:
     Tensors without an X of their own come first. domain: interval that entries are drawn from, kinks excluded by
     distance. varying: positions among the tensors of those that get a tangent; None for all. away: points at which the
     function has a kink. integer: round the entries. imaginary: draw complex entries. forward: whether torch has a
-    forward-mode derivative to compare with (a test checks that it has none where this is False).
+    forward-mode derivative to compare with (a test checks that it has none where this is False). backward: the same of
+    reverse mode.
     """
 
     function: Any
@@ -49,6 +51,7 @@ class Case:
     integer: bool = False
     imaginary: bool = False
     forward: bool = True
+    backward: bool = True
 
     def placed(self, values: list, rest: Any = None) -> tuple[tuple, dict]:
         """(args, kwargs) with `values` where the tensors go and what else there is, or `rest` of it, in its place."""
@@ -56,6 +59,19 @@ class Case:
         leading = len(self.shapes) - sum(leaf is X for leaf in tree_leaves((self.args, self.kwargs)))
         structure = ((*[X] * leading, *self.args), self.kwargs)
         return tree_map(lambda leaf: next(remaining) if leaf is X else rest(leaf) if rest else leaf, structure)
+
+
+def derivatives(function: Any) -> dict[str, bool]:
+    """`forward` and `backward` of a case, where they depend on torch's version."""
+    x = torch.ones(2, 2)
+    pull_back = torch.func.vjp(function, x)[1]
+    modes = {"forward": lambda: torch.func.jvp(function, (x,), (x,)), "backward": lambda: pull_back(function(x))}
+    found = dict.fromkeys(modes, False)
+    for mode, derive in modes.items():
+        with suppress(RuntimeError):
+            derive()
+            found[mode] = True
+    return found
 
 
 SEQUENCE = ((2, 3, 8),)
@@ -80,6 +96,8 @@ KEPT = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])
 BOXES = torch.tensor([[0, 0.6, 0.4, 4.1, 3.3], [0, 1.2, 1.1, 5.2, 4.6], [1, 0.3, 2.1, 3.9, 5.4]], dtype=torch.float64)
 
 TURNED = torch.tensor([[[0.9, 0.3, 0.7], [-0.2, 1.1, -0.4]], [[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64)
+# whether an infinite power makes lp_pool a maximum; in torch 2.9 it makes it 1
+INFINITE_POWER = F.lp_pool2d(torch.full((1, 1, 2, 2), 0.5), float("inf"), 2).item() == 0.5
 
 CASES = [
     # elementwise
@@ -286,6 +304,10 @@ CASES = [
     Case(torch.prod, args=(1,), kwargs={"keepdim": True}),
     *(Case(f, args=args) for f in (torch.max, torch.min, torch.median) for args in ((), (1,), (0, True))),
     *(Case(f, shapes=IMAGE, args=args) for f in (torch.amax, torch.amin) for args in ((), ((1, -1),), (2, True))),
+    *(
+        Case(torch.aminmax, kwargs=kwargs, **derivatives(torch.aminmax))
+        for kwargs in ({}, {"keepdim": True}, {"dim": 1}, {"dim": 0, "keepdim": True})
+    ),
     Case(torch.kthvalue, args=(2,)),
     Case(torch.kthvalue, args=(2, 0, True)),
     Case(torch.mode, kwargs={"dim": 0}),
@@ -451,7 +473,7 @@ CASES = [
     Case(F.fractional_max_pool3d, shapes=VOLUME, args=(2,), kwargs={"output_size": 2}),
     Case(F.lp_pool1d, shapes=SEQUENCE, args=(2, 2)),
     Case(F.lp_pool2d, shapes=IMAGE, args=(3, (2, 3)), kwargs={"stride": 2, "ceil_mode": True}, domain=POSITIVE),
-    Case(F.lp_pool2d, shapes=IMAGE, args=(float("inf"), 2)),
+    *([Case(F.lp_pool2d, shapes=IMAGE, args=(float("inf"), 2))] if INFINITE_POWER else []),
     Case(F.lp_pool3d, shapes=VOLUME, args=(2, 2)),
     Case(F.max_unpool1d, shapes=((1, 1, 2),), args=(torch.tensor([[[1, 2]]]), 2)),
     Case(F.max_unpool2d, shapes=((1, 1, 1, 2),), args=(torch.tensor([[[[1, 2]]]]), 2)),
@@ -601,7 +623,7 @@ ZERO_CASES = [
 # No rule of their own: by torch.func.jvp of the one operation.
 FALLBACK_CASES = [
     *(Case(f, args=(1,)) for f in (torch.cumprod, torch.logcumsumexp, torch.cummax)),
-    *(Case(f) for f in (torch.aminmax, torch.nanmean, torch.nansum, torch.diff, torch.nanmedian, torch.cov, torch.i0)),
+    *(Case(f) for f in (torch.nanmean, torch.nansum, torch.diff, torch.nanmedian, torch.cov, torch.i0)),
     *(Case(f) for f in (torch.linalg.matrix_norm, torch.cumulative_trapezoid)),
     Case(torch.diff, shapes=((3, 4), (3, 1)), args=(X, 1, 1), kwargs={"prepend": X}),
     Case(torch.quantile, args=(0.3,)),

@@ -146,20 +146,23 @@ def test_a_tangent_is_linear_in_the_direction(case):
     close(prepared.rule(mixed)[1], combined, 1e-10)
 
 
-@every_varying_case
+@pytest.mark.parametrize("case", [case for case in VARYING if case.backward], ids=name)
 def test_the_gradient_with_respect_to_a_tangent_is_the_transpose(case):
     """⟨g, J d⟩ must have gradient Jᵀ g in d: compare with reverse mode through the function itself."""
     prepared = Prepared(case)
     directions = [d.clone().requires_grad_() for d in prepared.directions]
     dy = list(tree_leaves(prepared.rule(directions)[1]))
-    primals = tuple(x.clone().requires_grad_() for x in prepared.primals())
-    y = tree_leaves(prepared.function(*primals))
-    pairs = [(leaf, value) for leaf, value in zip(dy, y, strict=True) if leaf is not ZERO and leaf.requires_grad]
-    assert pairs
-    cotangents = [torch.randn_like(leaf) for leaf, _ in pairs]
+    dependent = [leaf is not ZERO and leaf.requires_grad for leaf in dy]
+    assert any(dependent)
+    changes = list(itertools.compress(dy, dependent))
+    cotangents = [torch.randn_like(leaf) for leaf in changes]
     settings = {"grad_outputs": cotangents, "allow_unused": True, "materialize_grads": True}
-    found = torch.autograd.grad([leaf for leaf, _ in pairs], directions, **settings)
-    expected = torch.autograd.grad([value for _, value in pairs], primals, **settings)
+    # the transpose first: instance norm of torch 2.9 writes into its statistics
+    found = torch.autograd.grad(changes, directions, **settings)
+    primals = tuple(x.clone().requires_grad_() for x in prepared.primals())
+    values = tree_leaves(prepared.function(*primals))
+    assert len(values) == len(dy)
+    expected = torch.autograd.grad(list(itertools.compress(values, dependent)), primals, **settings)
     close(found, expected, 1e-10)
 
 

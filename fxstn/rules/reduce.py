@@ -94,6 +94,13 @@ _register_extremum(torch.amax)
 _register_extremum(torch.amin)
 
 
+@rule(torch.aminmax, fresh=True)
+def aminmax(d, input, *, dim=None, keepdim=False):
+    results = torch.aminmax(input, dim=dim, keepdim=keepdim)
+    low, high = (operator.getitem(results, i) for i in range(2))
+    return results, tuple(attained_tangent(d.input, input, y, dim, keepdim) for y in (low, high))
+
+
 def _pick(dx, indices, dim, keepdim):
     """The entries of a tangent that an operation along `dim` chose."""
     if keepdim:
