@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +29,13 @@ QUICK: Any = {
     "hyper": HyperSettings(train_steps=2, recalibrate=2),
     "trace": "auto",
 }
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A Trainer of transformers 4.50 leaves its precision to every later Accelerator, in environment variables."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
