@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ops.kernels import linear_map, self_adjoint
-from fxstn.ops.precision import wide
+from fxstn.ops.precision import has_autocast, wide
 
 aten = torch.ops.aten
 _INPUT_ONLY = [True, False, False]
@@ -54,7 +54,7 @@ def _alike(x: Tensor, *parameters: Tensor | None) -> Any:
         return tensors
     dtypes = [value.dtype for value in tensors if value is not None]
     dtype = functools.reduce(torch.promote_types, dtypes)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = wide(dtype)
     return tuple(value if value is None else value.to(dtype) for value in tensors)
 

@@ -44,11 +44,17 @@ class WideModule(nn.Module):
         return self
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.9 cannot ask
+def has_autocast(device_type: str) -> bool:
+    """Whether torch has an autocast for a type of device."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 @staged
 def lowered(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Weights in the type that autocast lowers products to; as they are where it is off."""
     device = weights[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return weights
     dtype = torch.get_autocast_dtype(device)
     return [weight.to(dtype) if weight.dtype == torch.float32 else weight for weight in weights]
