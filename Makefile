@@ -22,6 +22,7 @@ integrations: $(READY)  ## the adapters against the newest and the oldest suppor
 	for versions in '' '--constraint tests/oldest.txt'; do \
 		$(PYTHON) -m venv --clear .venv-integrations && \
 		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' 'timm>=1.0.30' $$versions && \
+		.venv-integrations/bin/python -c 'import lightning.pytorch, accelerate, transformers, timm' && \
 		.venv-integrations/bin/python -m pytest $(INTEGRATIONS) || exit 1; \
 	done
 
