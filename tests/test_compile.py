@@ -43,6 +43,8 @@ def test_each_kind_of_step_is_one_graph_for_all_batches_and_every_lambda():
 ALONE = {"backend": "eager", "fullgraph": False}  # the graphs alone are compiled
 WEIGHT = torch.tensor([1.0, 0.5, 2.0])
 LOSSES = {
+    "sum over the number of examples": lambda output, target: (output**2).sum() / len(target),
+    "sum over a number": lambda output, target: F.cross_entropy(output, target, reduction="sum") / 10,
     "mean": F.cross_entropy,
     "weighted": lambda output, target: F.cross_entropy(output, target, weight=WEIGHT, label_smoothing=0.1),
     "sum": lambda output, target: F.cross_entropy(output, target, reduction="sum"),

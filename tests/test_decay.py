@@ -108,6 +108,51 @@ def test_the_metric_is_the_root_of_the_optimizers_second_moment() -> None:
     assert coupled.stn.decay_metric(["0.weight"]) == {}
 
 
+class Complex(nn.Module):
+    """A complex layer, and a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(SIZE, 4, dtype=torch.complex128), nn.Linear(4, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.to(torch.complex128)).abs())
+
+
+def test_adamws_decay_of_complex_weights_has_a_metric_of_their_real_and_imaginary_parts() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Complex(), regression(48)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-4)
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    tuner = fxstn.tune(model, optimizer, half_square, batches, batches, [hp.WeightDecay()])
+    for part, target in batches:
+        optimizer.zero_grad()
+        half_square(model(part), target).backward()
+        optimizer.step()
+    weight, stn = model.first.weight, tuner.stn
+    square = torch.view_as_real(optimizer.state[weight]["exp_avg_sq"])
+    diagonal = (square / (1 - 0.99**6)).sqrt() + 1e-4
+    gradients = {id(one): gradient for one, gradient in tuner._decay.gradients()}
+    assert stn.terms.penalties[0][0] == "first.weight"
+    strength, delta = stn.hparams()[0].detach(), torch.tensor([0.3, -0.2]).double()
+    torch.testing.assert_close(
+        torch.view_as_real(gradients[id(weight)]), strength * diagonal * torch.view_as_real(weight)
+    )
+
+    with torch.no_grad():
+        stn.response.flat_U.normal_()
+    moved = stn.wide_response(delta)
+    diagonals = stn.decay_metric([name for name, _, _ in stn.terms.penalties])
+    torch.testing.assert_close(diagonals["first.weight"], diagonal)
+    expected = sum(
+        0.5 * stn.hparams(delta)[index] * (diagonals[name].sqrt() * part).square().sum()
+        for name, index, _ in stn.terms.penalties
+        for part in [torch.view_as_real(moved[name]) if moved[name].is_complex() else moved[name]]
+    )
+    torch.testing.assert_close(stn.penalty(delta), expected)
+    torch.testing.assert_close(stn.penalty(), stn.penalty(torch.zeros(2).double()))
+
+
 def penalised_network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

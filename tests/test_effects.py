@@ -41,6 +41,11 @@ def zeroed(x):
     return x.sum() if len(x) else x
 
 
+@torch.fx.wrap
+def cut(x):
+    x.clamp_(max=0.1)
+
+
 @torch.library.custom_op("fxstn_tests::jitter", mutates_args=())
 def custom_jitter(x: torch.Tensor) -> torch.Tensor:
     return x + torch.rand_like(x)
@@ -113,6 +118,30 @@ def test_a_users_function_runs_as_often_as_in_the_model(body):
 def written_then_compared(h):
     first, second = h.exp(), h.exp()
     return zeroed(first.view(-1)) + first - second
+
+
+class Cut(nn.Module):
+    """A user's function whose result nobody reads writes into the input; the last layer runs without autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop, self.head = nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = x.clone()
+        cut(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.head(self.drop(self.layer(x).tanh()))
+
+
+def test_what_has_an_effect_that_nobody_reads_stays_in_the_graph_of_every_step():
+    stn = fxstn.transform(Cut().double(), [hp.Dropout()]).eval()
+    x, delta = torch.randn(6, 4).double(), torch.zeros(1).double()
+    outputs = [stn.perturbed_output(x, delta=delta)[0], stn.output_at_rest(x), stn.pushforward(x, delta=delta)[0]]
+    for output in outputs:
+        torch.testing.assert_close(output, stn.model(x))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="switches autocast off"):
+        stn.perturbed_output(x, delta=delta)
 
 
 def test_values_that_a_users_function_may_write_into_are_not_merged():

@@ -178,6 +178,13 @@ def _as_tensor(value: Count, like: Tensor) -> Tensor:
     return value.clone() if isinstance(value, Tensor) else torch.full((), value, device=like.device)
 
 
+def _as_operand(divisor: Count) -> Count:
+    """A divisor as autograd has saved it. torch.compile's stand-in for a plain number can only be a second operand."""
+    if not isinstance(divisor, Tensor) or not torch.compiler.is_compiling():
+        return divisor
+    return torch.ones((), dtype=divisor.dtype, device=divisor.device) * divisor
+
+
 def _is_scalar(value: object) -> bool:
     return isinstance(value, Tensor) and not value.dim()
 
@@ -235,8 +242,9 @@ def _reduction(node: Any, scaled: bool) -> _Reduction | None:
         return _Reduction(kind, True, count, number, additive)
     if operand is None or _is_number(operand):
         if kind.startswith("Div") and _is_sum(operand) and _is_known(node._saved_other):
-            node.register_hook(partial(_gradient_unless_empty, node._saved_other))
-            return _Reduction(kind, False, node._saved_other, node._saved_other)
+            divisor = _as_operand(node._saved_other)
+            node.register_hook(partial(_gradient_unless_empty, divisor))
+            return _Reduction(kind, False, divisor, divisor)
         return None
     if kind.startswith("Mean"):
         return _Reduction(kind, False, _size(node._saved_self_sym_numel))

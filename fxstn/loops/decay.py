@@ -17,7 +17,7 @@ from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.penalty import add_to_gradients, penalty_gradients
-from fxstn.ops.precision import wide
+from fxstn.ops.precision import as_real, wide
 
 Group = dict[str, Any]
 
@@ -57,6 +57,7 @@ class DecayedWeight:
         if not self.decoupled or self.norm == 1 or not isinstance(square, Tensor) or square.shape != self.weight.shape:
             return None
         beta = float(self.group.get("betas", (0.0, 0.0))[-1])
+        (square,) = as_real([square])
         if "step" not in state:
             return square, torch.ones(())
         correction = 1 - beta ** torch.as_tensor(state["step"]).double()  # which may be on the device: no float of it
@@ -94,7 +95,7 @@ class TunedDecay:
                 gradients = penalty_gradients(weights, strengths[one.index], one.norm)
                 if metric := self.metric([own.name for own in part]) if one.norm == 2 else {}:
                     scaled = [g for own, g in zip(part, gradients, strict=True) if own.name in metric]
-                    torch._foreach_mul_(scaled, [metric[own.name] for own in part if own.name in metric])
+                    torch._foreach_mul_(as_real(scaled), [metric[own.name] for own in part if own.name in metric])
                 yield from zip(weights, gradients, strict=True)
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class TunedDecay:
 
     @torch.no_grad()
     def metric(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """{name: D, in the weight's shape}, of those weights with decoupled decay where D is not 1.
+        """{name: D, in the shape of the weight as `as_real` shows it}, of those weights with decoupled decay where D is not 1.
 
         The optimizer moves w by −lr · (D⁻¹ ∇L + λ w), so that it rests where ∇L + λ D w = 0. Adam and its kin have D = √v̂ + ε,
         from `exp_avg_sq`. Optimizers without it are treated as D = 1.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
-from fxstn.ops.precision import real, wide, widen
+from fxstn.ops.precision import as_real, real, wide, widen
 from fxstn.ops.pulled_back import Metric, row_products
 from fxstn.ops.response import Response, ResponseTree, responses_in
 
@@ -110,15 +110,16 @@ def total_penalty(
     strengths: (h,) or (batch, h).
     delta: (h,) or (batch, h), how far the weights move by their response; None for the weights as they are.
     constant: whether the weights themselves get no gradient.
-    metric: names of parameters → {name: D}, shaped like the weight, of those whose penalty of norm 2 is ½ λ wᵀ D w with this
-        diagonal D.
+    metric: names of parameters → {name: D}, shaped like `as_real` of the weight, of those whose penalty of norm 2 is ½ λ wᵀ D w
+        with this diagonal D.
     """
     responses = {} if delta is None else responses_in(tree)
     terms: list[Tensor] = []
     for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
         weights = [model.get_parameter(name).detach() if constant else model.get_parameter(name) for name in names]
         if norm == 2 and metric is not None and (diagonals := metric(names)):
-            weights = [w * diagonals[n].sqrt() if n in diagonals else w for n, w in zip(names, weights, strict=True)]
+            shown = zip(names, as_real(weights), strict=True)
+            weights = [w * diagonals[n].sqrt() if n in diagonals else w for n, w in shown]
         terms.append(penalty(weights, strengths[index] if strengths.dim() == 1 else strengths[:, index].mean(), norm))
     if delta is not None and responses:
         assert isinstance(tree, ResponseTree)

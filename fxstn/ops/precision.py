@@ -24,6 +24,11 @@ def real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype  # torch.compile does not know to_real
 
 
+def as_real(values: Sequence[Tensor]) -> list[Tensor]:
+    """Complex values as their real and imaginary parts, along a last dimension of two; others as they are."""
+    return [torch.view_as_real(value) if value.is_complex() else value for value in values]
+
+
 def widen(x: Tensor) -> Tensor:
     """A value in `wide` of its type."""
     return x.to(wide(x.dtype))

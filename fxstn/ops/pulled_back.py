@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fxstn.ops.precision import widen
+from fxstn.ops.precision import as_real, widen
 from fxstn.ops.response import ResponseTree, responding, responses_in
 
 SMALL = 2**22  # entries: 16 MB of float32
@@ -28,7 +28,7 @@ def row_products(
     tree: a ResponseTree, over the names of the model's parameters.
     left: {parameter name: a}, shaped like the parameter; one without counts as zero. They may be sparse.
     right: {parameter name: b}, for every name of `left` that responds.
-    metric: names of parameters → {name: D}, shaped like the parameter; D is 1 for a name without one.
+    metric: names of parameters → {name: D}, shaped like `as_real` of the parameter; D is 1 for a name without one.
 
     Returns (N,), in the type of U, differentiable in a and b.
     """
@@ -49,7 +49,8 @@ def row_products(
         if a.is_sparse:
             add(name, a * b)
         else:  # Re(ā b), as everywhere the derivative along a complex direction
-            pending[name] = (torch.view_as_real(a), torch.view_as_real(b)) if a.is_complex() else (a, b)
+            a, b = as_real((a, b))
+            pending[name] = (a, b)
     for names in _groups({name: a.numel() for name, (a, _) in pending.items()}):
         products = torch._foreach_mul([pending[name][0] for name in names], [pending[name][1] for name in names])
         for name, product in zip(names, with_metric(names, products, metric), strict=True):

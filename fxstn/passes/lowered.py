@@ -12,6 +12,7 @@ from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import copied, placeholders
 from fxstn.ops.precision import lowered
 from fxstn.ops.scaled import scaled_tangent
+from fxstn.passes.effects import has_effect
 
 # What autocast lowers, on every device, and has a weight: positions of the weight and of the bias.
 PRODUCTS = dict.fromkeys(
@@ -54,6 +55,6 @@ def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Graph
             value = graph.create_node("call_function", operator.getitem, (together, index), name=names[target])
         for node, position in uses:
             node.update_arg(position, value)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(has_effect)
     graph.lint()
     return module
