@@ -40,13 +40,13 @@ def augmented() -> nn.Module:
 BOTH = [hp.Dropout(), hp.WeightDecay(shared=True)]
 AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Flip(), hp.VerticalFlip(), hp.Grayscale(),
                  hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
-# (network, what is tuned, most kernels per inner step of the default schedule). Wanted of the first two: 300 and 45.
+# (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
 NETWORKS = {
-    "resnet18": (partial(resnet18, num_classes=10), BOTH, 480),
-    "mlp": (partial(three_layers, 10), BOTH, 135),
-    "vision transformer": (vision_transformer, BOTH, 370),
-    "group norms": (group_norms, BOTH, 180),
-    "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 900),
+    "resnet18": (partial(resnet18, num_classes=10), BOTH, 355),
+    "mlp": (partial(three_layers, 10), BOTH, 98),
+    "vision transformer": (vision_transformer, BOTH, 290),
+    "group norms": (group_norms, BOTH, 130),
+    "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 805),
 }
 # Steps of each kind launch what they launch, however many follow each other.
 SHORT = {"response": fxstn.ResponseSettings(every=1), "hyper": fxstn.HyperSettings(train_steps=1)}
