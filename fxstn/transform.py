@@ -24,7 +24,7 @@ from fxstn.passes.condition import condition
 from fxstn.passes.counters import join_counters
 from fxstn.passes.hyperize import hyperize
 from fxstn.passes.linearized import linearized
-from fxstn.passes.lowered import lower_weights
+from fxstn.passes.lower_weights import lower_weights
 from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import recompute as recompute_pass

@@ -24,7 +24,7 @@ from fxstn.ir.node_info import annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import track_batch, track_batches
-from fxstn.ops.precision import lowered
+from fxstn.ops.precision import lower
 from fxstn.passes import invariants
 from fxstn.passes.canonicalize import canonicalize, drop_handed_through
 from fxstn.passes.invariants import FACTS, check
@@ -234,7 +234,7 @@ def counts_again(graph):
 
 
 def reads_a_wide_weight(graph):
-    wide = graph.graph.find_nodes(op="call_function", target=lowered)[0].all_input_nodes[0]
+    wide = graph.graph.find_nodes(op="call_function", target=lower)[0].all_input_nodes[0]
     product = graph.graph.find_nodes(op="call_function", target=torch.conv2d)[0]
     product.update_arg(1, wide)
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
+from fxstn.loops.step_module import module_of_step
 
 
 def tuned(loader: Any, valid: Any) -> Any:
@@ -168,3 +169,17 @@ def test_an_optimizer_that_maximizes_the_negative_loss_tunes_as_one_that_minimiz
         assert tuner.values() != tuner.history.start
         values.append(list(tuner.values().values()))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_a_step_that_fails_while_its_module_is_sought_leaves_buffers_as_they_were():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = model[1].running_mean.clone()
+
+    def step():
+        model(torch.randn(4, 3))
+        raise RuntimeError("no such key")
+
+    with pytest.raises(RuntimeError, match="no such key"):
+        module_of_step(model, step)
+    assert model[1].running_mean.equal(before)
+    assert not model._forward_hooks

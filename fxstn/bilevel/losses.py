@@ -20,7 +20,7 @@ from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian
-from fxstn.ops.pulled_back import through_response
+from fxstn.ops.pull_back import through_response
 from fxstn.ops.response import frozen
 
 LossFunction = Callable[..., LossValue]  # (output, target), or (output, target, hparams)

@@ -16,8 +16,8 @@ from fxstn.bilevel.state import GlobalRandomState
 from fxstn.bilevel.validation import example_batch
 from fxstn.hp import Spec
 from fxstn.loops.adapter import Adapter, only_loader
-from fxstn.loops.called import attributes, called_module
 from fxstn.loops.forwards import Forward, default_forward, loss_in
+from fxstn.loops.step_module import attributes, module_of_step
 from fxstn.loops.tune import TuneSettings
 
 try:
@@ -73,7 +73,7 @@ class TuneCallback(Adapter, Callback):
         step = TrainingStep(trainer, pl_module)
         valid = only_loader(trainer.val_dataloaders) if self.valid_loader is None else self.valid_loader
         if self.module is None:
-            called = called_module(pl_module, lambda: step.run(example_batch(valid)))
+            called = module_of_step(pl_module, lambda: step.run(example_batch(valid)))
         else:
             called = pl_module.get_submodule(self.module)
         forward = (

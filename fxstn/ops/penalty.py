@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.precision import as_real, real, wide, widen
-from fxstn.ops.pulled_back import Metric, row_products
+from fxstn.ops.pull_back import Metric, row_products
 from fxstn.ops.response import Response, ResponseTree, responses_in
 
 
@@ -113,10 +113,15 @@ def total_penalty(
     metric: names of parameters → {name: D}, shaped like `as_real` of the weight, of those whose penalty of norm 2 is ½ λ wᵀ D w
         with this diagonal D.
     """
+
+    def weight(name: str) -> Tensor:
+        parameter = model.get_parameter(name)
+        return parameter.detach() if constant else parameter
+
     responses = {} if delta is None else responses_in(tree)
     terms: list[Tensor] = []
     for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
-        weights = [model.get_parameter(name).detach() if constant else model.get_parameter(name) for name in names]
+        weights = [weight(name) for name in names]
         if norm == 2 and metric is not None and (diagonals := metric(names)):
             shown = zip(names, as_real(weights), strict=True)
             weights = [w * diagonals[n].sqrt() if n in diagonals else w for n, w in shown]
@@ -125,7 +130,7 @@ def total_penalty(
         assert isinstance(tree, ResponseTree)
         scales = tree.flat_scales(delta)
         for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
-            own = {n: model.get_parameter(n).detach() if constant else model.get_parameter(n) for n in part.names}
+            own = {name: weight(name) for name in part.names}
             terms.append(_penalty_of_rows(part, own, tree, strengths, scales, metric))
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 

@@ -56,7 +56,7 @@ def has_autocast(device_type: str) -> bool:
 
 
 @staged
-def lowered(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def lower(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Weights in the type that autocast lowers products to; as they are where it is off."""
     device = weights[0].device.type
     if not has_autocast(device) or not torch.is_autocast_enabled(device):

@@ -15,14 +15,14 @@ from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.inputs import REQUIREMENTS
 from fxstn.ops.noise import track_batch
-from fxstn.ops.precision import lowered
+from fxstn.ops.precision import lower
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.counters import join_counters
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
 from fxstn.passes.linearized import linearized
-from fxstn.passes.lowered import PRODUCTS, lower_weights
+from fxstn.passes.lower_weights import PRODUCTS, lower_weights
 from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import perturbed, pushforward
 from fxstn.passes.recompute import Recomputed, recompute
@@ -163,7 +163,7 @@ def batches_are_counted_at_once(module: fx.GraphModule) -> Iterator[str]:
 
 def weights_are_lowered_once(module: fx.GraphModule) -> Iterator[str]:
     """What one call lowers is read from there by every product."""
-    calls = module.graph.find_nodes(op="call_function", target=lowered)
+    calls = module.graph.find_nodes(op="call_function", target=lower)
     if len(calls) > 1:
         yield f"{', '.join(node.name for node in calls)} lower weights"
     targets = {source.target for call in calls for source in call.all_input_nodes}

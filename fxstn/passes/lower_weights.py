@@ -10,7 +10,7 @@ from torch import fx
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import copied, placeholders
-from fxstn.ops.precision import lowered
+from fxstn.ops.precision import lower
 from fxstn.ops.scaled import scaled_tangent
 from fxstn.passes.effects import has_effect
 
@@ -22,7 +22,7 @@ PRODUCTS = dict.fromkeys(
 
 
 def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
-    """Weights and biases of products become results of one call of `lowered`.
+    """Weights and biases of products become results of one call of `lower`.
 
     They are constants here. Autocast itself keeps its conversions only of weights that require gradients, and would convert
     each at every read: for the primal, the tangent and the tangent of the bias. Where activations are computed again, so are
@@ -45,7 +45,7 @@ def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Graph
             readers[str(bias.target)].append((node, 3))
     names = {str(node.target): node.name for node in graph.find_nodes(op="get_attr")}
     with graph.inserting_after(placeholders(graph)[-1]):
-        together = graph.create_node("call_function", lowered, ((),), name="lowered_weights")
+        together = graph.create_node("call_function", lower, ((),), name="lowered_weights")
     with graph.inserting_before(together):
         weights = tuple(graph.create_node("get_attr", target, name=f"{names[target]}_wide") for target in readers)
     together.args = (weights,)

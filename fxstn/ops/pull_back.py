@@ -80,7 +80,7 @@ def with_metric(names: Sequence[str], values: Sequence[Tensor], metric: Metric |
 
 
 @torch.no_grad()
-def pulled_back(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+def pull_back(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module) -> Tensor:
     """Θᵀ g = Uᵀ q, (h,), with the row sums q of g ⊙ R.
 
     tree: a ResponseTree, over the names of the model's parameters.
@@ -131,7 +131,7 @@ class _ThroughResponse(torch.autograd.Function):
             sources = (ctx.unconstrained, *parameters.values())
             own, *gradients = torch.autograd.grad(ctx.loss, sources, gradient, retain_graph=keeps, allow_unused=True)
         of_weights = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-        result = pulled_back(ctx.tree, of_weights, ctx.model).to(ctx.unconstrained)
+        result = pull_back(ctx.tree, of_weights, ctx.model).to(ctx.unconstrained)
         return result if own is None else result + own, None, None, None
 
 

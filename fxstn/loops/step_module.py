@@ -28,7 +28,7 @@ class _Call:
         return inner is not self and same_inputs and inner.output is self.output
 
 
-def called_module(owner: nn.Module, step: Callable[[], object]) -> nn.Module:
+def module_of_step(owner: nn.Module, step: Callable[[], object]) -> nn.Module:
     """The module with weights to train that a step of a module calls; not the owner where its forward only passes everything
     on to one of its modules.
 
@@ -38,9 +38,9 @@ def called_module(owner: nn.Module, step: Callable[[], object]) -> nn.Module:
     distinct = list(dict.fromkeys(call.module for call in calls))
     if len(distinct) != 1:
         names = {module: name or type(module).__name__ for name, module in owner.named_modules()}
-        called = ", ".join(names[module] for module in distinct) or "no module with weights"
+        text = ", ".join(names[module] for module in distinct) or "no module with weights"
         raise ValueError(
-            f"training_step calls {called}, and a tuner follows one module: let training_step call the LightningModule "
+            f"training_step calls {text}, and a tuner follows one module: let training_step call the LightningModule "
             "itself, self(x), with all of them in its forward; or give TuneCallback module= and loss_fn="
         )
     passes_on = distinct[0] is owner and calls[0].passes_on
@@ -64,10 +64,12 @@ def _calls(owner: nn.Module, step: Callable[[], object]) -> list[_Call]:
         for module in trained:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-        step()
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        try:
+            step()
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
     return stack[0].calls
 
 
