@@ -46,28 +46,28 @@ def weighted_mean(values, memory):
 def test_the_evidence_is_weighted_means_of_gradients_squares_and_what_the_mean_did_not_foresee():
     gradients = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shown = evidence_of(gradients)
-    torch.testing.assert_close(shown.mean, weighted_mean(gradients, 0.9))
-    torch.testing.assert_close(shown.square, weighted_mean(gradients**2, 0.999))
+    torch.testing.assert_close(shown.mean / evidence.weight_sum(0.9, 9), weighted_mean(gradients, 0.9))
+    torch.testing.assert_close(shown.square / evidence.weight_sum(0.999, 9), weighted_mean(gradients**2, 0.999))
     surprises = torch.stack([
         (gradients[k] - weighted_mean(gradients[:k], 0.9)) ** 2 / (1 + evidence.squared_weights(k)) for k in range(1, 9)
     ])  # fmt: skip
-    torch.testing.assert_close(shown.variance, evidence.squared_weights(9) * weighted_mean(surprises, 0.99))
-    assert shown.surprises == 8
+    torch.testing.assert_close(shown.surprise / evidence.weight_sum(0.99, 8), weighted_mean(surprises, 0.99))
+    assert shown.count == 9
 
 
 def test_the_variance_is_that_of_the_mean_over_many_draws():
     """Gradients of variance 4: the estimated squared standard error against the spread of the means of 4,000 numbers."""
     shown = evidence_of(2 * torch.randn(300, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    assert shown.variance.mean().item() == pytest.approx(shown.mean.var().item(), rel=0.1)
+    variance = evidence.squared_weights(300) * shown.surprise.mean() / evidence.weight_sum(0.99, 299)
+    assert variance.item() == pytest.approx(shown.mean.var().item(), rel=0.1)
 
 
-def evidence_with(z, surprises=1e9):
+def gate(z, certainty, count=1e9):
+    """The gate of means z times their standard errors, after so many gradients."""
     mean = torch.tensor(z, dtype=torch.float64)
-    return evidence.Evidence(mean, mean.square(), torch.ones_like(mean), surprises)
-
-
-def gate(z, certainty):
-    return evidence.noise_gate(evidence_with(z), torch.full((len(z),), certainty, dtype=torch.float64)).tolist()
+    surprise = mean.new_full(mean.shape, evidence.weight_sum(0.99, count - 1) / evidence.squared_weights(count))
+    shown = evidence.Evidence(mean * evidence.weight_sum(0.9, count), mean.square(), surprise, count)
+    return evidence.noise_gate(shown, certainty, torch.ones_like(mean)).tolist()
 
 
 def test_the_gate_of_one_number_opens_with_its_evidence():
@@ -87,10 +87,9 @@ def test_the_gate_opens_for_each_by_what_all_show_together_and_no_single_one_spe
 
 
 def test_nothing_is_certain_before_a_second_gradient_and_little_before_a_third():
-    certainty = torch.zeros(1, dtype=torch.float64)
-    assert evidence.noise_gate(evidence_with([9.0], 0), certainty).item() == 0
-    assert evidence.noise_gate(evidence_with([1.5], 1), certainty).item() == 0
-    assert evidence.noise_gate(evidence_with([1.5], 1e9), certainty).item() > 0.5
+    assert gate([9.0], 0.0, count=1) == [0.0]
+    assert gate([1.5], 0.0, count=2) == [0.0]
+    assert gate([1.5], 0.0)[0] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,28 +24,35 @@ def squared_weights(count: float) -> float:
     return (1 - MEAN_MEMORY) / (1 + MEAN_MEMORY) * (1 + forgotten) / (1 - forgotten)
 
 
-class Evidence(NamedTuple):
-    """What the gradients of a parameter have shown so far; tensors in its shape.
+def weight_sum(memory: float, count: float) -> float:
+    """The weights of `count` ≥ 1 values together, in an average that began at zero. Divided by it, this is their mean."""
+    return 1 - memory**count
 
-    mean, square: Adam's averages m of the gradient and v of its square, without bias.
-    variance: the squared standard error of m.
-    surprises: the number of gradients that `variance` is estimated from. 0 at the first gradient, where it is zero.
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gradients of a parameter have shown so far.
+
+    mean, square, surprise: the averages of the state, in the parameter's shape: of the gradient, of its square, and of its
+        variance, which is what the mean did not foresee, squared. Divided by their `weight_sum`, mean and square are Adam's m
+        and v.
+    count: ≥ 1, the number of gradients. The first is no surprise.
     """
 
     mean: Tensor
     square: Tensor
-    variance: Tensor
-    surprises: float
+    surprise: Tensor
+    count: float
 
 
 def bound_gradient(gradient: Tensor) -> Tensor:
     """The gradient, at least in float32, with its finite values no larger than what can still be squared there.
 
-    An infinity stays one: x then shows it, as with every optimizer of torch.
+    An infinity becomes NaN: x then shows it, as with every optimizer of torch.
     """
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     largest = math.sqrt(torch.finfo(gradient.dtype).max) / 4  # a difference of two gradients is squared, too
-    return torch.where(gradient.isinf(), gradient, gradient.clamp(-largest, largest))
+    return gradient.clamp(-largest, largest).add_(gradient, alpha=0)  # 0 ∞ is NaN
 
 
 def update_evidence(gradient: Tensor, state: dict[str, Tensor]) -> Evidence:
@@ -56,35 +63,43 @@ def update_evidence(gradient: Tensor, state: dict[str, Tensor]) -> Evidence:
     """
     if not state:
         state |= {"step": torch.tensor(0.0)} | {key: torch.zeros_like(gradient) for key in AVERAGES}
-    before, count = state["step"].item(), state["step"].item() + 1
+    before = state["step"].item()
+    mean, square, surprise = (state[key] for key in AVERAGES)
+    averages, news = [square], [gradient]
+    weights = [1 - SQUARE_MEMORY]
     if before:
-        foreseen = state["mean"] / (1 - MEAN_MEMORY**before)
-        surprise = (gradient - foreseen).square() / (1 + squared_weights(before))
-        state["surprise"].lerp_(surprise, 1 - NOISE_MEMORY)
+        averages += [surprise]
+        news += [torch.sub(gradient, mean, alpha=1 / weight_sum(MEAN_MEMORY, before))]
+        weights += [(1 - NOISE_MEMORY) / (1 + squared_weights(before))]
+    torch._foreach_mul_(averages, [SQUARE_MEMORY, NOISE_MEMORY][: len(averages)])
+    torch._foreach_addcmul_(averages, news, news, weights)
+    mean.lerp_(gradient, 1 - MEAN_MEMORY)
     state["step"] += 1
-    mean = state["mean"].lerp_(gradient, 1 - MEAN_MEMORY) / (1 - MEAN_MEMORY**count)
-    square = state["square"].lerp_(gradient.square(), 1 - SQUARE_MEMORY) / (1 - SQUARE_MEMORY**count)
-    variance = squared_weights(count) * state["surprise"]
-    return Evidence(mean, square, variance / (1 - NOISE_MEMORY**before) if before else variance, before)
+    return Evidence(mean, square, surprise, before + 1)
 
 
-def noise_gate(evidence: Evidence, certainty: Tensor | float) -> Tensor:
+def noise_gate(evidence: Evidence, certainty: float, needed: Tensor) -> Tensor:
     """ρ in [0, 1]: the share of a step that the evidence for its direction allows.
 
-    certainty: ≥ 0, standard deviations; of all numbers, or in the parameter's shape.
+    certainty: ≥ 0, standard deviations.
+    needed: the share of the certainty, in [0, 1], that each number needs, in the parameter's shape.
 
     With z = m/e, where e is the standard error of m, noise alone gives Σ z² over h numbers of about h ± √(2h). With
-    q(h) = h + certainty √(2h)
+    q(h) = h + needed certainty √(2h)
 
         ρ = max(0, 1 − q(1)/z², 1 − q(h)/Σ min(z², 9)),
 
     the positive-part shrinkage of James & Stein (1961): a number moves when its own gradient is certain, and when the gradients
     of all together are. Nothing is certain before a second gradient.
     """
-    mean, known = evidence.mean, evidence.surprises
+    mean, known = evidence.mean, evidence.count - 1
     if not known:
         return torch.zeros_like(mean)
-    z2 = mean.square() / evidence.variance.clamp_min(torch.finfo(mean.dtype).tiny)
-    z2 *= known / (known + 2)  # the variance is an estimate, from few gradients at first
-    own, together = (h + certainty * math.sqrt(2 * h) for h in (1, mean.numel()))
-    return torch.maximum(1 - own / z2, 1 - together / z2.clamp(max=MOST_EVIDENCE).sum()).clamp_min(0)
+    variance = squared_weights(evidence.count) / weight_sum(NOISE_MEMORY, known)  # e² of one unit of surprise
+    unit = (
+        known / (known + 2) / variance / weight_sum(MEAN_MEMORY, evidence.count) ** 2
+    )  # few gradients estimate e² at first
+    z2 = mean.square() / evidence.surprise.clamp_min(torch.finfo(mean.dtype).tiny)  # in units: the host does the rest
+    own, together = (torch.rsub(needed, h, alpha=-certainty * math.sqrt(2 * h)) for h in (1, mean.numel()))
+    doubt = torch.minimum(own / z2, together / z2.clamp(max=MOST_EVIDENCE / unit).sum())
+    return torch.rsub(doubt, 1, alpha=1 / unit).relu_()

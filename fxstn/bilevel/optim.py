@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from fxstn.bilevel.evidence import AVERAGES, Evidence, bound_gradient, noise_gate, update_evidence
+from fxstn.bilevel.evidence import (
+    AVERAGES,
+    MEAN_MEMORY,
+    SQUARE_MEMORY,
+    bound_gradient,
+    noise_gate,
+    update_evidence,
+    weight_sum,
+)
 from fxstn.ir.input_errors import is_number
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
@@ -39,8 +47,8 @@ def needed_certainty(rises: Tensor, gap: float, position: Tensor) -> Tensor:
     last tenth of the range this grows to 1 for steps towards the end: noise must not drive x to an end, where a regulariser
     does nothing and nothing brings x back.
     """
-    up, down = ((room / END).clamp(max=1) for room in (1 - position, position))
-    return torch.where(rises, 1 - gap * up, 1 - (1 - gap) * down)
+    room = torch.add(position, rises, alpha=-1).clamp_(-END, END)  # negative towards the upper end
+    return torch.rsub(room.abs().add_(room, alpha=1 - 2 * gap), 1, alpha=0.5 / END)
 
 
 def generalisation_gap(train_loss: float, valid_loss: float) -> float | None:
@@ -214,9 +222,18 @@ class SettlingAdam(torch.optim.Optimizer):
                 if x.grad is None:
                     continue
                 evidence = update_evidence(bound_gradient(x.grad), self.state[x])
-                rate = falling_rate(group["lr"], group["settle"], evidence.surprises)
-                decrease = rate * evidence.mean / (evidence.square.sqrt() + 1e-8)
-                x -= self._limit_step(x, decrease, evidence, certainty, gap, mask)
+                m, root_v = (
+                    weight_sum(MEAN_MEMORY, evidence.count),
+                    math.sqrt(weight_sum(SQUARE_MEMORY, evidence.count)),
+                )
+                decrease = evidence.mean / evidence.square.sqrt().add_(1e-8 * root_v)
+                if gap is None:
+                    needed = torch.ones_like(decrease)
+                else:
+                    decrease, needed = self._limit_step(x, decrease, gap, mask)
+                gate = noise_gate(evidence, certainty, needed) if certainty is not None else torch.ones_like(decrease)
+                rate = falling_rate(group["lr"], group["settle"], evidence.count - 1)
+                x.addcmul_(decrease, gate, value=-rate * root_v / m)
         return loss
 
     def _masks_of(self, group: dict[str, Any]) -> list[Tensor | None]:
@@ -231,27 +248,19 @@ class SettlingAdam(torch.optim.Optimizer):
             self._masks[id(group)] = key, masks
         return list(masks)
 
-    def _limit_step(
-        self,
-        x: Tensor,
-        decrease: Tensor,
-        evidence: Evidence,
-        certainty: float | None,
-        gap: float | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """What is left of Adam's step, `decrease`, which is negative where x rises.
+    def _limit_step(self, x: Tensor, decrease: Tensor, gap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is left of Adam's step, and the share of the certainty that it needs.
 
-        mask: of the numbers that a gap limits. None: all.
+        decrease: the step, negative where x rises.
+        mask: of the numbers that the gap limits. None: all.
         """
-        needed: Tensor | float = 1.0
-        if gap is not None:
-            rises = decrease < 0
-            needed = needed_certainty(rises, gap, self._place(x).to(decrease))
-            if mask is not None:
-                rises, needed = rises & mask, torch.where(mask, needed, 1.0)
-            decrease = torch.where(rises, gap * decrease, decrease)
-        return decrease if certainty is None else decrease * noise_gate(evidence, certainty * needed)
+        rises = decrease < 0
+        if mask is not None:
+            rises &= mask
+        needed = needed_certainty(rises, gap, self._place(x).to(decrease))
+        if mask is not None:
+            needed = torch.where(mask, needed, 1.0)
+        return torch.addcmul(decrease, decrease, rises, value=gap - 1), needed
 
     def _place(self, x: Tensor) -> Tensor:
         """Where in its range each number is. Raises ValueError where `position` returns something else."""

@@ -99,7 +99,7 @@ class Stepper:
         if self.training_hypergradients:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
-            parameter.grad -= self.correction * torch.stack(self.training_hypergradients).mean(0)
+            parameter.grad.sub_(torch.stack(self.training_hypergradients).mean(0), alpha=self.correction)
         self.updates.step(*names)
         return loss
 

@@ -49,7 +49,8 @@ class Bijection(torch.nn.Module):
 
     def position(self, unconstrained: Tensor) -> Tensor:
         """The share of its range, in [0, 1], that lies below each number; 0.5 where the range has no upper end."""
-        return torch.where(self.unbounded, 0.5, torch.sigmoid(unconstrained))
+        share = torch.sigmoid(unconstrained)
+        return torch.where(self.unbounded, 0.5, share) if self.any_unbounded else share
 
     def forward(self, unconstrained: Tensor) -> Tensor:
         value = torch.addcmul(self.low, self.width, torch.sigmoid(unconstrained))
