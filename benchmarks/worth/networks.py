@@ -61,7 +61,7 @@ def mlp(
     layers: list[nn.Module] = [nn.Dropout(dropout)] if first else []
     for a, b in pairwise(sizes[:-1]):
         layers += [nn.Linear(a, b), *([norm(b)] if norm else []), nn.ReLU(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 class Block(nn.Module):

@@ -59,7 +59,7 @@ class Task:
         rates = DROPOUTS[0], self.dropout, DROPOUTS[1]
         decay = {"weight_decay": STRENGTHS["weight_decay"][place]} if self.decay else {}
         values = {"dropout": rates[place], **decay, **{name: STRENGTHS[name][place] for name in names}}
-        return values | (self.usual if start == "recipe" else {})
+        return values | (dict(self.usual) if start == "recipe" else {})
 
     def specs(self, network: nn.Module, start: str) -> list[hp.Spec]:
         """What fxstn tunes, from a start: a number for each dropout module, one weight decay, each augmentation."""

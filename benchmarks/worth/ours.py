@@ -1,0 +1,52 @@
+"""The column of this library: one tuned run with the default settings, and a network trained anew with what it found."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+
+import torch
+
+import fxstn
+from benchmarks.worth.cells import Cell, Trial, outcome, with_refit
+from benchmarks.worth.training import loader
+
+VALID_BATCH = 500  # of an evaluation
+
+
+def mean_strengths(schedule: fxstn.Schedule) -> dict[str, float]:
+    """The mean of each hyperparameter over a schedule, as `Plain` names them; of weight decay the geometric mean."""
+    result = {}
+    for name, values in schedule.values.items():
+        short = name if name.endswith(".dropout") else name.rpartition(".")[2]
+        geometric = short == "weight_decay" and min(values) > 0
+        result[short] = math.exp(statistics.mean(map(math.log, values))) if geometric else statistics.mean(values)
+    return result
+
+
+def tuned(trial: Trial) -> dict[str, Cell]:
+    """A run of `BilevelRunner`, at its best epoch; the refit takes the mean of λ up to there."""
+    task, limits = trial.task, trial.limits
+    train, valid, _ = task.sets(trial.seed)
+    torch.manual_seed(trial.seed)
+    network = task.network()
+    own = 0.0 if task.decay else task.own_decay
+    begun = time.process_time()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        stn = fxstn.transform(network, task.specs(network, trial.start))
+        runner = fxstn.BilevelRunner(
+            stn, task.loss, loader(train, task.batch, trial.seed), loader(valid, VALID_BATCH, trial.seed, shuffle=False),
+            optimizer=lambda params: task.optimizer(params, weight_decay=own), progress=False,
+            callbacks=[fxstn.EarlyStopping(limits.patience)] if limits.patience <= limits.epochs else [],
+        )  # fmt: skip
+        runner.fit(limits.epochs)
+    seconds = time.process_time() - begun
+    schedule, best = runner.history.schedule(), runner.history.best()
+    told = {"valid": best["valid_loss"], "epochs": len(runner.history), "best_epoch": int(best["epoch"])}
+    texts = sorted({str(one.message) for one in warned if issubclass(one.category, fxstn.RunWarning)})
+    rounded = {name: [float(f"{value:.4g}") for value in values] for name, values in schedule.values.items()}
+    cell = outcome(trial, runner.best_model().eval(), seconds, **told, schedule=rounded, warnings=texts)
+    return {"ours": with_refit(trial, cell, mean_strengths(schedule.until(int(best["epoch"]))))}

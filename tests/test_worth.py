@@ -1,0 +1,113 @@
+"""benchmarks/worth: columns give finite numbers and go on where they stopped; the report ranks by hand-made cells."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from benchmarks.worth import cells, columns, report
+from benchmarks.worth.networks import mlp
+from benchmarks.worth.report import Entry
+from benchmarks.worth.tasks import Task
+
+
+def rows(seed):
+    """Three sets of rows whose target is their sum."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(count, 4, generator=generator) for count in (24, 12, 12)]
+    return tuple(TensorDataset(x, x.sum(1, keepdim=True)) for x in parts)
+
+
+TINY = Task("rows", rows, partial(mlp, (4, 8, 1), 0.2), partial(torch.optim.Adam, lr=1e-2), 0.2, 3, 8, loss=F.mse_loss,
+            metric="rmse")  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The task "tiny" alone, and a folder for its cells."""
+    monkeypatch.setattr(columns, "TASKS", {"tiny": TINY})
+    monkeypatch.setattr(report, "TASKS", {"tiny": TINY})
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    return tmp_path / "tiny.json"
+
+
+@pytest.mark.parametrize("name", [name for name in columns.COLUMNS if name not in ("trivial", "cpr", "ours")])
+def test_a_column_gives_finite_cells_and_is_not_run_twice(tiny, name):
+    run = {"test": 1.0, "metric": 1.0, "seconds": 0.02, "epochs": 3, "best_epoch": 3}
+    cells.add("tiny", {cells.key_of("time", "ours", "recipe", 0): run})
+    assert columns.missing("tiny", "time", name, "recipe", 0, cells.read("tiny"))
+    columns.run("tiny", "time", name, "recipe", 0)
+    assert not columns.missing("tiny", "time", name, "recipe", 0, cells.read("tiny"))
+    made = [cell for key, cell in cells.read("tiny").items() if key != "time ours recipe 0"]
+    assert len(made) == len(columns.COLUMNS[name].makes)
+    for cell in made:
+        assert all(math.isfinite(cell[number]) for number in ("test", "metric", "seconds"))
+        assert {"torch", "commit"} <= set(cell)
+        assert name == "recipe-all" or math.isfinite(cell["refit"]["test"])
+
+
+def test_our_column_tunes_and_refits(tiny):
+    columns.run("tiny", "time", "ours", "low", 0)
+    cell = cells.read("tiny")["time ours low 0"]
+    assert cell["schedule"]["2.dropout"][0] == pytest.approx(0.02, abs=1e-4)
+    assert math.isfinite(cell["test"])
+    assert math.isfinite(cell["refit"]["test"])
+    assert not list(tiny.parent.glob("tiny.[0-9]*"))  # written under another name, then renamed
+
+
+def test_a_column_reads_time_only_from_our_own_run(tiny):
+    with pytest.raises(LookupError):
+        columns.run("tiny", "time", "plain-long", "recipe", 0)
+
+
+def fixture():
+    """One task, two seeds: losses of the recipe, of plain training and of ours, in which ours wins when it is trained anew."""
+    losses = {"plain": (0.5, 0.7), "recipe": (0.4, 0.5), "ours": (0.4, 0.6)}
+    refits = {"plain": (0.45, 0.62), "recipe": (0.3, 0.5), "ours": (0.25, 0.41)}
+    return {
+        "tiny": {
+            f"time {name} recipe {seed}": {
+                "test": losses[name][seed], "metric": 0.5, "seconds": 2.0 if name == "ours" else 1.0, "epochs": 3,
+                "refit": {"test": refits[name][seed], "metric": 0.5, "seconds": 1.0},
+            }
+            for name in losses for seed in (0, 1)
+        }
+    }  # fmt: skip
+
+
+def test_ranks_are_those_by_hand():
+    found = fixture()["tiny"]
+    entries = [Entry(name, refit) for name in ("plain", "recipe", "ours") for refit in (False, True)]
+    # Seed 0: 0.5, 0.45, 0.4, 0.3, 0.4, 0.25 → 6, 5, 3.5, 2, 3.5, 1.
+    # Seed 1: 0.7, 0.62, 0.5, 0.5, 0.6, 0.41 → 6, 5, 2.5, 2.5, 4, 1.
+    assert list(report.ranks(entries, found, "time").values()) == [6, 5, 3, 2.25, 3.75, 1]
+    assert report.lowest(entries, found, "time") == Entry("ours", True)
+
+
+def test_within_the_spread_means_by_at_most_the_deviation_of_the_paired_difference():
+    assert report.difference({0: 1.0, 1: 2.0}, {0: 0.9, 1: 1.6}) == pytest.approx((0.25, math.sqrt(0.045)))
+    assert not report.within({0: 1.0, 1: 2.0}, {0: 0.9, 1: 1.6})
+    assert report.within({0: 1.0, 1: 2.0}, {0: 0.7, 1: 2.0})
+    assert not report.within({0: 1.0}, {0: 0.99})
+
+
+def test_the_summary_counts_wins_and_times():
+    lines = [line.split("|") for line in report.summary(fixture(), "time").splitlines()[2:]]
+    table = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
+    assert next(iter(table)) == "fxstn, refit"
+    assert table["fxstn, refit"] == ["1.0", "1 of 1 ± 0.0", "1 of 1 ± 0.0", "3.0", "2"]
+    assert table["the recipe, refit"] == ["2.2", "0 of 1 ± 0.0", "0 of 1 ± 0.0", "2.0", "2"]
+    assert json.dumps(report.against_recipe(fixture(), "time")).count("lower") == 2
+
+
+def test_strengths_act_on_dropout_and_decay():
+    from benchmarks.worth.training import Plain
+
+    run = Plain(TINY, {"dropout": 0.3, "weight_decay": 0.1}, 0)
+    assert [m.p for m in run.network.modules() if isinstance(m, nn.Dropout)] == [0.3]
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]
