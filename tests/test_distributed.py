@@ -644,3 +644,29 @@ def test_the_example_runs(tmp_path):
     assert first.startswith("2 processes, {'epoch': 1")
     assert not second
     assert (tmp_path / "out" / "distributed" / "last.pt").exists()
+
+
+# A refit
+
+
+def refitted(rank, folder):
+    """The weights of a refit, of a rank's share of every batch; of the whole batch for rank None."""
+    torch.manual_seed(0)
+    stn = fxstn.transform(mlp(0.0).double(), [hp.WeightDecay(shared=True)])
+    x, y, _ = data_for("mlp")
+    share = slice(None) if rank is None else slice(rank, None, 2)
+    batches, out_dir = [(x[share], y[share])] * 3, None if rank else folder
+    runner = fxstn.BilevelRunner(
+        stn, F.cross_entropy, batches, batches, progress=False, checkpoints=fxstn.CheckpointSettings(out_dir=out_dir)
+    )
+    runner.fit(1)
+    schedule = fxstn.Schedule({"weight_decay": [0.05]})
+    return dict(runner.refit(batches, epochs=2, schedule=schedule).state_dict())
+
+
+def test_two_processes_refit_as_one_with_the_whole_batch(tmp_path):
+    first, second = run(2, refitted, str(tmp_path / "two"))
+    whole = refitted(None, str(tmp_path / "one"))
+    for name, weight in whole.items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], weight, rtol=1e-12)

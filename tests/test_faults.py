@@ -101,7 +101,7 @@ def files(tmp_path_factory) -> Path:
     """A folder with the checkpoints of two epochs."""
     folder = tmp_path_factory.mktemp("files")
     make(folder, checkpoints={"keep": 2}).fit(3)
-    assert {path.name for path in folder.iterdir()} == {"best.pt", "history.csv", "last.pt", "last.1.pt"}
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "history.csv", "last.pt", "last.1.pt", "start.pt"}
     return folder
 
 

@@ -58,7 +58,13 @@ def test_the_folder_of_a_run_stays_where_the_program_changes_its_own(tmp_path, m
     monkeypatch.chdir(tmp_path)
     runner = make("run", callbacks=[lambda runner: os.chdir(tmp_path / "elsewhere")])
     runner.fit(2)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.pt", "history.csv", "last.pt", "last.1.pt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "best.pt",
+        "history.csv",
+        "last.pt",
+        "last.1.pt",
+        "start.pt",
+    }
     assert not list((tmp_path / "elsewhere").iterdir())
     assert runner.out_dir == tmp_path / "run"
 
@@ -144,6 +150,7 @@ def test_save_refuses_the_files_of_a_run_that_is_under_way(tmp_path):
         "last.1.pt",
         "other.pt",
         "other.1.pt",
+        "start.pt",
     }
 
 

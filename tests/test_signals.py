@@ -165,7 +165,7 @@ def test_a_second_run_on_a_folder_is_refused_and_one_after_the_other_is_not(tmp_
         make(out, callbacks=[second]).fit(2)
     assert not out.joinpath(NAME).exists()
     assert len(make(out).fit(1)) == 1
-    assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt"}
+    assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt", "start.pt"}
 
 
 def hold(folder, pipe):

@@ -56,8 +56,14 @@ def test_a_file_holds_the_moment_of_its_epoch_whatever_training_does_meanwhile(t
     whole, files = make().fit(4), []
     runner = make(tmp_path, callbacks=[lambda runner: files.append(sorted(path.name for path in tmp_path.iterdir()))])
     runner.fit(3)
-    assert files[0] == ["run.lock"]
-    assert files[1] == ["best.pt", "history.csv", "last.pt", "run.lock"]  # a callback finds those of the epoch before
+    assert files[0] == ["run.lock", "start.pt"]
+    assert files[1] == [
+        "best.pt",
+        "history.csv",
+        "last.pt",
+        "run.lock",
+        "start.pt",
+    ]  # a callback finds those of the epoch before
     assert not [thread for thread in threading.enumerate() if thread.name == "fxstn-writer"]
     state = load_checkpoint(tmp_path / "last.pt")
     assert len(state["shared"]["history"]["rows"]) == 3

@@ -3,11 +3,11 @@
 A step: problem, network_problem, sequences, objectives, losses, counts, steps, noise, scaling, updates, combined, optim,
 evidence.
 The method: tuner, cadence, settings.
-A run around it: run, runner, training, run_settings, checks, callbacks, batches, loaders, sources, workers, validation,
-distributed.
+A run around it: run, runner, refit, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
+validation, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, temporary.
 What a run tells: history, plots, progress, faults.
-Its files: state, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
+Its files: state, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
 """
 
 from fxstn.bilevel import optim

@@ -25,7 +25,7 @@ from fxstn.bilevel.updates import Updates
 from fxstn.bilevel.writer import BackgroundWriter, write_run
 from fxstn.ir.input_errors import as_path
 
-RUN_FILE = re.compile(r"last(\.\d+)?\.pt|best\.pt|history\.csv")  # names of the files that a run writes
+RUN_FILE = re.compile(r"last(\.\d+)?\.pt|(best|start)\.pt|history\.csv")  # names of the files that a run writes
 
 
 class CheckpointManager:

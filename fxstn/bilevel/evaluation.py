@@ -89,12 +89,19 @@ class BestModel:
         """Keep the model of a problem where it is better; returns whether it is."""
         if self.record is not None and not valid_loss < self.record["valid_loss"]:
             return False
+        self.keep(epoch, valid_loss, problem)
+        return True
+
+    def keep(self, epoch: int, valid_loss: float, problem: BilevelProblem) -> None:
+        """Keep the model of a problem.
+
+        valid_loss: NaN where there are no validation data.
+        """
         model = {
             name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # extra state of a module
             for name, value in problem.export().state_dict().items()
         }
         self.record = {"epoch": epoch, "valid_loss": valid_loss, "model": model}
-        return True
 
     def state_dict(self) -> State:
         return {"record": self.record}

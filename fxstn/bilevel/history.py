@@ -126,10 +126,14 @@ class History:
         return [row.get(column, math.nan) for row in self.rows]
 
     def best(self) -> Row:
-        """The row with the lowest validation loss. Raises ValueError on an empty history."""
+        """The row with the lowest validation loss. Raises ValueError on an empty history, or on one without such losses."""
         if not self.rows:
             raise ValueError("the history is empty: no epoch is done yet; call fit first, or train on in your loop")
-        return min(self.rows, key=lambda row: row["valid_loss"])
+        if not (evaluated := [row for row in self.rows if "valid_loss" in row]):
+            raise ValueError(
+                "no epoch is the best one: the run has no validation data, as a refit; its last epoch counts"
+            )
+        return min(evaluated, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:
         """{name: value} of the hyperparameters in the best epoch. Raises ValueError on an empty history.

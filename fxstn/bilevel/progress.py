@@ -25,5 +25,5 @@ def postfix(history: History, columns: Iterable[str]) -> dict[str, str]:
     """Losses, columns and a few λ of the last row."""
     row = history.rows[-1]
     few = [(name.rpartition(".")[0] or name, row[name]) for name in history.names[:3]]
-    shown = [("train", row["train_loss"]), ("valid", row["valid_loss"]), *((name, row[name]) for name in columns), *few]
-    return {name: f"{value:.4g}" for name, value in shown}
+    losses = [(name, row[f"{name}_loss"]) for name in ("train", "valid") if f"{name}_loss" in row]
+    return {name: f"{value:.4g}" for name, value in (*losses, *((name, row[name]) for name in columns), *few)}

@@ -55,6 +55,16 @@ class EvaluatedStatistics:
             self._step = self.steps()
             yield
 
+    @contextmanager
+    def unaffected(self) -> Iterator[None]:
+        """Inside, parameters may change; they must be as before at the end, and the buffers then hold as before."""
+        hold = self.hold()
+        try:
+            yield
+        finally:
+            if hold:
+                self.note_parameters()
+
     def note_parameters(self) -> None:
         """Note that the parameters are as the last evaluation had them; to be called after it has restored them."""
         self._versions = self._parameter_versions()

@@ -41,7 +41,7 @@ def equal(one: object, other: object) -> bool:
     return bool(one == other) or (one != one and other != other)
 
 
-def _options(optimizer: Optimizer) -> list[State]:
+def options_of(optimizer: Optimizer) -> list[State]:
     """The options of each group: all but its parameters."""
     return [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
@@ -80,7 +80,7 @@ class OptimizerRecord:
         self.valid_losses: list[float] = []
         states = {kind: copy.deepcopy(scheduler.state_dict()) for kind, scheduler in schedulers.items()}
         shapes = [[tuple(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-        options = {"groups": _options(optimizer), "shapes": shapes}
+        options = {"groups": options_of(optimizer), "shapes": shapes}
         self.initial: State = plain_numbers({"type": type(optimizer).__name__, **options, "schedules": states})
 
     def parts(self) -> dict[str, Stateful]:
@@ -183,7 +183,7 @@ class OptimizerRecord:
 
     def _replayed(self, record: State) -> tuple[list[State], State]:
         """What the schedulers set in the groups, and their states, after the steps of a record with this run's settings."""
-        before = _options(self.optimizer), {k: copy.deepcopy(s.state_dict()) for k, s in self.schedulers.items()}
+        before = options_of(self.optimizer), {k: copy.deepcopy(s.state_dict()) for k, s in self.schedulers.items()}
         own = self.steps, self.factor, self.valid_losses
         try:
             self._set(copy.deepcopy(self.initial["groups"]), copy.deepcopy(self.initial["schedules"]))
@@ -191,7 +191,7 @@ class OptimizerRecord:
                 warnings.simplefilter("ignore")  # torch would remark that the optimizer does not step in between
                 self._run(record["steps"], record["valid_losses"])
             self.slow(record["factor"])
-            after = _options(self.optimizer)
+            after = options_of(self.optimizer)
             scheduled = [
                 {key: value for key, value in now.items() if key == "lr" or not equal(value, first[key])}
                 for now, first in zip(after, self.initial["groups"], strict=True)

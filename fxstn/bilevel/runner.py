@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -20,18 +22,20 @@ from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import postfix, progress_bar
-from fxstn.bilevel.run import Run
+from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch, without_state
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
+from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
+from fxstn.bilevel.updates import OptimizerLike
 from fxstn.bilevel.validation import validation_stream
 from fxstn.network import SelfTuningNetwork
 
 
 @with_settings_listed
-class BilevelRunner(Run):
+class BilevelRunner(Refittable):
     """Trains w₀, Θ, λ and σ together (paper, Alg. 1).
 
     BilevelRunner(problem, train_loader, valid_loader, …) is for a problem of your own (`fxstn.BilevelProblem`).
@@ -39,7 +43,8 @@ class BilevelRunner(Run):
     stn: from `fxstn.transform`.
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). A loss function with a parameter
         `hparams` gets {name: (batch,) constrained values} in training, and None in the hyper step and in evaluation.
-    train_loader, valid_loader: yield (inputs, target); a tuple of inputs is unpacked.
+    train_loader, valid_loader: yield (inputs, target); a tuple of inputs is unpacked. valid_loader=None, with `schedule`:
+        nothing is evaluated, and the model of the last epoch is kept.
     settings: keywords, listed at the end; "hyper.train_steps" is `train_steps` of the group `hyper`.
 
     Training runs in cycles. A cycle is hyper.train_steps inner steps of w₀, and then hyper.valid_steps hyper steps of λ and σ.
@@ -56,7 +61,7 @@ class BilevelRunner(Run):
 
     @overload
     def __init__(self, stn: SelfTuningNetwork, loss_fn: LossFunction, train_loader: Iterable[object],
-                 valid_loader: Iterable[object], **settings: Unpack[SettingsDict]) -> None: ...  # fmt: skip
+                 valid_loader: Iterable[object] | None, **settings: Unpack[SettingsDict]) -> None: ...  # fmt: skip
     @overload
     def __init__(self, problem: BilevelProblem, train_loader: Iterable[object], valid_loader: Iterable[object],
                  **settings: Unpack[SettingsDict]) -> None: ...  # fmt: skip
@@ -66,8 +71,11 @@ class BilevelRunner(Run):
         data = {"loss_fn": loss_fn, "train_loader": train_loader, "valid_loader": valid_loader}
         self.settings = {name: text_of(value) for name, value in data.items()} | options.texts()
         batches = check_loader(train_loader, "train_loader")
-        check_loader(valid_loader, "valid_loader")
-        self.stn, self.problem = stn, as_problem(stn, loss_fn, options)
+        if valid_loader is not None:
+            check_loader(valid_loader, "valid_loader")
+        elif options.schedule is None:
+            raise ValueError("valid_loader=None: λ is tuned on validation data; give some, or a schedule= to replay")
+        self.stn, self.problem, self._loss_fn = stn, as_problem(stn, loss_fn, options), loss_fn
         self.train_loader, self.valid_loader = train_loader, valid_loader
         device = options.execution.device
         self.device = next(stn.parameters()).device if device is None else check_device(device, "execution.device")
@@ -78,11 +86,13 @@ class BilevelRunner(Run):
         network = stn if isinstance(stn, SelfTuningNetwork) else None
         self._train = ResumableLoader(train_loader, "train_loader", options.hyper.recalibrate)
         seed, in_order = distributed.common_seed(), network is None or options.initial_state is not None
-        self._valid = validation_stream(valid_loader, seed, in_order)
+        self._valid = validation_stream([] if valid_loader is None else valid_loader, seed, in_order)
         self._tuner = Tuner(self.problem, network, options, self.device, self._train, self._valid, seed)
         self._tuner.stepper.replays = bool(options.execution.compile) and self.device.type == "cuda"
         self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._build_parts()
+        self._starts = None if network is None or valid_loader is None else StartWeights(network.model, self.out_dir)
+        self._length = 0  # epochs that `fit` is to end with
 
     def _place_problem(self) -> None:
         """Move the problem to the device, and begin alike in all processes."""
@@ -146,8 +156,8 @@ class BilevelRunner(Run):
         """
         check_length(epochs, minutes)
         with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
-            self._checkpoints.resume(begun=bool(len(self.history) or self._tuner.means.steps))
-            self._begin_fit()
+            self._checkpoints.resume(begun=self._begun)
+            self._begin_fit(epochs)
             with progress_bar(epochs, len(self.history), self.progress) as bar:
                 while len(self.history) < epochs and not self._over(minutes):
                     try:
@@ -159,9 +169,15 @@ class BilevelRunner(Run):
                     bar.update()
         return self.history
 
-    def _begin_fit(self) -> None:
-        self._stopped = False
+    @property
+    def _begun(self) -> bool:
+        return bool(len(self.history) or self._tuner.means.steps)
+
+    def _begin_fit(self, epochs: int) -> None:
+        self._stopped, self._length = False, epochs
         self._checkpoints.begin()
+        if self._starts is not None:
+            self._starts.begin(anew=not self._begun)
         for callback in self.callbacks:
             if on_fit_start := getattr(callback, "on_fit_start", None):
                 on_fit_start(self)
@@ -176,8 +192,13 @@ class BilevelRunner(Run):
 
     def _end_epoch(self, losses: dict[str, float]) -> None:
         self._epoch_tensors.average()
-        with self._tuner.evaluated_epoch(self.valid_loader, losses) as row:
-            better = self._best.offer(int(row["epoch"]), row["valid_loss"], self.problem)
+        if self.valid_loader is None:
+            if better := end_unevaluated_epoch(self._tuner, losses) >= self._length:
+                with self._tuner.evaluator.evaluating():
+                    self._best.keep(len(self.history), math.nan, self.problem)
+        else:
+            with self._tuner.evaluated_epoch(self.valid_loader, losses) as row:
+                better = self._best.offer(int(row["epoch"]), row["valid_loss"], self.problem)
         self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
             callback(self)
@@ -229,6 +250,8 @@ class BilevelRunner(Run):
             check_loader(loader, "loader")
         with self._tuner.evaluator.evaluating():
             if loader is None:
+                if self.valid_loader is None:
+                    raise ValueError("the run has no validation data; give evaluate a loader")
                 return self._tuner.evaluator.means(self.valid_loader, "valid_loader")[0]
             return self._tuner.evaluator.means(loader, "loader")[0]
 
@@ -239,6 +262,15 @@ class BilevelRunner(Run):
         model = self.problem.export()
         model.load_state_dict(self.best["model"])
         return model
+
+    def _fresh_optimizer(self) -> OptimizerLike:
+        optimizer = self._options.optimizer
+        if optimizer is None or callable(optimizer):
+            return optimizer
+        return without_state(self.optimizers["optimizer"], self.updates.records["optimizer"].initial["groups"])
+
+    def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> nullcontext[BilevelRunner]:
+        return nullcontext(BilevelRunner(self.stn, self._loss_fn, train_loader, None, **settings))
 
     def save(self, path: str | Path) -> None:
         """Write the whole run: networks, λ, σ, optimizers, schedulers, random generators, places in the loaders, history, best.

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.state import State
+from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import wide, widen
 
 
@@ -32,6 +33,38 @@ def swapped_tensors(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iter
 def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def training_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of what training changes: parameters that are trained, and buffers."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return trained | dict(module.named_buffers())
+
+
+@contextmanager
+def trained_apart(stn: SelfTuningNetwork) -> Iterator[None]:
+    """Inside, a network may be trained at other values of λ; afterwards all is as before: weights, gradients, λ, modes, random
+    generators.
+
+    Weights wait in main memory. A network of method "stn" is one of method "centered" inside: its weights do not move with λ.
+    """
+    tensors = [*training_tensors(stn.model).values(), stn.hparams.unconstrained]
+    before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    gradients = [(parameter, parameter.grad) for parameter in stn.parameters()]
+    modes = [(module, module.training) for module in stn.modules()]
+    method, random = stn.method, GlobalRandomState.current()
+    try:
+        stn.method = "centered" if method == "stn" else method
+        stn.zero_grad()
+        yield
+    finally:
+        stn.method = method
+        _fill(tensors, before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+        random.set()
 
 
 @contextmanager

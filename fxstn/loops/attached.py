@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
-from fxstn.bilevel.run import Run
+from fxstn.bilevel.records import options_of
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
+from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
@@ -23,13 +24,15 @@ from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 from fxstn.loops.checks import check_place, check_state, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.observed import can_be_observed, length_of, observe, restore, unobserved
+from fxstn.loops.rates import SeenRates
+from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
 from fxstn.loops.step_hooks import gradient_factor, hook_steps
 
-FORMAT = 2
+FORMAT = 3
 
 
-class AttachedTuner(Run):
+class AttachedTuner(RefittableLoop):
     """Tunes λ in a loop of the user's own; `fxstn.tune` makes it.
 
     model: the user's, whose forward draws at λ.
@@ -62,7 +65,8 @@ class AttachedTuner(Run):
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
-        self._seen = SeenBatches()
+        self._seen, self._rates = SeenBatches(), SeenRates(optimizers)
+        self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
@@ -116,6 +120,7 @@ class AttachedTuner(Run):
         It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
         """
         tuner, rows = self._tuner, len(self.history)
+        self._rates.note(first=False)
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
@@ -170,6 +175,8 @@ class AttachedTuner(Run):
         tuner = self._tuner
         self._follow_autocast()
         self._recent.batches.extend(batches)
+        if not tuner.means.steps:
+            self._rates.note(first=True)
         with self._in_the_models_mode():
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
             tuner.after_step(prepared, {})
@@ -252,6 +259,8 @@ class AttachedTuner(Run):
             "history": tuner.history,
             "monitors": tuner.monitors,
             "limit": tuner.limit,
+            "rates": self._rates,
+            "starts": self._starts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

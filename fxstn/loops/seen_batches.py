@@ -36,13 +36,14 @@ class SeenBatches:
     """The batches of the step of w₀ under way, as a loader yields them.
 
     passing: whether a pass over the loader is under way.
+    most: batches of the largest step.
     late: steps of this epoch outside of a pass, as in a loop that takes batches ahead.
     """
 
     def __init__(self) -> None:
         self.passing, self.late = False, 0
         self._now, self._last = list[object](), list[object]()  # of the step under way, of the last one
-        self._most = 0  # batches of one step
+        self.most = 0  # batches of one step
 
     def begin_pass(self) -> None:
         self.passing = True
@@ -52,7 +53,7 @@ class SeenBatches:
         """A batch that the step may train on, in a pass; no more are kept than the largest step had."""
         self.passing = True
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out of its own
-        self._now = [*self._now, batch][-(self._most or FIRST) :]
+        self._now = [*self._now, batch][-(self.most or FIRST) :]
 
     def take(self) -> list[object]:
         """The batches of a step that is done; [] where none was seen.
@@ -60,7 +61,7 @@ class SeenBatches:
         Where the loop has taken its last batches ahead, and its pass is over, they are those of the step before.
         """
         self.late += not self.passing
-        ahead = self.late < self._most
+        ahead = self.late < self.most
         batches = self._now or (self._last if ahead else [])
-        self._now, self._last, self._most = [], batches, max(self._most, len(batches))
+        self._now, self._last, self.most = [], batches, max(self.most, len(batches))
         return batches

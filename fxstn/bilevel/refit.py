@@ -1,0 +1,271 @@
+"""A refit: a network is trained anew at the values that a run has come to, on all data, at the cost of plain training."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Unpack
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from fxstn.bilevel import distributed
+from fxstn.bilevel.checkpoint_manager import RUN_FILE
+from fxstn.bilevel.combined import CombinedOptimizer
+from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.files import absolute, json_text, write_text
+from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.lock import FolderLock
+from fxstn.bilevel.records import Scheduler, options_of
+from fxstn.bilevel.run import Run
+from fxstn.bilevel.run_settings import Settings, SettingsDict
+from fxstn.bilevel.settings import HyperSettings
+from fxstn.bilevel.sources import length_of
+from fxstn.bilevel.starts import StartWeights
+from fxstn.bilevel.state import State
+from fxstn.bilevel.temporary import trained_apart
+from fxstn.bilevel.tuner import Tuner
+from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories
+
+RECIPE_FILE = "refit.json"
+
+
+def schedule_and_length(history: History, schedule: Schedule | None, epochs: int | None) -> tuple[Schedule, int]:
+    """What a refit trains by: the values over its epochs, and the number of these.
+
+    schedule, epochs: what the user wants; None: what the history says.
+
+    Raises ValueError before the first epoch is done.
+    """
+    best = history.best()
+    schedule = history.schedule(best=True).final() if schedule is None else schedule
+    epochs = int(best["epoch"]) if epochs is None else epochs
+    return (schedule.for_epochs(epochs) if schedule.epochs and epochs else schedule), epochs
+
+
+# Optimizers and schedulers, as they were when the run began
+
+
+def without_state(optimizer: Optimizer, groups: Sequence[State]) -> Optimizer:
+    """An optimizer of the same class over the same parameters that has not stepped yet, and knows no hook.
+
+    groups: the options of each group, such as `options_of` returns before the first step.
+    """
+    if isinstance(optimizer, CombinedOptimizer):
+        counts, parts = [len(part.param_groups) for part in optimizer.parts], []
+        for part, count in zip(optimizer.parts, counts, strict=True):
+            parts.append(without_state(part, groups[:count]))
+            groups = groups[count:]
+        return CombinedOptimizer(parts)
+    result: Optimizer = object.__new__(type(optimizer))
+    inner = {name: part for name, part in vars(optimizer).items() if isinstance(part, Optimizer)}
+    own = {name: value for name, value in vars(optimizer).items() if name != "step" and "_hooks" not in name}
+    vars(result).update(own | {name: without_state(part, options_of(part)) for name, part in inner.items()})
+    anew = [
+        {**options, "params": list(group["params"])}
+        for options, group in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    result.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": anew})
+    return result
+
+
+class Stretched:
+    """A scheduler that takes its steps within another number of steps of its optimizer.
+
+    ratio: its steps to those of the optimizer.
+    """
+
+    def __init__(self, scheduler: Scheduler, ratio: float) -> None:
+        self.ratio, self.calls, self.done = ratio, 0, 0
+        self._schedulers = [scheduler]  # where `OptimizerRecord` looks for parts
+
+    def step(self) -> None:
+        self.calls += 1
+        while self.done < math.floor(self.calls * self.ratio + 1e-6):
+            self.done += 1
+            self._schedulers[0].step()
+
+    def state_dict(self) -> State:
+        return {"calls": self.calls, "done": self.done, "_schedulers": [self._schedulers[0].state_dict()]}
+
+    def load_state_dict(self, state: State) -> None:
+        self.calls, self.done = state["calls"], state["done"]
+        self._schedulers[0].load_state_dict(state["_schedulers"][0])
+
+
+class OnLosses:
+    """A ReduceLROnPlateau that steps on validation losses which are known already, the last of them again and again."""
+
+    def __init__(self, scheduler: ReduceLROnPlateau, losses: Sequence[float]) -> None:
+        self.losses, self.epoch = list(losses), 0
+        self._schedulers = [scheduler]
+
+    def step(self) -> None:
+        self._schedulers[0].step(self.losses[min(self.epoch, len(self.losses) - 1)])
+        self.epoch += 1
+
+    def state_dict(self) -> State:
+        return {"epoch": self.epoch, "_schedulers": [self._schedulers[0].state_dict()]}
+
+    def load_state_dict(self, state: State) -> None:
+        self.epoch = state["epoch"]
+        self._schedulers[0].load_state_dict(state["_schedulers"][0])
+
+
+def _of_weights(factories: SchedulerFactories, change: Callable[[Any], Scheduler]) -> SchedulerFactories:
+    """The scheduler of w₀ alone, changed."""
+    if factories is None or "optimizer" not in factories:
+        return None
+    factory = factories["optimizer"]
+    return {"optimizer": lambda optimizer: change(factory(optimizer))}
+
+
+# The run that refits
+
+
+def refit_settings(settings: Settings, history: History, steps: int, loader: object) -> dict[str, Any]:
+    """The settings of a run which act on w₀, but its optimizer, as keywords for a `BilevelRunner`.
+
+    steps: inner steps of the run in all its epochs.
+    loader: of the refit. Schedulers that step with their optimizer are stretched over as many steps as its epochs have.
+    """
+    batches = length_of(loader)
+    per_epoch = math.ceil(batches / settings.accumulate) if batches else 0
+    ratio = steps / len(history) / per_epoch if per_epoch else 1.0
+    losses = history["valid_loss"]
+
+    def on_losses(scheduler: Any) -> Scheduler:
+        return OnLosses(scheduler, losses) if isinstance(scheduler, ReduceLROnPlateau) else scheduler
+
+    names = ("execution", "clip_norm", "accumulate", "initial_state", "unpack", "ema", "progress")
+    return {name: getattr(settings, name) for name in names} | {
+        "schedulers": _of_weights(settings.schedulers, on_losses),
+        "step_schedulers": _of_weights(settings.step_schedulers, lambda scheduler: Stretched(scheduler, ratio)),
+        "hyper": HyperSettings(recalibrate=settings.hyper.recalibrate),
+    }
+
+
+def refit_folder(run: Path | None, own: str | Path | None, schedule: Schedule, epochs: int) -> Path | None:
+    """Where a refit has its files: out_dir/refit of its run, or a folder of its own; None: nowhere. It is prepared.
+
+    run: out_dir of the run.
+    own: what the user wants.
+    """
+    folder = run / "refit" if own is None and run is not None else absolute(own, "out_dir")
+    if folder is not None:
+        distributed.in_first_process(partial(_prepare_folder, folder, schedule, epochs))
+    return folder
+
+
+def _prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
+    """Note in a folder what is refitted there. Where it was something else, its files are removed, with a warning.
+
+    A folder that cannot be written is left to the run, which warns of it.
+    """
+    text, path = json_text({"epochs": epochs, "values": schedule.values}, indent=1) + "\n", folder / RECIPE_FILE
+    lock = FolderLock(folder)
+    try:
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        if before == text:
+            return
+        lock.acquire()
+        files = [file for file in folder.iterdir() if RUN_FILE.fullmatch(file.name)] if folder.is_dir() else []
+        for file in files:
+            file.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError:
+        return
+    finally:
+        lock.release()
+    if files and before is not None:
+        warn_caller(f"{folder} had a refit with other values, or of another length: the refit begins anew there")
+
+
+def end_unevaluated_epoch(tuner: Tuner, losses: dict[str, float]) -> int:
+    """As `Tuner.evaluated_epoch`, where there are no validation data. Returns the number of the epoch."""
+    seconds = distributed.mean({"seconds": tuner.means.seconds()}, tuner.device)
+    tuner.history.rows.append({"epoch": tuner.epoch, **losses, **tuner.problem.values(), **seconds})
+    tuner.updates.end_epoch(math.nan)
+    tuner.means.begin()
+    return len(tuner.history)
+
+
+class RefitRun(Protocol):
+    """The run that a refit is: a `BilevelRunner`."""
+
+    def fit(self, epochs: int) -> History: ...
+
+    def best_model(self) -> nn.Module: ...
+
+
+class Refittable(Run):
+    """Base of the runs whose network can be trained anew at the values that they have come to.
+
+    out_dir: of the run.
+    refit_history: of the last refit, a row for each epoch.
+    """
+
+    out_dir: Path | None = None
+    refit_history: History | None = None
+    _tuner: Tuner
+    _starts: StartWeights | None = None  # None: of a problem of the user's own
+
+    def refit(
+        self,
+        train_loader: Iterable[object],
+        *,
+        epochs: int | None = None,
+        fresh: nn.Module | Callable[[], nn.Module] | None = None,
+        out_dir: str | Path | None = None,
+        **settings: Unpack[SettingsDict],
+    ) -> nn.Module:
+        """Train the network anew, without tuning, at the values that the run has come to: on all data, validation data too.
+
+        An epoch costs as much as one of plain training; nothing is evaluated. Optimizer, schedulers, clipping and the like are
+        those of the run as it began. The run stays as it is; meanwhile its weights wait in main memory.
+
+        train_loader: of all data.
+        epochs: ≥ 1. None: those of the best epoch.
+        fresh: a model of the same class with the weights to start from, or a function that makes one. None: the weights that
+            the network had when the run was made. They wait in start.pt of its out_dir, or else in main memory.
+        out_dir: where the refit has its files, from which it resumes. None: out_dir/refit of the run, if that has one.
+        settings: keywords of `BilevelRunner`, in place of those of the run; schedule= has other values than those of the best
+            epoch, and is stretched over the whole length.
+
+        Returns a plain model of the original class. `refit_history` has a row per epoch. Several processes: all must call it.
+        Raises ValueError before the first epoch is done, and the errors of `fit`; TypeError for a problem of your own.
+        """
+        if self._starts is None:
+            raise TypeError(
+                "refit is for a network from fxstn.transform whose λ was tuned; train a problem of your own anew"
+            )
+        tuner = self._tuner
+        schedule, epochs = schedule_and_length(self.history, settings.pop("schedule", None), epochs)
+        folder = refit_folder(self.out_dir, out_dir, schedule, epochs)
+        keywords = refit_settings(tuner.settings, self.history, self.steps, train_loader)
+        keywords |= {"optimizer": self._fresh_optimizer(), "schedule": schedule, **self._own_settings(train_loader)}
+        keywords |= {"checkpoints": replace(tuner.settings.checkpoints, out_dir=folder), **settings}
+        with tuner.evaluator.statistics.unaffected(), trained_apart(self.stn):
+            self._starts.put(fresh)
+            with self._refit_run(train_loader, keywords) as run:
+                self.refit_history = run.fit(epochs)
+                return run.best_model()
+
+    def _fresh_optimizer(self) -> OptimizerLike:
+        """Of w₀, as before its first step."""
+        raise NotImplementedError
+
+    def _own_settings(self, train_loader: Iterable[object]) -> dict[str, Any]:
+        """Further settings of w₀, where they are not all among those of the run."""
+        return {}
+
+    def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> AbstractContextManager[RefitRun]:
+        """A context with the run that trains the network by a schedule, without validation data."""
+        raise NotImplementedError

@@ -1,0 +1,325 @@
+"""A refit: the network that plain training at the values of the run gives, from its start, and a run that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import SmallConv, mlp
+from runs import dataset, make, same
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+import fxstn
+from fxstn import Schedule, hp
+from fxstn.bilevel.state import random_state
+
+EVERYTHING = dataset(70, 0)
+DECAY = [hp.WeightDecay(shared=True, init=0.02)]
+KEPT = Schedule({"weight_decay": [0.05]})
+
+
+def loader(size: int = 8, seed: int = 5) -> DataLoader:
+    return DataLoader(EVERYTHING, size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def plainly(model: nn.Module, optimizer: Optimizer, epochs: int, scheduler: Any = None) -> dict[str, Tensor]:
+    """What a loop of anybody's gives."""
+    batches = loader()
+    model.train()
+    for _ in range(epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    return model.state_dict()
+
+
+def close(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def started() -> nn.Module:
+    """The network with which `make` begins, without the dropouts that draw."""
+    torch.manual_seed(0)
+    return mlp(0.0)
+
+
+# The network that comes out
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "stn"])
+def test_a_refit_is_plain_training_from_the_start_at_the_values_of_the_run(method: str) -> None:
+    torch.manual_seed(0)
+    stn = fxstn.transform(mlp(0.0), DECAY, method=method)
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, loader(), loader(seed=6), progress=False)
+    runner.fit(2)
+    model, other = runner.refit(loader(), epochs=3), started()
+    decay = runner.history.best_values()["weight_decay"]
+    groups = [
+        {"params": [p for p in other.parameters() if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in other.parameters() if p.dim() < 2]},
+    ]
+    assert type(model) is nn.Sequential
+    assert close(model.state_dict(), plainly(other, torch.optim.SGD(groups, lr=1e-2, momentum=0.9), 3))
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_a_refit_of_any_frontend_is_a_replay_from_the_start(trace: str) -> None:
+    def network() -> Any:
+        torch.manual_seed(0)
+        return fxstn.transform(SmallConv(), None, trace=trace, example_inputs=torch.randn(2, 3, 9, 9))
+
+    images = [(torch.randn(6, 3, 9, 9), torch.arange(6) % 3) for _ in range(2)]
+    runner = fxstn.BilevelRunner(network(), F.cross_entropy, images, images, progress=False)
+    runner.fit(1)
+    schedule, other = runner.history.schedule().final(), network()
+    torch.manual_seed(1)
+    model = runner.refit(images, epochs=2)
+    torch.manual_seed(1)
+    replay = fxstn.BilevelRunner(other, F.cross_entropy, images, None, schedule=schedule, progress=False)
+    replay.fit(2)
+    assert same(dict(model.state_dict()), dict(replay.best_model().state_dict()))
+    assert "valid_loss" not in replay.history.columns()
+
+
+class Counted(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_refit_multiplies_as_often_as_plain_training_and_reads_no_validation_data() -> None:
+    runner = make(hparams=[hp.Dropout("2", init=0.3)], hyper={"recalibrate": 0})
+    runner.fit(1)
+    runner.valid_loader = None
+    with Counted() as refitting:
+        runner.refit(loader(), epochs=2)
+    model = started()
+    with Counted() as plain:
+        plainly(model, torch.optim.SGD(model.parameters(), lr=1e-2), 2)
+    assert 0 < refitting.products <= plain.products
+
+
+def test_a_fresh_model_gives_the_weights_to_start_from() -> None:
+    runner = make(hparams=[hp.WeightDecay(shared=True)], hyper={"warmup_epochs": 9})
+    runner.fit(1)
+    torch.manual_seed(7)
+    fresh = mlp()
+    for choice in (fresh, lambda: copy.deepcopy(fresh)):
+        model = runner.refit(loader(), epochs=1, fresh=choice, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        assert close(model.state_dict(), fresh.state_dict())
+
+
+def test_the_length_of_a_refit_is_that_of_the_best_epoch_and_another_schedule_is_stretched() -> None:
+    runner = make()
+    runner.fit(3)
+    runner.refit(loader())
+    assert len(runner.refit_history) == runner.history.best()["epoch"]
+    rising = Schedule({"2.dropout": [0.1, 0.3], "5.dropout": [0.3, 0.1], "weight_decay": [1e-3, 1e-3]})
+    runner.refit(loader(), epochs=4, schedule=rising)
+    assert runner.refit_history["2.dropout"] == pytest.approx([0.15, 0.2, 0.25, 0.3])
+
+
+# Optimizers and schedulers, as they were at first
+
+
+def onecycle(optimizer: Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=10, cycle_momentum=False
+    )  # two epochs of 5 steps
+
+
+@pytest.mark.parametrize("kind", ["factory", "instance", "list"])
+def test_optimizers_and_their_schedules_begin_anew(kind: str) -> None:
+    torch.manual_seed(0)
+    stn = fxstn.transform(mlp(0.0), DECAY)
+    parameters = list(stn.model.parameters())
+    choices: dict[str, Any] = {
+        "factory": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9),
+        "instance": torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
+        "list": [torch.optim.SGD(part, lr=1.0, momentum=0.9) for part in (parameters[:2], parameters[2:])],
+    }
+    batches = DataLoader(dataset(40, 0), 8)
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, optimizer=choices[kind], progress=False,
+                                 step_schedulers={"optimizer": onecycle})  # fmt: skip
+    runner.fit(2)
+    constant = Schedule({"weight_decay": [1e-7]})
+    model, other = runner.refit(loader(), epochs=2, schedule=constant), started()  # two epochs of 9 steps
+    optimizer = torch.optim.SGD(other.parameters(), lr=1.0, momentum=0.9)
+    scheduler, steps = onecycle(optimizer), iter(range(1, 99))
+
+    class EverySoOften:
+        def step(self) -> None:
+            number = next(steps)
+            if number * 5 // 9 > (number - 1) * 5 // 9:
+                scheduler.step()
+
+    assert close(model.state_dict(), plainly(other, optimizer, 2, EverySoOften()))
+
+
+def test_a_plateau_scheduler_hears_the_losses_of_the_run() -> None:
+    plateau = {
+        "optimizer": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    }
+    runner = make(schedulers=plateau, ema=0.5, accumulate=2, clip_norm=1.0)
+    runner.fit(3)
+    for row, loss in zip(runner.history, (1.0, 2.0, 0.5), strict=True):
+        row["valid_loss"] = loss
+    rates: list[float] = []
+    runner.refit(loader(), epochs=3, callbacks=[lambda run: rates.append(rate_of(run))])
+    assert rates == [1e-2, 5e-3, 5e-3]
+
+
+def rate_of(run: Any) -> float:
+    return float(run.optimizers["optimizer"].param_groups[0]["lr"])
+
+
+# The run stays as it is, and a refit goes on
+
+
+def test_a_run_goes_on_as_if_there_had_been_no_refit() -> None:
+    runner = make()
+    runner.fit(2)
+    before, random = copy.deepcopy(dict(runner.stn.state_dict())), random_state()
+    runner.refit(loader())
+    assert same(before, dict(runner.stn.state_dict()))
+    assert same(random, random_state())
+    assert runner._tuner.evaluator.statistics.hold()
+    runner.fit(3)
+    other = make()
+    other.fit(3)
+    assert same(dict(runner.stn.state_dict()), dict(other.stn.state_dict()))
+
+
+def interrupt(run: Any) -> None:
+    if len(run.history) == 2:
+        raise KeyboardInterrupt
+
+
+def test_a_refit_that_was_interrupted_goes_on_to_the_same_end_with_the_first_start(tmp_path: Any) -> None:
+    runner = make(tmp_path / "run")
+    runner.fit(2)
+    whole = runner.refit(loader(), epochs=4, out_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        runner.refit(loader(), epochs=4, callbacks=[interrupt])
+    again = make(tmp_path / "run")
+    with torch.no_grad():
+        again.stn.model[0].weight.zero_()  # another start than that of the run, which is in a file
+    again._starts = type(again._starts)(again.stn.model, again.out_dir)
+    again.fit(2)
+    for _ in range(2):  # the second finds it finished
+        model = again.refit(loader(), epochs=4)
+        assert same(dict(whole.state_dict()), dict(model.state_dict()))
+    assert [row["epoch"] for row in again.refit_history] == [1, 2, 3, 4]
+    saved = torch.load(tmp_path / "run" / "refit" / "best.pt", weights_only=True)
+    assert same(saved["model"], dict(whole.state_dict()))
+
+
+def test_a_refit_of_another_length_begins_anew_in_its_folder(tmp_path: Any) -> None:
+    runner = make(tmp_path)
+    runner.fit(1)
+    runner.refit(loader(), epochs=2)
+    with pytest.warns(UserWarning, match=r"refit had a refit with other values, or of another length"):
+        model = runner.refit(loader(), epochs=1)
+    assert same(dict(model.state_dict()), dict(runner.refit(loader(), epochs=1, out_dir=tmp_path / "x").state_dict()))
+
+
+def test_what_cannot_be_refitted_is_said() -> None:
+    runner = make()
+    with pytest.raises(ValueError, match="the history is empty"):
+        runner.refit(loader())
+    runner.fit(1)
+    with pytest.raises(ValueError, match="valid_loader=None: λ is tuned on validation data"):
+        fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader(), None)
+    frozen = mlp()
+    frozen[0].weight.requires_grad_(False)
+    stn = fxstn.transform(frozen, [hp.Dropout("2")])
+    thawed = fxstn.BilevelRunner(stn, F.cross_entropy, loader(), loader(), progress=False)
+    thawed.fit(1)
+    stn.model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.weight' is trained by now .* fresh="):
+        thawed.refit(loader())
+
+
+# In somebody else's loop
+
+
+def tuned(kind: str, rate: Any = None) -> Any:
+    model = started()
+    parameters, options = model.parameters(), {"weight_decay": 0.02}
+    optimizer = (
+        torch.optim.AdamW(parameters, lr=1e-2, **options)
+        if kind == "decoupled"
+        else torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, **options)
+    )
+    batches = DataLoader(dataset(40, 0), 8)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, batches, loader(seed=6), DECAY)
+    scheduler = rate and rate(optimizer)
+    for _ in range(2):
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if scheduler:
+            scheduler.step()
+    return model, optimizer, tuner
+
+
+@pytest.mark.parametrize("kind", ["coupled", "decoupled"])
+def test_a_tuner_refits_with_the_loops_optimizer_and_leaves_the_loop_alone(kind: str) -> None:
+    model, optimizer, tuner = tuned(kind)
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict(), tuner.values()))
+    for _ in range(2):
+        result = tuner.refit(loader(), epochs=2, schedule=KEPT)
+        other = started()
+        matrices = [p for p in other.parameters() if p.dim() > 1]
+        groups = [{"params": matrices, "weight_decay": 0.05},
+                  {"params": [p for p in other.parameters() if p.dim() < 2], "weight_decay": 0.02}]  # fmt: skip
+        plain = (
+            torch.optim.AdamW(groups, lr=1e-2)
+            if kind == "decoupled"
+            else torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+        )
+        assert close(result.state_dict(), plainly(other, plain, 2))
+        assert same(before, (dict(model.state_dict()), optimizer.state_dict(), tuner.values()))
+        assert len(tuner.history) == 2
+        tuner.detach()  # a second refit, after the end of the loop
+
+
+def test_a_tuner_refits_at_the_rates_that_the_loop_had() -> None:
+    _, _, tuner = tuned("coupled", lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1))
+    rates: list[float] = []
+    tuner.refit(loader(), epochs=3, callbacks=[lambda run: rates.append(rate_of(run))])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3])  # after each epoch: that of the next one
+    assert tuner._rates.epochs == [[[1e-2], [1e-2]], [[1e-3], [1e-3]]]
+
+
+def test_a_tuner_that_goes_on_from_a_state_refits_from_the_same_start_or_asks_for_one() -> None:
+    _, _, tuner = tuned("coupled")
+    state = copy.deepcopy(tuner.state_dict())
+    whole = tuner.refit(loader())
+    _, _, same_start = tuned("coupled")
+    same_start.load_state_dict(state)
+    assert same(dict(whole.state_dict()), dict(same_start.refit(loader()).state_dict()))
+    torch.manual_seed(9)
+    other = mlp(0.0)
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.02)
+    elsewhere = fxstn.tune(other, optimizer, F.cross_entropy, loader(), loader(), DECAY)
+    elsewhere.load_state_dict(state)
+    with pytest.raises(ValueError, match="give refit fresh="):
+        elsewhere.refit(loader())
+    assert same(dict(whole.state_dict()), dict(elsewhere.refit(loader(), fresh=started).state_dict()))
