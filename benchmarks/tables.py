@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from tabulate import tabulate
 
 from benchmarks import batchnorm, controls, gpt, hypergradient, kernels, ptb, replay, tuned, tuning, whole_runs
 from benchmarks.overhead import NETWORKS
+from benchmarks.worth import report as worth
+from benchmarks.worth.cells import READINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language", "runs")
+DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language", "runs", "worth")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
@@ -158,10 +161,21 @@ def launches() -> str:
     return kernels.table(kernels.read())
 
 
+def of_worth() -> dict[str, Callable[[], str]]:
+    """Tables of what practitioners do instead, of both readings."""
+    kinds = {"": worth.summary, "_recipe": worth.against_recipe, "_starts": worth.starts}
+    result: dict[str, Callable[[], str]] = {}
+    for reading in READINGS:
+        for suffix, kind in kinds.items():
+            result[f"worth_{reading}{suffix}"] = lambda kind=kind, reading=reading: kind(worth.everything(), reading)
+    return result | {"worth_tasks": lambda: worth.tasks(worth.everything())}
+
+
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "whole": whole,
+    **of_worth(),
 }  # fmt: skip
 
 

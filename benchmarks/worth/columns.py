@@ -21,7 +21,7 @@ class Column:
     """run(trial) → {name of a cell: the cell}.
 
     makes: the names of its cells. starts: those that it is run from. images: only for tasks of images.
-    budget: whether it is told the time of our run. long: whether it trains for that time, in the reading of equal time.
+    long: whether it trains for the time of our run, in the reading of equal time.
     readings: in which it is run.
     """
 
@@ -30,7 +30,6 @@ class Column:
     makes: tuple[str, ...]
     starts: tuple[str, ...] = ("recipe",)
     images: bool = False
-    budget: bool = False
     long: bool = False
     readings: tuple[str, ...] = cells.READINGS
 
@@ -42,17 +41,17 @@ COLUMNS: dict[str, Column] = {
     "recipe-all": Column("the recipe on all data, a task's epochs", recipe_on_all, ("recipe-all",), readings=ONCE),
     "ours": Column("one tuned run", tuned, ("ours",), STARTS),
     "plain-long": Column(
-        "plain, for as long", partial(plain, name="plain-long"), ("plain-long",), budget=True, long=True, readings=ONCE
+        "plain, for as long", partial(plain, name="plain-long"), ("plain-long",), long=True, readings=ONCE
     ),
     "recipe-long": Column(
-        "the recipe, for as long", partial(recipe, name="recipe-long"), ("recipe-long",), budget=True, long=True,
+        "the recipe, for as long", partial(recipe, name="recipe-long"), ("recipe-long",), long=True,
         readings=ONCE,
     ),
-    "trivial": Column("TrivialAugment beside the recipe", trivial_augment, ("trivial",), images=True, budget=True, long=True),
-    "cpr": Column("AdamCPR, the recipe's dropout", adam_cpr, ("cpr",), budget=True, long=True),
+    "trivial": Column("TrivialAugment beside the recipe", trivial_augment, ("trivial",), images=True, long=True),
+    "cpr": Column("AdamCPR, the recipe's dropout", adam_cpr, ("cpr",), long=True),
     "implicit": Column("implicit differentiation in one pass", implicit, ("implicit",)),
-    "asha": Column("ASHA at the same and at four times the time", asha, ("asha", "asha-4"), budget=True),
-    "pbt": Column("PBT, likewise", pbt, ("pbt", "pbt-4"), budget=True),
+    "asha": Column("ASHA at the same and at four times the time", asha, ("asha", "asha-4")),
+    "pbt": Column("PBT, likewise", pbt, ("pbt", "pbt-4")),
     "random": Column("random search, 30 runs", random_search, ("random-30",), readings=ONCE),
 }  # fmt: skip
 
@@ -66,11 +65,12 @@ def limits_of(task: str, reading: str, column: Column, known: Mapping[str, Cell]
     Raises LookupError where the cells that say so are not there.
     """
     epochs, budget = TASKS[task].epochs, 0.0
-    if column.budget:
+    search = column.makes in (("asha", "asha-4"), ("pbt", "pbt-4"))
+    if search or (column.long and reading == "time"):
         budget = known[key_of(reading, "ours", "recipe", seed)]["seconds"]
     if reading == "time":
         return (Limits(100 * epochs, budget) if column.long else Limits(epochs)), budget
-    if column.makes in (("asha", "asha-4"), ("pbt", "pbt-4")):
+    if search:
         return Limits(known[key_of(reading, "recipe", "recipe", seed)]["epochs"]), budget
     return Limits(LONGEST * epochs, patience=max(5, epochs // 2)), budget
 
@@ -86,5 +86,6 @@ def run(task: str, reading: str, name: str, start: str, seed: int) -> None:
     """Run a column and write its cells. Raises LookupError where our own run, whose time it takes, is not there."""
     column, known = COLUMNS[name], cells.read(task)
     limits, budget = limits_of(task, reading, column, known, seed)
+    told = {"budget": budget} if budget else {}
     made = column.run(Trial(TASKS[task], seed, start, limits, budget))
-    cells.add(task, {key_of(reading, cell, start, seed): value for cell, value in made.items()})
+    cells.add(task, {key_of(reading, cell, start, seed): value | told for cell, value in made.items()})

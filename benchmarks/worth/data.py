@@ -46,40 +46,40 @@ def _idx(path: Path) -> Tensor:
 
 @cache
 def grey(name: str, training: bool) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) in [0, 1] and classes of mnist or fashion-mnist."""
+    """Images (n, 1, 28, 28), uint8, and classes of mnist or fashion-mnist."""
     part = "train" if training else "t10k"
     names = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
     places = [root() / name / f"{file}.gz" for file in names]
     if not places[0].exists():
         places = [root() / RAW[name] / file for file in names]
     images, labels = map(_idx, places)
-    return images.unsqueeze(1) / 255, labels.long()
+    return images.unsqueeze(1), labels.long()
 
 
 @cache
 def colour(training: bool) -> tuple[Tensor, Tensor]:
-    """Images (10,000, 3, 32, 32) in [0, 1] and classes of CIFAR-10: the first batch of training, or the test set."""
+    """Images (10,000, 3, 32, 32), uint8, and classes of CIFAR-10: the first batch of training, or the test set."""
     name = "data_batch_1" if training else "test_batch"
     if (binary := root() / "cifar-10-batches-bin" / f"{name}.bin").exists():
         rows = torch.from_file(str(binary), size=binary.stat().st_size, dtype=torch.uint8).view(-1, 3073)
-        return rows[:, 1:].view(-1, 3, 32, 32) / 255, rows[:, 0].long()
+        return rows[:, 1:].view(-1, 3, 32, 32), rows[:, 0].long()
     from PIL import Image
 
     mosaic = torch.tensor(np.asarray(Image.open(root() / "cifar10" / f"{name}.webp").convert("RGB")))
     images = mosaic.view(100, 32, 100, 32, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     labels = np.load(root() / "cifar10" / f"{'train' if training else 'test'}_labels.npy")[:10_000]
-    return images / 255, torch.tensor(labels).long()
+    return images, torch.tensor(labels).long()
 
 
 def images(name: str, train: int, valid: int, seed: int, classes: Sequence[int] = tuple(range(10))) -> Sets:
-    """Images of some classes, which are numbered from 0; the test set is the same for every seed."""
+    """Images in [0, 1] of some classes, which are numbered from 0; the test set is the same for every seed."""
     sources = [colour(training) if name == "cifar10" else grey(name, training) for training in (True, False)]
     numbers = torch.full((10,), -1)
     numbers[list(classes)] = torch.arange(len(classes))
-    (x, y), (x_test, y_test) = ((x[numbers[y] >= 0], numbers[y][numbers[y] >= 0]) for x, y in sources)
-    order = shuffled(len(y), seed)
-    parts = order[:train], order[train : train + valid]
-    return *(TensorDataset(x[part], y[part]) for part in parts), TensorDataset(x_test[:TEST], y_test[:TEST])  # type: ignore[return-value]
+    places = [(numbers[y] >= 0).nonzero().squeeze(1) for _, y in sources]
+    order = places[0][shuffled(len(places[0]), seed)]
+    parts = (0, order[:train]), (0, order[train : train + valid]), (1, places[1][:TEST])
+    return tuple(TensorDataset(sources[i][0][part] / 255, numbers[sources[i][1][part]]) for i, part in parts)  # type: ignore[return-value]
 
 
 def table(name: str, train: int, valid: int, seed: int, test: int | None = None) -> Sets:

@@ -14,7 +14,7 @@ from functools import partial
 from tabulate import tabulate
 
 from benchmarks.worth import cells
-from benchmarks.worth.cells import Cell
+from benchmarks.worth.cells import READINGS, Cell
 from benchmarks.worth.columns import COLUMNS
 from benchmarks.worth.tasks import STARTS, TASKS
 
@@ -26,6 +26,7 @@ NAMES = {
     "asha": "ASHA", "asha-4": "ASHA, 4 × the time", "pbt": "PBT", "pbt-4": "PBT, 4 × the time",
     "random-30": "random search × 30", "ours": "fxstn",
 }  # fmt: skip
+NOTHING = "Nothing is measured yet."
 MARKDOWN = partial(tabulate, tablefmt="github", disable_numparse=True)
 
 
@@ -134,7 +135,7 @@ def summary(results: Results, reading: str) -> str:
                 share(near, len(tasks)), f"{statistics.geometric_mean(times):.1f}" if times else "–", seeds]  # fmt: skip
         lines.append((rank, line))
     headers = ["", "mean rank", "lowest", "lowest or within the spread", "time / plain", "runs"]
-    return MARKDOWN([line for _, line in sorted(lines, key=lambda pair: pair[0])], headers)
+    return MARKDOWN([line for _, line in sorted(lines, key=lambda pair: pair[0])], headers) if lines else NOTHING
 
 
 def _time(entry: Entry, found: Mapping[str, Cell], reading: str) -> float | None:
@@ -174,9 +175,7 @@ def tasks(results: Results) -> str:
     parts = []
     for task, found in results.items():
         parts.append(f"### {task}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}.")
-        for reading, what in zip(
-            cells.READINGS, ("Equal time", "Until the validation loss stops falling"), strict=True
-        ):
+        for reading, what in zip(READINGS, ("Equal time", "Until the validation loss stops falling"), strict=True):
             if any(key.startswith(f"{reading} ") for key in found):
                 parts.append(f"{what}:\n\n{of_task(found, reading, TASKS[task].metric)}")
     return "\n\n".join(parts) + "\n"
@@ -196,6 +195,8 @@ def against_recipe(results: Results, reading: str) -> str:
         verdicts.append("lower" if mean < -deviation else "within the spread" if mean <= deviation else "higher")
         lines.append([task, spread_of(list(ours.values())), spread_of(list(kept.values())), f"{mean:+.3f} ± {deviation:.3f}",
                       verdicts[-1]])  # fmt: skip
+    if not lines:
+        return NOTHING
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("lower", "within the spread", "higher"))
     return MARKDOWN(lines, ["task", "fxstn, refit", "the recipe on all data", "difference", counts])
 
@@ -231,7 +232,7 @@ def starts(results: Results, reading: str) -> str:
         f"lower than every other column, or within the spread of the lowest, on {share(near, 3 * count)} tasks × starts. It is "
         f"higher than the start kept, by more than the spread, on {share(harmed, 3 * count)}."
     )
-    return MARKDOWN(lines, headers) + (said if count else "")
+    return MARKDOWN(lines, headers) + said if count else NOTHING
 
 
 def everything() -> Results:
@@ -243,7 +244,7 @@ def text() -> str:
     """All tables, for a terminal."""
     results = everything()
     parts = [tasks(results)]
-    for reading in cells.READINGS:
+    for reading in READINGS:
         parts += [
             f"## {reading}",
             summary(results, reading),
