@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,9 +12,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.worth import cells, columns, report
+from benchmarks.worth.cells import Trial
+from benchmarks.worth.implicit import Relaxation
 from benchmarks.worth.networks import mlp
 from benchmarks.worth.report import Entry
+from benchmarks.worth.searches import Halving
 from benchmarks.worth.tasks import Task
+from benchmarks.worth.training import Limits, Plain
 
 
 def rows(seed):
@@ -105,9 +110,44 @@ def test_the_summary_counts_wins_and_times():
     assert json.dumps(report.against_recipe(fixture(), "time")).count("lower") == 2
 
 
-def test_strengths_act_on_dropout_and_decay():
-    from benchmarks.worth.training import Plain
+def test_halving_promotes_the_best_third_of_a_rung_once():
+    halving = Halving(9)
+    assert halving.rungs == [1, 3, 9]
+    halving.losses[0] = {0: 3.0, 1: 1.0}
+    assert halving.next() is None  # a third of two is none
+    halving.losses[0][2] = 2.0
+    assert halving.next() == (1, 1)
+    assert halving.next() is None
+    halving.losses[0] |= {3: 0.5, 4: 0.7, 5: 4.0}
+    halving.losses[1] = {1: 0.9, 3: 0.4, 4: 0.6}
+    assert [halving.next() for _ in range(4)] == [(3, 2), (3, 1), (4, 1), None]
 
+
+def best_weights(x, y, decay):
+    """The minimum of mean squares + ½ decay ‖w‖²."""
+    return torch.linalg.solve(2 / len(x) * x.T @ x + decay * torch.eye(x.shape[1], dtype=x.dtype), 2 / len(x) * x.T @ y)
+
+
+def test_implicit_differentiation_finds_the_derivative_at_the_optimum():
+    linear = replace(TINY, network=lambda: nn.Sequential(nn.Linear(4, 1, bias=False)),
+                     optimizer=partial(torch.optim.SGD, lr=0.1))  # fmt: skip
+    training = Relaxation(Trial(linear, 0, "high", Limits(1), 0.0))
+    generator = torch.Generator().manual_seed(0)
+    x, xv = (torch.randn(20, 4, generator=generator) for _ in range(2))
+    y, yv = (part.sum(1, keepdim=True) + torch.randn(20, 1, generator=generator) for part in (x, xv))
+    training.run.network[0].weight.data = best_weights(x, y, training.strengths.values()["weight_decay"].item()).T
+
+    def cost(logit):
+        training.strengths.logits.data.fill_(logit)
+        w = best_weights(x.double(), y.double(), training.strengths.values()["weight_decay"].item())
+        return F.mse_loss(xv.double() @ w, yv.double()).item()
+
+    (at,) = training.strengths.logits.tolist()
+    ours = training.hypergradient((x, y), (xv, yv), terms=200).item()
+    assert ours == pytest.approx((cost(at + 0.05) - cost(at - 0.05)) / 0.1, rel=1e-2)
+
+
+def test_strengths_act_on_dropout_and_decay():
     run = Plain(TINY, {"dropout": 0.3, "weight_decay": 0.1}, 0)
     assert [m.p for m in run.network.modules() if isinstance(m, nn.Dropout)] == [0.3]
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0.0]

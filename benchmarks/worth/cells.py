@@ -87,13 +87,18 @@ def of_run(trial: Trial, run: Plain, seconds: float | None = None, **more: Any) 
 
 
 def trained_anew(trial: Trial, schedule: Sequence[Mapping[str, float]], **how: Any) -> Cell:
-    """From fresh weights on training and validation data, at the strengths of each epoch; what it adds to a cell as "refit"."""
+    """From the weights of the seed on training and validation data, at the strengths of each epoch; a cell's "refit"."""
     train, valid, _ = trial.task.sets(trial.seed)
-    run, everything = Plain(trial.task, schedule[0], trial.seed + 1000, **how), joined(train, valid)
+    run, everything = Plain(trial.task, schedule[0], trial.seed, **how), joined(train, valid)
     for epoch, strengths in enumerate(schedule):
         run.set(strengths)
         run.run(everything, None, Limits(epoch + 1))
-    cell = outcome(trial, run.network, run.seconds)
+    return refit_of(trial, run.network, run.seconds)
+
+
+def refit_of(trial: Trial, network: nn.Module, seconds: float) -> Cell:
+    """What a network that was trained anew adds to a cell."""
+    cell = outcome(trial, network, seconds)
     return {name: cell[name] for name in ("test", "metric", "seconds")}
 
 

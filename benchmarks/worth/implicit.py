@@ -118,8 +118,8 @@ class Relaxation:
             loss = loss + 0.5 * values["weight_decay"] * sum(w.square().sum() for w in self.weights)
         return loss
 
-    def hypergradient(self, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]) -> Tensor:
-        """-∂L_V/∂w α Σ_j (I - α H)^j ∂²L_T/∂w∂λ, (h,), on a batch of each set."""
+    def hypergradient(self, train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], terms: int = TERMS) -> Tensor:
+        """-∂L_V/∂w α Σ_j (I - α H)^j ∂²L_T/∂w∂λ, (h,), on a batch of each set; j from 0 to `terms`."""
         network = self.run.network
         weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
         network.eval()
@@ -132,7 +132,7 @@ class Relaxation:
         rate = self.run.optimizer.param_groups[0]["lr"]
         rate = rate if isinstance(self.run.optimizer, torch.optim.SGD) else 10 * rate
         total = [part.clone() for part in vector]
-        for _ in range(TERMS):
+        for _ in range(terms):
             curved = torch.autograd.grad(
                 gradient, weights, vector, retain_graph=True, allow_unused=True, materialize_grads=True
             )

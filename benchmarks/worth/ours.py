@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 import warnings
 
 import torch
 
 import fxstn
-from benchmarks.worth.cells import Cell, Trial, outcome, with_refit
-from benchmarks.worth.training import loader
+from benchmarks.worth.cells import Cell, Trial, outcome, refit_of
+from benchmarks.worth.training import joined, loader
 
 VALID_BATCH = 500  # of an evaluation
 
 
-def mean_strengths(schedule: fxstn.Schedule) -> dict[str, float]:
-    """The mean of each hyperparameter over a schedule, as `Plain` names them; of weight decay the geometric mean."""
-    result = {}
-    for name, values in schedule.values.items():
-        short = name if name.endswith(".dropout") else name.rpartition(".")[2]
-        geometric = short == "weight_decay" and min(values) > 0
-        result[short] = math.exp(statistics.mean(map(math.log, values))) if geometric else statistics.mean(values)
-    return result
-
-
 def tuned(trial: Trial) -> dict[str, Cell]:
-    """A run of `BilevelRunner`, at its best epoch; the refit takes the mean of λ up to there."""
+    """A run of `BilevelRunner`, at its best epoch, and its `refit` on training and validation data."""
     task, limits = trial.task, trial.limits
     train, valid, _ = task.sets(trial.seed)
     torch.manual_seed(trial.seed)
@@ -49,4 +37,6 @@ def tuned(trial: Trial) -> dict[str, Cell]:
     texts = sorted({str(one.message) for one in warned if issubclass(one.category, fxstn.RunWarning)})
     rounded = {name: [float(f"{value:.4g}") for value in values] for name, values in schedule.values.items()}
     cell = outcome(trial, runner.best_model().eval(), seconds, **told, schedule=rounded, warnings=texts)
-    return {"ours": with_refit(trial, cell, mean_strengths(schedule.until(int(best["epoch"]))))}
+    begun = time.process_time()
+    again = runner.refit(loader(joined(train, valid), task.batch, trial.seed)).eval()
+    return {"ours": cell | {"refit": refit_of(trial, again, time.process_time() - begun)}}
