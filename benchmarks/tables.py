@@ -168,6 +168,7 @@ def of_worth() -> dict[str, Callable[[], str]]:
     for reading in READINGS:
         for suffix, kind in kinds.items():
             result[f"worth_{reading}{suffix}"] = lambda kind=kind, reading=reading: kind(worth.everything(), reading)
+    result["worth"] = lambda: worth.overview(worth.everything())
     return result | {"worth_tasks": lambda: worth.tasks(worth.everything())}
 
 

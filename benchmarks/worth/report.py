@@ -111,31 +111,59 @@ def share(hits: int, count: int) -> str:
     return f"{hits} of {count} ± {math.sqrt(hits * (count - hits) / count):.1f}" if count else "–"
 
 
-def summary(results: Results, reading: str) -> str:
-    """A line for each entry: mean rank, how often it is lowest or within the spread of the lowest, and its time."""
-    entries = [*rivals(), *OURS]
+@dataclass(frozen=True)
+class Standing:
+    """How an entry stands on the tasks that it has: its ranks, how often it is lowest, or within the spread of the lowest."""
+
+    ranks: list[float]
+    wins: int
+    near: int
+    times: list[float]
+    runs: int
+
+    def cells(self) -> list[str]:
+        count, times = len(self.ranks), self.times
+        return [mean_and_error(self.ranks), share(self.wins, count), share(self.near, count),
+                f"{statistics.geometric_mean(times):.1f}" if times else "–", str(self.runs)]  # fmt: skip
+
+
+def standings(entries: Sequence[Entry], results: Results, reading: str) -> dict[Entry, Standing]:
+    """Of the entries that have cells, in the order of their mean ranks among each other."""
     by_task = {task: ranks(entries, found, reading) for task, found in results.items()}
     best = {task: lowest(entries, found, reading) for task, found in results.items()}
-    lines = []
+    result = {}
     for entry in entries:
         tasks = [task for task in results if entry in by_task[task]]
-        if not tasks:
-            continue
-        wins = sum(best[task] == entry for task in tasks)
-        near = 0
-        for task in tasks:
-            other = best[task]
-            near += other is not None and within(
-                entry.losses(results[task], reading), other.losses(results[task], reading)
-            )
+        losses = {task: entry.losses(results[task], reading) for task in tasks}
+        near = [
+            within(losses[task], other.losses(results[task], reading))
+            for task in tasks if (other := best[task]) is not None
+        ]  # fmt: skip
         times = [ratio for task in tasks if (ratio := _time(entry, results[task], reading)) is not None]
-        rank = statistics.mean(by_task[task][entry] for task in tasks)
-        seeds = sum(len(entry.losses(results[task], reading)) for task in tasks)
-        line = [str(entry), mean_and_error([by_task[task][entry] for task in tasks]), share(wins, len(tasks)),
-                share(near, len(tasks)), f"{statistics.geometric_mean(times):.1f}" if times else "–", seeds]  # fmt: skip
-        lines.append((rank, line))
+        if tasks:
+            wins, runs = sum(best[task] == entry for task in tasks), sum(map(len, losses.values()))
+            result[entry] = Standing([by_task[task][entry] for task in tasks], wins, sum(near), times, runs)
+    return dict(sorted(result.items(), key=lambda pair: statistics.mean(pair[1].ranks)))
+
+
+def summary(results: Results, reading: str) -> str:
+    """A line for each entry: mean rank, how often it is lowest or within the spread of the lowest, and its time."""
+    lines = [[str(entry), *one.cells()] for entry, one in standings([*rivals(), *OURS], results, reading).items()]
     headers = ["", "mean rank", "lowest", "lowest or within the spread", "time / plain", "runs"]
-    return MARKDOWN([line for _, line in sorted(lines, key=lambda pair: pair[0])], headers) if lines else NOTHING
+    return MARKDOWN(lines, headers) if lines else NOTHING
+
+
+def overview(results: Results) -> str:
+    """A line for each column as one would use it in the end, trained on all data: its standing in both readings."""
+    entries = [entry for entry in [*rivals(), *OURS] if entry.refit or entry.cell == "recipe-all"]
+    both = [standings(entries, results, reading) for reading in READINGS]
+    lines = []
+    for entry in dict.fromkeys([*both[0], *both[1]]):
+        cells = [part[entry].cells() if entry in part else ["–"] * 4 for part in both]
+        lines.append([str(entry), *(cell for part in cells for cell in (part[0], part[2], part[3]))])
+    headers = ["trained anew on all data", "mean rank, equal time", "within the spread of the lowest", "time / plain",
+               "mean rank, until it stops falling", "within the spread of the lowest", "time / plain"]  # fmt: skip
+    return MARKDOWN(lines, headers) if lines else NOTHING
 
 
 def _time(entry: Entry, found: Mapping[str, Cell], reading: str) -> float | None:
