@@ -42,11 +42,11 @@ AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Fl
                  hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
 # (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
 NETWORKS = {
-    "resnet18": (partial(resnet18, num_classes=10), BOTH, 355),
-    "mlp": (partial(three_layers, 10), BOTH, 98),
-    "vision transformer": (vision_transformer, BOTH, 290),
-    "group norms": (group_norms, BOTH, 130),
-    "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 805),
+    "resnet18": (partial(resnet18, num_classes=10), BOTH, 328),
+    "mlp": (partial(three_layers, 10), BOTH, 90),
+    "vision transformer": (vision_transformer, BOTH, 273),
+    "group norms": (group_norms, BOTH, 116),
+    "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 793),
 }
 # Steps of each kind launch what they launch, however many follow each other.
 SHORT = {"response": fxstn.ResponseSettings(every=1), "hyper": fxstn.HyperSettings(train_steps=1)}

@@ -25,6 +25,7 @@ from fxstn.ir.output_types import OutputTypes
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import track_batch, track_batches
 from fxstn.ops.precision import lower
+from fxstn.ops.scaled import scaled_tangent
 from fxstn.passes import invariants
 from fxstn.passes.canonicalize import canonicalize, drop_handed_through
 from fxstn.passes.invariants import FACTS, check
@@ -233,6 +234,11 @@ def counts_again(graph):
         graph.graph.call_function(track_batch, (other, 0.1))
 
 
+def forgets_a_constant(graph):
+    layer = graph.graph.find_nodes(op="call_function", target=scaled_tangent)[0]
+    layer.update_kwarg("ends", None)
+
+
 def reads_a_wide_weight(graph):
     wide = graph.graph.find_nodes(op="call_function", target=lower)[0].all_input_nodes[0]
     product = graph.graph.find_nodes(op="call_function", target=torch.conv2d)[0]
@@ -258,6 +264,7 @@ PLANTED = {
     "outputs_have_their_types": (returns_the_leaves_alone, "plain", "a plain list is returned"),
     "everything_is_read": (computes_for_nobody, "plain", "nobody reads exp"),
     "batches_are_counted_at_once": (counts_again, "plain", "count one by one"),
+    "shifts_are_joined": (forgets_a_constant, "linearized", "makes constants of its own"),
     "weights_are_lowered_once": (reads_a_wide_weight, "linearized", "in the type that it is kept in"),
     "pieces_are_recomputed": (keeps_an_activation, "linearized", "is kept outside of the pieces"),
 }
@@ -267,7 +274,7 @@ PLANTED = {
 def test_a_fact_that_does_not_hold_is_found(fact):
     stn, _ = transformed("convolutions", "fx", False)
     break_it, objective, message = PLANTED[fact]
-    graph, done = planted(stn, objective, recompute=fact != "weights_are_lowered_once")
+    graph, done = planted(stn, objective, recompute=fact not in ("shifts_are_joined", "weights_are_lowered_once"))
     check(graph, done)
     break_it(graph)
     with pytest.raises(ValueError, match=message):

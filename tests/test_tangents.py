@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launches import Launches
 from fxstn import hp
 from fxstn.ops.response import Response, align, responses_in
-from fxstn.ops.scaled import scaled_tangent
+from fxstn.ops.scaled import bias_shift, scaled_tangent, scales_and_shifts
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
 
@@ -402,22 +403,43 @@ def test_the_tangent_of_a_scaled_layer_has_its_gradients(shape, dim, by_example)
     scale, bias_scale = (torch.randn(2).double().requires_grad_() for _ in range(2))
     if by_example:
         scale, bias_scale = (torch.randn(3, 2).double().requires_grad_() for _ in range(2))
-    bias = torch.randn(2).double().requires_grad_()
+    bias, ends = torch.randn(2).double().requires_grad_(), torch.arange(2.0)
+    aligned = lambda v: torch.zeros(()) if v is None else align(v, output, dim)  # noqa: E731
+
+    def moved(known, dx, y, s, b, t):
+        return scaled_tangent(dx, y, s, None if b is None else bias_shift(s, b, t), dim, ends=known)
+
     biases = [(None, None), (bias, None), (bias, bias_scale)]
-    for dx, (b, of_bias) in itertools.product((tangent, None), biases):
-        aligned = lambda v: torch.zeros(()) if v is None else align(v, output, dim)  # noqa: E731
+    for dx, known, (b, of_bias) in itertools.product((tangent, None), (ends, None), biases):
+        function = partial(moved, known)
         expected = aligned(scale) * (output - aligned(b)) + aligned(of_bias) * aligned(b) + (0 if dx is None else dx)
         values = (dx, output, scale, b, of_bias)
-        torch.testing.assert_close(scaled_tangent(*values, dim), expected)
-        assert torch.autograd.gradcheck(lambda *values: scaled_tangent(*values, dim), values)
-        assert torch.autograd.gradgradcheck(lambda *values: scaled_tangent(*values, dim), values)
+        torch.testing.assert_close(function(*values), expected)
+        assert torch.autograd.gradcheck(function, values)
+        assert torch.autograd.gradgradcheck(function, values)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2)])
+def test_scales_and_shifts_of_all_layers_are_those_of_each(shape):
+    """Their values and their gradients, with a bias of its own, one without a response, and weights alone."""
+    flat, delta = (torch.randn(n).double().requires_grad_() for n in ((9, 2), shape))
+    sizes, pairs, biases = (2, 3, 2, 2), ((0, 2),), (torch.randn(2).double(),)
+
+    def one_by_one(flat, delta):
+        scales = nn.functional.linear(delta, flat).split(sizes, -1)
+        return (*scales[:2], bias_shift(scales[0], biases[0], scales[2]), scales[3])
+
+    together = lambda flat, delta: scales_and_shifts(flat, delta, sizes, pairs, biases)  # noqa: E731
+    torch.testing.assert_close(together(flat, delta), one_by_one(flat, delta))
+    assert torch.autograd.gradcheck(together, (flat, delta))
 
 
 def test_the_gradient_of_the_scales_of_a_map_reads_it_once():
     with fake_cuda(), (launches := Launches()):
         tangent, output = (torch.empty(4, 3, 5, 5, device="cuda") for _ in range(2))
         scale, bias_scale = (torch.empty(4, 3, device="cuda").requires_grad_() for _ in range(2))
-        loss = scaled_tangent(tangent, output, scale, torch.empty(3, device="cuda"), bias_scale, -3).relu().sum()
+        shift = bias_shift(scale, torch.empty(3, device="cuda"), bias_scale)
+        loss = scaled_tangent(tangent, output, scale, shift, -3).relu().sum()
         launches.seen.clear()
         with torch.no_grad():
             backward(loss)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
@@ -18,79 +20,138 @@ def scaled_tangent(
     tangent: Tensor | None,
     output: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    bias_scale: Tensor | None,
+    shift: Tensor | None,
     dim: int,
     batch_axis: BatchAxis = BATCH_FIRST,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """tangent + scale ⊙ (output − bias) + bias_scale ⊙ bias.
+    """tangent + scale ⊙ output + shift: of a layer whose product and bias are `output`.
 
     tangent: shaped like `output`; None for zero.
-    output: of a layer, its product and its bias.
     scale: (channels,), or (batch, channels) with a row per example.
-    bias: (channels,), or None.
-    bias_scale: as `scale`; None where the bias does not respond.
+    shift: as `scale`, from `bias_shift`; None without a bias.
     dim: dimension of the channels in `output`.
     batch_axis: where the examples are in `output`.
+    ends: (0, 1), where it is at hand. The layer may then be differentiated by autograd alone, not by torch.func.
     """
     scale = align(scale, output, dim, batch_axis)
-    if bias is not None:
-        bias = align(bias, output, dim)
-        bias_scale = None if bias_scale is None else align(bias_scale, output, dim, batch_axis)
-    if tangent is None:  # as where a network moves by a finite step, which torch.func may differentiate
-        return output * scale if bias is None else torch.addcmul(bias * _change(scale, bias_scale), output, scale)
-    result: Tensor = _ScaledTangent.apply(tangent, output, scale, bias, bias_scale)
+    shift = None if shift is None else align(shift, output, dim, batch_axis)
+    if (
+        tangent is None and ends is None
+    ):  # as where a network moves by a finite step, which torch.func may differentiate
+        return output * scale if shift is None else torch.addcmul(shift, output, scale)
+    result: Tensor = _ScaledTangent.apply(tangent, output, scale, shift, ends)
     return result
 
 
-def _change(scale: Tensor, bias_scale: Tensor | None) -> Tensor:
-    return -scale if bias_scale is None else bias_scale - scale
+@staged
+def bias_shift(scale: Tensor, bias: Tensor, bias_scale: Tensor | None) -> Tensor:
+    """(bias_scale − scale) ⊙ bias: what a layer's tangent has besides scale ⊙ output, shaped like `scale`.
+
+    bias: (channels,).
+    bias_scale: as `scale`; None where the bias does not respond.
+    """
+    return bias * (-scale if bias_scale is None else bias_scale - scale)
+
+
+@staged
+def scales_and_shifts(
+    flat_U: Tensor,
+    delta: Tensor,
+    sizes: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    biases: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """U δ of each block of U, with `bias_shift` in place of the scales of biases: one product for all.
+
+    flat_U: (N, h).
+    delta: (h,) or (batch, h).
+    sizes: rows of each block.
+    pairs: (block of the weight, block of the bias) of each layer with such a bias; no block is in two of them.
+    biases: (rows of the block,) of each.
+
+    Returns (n,), or (batch, n), of each block.
+    """
+    moved: Tensor = _ScalesAndShifts.apply(flat_U, delta.to(flat_U.dtype), tuple(sizes), tuple(pairs), *biases)
+    return moved.split(list(sizes), -1)
+
+
+@staged
+def zero_and_one(like: Tensor) -> Tensor:
+    """(0, 1), in the type and on the device of a tensor."""
+    return torch.arange(2, dtype=like.dtype, device=like.device)
 
 
 class _ScaledTangent(torch.autograd.Function):
-    """`scaled_tangent` of values that broadcast with the output.
-
-    It is tangent + bias ⊙ (bias_scale − scale) + scale ⊙ output: no pass over the output for the product alone.
-    """
+    """`scaled_tangent` of values that broadcast with the output."""
 
     @staticmethod
     def forward(
-        ctx: Any, tangent: Tensor, output: Tensor, scale: Tensor, bias: Tensor | None, bias_scale: Tensor | None
+        ctx: Any, tangent: Tensor | None, output: Tensor, scale: Tensor, shift: Tensor | None, ends: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(output, scale, bias, bias_scale)
-        if bias is None:
-            return torch.addcmul(tangent, output, scale)
-        return torch.addcmul(tangent, bias, _change(scale, bias_scale)).addcmul_(output, scale)
+        ctx.save_for_backward(output, scale, ends)
+        if tangent is None or shift is None:
+            rest = shift if tangent is None else tangent
+            return output * scale if rest is None else torch.addcmul(rest, output, scale)
+        return torch.add(tangent, shift).addcmul_(output, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        output, scale, bias, bias_scale = ctx.saved_tensors
-        grad, needs = grads[0], ctx.needs_input_grad
-        of_scale = of_bias = of_bias_scale = None
-        if any(needs[2:]):
-            of_scale, sums = _sums(grad, output, scale.shape, bias is not None)
-            if sums is not None:
-                moved = bias * sums
-                of_scale = of_scale - moved
-                of_bias_scale = moved if needs[4] else None
-                of_bias = sums * _change(scale, bias_scale) if needs[3] else None
-        return grad, grad * scale if needs[1] else None, of_scale, of_bias, of_bias_scale
+        output, scale, ends = ctx.saved_tensors
+        grad, (of_tangent, of_output, of_scale, of_shift, _) = grads[0], ctx.needs_input_grad
+        products = sums = None
+        if of_scale or of_shift:
+            products, sums = _sums(grad, output, scale.shape, of_shift, ends)
+        return grad if of_tangent else None, grad * scale if of_output else None, products, sums, None
 
 
-def _sums(grad: Tensor, output: Tensor, shape: torch.Size, both: bool) -> tuple[Tensor, Tensor | None]:
+class _ScalesAndShifts(torch.autograd.Function):
+    """δ Vᵀ, where V is U, with b ⊙ (U_b − U_w) in the rows of each bias b."""
+
+    @staticmethod
+    def forward(ctx: Any, flat_U: Tensor, delta: Tensor, sizes: tuple, pairs: tuple, *biases: Tensor) -> Tensor:
+        blocks = list(flat_U.split(sizes))
+        of_weights, of_biases = ([blocks[pair[side]] for pair in pairs] for side in (0, 1))
+        factors = list(flat_U.new_ones(max(sizes)).expand(len(sizes), -1))
+        factors = [ones[:size] for ones, size in zip(factors, sizes, strict=True)]
+        for (_, block), bias, change in zip(pairs, biases, torch._foreach_sub(of_biases, of_weights), strict=True):
+            blocks[block], factors[block] = change, bias.to(flat_U.dtype)
+        factor = torch.cat(factors)[:, None]
+        moves = torch.cat(blocks).mul_(factor)
+        ctx.save_for_backward(delta, moves, factor)
+        ctx.sizes, ctx.pairs = sizes, pairs
+        return torch.nn.functional.linear(delta, moves)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        delta, moves, factor = ctx.saved_tensors
+        grad = grads[0].to(moves.dtype)
+        of_delta = grad @ moves if ctx.needs_input_grad[1] else None
+        of_scales = (grad.T @ delta if grad.dim() > 1 else torch.outer(grad, delta)).mul_(factor)
+        blocks = of_scales.split(ctx.sizes)
+        torch._foreach_sub_(*([blocks[pair[side]] for pair in ctx.pairs] for side in (0, 1)))
+        return of_scales, of_delta, None, None, *[None] * len(ctx.pairs)
+
+
+def _sums(
+    grad: Tensor, output: Tensor, shape: torch.Size, both: bool, ends: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(Σ grad ⊙ output, Σ grad) over the axes along which a `shape` that broadcasts with both has one entry.
 
     both: whether the second is asked for.
+    ends: (0, 1), or None.
 
-    Where these are the last ones, the backward kernel of group norm sums both at once, with every other entry as a channel,
-    at mean 0 and deviation 1.
+    Where these axes are the last ones, the backward kernel of group norm sums both at once, with every other entry as a
+    channel, at mean 0 and deviation 1.
     """
     leading = next((i for i, (n, m) in enumerate(zip(shape, output.shape, strict=True)) if n != m), output.dim())
     rows, size = math.prod(shape[:leading]), math.prod(output.shape[leading:])
     fused = grad.is_contiguous() and output.is_contiguous() and grad.dtype == output.dtype
     if size == 1 or torch.is_grad_enabled() or not fused or math.prod(shape) != rows or not grad.numel():
         return (grad * output).sum_to_size(shape), grad.sum_to_size(shape) if both else None
-    zero, one = torch.arange(2, dtype=grad.dtype, device=grad.device).view(2, 1, 1)
+    ends = zero_and_one(grad) if ends is None else ends.to(grad.dtype)
+    zero, one = ends.view(2, 1, 1)
     kernel = torch.ops.aten.native_group_norm_backward
     unread = grad.new_empty(rows)  # a gain, of which only the sizes count
     _, products, sums = kernel(grad, output, zero, one, unread, 1, rows, size, 1, [False, True, both])

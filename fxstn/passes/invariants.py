@@ -13,19 +13,20 @@ from fxstn.ir.graphs import placeholders
 from fxstn.ir.node_info import info_of
 from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
-from fxstn.ops.inputs import REQUIREMENTS
 from fxstn.ops.noise import track_batch
 from fxstn.ops.precision import lower
+from fxstn.ops.scaled import bias_shift, scaled_tangent, zero_and_one
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.counters import join_counters
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
+from fxstn.passes.join_shifts import join_shifts, joinable
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lower_weights import PRODUCTS, lower_weights
 from fxstn.passes.output_types import restore_types
 from fxstn.passes.pushforward import perturbed, pushforward
-from fxstn.passes.recompute import Recomputed, recompute
+from fxstn.passes.recompute import CHEAP, Recomputed, recompute
 from fxstn.passes.simplify import simplify
 from fxstn.passes.statistics import choose_statistics, hold_statistics
 
@@ -161,6 +162,16 @@ def batches_are_counted_at_once(module: fx.GraphModule) -> Iterator[str]:
         yield f"{', '.join(node.name for node in counts)} count one by one"
 
 
+def shifts_are_joined(module: fx.GraphModule) -> Iterator[str]:
+    """No bias that could have a part in the product of all scales has kernels of its own, nor has a layer its constants."""
+    for node in module.graph.find_nodes(op="call_function", target=scaled_tangent):
+        if node.kwargs.get("ends") is None and module.graph.find_nodes(op="call_function", target=zero_and_one):
+            yield f"{node.name} makes constants of its own"
+    for scales in module.graph.find_nodes(op="call_module", target="response"):
+        for nodes in joinable(module.graph.find_nodes(op="call_function", target=bias_shift), scales).values():
+            yield f"{nodes[0].name} is computed by itself"
+
+
 def weights_are_lowered_once(module: fx.GraphModule) -> Iterator[str]:
     """What one call lowers is read from there by every product."""
     calls = module.graph.find_nodes(op="call_function", target=lower)
@@ -177,7 +188,7 @@ def pieces_are_recomputed(module: fx.GraphModule) -> Iterator[str]:
     """What is left in the graph costs nothing to keep: inputs and their checks, parameters, λ and scales."""
     for node in module.graph.nodes:
         piece = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Recomputed)
-        computed = node.op == "call_function" and node.target not in REQUIREMENTS
+        computed = node.op == "call_function" and node.target not in CHEAP
         if computed and not all(source.op in ("call_module", "call_function") for source in node.all_input_nodes):
             yield f"{node.name} is kept outside of the pieces"
         elif piece and not node.users:
@@ -197,13 +208,14 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     restore_types: (outputs_have_their_types,),
     simplify: (everything_is_read,),
     join_counters: (batches_are_counted_at_once,),
+    join_shifts: (shifts_are_joined,),
     lower_weights: (weights_are_lowered_once,),
     recompute: (pieces_are_recomputed,),
 }
-# These passes end facts: rules emit operations that are not canonical, weights are read before their scales are computed, and
-# recompute moves nodes into pieces.
+# These passes end facts: rules emit operations that are not canonical, scales come from one product of all, weights are read
+# before their scales are computed, and recompute moves nodes into pieces.
 ENDS: Mapping[object, tuple[Fact, ...]] = {
     **dict.fromkeys((pushforward, linearized, perturbed), CANONICAL),
-    lower_weights: (parameters_know_their_response,),
+    **dict.fromkeys((join_shifts, lower_weights), (parameters_know_their_response,)),
     recompute: (tangents_name_their_rule, parameters_know_their_response),
 }

@@ -11,7 +11,6 @@ from torch import fx
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import copied, placeholders
 from fxstn.ops.precision import lower
-from fxstn.ops.scaled import scaled_tangent
 from fxstn.passes.effects import has_effect
 
 # What autocast lowers, on every device, and has a weight: positions of the weight and of the bias.
@@ -25,8 +24,8 @@ def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Graph
     """Weights and biases of products become results of one call of `lower`.
 
     They are constants here. Autocast itself keeps its conversions only of weights that require gradients, and would convert
-    each at every read: for the primal, the tangent and the tangent of the bias. Where activations are computed again, so are
-    conversions, which then need no memory in between.
+    each at every read, for the primal and for the tangent. Where activations are computed again, so are conversions, which
+    then need no memory in between.
     """
     if plan.recompute:
         return module
@@ -40,9 +39,6 @@ def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Graph
                 readers.setdefault(str(value.target), []).append((node, position))
     if not readers:
         return module
-    for node in graph.nodes:
-        if node.target is scaled_tangent and isinstance(bias := node.args[3], fx.Node) and str(bias.target) in readers:
-            readers[str(bias.target)].append((node, 3))
     names = {str(node.target): node.name for node in graph.find_nodes(op="get_attr")}
     with graph.inserting_after(placeholders(graph)[-1]):
         together = graph.create_node("call_function", lower, ((),), name="lowered_weights")

@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fxstn.frontends.interface import Plan
 from fxstn.ir.graphs import assemble
 from fxstn.ops.inputs import REQUIREMENTS
+from fxstn.ops.scaled import scales_and_shifts, zero_and_one
+
+CHEAP = {*REQUIREMENTS, scales_and_shifts, zero_and_one, operator.getitem}  # of inputs, parameters and λ
 
 
 class Recomputed(nn.Module):
@@ -59,7 +62,7 @@ def _outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """What costs nothing to keep: inputs and their checks, parameters, λ and row scales."""
     outside: set[fx.Node] = set()
     for node in nodes:
-        cheap = node.op == "call_module" or node.target is operator.getitem or node.target in REQUIREMENTS
+        cheap = node.op == "call_module" or node.target in CHEAP
         if node.op in ("placeholder", "get_attr") or (cheap and outside.issuperset(node.all_input_nodes)):
             outside.add(node)
     return outside

@@ -19,7 +19,7 @@ from fxstn.ops.response import (
     scale_channels,
     without_bias,
 )
-from fxstn.ops.scaled import scaled_tangent
+from fxstn.ops.scaled import bias_shift, scaled_tangent
 from fxstn.rules.fallback import NoRule
 from fxstn.rules.registry import ParameterRole, rule
 
@@ -55,8 +55,8 @@ def scaled_layer(dy, y, d, weight, bias, channel, repeats=1):
     if not own or not (d.bias is ZERO or (isinstance(d.bias, Scaled) and d.bias.response is bias)):
         return None
     scale = pick_rows(d.weight.scale, ((0, None),) * repeats) if repeats > 1 else d.weight.scale
-    of_bias = d.bias.scale if isinstance(d.bias, Scaled) else None
-    return scaled_tangent(None if dy is ZERO else dy, y, scale, bias, of_bias, channel, *_batch_axis(d.weight))
+    shift = None if bias is None else bias_shift(scale, bias, d.bias.scale if isinstance(d.bias, Scaled) else None)
+    return scaled_tangent(None if dy is ZERO else dy, y, scale, shift, channel, *_batch_axis(d.weight))
 
 
 def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
