@@ -64,8 +64,9 @@ def transform(
 
     model: any module that a frontend can follow. It is copied, not modified, and keeps its weights.
     hparams: a list of specs from `fxstn.hp`: what to tune. None tunes every dropout, stochastic depth and augmentation of the
-        model. Each starts at its own strength, moved inside the range where it is at an end. Where the model has none of these,
-        None inserts dropout at the input and after each top-level stage but the last.
+        model. Each starts at its own strength, moved inside the range where it is at an end, or where it is off, at 0, as the
+        usual recipe has it (dropout: 0.1). Where the model has none of these, None inserts dropout at the input and after each
+        top-level stage but the last. `print(stn.hparams)` says where each starts, and why.
     example_inputs: a tensor, a tuple of inputs by position, or a dict of inputs by name. A dict of which no key is a name in
         the forward is one input. Every graph runs once on them, so that whatever fails does so here; the inputs stay as they
         are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.

@@ -47,10 +47,10 @@ class ColorJitter(Operation):
     """
 
     numbers: Mapping[str, Hyperparameter] = {
-        "brightness": Hyperparameter(0.05, 0, 1),
-        "contrast": Hyperparameter(0.05, 0, 1),
-        "saturation": Hyperparameter(0.05, 0, 1),
-        "hue": Hyperparameter(0.05, 0, 0.5),
+        "brightness": Hyperparameter(0.4, 0, 1),
+        "contrast": Hyperparameter(0.4, 0, 1),
+        "saturation": Hyperparameter(0.4, 0, 1),
+        "hue": Hyperparameter(0.1, 0, 0.5),
     }
     defaults: Mapping[str, object] = dict.fromkeys(numbers, BOTH)
 
@@ -83,7 +83,7 @@ class Cutout(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {
         "holes": Hyperparameter(1, 0, 5, integer=True),
-        "length": Hyperparameter(4, 2, 24, integer=True),
+        "length": Hyperparameter(8, 2, 24, integer=True),
     }
     apply = operator.mul
 
@@ -102,7 +102,7 @@ class Erasing(Operation):
     value: what fills the box: a tuple of one number, or of one per channel. None: normal noise.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"erasing": Hyperparameter(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"erasing": Hyperparameter(0.1, 0, 1)}
     defaults: Mapping[str, object] = {"area": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
 
     @classmethod
@@ -141,7 +141,7 @@ class Flip(_ByChance):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.5, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class VerticalFlip(_ByChance):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.5, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Grayscale(_ByChance):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"grayscale": Hyperparameter(0.05, 0, 1)}
+    numbers: Mapping[str, Hyperparameter] = {"grayscale": Hyperparameter(0.1, 0, 1)}
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class GaussianNoise(Operation):
     clip: values stay in [0, 1].
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"sigma": Hyperparameter(0.05, 0, 0.5)}
+    numbers: Mapping[str, Hyperparameter] = {"sigma": Hyperparameter(0.1, 0, 0.5)}
     defaults: Mapping[str, object] = {"mean": 0.0, "clip": True}
 
     @staticmethod
@@ -203,7 +203,7 @@ class GaussianBlur(Operation):
     shares: the range that the standard deviation is drawn from, in shares of the largest.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"blur": Hyperparameter(0.5, 0, 5)}
+    numbers: Mapping[str, Hyperparameter] = {"blur": Hyperparameter(1.0, 0, 5)}
     defaults: Mapping[str, object] = {"kernel_size": (5, 5), "shares": (0.0, 1.0)}
 
     @classmethod

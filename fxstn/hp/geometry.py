@@ -29,9 +29,9 @@ class Affine(Operation):
     """
 
     numbers: Mapping[str, Hyperparameter] = {
-        "rotation": Hyperparameter(5, 0, 45),
-        "translate": Hyperparameter(0.05, 0, 0.5),
-        "scale": Hyperparameter(0.05, 0, 0.5),
+        "rotation": Hyperparameter(10, 0, 45),
+        "translate": Hyperparameter(0.1, 0, 0.5),
+        "scale": Hyperparameter(0.1, 0, 0.5),
         "shear": Hyperparameter(5, 0, 45),
     }
     defaults: Mapping[str, object] = {
@@ -78,7 +78,7 @@ class Rotation(Operation):
     mode, fill, center: as of `hp.Affine`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"rotation": Hyperparameter(5, 0, 180)}
+    numbers: Mapping[str, Hyperparameter] = {"rotation": Hyperparameter(10, 0, 180)}
     defaults: Mapping[str, object] = {"rotation": BOTH, "mode": "bilinear", "fill": None, "center": None}
     apply = staticmethod(resample)
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 
 WHOLE = 2.0**24  # up to it, float32 holds every whole number
+USUAL, CHOSEN, OWN, DECAY = (
+    "the usual recipe",
+    "init=",
+    "the module's own",
+    "the optimizer's weight_decay",
+)  # origins of starts
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 
 
@@ -22,6 +28,7 @@ class Hyperparameter:
         down; a start k is the middle of [k, k + 1).
     by_batch: whether all examples of a batch get the same perturbation.
     regularizes: whether a higher value is a stronger regularisation.
+    origin: where the start comes from, in words.
     name: as in `stn.hparams.names`. A spec holds hyperparameters without a name; each match in the model gets a copy with one.
 
     Raises ValueError when the range is empty, impossible or too large for float32, when the start is outside of the range or,
@@ -36,6 +43,7 @@ class Hyperparameter:
     integer: bool = False
     by_batch: bool = False
     regularizes: bool = True
+    origin: str = USUAL
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -83,10 +91,19 @@ class Hyperparameter:
         """A copy with a name. Raises ValueError where its start or its range is impossible."""
         return replace(self, name=name)
 
-    def starting_inside(self, start: float) -> Hyperparameter:
-        """A copy that starts at a module's own strength, at least 1 % of the range's width from either end."""
-        margin = 0.0 if self.integer else 0.01 * (self.high - self.low)
-        return replace(self, init=min(max(start, self.low + margin), self.high - margin))
+    def starting_inside(self, start: float, origin: str) -> Hyperparameter:
+        """A copy that starts at a value, moved inside the range: at least 1 % of its width from either end.
+
+        origin: where the value comes from.
+        """
+        low, high = self.low, self.high
+        if self.log and 0 < low < high < math.inf:
+            factor = (high / low) ** 0.01
+            low, high = low * factor, high / factor
+        elif not self.integer and math.isfinite(high - low):
+            margin = 0.01 * (high - low)
+            low, high = low + margin, high - margin
+        return replace(self, init=min(max(start, low), high), origin=origin)
 
     @property
     def interval(self) -> tuple[float, float]:

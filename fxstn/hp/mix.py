@@ -39,7 +39,7 @@ class MixUp(Mixing):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"mixup": Hyperparameter(0.1, 0, 2)}
+    numbers: Mapping[str, Hyperparameter] = {"mixup": Hyperparameter(0.2, 0, 2)}
 
     @staticmethod
     def draw(x: Tensor, alpha: Strength) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class CutMix(Mixing):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(0.1, 0, 2)}
+    numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(1.0, 0, 2)}
 
     @staticmethod
     def draw(x: Tensor, alpha: Strength) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,7 @@ class StochasticDepth(Operation):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"stochastic_depth": Hyperparameter(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"stochastic_depth": Hyperparameter(0.1, 0, 0.95)}
     inserts = False
     apply = operator.mul
 
@@ -54,7 +54,7 @@ class LayerDrop(Operation):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"layer_drop": Hyperparameter(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"layer_drop": Hyperparameter(0.1, 0, 0.95)}
     inserts = False
     apply = operator.mul
 
@@ -77,7 +77,7 @@ class DropBlock(Operation):
     scaled: what is left is scaled to keep its mean, over the batch at one strength, else in each example.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"drop_block": Hyperparameter(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"drop_block": Hyperparameter(0.1, 0, 0.95)}
     defaults: Mapping[str, object] = {
         "block_size": 7, "gamma_scale": 1.0, "coupled": True, "inside": False, "scaled": True
     }  # fmt: skip
@@ -103,7 +103,7 @@ class LockedDropout(Operation):
     axis: of time; 1 for values (batch, time, ...), 0 for (time, batch, ...).
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"locked_dropout": Hyperparameter(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"locked_dropout": Hyperparameter(0.1, 0, 0.95)}
     defaults: Mapping[str, object] = {"axis": 1}
     examples = None
     apply = operator.mul
@@ -123,7 +123,7 @@ class EmbeddingDropout(Operation):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"embedding_dropout": Hyperparameter(0.05, 0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"embedding_dropout": Hyperparameter(0.1, 0, 0.95)}
     examples = None
     follows = staticmethod(F.embedding)
     apply = operator.mul
@@ -143,7 +143,7 @@ class DropConnect(Spec):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"drop_connect": Hyperparameter(0.05, 0, 0.95, by_batch=True)}
+    numbers: Mapping[str, Hyperparameter] = {"drop_connect": Hyperparameter(0.1, 0, 0.95, by_batch=True)}
 
 
 class Activity(Auxiliary, Coefficient):

@@ -48,6 +48,12 @@ class HyperparameterSpace(WideModule):
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
+    def extra_repr(self) -> str:
+        """A line for each hyperparameter: where it starts and why, and its range."""
+        return "\n".join(
+            f"{p.name}: start {p.init:g} ({p.origin}), in [{p.low:g}, {p.high:g}]" for p in self.hyperparameters
+        )
+
     def __len__(self) -> int:
         return len(self.names)
 

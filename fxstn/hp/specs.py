@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Never, TypedDict
 
-from fxstn.hp.hyperparameter import Hyperparameter
+from fxstn.hp.hyperparameter import CHOSEN, OWN, USUAL, Hyperparameter
 from fxstn.ir.input_errors import is_number
 
 Choice = float | Mapping[str, float] | None
@@ -44,8 +44,9 @@ class Spec:
     """Base of all specs.
 
     where: fnmatch patterns over full module names, the root "" included. `*` also matches dots.
-    init: the start of λ. A number is for all numbers of the spec, {"hue": 0.1} for one of them. None keeps the spec's own
-        start, or the strength of the module that the spec takes over.
+    init: the start of λ. A number is for all numbers of the spec, {"hue": 0.1} for one of them. None: the strength of the
+        module that the spec takes over. Where this is off, at 0, or there is none: the spec's own start, that of the usual
+        recipe (docs/augmentations.md has them), moved inside the range.
     low, high: ends of the range, likewise. None keeps the spec's own.
     scale: σ at the start, likewise.
     shared: True gives one λ to all matches. False gives each match its own.
@@ -71,12 +72,11 @@ class Spec:
         for key, choice in choices.items():
             self._check_numbers(key, choice)
             self._check_names(key, choice)
-        named = init if isinstance(init, Mapping) else self.numbers
-        self.explicit_starts = frozenset(named if init is not None else ())
         self.numbers = {
             name: replace(
                 number,
                 init=_choice(init, name, number.init),
+                origin=number.origin if math.isnan(_choice(init, name, math.nan)) else CHOSEN,
                 low=_choice(low, name, number.low),
                 high=_choice(high, name, number.high),
                 scale=_choice(scale, name, number.scale),
@@ -152,15 +152,16 @@ class Spec:
         """The hyperparameters at one match.
 
         They are called 'path.name', but 'name' when shared or at the root, and 'path' where it ends in the name.
-        starts: a module's own strengths by name, moved inside the range. They stand where the user gives no init.
+        starts: a module's own strengths by name. They stand where the user gives no init, unless all are 0, so that it is off.
         others: names that are in use, by a dropout after the module 'a' for one at 'a.dropout'.
         """
         result = []
         for kind, number in self.numbers.items():
             ends = path.rpartition(".")[2] == kind and path not in others
             name = kind if self.shared or not path else path if ends else f"{path}.{kind}"
-            if starts and kind in starts and kind not in self.explicit_starts:
-                number = number.starting_inside(starts[kind])
+            if number.origin != CHOSEN:
+                start, origin = (starts[kind], OWN) if starts and any(starts.values()) else (number.init, number.origin)
+                number = number.starting_inside(start, origin)
             result.append(number.named(name))
         return result
 
@@ -191,7 +192,7 @@ class Dropout(Spec):
     Masks are per element, or per channel where it takes over a Dropout1d, 2d or 3d.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"dropout": Hyperparameter(0.05, 0.0, 0.95)}
+    numbers: Mapping[str, Hyperparameter] = {"dropout": Hyperparameter(0.1, 0.0, 0.95)}
     examples = None
 
     def check(self) -> None:
@@ -225,7 +226,7 @@ class WeightDecay(Coefficient):
     training loss gets the penalty in closed form, without weights per example.
     """
 
-    numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(1e-4, 1e-7, 1e-1, log=True)}
+    numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(5e-4, 1e-7, 1e-1, log=True)}
 
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | None = None, norm: int = 2, **unknown: Never) -> None:  # fmt: skip
@@ -263,20 +264,25 @@ class Scalar(Spec):
             if value is None or isinstance(value, Mapping):
                 raise TypeError(f"hp.{type(self).__name__}: {key}={value!r} must be a number; write {key}=0.1, say")
             self._check_numbers(key, value)
-        self.numbers = {name: Hyperparameter(init, low, high, scale, log, integer, regularizes=regularizes)}
+        self.numbers = {
+            name: Hyperparameter(init, low, high, scale, log, integer, regularizes=regularizes, origin=CHOSEN)
+        }
         super().__init__(shared=True, perturb=perturb)
 
 
 class LabelSmoothing(Scalar):
     """Label smoothing, in [0, 1). `fxstn.cross_entropy` reads it, per example (Szegedy et al. 2016, Sec. 7).
 
-    init, low, high, scale, perturb: see `hp.Spec`.
+    init, low, high, scale, perturb: see `hp.Spec`. The usual recipe has 0.1.
     """
 
-    def __init__(self, init: float = 0.05, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
+    def __init__(self, init: float | None = None, low: float = 0.0, high: float = 0.5, *, scale: float = 1.0,
                  perturb: str | None = None, **unknown: Never) -> None:  # fmt: skip
         self.check_arguments(unknown)
-        super().__init__("label_smoothing", init, low, high, scale=scale, perturb=perturb, regularizes=True)
+        start = 0.1 if init is None else init
+        super().__init__("label_smoothing", start, low, high, scale=scale, perturb=perturb, regularizes=True)
+        if init is None:
+            self.numbers = {name: replace(number, origin=USUAL) for name, number in self.numbers.items()}
 
     def check(self) -> None:
         (number,) = self.numbers.values()
@@ -286,6 +292,5 @@ class LabelSmoothing(Scalar):
 
 def _choice(choice: Choice, name: str, own: float) -> float:
     """What is chosen for a number; its own value where nothing is."""
-    if isinstance(choice, Mapping):
-        return choice.get(name, own)
+    choice = choice.get(name) if isinstance(choice, Mapping) else choice
     return own if choice is None else choice

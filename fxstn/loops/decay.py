@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
+from fxstn.hp.hyperparameter import CHOSEN, DECAY
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.penalty import add_to_gradients, penalty_gradients
@@ -204,14 +205,14 @@ def _rates(optimizers: Sequence[Optimizer]) -> list[float]:
 
 def _takes_over(spec: Spec) -> bool:
     """Whether a spec is weight decay without a start of its own."""
-    return isinstance(spec, WeightDecay) and spec.norm == 2 and not spec.explicit_starts
+    return isinstance(spec, WeightDecay) and spec.norm == 2 and all(n.origin != CHOSEN for n in spec.numbers.values())
 
 
 def _starting_at(spec: Spec, rates: Sequence[float]) -> Spec:
     result = copy.copy(spec)
     (name, number), *_ = spec.numbers.items()
     low, high = min(number.low, rates[0] / 100), max(number.high, 100 * rates[-1])
-    result.numbers = {name: replace(number, init=rates[0], low=low, high=high)}
+    result.numbers = {name: replace(number, init=rates[0], low=low, high=high, origin=DECAY)}
     return result
 
 
@@ -246,11 +247,11 @@ def _only(spec: Spec, paths: Sequence[str]) -> Spec:
 
 def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> None:
     """Start each coefficient at the decay of the first weight that it is for, where the specs leave the start open."""
-    rates, own = _rates(optimizers), _own_rates(network, optimizers)
-    space, starts = network.hparams, dict[str, float]()
+    own, space, starts = _own_rates(network, optimizers), network.hparams, dict[str, float]()
     for name, index, _ in network.terms.penalties:
-        if (rate := own.get(name)) and space.hyperparameters[index].init == rates[0]:
+        if (rate := own.get(name)) and space.hyperparameters[index].origin == DECAY:
             starts.setdefault(space.names[index], rate)
+    space.hyperparameters = tuple(replace(own, init=starts.get(own.name, own.init)) for own in space.hyperparameters)
     space.set(starts)
 
 

@@ -171,9 +171,7 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
     """Operations of the spec's kind that the model has, at their own strengths; where it has none, the usual places."""
     existing = _existing(module, spec)
     for path, nodes in existing.items():
-        strengths = zip(spec.numbers, own_strengths(nodes[0]), strict=True)
-        starts = {name: number for name, value in strengths if (number := _number(module, value)) is not None}
-        yield path, [Place(node.name) for node in nodes], starts
+        yield _own(module, spec, path, nodes)
     if existing:
         return
     if not _inserts(spec):
@@ -182,6 +180,13 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
         yield "input", places, None
     if isinstance(spec, Dropout):
         yield from ((path, [place], None) for path, place in stage_ends(module))
+
+
+def _own(module: fx.GraphModule, spec: Spec, path: str, nodes: list[fx.Node]) -> Match:
+    """The match of operations of the model: at the strengths of the first."""
+    strengths = zip(spec.numbers, own_strengths(nodes[0]), strict=True)
+    starts = {name: number for name, value in strengths if (number := _number(module, value)) is not None}
+    return path, [Place(node.name) for node in nodes], starts
 
 
 def _number(module: fx.GraphModule, strength: Argument) -> float | None:
@@ -201,7 +206,7 @@ def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
         if path == "input":
             yield path, _at_input(module, spec), None
         elif path in existing:
-            yield path, [Place(node.name) for node in existing[path]], None
+            yield _own(module, spec, path, existing[path])
         elif not any(_contains(other, path) for other in to_insert):
             if not (places := places_after(module, path)):
                 raise ValueError(f"{spec!r}: the module '{path}' is not called when the model trains; name another")

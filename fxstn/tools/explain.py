@@ -131,7 +131,18 @@ def _explain_network(explanation: Explanation, stn: SelfTuningNetwork, inputs: I
         explanation.rows += _penalties(stn)
     except Exception as error:
         explanation.problems += _problems(error)
+    _note_starts(explanation, stn)
     _note_frontends(explanation, stn)
+
+
+def _note_starts(explanation: Explanation, stn: SelfTuningNetwork) -> None:
+    """Where each hyperparameter starts, and why: those that start alike together."""
+    alike: dict[str, list[str]] = {}
+    for hyperparameter in stn.hparams.hyperparameters:
+        alike.setdefault(f"{hyperparameter.init:g} ({hyperparameter.origin})", []).append(hyperparameter.name)
+    for start, names in alike.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        explanation.notes.append(f"start {start}: {', '.join(names[:3])}{more}")
 
 
 def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: Inputs | None) -> list[Row]:
