@@ -17,7 +17,8 @@ from fxstn.ir.input_errors import as_path
 
 SCALE = "scale:"
 LOSSES = ("train_loss", "response_loss", "clean_train_loss", "valid_loss")
-DIAGNOSTICS = ("response_norm", "linearization_error", "seconds")
+TAKEN_BACK = "taken_back"  # how many numbers of λ went back after the epoch
+DIAGNOSTICS = ("response_norm", "linearization_error", TAKEN_BACK, "seconds")
 FORMAT = "fxstn-schedule-1"
 Row = dict[str, float]
 

@@ -23,6 +23,7 @@ from fxstn.ir.input_errors import is_number
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
 
+SHARE = "share"  # in a parameter's state: what is left of the steps of each number, once some were taken back
 END = 0.1  # share of a range, at either end, where noise must not drive λ further: a regulariser does little there
 
 
@@ -232,6 +233,8 @@ class SettlingAdam(torch.optim.Optimizer):
                 else:
                     decrease, needed = self._limit_step(x, decrease, gap, mask)
                 gate = noise_gate(evidence, certainty, needed) if certainty is not None else torch.ones_like(decrease)
+                if SHARE in self.state[x]:
+                    decrease = decrease * self.state[x][SHARE]
                 rate = falling_rate(group["lr"], group["settle"], evidence.count - 1)
                 x.addcmul_(decrease, gate, value=-rate * root_v / m)
         return loss
@@ -247,6 +250,19 @@ class SettlingAdam(torch.optim.Optimizer):
             masks = _split_flags(limited, parameters, "SettlingAdam: limited")
             self._masks[id(group)] = key, masks
         return list(masks)
+
+    @torch.no_grad()
+    def take_back(self, x: Tensor, places: Tensor, flags: Tensor) -> None:
+        """Put numbers of a parameter back where they were. They start from rest, with steps half as long as before.
+
+        places: to go back to, in the parameter's shape.
+        flags: which numbers, in the parameter's shape.
+        """
+        state = self.state[x]
+        x.copy_(torch.where(flags, places, x))
+        if state:  # it has made a step
+            state["mean"].masked_fill_(flags, 0.0)
+            state[SHARE] = torch.where(flags, 0.5, 1.0).to(x) * state.get(SHARE, 1.0)
 
     def _limit_step(self, x: Tensor, decrease: Tensor, gap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is left of Adam's step, and the share of the certainty that it needs.

@@ -126,7 +126,7 @@ class BilevelRunner(Refittable):
     def _parts(self) -> RunParts:
         """All parts with a state, in the order in which a checkpoint loads them."""
         tuner = self._tuner
-        shared: dict[str, Stateful] = {"limit": tuner.limit}
+        shared: dict[str, Stateful] = {"limit": tuner.limit, "backtracking": tuner.backtracking}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
         shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper}
         shared["statistics"] = tuner.evaluator.statistics

@@ -12,6 +12,7 @@ import torch
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.allowance import LEAST, Allowance
+from fxstn.bilevel.backtracking import Backtracking
 from fxstn.bilevel.batches import Batch, BatchPreparer, first_part
 from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
@@ -87,7 +88,6 @@ class BatchSource(Protocol):
 
 class Tuner:
     """The method, whoever steps w₀: a `BilevelRunner`, or a loop of the user's own (`fxstn.tune`).
-
     Around each step of w₀ there are `before_step`, while the gradients of w₀ are at hand, and `after_step`. `evaluated_epoch`
     follows once in a while.
 
@@ -133,6 +133,7 @@ class Tuner:
         self.monitors = Monitors(problem.ranges(), regularizing)
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None
         self.limit = GapLimit(optimizer, problem, measured)
+        self.backtracking = Backtracking(optimizer, problem, self.limit.on)
 
     def precision(self) -> torch.autocast:
         """A context for the forward of a loss."""
@@ -277,7 +278,7 @@ class Tuner:
             with self.precision():
                 row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
         row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in (self.settings.columns or {}).items()}
-        row |= distributed.mean({"seconds": self.means.seconds()}, self.device)
+        row |= self.backtracking.review(row) | distributed.mean({"seconds": self.means.seconds()}, self.device)
         return row | {"seconds": round(row["seconds"], 3)}
 
     def _valid_batch(self, time: str) -> Batch:

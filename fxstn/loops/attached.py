@@ -259,6 +259,7 @@ class AttachedTuner(RefittableLoop):
             "history": tuner.history,
             "monitors": tuner.monitors,
             "limit": tuner.limit,
+            "backtracking": tuner.backtracking,
             "rates": self._rates,
             "starts": self._starts,
         }
