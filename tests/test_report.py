@@ -309,7 +309,8 @@ def test_tensorboard_has_a_scalar_per_column_and_epoch(tmp_path, board):
     assert set(scalars) == {
         "loss/train", "loss/clean_train", "loss/valid", "loss/response", "metric/accuracy", "hyperparameter/2.dropout",
         "hyperparameter/5.dropout", "hyperparameter/weight_decay", "scale/2.dropout", "scale/5.dropout",
-        "scale/weight_decay", "diagnostics/response_norm", "diagnostics/linearization_error", "diagnostics/taken_back", "diagnostics/seconds",
+        "scale/weight_decay", "diagnostics/response_norm", "diagnostics/linearization_error", "diagnostics/taken_back",
+        "diagnostics/seconds",
     }  # fmt: skip
     for tag, column in (("loss/valid", "valid_loss"), ("hyperparameter/2.dropout", "2.dropout")):
         assert [step for step, _ in scalars[tag]] == [1, 2, 3]
