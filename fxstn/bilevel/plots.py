@@ -45,7 +45,7 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
 
     groups, start: `History.groups()` and `History.start`.
 
-    The scales σ have no panel where they never move, the time of an epoch has none.
+    The scales σ have no panel where they never move, the time of an epoch and diagnostics that are zero throughout have none.
     """
     losses = {name.removesuffix("_loss"): line for name, line in groups.get("loss", {}).items()}
     result = [Panel("loss", losses, "loss")]
@@ -60,7 +60,8 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
     scales = {name.partition(":")[2]: line for name, line in groups.get("scale", {}).items()}
     if any(value != line[0] for line in scales.values() for value in line):
         result.append(Panel("perturbation scale σ", scales, "scale"))
-    diagnostics = {n.replace("_", " "): line for n, line in groups.get("diagnostics", {}).items() if n != "seconds"}
+    shown = {name: line for name, line in groups.get("diagnostics", {}).items() if name != "seconds" and any(line)}
+    diagnostics = {name.replace("_", " "): line for name, line in shown.items()}
     return result + ([Panel("diagnostics", diagnostics, "diagnostics")] if diagnostics else [])
 
 
