@@ -19,7 +19,7 @@ from benchmarks.worth.training import Limits, Plain, joined, scores
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "worth"
 READINGS = ("time", "patience")  # equal time; every column until its validation loss stops falling
-LONGEST = 8  # times a task's epochs, in the second reading
+LONGEST = 6  # times a task's epochs, in the second reading
 Cell = dict[str, Any]
 
 

@@ -36,8 +36,9 @@ class Normalize(nn.Module):
 
 
 def resnet(channels: int, widths: tuple[int, ...], dropout: float, classes: int = 10) -> nn.Module:
-    """A stem of stride 2, a residual block per width, dropout before the last stage and before the linear layer."""
-    blocks = [Residual(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairwise((widths[0], *widths)))]
+    """A stem of stride 2, a residual block from each width to the next, of stride 2 where they differ; dropout before the last
+    block and before the linear layer."""
+    blocks = [Residual(a, b, 2 if a != b else 1) for a, b in pairwise(widths)]
     stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
     return nn.Sequential(
         Normalize(0.4, 0.3), stem, *blocks[:-1], nn.Dropout(dropout), blocks[-1],

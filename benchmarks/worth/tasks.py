@@ -113,13 +113,13 @@ def _fine_tuned(
 
 
 def _grey_resnet(dropout: float, classes: int = 10) -> nn.Module:
-    return resnet(1, (8, 16, 32), dropout, classes)
+    return resnet(1, (8, 8, 16, 32), dropout, classes)
 
 
 FASHION = Task(
     "small ResNet with batch norm, 1,500 + 500 images of FashionMNIST",
-    partial(data.images, "fashion-mnist", 1500, 500), partial(_grey_resnet, 0.2),
-    partial(_sgd, lr=0.05), 0.2, 20, 50, images=True,
+    partial(data.images, "fashion-mnist", 1500, 500), partial(resnet, 1, (8, 16, 32), 0.2),
+    partial(_sgd, lr=0.03), 0.2, 20, 50, images=True,
 )  # fmt: skip
 FINE = Task(
     "CNN without norms that knows MNIST, fine-tuned on 300 + 150 images of FashionMNIST",
@@ -146,12 +146,12 @@ TASKS: dict[str, Task] = {
     "cifar-resnet": Task(
         "small ResNet with batch norm, 2,000 + 500 images of CIFAR-10, flips and shifts",
         partial(data.images, "cifar10", 2000, 500), partial(resnet, 3, (8, 16, 32), 0.2),
-        partial(_sgd, lr=0.05), 0.2, 16, 50, augmentations=(hp.Flip, hp.Affine),
+        partial(_sgd, lr=0.03), 0.2, 15, 50, augmentations=(hp.Flip, hp.Affine),
         usual={"translate": 0.125, "rotation": 2, "scale": 0.02, "shear": 2}, images=True,
     ),
     "gpt": Task(
-        "transformer with layer norms on 36,000 + 12,000 characters of Penn Treebank",
-        partial(data.characters, 36_000, 12_000, 48), partial(GPT, len(data.LETTERS), 48, 48, 2, 4, 0.1),
+        "transformer with layer norms on 24,000 + 8,000 characters of Penn Treebank",
+        partial(data.characters, 24_000, 8_000, 48), partial(GPT, len(data.LETTERS), 48, 48, 2, 4, 0.1),
         partial(_adamw, lr=2e-3), 0.1, 12, 20, decay=False, own_decay=0.01, loss=flattened_cross_entropy,
     ),
     "removed-word": Task(
@@ -165,13 +165,13 @@ TASKS: dict[str, Task] = {
     ),
     "vit": Task(
         "ViT with layer norms, 2,000 + 500 images of FashionMNIST, flips and affine maps",
-        partial(data.images, "fashion-mnist", 2000, 500), partial(ViT, 48, 2, 4, 0.1),
-        partial(_adamw, lr=2e-3), 0.1, 16, 50, decay=False, own_decay=0.01, augmentations=(hp.Flip, hp.Affine),
+        partial(data.images, "fashion-mnist", 2000, 500), partial(ViT, 32, 2, 4, 0.1),
+        partial(_adamw, lr=2e-3), 0.1, 15, 50, decay=False, own_decay=0.01, augmentations=(hp.Flip, hp.Affine),
         images=True,
     ),
     "lstm": Task(
-        "LSTM over 24,000 + 6,000 words of Penn Treebank, the next of the 1,000 most frequent",
-        partial(data.words, 24_000, 6_000, 20, 1000), partial(WordLSTM, 1000, 64, 0.5),
+        "LSTM over 20,000 + 5,000 words of Penn Treebank, the next of the 500 most frequent",
+        partial(data.words, 20_000, 5_000, 20, 500), partial(WordLSTM, 500, 64, 0.5),
         partial(_adam, lr=5e-3), 0.5, 12, 20, decay=False, loss=flattened_cross_entropy,
     ),
     "protein": Task(
