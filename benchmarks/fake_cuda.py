@@ -12,11 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+ATTENTION = F.scaled_dot_product_attention
 Gradients = dict[Any, dict[int, Tensor]]  # {operation: {number of its result: gradient}}
 
 
@@ -33,10 +36,12 @@ def fake_cuda() -> Iterator[None]:
             "torch.nn.Module.to": lambda module, *_, **__: module,  # torch cannot swap such parameters; `move` does
             "torch.Tensor.backward": backward,
             "torch.autograd.grad": gradients_of,
+            "torch.nn.functional.scaled_dot_product_attention": _attend,  # where torch's own layers call it
         }.items():
             stack.enter_context(mock.patch(target, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Values())
+        stack.enter_context(_FusedAttention())
         yield
 
 
@@ -61,6 +66,36 @@ class _Values(TorchDispatchMode):
         if function._schema.name.startswith("aten::_fused_") and not function._schema.returns:
             return None
         return function(*args, **(kwargs or {}))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention is the kernel that torch chooses on an H100; without a device it chooses single products.
+
+    That is the one of flash attention for half precision without a mask, with heads that it takes, and else the
+    memory-efficient one (`sdp_utils.cpp` of torch).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (_attend if function is ATTENTION else function)(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = (x.to(dtype) if x.is_floating_point() else x for x in (query, key, value))
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    plain = query.dim() == 4 and not enable_gqa and query.shape[-1] % 8 == 0
+    if plain and attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale)[0]
+    if plain and (attn_mask is None or attn_mask.dtype != torch.bool):
+        bias = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, bias, trains, dropout_p, is_causal, scale=scale)[0]
+    return ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def on_fake_cuda(x: Tensor) -> Tensor:

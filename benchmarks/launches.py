@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 CHUNK = 64  # tensors that one kernel of a multi-tensor operation takes
-PROMOTES = {"cat", "stack", "copy_", "_to_copy"}  # beside what is tagged as pointwise
+PROMOTES = {"cat", "stack", "copy_", "_foreach_copy_", "_to_copy"}  # beside what is tagged as pointwise
 # CUDA's kernels keep statistics in float32, and those of batch norm take float32 parameters with half values.
-STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var"}
+STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "logsumexp"}
 OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var"}
 # Names, or beginnings of names, of operators that only write.
 WRITES = (

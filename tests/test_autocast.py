@@ -138,6 +138,8 @@ class Conversions(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._to_copy.default:
             self.numbers[args[0].data_ptr()] += 1
+        if function is torch.ops.aten._foreach_copy_.default:
+            self.numbers.update(source.data_ptr() for source in args[1])
         return function(*args, **kwargs or {})
 
 

@@ -57,9 +57,14 @@ def has_autocast(device_type: str) -> bool:
 
 @staged
 def lower(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Weights in the type that autocast lowers products to; as they are where it is off."""
+    """Weights in the type that autocast lowers products to, without gradients; as they are where it is off."""
     device = weights[0].device.type
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return weights
     dtype = torch.get_autocast_dtype(device)
-    return [weight.to(dtype) if weight.dtype == torch.float32 else weight for weight in weights]
+    wide_ones = [weight.detach() for weight in weights if weight.dtype == torch.float32]
+    lowered = [torch.empty_like(weight, dtype=dtype) for weight in wide_ones]
+    if lowered:
+        torch._foreach_copy_(lowered, wide_ones)  # one kernel for many
+    rest = iter(lowered)
+    return [next(rest) if weight.dtype == torch.float32 else weight for weight in weights]

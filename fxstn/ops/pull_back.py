@@ -56,15 +56,10 @@ def row_products(
         for name, product in zip(names, with_metric(names, products, metric), strict=True):
             add(name, product)
         del products
-    parts: list[Tensor] = []
-    missing = 0  # rows one after the other that have no sum
-    for block, size in enumerate(tree.flat_sizes):
-        if block not in sums:
-            missing += size
-            continue
-        parts += [tree.flat_U.new_zeros(missing), sums[block]] if missing else [sums[block]]
-        missing = 0
-    parts += [tree.flat_U.new_zeros(missing)] if missing else []
+    if len(sums) < len(tree.flat_sizes):  # one kernel writes the zeros of all blocks without a sum
+        missing = [size for block, size in enumerate(tree.flat_sizes) if block not in sums]
+        zeros = tree.flat_U.new_zeros(max(missing))
+    parts = [sums[block] if block in sums else zeros[:size] for block, size in enumerate(tree.flat_sizes)]
     return torch.cat(parts).to(tree.flat_U.dtype)
 
 
