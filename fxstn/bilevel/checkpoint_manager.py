@@ -71,14 +71,16 @@ class CheckpointManager:
             self._check()
         return self.out_dir is not None and time.perf_counter() - self._time > 60 * self.minutes
 
-    def begin(self) -> None:
+    def begin(self, better: bool = False) -> None:
         """Keep the state in which training starts, unless it is kept already.
+
+        better: as of `keep`.
 
         Raises TypeError where files are written and could not hold the state, which would be too late to learn at a resume.
         """
         self._check()
         if self._step != self.parts.counters.steps:
-            self.keep(write=False)
+            self.keep(better, write=False)
 
     def _check(self) -> None:
         if self.out_dir is not None:

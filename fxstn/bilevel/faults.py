@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fxstn.bilevel import distributed
 from fxstn.bilevel.counts import Mean, without_empty
 from fxstn.bilevel.history import SCALE, Row
+from fxstn.bilevel.outcome import end_signs
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
 
@@ -220,8 +221,15 @@ class Monitors:
 
     def read(self, rows: Sequence[Row]) -> None:
         """Warn of new signs in the rows up to this epoch."""
+        self._warn_of(signs(rows, self.ranges, self.regularizing), rows)
+
+    def read_end(self, rows: Sequence[Row], start_loss: float | None) -> None:
+        """Warn of what the whole run shows, after its last epoch."""
+        self._warn_of(end_signs(rows, start_loss), rows)
+
+    def _warn_of(self, new: Iterable[tuple[str, str]], rows: Sequence[Row]) -> None:
         epoch = int(rows[-1]["epoch"])
-        for sign, text in signs(rows, self.ranges, self.regularizing):
+        for sign, text in new:
             if sign not in self._signs:
                 self._signs.add(sign)
                 self.warnings.append((epoch, text := f"epoch {epoch}: {text}"))

@@ -7,12 +7,15 @@ import io
 import json
 import math
 import reprlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fxstn.bilevel.files import json_text, write_text
+from fxstn.bilevel.outcome import Outcome, moved, spread_of
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
+from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.ir.input_errors import as_path
 
 SCALE = "scale:"
@@ -28,11 +31,12 @@ class Schedule:
 
     values: {name: [value, …]}, where number k is the value after k epochs; number 0 is the start. Between two epochs it is a
         straight line.
+    unsettled: names of the values that still moved when the run ended; `final` warns of them.
 
     Raises ValueError where the lists are empty or differ in length, TypeError where they do not hold finite numbers.
     """
 
-    def __init__(self, values: Mapping[str, Sequence[float]]) -> None:
+    def __init__(self, values: Mapping[str, Sequence[float]], unsettled: Sequence[str] = ()) -> None:
         if not isinstance(values, dict) or not all(isinstance(column, (list, tuple)) for column in values.values()):
             raise TypeError(f"a schedule is made of a dict, {{name: [value, …]}}, got {reprlib.repr(values)}")
         for name, column in values.items():
@@ -46,6 +50,7 @@ class Schedule:
                 f"a schedule needs as many values of each hyperparameter, at least one; got {sorted(lengths)}"
             )
         self.values = {name: [float(value) for value in column] for name, column in values.items()}
+        self.unsettled = tuple(unsettled)
 
     @property
     def epochs(self) -> int:
@@ -63,8 +68,17 @@ class Schedule:
         return Schedule({name: column[: epoch + 1] for name, column in self.values.items()})
 
     def final(self) -> Schedule:
-        """The last values, from the first epoch on."""
+        """The last values, from the first epoch on. Warns where these still moved when the run ended."""
+        if self.unsettled:
+            text = (f"the last values of {', '.join(self.unsettled)} are not what the run has come to, for they still moved "
+                    "when it ended; take fxstn.Schedule.of(history.outcome().values), or train for longer")  # fmt: skip
+            warnings.warn(text, stacklevel=2)
         return Schedule({name: column[-1:] for name, column in self.values.items()})
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Schedule:
+        """The same values from the first epoch on."""
+        return cls({name: [value] for name, value in values.items()})
 
     def for_epochs(self, epochs: int) -> Schedule:
         """A copy that runs through the same values in another number of epochs."""
@@ -73,7 +87,7 @@ class Schedule:
 
     def to_json(self, path: str | Path) -> None:
         """Write the schedule to a file that `from_json` reads."""
-        text = json_text({"format": FORMAT, "values": self.values}, indent=1)
+        text = json_text({"format": FORMAT, "values": self.values, "unsettled": list(self.unsettled)}, indent=1)
         write_text(as_path(path, "Schedule.to_json"), text + "\n")
 
     @classmethod
@@ -89,7 +103,7 @@ class Schedule:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a schedule of fxstn; History.schedule().to_json writes one")
         try:
-            return cls(content.get("values", {}))
+            return cls(content.get("values", {}), content.get("unsettled", ()))
         except TypeError as error:
             raise ValueError(f"{path} holds no whole schedule: {error}") from error
 
@@ -100,16 +114,28 @@ class History:
     names: of the hyperparameters.
     rows: {column: number} of each epoch so far.
     start: {name: value} of the hyperparameters before the first epoch.
+    numbers: {name: what is known of it}, for means on its scale.
+    start_loss: the validation loss before the first epoch; None where it was not measured.
 
     Columns: epoch (from 1), train_loss, response_loss, clean_train_loss (valid_loss on training batches), valid_loss, one for
     each metric, one for each hyperparameter, "scale:NAME" (its σ, where it has one), the problem's diagnostics, seconds.
     """
 
     def __init__(
-        self, names: tuple[str, ...], rows: list[Row] | None = None, start: dict[str, float] | None = None
+        self,
+        names: tuple[str, ...],
+        rows: list[Row] | None = None,
+        start: dict[str, float] | None = None,
+        numbers: Mapping[str, Hyperparameter] | None = None,
     ) -> None:
-        self.names, self.start = names, start or {}
+        self.names, self.start, self.numbers = names, start or {}, numbers or {}
         self.rows: list[Row] = rows or []
+        self.start_loss: float | None = None
+
+    @classmethod
+    def starting_at(cls, values: dict[str, float], numbers: Sequence[Hyperparameter]) -> History:
+        """That of a run before its first epoch. numbers: what is known of the values."""
+        return cls(tuple(values), start=values, numbers={number.name: number for number in numbers})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,12 +163,23 @@ class History:
         return min(evaluated, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:
-        """{name: value} of the hyperparameters in the best epoch. Raises ValueError on an empty history.
+        """{name: value} of the best epoch, as `outcome` has them. Raises ValueError on an empty history.
 
         A search can begin with them: `study.enqueue_trial(history.best_values())` of Optuna.
         """
+        return self.outcome().values
+
+    def outcome(self) -> Outcome:
+        """What the run has come to: the values that `refit` takes. Raises ValueError on an empty history."""
         best = self.best()
-        return {name: best[name] for name in self.names}
+        epoch = int(best["epoch"])
+        if self.start_loss is not None and self.start_loss < best["valid_loss"]:
+            epoch = 0
+        rows = self.rows[epoch // 2 : epoch] or [self.start]
+        values = {name: rows[-1][name] for name in self.names}
+        spread = {name: spread_of([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
+        unsettled = tuple(name for name in self.names if moved(self.rows, name, self.numbers.get(name)))
+        return Outcome(values, spread, unsettled, epoch)
 
     def columns(self) -> list[str]:
         """All columns that a row has, without the epoch."""
@@ -188,7 +225,10 @@ class History:
         if not self.rows:
             raise ValueError("the history is empty: there is no schedule yet; call fit first, or train on in your loop")
         schedule = Schedule({name: [self.start[name], *self[name]] for name in self.names})
-        return schedule.until(int(self.best()["epoch"])) if best else schedule
+        if best:
+            return schedule.until(int(self.best()["epoch"]))
+        schedule.unsettled = tuple(name for name in self.names if moved(self.rows, name, self.numbers.get(name)))
+        return schedule
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write a line of JSON for each row, atomically. A number that is NaN or infinite becomes null."""
@@ -214,7 +254,7 @@ class History:
         figure.savefig(as_path(path, "History.plot"), dpi=110)
 
     def state_dict(self) -> State:
-        return {"start": self.start, "rows": list(self.rows)}
+        return {"start": self.start, "start_loss": self.start_loss, "rows": list(self.rows)}
 
     def load_state_dict(self, state: State) -> None:
-        self.start, self.rows = state["start"], list(state["rows"])
+        self.start, self.start_loss, self.rows = state["start"], state["start_loss"], list(state["rows"])

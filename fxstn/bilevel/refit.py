@@ -43,9 +43,9 @@ def schedule_and_length(history: History, schedule: Schedule | None, epochs: int
 
     Raises ValueError before the first epoch is done.
     """
-    best = history.best()
-    schedule = history.schedule(best=True).final() if schedule is None else schedule
-    epochs = int(best["epoch"]) if epochs is None else epochs
+    outcome = history.outcome()
+    schedule = Schedule.of(outcome.values) if schedule is None else schedule
+    epochs = max(1, outcome.epoch) if epochs is None else epochs
     return (schedule.for_epochs(epochs) if schedule.epochs and epochs else schedule), epochs
 
 
@@ -232,12 +232,12 @@ class Refittable(Run):
         those of the run as it began. The run stays as it is; meanwhile its weights wait in main memory.
 
         train_loader: of all data.
-        epochs: ≥ 1. None: those of the best epoch.
+        epochs: ≥ 1. None: the number of the best epoch.
         fresh: a model of the same class with the weights to start from, or a function that makes one. None: the weights that
             the network had when the run was made. They wait in start.pt of its out_dir, or else in main memory.
         out_dir: where the refit has its files, from which it resumes. None: out_dir/refit of the run, if that has one.
-        settings: keywords of `BilevelRunner`, in place of those of the run; schedule= has other values than those of the best
-            epoch, and is stretched over the whole length.
+        settings: keywords of `BilevelRunner`, in place of those of the run; schedule= has other values than
+            `history.outcome()`, and is stretched over the whole length.
 
         Returns a plain model of the original class. `refit_history` has a row per epoch. Several processes: all must call it.
         Raises ValueError before the first epoch is done, and the errors of `fit`; TypeError for a problem of your own.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
+import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
@@ -25,6 +26,7 @@ from fxstn.bilevel.progress import postfix, progress_bar
 from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch, without_state
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
+from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.training import TrainingLoop
@@ -174,13 +176,22 @@ class BilevelRunner(Refittable):
         return bool(len(self.history) or self._tuner.means.steps)
 
     def _begin_fit(self, epochs: int) -> None:
-        self._stopped, self._length = False, epochs
-        self._checkpoints.begin()
+        self._stopped, self._length, anew = False, epochs, not self._begun
+        self._checkpoints.begin(better=anew and self._evaluated_start())
         if self._starts is not None:
-            self._starts.begin(anew=not self._begun)
+            self._starts.begin(anew)
         for callback in self.callbacks:
             if on_fit_start := getattr(callback, "on_fit_start", None):
                 on_fit_start(self)
+
+    def _evaluated_start(self) -> bool:
+        """Evaluate the network before its first step, as its norms are. Whether it is kept, as epoch 0."""
+        if self.valid_loader is None or not self._length:
+            return False
+        with unchanged_generators(self.valid_loader), torch.inference_mode(False):
+            loss = self._tuner.evaluator.means(self.valid_loader, "valid_loader")[0]["valid_loss"]
+        self.history.start_loss = loss if math.isfinite(loss) else None
+        return math.isfinite(loss) and self._best.offer(0, loss, self.problem)
 
     def stop(self) -> None:
         """End `fit` after this epoch; for callbacks."""
@@ -199,6 +210,8 @@ class BilevelRunner(Refittable):
         else:
             with self._tuner.evaluated_epoch(self.valid_loader, losses) as row:
                 better = self._best.offer(int(row["epoch"]), row["valid_loss"], self.problem)
+            if len(self.history) >= self._length and not distributed.rank():
+                self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
         self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
             callback(self)
@@ -236,7 +249,7 @@ class BilevelRunner(Refittable):
 
     @property
     def best(self) -> Best | None:
-        """{"epoch", "valid_loss", "model": state_dict} of the epoch with the lowest validation loss; None before the first."""
+        """{"epoch", "valid_loss", "model": state_dict} of the lowest validation loss; epoch 0: before training. None before."""
         return self._best.record
 
     def evaluate(self, loader: Iterable[object] | None = None) -> dict[str, float]:
@@ -256,7 +269,7 @@ class BilevelRunner(Refittable):
             return self._tuner.evaluator.means(loader, "loader")[0]
 
     def best_model(self) -> nn.Module:
-        """A plain model of the original class with the weights of the epoch of the lowest validation loss."""
+        """A plain model of the original class with the weights of the lowest validation loss: of an epoch, or of the start."""
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
         model = self.problem.export()

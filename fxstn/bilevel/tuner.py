@@ -128,7 +128,7 @@ class Tuner:
         metrics = settings.metrics or {}
         steps = partial(getattr, self.counters, "steps")
         self.evaluator = Evaluator(problem, recent, self.averages, steps, metrics, self.prepare, self.precision)
-        self.history = History(tuple(problem.values()), start=problem.values())
+        self.history = History.starting_at(problem.values(), network.hparams.hyperparameters if network else ())
         regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
         self.monitors = Monitors(problem.ranges(), regularizing)
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
@@ -232,6 +233,8 @@ class AttachedTuner(RefittableLoop):
 
     def detach(self) -> None:
         """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read."""
+        if len(self.history) and not distributed.rank():
+            self._tuner.monitors.read_end(self.history.rows, None)
         for handle in self._handles:
             handle.remove()
         restore_modules(self.model)

@@ -119,24 +119,28 @@ def _headline(runner: Run) -> str:
 
 
 def _values(runner: Run) -> str:
+    """What `History.outcome` has of each, in its range."""
     history, ranges = runner.history, runner.problem.ranges()
-    best, last, rows = history.best(), history.rows[-1], []
+    outcome, last, rows = history.outcome(), history.rows[-1], []
     bounded = {name: ends for name, ends in ranges.items() if math.isfinite(ends[1] - ends[0]) and ends[0] < ends[1]}
     for name in history.names:
         start = history.start.get(name, math.nan)
-        row: list[object] = [name, start, best[name], last[name]]
+        value = outcome.values[name]
+        row: list[object] = [name, start, f"{_number(value)} ± {outcome.spread[name]:.1g}", last[name]]
         if ranges:
             row += ["", "", ""] if name not in ranges else ["[{:.4g}, {:.4g}]".format(*ranges[name]), "", ""]
         if name in bounded:
-            row[-2:] = [_bar(start, best[name], last[name], bounded[name]), _bound(last[name], bounded[name])]
+            row[-2:] = [_bar(start, value, last[name], bounded[name]), _bound(last[name], bounded[name])]
         rows.append([*row, last[SCALE + name]] if SCALE + name in last else row)
     if not rows:
         return ""
-    heads = ["hyperparameter", "start", "best epoch", "last epoch", *(["range", "place in it", ""] if ranges else [])]
+    heads = ["hyperparameter", "start", "value", "last epoch", *(["range", "place in it", ""] if ranges else [])]
     heads += ["σ"] if any(SCALE + name in last for name in history.names) else []
-    key = ("<p>Place in the range: <i class='key start'></i> start, <i class='key best'></i> best epoch, <i class='key "
+    key = ("<p>Place in the range: <i class='key start'></i> start, <i class='key best'></i> value, <i class='key "
            "last'></i> last epoch; on a logarithmic scale where the range spans a factor of 100 or more.</p>")  # fmt: skip
-    return _table(heads, rows, "found") + (key if bounded else "")
+    moving = f" At the end still moved: {', '.join(outcome.unsettled)}." if outcome.unsettled else " λ has settled."
+    note = f"<p>Values are those that <code>refit</code> takes, ± their spread over the epochs.{escape(moving)}</p>"
+    return _table(heads, rows, "found") + (key if bounded else "") + note
 
 
 def _bar(start: float, best: float, last: float, ends: tuple[float, float]) -> Markup:

@@ -1,0 +1,132 @@
+"""What a run has come to: means and spreads on λ's scale, whether it has settled, what is said at the end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp
+from runs import dataset, make
+from torch.utils.data import DataLoader
+
+import fxstn
+from fxstn.bilevel.outcome import end_signs
+from fxstn.hp.hyperparameter import Hyperparameter
+
+RATE = Hyperparameter(0.1, 0.0, 0.95, name="rate")
+DECAY = Hyperparameter(1e-3, 1e-6, 1e-1, log=True, name="decay")
+HOLES = Hyperparameter(1, 0, 5, integer=True, name="holes")
+
+
+def history(losses: list[float], **columns: list[float]) -> fxstn.History:
+    rows = [
+        {"epoch": float(number), "valid_loss": loss} | {name: column[number - 1] for name, column in columns.items()}
+        for number, loss in enumerate(losses, 1)
+    ]
+    numbers = {number.name: number for number in (RATE, DECAY, HOLES)}
+    starts = {name: numbers[name].init if name in numbers else 0.0 for name in columns}
+    return fxstn.History(tuple(columns), rows, starts, numbers)
+
+
+def test_values_are_those_of_the_best_epoch_and_their_spread_is_that_of_lambda() -> None:
+    rates, decays, holes = [0.1, 0.2, 0.4, 0.3, 0.9], [1e-4, 1e-3, 1e-2, 1e-3, 5e-2], [1, 2, 3, 4, 5]
+    columns = {"rate": rates, "decay": decays, "holes": holes, "mine": [1.0, 2.0, 6.0, 7.0, 8.0]}
+    outcome = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns).outcome()
+    assert outcome.epoch == 4
+    assert outcome.values == {"rate": 0.3, "decay": 1e-3, "holes": 4, "mine": 7.0}
+    points = [math.log(rate / (0.95 - rate)) for rate in rates[2:4]]
+    mean, deviation = statistics.mean(points), statistics.pstdev(points)
+    ends = [0.95 / (1 + math.exp(-mean + sign * deviation)) for sign in (1, -1)]
+    assert outcome.spread["rate"] == pytest.approx((ends[1] - ends[0]) / 2)
+    assert outcome.spread["mine"] == pytest.approx(0.5)
+    assert history([1.0, 2.0], rate=[0.3, 0.9]).outcome().spread == {"rate": 0.0}
+    ends = history([1.0] * 4, rate=[0.0, 0.95, 0.95, 0.0], decay=[1e-6, 1e-1, 1e-6, 1e-1], holes=[0, 5, 0, 5]).outcome()
+    assert all(map(math.isfinite, ends.spread.values()))
+
+
+def drift(total: float, noise: float, epochs: int = 24) -> list[float]:
+    """A rate whose λ moves by so much in the last quarter, as steadily as in the others, and goes up and down besides."""
+    steps = [-1.0 + total * k / 6 + noise * (-1) ** k for k in range(epochs)]
+    return [0.95 / (1 + math.exp(-point)) for point in steps]
+
+
+@pytest.mark.parametrize(
+    ("column", "unsettled"),
+    [(drift(0.0, 0.3), False), (drift(0.1, 0.0), False), (drift(0.5, 0.0), True), (drift(-0.5, 0.2), True),
+     (drift(1.0, 0.0)[:3], False), (drift(0.5, 0.0)[::4] + [0.6] * 18, False)],
+    ids=["noise", "slow", "rises", "falls and is noisy", "too short to tell", "settled late"],
+)  # fmt: skip
+def test_lambda_has_settled_where_it_no_longer_drifts(column: list[float], unsettled: bool) -> None:
+    run = history([1.0] * len(column), rate=column)
+    assert run.outcome().unsettled == (("rate",) if unsettled else ())
+    assert run.outcome().settled is not unsettled
+    schedule = fxstn.Schedule(run.schedule().values, run.schedule().unsettled)
+    if unsettled:
+        with pytest.warns(UserWarning, match=r"the last values of rate are not what the run has come to"):
+            assert schedule.final().values == {"rate": [column[-1]]}
+    else:
+        schedule.final()
+    run.schedule(best=True).final()
+
+
+def test_a_schedule_in_a_file_still_says_what_has_not_settled(tmp_path: object) -> None:
+    path = f"{tmp_path}/schedule.json"
+    history([1.0] * 24, rate=drift(0.5, 0.0)).schedule().to_json(path)
+    assert fxstn.Schedule.from_json(path).unsettled == ("rate",)
+
+
+def said(losses: list[float], start: float | None = None) -> list[str]:
+    return [sign for sign, _ in end_signs([{"valid_loss": loss} for loss in losses], start)]
+
+
+def test_what_is_said_at_the_end_of_a_run() -> None:
+    falling = [2.0 - 0.08 * k for k in range(12)]
+    assert said(falling) == ["learning"]
+    assert said([*falling, 1.2]) == []  # the best epoch is not the last
+    assert said([*falling[:8], *[1.4 - 0.001 * k for k in range(8)]]) == []  # as good as over
+    assert said([1.0 + 0.1 * (-1) ** k - 0.001 * k for k in range(12)]) == []  # noise
+    assert said(falling[:4]) == []  # too short to tell
+    assert said([1.0, 0.9, 0.85], start=0.8) == ["start"]
+    assert said([1.0, 0.9, 0.7], start=0.8) == []
+    assert said([1.0], start=0.8) == []  # too short to tell
+
+
+def test_a_run_worse_than_its_start_hands_out_the_start(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    network = mlp(0.0)
+    batches = DataLoader(dataset(40, 0), 8)
+    for _ in range(30):
+        for x, y in batches:
+            F.cross_entropy(network(x), y).backward()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    runner = fxstn.BilevelRunner(
+        fxstn.transform(network, [fxstn.hp.Dropout("2", init=0.3)]), F.cross_entropy, batches, batches,
+        optimizer=lambda p: torch.optim.SGD(p, lr=3.0), progress=False,
+        checkpoints=fxstn.CheckpointSettings(out_dir=str(tmp_path)),
+    )  # fmt: skip
+    with pytest.warns(fxstn.RunWarning, match=r"no epoch has a validation loss below that of the start"):
+        run = runner.fit(3)
+    assert run.start_loss is not None
+    assert run.start_loss < run.best()["valid_loss"]
+    for one, other in zip(runner.best_model().parameters(), network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.load(f"{tmp_path}/best.pt", weights_only=True)["epoch"] == 0
+    assert run.outcome().epoch == 0
+    assert run.outcome().values == pytest.approx({"2.dropout": 0.3})
+    assert run.best_values() == run.outcome().values
+
+
+def test_a_refit_takes_the_outcome() -> None:
+    runner = make()
+    outcome = runner.fit(3).outcome()
+    runner.refit(DataLoader(dataset(60, 0), 8))
+    assert len(runner.refit_history) == outcome.epoch
+    assert {name: runner.refit_history.rows[0][name] for name in outcome.values} == pytest.approx(
+        outcome.values, rel=1e-5
+    )
