@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.worth import cells, columns, report
+from benchmarks.worth.__main__ import fill
 from benchmarks.worth.cells import Trial
 from benchmarks.worth.implicit import Relaxation
 from benchmarks.worth.networks import mlp
@@ -65,9 +66,11 @@ def test_our_column_tunes_and_refits(tiny):
     assert not list(tiny.parent.glob("tiny.[0-9]*"))  # written under another name, then renamed
 
 
-def test_a_column_reads_time_only_from_our_own_run(tiny):
-    with pytest.raises(LookupError):
-        columns.run("tiny", "time", "plain-long", "recipe", 0)
+def test_a_column_without_the_run_whose_time_it_takes_is_named_and_the_others_go_on(tiny):
+    (failure,) = fill([("tiny", "time", name, "recipe", 0) for name in ("plain-long", "recipe-all")])
+    assert "plain-long" in failure
+    assert "time ours recipe 0" in failure
+    assert list(cells.read("tiny")) == ["time recipe-all recipe 0"]
 
 
 def fixture():

@@ -9,14 +9,31 @@ work on different tasks. Times are of the CPU with one thread. AdamCPR needs `pi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.worth import cells, report
-from benchmarks.worth.columns import COLUMNS, missing, run
+from benchmarks.worth.columns import COLUMNS, CellIsMissing, missing, run
 from benchmarks.worth.tasks import STARTS, TASKS
+
+
+def fill(todo: Sequence[tuple[str, str, str, str, int]], minutes: float = float("inf")) -> list[str]:
+    """Run columns one after the other, and no further one after so many minutes. Returns what went wrong, a line each."""
+    end, failures = time.time() + 60 * minutes, []
+    for cell in (bar := tqdm(todo, disable=None)):
+        if time.time() > end:
+            break
+        name = " ".join(map(str, cell))
+        bar.set_description(name)
+        try:
+            run(*cell)
+        except (CellIsMissing, RuntimeError) as error:
+            failures.append(f"{name}: {error}")
+    return failures
 
 
 def main() -> None:
@@ -37,13 +54,9 @@ def main() -> None:
         if missing(task, reading, column, start, seed, cells.read(task))
     ]  # fmt: skip
     torch.set_num_threads(1)
-    end = time.time() + 60 * args.minutes
-    for cell in (bar := tqdm(todo, disable=None)):
-        if time.time() > end:
-            break
-        bar.set_description(" ".join(map(str, cell)))
-        run(*cell)
-    print(report.text())
+    failures = fill(todo, args.minutes)
+    print(report.text(), *failures, sep="\n")
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

@@ -56,22 +56,34 @@ COLUMNS: dict[str, Column] = {
 }  # fmt: skip
 
 
+class CellIsMissing(LookupError):
+    """A cell whose time or length another one takes."""
+
+
+def needed(known: Mapping[str, Cell], key: str) -> Cell:
+    if key not in known:
+        raise CellIsMissing(
+            f"it takes its time or length from the cell {key!r}, which is not there; run that column first"
+        )
+    return known[key]
+
+
 def limits_of(task: str, reading: str, column: Column, known: Mapping[str, Cell], seed: int) -> tuple[Limits, float]:
     """(limits of a run, seconds of a search). known: the cells of the task so far.
 
     Equal time is that of our run from the recipe, without the refit. In the other reading a run ends when its validation loss
     has not fallen for half of the task's epochs, and a trial of a search has as many epochs as the recipe took.
 
-    Raises LookupError where the cells that say so are not there.
+    Raises CellIsMissing where the cells that say so are not there.
     """
     epochs, budget = TASKS[task].epochs, 0.0
     search = column.makes in (("asha", "asha-4"), ("pbt", "pbt-4"))
     if search or (column.long and reading == "time"):
-        budget = known[key_of(reading, "ours", "recipe", seed)]["seconds"]
+        budget = needed(known, key_of(reading, "ours", "recipe", seed))["seconds"]
     if reading == "time":
         return (Limits(100 * epochs, budget) if column.long else Limits(epochs)), budget
     if search:
-        return Limits(known[key_of(reading, "recipe", "recipe", seed)]["epochs"]), budget
+        return Limits(needed(known, key_of(reading, "recipe", "recipe", seed))["epochs"]), budget
     return Limits(LONGEST * epochs, patience=max(5, epochs // 2)), budget
 
 
@@ -83,7 +95,7 @@ def missing(task: str, reading: str, name: str, start: str, seed: int, known: Ma
 
 
 def run(task: str, reading: str, name: str, start: str, seed: int) -> None:
-    """Run a column and write its cells. Raises LookupError where our own run, whose time it takes, is not there."""
+    """Run a column and write its cells. Raises CellIsMissing, and the errors of the column."""
     column, known = COLUMNS[name], cells.read(task)
     limits, budget = limits_of(task, reading, column, known, seed)
     told = {"budget": budget} if budget else {}

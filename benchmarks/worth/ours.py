@@ -30,7 +30,11 @@ def tuned(trial: Trial) -> dict[str, Cell]:
             optimizer=lambda params: task.optimizer(params, weight_decay=own), progress=False,
             callbacks=[fxstn.EarlyStopping(limits.patience)] if limits.patience <= limits.epochs else [],
         )  # fmt: skip
-        runner.fit(limits.epochs)
+        try:
+            runner.fit(limits.epochs)
+        except fxstn.DivergedError:
+            if runner.best is None:
+                raise
     seconds = time.process_time() - begun
     schedule, best = runner.history.schedule(), runner.history.best()
     told = {"valid": best["valid_loss"], "epochs": len(runner.history), "best_epoch": int(best["epoch"])}
