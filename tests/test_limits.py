@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp
-from runs import dataset, make
+from runs import dataset, grouped, make
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.optim import SettlingAdam
+from fxstn.bilevel.noise import seed_of_step
+from fxstn.bilevel.optim import CAUTION, SettlingAdam, set_gap
 
 
 def gap(runner: fxstn.BilevelRunner) -> float | None:
@@ -136,7 +137,8 @@ def test_a_run_measures_both_losses_after_each_epoch_and_nothing_rises_before_th
     first, second, third = torch.stack(places).diff(dim=0, prepend=torch.zeros(1, 2))
     torch.testing.assert_close(first, torch.tensor([0.0, 0.5]), rtol=1e-4, atol=1e-5)  # five steps
     for epoch in (second, third):
-        torch.testing.assert_close(epoch, torch.tensor([0.25 * 0.5, 0.5]), rtol=1e-4, atol=1e-5)
+        expected = (1 - CAUTION * 0.25) * torch.tensor([0.25 * 0.5, 0.5])
+        torch.testing.assert_close(epoch, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_on_training_batches_is_that_of_the_evaluated_network():
@@ -300,3 +302,53 @@ def test_a_fault_that_is_none_of_the_validation_loss_on_training_batches_is_rais
     runner = fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, valid_loss_fn=broken_loss, progress=False)
     with pytest.raises(kind, match="no matter which batch"):
         runner.fit(1)
+
+
+def joined(norm, gap, steps=60, **settings):
+    """The share of response steps that draw one ε for the whole batch, at a generalisation gap."""
+    stn = fxstn.transform(nn.Sequential(nn.Linear(6, 8), norm, nn.Dropout(0.2), nn.Linear(8, 3)))
+    loader = DataLoader(dataset(8, 0), 4)
+    problem = fxstn.BilevelRunner(stn, F.cross_entropy, loader, loader, **grouped(settings)).problem
+    x, drawn = torch.randn(5, 6), []
+    problem.follow_gap(gap)
+    for step in range(steps):
+        problem.begins_step(seed_of_step(0, step))
+        drawn.append(problem._draw(x))
+    assert {one.shape for one in drawn} == {(5, 1)}
+    return sum(float((one == one[:1]).all()) for one in drawn) / steps
+
+
+def test_the_more_a_network_with_batch_norms_overfits_the_rarer_is_an_epsilon_per_example():
+    """Truth: the share that is asked for, within three standard errors of 60 draws."""
+    for gap, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        assert joined(nn.BatchNorm1d(8), gap) == pytest.approx(share, abs=0.2 if 0 < share < 1 else 0)
+        assert joined(nn.LayerNorm(8), gap, steps=3) == 0.0
+    assert joined(nn.BatchNorm1d(8), 1.0, steps=3, response={"perturb": "example"}) == 0.0
+
+
+def test_a_problem_follows_the_gap_also_when_its_run_resumes(tmp_path):
+    runner = make(tmp_path, hyper={"evaluation_share": 1.0})
+    runner.fit(2)
+    assert runner.problem._gap == gap(runner)
+    resumed = make(tmp_path, hyper={"evaluation_share": 1.0})
+    resumed.fit(2)
+    assert resumed.problem._gap == gap(runner)
+    free = make(hyper={"optimizer": partial(SettlingAdam, limits=False)})
+    free.fit(1)
+    assert free.problem._gap is None
+
+
+def test_steps_are_shorter_the_further_a_network_overfits():
+    """Of both signs; on top of that, rises are multiplied by the gap."""
+    moves = {}
+    for share in (0.0, 0.5, 1.0):
+        x = nn.Parameter(torch.zeros(2))
+        optimizer = SettlingAdam([x], lr=0.1, settle=1e12, certainty=None)
+        set_gap(optimizer, share, [True, True])
+        for _ in range(5):
+            x.grad = torch.tensor([1.0, -1.0])
+            optimizer.step()
+        moves[share] = x.detach()
+    for share, move in moves.items():
+        expected = 0.5 * (1 - CAUTION * share) * torch.tensor([-1.0, share])
+        torch.testing.assert_close(move, expected, rtol=1e-4, atol=1e-6)

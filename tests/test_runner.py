@@ -361,7 +361,10 @@ def test_settings_do_not_change(kind):
 
 def test_a_group_shows_what_differs_from_its_defaults():
     assert repr(fxstn.ResponseSettings(every=1, widening=2)) == "ResponseSettings(every=1)"
-    assert repr(dataclasses.replace(fxstn.PAPER["response"], every=4)) == "ResponseSettings(widening=1.0)"
+    assert (
+        repr(dataclasses.replace(fxstn.PAPER["response"], every=4))
+        == "ResponseSettings(widening=1.0, perturb='example')"
+    )
 
 
 def test_the_best_model_needs_an_epoch():

@@ -18,6 +18,7 @@ import fxstn
 from benchmarks.fake_cuda import fake_cuda
 from benchmarks.launches import Launches
 from fxstn import hp
+from fxstn.bilevel import losses
 from fxstn.frontends.inputs import Inputs
 from fxstn.ops import noise
 from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask, keep_rates
@@ -391,4 +392,30 @@ def learned(perturb, steps=200):
 def test_what_batch_norms_undo_is_learned_per_example_and_not_by_batch():
     """Truth: the best weights are the same at any gain that all examples share (docs/hypergradient.md, Batch norm)."""
     assert learned("batch") < 0.01
+    assert learned("auto") < 0.01
     assert learned("example") > 0.1
+
+
+class Functional(nn.Module):
+    """Normalises by the batch without a module that says so."""
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, training=True)
+
+
+def test_examples_have_an_epsilon_each_unless_a_batch_norm_joins_them():
+    def drawn(norm, frozen=False, **settings):
+        stn = fxstn.transform(
+            nn.Sequential(nn.Linear(4, 8), norm, nn.Dropout(0.2), nn.Linear(8, 2)), **settings
+        ).train()
+        if frozen:
+            stn.model[1].eval()
+        return tuple(losses.perturbation(stn, torch.randn(5, 4), "auto").shape)
+
+    assert drawn(nn.LayerNorm(8)) == (5, 1)
+    assert drawn(nn.BatchNorm1d(8)) == (1,)
+    assert drawn(nn.BatchNorm1d(8, track_running_stats=False)) == (1,)
+    assert drawn(Functional()) == (1,)
+    assert drawn(nn.BatchNorm1d(8), statistics="running") == (5, 1)
+    assert drawn(nn.BatchNorm1d(8), frozen=True) == (5, 1)
+    assert drawn(nn.BatchNorm1d(8, track_running_stats=False), statistics="running") == (1,)

@@ -22,6 +22,7 @@ from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian
 from fxstn.ops.pull_back import through_response
 from fxstn.ops.response import frozen
+from fxstn.ops.synced import BATCH_NORMS
 
 LossFunction = Callable[..., LossValue]  # (output, target), or (output, target, hparams)
 PerturbMode = Literal["auto", "example", "batch", "off"]
@@ -105,13 +106,22 @@ def _check_network(stn: object) -> None:
         raise TypeError(f"stn must come from fxstn.transform, got {type(stn).__name__}; give transform(model, hparams)")
 
 
+def joins_examples(stn: SelfTuningNetwork) -> bool:
+    """Whether a batch norm normalises by the batch in the response step.
+
+    Statistics of examples with an ε each follow none of them. Θ then learns to undo what they undo where all have the same λ.
+    """
+    norms = [node for node in stn.graph("train").graph.nodes if node.target in BATCH_NORMS and node.args[5] is True]
+    return any(stn.recipe.plan.statistics == "batch" or node.args[1] is None for node in norms)  # no running mean
+
+
 def perturbation(
     stn: SelfTuningNetwork, inputs: object, perturb: Perturb, generator: torch.Generator | None = None
 ) -> Tensor:
     """ε of a step.
 
     perturb: "example" draws one ε per example, (batch, h), and "batch" one for all examples, (h,). "auto" draws one per example
-        where the network allows. Or ε itself, in one of the two shapes.
+        where the network allows, and no batch norm joins the examples. Or ε itself, in one of the two shapes.
     generator: that all processes have in the same state. Each then takes its share of the rows, every k-th of k processes, as
         torch's DistributedSampler shares out examples. None: torch's own, for the rows of this process.
 
@@ -122,7 +132,9 @@ def perturbation(
         return perturb
     if perturb not in ("auto", "example", "batch"):
         raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
-    per_example = stn.per_example(*inputs.args, **inputs.kwargs) if perturb == "auto" else perturb == "example"
+    per_example = perturb == "example"
+    if perturb == "auto":
+        per_example = stn.per_example(*inputs.args, **inputs.kwargs) and not joins_examples(stn)
     if not per_example:
         return stn.hparams.sample(1, generator)[0]
     shares = 1 if generator is None else distributed.processes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,6 +24,7 @@ from fxstn.bilevel.losses import (
     general_loss,
     hyper_loss,
     inputs_of,
+    joins_examples,
     perturbation,
     response_loss,
     takes_hparams,
@@ -65,6 +67,8 @@ class NetworkProblem(BilevelProblem):
         self._windows = 0  # number of windows that the response step has seen in this pass
         self._epsilon: Tensor | None = None
         self._generator: torch.Generator | None = None  # of ε, the same in all processes
+        self._seed = 0  # of the step
+        self._gap: float | None = 0.0
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
         self._decay: Tensor | None = None  # the strengths that general_loss has left to add_decay
 
@@ -103,7 +107,7 @@ class NetworkProblem(BilevelProblem):
             carried.state = before
         inputs = carried.inputs(inputs)
         if begins or self.response_windows == 1:
-            self._epsilon = perturbation(self.stn, inputs, self.perturb, self._generator).detach()
+            self._epsilon = self._draw(inputs)
         assert self._epsilon is not None
         widening = self.response_widening
         with self.stn.hparams.at_rest():
@@ -111,6 +115,25 @@ class NetworkProblem(BilevelProblem):
         carried.advance()
         self._windows += 1
         return loss
+
+    def _draw(self, inputs: Any) -> Tensor:
+        """ε of a response step.
+
+        Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy. A network
+        that underfits takes the first: its regularisations can only fall, and the bias says so. One that overfits takes the
+        second, as often as twice the gap's share says (docs/hypergradient.md, Batch norm). Both have a row per example, so
+        that compiled graphs fit both.
+        """
+        inputs = inputs_of(self.stn, inputs)
+        possible = self.perturb == "auto" and self.stn.per_example(*inputs.args, **inputs.kwargs)
+        if not possible or self._gap is None or not joins_examples(self.stn):
+            return perturbation(self.stn, inputs, self.perturb, self._generator).detach()
+        joined = random.Random(self._seed).random() < 2 * self._gap
+        drawn = perturbation(self.stn, inputs, "batch" if joined else "example", self._generator).detach()
+        return drawn.expand(batch_size(inputs), -1)
+
+    def follow_gap(self, gap: float | None) -> None:
+        self._gap = gap
 
     def hyper_loss(self, inputs: Any, target: Any) -> Loss:
         carried = self.validation_windows
@@ -195,6 +218,7 @@ class NetworkProblem(BilevelProblem):
             self._windows = 0
 
     def begins_step(self, seed: int) -> None:
+        self._seed = seed
         self._generator = torch.Generator(self.stn.hparams.raw_scale.device).manual_seed(seed)
 
     @torch.no_grad()

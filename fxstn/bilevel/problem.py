@@ -83,6 +83,9 @@ class BilevelProblem(nn.Module):
         """
         return ()
 
+    def follow_gap(self, gap: float | None) -> None:
+        """Learn the generalisation gap's share of the validation loss, in [0, 1], after each evaluation. None: not measured."""
+
     def positions(self, unconstrained: Tensor) -> Tensor:
         """Where in its range each number of λ is, in [0, 1] and in the shape of λ: torch.sigmoid(unconstrained) for logits.
 

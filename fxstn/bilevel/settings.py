@@ -71,8 +71,9 @@ class ResponseSettings(SettingsGroup):
     windows: ≥ 1, number of windows in a row that share one ε. More than 1 lets the tangent reach back over them: the perturbed
         network goes on with its own state. 1 begins each window with the state of the inner step and a tangent of zero. More
         than 1 needs every=1, and a network that carries a state. Default: 1.
-    perturb: "example" draws one ε per example (the paper), "batch" one for all examples. "auto" draws one per example where the
-        network allows it. Default: "auto".
+    perturb: "example" draws one ε per example (the paper), "batch" one for all examples. "auto" draws one per example where
+        the network allows it. Where a batch norm joins the examples, it draws one for all the more often, the further the
+        network overfits. Default: "auto".
 
     Raises ValueError that lists every number out of range, and TypeError for a value of another kind.
     """
@@ -227,6 +228,6 @@ class Preset(TypedDict):
 
 
 PAPER: Preset = {
-    "response": ResponseSettings(every=1, widening=1.0),
+    "response": ResponseSettings(every=1, widening=1.0, perturb="example"),
     "hyper": HyperSettings(optimizer=rmsprop, longest_cycle=5, tune_scale=True, inner_correction=0.0),
 }

@@ -212,7 +212,7 @@ class GapLimit:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, measured: bool) -> None:
-        self.optimizer, self.regularizing = optimizer, tuple(problem.regularizing())
+        self.optimizer, self.problem, self.regularizing = optimizer, problem, tuple(problem.regularizing())
         shapes = [tuple(parameter.shape) for parameter in problem.hyper_parameters()]
         if self.regularizing and shapes != [(len(self.regularizing),)]:
             raise ValueError(
@@ -228,14 +228,15 @@ class GapLimit:
 
     def set(self, gap: float | None) -> None:
         """gap: the share of `fxstn.optim.generalisation_gap`; None: no limit."""
+        gap = gap if self.on else None
+        self.problem.follow_gap(gap)
         if self.optimizer is not None and self.regularizing:
-            set_gap(self.optimizer, gap if self.on else None, self.regularizing)
+            set_gap(self.optimizer, gap, self.regularizing)
 
     def state_dict(self) -> State:
         """Nothing: the gap is part of the optimizer's state."""
         return {}
 
     def load_state_dict(self, state: State) -> None:
-        """Lift the limit that the optimizer's state brought from a run that measured the gap, where this one does not."""
-        if not self.on:
-            self.set(None)
+        """Go on with the gap that is in the optimizer's state, or lift it where this run does not measure one."""
+        self.set(self.optimizer.param_groups[0]["gap"] if self.on and self.optimizer is not None else None)
