@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as lr
 
 import fxstn
 from fxstn.bilevel import evidence, optim
-from fxstn.bilevel.optim import SettlingAdam, set_gap
+from fxstn.bilevel.optim import CAUTION, SettlingAdam, set_gap
 from fxstn.bilevel.updates import Updates
 
 # Parts
@@ -322,7 +322,8 @@ def test_groups_and_parameters_of_several_sizes_are_limited_each_by_its_own_numb
         parameter.grad = -torch.ones_like(parameter)
     optimizer.step()
     moved = torch.cat([parameter.detach().flatten() for parameter in (x, y, z)])
-    torch.testing.assert_close(moved, torch.tensor([0.025, 0.1, 0.025, 0.2, 0.05, 0.05]), rtol=1e-5, atol=0)
+    expected = (1 - CAUTION * 0.25) * torch.tensor([0.025, 0.1, 0.025, 0.2, 0.05, 0.05])
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -461,13 +462,13 @@ def test_a_gradient_that_changes_slowly_is_not_taken_for_a_noisy_one():
     ("gap", "expected"), [(0.25, [-1.0, 0.25, 1.0]), (0.0, [-1.0, 0.0, 1.0]), (None, [-1.0, 1.0, 1.0])]
 )
 def test_steps_that_raise_a_regularisation_are_multiplied_by_the_gaps_share(gap, expected):
-    """Gradients that say down, up and up; the last number does not regularise."""
+    """Gradients that say down, up and up; the last number does not regularise. All steps are shorter, by the gap."""
     x = nn.Parameter(torch.zeros(3))
     optimizer = SettlingAdam([x], lr=0.1, certainty=None)
     set_gap(optimizer, gap, [True, True, False])
     x.grad = torch.tensor([1.0, -1.0, -1.0])
     optimizer.step()
-    assert (x.detach() / 0.1).tolist() == pytest.approx(expected, abs=1e-5)
+    assert (x.detach() / 0.1 / (1 - CAUTION * (gap or 0))).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_optimizer_that_knows_no_gap_is_left_alone():
@@ -479,14 +480,14 @@ def test_an_optimizer_that_knows_no_gap_is_left_alone():
 
 def walk(gradients, gap, certainty, start=0.0, limited=None):
     """How far logits get on gradients (steps, h), from a start on which their place in a range depends; in steps so small that
-    it stays, and in units of these."""
+    it stays, and in units of these, as the gap has shortened them."""
     x = nn.Parameter(torch.full_like(gradients[0], start))
     optimizer = SettlingAdam([x], lr=1e-6, settle=1e12, certainty=certainty, position=torch.sigmoid)
     set_gap(optimizer, gap, [True] * gradients.shape[1] if limited is None else limited)
     for gradient in gradients:
         x.grad = gradient.clone()
         optimizer.step()
-    return (x.detach() - start) / 1e-6
+    return (x.detach() - start) / 1e-6 / (1 - CAUTION * (gap or 0))
 
 
 DOWN = torch.rand(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # of one sign, and many sizes
