@@ -47,10 +47,13 @@ def overhead() -> str:
 def demo() -> str:
     results = json.loads((RESULTS / "demo.json").read_text())
     columns = ["valid loss", "valid accuracy", "test loss", "test accuracy", "seconds"]
-    cells = [
-        [name, *(f"{statistics.mean(run[c] for run in runs):.{1 if c == 'seconds' else 3}f}" for c in columns)]
-        for name, runs in results.items()
-    ]
+
+    def mean(runs: list[dict[str, float]], column: str) -> str:
+        """Nothing where a run does not have it: a refit has no validation data."""
+        digits = 1 if column == "seconds" else 3
+        return f"{statistics.mean(run[column] for run in runs):.{digits}f}" if column in runs[0] else ""
+
+    cells = [[name, *(mean(runs, column) for column in columns)] for name, runs in results.items()]
     return tabulate(
         cells, [f"mean of {len(results['tuned'])} seeds", *columns], tablefmt="github", disable_numparse=True
     )

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, randomize_response
+from nets import mlp, randomize_response, tiny_conv
 from runs import dataset, grouped, make, same, without_times
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -388,7 +388,7 @@ def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, caps
     common = ["tune", "--model", "nets:tiny_conv", "--train-size", 128, "--valid-size", 64, "--seed", 0]
     assert run(*common, "--epochs", 1, "--out", tmp_path / "cut") == 0
     assert run(*common, "--epochs", 2, "--out", tmp_path / "cut") == 0
-    assert run(*common, "--epochs", 2, "--out", tmp_path / "whole") == 0
+    assert run(*common, "--epochs", 2, "--out", tmp_path / "whole", "--refit") == 0
     rows = {}
     for name in ("cut", "whole"):
         with open(tmp_path / name / "history.csv") as file:
@@ -405,6 +405,9 @@ def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, caps
     output = capsys.readouterr().out
     assert "test loss" in output
     assert "weight_decay" in output
+    assert "refit, " in output
+    weights = torch.load(tmp_path / "whole" / "refit" / "weights.pt", weights_only=True)
+    tiny_conv(10).load_state_dict(weights)
 
 
 def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):

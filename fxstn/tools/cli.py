@@ -67,6 +67,8 @@ def _add_tune(command: argparse.ArgumentParser) -> None:
     add("--hyper-lr", type=_rate, 
         help="learning rate of the hyperparameters (default: 0.4, which falls; with --paper 0.01)")  # fmt: skip
     add("--replay", metavar="FILE", help="train on the schedule.json of another run, and tune nothing")
+    add("--refit", action="store_true", 
+        help="then train anew with the values of the run, on training and validation images, without tuning")  # fmt: skip
     add("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
     add("--patience", type=_count, help="stop after that many epochs without improvement")
     add("--seed", type=int, default=0, help="random seed of the split, the weights and all noise")

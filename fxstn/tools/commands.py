@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from fxstn import hp
 from fxstn.bilevel import (
@@ -94,6 +94,19 @@ def _write_results(runner: BilevelRunner, out: Path, title: str) -> list[str]:
     return files
 
 
+def _refit(runner: BilevelRunner, split: data.Split, args: argparse.Namespace, out: Path) -> None:
+    """Train anew on all images but those of the test, into a folder of its own, and say how good that is."""
+    model = runner.refit(data.loader(ConcatDataset([split.train, split.valid]), args.batch_size, args.seed)).eval()
+    torch.save(model.state_dict(), out / "refit" / "weights.pt")
+    with torch.no_grad():
+        batches = [(model(x.to(runner.device)), y.to(runner.device)) for x, y in DataLoader(split.test, 256)]
+    output, target = torch.cat([output for output, _ in batches]), torch.cat([target for _, target in batches])
+    loss, share = F.cross_entropy(output, target).item(), accuracy(output, target)
+    print(
+        f"refit, {len(runner.refit_history or ())} epochs: test loss {loss:.4f}, accuracy {share:.3f}; in {out / 'refit'}"
+    )
+
+
 def run_tune(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     out = as_path(args.out, "--out")
@@ -108,10 +121,15 @@ def run_tune(args: argparse.Namespace) -> int:
     tests = runner.evaluate(DataLoader(split.test, 256))
     print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
     print(f"last epoch {last['epoch']}: test loss {tests['valid_loss']:.4f}, accuracy {tests['accuracy']:.3f}")
-    values = runner.problem.values()
-    starts = runner.history.start
-    print(tabulate([(n, f"{starts[n]:.3g}", f"{values[n]:.3g}") for n in values], ["hyperparameter", "start", "now"]))
+    outcome, starts, now = history.outcome(), history.start, runner.problem.values()
+    rows = [
+        (name, f"{starts[name]:.3g}", f"{value:.3g} ± {outcome.spread[name]:.1g}", f"{now[name]:.3g}")
+        for name, value in outcome.values.items()
+    ]
+    print(tabulate(rows, ["hyperparameter", "start", "value", "now"]))
     print(f"in {out}: {', '.join(files)}")
+    if args.refit:
+        _refit(runner, split, args, out)
     return 0
 
 
