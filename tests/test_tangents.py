@@ -432,6 +432,16 @@ def test_scales_and_shifts_of_all_layers_are_those_of_each(shape):
     together = lambda flat, delta: scales_and_shifts(flat, delta, sizes, pairs, biases)  # noqa: E731
     torch.testing.assert_close(together(flat, delta), one_by_one(flat, delta))
     assert torch.autograd.gradcheck(together, (flat, delta))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = scales_and_shifts(flat, delta, sizes, pairs, biases, (0, 2))
+    assert [part.dtype for part in parts] == [torch.bfloat16, torch.float64] * 2
+    expected = one_by_one(flat, delta)
+    for some in (parts, parts[1:3]):  # a block that nothing reads has no gradient
+        (found, _), (wanted, _) = (
+            torch.autograd.grad([part.double().square().sum() for part in those], (flat, delta), retain_graph=True)
+            for those in (some, expected if len(some) == 4 else expected[1:3])
+        )
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
 
 
 def test_the_gradient_of_the_scales_of_a_map_reads_it_once():

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ops.precision import has_autocast
 from fxstn.ops.response import align
 
 
@@ -61,6 +62,7 @@ def scales_and_shifts(
     sizes: Sequence[int],
     pairs: Sequence[tuple[int, int]],
     biases: Sequence[Tensor],
+    lowered: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """U δ of each block of U, with `bias_shift` in place of the scales of biases: one product for all.
 
@@ -69,11 +71,17 @@ def scales_and_shifts(
     sizes: rows of each block.
     pairs: (block of the weight, block of the bias) of each layer with such a bias; no block is in two of them.
     biases: (rows of the block,) of each.
+    lowered: blocks that only products read, which get them in the type that autocast gives products.
 
     Returns (n,), or (batch, n), of each block.
     """
-    moved: Tensor = _ScalesAndShifts.apply(flat_U, delta.to(flat_U.dtype), tuple(sizes), tuple(pairs), *biases)
-    return moved.split(list(sizes), -1)
+    device = flat_U.device.type
+    delta = delta.to(flat_U.dtype)
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return tuple(_ScalesAndShifts.apply(flat_U, delta, tuple(sizes), tuple(pairs), (), None, *biases))
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return tuple(_ScalesAndShifts.apply(flat_U, delta, tuple(sizes), tuple(pairs), tuple(lowered), dtype, *biases))
 
 
 @staged
@@ -106,32 +114,55 @@ class _ScaledTangent(torch.autograd.Function):
 
 
 class _ScalesAndShifts(torch.autograd.Function):
-    """δ Vᵀ, where V is U, with b ⊙ (U_b − U_w) in the rows of each bias b."""
+    """The blocks of δ Vᵀ, where V is U with b ⊙ (U_b − U_w) in the rows of each bias b."""
 
     @staticmethod
-    def forward(ctx: Any, flat_U: Tensor, delta: Tensor, sizes: tuple, pairs: tuple, *biases: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        flat_U: Tensor,
+        delta: Tensor,
+        sizes: tuple[int, ...],
+        pairs: tuple[tuple[int, int], ...],
+        lowered: tuple[int, ...],
+        dtype: torch.dtype | None,
+        *biases: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         blocks = list(flat_U.split(sizes))
         of_weights, of_biases = ([blocks[pair[side]] for pair in pairs] for side in (0, 1))
-        factors = list(flat_U.new_ones(max(sizes)).expand(len(sizes), -1))
-        factors = [ones[:size] for ones, size in zip(factors, sizes, strict=True)]
+        ones = flat_U.new_ones(max(sizes))
+        factors = [ones[:size] for size in sizes]
         for (_, block), bias, change in zip(pairs, biases, torch._foreach_sub(of_biases, of_weights), strict=True):
             blocks[block], factors[block] = change, bias.to(flat_U.dtype)
-        factor = torch.cat(factors)[:, None]
-        moves = torch.cat(blocks).mul_(factor)
+        ctx.groups = [[block for block in range(len(sizes)) if (block in lowered) == low] for low in (False, True)]
+        order = [block for group in ctx.groups for block in group]
+        factor = torch.cat([factors[block] for block in order])[:, None]
+        moves = torch.cat([blocks[block] for block in order]).mul_(factor)
         ctx.save_for_backward(delta, moves, factor)
         ctx.sizes, ctx.pairs = sizes, pairs
-        return torch.nn.functional.linear(delta, moves)
+        result: dict[int, Tensor] = {}
+        rows = [sum(sizes[block] for block in group) for group in ctx.groups]
+        for group, part in zip(ctx.groups, torch.nn.functional.linear(delta, moves).split(rows, -1), strict=True):
+            own = part.to(dtype) if group and group[0] in lowered else part
+            result |= zip(group, own.split([sizes[block] for block in group], -1), strict=True)
+        return tuple(result[block] for block in range(len(sizes)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         delta, moves, factor = ctx.saved_tensors
-        grad = grads[0].to(moves.dtype)
+        shape = delta.shape[:-1]
+        whole = [delta.new_zeros(*shape, size) if g is None else g for g, size in zip(grads, ctx.sizes, strict=True)]
+        parts = [torch.cat([whole[block] for block in group], -1).to(moves.dtype) for group in ctx.groups if group]
+        grad = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         of_delta = grad @ moves if ctx.needs_input_grad[1] else None
         of_scales = (grad.T @ delta if grad.dim() > 1 else torch.outer(grad, delta)).mul_(factor)
-        blocks = of_scales.split(ctx.sizes)
+        order = [block for group in ctx.groups for block in group]
+        blocks = dict(zip(order, of_scales.split([ctx.sizes[block] for block in order]), strict=True))
         torch._foreach_sub_(*([blocks[pair[side]] for pair in ctx.pairs] for side in (0, 1)))
-        return of_scales, of_delta, None, None, *[None] * len(ctx.pairs)
+        if order != sorted(order):
+            of_scales = torch.cat([blocks[block] for block in sorted(order)])
+        return of_scales, of_delta, *[None] * (4 + len(ctx.pairs))
 
 
 def _sums(

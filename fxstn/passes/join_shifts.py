@@ -14,6 +14,7 @@ from fxstn.ir.graphs import copied
 from fxstn.ops.response import ResponseTree
 from fxstn.ops.scaled import bias_shift, scaled_tangent, scales_and_shifts, zero_and_one
 from fxstn.passes.effects import has_effect
+from fxstn.passes.lower_weights import PRODUCTS
 
 Pair = tuple[int, int]  # blocks of scales: of a weight, and of the bias of the same layer
 
@@ -48,16 +49,25 @@ def _join(module: fx.GraphModule, scales: fx.Node, shifts: dict[Pair, list[fx.No
     assert isinstance(tree, ResponseTree)
     flat = graph.create_node("get_attr", "response.flat_U", name="flat_U")
     biases = tuple(graph.node_copy(_bias(nodes[0])) for nodes in shifts.values())
-    arguments = (flat, scales.args[0], tree.flat_sizes, tuple(shifts), biases)
-    joint = graph.create_node("call_function", scales_and_shifts, arguments, name="scales_and_shifts")
     for nodes in shifts.values():
         for node in nodes:
             node.replace_all_uses_with(node.all_input_nodes[-1])
+    blocks = [node for node in scales.users if node.target is operator.getitem]
+    lowered = tuple(sorted(cast(int, node.args[1]) for node in blocks if all(map(_is_of_product, node.users))))
+    arguments = (flat, scales.args[0], tree.flat_sizes, tuple(shifts), biases, lowered)
+    joint = graph.create_node("call_function", scales_and_shifts, arguments, name="scales_and_shifts")
     scales.replace_all_uses_with(joint)
 
 
 def _bias(shift: fx.Node) -> fx.Node:
     return shift.all_input_nodes[1]
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    """Whether a reader of scales is the tangent of a layer that autocast lowers, or a shift that nobody reads any more."""
+    if node.target is not scaled_tangent:
+        return node.target is bias_shift and not node.users
+    return isinstance(node.args[1], fx.Node) and node.args[1].target in PRODUCTS
 
 
 def _block(value: Argument, scales: fx.Node) -> int | None:
