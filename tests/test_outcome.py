@@ -92,6 +92,7 @@ def test_what_is_said_at_the_end_of_a_run() -> None:
     assert said([1.0, 0.9, 0.85], start=0.8) == ["start"]
     assert said([1.0, 0.9, 0.7], start=0.8) == []
     assert said([1.0], start=0.8) == []  # too short to tell
+    assert said([1.0, 0.9, 0.805], start=0.8) == []  # about the same
 
 
 def test_a_run_worse_than_its_start_hands_out_the_start(tmp_path: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypedDict
@@ -200,15 +201,8 @@ class Evaluator:
         A loss that is a sum is brought to as many target entries as the last loader had.
         A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
-        totals, fault = Totals({}), ""
-        try:
-            totals, _ = self._totals(self._last(batches), "train_loader", {})
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
-            raise
-        except LOSS_ERRORS as error:
-            fault = f": {type(error).__name__}: {error}"
-        if not distributed.any_process(bool(fault), self.prepare.device):
-            totals = totals.gather(self.prepare.device)
+        totals, fault = self._tried(self._last(batches), "train_loader")
+        if totals is not None:
             if not totals.counts["valid_loss"]:
                 return math.nan
             loss = totals.loss_for(self._entries)
@@ -219,6 +213,30 @@ class Evaluator:
             text = f"λ is not limited for an epoch, because the validation loss of training batches cannot be computed{fault}; "
             warn_caller(text + "give a valid_loss_fn that takes them, too")
         return math.nan
+
+    def loss_before_training(self, loader: Iterable[object]) -> float:
+        """The validation loss with the statistics that norms have; NaN where it fails: the first step will say why."""
+        with torch.inference_mode(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            totals, _ = self._tried(loader, "valid_loader")
+        return (
+            math.nan
+            if totals is None or not totals.counts["valid_loss"]
+            else totals.means("valid_loader")["valid_loss"]
+        )
+
+    def _tried(self, batches: Iterable[object], name: str) -> tuple[Totals | None, str]:
+        """The losses of all processes. None, with what happened in this one, where they cannot be computed in one of them."""
+        totals, fault = Totals({}), ""
+        try:
+            totals, _ = self._totals(batches, name, {})
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except LOSS_ERRORS as error:
+            fault = f": {type(error).__name__}: {error}"
+        if distributed.any_process(bool(fault), self.prepare.device):
+            return None, fault
+        return totals.gather(self.prepare.device), ""
 
     def _warn_not_finite(self, loss: float) -> None:
         if not distributed.rank() and not self._warned:

@@ -12,6 +12,7 @@ from fxstn.hp.hyperparameter import Hyperparameter
 
 MOVED = 0.25  # of λ, unconstrained, within the last quarter of the epochs: further than that it has not settled
 ENOUGH = 3  # epochs, to be compared with the start
+WORSE = 0.01  # share of the loss at the start that no epoch may be above it
 LEAST = 4  # epochs that λ is looked at, and that say whether a loss still falls
 FALL = 0.05  # share of a loss by which it falls within the last quarter of the epochs while a network still learns fast
 Row = Mapping[str, float]
@@ -91,7 +92,7 @@ def end_signs(rows: Sequence[Row], start_loss: float | None) -> Iterator[tuple[s
     start_loss: the validation loss before the first epoch; None: not known.
     """
     losses = [row["valid_loss"] for row in rows]
-    if start_loss is not None and len(rows) >= ENOUGH and start_loss < min(losses):
+    if start_loss is not None and len(rows) >= ENOUGH and min(losses) - start_loss > WORSE * abs(start_loss):
         yield "start", (f"no epoch has a validation loss below that of the start, {start_loss:.4g} (the lowest: "
                         f"{min(losses):.4g}): the best model is that of the start, and so are the values; lower the learning "
                         "rate of the weights")  # fmt: skip

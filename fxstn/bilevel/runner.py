@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
@@ -188,8 +187,8 @@ class BilevelRunner(Refittable):
         """Evaluate the network before its first step, as its norms are. Whether it is kept, as epoch 0."""
         if self.valid_loader is None or not self._length:
             return False
-        with unchanged_generators(self.valid_loader), torch.inference_mode(False):
-            loss = self._tuner.evaluator.means(self.valid_loader, "valid_loader")[0]["valid_loss"]
+        with unchanged_generators(self.valid_loader):
+            loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
         self.history.start_loss = loss if math.isfinite(loss) else None
         return math.isfinite(loss) and self._best.offer(0, loss, self.problem)
 

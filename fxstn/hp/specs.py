@@ -72,11 +72,12 @@ class Spec:
         for key, choice in choices.items():
             self._check_numbers(key, choice)
             self._check_names(key, choice)
+        chosen = init if isinstance(init, Mapping) else dict.fromkeys(self.numbers, init)
         self.numbers = {
             name: replace(
                 number,
                 init=_choice(init, name, number.init),
-                origin=number.origin if math.isnan(_choice(init, name, math.nan)) else CHOSEN,
+                origin=number.origin if chosen.get(name) is None else CHOSEN,
                 low=_choice(low, name, number.low),
                 high=_choice(high, name, number.high),
                 scale=_choice(scale, name, number.scale),
