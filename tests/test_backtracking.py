@@ -75,6 +75,7 @@ def test_a_number_that_a_wrong_gradient_drives_up_comes_back():
     assert history["valid_loss"][-1] < 0.5 * free["valid_loss"][-1]
 
 
+@pytest.mark.filterwarnings("ignore:.*still learns fast:fxstn.RunWarning")
 def test_a_number_that_does_no_harm_is_not_taken_back():
     history = fit(Ridge([1.0], start=0.0))
     assert sum(history["taken_back"]) == 0
