@@ -150,6 +150,25 @@ def test_implicit_differentiation_finds_the_derivative_at_the_optimum():
     assert ours == pytest.approx((cost(at + 0.05) - cost(at - 0.05)) / 0.1, rel=1e-2)
 
 
+def test_implicit_differentiation_goes_through_attention():
+    def scores(x):
+        return F.scaled_dot_product_attention(x.view(-1, 1, 2, 2), x.view(-1, 1, 2, 2), x.view(-1, 1, 2, 2)).flatten(1)
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(self.drop(scores(self.first(x))))
+
+    training = Relaxation(Trial(replace(TINY, network=Attending), 0, "recipe", Limits(1), 0.0))
+    train, valid, _ = rows(0)
+    gradient = training.hypergradient(train.tensors, valid.tensors)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).all()
+
+
 def test_strengths_act_on_dropout_and_decay():
     run = Plain(TINY, {"dropout": 0.3, "weight_decay": 0.1}, 0)
     assert [m.p for m in run.network.modules() if isinstance(m, nn.Dropout)] == [0.3]
