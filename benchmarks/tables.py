@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import batchnorm, controls, gpt, hypergradient, kernels, ptb, replay, tuned, tuning, whole_runs
+from benchmarks import batchnorm, controls, gpt, hypergradient, kernels, ptb, refits, replay, tuned, tuning, whole_runs
 from benchmarks.overhead import NETWORKS
 from benchmarks.worth import report as worth
 from benchmarks.worth.cells import READINGS
@@ -148,6 +148,10 @@ def penn_treebank() -> str:
     return ptb.table(json.loads(ptb.FILE.read_text()))
 
 
+def refitted() -> str:
+    return refits.table(json.loads(refits.FILE.read_text()))
+
+
 def replayed() -> str:
     return replay.table(json.loads(replay.FILE.read_text()))
 
@@ -178,8 +182,8 @@ def of_worth() -> dict[str, Callable[[], str]]:
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "whole": whole,
-    **of_worth(),
+    "replay": replayed, "refits": refitted, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
+    "whole": whole, **of_worth(),
 }  # fmt: skip
 
 
