@@ -121,6 +121,8 @@ def test_a_run_worse_than_its_start_hands_out_the_start(tmp_path: object) -> Non
     assert run.outcome().epoch == 0
     assert run.outcome().values == pytest.approx({"2.dropout": 0.3})
     assert run.best_values() == run.outcome().values
+    runner.refit(batches, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert len(runner.refit_history) == 3
 
 
 def test_a_refit_takes_the_outcome() -> None:

@@ -45,7 +45,7 @@ def schedule_and_length(history: History, schedule: Schedule | None, epochs: int
     """
     outcome = history.outcome()
     schedule = Schedule.of(outcome.values) if schedule is None else schedule
-    epochs = max(1, outcome.epoch) if epochs is None else epochs
+    epochs = (outcome.epoch or len(history)) if epochs is None else epochs
     return (schedule.for_epochs(epochs) if schedule.epochs and epochs else schedule), epochs
 
 
@@ -232,7 +232,7 @@ class Refittable(Run):
         those of the run as it began. The run stays as it is; meanwhile its weights wait in main memory.
 
         train_loader: of all data.
-        epochs: ≥ 1. None: the number of the best epoch.
+        epochs: ≥ 1. None: the number of the best epoch; where none is better than the start, as many as the run had.
         fresh: a model of the same class with the weights to start from, or a function that makes one. None: the weights that
             the network had when the run was made. They wait in start.pt of its out_dir, or else in main memory.
         out_dir: where the refit has its files, from which it resumes. None: out_dir/refit of the run, if that has one.
