@@ -130,9 +130,9 @@ PUT_IN = (hp.Affine, hp.Cutout)
 
 TASKS: dict[str, Task] = {
     "fashion-resnet": FASHION,
-    "fashion-resnet-augmented": replace(FASHION, augmentations=PUT_IN),
+    "fashion-resnet-augmented": replace(FASHION, says=f"{FASHION.says}, affine maps and Cutout", augmentations=PUT_IN),
     "fine-tuned-cnn": FINE,
-    "fine-tuned-cnn-augmented": replace(FINE, augmentations=PUT_IN),
+    "fine-tuned-cnn-augmented": replace(FINE, says=f"{FINE.says}, affine maps and Cutout", augmentations=PUT_IN),
     "fine-tuned-resnet": Task(
         "ResNet with batch norm that knows five classes of FashionMNIST, fine-tuned on 200 + 100 images of the other five",
         partial(data.images, "fashion-mnist", 200, 100, classes=(0, 1, 2, 3, 4)),
