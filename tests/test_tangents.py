@@ -419,6 +419,33 @@ def test_the_tangent_of_a_scaled_layer_has_its_gradients(shape, dim, by_example)
         assert torch.autograd.gradgradcheck(function, values)
 
 
+def test_scales_of_a_complex_layer_have_their_gradients():
+    """They are real, and so is what the layer's bias shifts by; in a graph, too, where all have one product."""
+    tangent, output = (torch.randn(3, 4, 2, dtype=torch.complex128).requires_grad_() for _ in range(2))
+    scale, bias_scale = (torch.randn(3, 2).double().requires_grad_() for _ in range(2))
+    bias = torch.randn(2, dtype=torch.complex128)
+    for ends in (None, torch.arange(2.0)):
+        moved = lambda t, y, s, b, ends=ends: scaled_tangent(t, y, s, bias_shift(s, bias, b), -1, ends=ends)  # noqa: E731
+        assert torch.autograd.gradcheck(moved, (tangent, output, scale, bias_scale))
+
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4, dtype=torch.complex128), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.last(self.first(x.to(torch.complex128)).abs())
+
+    stn = fxstn.transform(Rotated(), [hp.Scalar("a", 0.5, 0, 1)]).train()
+    nn.init.normal_(stn.response.flat_U)
+    x, delta = torch.randn(5, 3).double(), torch.randn(5, 1).double()
+    y, dy = stn.pushforward(x, delta=delta)
+    together, _ = stn.perturbed_output(x, delta=delta)
+    torch.testing.assert_close(together, y + dy)
+    gradients = [torch.autograd.grad(z.square().sum(), stn.response.flat_U)[0] for z in (together, y + dy)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("shape", [(2,), (3, 2)])
 def test_scales_and_shifts_of_all_layers_are_those_of_each(shape):
     """Their values and their gradients, with a bias of its own, one without a response, and weights alone."""

@@ -70,7 +70,7 @@ def scales_and_shifts(
     delta: (h,) or (batch, h).
     sizes: rows of each block.
     pairs: (block of the weight, block of the bias) of each layer with such a bias; no block is in two of them.
-    biases: (rows of the block,) of each.
+    biases: (rows of the block,) of each, real.
     lowered: blocks that only products read, which get them in the type that autocast gives products.
 
     Returns (n,), or (batch, n), of each block.
@@ -109,8 +109,8 @@ class _ScaledTangent(torch.autograd.Function):
         grad, (of_tangent, of_output, of_scale, of_shift, _) = grads[0], ctx.needs_input_grad
         products = sums = None
         if of_scale or of_shift:
-            products, sums = _sums(grad, output, scale.shape, of_shift, ends)
-        return grad if of_tangent else None, grad * scale if of_output else None, products, sums, None
+            products, sums = _sums(grad, output.conj(), scale.shape, of_shift, ends)
+        return grad if of_tangent else None, grad * scale.conj() if of_output else None, products, sums, None
 
 
 class _ScalesAndShifts(torch.autograd.Function):
@@ -179,6 +179,7 @@ def _sums(
     leading = next((i for i, (n, m) in enumerate(zip(shape, output.shape, strict=True)) if n != m), output.dim())
     rows, size = math.prod(shape[:leading]), math.prod(output.shape[leading:])
     fused = grad.is_contiguous() and output.is_contiguous() and grad.dtype == output.dtype
+    fused = fused and not grad.is_complex()
     if size == 1 or torch.is_grad_enabled() or not fused or math.prod(shape) != rows or not grad.numel():
         return (grad * output).sum_to_size(shape), grad.sum_to_size(shape) if both else None
     ends = zero_and_one(grad) if ends is None else ends.to(grad.dtype)

@@ -15,7 +15,7 @@ from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.noise import track_batch
 from fxstn.ops.precision import lower
-from fxstn.ops.scaled import bias_shift, scaled_tangent, zero_and_one
+from fxstn.ops.scaled import scaled_tangent, zero_and_one
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.counters import join_counters
@@ -168,7 +168,7 @@ def shifts_are_joined(module: fx.GraphModule) -> Iterator[str]:
         if node.kwargs.get("ends") is None and module.graph.find_nodes(op="call_function", target=zero_and_one):
             yield f"{node.name} makes constants of its own"
     for scales in module.graph.find_nodes(op="call_module", target="response"):
-        for nodes in joinable(module.graph.find_nodes(op="call_function", target=bias_shift), scales).values():
+        for nodes in joinable(module, scales).values():
             yield f"{nodes[0].name} is computed by itself"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import cast
 
 from torch import fx
@@ -36,7 +35,7 @@ def join_shifts(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
             ends = graph.create_node("call_function", zero_and_one, scales.args, name="zero_and_one")
             for node in layers:
                 node.update_kwarg("ends", ends)
-        if shifts := joinable(graph.find_nodes(op="call_function", target=bias_shift), scales):
+        if shifts := joinable(module, scales):
             _join(module, scales, shifts)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
@@ -77,13 +76,15 @@ def _block(value: Argument, scales: fx.Node) -> int | None:
     return cast(int, value.args[1])
 
 
-def joinable(shifts: Sequence[fx.Node], scales: fx.Node) -> dict[Pair, list[fx.Node]]:
-    """{blocks: their shifts} of pairs that have no block in common."""
+def joinable(module: fx.GraphModule, scales: fx.Node) -> dict[Pair, list[fx.Node]]:
+    """{blocks: their shifts} of pairs that have no block in common. U is real, so that the bias must be, too."""
     by_pair: dict[Pair, list[fx.Node]] = {}
-    for node in shifts:
+    for node in module.graph.find_nodes(op="call_function", target=bias_shift):
         weight, bias, own = node.args
         pair = _block(weight, scales), _block(own, scales)
-        if pair[0] is not None and pair[1] is not None and isinstance(bias, fx.Node) and bias.op == "get_attr":
+        if pair[0] is None or pair[1] is None or not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            continue
+        if not operator.attrgetter(str(bias.target))(module).is_complex():
             by_pair.setdefault((pair[0], pair[1]), []).append(node)
     result: dict[Pair, list[fx.Node]] = {}
     for pair, nodes in by_pair.items():
