@@ -430,7 +430,7 @@ def test_show_draws_a_row_for_each_number(tmp_path):
     fxstn.show(specs, images(2), tmp_path / "grid.png", columns=3)
     header = (tmp_path / "grid.png").read_bytes()[:24]
     assert int.from_bytes(header[20:]) > 7 * 80  # the height of seven rows, in pixels
-    assert strengths_of(specs[1], "holes", 3) == [[0, 4], [2, 4], [5, 4]]
+    assert strengths_of(specs[1], "holes", 3) == [[0, 8], [2, 8], [5, 8]]
     with pytest.raises(ValueError, match="at least 2 columns"):
         fxstn.show([], images(2), tmp_path / "none.png")
 

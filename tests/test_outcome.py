@@ -88,7 +88,7 @@ def test_what_is_said_at_the_end_of_a_run() -> None:
     assert said([*falling, 1.2]) == []  # the best epoch is not the last
     assert said([*falling[:8], *[1.4 - 0.001 * k for k in range(8)]]) == []  # as good as over
     assert said([1.0 + 0.1 * (-1) ** k - 0.001 * k for k in range(12)]) == []  # noise
-    assert said(falling[:4]) == []  # too short to tell
+    assert said(falling[:5]) == []  # too short to tell
     assert said([1.0, 0.9, 0.85], start=0.8) == ["start"]
     assert said([1.0, 0.9, 0.7], start=0.8) == []
     assert said([1.0], start=0.8) == []  # too short to tell

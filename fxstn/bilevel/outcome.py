@@ -13,7 +13,8 @@ from fxstn.hp.hyperparameter import Hyperparameter
 MOVED = 0.25  # of λ, unconstrained, within the last quarter of the epochs: further than that it has not settled
 ENOUGH = 3  # epochs, to be compared with the start
 WORSE = 0.01  # share of the loss at the start that no epoch may be above it
-LEAST = 4  # epochs that λ is looked at, and that say whether a loss still falls
+LEAST = 4  # epochs that λ is looked at, and a loss at the end
+FEW = 6  # epochs; of fewer it is not said whether the network still learns
 FALL = 0.05  # share of a loss by which it falls within the last quarter of the epochs while a network still learns fast
 Row = Mapping[str, float]
 
@@ -79,7 +80,7 @@ def still_learns(rows: Sequence[Row]) -> bool:
     """Whether the validation loss falls clearly at the end of a run: its lowest value is the last, and it has fallen by more
     than `FALL` of it within the last quarter of the epochs, more than it goes up and down on the way."""
     losses, last = ([row["valid_loss"] for row in part] for part in (rows, quarter(rows)))
-    if len(last) <= LEAST or not all(map(math.isfinite, last)) or min(losses) < losses[-1]:
+    if len(losses) < FEW or not all(map(math.isfinite, last)) or min(losses) < losses[-1]:
         return False
     rises = sum(max(0.0, after - before) for before, after in pairwise(last))
     fall = last[0] - last[-1]

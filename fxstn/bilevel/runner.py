@@ -185,7 +185,7 @@ class BilevelRunner(Refittable):
 
     def _evaluated_start(self) -> bool:
         """Evaluate the network before its first step, as its norms are. Whether it is kept, as epoch 0."""
-        if self.valid_loader is None or not self._length:
+        if self.valid_loader is None or self._starts is None or not self._length:
             return False
         with unchanged_generators(self.valid_loader):
             loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
@@ -209,7 +209,8 @@ class BilevelRunner(Refittable):
         else:
             with self._tuner.evaluated_epoch(self.valid_loader, losses) as row:
                 better = self._best.offer(int(row["epoch"]), row["valid_loss"], self.problem)
-            if len(self.history) >= self._length and not distributed.rank():
+            tuned = self.hyper_steps and self._starts is not None and not distributed.rank()
+            if tuned and len(self.history) >= self._length:
                 self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
         self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
