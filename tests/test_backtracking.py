@@ -16,7 +16,7 @@ from benchmarks.worth import data
 from benchmarks.worth.networks import mlp
 from benchmarks.worth.training import loader
 from fxstn.bilevel.backtracking import Backtracking, noise
-from fxstn.bilevel.optim import SettlingAdam
+from fxstn.bilevel.optim import SettlingAdam, learning_rate
 
 
 class Ridge(fxstn.BilevelProblem):
@@ -158,6 +158,33 @@ def test_steps_of_what_went_back_are_half_as_long_also_in_a_run_that_resumes():
     assert torch.equal(*numbers)
     halved, full = numbers[0].tolist()
     assert full < 1.8 * halved < 0
+
+
+def test_a_users_model_draws_at_what_lambda_went_back_to_at_once():
+    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+    batches = DataLoader(TensorDataset(torch.randn(8, 2), torch.randn(8, 1)), 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    tuner = fxstn.tune(model, optimizer, nn.functional.mse_loss, batches, batches)
+
+    def take_back(row):
+        tuner.stn.hparams.set({"1.dropout": 0.1})
+        return {}
+
+    tuner._tuner.backtracking.review = take_back
+    for x, y in batches:
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        assert tuner.strengths(1)["1.dropout"].item() != pytest.approx(0.1)
+    assert len(tuner.history) == 1
+    assert tuner.strengths(1)["1.dropout"].item() == pytest.approx(0.1)
+
+
+def test_a_number_may_go_back_before_the_optimizer_has_stepped():
+    number = nn.Parameter(torch.zeros(1))
+    optimizer = SettlingAdam([number])
+    optimizer.take_back(number, torch.ones(1), torch.tensor([True]))
+    assert learning_rate(optimizer) == pytest.approx(0.4)
+    assert number.item() == 1
 
 
 @pytest.mark.nightly

@@ -262,7 +262,7 @@ class SettlingAdam(torch.optim.Optimizer):
         places: to go back to, in the parameter's shape.
         flags: which numbers, in the parameter's shape.
         """
-        state = self.state[x]
+        state = self.state.get(x)
         x.copy_(torch.where(flags, places, x))
         if state:  # it has made a step
             state["mean"].masked_fill_(flags, 0.0)

@@ -124,6 +124,7 @@ class AttachedTuner(RefittableLoop):
         self._rates.note(first=False)
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
+        self._refresh()  # λ may have gone back
         self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
         self._seen.late = 0
         tuner.begin_epoch()
