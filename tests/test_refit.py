@@ -238,6 +238,20 @@ def test_a_refit_of_another_length_begins_anew_in_its_folder(tmp_path: Any) -> N
     assert same(dict(model.state_dict()), dict(runner.refit(loader(), epochs=1, out_dir=tmp_path / "x").state_dict()))
 
 
+def test_a_refit_leaves_the_files_of_other_runs_alone(tmp_path: Any) -> None:
+    runner = make(tmp_path)
+    runner.fit(1)
+    files = set(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"has the files of another run, .* choose another out_dir"):
+        runner.refit(loader(), out_dir=tmp_path)
+    assert set(tmp_path.iterdir()) == files
+    runner.refit(loader(), epochs=1)
+    for wrong in ({"epochs": 0}, {"epochs": 1.5}, {"epochs": "2"}, {"schedule": Schedule({"x": [1.0]})}, {"clip": 1.0}):
+        with pytest.raises((ValueError, TypeError)):
+            runner.refit(loader(), **wrong)
+        assert (tmp_path / "refit" / "last.pt").is_file()
+
+
 def test_what_cannot_be_refitted_is_said() -> None:
     runner = make()
     with pytest.raises(ValueError, match="the history is empty"):

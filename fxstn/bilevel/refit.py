@@ -32,6 +32,7 @@ from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import trained_apart
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories
+from fxstn.ir.input_errors import is_number
 
 RECIPE_FILE = "refit.json"
 
@@ -41,12 +42,16 @@ def schedule_and_length(history: History, schedule: Schedule | None, epochs: int
 
     schedule, epochs: what the user wants; None: what the history says.
 
-    Raises ValueError before the first epoch is done.
+    Raises ValueError before the first epoch is done, and for epochs out of range; TypeError for what is no number.
     """
     outcome = history.outcome()
     schedule = Schedule.of(outcome.values) if schedule is None else schedule
     epochs = (outcome.epoch or len(history)) if epochs is None else epochs
-    return (schedule.for_epochs(epochs) if schedule.epochs and epochs else schedule), epochs
+    if not is_number(epochs):
+        raise TypeError(f"refit takes a number of epochs, or None for that of the best epoch; got epochs={epochs!r}")
+    if not (epochs >= 1 and float(epochs).is_integer()):
+        raise ValueError(f"refit: epochs={epochs} must be a whole number, 1 or more; None: that of the best epoch")
+    return (schedule.for_epochs(int(epochs)) if schedule.epochs else schedule), int(epochs)
 
 
 # Optimizers and schedulers, as they were when the run began
@@ -151,22 +156,19 @@ def refit_settings(settings: Settings, history: History, steps: int, loader: obj
     }
 
 
-def refit_folder(run: Path | None, own: str | Path | None, schedule: Schedule, epochs: int) -> Path | None:
-    """Where a refit has its files: out_dir/refit of its run, or a folder of its own; None: nowhere. It is prepared.
+def refit_folder(run: Path | None, own: str | Path | None) -> Path | None:
+    """Where a refit has its files: out_dir/refit of its run, or a folder of its own; None: nowhere.
 
     run: out_dir of the run.
     own: what the user wants.
     """
-    folder = run / "refit" if own is None and run is not None else absolute(own, "out_dir")
-    if folder is not None:
-        distributed.in_first_process(partial(_prepare_folder, folder, schedule, epochs))
-    return folder
+    return run / "refit" if own is None and run is not None else absolute(own, "out_dir")
 
 
-def _prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
-    """Note in a folder what is refitted there. Where it was something else, its files are removed, with a warning.
+def prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
+    """Note in a folder what is refitted there. Where it was another refit, its files are removed, with a warning.
 
-    A folder that cannot be written is left to the run, which warns of it.
+    A folder that cannot be written is left to the run, which warns of it. Raises ValueError where the files are no refit's.
     """
     text, path = json_text({"epochs": epochs, "values": schedule.values}, indent=1) + "\n", folder / RECIPE_FILE
     lock = FolderLock(folder)
@@ -176,6 +178,10 @@ def _prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
             return
         lock.acquire()
         files = [file for file in folder.iterdir() if RUN_FILE.fullmatch(file.name)] if folder.is_dir() else []
+        if files and before is None:
+            raise ValueError(
+                f"refit: {folder} has the files of another run, {files[0].name} say; choose another out_dir"
+            )
         for file in files:
             file.unlink()
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +190,7 @@ def _prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
         return
     finally:
         lock.release()
-    if files and before is not None:
+    if files:
         warn_caller(f"{folder} had a refit with other values, or of another length: the refit begins anew there")
 
 
@@ -199,6 +205,8 @@ def end_unevaluated_epoch(tuner: Tuner, losses: dict[str, float]) -> int:
 
 class RefitRun(Protocol):
     """The run that a refit is: a `BilevelRunner`."""
+
+    out_dir: Path | None
 
     def fit(self, epochs: int) -> History: ...
 
@@ -248,13 +256,15 @@ class Refittable(Run):
             )
         tuner = self._tuner
         schedule, epochs = schedule_and_length(self.history, settings.pop("schedule", None), epochs)
-        folder = refit_folder(self.out_dir, out_dir, schedule, epochs)
+        folder = refit_folder(self.out_dir, out_dir)
         keywords = refit_settings(tuner.settings, self.history, self.steps, train_loader)
         keywords |= {"optimizer": self._fresh_optimizer(), "schedule": schedule, **self._own_settings(train_loader)}
         keywords |= {"checkpoints": replace(tuner.settings.checkpoints, out_dir=folder), **settings}
         with tuner.evaluator.statistics.unaffected(), trained_apart(self.stn):
             self._starts.put(fresh)
             with self._refit_run(train_loader, keywords) as run:
+                if run.out_dir is not None:  # once all settings are known to be right
+                    distributed.in_first_process(partial(prepare_folder, run.out_dir, schedule, epochs))
                 self.refit_history = run.fit(epochs)
                 return run.best_model()
 
