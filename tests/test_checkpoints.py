@@ -22,6 +22,7 @@ from torch.optim import lr_scheduler as schedules
 
 import fxstn
 from fxstn import hp
+from fxstn.bilevel.backtracking import Point
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.plain import check_readable, plain_numbers
 
@@ -397,11 +398,13 @@ def test_a_value_stays_where_its_range_changes_and_so_does_what_belongs_to_it(tm
         first.stn.hparams.unconstrained.grad = torch.tensor([0.3, -0.2])
         first.optimizers["hyper.optimizer"].step()
     first.stn.hparams.unconstrained.grad = None
+    first._tuner.backtracking.points.append(Point(1.0, 1.0, first.stn.hparams.unconstrained.tolist()))
     first.save(tmp_path / "run.pt")
     runner = make(loss_fn=reads_hparams, hparams=[*new, other], hyper={"train_steps": 1})
     with pytest.warns(fxstn.RunWarning, match=r"takes anew: .* in \[.*\] .*\(was \["):
         runner.load(tmp_path / "run.pt")
     assert runner.stn.hparams.values() == pytest.approx(first.stn.hparams.values(), rel=1e-5)
+    assert not runner._tuner.backtracking.points  # places in the old units: none to go back to
     ratio = slope(runner) / slope(first)
     spaces = first.stn.hparams, runner.stn.hparams
     assert spaces[1].scale[0].item() == pytest.approx(spaces[0].scale[0].item() / ratio, rel=1e-4)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn.bilevel.outcome import end_signs
+from fxstn.hp import HyperparameterSpace
 from fxstn.hp.hyperparameter import Hyperparameter
 
 RATE = Hyperparameter(0.1, 0.0, 0.95, name="rate")
@@ -45,6 +46,24 @@ def test_values_are_those_of_the_best_epoch_and_their_spread_is_that_of_lambda()
     assert history([1.0, 2.0], rate=[0.3, 0.9]).outcome().spread == {"rate": 0.0}
     ends = history([1.0] * 4, rate=[0.0, 0.95, 0.95, 0.0], decay=[1e-6, 1e-1, 1e-6, 1e-1], holes=[0, 5, 0, 5]).outcome()
     assert all(map(math.isfinite, ends.spread.values()))
+
+
+def test_a_start_that_no_epoch_betters_has_the_values() -> None:
+    """An equal loss is not better, and `best_model` is then the start, too."""
+    run = history([2.0, 1.0], rate=[0.3, 0.4])
+    run.start_loss = 1.0
+    assert run.outcome().epoch == 0
+    assert run.best_values() == run.start
+
+
+def test_small_values_of_a_range_without_upper_end_are_told_apart() -> None:
+    number = Hyperparameter(1e-3, 0, math.inf, name="decay")
+    run = history([1.0] * 8, decay=[10.0**-k for k in range(6, 14)])
+    run.numbers = {"decay": number}
+    assert run.outcome().unsettled == ("decay",)
+    space = HyperparameterSpace([number])
+    space.set({"decay": 1e-8})
+    assert space.values() == pytest.approx({"decay": 1e-8})
 
 
 def drift(total: float, noise: float, epochs: int = 24) -> list[float]:

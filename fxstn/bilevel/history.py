@@ -173,7 +173,7 @@ class History:
         """What the run has come to: the values that `refit` takes. Raises ValueError on an empty history."""
         best = self.best()
         epoch = int(best["epoch"])
-        if self.start_loss is not None and self.start_loss < best["valid_loss"]:
+        if self.start_loss is not None and self.start_loss <= best["valid_loss"]:
             epoch = 0
         rows = self.rows[epoch // 2 : epoch] or [self.start]
         values = {name: rows[-1][name] for name in self.names}

@@ -49,11 +49,9 @@ def quarter(rows: Sequence[Row]) -> Sequence[Row]:
 
 def point_of(value: float, number: Hyperparameter | None) -> float:
     """λ at a value, a little inside where the value is at an end of its range; the value itself where no range is known."""
-    if number is None or number.integer:
-        return value if number is None else number.unconstrained_at(value)
-    low, high = number.low, number.high
-    margin = 1e-6 * (low if number.log else min(high - low, 1.0))
-    return number.unconstrained_at(min(max(value, low + margin), high - margin))
+    if number is None:
+        return value
+    return number.unconstrained_at(value if number.integer else number.inside(value))
 
 
 def spread_of(values: Sequence[float], number: Hyperparameter | None) -> float:

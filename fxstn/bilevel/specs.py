@@ -61,9 +61,7 @@ def _moved(name: str, point: float, theirs: State, ours: State) -> float:
         raise ValueError(f"{name} at {value:.4g}, which is not in its new range {_range(ours)}; give a range with this value, "
                          "or choose another out_dir")  # fmt: skip
     place = place if new.integer else value
-    low, high = new.interval
-    margin = 1e-6 * (low if new.log else min(high - low, 1.0))
-    return new.unconstrained_at(min(max(place, low + margin), high - margin))
+    return new.unconstrained_at(new.inside(place))
 
 
 def adapt(state: State, problem: BilevelProblem) -> tuple[State, list[str], list[str]]:
@@ -129,6 +127,8 @@ def _convert(state: State, ours: State, ranges: Sequence[str], scales: Sequence[
     shared["updates"] = _convert_updates(shared["updates"], slopes, _settles(state))
     signs = [sign for sign in shared["monitors"]["signs"] if sign.partition(" ")[2] not in ranges]
     shared["monitors"] = {**shared["monitors"], "signs": signs}
+    if ranges:  # where λ was is known in the old units alone
+        shared["backtracking"] = {**shared["backtracking"], "points": []}
     return {**state, "shared": shared, "processes": [_convert_local(own, slopes) for own in state["processes"]]}
 
 

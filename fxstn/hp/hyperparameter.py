@@ -127,6 +127,14 @@ class Hyperparameter:
         share = (value - low) / (high - low)
         return math.log(share) - math.log1p(-share)
 
+    def inside(self, value: float) -> float:
+        """A value of the interval, moved inside where it is at an end: by 1e-6 of its width, or 1e-12 without upper end."""
+        low, high = self.interval
+        if math.isinf(high):
+            return max(value, 1e-12)
+        margin = 1e-6 * (low if self.log else min(high - low, 1.0))
+        return min(max(value, low + margin), high - margin)
+
     def value_at(self, unconstrained: float) -> float:
         """The value at a point of the real line, that of an integer before it is rounded down."""
         low, high = self.interval

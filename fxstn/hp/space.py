@@ -96,7 +96,7 @@ class HyperparameterSpace(WideModule):
     def set(self, values: dict[str, float]) -> None:
         """Put λ₀ where these constrained values are; others stay.
 
-        A value that is no integer is moved inside its range, by 1e-6 of the width at either end.
+        A value that is no integer is moved inside its range, by 1e-6 of the width at either end (`Hyperparameter.inside`).
         Raises ValueError for a name that is not tuned, or a value outside its range, TypeError for one that is no number.
         """
         indices = {name: index for index, name in enumerate(self.names)}
@@ -109,10 +109,8 @@ class HyperparameterSpace(WideModule):
             low, high = hyperparameter.low, hyperparameter.high
             if not low <= value <= high or math.isinf(value):
                 raise ValueError(f"{name}={value} is outside its range [{low}, {high}]; give one inside")
-            if not hyperparameter.integer:
-                margin = 1e-6 * (low if hyperparameter.log else min(high - low, 1.0))
-                value = min(max(value, low + margin), high - margin)
-            self.unconstrained[indices[name]] = hyperparameter.unconstrained_at(value)
+            inside = value if hyperparameter.integer else hyperparameter.inside(value)
+            self.unconstrained[indices[name]] = hyperparameter.unconstrained_at(inside)
 
     def checked(self, perturbation: Tensor, name: str, inputs: object = None) -> Tensor:
         """A perturbation of λ: one for the batch, (h,), or one per example, (batch, h). Raises ValueError for another shape.
