@@ -199,12 +199,12 @@ def loaders(train=48, valid=24, batch=4):
 
 
 class Seen:
-    """What a runner did: state and sampler after each epoch, noise drawn, files wanted."""
+    """What a runner did: state and sampler after each epoch, files wanted, noise of examples and that of whole batches."""
 
     def __init__(self, out_dir=None, model=None, own_loaders=None, **settings):
         torch.manual_seed(0)
         stn = fxstn.transform(model or normed(), [hp.Dropout(init=0.3), hp.WeightDecay(shared=True)])
-        self.states, self.epochs, self.noise = [], [], []
+        self.states, self.epochs, self.noise, self.joined = [], [], [], []
         train, valid = own_loaders or loaders()
         self.also = settings.pop("callbacks", ())
         self.runner = fxstn.BilevelRunner(
@@ -216,8 +216,9 @@ class Seen:
         draw = stn.hparams.sample
 
         def sample(n, generator=None):
-            epsilon, shares = draw(n, generator), distributed.processes() if generator is not None and n > 1 else 1
-            self.noise.append(epsilon.detach()[distributed.rank() % shares :: shares].clone())
+            epsilon, shares = draw(n, generator), distributed.processes() if generator is not None else 1
+            own = epsilon.detach()[distributed.rank() % shares :: shares] if n > 1 else epsilon.detach()
+            (self.noise if n > 1 else self.joined).append(own.clone())
             return epsilon
 
         stn.hparams.sample = sample
@@ -235,7 +236,7 @@ class Seen:
     def result(self):
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in self.runner.history]
         return {"states": self.states, "epochs": self.epochs, "noise": torch.cat(self.noise), "rows": rows,
-                "seconds": self.runner.history["seconds"]}  # fmt: skip
+                "joined": torch.cat(self.joined), "seconds": self.runner.history["seconds"]}  # fmt: skip
 
 
 def same(a, b):
@@ -261,6 +262,7 @@ def test_every_process_has_the_same_state_and_other_noise(tmp_path, world, synce
         assert all(same(a, b) for a, b in zip(first["states"], other["states"], strict=True))
         assert other["rows"] == first["rows"]
         assert other["seconds"] == first["seconds"]
+        assert torch.equal(other["joined"], first["joined"])  # an ε of the whole batch is that of all processes
     assert not same(first["states"][0], first["states"][1])
     assert any("running_mean" in name for name in first["states"][0])
     for a, b in combinations(results, 2):
