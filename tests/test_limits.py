@@ -315,6 +315,7 @@ def joined(norm, gap, steps=60, **settings):
         problem.begins_step(seed_of_step(0, step))
         drawn.append(problem._draw(x))
     assert {one.shape for one in drawn} == {(5, 1)}
+    assert {one.stride() for one in drawn} == {(1, 1)}  # else torch.compile makes a graph for each kind
     return sum(float((one == one[:1]).all()) for one in drawn) / steps
 
 

@@ -130,7 +130,7 @@ class NetworkProblem(BilevelProblem):
             return perturbation(self.stn, inputs, self.perturb, self._generator).detach()
         joined = random.Random(self._seed).random() < 2 * self._gap
         drawn = perturbation(self.stn, inputs, "batch" if joined else "example", self._generator).detach()
-        return drawn.expand(batch_size(inputs), -1)
+        return drawn.expand(batch_size(inputs), -1).contiguous()
 
     def follow_gap(self, gap: float | None) -> None:
         self._gap = gap
