@@ -240,3 +240,17 @@ def test_numbers_of_numpy_are_taken_as_pythons():
     assert stn.hparams.values()["2.dropout"] == pytest.approx(0.5)
     loss = fxstn.general_loss(stn, lambda y, t: (0 * y.sum() + 8, np.int64(len(t))), torch.ones(4, 6), torch.zeros(4))
     assert loss.item() == 2
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("point", [-40.0, 40.0])
+def test_values_are_inside_the_range_where_float32_rounds_beyond_an_end(log, point):
+    """A schedule, or a refit, would refuse others. Float32 has no 0.1, 0.3 or 1e-7."""
+    ranges = [(0.1, 0.3), (1e-7, 0.1), (0.3, 0.7), (0.7, 1.1)]
+    space = HyperparameterSpace([Hyperparameter(low + 1e-3, low, high, log=log, name=f"{low}") for low, high in ranges])
+    with torch.no_grad():
+        space.unconstrained.fill_(point)
+    values = space.values()
+    for low, high in ranges:
+        assert low <= values[f"{low}"] <= high
+    space.set(values)

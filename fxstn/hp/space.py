@@ -89,8 +89,9 @@ class HyperparameterSpace(WideModule):
             self._known = outer
 
     def values(self) -> dict[str, float]:
-        """name → constrained value at λ₀."""
-        return dict(zip(self.names, self().tolist(), strict=True))
+        """name → constrained value at λ₀, inside its range also where float32 rounds beyond an end."""
+        pairs = zip(self.hyperparameters, self().tolist(), strict=True)
+        return {number.name: min(max(value, number.low), number.high) for number, value in pairs}
 
     @torch.no_grad()
     def set(self, values: dict[str, float]) -> None:
