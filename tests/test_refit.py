@@ -171,6 +171,14 @@ def test_optimizers_and_their_schedules_begin_anew(kind: str) -> None:
     assert close(model.state_dict(), plainly(other, optimizer, 2, EverySoOften()))
 
 
+def test_a_scheduler_by_steps_is_stretched_over_the_steps_of_the_refit() -> None:
+    halving = {"optimizer": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+    runner, rates = make(step_schedulers=halving), list[float]()
+    runner.fit(1)  # 5 steps, to 1/32 of the rate; the refit has 3
+    runner.refit(loader(), epochs=1, accumulate=3, callbacks=[lambda run: rates.append(rate_of(run))])
+    assert rates == pytest.approx([rate_of(runner)])
+
+
 def test_a_plateau_scheduler_hears_the_losses_of_the_run() -> None:
     plateau = {
         "optimizer": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)

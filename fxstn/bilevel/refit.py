@@ -257,8 +257,10 @@ class Refittable(Run):
         tuner = self._tuner
         schedule, epochs = schedule_and_length(self.history, settings.pop("schedule", None), epochs)
         folder = refit_folder(self.out_dir, out_dir)
-        keywords = refit_settings(tuner.settings, self.history, self.steps, train_loader)
-        keywords |= {"optimizer": self._fresh_optimizer(), "schedule": schedule, **self._own_settings(train_loader)}
+        accumulate = settings.get("accumulate")
+        own = tuner.settings if accumulate is None else replace(tuner.settings, accumulate=accumulate)
+        keywords = refit_settings(own, self.history, self.steps, train_loader) | {"schedule": schedule}
+        keywords |= {"optimizer": self._fresh_optimizer(), **self._own_settings(train_loader, accumulate)}
         keywords |= {"checkpoints": replace(tuner.settings.checkpoints, out_dir=folder), **settings}
         with tuner.evaluator.statistics.unaffected(), trained_apart(self.stn):
             self._starts.put(fresh)
@@ -272,8 +274,11 @@ class Refittable(Run):
         """Of w₀, as before its first step."""
         raise NotImplementedError
 
-    def _own_settings(self, train_loader: Iterable[object]) -> dict[str, Any]:
-        """Further settings of w₀, where they are not all among those of the run."""
+    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None) -> dict[str, Any]:
+        """Further settings of w₀, where they are not all among those of the run.
+
+        accumulate: what the user wants; None: as in the run.
+        """
         return {}
 
     def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> AbstractContextManager[RefitRun]:

@@ -47,10 +47,10 @@ class RefittableLoop(Refittable):
         pairs = zip(self._stepping, self._groups, strict=True)
         return [without_state(part, [*groups, *options_of(part)[len(groups) :]]) for part, groups in pairs]
 
-    def _own_settings(self, train_loader: Iterable[object]) -> dict[str, Any]:
+    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None) -> dict[str, Any]:
         """What is known of the loop: how many batches it accumulates, its precision, its rates."""
         tuner, rates = self._tuner, self._rates
-        result: dict[str, Any] = {"accumulate": max(1, self._seen.most), "callbacks": ()}
+        result: dict[str, Any] = {"accumulate": accumulate or max(1, self._seen.most), "callbacks": ()}
         result["execution"] = replace(tuner.settings.execution, device=None, autocast=tuner.autocast)
         if rates.change:
             steps = math.ceil((length_of(train_loader) or self.steps / len(rates.epochs)) / result["accumulate"])
