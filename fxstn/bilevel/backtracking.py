@@ -56,7 +56,8 @@ class Backtracking:
 
     optimizer: of λ. None, or another one than a `SettlingAdam`: nothing is taken back.
     problem: has λ, and says which numbers regularise. Others stay.
-    on: whether the run measures the training loss in eval mode, too.
+    on: whether the run measures the training loss in eval mode, too. A joint problem, whose weights are those at λ, has to be
+        off: its network would no longer be the one that was evaluated.
 
     The means of `WINDOW` evaluations are compared: the last ones, and those with the lowest validation loss since λ was taken
     back last. Where the validation loss has risen by more than its noise, the training loss says which moves to blame. If it

@@ -133,7 +133,7 @@ class Tuner:
         self.monitors = Monitors(problem.ranges(), regularizing)
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None
         self.limit = GapLimit(optimizer, problem, measured)
-        self.backtracking = Backtracking(optimizer, problem, self.limit.on)
+        self.backtracking = Backtracking(optimizer, problem, self.limit.on and not problem.joint)
 
     def precision(self) -> torch.autocast:
         """A context for the forward of a loss."""
