@@ -235,8 +235,9 @@ class Seen:
 
     def result(self):
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in self.runner.history]
-        return {"states": self.states, "epochs": self.epochs, "noise": torch.cat(self.noise), "rows": rows,
-                "joined": torch.cat(self.joined), "seconds": self.runner.history["seconds"]}  # fmt: skip
+        none = torch.empty(0, len(self.runner.stn.hparams))
+        return {"states": self.states, "epochs": self.epochs, "noise": torch.cat([none, *self.noise]), "rows": rows,
+                "joined": torch.cat([none, *self.joined]), "seconds": self.runner.history["seconds"]}  # fmt: skip
 
 
 def same(a, b):

@@ -126,5 +126,7 @@ def test_a_tuned_script_tunes_and_is_otherwise_the_plain_one_and_goes_on_with_it
         assert same(resumed["model"].state_dict(), tuned["model"].state_dict())
         assert tuners[1].values() == tuner.values()
         assert same(*(without_times(t.history) for t in tuners))
-        states = [{k: v for k, v in t.state_dict().items() if k not in ("history", "means")} for t in tuners]
+        # a script that resumes loads its weights before `tune`, whose first weights they then are
+        other = ("history", "means", "starts")
+        states = [{k: v for k, v in t.state_dict().items() if k not in other} for t in tuners]
         assert same(*states)

@@ -89,7 +89,12 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
     """Also where a graph runs in the module's place in eval mode, since torchvision's transforms stay random there."""
     torch.manual_seed(0)
     model = nn.Sequential(v2.ColorJitter(0.4), Net()) if augmented else Net()
-    runner = make(model, [hp.Dropout("1.6" if augmented else "6", init=0.6)], hyper={"recalibrate": 3})
+    runner = make(
+        model,
+        [hp.Dropout("1.6" if augmented else "6", init=0.6)],
+        hyper={"recalibrate": 3},
+        optimizer=lambda params: torch.optim.Adam(params, lr=1e-2),
+    )  # better than its start after an epoch
     seen, take = [], runner._train.take
 
     def watched(n):
