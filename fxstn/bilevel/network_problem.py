@@ -59,7 +59,7 @@ class NetworkProblem(BilevelProblem):
         if self.perturb == "example" and not stn.recipe.frontend.rewritable:
             raise ValueError(
                 f"response.perturb='example' needs a graph, and this network is followed by trace={stn.frontend!r}, with "
-                "one perturbation for the whole batch: give perturb='auto'; stn.rejected says why"
+                "one perturbation per batch: give perturb='auto', also instead of fxstn.PAPER's; stn.rejected says why"
             )
         self.response_fraction, self.response_widening = settings.response.fraction, settings.response.widening
         self.response_windows, self.hyper_fraction = settings.response.windows, settings.hyper.fraction
