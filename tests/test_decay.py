@@ -88,6 +88,14 @@ def test_the_response_step_rests_where_the_weights_answer_to_lambda() -> None:
     assert gradient(right) > 100 * at_rest
 
 
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) -> None:
+    """An epoch of the user's own loop."""
+    for part, target in batches:
+        optimizer.zero_grad()
+        half_square(model(part), target).backward()
+        optimizer.step()
+
+
 def test_the_metric_is_the_root_of_the_optimizers_second_moment() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(SIZE, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -95,10 +103,7 @@ def test_the_metric_is_the_root_of_the_optimizers_second_moment() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-4)
     batches = list(zip(x.split(12), y.split(12), strict=True))
     tuner = fxstn.tune(model, optimizer, half_square, batches, batches, [hp.WeightDecay()])
-    for part, target in batches:
-        optimizer.zero_grad()
-        half_square(model(part), target).backward()
-        optimizer.step()
+    train(model, optimizer, batches)
     square = optimizer.state[model[0].weight]["exp_avg_sq"]
     expected = (square / (1 - 0.99**4)).sqrt() + 1e-4
     torch.testing.assert_close(tuner.stn.decay_metric(["0.weight"])["0.weight"], expected, rtol=1e-6, atol=0)
@@ -125,10 +130,7 @@ def test_adamws_decay_of_complex_weights_has_a_metric_of_their_real_and_imaginar
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-4)
     batches = list(zip(x.split(8), y.split(8), strict=True))
     tuner = fxstn.tune(model, optimizer, half_square, batches, batches, [hp.WeightDecay()])
-    for part, target in batches:
-        optimizer.zero_grad()
-        half_square(model(part), target).backward()
-        optimizer.step()
+    train(model, optimizer, batches)
     weight, stn = model.first.weight, tuner.stn
     square = torch.view_as_real(optimizer.state[weight]["exp_avg_sq"])
     diagonal = (square / (1 - 0.99**6)).sqrt() + 1e-4

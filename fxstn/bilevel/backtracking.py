@@ -40,9 +40,7 @@ def noise(losses: Sequence[float]) -> float:
     if len(losses) < 5:
         return math.inf
     bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
-    return (
-        1.4826 * statistics.median(bends) / math.sqrt(6)
-    )  # of Gaussian noise: the variance of a bend is six times its own
+    return 1.4826 * statistics.median(bends) / math.sqrt(6)  # a bend of Gaussian noise has six times its variance
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -201,7 +201,7 @@ class Evaluator:
         A loss that is a sum is brought to as many target entries as the last loader had.
         A validation loss may be meant for another kind of batch. Faults of the loader and of the device are raised.
         """
-        totals, fault = self._tried(self._last(batches), "train_loader")
+        totals, fault = self._losses_or_fault(self._last(batches), "train_loader")
         if totals is not None:
             if not totals.counts["valid_loss"]:
                 return math.nan
@@ -218,14 +218,14 @@ class Evaluator:
         """The validation loss with the statistics that norms have; NaN where it fails: the first step will say why."""
         with torch.inference_mode(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            totals, _ = self._tried(loader, "valid_loader")
+            totals, _ = self._losses_or_fault(loader, "valid_loader")
         return (
             math.nan
             if totals is None or not totals.counts["valid_loss"]
             else totals.means("valid_loader")["valid_loss"]
         )
 
-    def _tried(self, batches: Iterable[object], name: str) -> tuple[Totals | None, str]:
+    def _losses_or_fault(self, batches: Iterable[object], name: str) -> tuple[Totals | None, str]:
         """The losses of all processes. None, with what happened in this one, where they cannot be computed in one of them."""
         totals, fault = Totals({}), ""
         try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.outcome import Outcome, moved, spread_of
+from fxstn.bilevel.outcome import Outcome, spread_of, still_moves
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
@@ -178,7 +178,7 @@ class History:
         rows = self.rows[epoch // 2 : epoch] or [self.start]
         values = {name: rows[-1][name] for name in self.names}
         spread = {name: spread_of([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
-        unsettled = tuple(name for name in self.names if moved(self.rows, name, self.numbers.get(name)))
+        unsettled = tuple(name for name in self.names if still_moves(self.rows, name, self.numbers.get(name)))
         return Outcome(values, spread, unsettled, epoch)
 
     def columns(self) -> list[str]:
@@ -227,7 +227,7 @@ class History:
         schedule = Schedule({name: [self.start[name], *self[name]] for name in self.names})
         if best:
             return schedule.until(int(self.best()["epoch"]))
-        schedule.unsettled = tuple(name for name in self.names if moved(self.rows, name, self.numbers.get(name)))
+        schedule.unsettled = tuple(name for name in self.names if still_moves(self.rows, name, self.numbers.get(name)))
         return schedule
 
     def to_jsonl(self, path: str | Path) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from fxstn.hp.hyperparameter import Hyperparameter
 
-MOVED = 0.25  # of λ, unconstrained, within the last quarter of the epochs: further than that it has not settled
+MOVE = 0.25  # of λ, unconstrained, within the last quarter of the epochs: further than that it has not settled
 ENOUGH = 3  # epochs, to be compared with the start
 WORSE = 0.01  # share of the loss at the start that no epoch may be above it
 LEAST = 4  # epochs that λ is looked at, and a loss at the end
@@ -27,7 +27,7 @@ class Outcome:
     spread: {name: standard deviation over the second half of the epochs up to the best one}. It is that of λ before it is
         mapped to its range (of logarithms, where there is no upper end), in units of the value: half the distance of the values
         one standard deviation below and above the mean. Where no range is known it is that of the values. 0 for one epoch.
-    unsettled: names of those that still moved at the end of the run, by more than `MOVED` in the last quarter of its epochs.
+    unsettled: names of those that still moved at the end of the run, by more than `MOVE` in the last quarter of its epochs.
     epoch: the best one; 0 where none was better than the start.
     """
 
@@ -62,16 +62,16 @@ def spread_of(values: Sequence[float], number: Hyperparameter | None) -> float:
     return deviation if number is None else (number.value_at(high) - number.value_at(low)) / 2
 
 
-def moved(rows: Sequence[Row], name: str, number: Hyperparameter | None) -> bool:
+def still_moves(rows: Sequence[Row], name: str, number: Hyperparameter | None) -> bool:
     """Whether λ still moves at the end: its line of least squares over the last quarter of the epochs rises or falls by more
-    than `MOVED`, in units of the mean where no range is known. False where there are too few epochs to tell."""
+    than `MOVE`, in units of the mean where no range is known. False where there are too few epochs to tell."""
     last = quarter(rows)
     if len(last) < LEAST:
         return False
     points = [point_of(row[name], number) for row in last]
     scale = 1.0 if number is not None else max(abs(statistics.mean(points)), 1e-12)
     slope = statistics.linear_regression(range(len(points)), points).slope
-    return abs(slope) * (len(points) - 1) > MOVED * scale
+    return abs(slope) * (len(points) - 1) > MOVE * scale
 
 
 def still_learns(rows: Sequence[Row]) -> bool:
