@@ -29,7 +29,7 @@ integrations: $(READY)  ## the adapters against the newest and the oldest suppor
 nightly: $(READY)  ## the tests that take hours: every model of torchvision
 	$(BIN)/python -m pytest -m nightly
 
-support: $(READY)  ## docs/support.md: which models transform, how, and with what error; goes on where it stopped
+support: $(READY)  ## docs/results/support.md: which models transform, how, and with what error; goes on where it stopped
 	$(BIN)/python -m benchmarks.support
 
 bench: $(READY)  ## overhead against plain training: resnet18 in three processes, the suite, growth, a peer, augmentations (an hour)
@@ -42,7 +42,7 @@ bench: $(READY)  ## overhead against plain training: resnet18 in three processes
 	$(BIN)/pip install --quiet betty-ml
 	$(BIN)/python -m benchmarks.peer
 
-paper: $(READY)  ## the paper's experiments at the small budget, then docs/paper.md (many hours; goes on where it stopped)
+paper: $(READY)  ## the paper's experiments at the small budget, then docs/results/paper.md (many hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.paper linear
 	$(BIN)/python -m benchmarks.paper run
 	$(BIN)/python -m benchmarks.paper robustness --task fmnist

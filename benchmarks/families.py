@@ -3,7 +3,7 @@
     pip install timm; python -m benchmarks.families [--only PATTERN ...] [--again]
 
 timm has some hundred families, one Python module each, written by many hands. Each is checked in a process of its own,
-with a time limit; results go to benchmarks/results/families.json and docs/families.md, and it goes on where it stopped.
+with a time limit; results go to benchmarks/results/families.json and docs/results/families.md, and it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import fxstn
 from benchmarks.zoo import CLASSES, LARGE, shortened
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "families.md"
 
 
 def families() -> dict[str, list[str]]:

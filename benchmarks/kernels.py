@@ -1,12 +1,12 @@
 """What each step of a run launches, counted without a GPU, and what an H100 would make of it.
 
-    python -m benchmarks.kernels                                       # the networks of docs/overhead.md
+    python -m benchmarks.kernels                                       # the networks of docs/results/overhead.md
     python -m benchmarks.kernels --model resnet18 vit_b_16 --bf16 --batch-size 64 --image-size 64 --tuned dropout
     python -m benchmarks.kernels --model resnet18 --operators 20       # also the operators launched most
 
 The training loop of a runner takes as many inner steps as its schedule needs to repeat itself, with their response and hyper
 steps, on fake CUDA tensors (benchmarks/fake_cuda.py). Adds to benchmarks/results/kernels.json as it goes, and goes on where it
-stopped; `python -m benchmarks.tables` makes the table of docs/overhead.md.
+stopped; `python -m benchmarks.tables` makes the table of docs/results/overhead.md.
 """
 
 from __future__ import annotations

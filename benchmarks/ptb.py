@@ -3,7 +3,7 @@
     python -m benchmarks.ptb --text ptb.train.txt ptb.valid.txt ptb.test.txt [--seeds 2] [--minutes 10] [--methods ...]
 
 Each cell is `python examples/language_model.py --small` for so many minutes on one thread, and goes on where it stopped. Writes
-benchmarks/results/ptb-small.json; `python -m benchmarks.tables` makes the table and the plot of docs/language.md of it.
+benchmarks/results/ptb-small.json; `python -m benchmarks.tables` makes the table and the plot of docs/guides/sequences.md of it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Tasks are those of benchmarks/worth, from the usual recipe, one run of the defaults each, and then refits of it on training and
 validation data, which differ in the values and in the length. Writes test losses to benchmarks/results/refits.json as it goes,
-and goes on where it stopped; `python -m benchmarks.tables` makes the table of docs/runs.md of it.
+and goes on where it stopped; `python -m benchmarks.tables` makes the table of docs/guides/runs.md of it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 For each task, start and seed of benchmarks/tuning.py: "tuned", the run that finds the schedule, with the defaults; then
 three runs from other weights that take no step of Θ or λ: "schedule", λ moving as it did; "last values", λ where it ended, from
 the first epoch on; "start", λ where it began. Writes benchmarks/results/replay.json as it goes and goes on where it stopped;
-`python -m benchmarks.tables` makes the table of docs/tuning.md of it.
+`python -m benchmarks.tables` makes the table of docs/results/tuning.md of it.
 """
 
 from __future__ import annotations

@@ -305,11 +305,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="where the results go (default: benchmarks/results, or out without data root)")  # fmt: skip
     parser.add_argument("--figure", type=Path, metavar="FILE",
-                        help="where the figure goes (default: docs, or out without data root)")  # fmt: skip
+                        help="where the figure goes (default: docs/results, or out without data root)")  # fmt: skip
     options = parser.parse_args(arguments)
     names = list(SPLITS) if options.data_root else ["diabetes"]
     options.json = options.json or ROOT / ("benchmarks/results" if options.data_root else "out") / "ridge.json"
-    options.figure = options.figure or ROOT / ("docs" if options.data_root else "out") / "ridge.png"
+    options.figure = options.figure or ROOT / ("docs/results" if options.data_root else "out") / "ridge.png"
     problems = [load_problem(name, options.data_root) for name in names]
     results = run_all(problems, options.seed, options.workers)
     settings = Settings()

@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training stands still, how long the file takes, and the peak memory of a resume.
 
-python -m benchmarks.saving: resnet18 on images of 32 pixels (docs/runs.md). Each part runs in a process of its own.
+python -m benchmarks.saving: resnet18 on images of 32 pixels (docs/guides/runs.md). Each part runs in a process of its own.
 """
 
 from __future__ import annotations

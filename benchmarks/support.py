@@ -3,8 +3,8 @@
     python -m benchmarks.support [--only PATTERN ...] [--again]      (make support)
 
 Every model that torchvision lists, the quantised ones aside, in float64 against a central difference of the original, in
-train and eval mode. Adds to benchmarks/results/support.json as it goes, and goes on where it stopped; docs/support.md is
-made of it. Large ones with repeated blocks left out are marked.
+train and eval mode. Adds to benchmarks/results/support.json as it goes, and goes on where it stopped. docs/results/support.md
+is made of it. Large ones with repeated blocks left out are marked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
-PAGE = Path(__file__).parent.parent / "docs" / "support.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "support.md"
 
 
 def measure(name: str, seeds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of pages under docs, and docs/scaling.png, from the files under benchmarks/results.
+"""Write the tables of README.md and of pages under docs, and docs/results/scaling.png, from the files under benchmarks/results.
 
     python -m benchmarks.tables
 
@@ -23,8 +23,7 @@ from benchmarks.worth.cells import READINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("overhead", "augmentations", "tuning", "hypergradient", "language", "runs", "worth")
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
     "general": "general step: the same training, conditioned on λ",
@@ -195,9 +194,9 @@ def main() -> None:
             text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
         page.write_text(text)
         print(f"written to {page}")
-    plot_scaling(ROOT / "docs" / "scaling.png")
-    tuned.plot(list(_tuned()), ROOT / "docs" / "tuning.png")
-    ptb.draw(json.loads(ptb.FILE.read_text()), ROOT / "docs" / "ptb.png")
+    plot_scaling(ROOT / "docs" / "results" / "scaling.png")
+    tuned.plot(list(_tuned()), ROOT / "docs" / "results" / "tuning.png")
+    ptb.draw(json.loads(ptb.FILE.read_text()), ROOT / "docs" / "guides" / "ptb.png")
     hypergradient.draw(json.loads(hypergradient.RESULTS.read_text()), hypergradient.FIGURE)
 
 

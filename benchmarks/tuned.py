@@ -1,4 +1,4 @@
-"""The report of benchmarks/tuning.py, from its JSON files alone: tables, and docs/tuning.png."""
+"""The report of benchmarks/tuning.py, from its JSON files alone: tables, and docs/results/tuning.png."""
 
 from __future__ import annotations
 
@@ -205,4 +205,4 @@ def report(tasks: Sequence[str]) -> None:
         results = json.loads(path_of(task).read_text())
         print(f"\n{task}\n\n{table(results)}\n\n{gap_closed(results)}")
     if tasks:
-        plot(tasks, ROOT / "docs" / "tuning.png")
+        plot(tasks, ROOT / "docs" / "results" / "tuning.png")

@@ -1,7 +1,7 @@
 """Does tuning in one run pay? Tasks × methods × starts × seeds: best validation loss against time, and the test loss there.
 
     python -m benchmarks.tuning [--tasks mnist-mlp diabetes-mlp] [--methods ...] [--seeds 3] [--trials 30] [--data-root DIR]
-    python -m benchmarks.tuning --report      # what is there, as tables and docs/tuning.png
+    python -m benchmarks.tuning --report      # what is there, as tables and docs/results/tuning.png
 
 One run: "untuned" trains at the start; "stn", "centered" and "delta" have the paper's settings, "default" the runner's own;
 "unlimited" knows nothing of the generalisation gap (`SettlingAdam(limits=False)`), "uncertain" besides moves by every gradient

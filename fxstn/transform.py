@@ -89,7 +89,7 @@ def transform(
         weights. "running" raises ValueError where recompute does.
 
     Modules in eval mode while the model is in train mode (a frozen batch norm) stay frozen. nn.SyncBatchNorm normalises over
-    all processes, on any device (docs/distributed.md).
+    all processes, on any device (docs/guides/distributed.md).
 
     Raises TransformError, with the problems of every frontend at once, where none can follow the model. Raises ValueError for
     a spec that matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown

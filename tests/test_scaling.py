@@ -302,7 +302,7 @@ def half(net):
 
 @pytest.mark.parametrize("responds", [False, True])
 def test_in_a_loop_of_ones_own_the_hypergradient_of_an_overflow_is_not_finite(responds):
-    """So that docs/own.md can say what to drop; also before Θ has moved from zero."""
+    """So that docs/guides/own.md can say what to drop; also before Θ has moved from zero."""
     stn = fxstn.transform(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), [hp.WeightDecay(shared=True)])
     if responds:
         randomize_response(stn)

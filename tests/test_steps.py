@@ -390,7 +390,7 @@ def learned(perturb, steps=200):
 
 
 def test_what_batch_norms_undo_is_learned_per_example_and_not_by_batch():
-    """Truth: the best weights are the same at any gain that all examples share (docs/hypergradient.md, Batch norm)."""
+    """Truth: the best weights are the same at any gain that all examples share (docs/results/hypergradient.md, Batch norm)."""
     assert learned("batch") < 0.01
     assert learned("auto") < 0.01
     assert learned("example") > 0.1

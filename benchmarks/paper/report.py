@@ -1,4 +1,4 @@
-"""docs/paper.md and its figures, from the files under benchmarks/results/paper alone."""
+"""docs/results/paper.md and its figures, from the files under benchmarks/results/paper alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.paper.tasks import METHODS, ROWS, START
 from benchmarks.tuned import best_so_far, best_within, seconds_of
 
 FOLDER = RESULTS / "paper"
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 LABELS = {
     "untuned": "the start kept", "random": "random search", "bayes": "Bayesian opt. (TPE)", "stn": "STN",
     "centered": "centred STN", "delta": "Δ-STN", "default": "Δ-STN, cheap defaults",
@@ -245,7 +245,7 @@ def _logit(share: float) -> float:
 
 
 def _sections() -> Iterable[tuple[str, str]]:
-    """(name of a generated part of docs/paper.md, its text); figures are drawn beside."""
+    """(name of a generated part of docs/results/paper.md, its text); figures are drawn beside."""
     for kind in linear.KINDS:
         if (FOLDER / f"linear-{kind}.json").exists():
             draw_linear(kind, DOCS / f"paper-{kind}.png")
@@ -273,13 +273,13 @@ def _sections() -> Iterable[tuple[str, str]]:
 
 
 def write() -> None:
-    """Replace what is between <!-- NAME --> and <!-- end --> in docs/paper.md; a part that the page lacks is printed."""
+    """Replace what is between <!-- NAME --> and <!-- end --> in the page; a part that it lacks is printed."""
     page = DOCS / "paper.md"
     text = page.read_text()
     for name, part in _sections():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         if not re.search(pattern, text, flags=re.DOTALL):
-            print(f"docs/paper.md has no place <!-- {name} -->:\n{part}")
+            print(f"docs/results/paper.md has no place <!-- {name} -->:\n{part}")
         text = re.sub(pattern, lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text, flags=re.DOTALL)
     page.write_text(text)
     print(f"written to {page}")

@@ -1,4 +1,4 @@
-"""Run what is missing of the table, and write docs/worth.md with `make figures`.
+"""Run what is missing of the table, and write docs/results/worth.md with `make figures`.
 
     python -m benchmarks.worth [--task T ...] [--column C ...] [--seed S ...] [--reading R ...] [--minutes M] [--report]
 

@@ -1,4 +1,4 @@
-"""The tables of docs/worth.md, from the cells alone. No cell is left out.
+"""The tables of docs/results/worth.md, from the cells alone. No cell is left out.
 
 An entry is a column, as it ended or trained anew ("refit"). Losses are those of the test set.
 """

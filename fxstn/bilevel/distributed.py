@@ -2,7 +2,7 @@
 
 Each process has the whole network and its share of the examples. DistributedDataParallel does the same, but synchronises the
 gradients of one `forward`, and here are three objectives. Gradients are averaged before an optimizer steps, so that w₀, Θ, λ
-and σ stay the same everywhere. A step costs one all-reduce of as many numbers as it has parameters (docs/distributed.md).
+and σ stay the same everywhere. A step costs one all-reduce of a number per parameter (docs/guides/distributed.md).
 
 All processes must call every function but `rank` and `processes`: a process that calls one waits for the others.
 """

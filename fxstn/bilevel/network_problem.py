@@ -121,8 +121,8 @@ class NetworkProblem(BilevelProblem):
 
         Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy. A network
         that underfits takes the first: its regularisations can only fall, and the bias says so. One that overfits takes the
-        second, as often as twice the gap's share says (docs/hypergradient.md, Batch norm). Both have a row per example, so
-        that compiled graphs fit both.
+        second, as often as twice the gap's share says (docs/results/hypergradient.md, Batch norm). Both have a row per example,
+        so that compiled graphs fit both.
         """
         inputs = inputs_of(self.stn, inputs)
         possible = self.perturb == "auto" and self.stn.per_example(*inputs.args, **inputs.kwargs)

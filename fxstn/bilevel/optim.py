@@ -25,7 +25,7 @@ __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
 
 SHARE = "share"  # in a parameter's state: what is left of the steps of each number, once some were taken back
 # Where a network overfits completely, steps are this much shorter. Then the hypergradient is little more than noise
-# (docs/hypergradient.md), and a start that is a usual recipe is not far from what is best.
+# (docs/results/hypergradient.md), and a start that is a usual recipe is not far from what is best.
 CAUTION = 0.65
 END = 0.1  # share of a range, at either end, where noise must not drive λ further: a regulariser does little there
 

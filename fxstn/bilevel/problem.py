@@ -27,7 +27,7 @@ class BilevelProblem(nn.Module):
     Each loss takes (inputs, target) as the loader yields them and returns a scalar, the mean over the batch, or (sum, count).
     The runner calls .backward() on the mean and steps the optimizer of the parameters named like it. So gradients must reach
     these parameters and no others: freeze or detach the rest. The runner checks the first step of each kind.
-    Example: examples/label_noise.py; in words: docs/own.md.
+    Example: examples/label_noise.py; in words: docs/guides/own.md.
     """
 
     joint = False  # whether the general step moves the response parameters, too

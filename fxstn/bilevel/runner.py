@@ -53,7 +53,7 @@ class BilevelRunner(Refittable):
     optimizer falls, cycles become longer and response steps rarer (`fxstn.HyperSettings`, longest_cycle).
 
     Several processes (torchrun): give each its share of the examples (torch's DistributedSampler) and its device. The processes
-    average their gradients and draw different noise. The first one writes the files, to its out_dir (docs/distributed.md).
+    average their gradients and draw different noise. The first one writes the files (docs/guides/distributed.md).
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Raises TypeError for a
     setting of another kind. Warns when weight decay is tuned and also set in an optimizer, and when the history shows signs of

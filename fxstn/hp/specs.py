@@ -46,7 +46,7 @@ class Spec:
     where: fnmatch patterns over full module names, the root "" included. `*` also matches dots.
     init: the start of λ. A number is for all numbers of the spec, {"hue": 0.1} for one of them. None: the strength of the
         module that the spec takes over. Where this is off, at 0, or there is none: the spec's own start, that of the usual
-        recipe (docs/augmentations.md has them), moved inside the range.
+        recipe (docs/guides/augmentations.md has them), moved inside the range.
     low, high: ends of the range, likewise. None keeps the spec's own.
     scale: σ at the start, likewise.
     shared: True gives one λ to all matches. False gives each match its own.
