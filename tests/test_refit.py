@@ -267,6 +267,16 @@ def test_what_cannot_be_refitted_is_said() -> None:
     runner.fit(1)
     with pytest.raises(ValueError, match="valid_loader=None: λ is tuned on validation data"):
         fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader(), None)
+    kept: list[Optimizer] = []
+
+    def one_for_all(parameters: Any) -> Optimizer:
+        kept.append(kept[0] if kept else torch.optim.SGD(parameters, 0.1))
+        return kept[0]
+
+    shared = fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader(), loader(), optimizer=one_for_all, progress=False)
+    shared.fit(1)
+    with pytest.raises(ValueError, match="returns the optimizer that the run steps with"):
+        shared.refit(loader())
     frozen = mlp()
     frozen[0].weight.requires_grad_(False)
     stn = fxstn.transform(frozen, [hp.Dropout("2")])

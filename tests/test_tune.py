@@ -365,6 +365,7 @@ def test_the_runner_is_a_loop_around_the_same_tuner_bit_for_bit(specs: list | No
     torch.manual_seed(1)
     runner.fit(3)
     assert tuner.values() == runner.problem.values() != tuner.history.start
+    assert tuner.history.start_loss == runner.history.start_loss is not None
     without = ("train_loss", "seconds")
     rows = [{k: v for k, v in row.items() if k not in without} for row in runner.history.rows]
     assert [{k: v for k, v in row.items() if k not in without} for row in tuner.history.rows] == rows

@@ -19,7 +19,7 @@ from fxstn.bilevel.counts import IGNORED, as_loss
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
-from fxstn.bilevel.sources import new_pass
+from fxstn.bilevel.sources import new_pass, unchanged_generators
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.bilevel.totals import Metrics, Totals
@@ -214,16 +214,18 @@ class Evaluator:
             warn_caller(text + "give a valid_loss_fn that takes them, too")
         return math.nan
 
-    def loss_before_training(self, loader: Iterable[object]) -> float:
-        """The validation loss with the statistics that norms have; NaN where it fails: the first step will say why."""
-        with torch.inference_mode(False), warnings.catch_warnings():
+    def loss_before_training(self, loader: Iterable[object]) -> float | None:
+        """The validation loss with the statistics that norms have. No random number of the training is drawn.
+
+        None where it fails, and the first step will say why, or is not finite.
+        """
+        with unchanged_generators(loader), torch.inference_mode(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             totals, _ = self._losses_or_fault(loader, "valid_loader")
-        return (
-            math.nan
-            if totals is None or not totals.counts["valid_loss"]
-            else totals.means("valid_loader")["valid_loss"]
-        )
+        if totals is None or not totals.counts["valid_loss"]:
+            return None
+        loss = totals.means("valid_loader")["valid_loss"]
+        return loss if math.isfinite(loss) else None
 
     def _losses_or_fault(self, batches: Iterable[object], name: str) -> tuple[Totals | None, str]:
         """The losses of all processes. None, with what happened in this one, where they cannot be computed in one of them."""

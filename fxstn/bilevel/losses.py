@@ -111,7 +111,13 @@ def joins_examples(stn: SelfTuningNetwork) -> bool:
 
     Statistics of examples with an ε each follow none of them. Θ then learns to undo what they undo where all have the same λ.
     """
-    norms = [node for node in stn.graph("train").graph.nodes if node.target in BATCH_NORMS and node.args[5] is True]
+    graph = stn.graph("train").graph
+    norms = [
+        node
+        for function in BATCH_NORMS
+        for node in graph.find_nodes(op="call_function", target=function)
+        if node.args[5] is True
+    ]
     return any(stn.recipe.plan.statistics == "batch" or node.args[1] is None for node in norms)  # no running mean
 
 

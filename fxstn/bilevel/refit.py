@@ -80,6 +80,20 @@ def without_state(optimizer: Optimizer, groups: Sequence[State]) -> Optimizer:
     return result
 
 
+def checked_factory(factory: Callable[[Any], Any], own: Optimizer) -> Callable[[Any], Any]:
+    """A factory of optimizers that raises ValueError where it returns the one that the run steps with, or a part of it."""
+    of_run = {id(own), *map(id, getattr(own, "parts", ()))}
+
+    def make(parameters: Any) -> Any:
+        result = factory(parameters)
+        if of_run & {id(part) for part in (result if isinstance(result, (list, tuple)) else (result,))}:
+            raise ValueError("optimizer= returns the optimizer that the run steps with, whose state a refit would change: "
+                             "make a new one at each call")  # fmt: skip
+        return result
+
+    return make
+
+
 class Stretched:
     """A scheduler that takes its steps within another number of steps of its optimizer.
 

@@ -22,10 +22,9 @@ from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import postfix, progress_bar
-from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch, without_state
+from fxstn.bilevel.refit import Refittable, checked_factory, end_unevaluated_epoch, without_state
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
-from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.training import TrainingLoop
@@ -187,10 +186,8 @@ class BilevelRunner(Refittable):
         """Evaluate the network before its first step, as its norms are. Whether it is kept, as epoch 0."""
         if self.valid_loader is None or self._starts is None or not self._length:
             return False
-        with unchanged_generators(self.valid_loader):
-            loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
-        self.history.start_loss = loss if math.isfinite(loss) else None
-        return math.isfinite(loss) and self._best.offer(0, loss, self.problem)
+        self.history.start_loss = loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
+        return loss is not None and self._best.offer(0, loss, self.problem)
 
     def stop(self) -> None:
         """End `fit` after this epoch; for callbacks."""
@@ -277,10 +274,10 @@ class BilevelRunner(Refittable):
         return model
 
     def _fresh_optimizer(self) -> OptimizerLike:
-        optimizer = self._options.optimizer
+        optimizer, own = self._options.optimizer, self.optimizers["optimizer"]
         if optimizer is None or callable(optimizer):
-            return optimizer
-        return without_state(self.optimizers["optimizer"], self.updates.records["optimizer"].initial["groups"])
+            return optimizer and checked_factory(optimizer, own)
+        return without_state(own, self.updates.records["optimizer"].initial["groups"])
 
     def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> nullcontext[BilevelRunner]:
         return nullcontext(BilevelRunner(self.stn, self._loss_fn, train_loader, None, **settings))

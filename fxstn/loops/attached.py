@@ -70,6 +70,7 @@ class AttachedTuner(RefittableLoop):
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
+        self._begun = False  # whether the start has been evaluated, or lies behind
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
         hooks = (self._before_step, self._after_step)
         self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
@@ -86,6 +87,7 @@ class AttachedTuner(RefittableLoop):
         """A pass over the training data begins. One that was broken off ends here."""
         if self._seen.passing:
             self.end_pass()
+        self._evaluate_start()
         self._seen.begin_pass()
 
     def see(self, batch: object) -> None:
@@ -131,11 +133,22 @@ class AttachedTuner(RefittableLoop):
         for callback in tuner.settings.callbacks if len(self.history) > rows else ():
             callback(self)
 
+    def _evaluate_start(self) -> None:
+        """Evaluate the model before its first step, once: the values that a run ends with are those of the start where no epoch
+        is better. A loop that goes on from a state knows the start's loss already."""
+        if self._begun:
+            return
+        self._begun = True
+        if not self._tuner.counters.steps and not len(self.history):
+            with self._in_the_models_mode():
+                self.history.start_loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
+
     # Hooks of the optimizers
 
     def _before_step(self, optimizer: Optimizer, first: bool) -> None:
         if first and not self._stepped:
             check_place(self.model, self._place)
+            self._evaluate_start()
             self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
@@ -235,7 +248,7 @@ class AttachedTuner(RefittableLoop):
     def detach(self) -> None:
         """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read."""
         if len(self.history) and not distributed.rank():
-            self._tuner.monitors.read_end(self.history.rows, None)
+            self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
         for handle in self._handles:
             handle.remove()
         restore_modules(self.model)
