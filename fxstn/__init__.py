@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fxstn.bilevel import optim as optim
     from fxstn.bilevel import response_loss as response_loss
     from fxstn.frontends.decompositions.torchvision import register_operation as register_operation
+    from fxstn.integrations.detection import DetectionLosses as DetectionLosses
+    from fxstn.integrations.detection import detection_loss as detection_loss
     from fxstn.integrations.tensorboard import TensorBoard as TensorBoard
     from fxstn.ir.errors import Diagnostic as Diagnostic
     from fxstn.ir.errors import TransformError as TransformError
@@ -68,6 +70,7 @@ EXPORTS = {
         "response_loss",
     ],
     "fxstn.frontends.decompositions.torchvision": ["register_operation"],
+    "fxstn.integrations.detection": ["DetectionLosses", "detection_loss"],
     "fxstn.integrations.tensorboard": ["TensorBoard"],
     "fxstn.ir.errors": ["Diagnostic", "TransformError"],
     "fxstn.loops.tune": ["LoopTuner", "tune"],

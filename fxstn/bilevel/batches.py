@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.input_errors import first_line
-from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.batch_axis import batch_size, listed_examples, lists
 
 Batch = tuple[Any, Any]  # (inputs, target)
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -63,6 +63,11 @@ def check_finite(batch: Batch, place: str) -> None:
                 bad = (~torch.isfinite(rows)).any(1).nonzero()
                 raise ValueError(f"{place} has {part} that are NaN or infinite (row {int(bad[0])} of shape "
                                  f"{tuple(leaf.shape)}); mend or drop these examples")  # fmt: skip
+
+
+def unpack_of(network: object) -> Callable[[Any], Batch] | None:
+    """How a network's own model reads a batch: its method `unpack_batch`. None: it has none, batches are (inputs, target)."""
+    return getattr(getattr(network, "model", None), "unpack_batch", None)
 
 
 class BatchPreparer:
@@ -143,7 +148,13 @@ def parts_of(batch: Any, size: int) -> list[Any]:
 def _rows(batch: Any, chosen: slice, examples: int) -> Any:
     """Some of the examples of a batch that has so many."""
 
-    def cut(leaf: object) -> object:
-        return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == examples else leaf
+    is_listed = listed_examples(batch) is not None
 
-    return tree_map(cut, batch)
+    def is_list(value: object) -> bool:
+        return is_listed and lists(value, (Tensor, dict), examples)
+
+    def cut(leaf: Any) -> object:
+        of_tensor = isinstance(leaf, Tensor) and not is_listed and leaf.dim() and leaf.shape[0] == examples
+        return leaf[chosen] if of_tensor or is_list(leaf) else leaf
+
+    return tree_map(cut, batch, is_leaf=is_list)

@@ -13,7 +13,7 @@ import torch
 from fxstn.bilevel import distributed
 from fxstn.bilevel.allowance import LEAST, Allowance
 from fxstn.bilevel.backtracking import Backtracking
-from fxstn.bilevel.batches import Batch, BatchPreparer, first_part
+from fxstn.bilevel.batches import Batch, BatchPreparer, first_part, unpack_of
 from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
@@ -114,7 +114,7 @@ class Tuner:
         self.problem, self.network, self.settings, self.device = problem, network, settings, device
         self.valid, self.counters, self.schedule = valid, Counters(), settings.schedule
         self.guard, self.means = LossGuard(device), RunningMeans(device)
-        self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack)
+        self.prepare = BatchPreparer(device, settings.execution.memory_format, settings.unpack or unpack_of(network))
         self.autocast = settings.execution.autocast
         self.updates = build_updates(problem, network, settings, device, weights)
         optimizer = self.updates.optimizers.get("hyper.optimizer")

@@ -21,9 +21,10 @@ def default_forward(model: Any, batch: Any) -> tuple[Any, Any]:
 
     inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
-    Of an output with `logits`, such as a ModelOutput of Hugging Face, it takes these. Raises TypeError for another batch.
+    A model with a method `unpack_batch` (fxstn.DetectionLosses) splits the batch itself. Of an output with `logits`, such as a
+    ModelOutput of Hugging Face, it takes these. Raises TypeError for another batch.
     """
-    inputs, target = split_batch(batch)
+    inputs, target = getattr(model, "unpack_batch", split_batch)(batch)
     return logits_of(_called(model, inputs)), target
 
 

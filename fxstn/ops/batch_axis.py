@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.tangents import BatchAxis
 
 
+def listed_examples(value: object) -> int | None:
+    """The examples of a batch that lists them, as detectors take them: n images beside n dicts. None: it lists none."""
+    entries = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(entries, (tuple, list)):
+        return None
+    if len(entries) == 2 and lists(entries[0], Tensor) and lists(entries[1], dict, len(entries[0])):
+        return len(entries[0])
+    return next((count for entry in entries if (count := listed_examples(entry)) is not None), None)
+
+
+def lists(value: Any, of: type | tuple[type, ...], length: int | None = None) -> bool:
+    """Whether a value is a list or a tuple of objects of a type, so many of them; None: at least one."""
+    if not isinstance(value, (tuple, list)) or not value or length not in (None, len(value)):
+        return False
+    return all(isinstance(entry, of) for entry in value)
+
+
 def batch_size(inputs: object) -> int:
-    """Examples in a batch: dimension 0 of its first tensor. Raises ValueError when it holds no tensor."""
+    """Examples in a batch: as many as it lists, or dimension 0 of its first tensor. Raises ValueError where it holds none."""
+    if (count := listed_examples(inputs)) is not None:
+        return count
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
