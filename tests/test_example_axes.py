@@ -162,7 +162,49 @@ class Started(nn.Module):
         return self.out(torch.tanh(x + self.state(x.new_zeros((x.shape[0], 3)))))
 
 
-def test_equal_rows_of_the_examples_are_not_taken_for_one_that_they_share():
-    stn, axes = prepared(Started(), x := torch.randn(4, 4).double())
-    assert axes[True]["state"] is None
-    assert not stn.per_example(x)
+class Typed(nn.Module):
+    """An embedding of token types that are all zero, as of a stored row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("types", torch.zeros(1, 9, dtype=torch.long))
+        self.word, self.kind, self.out = nn.Embedding(7, 4), nn.Embedding(2, 4), nn.Linear(4, 2)
+
+    def forward(self, words):
+        types = self.types[:, : words.shape[1]].expand(words.shape[0], -1)
+        return self.out(torch.tanh(self.word(words) + self.kind(types)))
+
+
+class Classed(nn.Module):
+    """A class token before the others, repeated for each example, with the batch along dimension 1 behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.mix, self.out = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.cat([self.mix(self.token.repeat(x.shape[0], 1, 1)), x], 1).transpose(0, 1)
+        return self.out(torch.tanh(self.mix(x)))[0]
+
+
+EQUAL_ROWS = {
+    "state of zeros": (Started(), lambda: torch.randn(4, 4).double()),
+    "stored token types": (Typed(), lambda: torch.randint(7, (4, LENGTH))),
+    "class token": (Classed(), lambda: torch.randn(4, 3, 4).double()),
+}
+
+
+def assert_rows_are_their_own(stn: nn.Module, *inputs: torch.Tensor) -> None:
+    """Row i of dy is what delta_i makes of all examples."""
+    assert stn.per_example(*inputs)
+    delta = torch.randn(len(inputs[0]), 1).double()
+    _, rows = stn.pushforward(*inputs, delta=delta)
+    assert rows.abs().sum() > 0
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(row, stn.pushforward(*inputs, delta=delta[i])[1][i])
+
+
+@pytest.mark.parametrize(("net", "inputs"), EQUAL_ROWS.values(), ids=EQUAL_ROWS)
+def test_rows_that_are_the_same_for_all_examples_have_an_example_each(net, inputs):
+    stn, _ = prepared(net, x := inputs())
+    assert_rows_are_their_own(stn, x)

@@ -3,13 +3,15 @@
 A perturbation per example multiplies each example's share of a layer's output by scales of its own, so it has to know
 where the examples are: along dimension 0 in a plain network, folded with windows in Swin, along dimension 1 in attention
 or a time-major network, nowhere when the value mixes them. One forward of three examples, and two more in each of which
-one example is another, show which entries belong to whom, for any operation and however it is written.
+one example is another, show which entries belong to whom, for any operation and however it is written. A forward of five
+examples shows which dimensions grow with the batch: so are rows found that are the same for all examples, such as a class
+token's or those of a state that begins with zeros.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -49,10 +51,11 @@ def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes
     batch = len(leaves[tensors[0]])
     candidates = [i for i in tensors if len(leaves[i]) == batch]
     sizes = {size for i in tensors for size in leaves[i].shape}
-    few = next((number for number in EXAMPLES if number not in sizes), EXAMPLES[batch == EXAMPLES[0]])
+    unlike = [number for number in EXAMPLES if number not in sizes]
+    few, more = (unlike + [number for number in EXAMPLES if number != batch])[:2]
     for rows in _by_likelihood(candidates):
         try:
-            return _axes(module, _variants(leaves, structure, rows, few), few)
+            return _axes(module, _variants(leaves, structure, rows, few, more), few)
         except SIZE_ERRORS:
             continue
     few = max(2, batch)  # some models are written for one batch size
@@ -76,63 +79,115 @@ def _by_likelihood(candidates: Sequence[int]) -> Iterator[list[int]]:
         yield [first, *(i for i in others if i in subset)]
 
 
-def _variants(leaves: list, structure: TreeSpec, rows: Sequence[int], few: int) -> list[dict[str, Any]]:
-    """A few examples of the inputs, and two copies: one with another first example, one with another last example.
+def _variants(
+    leaves: list, structure: TreeSpec, rows: Sequence[int], few: int, more: int | None = None
+) -> list[dict[str, Any]]:
+    """A few examples of the inputs, and three copies: more examples; another first example; another last example.
 
     rows: positions of the leaves that hold examples.
-    few: number of examples.
+    few, more: numbers of examples. Without `more` the copy of more examples is left out.
     """
 
-    def with_examples(change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        return tree_unflatten([change(leaf) if i in rows else leaf for i, leaf in enumerate(leaves)], structure)
+    def with_examples(count: int, change: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Any]:
+        examples = [
+            change(leaf.detach()[torch.arange(count) % len(leaf)]) if i in rows else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return tree_unflatten(examples, structure)
 
-    leaves = [leaf.detach()[torch.arange(few) % len(leaf)] if i in rows else leaf for i, leaf in enumerate(leaves)]
     with forked_rng():
         reseed()
-        return [with_examples(lambda leaf: leaf), *(with_examples(partial(_with_another, i)) for i in (0, few - 1))]
+        others = [with_examples(few, partial(_with_another, i)) for i in (0, few - 1)]
+        return [with_examples(few), *([] if more is None else [with_examples(more)]), *others]
 
 
-def _with_another(index: int, leaf: Tensor) -> Tensor:
-    """The same examples, one of them another. A mask stays: another one may leave nothing to compute with."""
+def _with_another(index: int, leaf: Tensor, axis: int = 0) -> Tensor:
+    """The same examples, one of them another. A mask stays: another one may leave nothing to compute with.
+
+    axis: of the examples.
+    """
     if leaf.dtype == torch.bool:
         return leaf
-    leaf = leaf.clone()
+    leaf = leaf.movedim(axis, 0).clone()
     if leaf.is_floating_point():
         leaf[index] += torch.randn_like(leaf[index]) * (leaf.std() + 0.1)
     else:  # indices change to others that occur, because those are in the range of the table
         values = leaf.unique()
         leaf[index] = values[(torch.searchsorted(values, leaf[index]) + 1) % len(values)]
-    return leaf
+    return leaf.movedim(0, axis)
+
+
+class _Search:
+    """Where the examples are in the values that have been computed so far.
+
+    few: number of examples.
+    grows: whether the second run has more of them. A value is SHARED, or has equal rows, only where that is known.
+    """
+
+    def __init__(self, module: fx.GraphModule, few: int, grows: bool) -> None:
+        self.module, self.few, self.grows = module, few, grows
+        self.axes: dict[str, BatchAxis | None] = {}
+        self.longer: dict[fx.Node, list[int]] = {}  # dimensions that are longer with more examples
+
+    def variant(self, inputs: Values, run: int) -> Variant:
+        """The run of that number. Rows that are the same for all examples get another first, or last, one as the inputs do.
+
+        inputs: values of the placeholders.
+        """
+        example = {1 + self.grows: 0, 2 + self.grows: self.few - 1}.get(run)
+
+        def value(node: fx.Node, values: Values, base: Values) -> object:
+            result = inputs[node] if node in inputs else _value(self.module, node, values, base)
+            tensor, first = _first_of(result), _first_of(base.get(node))
+            if not isinstance(tensor, Tensor) or not isinstance(first, Tensor) or not self.grows:
+                return result
+            if run == 1:
+                self.longer[node] = _longer(first, tensor)
+            elif example is not None and tensor is result and self._has_equal_rows(node, tensor, first):
+                return _with_another(example, tensor, self.longer[node][0])
+            return result
+
+        return value
+
+    def _has_equal_rows(self, node: fx.Node, value: Tensor, base: Tensor) -> bool:
+        """Whether a value has a row for each example, none of which depends on it. Indices are looked at where they begin."""
+        rows = [value.shape[axis] for axis in self.longer.get(node, [])] == [self.few]
+        begins = value.is_floating_point() or self._depends_on_none(node)
+        return rows and begins and value.shape == base.shape and not changed(base, value).any()
+
+    def _depends_on_none(self, node: fx.Node) -> bool:
+        return all(self.axes.get(source.name, SHARED) == SHARED for source in node.all_input_nodes)
+
+    def look(self, node: fx.Node, values: list[object]) -> None:
+        """Enter the place of the examples in a value. values: of each run."""
+        tensors = [value for value in map(_first_of, values) if isinstance(value, Tensor)]
+        if len(tensors) == len(values) and node.op != "get_attr":
+            self.axes[node.name] = self._place(node, tensors[0], tensors[1 + self.grows :])
+
+    def _place(self, node: fx.Node, base: Tensor, others: Sequence[Tensor]) -> BatchAxis | None:
+        if any(other.shape != base.shape for other in others):
+            return None
+        if any(changed(base, other).any() for other in others):
+            where = self.longer[node] if self.grows else range(base.dim())
+            return _axis_of(base, others, where, self.few)
+        if not self.grows:  # a batch of equal rows has a row for each; the examples of a mask stay as they are
+            alone = self.few not in base.shape and (node.op, base.dtype) != ("placeholder", torch.bool)
+            return SHARED if alone and self._depends_on_none(node) else None
+        if not self.longer[node]:
+            return SHARED if self._depends_on_none(node) else None
+        return _axis_of_equal_rows(base, self.longer[node], self.few)
 
 
 def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) -> dict[str, BatchAxis | None]:
+    """variants: as `_variants` makes them."""
     own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
-    axes: dict[str, BatchAxis | None] = {}
-
-    def look(node: fx.Node, values: list[object]) -> None:
-        # The first of several results stands for all of them.
-        results = [value[0] if isinstance(value, tuple) and value else value for value in values]
-        tensors = [value for value in results if isinstance(value, Tensor)]
-        if tensors and node.op != "get_attr":
-            shared = _is_shared(node, tensors, axes, few)
-            axes[node.name] = SHARED if shared else _axis_of(tensors[0], tensors[1:], few)
-
     nodes = [node for node in module.graph.nodes if node.op != "output"]
+    search = _Search(module, few, grows=len(variants) > 3)
+    runs = [search.variant(_bind_inputs(own, inputs), run) for run, inputs in enumerate(variants)]
     device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
     with torch.autocast(device, enabled=False):
-        probe(nodes, [_variant(module, _bind_inputs(own, inputs)) for inputs in variants], look)
-    return axes
-
-
-def _variant(module: fx.GraphModule, inputs: Values) -> Variant:
-    def value(node: fx.Node, values: Values, base: Values) -> object:
-        if node in inputs:
-            return inputs[node]
-        if node.target in BATCH_NORMS:
-            return _norm_by_base(node, values, base)
-        return _value(module, node, values)
-
-    return value
+        probe(nodes, runs, search.look)
+    return search.axes
 
 
 def _bind_inputs(nodes: list[fx.Node], inputs: dict[str, Any]) -> Values:
@@ -152,7 +207,7 @@ def _norm_by_base(node: fx.Node, values: Values, base: Values) -> Tensor:
     return F.batch_norm(filled_in(node.args[0], values), mean, var, weight, bias, False, 0.0, eps)
 
 
-def _value(module: fx.GraphModule, node: fx.Node, values: Values) -> object:
+def _value(module: fx.GraphModule, node: fx.Node, values: Values, base: Values) -> object:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
         return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
@@ -160,30 +215,32 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Values) -> object:
         return 0.0
     if node.target in SIZE_REQUIREMENTS:  # a few examples are no batch
         return None
+    if node.target in BATCH_NORMS:
+        return _norm_by_base(node, values, base)
     if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
         return filled_in(node.args[0], values)
     return evaluated(node, values)
 
 
-def _is_shared(node: fx.Node, values: Sequence[Tensor], axes: BatchAxes, examples: int) -> bool:
-    """Whether a value, and all that it is computed from, depends on no example. A batch of equal rows has a row for each."""
-    base, *others = values
-    if examples in base.shape or any(x.shape != base.shape or changed(base, x).any() for x in others):
-        return False
-    if node.op == "placeholder":
-        return base.dtype != torch.bool  # the examples of a mask stay as they are
-    return all(axes.get(source.name, SHARED) == SHARED for source in node.all_input_nodes)
+def _first_of(value: object) -> object:
+    """The first of several results, which stands for all of them; a value that is one result as it is."""
+    return value[0] if isinstance(value, tuple) and value else value
 
 
-def _axis_of(base: Tensor, others: Sequence[Tensor], examples: int) -> BatchAxis | None:
-    """Where the entries that change with the first, and with the last example, are along one axis."""
-    if any(other.shape != base.shape for other in others) or not base.dim():
-        return None
+def _longer(base: Tensor, more: Tensor) -> list[int]:
+    """Dimensions of a value that are longer with more examples."""
+    pairs = zip(base.shape, more.shape, strict=False)
+    return [axis for axis, (n, m) in enumerate(pairs) if n != m]
+
+
+def _axis_of(base: Tensor, others: Sequence[Tensor], axes: Iterable[int], examples: int) -> BatchAxis | None:
+    """Where the entries that change with the first, and with the last example, are along one of some axes."""
     changes = [changed(base, other) for other in others]
     if not all(change.any() for change in changes):
         return None
     best: tuple[float, BatchAxis] | None = None
-    for axis, size in enumerate(base.shape):
+    for axis in axes:
+        size = base.shape[axis]
         if size % examples:
             continue
         first, last = (change.movedim(axis, 0).reshape(size, -1).any(1) for change in changes)
@@ -196,3 +253,19 @@ def _axis_of(base: Tensor, others: Sequence[Tensor], examples: int) -> BatchAxis
             if best is None or coverage > best[0]:
                 best = coverage, BatchAxis(axis, folded // right, right)
     return best[1] if best else None
+
+
+def _axis_of_equal_rows(value: Tensor, axes: Sequence[int], examples: int) -> BatchAxis | None:
+    """Where the examples are in a value that is the same for all: along the one axis that is longer with more of them.
+
+    Rows of an example that lie between those of others are told from them where they differ from each other.
+    """
+    if len(axes) > 1 or value.shape[axes[0]] % examples:
+        return None
+    folded = value.shape[axes[0]] // examples
+    places = []
+    for right in (r for r in range(1, folded + 1) if folded % r == 0):
+        rows = value.movedim(axes[0], 0).unflatten(0, (folded // right, examples, right))
+        if not changed(rows, rows[:, :1].expand_as(rows)).any():
+            places.append(BatchAxis(axes[0], folded // right, right))
+    return places[0] if len(places) == 1 else None
