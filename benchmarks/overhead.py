@@ -47,7 +47,7 @@ def one_process(network: str, options: list[str], memory: list[str] | None = Non
             "-W",
             "ignore",
             "-m",
-            "fxstn.tools.cli",
+            "fxstn",
             "bench",
             network,
             "--json",

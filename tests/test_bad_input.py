@@ -710,7 +710,7 @@ row(
 row("CLI function that makes no model", r"model '.*:not_a_model' must return an nn\.Module, it returns int")(
     command("explain", f"{__name__}:not_a_model")
 )
-row("CLI data unknown", r"argument --data: invalid choice: 'imagenet' \(choose from '?digits")(
+row("CLI data unknown", r"--data 'imagenet' is neither one of digits, .*, nor a folder that exists, nor package")(
     tune("--data", "imagenet")
 )
 row("CLI epochs negative", "argument --epochs: '-1' must be a whole number, 1 or more")(tune("--epochs", "-1"))

@@ -7,10 +7,12 @@ import copy
 import csv
 import dataclasses
 import inspect
+import io
 import json
 import math
 import pydoc
 import re
+import sys
 import typing
 from functools import partial
 
@@ -410,7 +412,15 @@ def test_tune_writes_a_row_per_epoch_and_goes_on_where_it_stopped(tmp_path, caps
     tiny_conv(10).load_state_dict(weights)
 
 
-def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
+class Terminal(io.StringIO):
+    """Where progress bars are drawn."""
+
+    def isatty(self):
+        return True
+
+
+def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     file = tmp_path / "bench.json"
     assert run("bench", "nets:tiny_conv", "--batch-size", 4, "--rounds", 2, "--json", file, "--memory") == 0
     rows = json.loads(file.read_text())
@@ -420,6 +430,8 @@ def test_bench_writes_rows_with_ratios_against_plain(tmp_path, capsys):
     ]  # fmt: skip
     assert {"variant", "step_ms", "ratio", "peak_mb"} <= set(rows[0])
     assert rows[0]["ratio"] == 1
+    for text in ("build", "first step of response", "rounds", "memory of plain"):
+        assert text in terminal.getvalue()
     assert "plain" in capsys.readouterr().out
 
 
@@ -469,11 +481,3 @@ def test_the_binary_version_of_cifar10_is_read(tmp_path):
     (folder / "data_batch_3.bin").unlink()
     with pytest.raises(ValueError, match=r"lacks data_batch_3\.bin"):
         data.load("cifar10", root=str(tmp_path))
-
-
-@pytest.mark.parametrize("command", ["tune", "bench", "explain", "verify"])
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run(command, "--help")
-    assert exit_.value.code == 0
-    assert "usage: fxstn" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_help_shows_a_default_once_and_only_where_there_is_one(name, capsys):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert cli.COMMANDS[name][2] in shown  # what the command does and leaves
+    assert cli.COMMANDS[name].result in shown  # what the command does and leaves
     assert "default: None" not in shown
     assert "default: False" not in shown
     assert not re.search(r"\(default[^)]*\) \(default", shown)

@@ -21,7 +21,7 @@ from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
-from fxstn.bilevel.progress import postfix, progress_bar
+from fxstn.bilevel.progress import EpochBar, progress_bar
 from fxstn.bilevel.refit import Refittable, checked_factory, end_unevaluated_epoch, without_state
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
@@ -161,12 +161,11 @@ class BilevelRunner(Refittable):
             with progress_bar(epochs, len(self.history), self.progress) as bar:
                 while len(self.history) < epochs and not self._over(minutes):
                     try:
-                        self._end_epoch(self._loop.epoch(self._pause))
+                        self._end_epoch(self._loop.epoch(lambda: self._pause(bar)))
                     except BadLoss as fault:
                         self._recovery.go_back(fault)
                         continue
-                    bar.set_postfix(postfix(self.history, self.columns), refresh=False)
-                    bar.update()
+                    bar.end_epoch(self.history, self.columns)
         return self.history
 
     @property
@@ -223,8 +222,9 @@ class BilevelRunner(Refittable):
         self._checkpoints.keep(better)
         self._tuner.prepare.check_finite = False
 
-    def _pause(self) -> None:
+    def _pause(self, bar: EpochBar) -> None:
         """Save within an epoch when it is due, and at a signal, which then ends the run."""
+        bar.move_to(self._loop.epochs)
         signalled = self._stop.signal is not None
         wishes = distributed.total({"end": signalled, "save": self._checkpoints.due()}, self.device)
         if any(wishes.values()):

@@ -24,6 +24,11 @@ class TrainingLoop:
         self.length = math.ceil(batches / accumulate) if batches else None  # inner steps of an epoch
         self.lengths_differ = distributed.lengths_differ(loader.loader)
 
+    @property
+    def epochs(self) -> float:
+        """How many are done, with the part of the one under way, where its length is known."""
+        return len(self.tuner.history) + min(1.0, self.tuner.means.steps / (self.length or math.inf))
+
     def epoch(self, pause: Callable[[], None]) -> dict[str, float]:
         """Train for an epoch, or for the rest of it; returns the mean losses.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from tqdm.auto import tqdm
 
 from fxstn import hp
 from fxstn.bilevel.cadence import steps_of_run
@@ -27,6 +28,7 @@ from fxstn.passes.recipe import canonical_graphs
 from fxstn.tools.baselines import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
 from fxstn.tools.choices import VARIANTS
 from fxstn.tools.measure import peak_memory, step_times
+from fxstn.tools.status import RunFailed
 from fxstn.tools.workloads import TRAIN_STEPS, Setup, Stepper, TunedLoop, TunedTraining
 
 SHORT, LONG, PERIOD = 1000, 10_000, 40  # inner steps of runs, and of a round of their schedules
@@ -119,18 +121,20 @@ def _memory_in_fresh_process(setup: Setup, variant: str) -> float:
     code = f"from fxstn.tools.bench import Setup, memory_of; print(memory_of(Setup(**{asdict(setup)!r}), {variant!r}))"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"measuring the memory of {variant} failed:\n{result.stderr[-2000:]}")
+        raise RunFailed(f"measuring the memory of {variant} failed:\n{result.stderr[-2000:]}")
     return float(result.stdout.split()[-1])
 
 
-def _failures(steps: Steps) -> dict[str, str]:
-    """{variant: reason} of those that cannot run once."""
+def _failures(steps: Steps, bar: tqdm) -> dict[str, str]:
+    """{variant: reason} of those that cannot run once. bar: shows which runs."""
     failures = {}
     for variant, (step, _) in steps.items():
+        bar.set_description(f"first step of {variant}")
         try:
             step()
         except Exception as error:  # torch.func.jvp cannot run every model; the others must not suffer for it
             failures[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        bar.update()
     return failures
 
 
@@ -152,14 +156,18 @@ def bench(
 
     A variant that cannot run has step_ms None and a reason, 'failed'. Raises ValueError where plain training cannot run.
     """
-    steps = variants(setup, ("plain", *names))
-    failures = _failures(steps)
+    hidden = True if quiet else None  # None: on a terminal only
+    with tqdm(total=1 + len({"plain", *names}), desc="build", leave=False, disable=hidden) as bar:
+        steps = variants(setup, ("plain", *names))
+        bar.update()
+        failures = _failures(steps, bar)
     if "plain" in failures:
         raise ValueError(f"plain training of {setup.model} fails on {setup.batch_size} images of {setup.image_size} pixels: "
                          f"{failures['plain']}; choose others")  # fmt: skip
     times = step_times({k: v for k, v in steps.items() if k not in failures}, rounds, warmup, setup.device, quiet)
     rows: list[Row] = []
-    for variant in steps:
+    for variant in (bar := tqdm(steps, leave=False, disable=hidden)):
+        bar.set_description(f"memory of {variant}")
         row: Row = {"variant": variant, "step_ms": None, "ratio": None, "peak_mb": None}
         if variant in failures:
             row["failed"] = failures[variant]

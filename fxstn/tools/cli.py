@@ -6,23 +6,29 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from fxstn.tools.choices import DATA_SETS, VARIANTS
+from fxstn.tools.status import STATUSES
 
 OWN = "a torchvision model, or package.module:function, in the current folder too"
 MODEL = f"{OWN}, that takes num_classes"
 
 
-def _count(text: str) -> int:
+def _count(text: str, least: int = 1) -> int:
     """A number of things. Raises argparse's error, which names the option, where it is none."""
     try:
         number = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {least} or more")
     return number
+
+
+def _count_or_zero(text: str) -> int:
+    return _count(text, 0)
 
 
 def _several(text: str) -> int:
@@ -49,11 +55,18 @@ def _kind_or_count(text: str) -> str | int:
 def _add_tune(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", default="resnet18", help=MODEL)
-    add("--data", default="digits", choices=DATA_SETS, help="digits needs no download")
+    add("--data", default="digits",
+        help=f"{', '.join(DATA_SETS)} (digits needs no download); or a folder of images, one sub-folder per class, with train/ "
+        "and val/ above them where there is a split; or package.module:function, which returns a data set, or (train, valid) "
+        "or (train, valid, test) of data sets or loaders of (inputs, class)")  # fmt: skip
     add("--data-root", help="where torchvision's data lies or is downloaded to (or FXSTN_DATA)")
-    add("--train-size", type=_count, help="training images (default: 500 digits, all of the others)")
-    add("--valid-size", type=_count, help="validation images (default: 500 digits, 15%% of the others)")
-    add("--image-size", type=_count, default=32, help="pixels, images are scaled to it")
+    add("--train-size", type=_count, help="training examples (default: 500 digits, all of the others)")
+    add("--valid-size", type=_count, help="validation examples (default: 500 digits, val/, or 15%% held out by class)")
+    add("--num-classes", type=_count, help="number of classes of the model (default: that of the data)")
+    add(
+        "--image-size", type=_count, default=32, help="pixels, images are scaled to it; 224 for most torchvision models"
+    )
+    add("--workers", type=_count_or_zero, default=0, help="processes that load images")
     add("--epochs", type=_count, default=20, help="epochs in all, those of an earlier call included")
     add("--batch-size", type=_count, default=64, help="examples per step")
     add("--method", default="delta", choices=("delta", "centered", "stn"),
@@ -69,7 +82,7 @@ def _add_tune(command: argparse.ArgumentParser) -> None:
     add("--replay", metavar="FILE", help="train on the schedule.json of another run, and tune nothing")
     add("--refit", action="store_true", 
         help="then train anew with the values of the run, on training and validation images, without tuning")  # fmt: skip
-    add("--warmup-epochs", type=int, default=0, help="epochs before λ moves")
+    add("--warmup-epochs", type=_count_or_zero, default=0, help="epochs before λ moves")
     add("--patience", type=_count, help="stop after that many epochs without improvement")
     add("--seed", type=int, default=0, help="random seed of the split, the weights and all noise")
     add("--device", default="cpu", help="cpu or cuda")
@@ -119,8 +132,8 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="random seed of weights and input")
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default once, and none where there is nothing to show."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default once, and none where there is nothing to show; examples as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "(default" in (action.help or ""):
@@ -128,25 +141,71 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-# {name: (what adds its arguments, help, further description)}
+class Command(NamedTuple):
+    """add: adds its arguments. examples: command lines without "fxstn NAME"."""
+
+    add: Callable[[argparse.ArgumentParser], None]
+    what: str
+    result: str
+    examples: tuple[str, ...]
+
+
 COMMANDS = {
-    "tune": (_add_tune, "train a model and tune its dropout and weight decay", "Writes weights, history and a report."),
-    "bench": (_add_bench, "measure the overhead against plain training", "Prints times and memory of each kind of step."),
-    "explain": (_add_explain, "show what transform makes of a model", "Prints problems first. Exits with 1 if there are any."),
-    "show": (_add_show, "draw what the ranges of augmentations mean", "Writes an image, a row per strength."),
-    "verify": (_add_verify, "check the emitted tangent in float64", "Compares it with a central difference. Exits with 1 "
-               "where they differ."),
+    "tune": Command(
+        _add_tune, "train a model and tune its dropout and weight decay", "Writes weights, history and a report.",
+        ("--epochs 5 --out out/digits",
+         "--model resnet18 --data photos/ --image-size 224 --workers 4 --refit --out out/photos",
+         "--model my_models:build --data my_data:load --device cuda"),
+    ),
+    "bench": Command(
+        _add_bench, "measure the overhead against plain training", "Prints times and memory of each kind of step.",
+        ("resnet18 --variants plain schedule-default", "my_models:build --batch-size 32 --rounds 5 --json bench.json"),
+    ),
+    "explain": Command(
+        _add_explain, "show what transform makes of a model", "Prints problems first. Exits with 1 if there are any.",
+        ("resnet18", "my_models:build"),
+    ),
+    "show": Command(
+        _add_show, "draw what the ranges of augmentations mean", "Writes an image, a row per strength.",
+        ("ColorJitter Affine --out ranges.png",),
+    ),
+    "verify": Command(
+        _add_verify, "check the emitted tangent in float64", "Compares it with a central difference. Exits with 1 where they "
+        "differ.",
+        ("resnet18", "my_models:build --image-size 64"),
+    ),
 }  # fmt: skip
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"fxstn {metadata.version('fxstn')}")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        "fxstn", description="Tune regularisation hyperparameters in one training run (Δ-STN)."
-    )
-    commands = result.add_subparsers(dest="command", required=True)
-    for name, (add_arguments, help_text, more) in COMMANDS.items():
-        description = f"{help_text[0].upper()}{help_text[1:]}. {more}"
-        add_arguments(commands.add_parser(name, help=help_text, description=description, formatter_class=_Defaults))
+        "fxstn", description="Tune regularisation hyperparameters in one training run (Δ-STN).",
+        epilog=f"fxstn COMMAND --help has the options and examples of a command. {STATUSES[0].upper()}{STATUSES[1:]}.",
+    )  # fmt: skip
+    result.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        description = f"{command.what[0].upper()}{command.what[1:]}. {command.result}"
+        examples = "\n".join(f"  fxstn {name} {words}" for words in command.examples)
+        command.add(
+            commands.add_parser(
+                name,
+                help=command.what,
+                description=description,
+                formatter_class=_Help,
+                epilog=f"examples:\n{examples}\n\n{STATUSES}",
+            )
+        )
     return result
 
 
@@ -159,7 +218,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fxstn.tools import commands  # torch takes seconds to import, which --help and a wrong option do without
 
     return commands.run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +64,16 @@ def load(
     return Split(prepared[0], prepared[1], prepared[2], classes=10)
 
 
-def loader(dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
-    """Batches in an order that only the seed decides."""
-    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+def loader(
+    dataset: Dataset, batch_size: int, seed: int, workers: int = 0, collate: Callable[..., object] | None = None
+) -> DataLoader:
+    """Batches in an order that only the seed decides.
+
+    workers: processes that load them.
+    collate: makes a batch of examples; None: as torch does.
+    """
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle=True, generator=order, num_workers=workers, collate_fn=collate)
 
 
 def _prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _classes(dataset: Any, stratify: bool | Iterable[object] | None, count: int)
     if stratify is False:
         return one
     if stratify is None or stratify is True:
-        classes = _known_classes(dataset)
+        classes = known_classes(dataset)
         if classes is None and stratify:
             raise ValueError(
                 f"hold_out: stratify=True, but {type(dataset).__name__} has no classes in `targets` or `labels`; pass "
@@ -120,13 +120,13 @@ def _classes(dataset: Any, stratify: bool | Iterable[object] | None, count: int)
     return torch.tensor([numbers[value] for value in classes])
 
 
-def _known_classes(dataset: Any) -> list[object] | None:
+def known_classes(dataset: Any) -> list[object] | None:
     """The class of each example, where a data set tells it."""
     if isinstance(dataset, Subset):
-        inner = _known_classes(dataset.dataset)
+        inner = known_classes(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        parts = [_known_classes(part) for part in dataset.datasets]
+        parts = [known_classes(part) for part in dataset.datasets]
         return None if None in parts else [value for part in parts for value in part or ()]
     if isinstance(dataset, TensorDataset):
         candidates = list(dataset.tensors[1:])

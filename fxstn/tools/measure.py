@@ -28,7 +28,7 @@ def step_times(
     quiet: no progress bar.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in tqdm(range(warmup + rounds), desc="rounds", disable=True if quiet else None):
+    for number in tqdm(range(warmup + rounds), desc="rounds", leave=False, disable=True if quiet else None):
         for name, (step, inner) in steps.items():
             _synchronize(device)
             start = time.perf_counter()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import nn
+
+from fxstn.tools.functions import named_function
 
 
 def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module:
@@ -36,17 +35,13 @@ def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module
 
 def _call(name: str, classes: int, own_classes: bool) -> nn.Module:
     """What the function 'package.module:function' returns."""
-    module, _, attribute = name.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as `python -m` does; a script that pip installs has its own folder there
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = named_function(name)
         takes_classes = _takes_classes(function)
         if not (takes_classes or own_classes):
             raise ValueError(
                 f"model {name!r} takes no num_classes, and its classes must be those of the data; write "
-                f"def {attribute}(num_classes)"
+                f"def {name.partition(':')[2]}(num_classes)"
             )
         model = function(num_classes=classes) if takes_classes else function()
     except (AttributeError, ImportError, TypeError) as error:
