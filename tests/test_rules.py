@@ -166,6 +166,55 @@ def test_the_gradient_with_respect_to_a_tangent_is_the_transpose(case):
     close(found, expected, 1e-10)
 
 
+def change_in_the_primal(prepared, directions, offset=None, record=False):
+    """⟨g, dy⟩ at the primal values + offset, and its gradient in them."""
+    primals = [x.detach().clone() for x in prepared.primals()]
+    if offset is not None:
+        primals = [x + o for x, o in zip(primals, offset, strict=True)]
+    tensors = list(prepared.tensors)
+    for i, x in zip(prepared.varying, primals, strict=True):
+        tensors[i] = x.requires_grad_(offset is None)
+    generator = torch.Generator().manual_seed(1)
+    leaves = [leaf for leaf in tree_leaves(prepared.rule(directions, tensors)[1]) if leaf is not ZERO]
+    leaves = [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    products = [
+        (leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).conj()).sum().real for leaf in leaves
+    ]
+    value = torch.stack(products).sum()
+    if offset is not None:
+        return value
+    value = value + 0 * sum(x.sum().real for x in primals)  # where no part of the tangent reads them
+    return torch.autograd.grad(value, primals, create_graph=record, materialize_grads=True)
+
+
+@pytest.mark.parametrize("case", [case for case in VARYING if case.twice], ids=name)
+def test_a_tangent_is_differentiated_in_the_primal_values_and_then_in_the_direction(case):
+    """As hp.JacobianNorm does. The first by a central difference, the second exactly: the square is quadratic."""
+    prepared, step = Prepared(case), 1e-6
+    along = [torch.randn_like(d) for d in prepared.directions]
+    product = lambda a, b: sum((x.conj() * y).sum().real for x, y in zip(a, b, strict=True))  # noqa: E731
+    shifted = lambda values, size: [v + size * a for v, a in zip(values, along, strict=True)]  # noqa: E731
+    moves = [shifted([torch.zeros_like(a) for a in along], size) for size in (step, -step)]
+    expected = torch.sub(*(change_in_the_primal(prepared, prepared.directions, move) for move in moves)) / (2 * step)
+    directions = [d.clone().requires_grad_() for d in prepared.directions]
+    gradients = change_in_the_primal(prepared, directions, record=True)
+    torch.testing.assert_close(product(gradients, along), expected, rtol=1e-6, atol=1e-6)
+    square = lambda values: product(values, values)  # noqa: E731
+    ends = [square(change_in_the_primal(prepared, shifted(prepared.directions, size))) for size in (1, -1)]
+    total = square(gradients) + 0 * sum(d.sum().real for d in directions)
+    found = product(torch.autograd.grad(total, directions, materialize_grads=True), along)
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / 2, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("case", [case for case in VARYING if not case.twice], ids=name)
+def test_what_torch_cannot_differentiate_again_is_refused(case):
+    prepared = Prepared(case)
+    directions = [d.clone().requires_grad_() for d in prepared.directions]
+    with pytest.raises(RuntimeError, match=r"not implemented|not supported|nan"), torch.autograd.detect_anomaly():
+        sum(x.square().sum() for x in change_in_the_primal(prepared, directions, record=True)).backward()
+
+
 @pytest.mark.parametrize("case", [case for case in VARYING if count_of_tangents(case) > 1], ids=name)
 def test_each_mask_of_zeros_equals_the_rule_with_zeros_written_out(case):
     prepared = Prepared(case)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import v2
 
 import fxstn
@@ -260,42 +261,83 @@ def test_activation_decay_in_the_response_step_is_that_of_moved_activations(meth
     torch.testing.assert_close(loss, torch.stack(total).mean(), rtol=1e-8, atol=1e-8)
 
 
+class SmallAttention(nn.Module):
+    """Two tokens of each example attend to each other; the softmax is written out, or torch's own attention."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.inner, self.outer, self.fused = nn.Linear(2, 9), nn.Linear(6, 3), fused
+
+    def forward(self, x):
+        q, k, v = self.inner(x.view(-1, 2, 2)).chunk(3, -1)
+        written = lambda: torch.softmax(q @ k.transpose(-2, -1), -1) @ v  # noqa: E731
+        return self.outer((F.scaled_dot_product_attention(q, k, v) if self.fused else written()).flatten(1))
+
+
+def network_of(*layers):
+    return lambda: nn.Sequential(nn.Linear(4, 6), *layers, nn.Linear(6, 3))
+
+
+SMOOTH = {
+    "linear": linear_network,
+    "tanh": network_of(nn.Tanh()),
+    "gelu and layer norm": network_of(nn.GELU(), nn.LayerNorm(6)),
+    "silu and group norm": network_of(nn.SiLU(), nn.GroupNorm(2, 6)),
+    "mish and rms norm": network_of(nn.Mish(), nn.RMSNorm(6)),
+    "softmax attention": lambda: SmallAttention(False),
+    "fused attention": lambda: SmallAttention(True),
+}
+
+
 @pytest.mark.parametrize("method", ["delta", "centered"])
-@pytest.mark.parametrize(("outputs", "projections"), [(1, 1), (3, None)])
-def test_the_jacobians_norm_of_a_linear_network_is_exact(method, outputs, projections):
-    """Reference: the product of the weights, each example with its own, materialised; linearised for "delta"."""
-    model = linear_network(outputs)
+@pytest.mark.parametrize("kind", SMOOTH)
+def test_the_jacobians_norm_equals_that_of_materialised_weights(kind, method):
+    """Each example has weights of its own; linearised in them for "delta"."""
+    torch.manual_seed(0)
+    model = SMOOTH[kind]().double()
     x = torch.randn(6, 4, dtype=torch.float64)
-    stn = moved(fxstn.transform(model, [hp.JacobianNorm(init=0.5, projections=projections)], method=method)).train()
+    stn = moved(fxstn.transform(model, [hp.JacobianNorm(init=0.5, projections=None)], method=method)).train()
+    weights = dict(model.named_parameters())
 
-    def product(a, b, c):
-        return c @ b @ a
-
-    def penalty(delta):
-        names = [f"{layer}.weight" for layer in range(3)]
-        weights = tuple(dict(model.named_parameters())[name] for name in names)
-        moves = tuple(stn.best_response(delta)[name] - w for name, w in zip(names, weights, strict=True))
+    def penalty(delta, row):
+        output = lambda weights, row: functional_call(model, weights, (row[None],))[0]  # noqa: E731
+        moves = {name: value - weights[name] for name, value in stn.best_response(delta).items()}
         if method == "centered":
-            return product(*(w + move for w, move in zip(weights, moves, strict=True))).square().sum()
-        jacobian, change = torch.func.jvp(product, weights, moves)
-        return (jacobian + change).square().sum()
+            return jacrev(output, 1)({name: w + moves[name] for name, w in weights.items()}, row).square().sum()
+        constants = {name: w.detach() for name, w in weights.items()}
+        jacobian = lambda weights: jacrev(output, 1)(weights, row)  # noqa: E731
+        return sum(torch.func.jvp(jacobian, (constants,), (moves,))).square().sum()
+
+    def mean(strengths, epsilon):
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.stack([s * penalty(e, row) for s, e, row in zip(strengths, epsilon, x, strict=True)]).mean()
 
     nothing = lambda output, target: 0 * output.sum()  # noqa: E731
-    general = fxstn.general_loss(stn, nothing, x, torch.zeros(6))
-    torch.testing.assert_close(general, 0.5 * product(*(layer.weight for layer in model)).square().sum())
+    still = mean(stn.hparams(None).expand(6), torch.zeros(6, 1))
+    torch.testing.assert_close(fxstn.general_loss(stn, nothing, x, torch.zeros(6)), still, rtol=1e-9, atol=1e-9)
     torch.manual_seed(3)
     epsilon = stn.hparams.sample(6).detach()
-    expected = torch.stack([stn.hparams(epsilon)[i, 0] * penalty(epsilon[i]) for i in range(6)]).mean()
+    expected = mean(stn.hparams(epsilon)[:, 0], epsilon)
     theta = list(stn.response_parameters())
     gradients = torch.autograd.grad(expected, theta, allow_unused=True, materialize_grads=True)
     torch.manual_seed(3)
     loss = fxstn.response_loss(stn, nothing, x, torch.zeros(6))
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     loss.backward()
     for parameter, gradient in zip(theta, gradients, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found, gradient)
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-9)
     assert all(parameter.grad is None for parameter in stn.general_parameters())
+
+
+def test_one_projection_is_exact_for_one_output():
+    torch.manual_seed(0)
+    model, x = linear_network(1), torch.randn(5, 4, dtype=torch.float64)
+    exact = torch.stack([jacrev(model)(row).square().sum() for row in x]).mean()
+    stn = fxstn.transform(model, [hp.JacobianNorm(init=1.0, projections=1)]).train()
+    torch.testing.assert_close(
+        fxstn.general_loss(stn, lambda output, target: 0 * output.sum(), x, torch.zeros(5)), exact
+    )
 
 
 def test_random_projections_estimate_the_jacobians_norm():

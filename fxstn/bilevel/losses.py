@@ -19,7 +19,7 @@ from fxstn.ir.containers import leaves, mapped
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
-from fxstn.ops.penalty import squared_jacobian
+from fxstn.ops.penalty import squared_jacobian, twice_differentiable
 from fxstn.ops.pull_back import through_response
 from fxstn.ops.response import frozen
 from fxstn.ops.synced import BATCH_NORMS
@@ -160,7 +160,8 @@ def general_loss(
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
     finish = _TrainingLoss(stn, loss_fn, inputs, target, None, takes_hparams(loss_fn), decays)
-    return Loss(*stn.conditioned_output(*inputs.args, finish=finish, **inputs.kwargs))
+    with twice_differentiable(bool(stn.terms.jacobian)):
+        return Loss(*stn.conditioned_output(*inputs.args, finish=finish, **inputs.kwargs))
 
 
 def response_loss(
@@ -186,10 +187,11 @@ def _perturbed_loss(
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
     finish = _TrainingLoss(stn, loss_fn, inputs, target, epsilon, takes_hparams(loss_fn))
-    return Loss(*stn.perturbed_output(
-        *inputs.args, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics, finish=finish,
-        **inputs.kwargs,
-    ))  # fmt: skip
+    with twice_differentiable(bool(stn.terms.jacobian)):
+        return Loss(*stn.perturbed_output(
+            *inputs.args, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics,
+            finish=finish, **inputs.kwargs,
+        ))  # fmt: skip
 
 
 def _differentiable(stn: SelfTuningNetwork, inputs: object) -> Inputs:

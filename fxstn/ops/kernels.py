@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
@@ -36,17 +36,33 @@ class _LinearMap(torch.autograd.Function):
         return ctx.transpose(grads[0], *saved), None, None, *[None] * len(saved)
 
 
-def linear_map(transpose: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def differentiates(*values: object) -> bool:
+    """Whether autograd records derivatives in one of several values, or structures of them.
+
+    Of primal values it does where an objective differentiates the network by its inputs (hp.JacobianNorm); the weights are
+    constants while a tangent is computed.
+    """
+    leaves = tree_leaves(values)
+    return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def linear_map(
+    transpose: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorator: stage kernel(tangent, *saved), linear in `tangent`, with transpose(cotangent, *saved) as its gradient.
 
-    The primal values in `saved`, the first of which has the tangent's type (autocast may have left another), are taken as
-    constants: a response never needs a gradient through the primal stream.
+    saved: primal values, the first of which has the tangent's type (autocast may have left another). They are constants,
+        unless autograd records derivatives in them.
+    smooth: what is computed then, as kernel, of operations that can be differentiated again. None for the kernel itself.
     """
 
     def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(kernel)
         def apply(tangent: Tensor, *saved: Any) -> Tensor:
-            return _LinearMap.apply(tangent.to(saved[0].dtype), kernel, transpose, *saved)
+            tangent = tangent.to(saved[0].dtype)
+            if differentiates(*saved):
+                return (smooth or kernel)(tangent, *saved)
+            return _LinearMap.apply(tangent, kernel, transpose, *saved)
 
         apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
         apply.__module__ = __name__
@@ -55,9 +71,9 @@ def linear_map(transpose: Callable[..., Tensor]) -> Callable[[Callable[..., Tens
     return decorate
 
 
-def self_adjoint(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def self_adjoint(kernel: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
     """As `linear_map`, for a symmetric kernel: it is its own transpose."""
-    return linear_map(kernel)(kernel)
+    return linear_map(kernel, smooth)(kernel)
 
 
 @self_adjoint
@@ -163,17 +179,19 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """A staged (args, kwargs, tangents) → (y, dy) of a loss, a sum or mean over examples or one value for each.
 
     dy = Σ ∇y · dx by the loss's own backward: each example's loss depends on that example only, so one reverse pass of
-    Σ y gives every row. Entries of tangents are None where an argument is constant.
+    Σ y gives every row. Entries of tangents are None where an argument is constant. The arguments are constants for autograd,
+    unless it records derivatives in them.
     """
 
     def loss(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Tensor, Tensor]:
         varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
-        full = list(args)
+        full, again = list(args), differentiates(args, kwargs)
         with torch.enable_grad():
             for i in varying:
-                full[i] = args[i].detach().requires_grad_()
+                own = again and args[i].requires_grad
+                full[i] = args[i].view_as(args[i]) if own else args[i].detach().requires_grad_()
             y = function(*full, **kwargs)
-            gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying])
+            gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying], create_graph=again)
         terms = list[Tensor]()
         for i, gradient in zip(varying, gradients, strict=True):
             term = gradient * tangents[i]
@@ -186,7 +204,7 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
                     f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
                 )
             terms.append(term)
-        return y.detach(), functools.reduce(operator.add, terms)
+        return y if again else y.detach(), functools.reduce(operator.add, terms)
 
     loss.__name__ = f"loss_{getattr(function, '__name__', 'node')}"
     return staged(loss)
@@ -216,6 +234,24 @@ def _with_slots(value: Any, tangent: object, varying: list[tuple[Tensor, Tensor]
     return _Slot(len(varying) - 1)
 
 
+def _twice_reversed(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], directions: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """(y, dy) by the derivative in u of uᵀ J, which autograd can differentiate in the primals.
+
+    It cannot always in torch.func.jvp, which keeps what an operation has factorised (linalg.det, linalg.solve) as a constant.
+    """
+    values = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in primals]
+    y = function(*values)
+    sources = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    cotangents = [torch.ones_like(leaf, requires_grad=True) for leaf in sources]  # of any value
+    settings: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
+    rows = torch.autograd.grad(sources, values, cotangents, **settings)
+    changes = dict(zip(map(id, sources), torch.autograd.grad(rows, cotangents, directions, **settings), strict=True))
+    zero = lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return y, tree_map(lambda leaf: changes[id(leaf)] if id(leaf) in changes else zero(leaf), y)
+
+
 @functools.cache
 def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
     """A staged (args, kwargs, tangents, named) → (y, dy) by torch.func.jvp of this one operation, where no rule exists.
@@ -235,6 +271,8 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*full, **full_kwargs)
 
         primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))
+        if differentiates(args, kwargs):
+            return _twice_reversed(of_varying, primals, directions)
         y, dy, *_ = torch.func.jvp(of_varying, primals, directions)
         return y, dy
 

@@ -104,7 +104,21 @@ def _group_norm_transpose(
     )[0]
 
 
-@linear_map(_group_norm_transpose)
+def _smooth_group_norm_jacobian(
+    tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> Tensor:
+    """Of ordinary operations: torch's kernel has no derivative of its own."""
+    shape = (*mean.shape, -1)
+    values, moved = x.reshape(shape), tangent.reshape(shape)
+    centred = values - values.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    eps = (inverse_std.view(variance.shape) ** -2 - variance).detach()
+    inverse = torch.rsqrt(variance + eps)
+    core = rms_norm_jacobian(moved - moved.mean(-1, keepdim=True), centred * inverse, inverse, 1).view_as(x)
+    return core if weight is None else core * weight.view(-1, *[1] * (x.dim() - 2))
+
+
+@linear_map(_group_norm_transpose, _smooth_group_norm_jacobian)
 def _group_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
 ) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
@@ -192,6 +194,11 @@ def _penalty_of_rows(
     sizes = tree.flat_sizes
     strength = torch.cat([one.expand(*one.shape[:-1], n) for one, n in zip(each, sizes, strict=True)], -1)
     return (strength.to(rows.dtype) * rows).sum(-1).mean()
+
+
+def twice_differentiable(needed: bool) -> AbstractContextManager[None]:
+    """Attention by products and a softmax, where that is needed: its fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()
 
 
 def squared_jacobian(output: object, inputs: object, projections: int | None) -> Tensor:

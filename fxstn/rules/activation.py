@@ -14,10 +14,19 @@ from fxstn.rules.registry import pointwise, rule
 aten = torch.ops.aten
 SELU = (1.6732632423543772, 1.0507009873554805, 1.0)  # Klambauer et al. 2017: alpha, scale, input scale
 sigmoid_jacobian, tanh_jacobian = self_adjoint(aten.sigmoid_backward), self_adjoint(aten.tanh_backward)
-silu_jacobian, mish_jacobian = self_adjoint(aten.silu_backward), self_adjoint(aten.mish_backward)
+silu_jacobian = self_adjoint(aten.silu_backward, lambda dx, x: dx * _silu_slope(x, torch.sigmoid(x)))
+mish_jacobian = self_adjoint(aten.mish_backward, lambda dx, x: dx * _mish_slope(x, torch.tanh(F.softplus(x))))
 hardswish_jacobian = self_adjoint(aten.hardswish_backward)
-hardsigmoid_jacobian = self_adjoint(aten.hardsigmoid_backward)
+hardsigmoid_jacobian = self_adjoint(aten.hardsigmoid_backward, lambda dx, x: dx * ((torch.abs(x) < 3) / 6))
 softplus_jacobian, leaky_relu_jacobian = self_adjoint(aten.softplus_backward), self_adjoint(aten.leaky_relu_backward)
+
+
+def _silu_slope(x, gate):
+    return gate * (1 + x * (1 - gate))
+
+
+def _mish_slope(x, gate):
+    return gate + x * torch.sigmoid(x) * (1 - gate * gate)
 
 
 @self_adjoint
