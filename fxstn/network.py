@@ -16,6 +16,7 @@ from fxstn.frontends.region import Finish, unchanged, without_auxiliary
 from fxstn.frontends.wrapper import ModelWrapper
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.hp.terms import LossTerms
+from fxstn.ir.copies import deep_copy
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
@@ -180,7 +181,7 @@ class SelfTuningNetwork(ModelWrapper):
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
-        plain = copy.deepcopy(self.model)
+        plain = deep_copy(self.model)
         if self.method == "stn":
             with torch.no_grad():
                 folded = self.best_response(torch.zeros_like(self.hparams.unconstrained))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import eval_mode
+from fxstn.ir.copies import deep_copy
 
 Evaluation = Callable[[Any, Any], tuple[LossValue, Any]]  # (inputs, target) → (loss, output)
 
@@ -154,7 +154,7 @@ class BilevelProblem(nn.Module):
 
     def export(self) -> nn.Module:
         """The model that is kept of the best epoch; `BilevelRunner.best_model` returns it."""
-        return copy.deepcopy(self)
+        return deep_copy(self)
 
 
 class LocalProblemState:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxstn.frontends.conditioned import ConditionedForward
-from fxstn.frontends.guards import HOOKS, same
+from fxstn.frontends.guards import HOOKS
 from fxstn.frontends.interface import Plan
+from fxstn.frontends.module_state import same
 from fxstn.hp.binding import Binding
 from fxstn.ir.containers import INTERNAL
 from fxstn.ir.errors import module_path

@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from fxstn.frontends.export_operations import OperationMarker
 from fxstn.frontends.export_rewrite import graph_of
-from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture, same
+from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of, bound
 from fxstn.frontends.interface import GraphFrontend
+from fxstn.frontends.module_state import same
 from fxstn.frontends.outputs import plain_output
 from fxstn.frontends.recurrent_shapes import recurrent_shapes
 from fxstn.frontends.sizes import unmet_requirement

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxstn.frontends.guards import UnsupportedError
 from fxstn.hp import OPERATIONS
 
 
@@ -35,6 +36,8 @@ class OperationMarker(TorchFunctionMode):
     """Inside, `random_operation` stands for each call of a random operation.
 
     calls: these calls, by number.
+
+    Raises UnsupportedError for an assignment of .data, which export does not see.
     """
 
     def __init__(self) -> None:
@@ -44,6 +47,9 @@ class OperationMarker(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
+        if function == Tensor.data.__set__:
+            what = "the forward assigns .data of a tensor, which a traced graph would lose,"
+            raise UnsupportedError("", what, "compute another tensor in its place")
         if function not in OPERATIONS:
             return function(*args, **(kwargs or {}))
         self.calls.append(RandomCall(function, args[1:], kwargs or {}))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import random
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -19,6 +17,7 @@ from torch._library.autograd import make_autograd_impl
 from fxstn.frontends.conditioned import original_forwards
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
+from fxstn.frontends.module_state import module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
@@ -83,81 +82,6 @@ class ProblemCollector:
         if all((problem.where, problem.what) != (where, what) for problem in self.problems):
             source = innermost_user_frame("".join(traceback.format_stack()))
             self.problems.append(Diagnostic(where, what, source, remedy))
-
-
-ModuleState = dict[nn.Module, dict[str, tuple[object, list[tuple[object, object]]]]]
-
-
-def module_state(model: nn.Module) -> ModuleState:
-    """Every attribute, parameter and buffer of every module, with copies of the containers in it, which can change.
-
-    A scripted module keeps its attributes out of Python; only its tensors can change.
-    """
-
-    def contents(value: object) -> list[tuple[object, object]]:
-        return [(container, copy.copy(container)) for container in _containers(value)]
-
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    return {module: {name: (value, contents(value)) for name, value in vars(module).items()} for module in modules}
-
-
-def _containers(value: object, seen: frozenset[int] = frozenset()) -> Iterator[object]:
-    """A list, dict or set, and those inside it, tuples looked into."""
-    if id(value) in seen or not isinstance(value, (list, dict, set, tuple)):
-        return
-    if type(value) in _CONTAINERS:
-        yield value
-    for entry in value.values() if isinstance(value, dict) else value:
-        yield from _containers(entry, seen | {id(value)})
-
-
-def restore(state: ModuleState) -> list[str]:
-    """Undo what a forward assigned; returns the names of the attributes that it changed."""
-    changed = []
-    for module, before in state.items():
-        now = vars(module)
-        for name in {*now, *before}:
-            value, contents = before.get(name, (_MISSING, []))
-            original = contents[0][1] if contents and contents[0][0] is value else value
-            if name in _REGISTERED and isinstance(original, dict):
-                registered = now[name]
-                keys = {*registered, *original}
-                changed += [k for k in keys if registered.get(k, _MISSING) is not original.get(k, _MISSING)]
-            elif not (same(now.get(name, _MISSING), original) and all(same(*pair) for pair in contents)):
-                changed.append(name)
-            for container, copied in contents:
-                if not same(container, copied):
-                    _refill(container, copied)
-            if value is _MISSING:
-                del now[name]
-            else:
-                now[name] = value
-    return changed
-
-
-def _refill(container: object, contents: object) -> None:
-    """Give a container the contents that a copy of it has."""
-    if isinstance(container, list) and isinstance(contents, list):
-        container[:] = contents
-    elif isinstance(container, (dict, set)) and isinstance(contents, type(container)):
-        container.clear()
-        container.update(contents)
-
-
-_MISSING = object()
-_CONTAINERS = (list, dict, OrderedDict, set)
-_REGISTERED = {"_parameters", "_buffers", "_modules"}
-
-
-def same(a: object, b: object) -> bool:
-    """The same object, or an equal plain value, or a container of the same; tensors and modules are never compared."""
-    if a is b or type(a) is not type(b):
-        return a is b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return isinstance(a, (int, float, str, set)) and a == b
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Collection
 
@@ -12,6 +11,7 @@ from torch import nn
 from fxstn.frontends.guards import UnsupportedError, mode_of
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.preservation import Preservation
+from fxstn.ir.copies import deep_copy
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 
@@ -23,7 +23,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     A frontend follows Python, and the graphs of a network are compiled as a whole (`SelfTuningNetwork.compile`).
     """
-    model = copy.deepcopy(model)
+    model = deep_copy(model)
     while COMPILED in model._modules:
         model = model.get_submodule(COMPILED)
     for module in [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]:

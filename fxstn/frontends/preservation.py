@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxstn.frontends.guards import module_state, restore
+from fxstn.frontends.module_state import module_state, restore
 from fxstn.ir.containers import attributes, mapped, reachable
 
 Inputs = TypeVar("Inputs")

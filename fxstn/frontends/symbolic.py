@@ -55,6 +55,12 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(torch.Tensor, name):
+            what = f"the forward assigns .{name} of a tensor, which a traced graph would lose,"
+            raise UnsupportedError(self.tracer.path_of_current(), what, "compute another tensor in its place")
+        super().__setattr__(name, value)
+
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from fxstn.hp.groups import guard_groups
+from fxstn.ir.copies import deep_copy
 
 
 class ModelWrapper(nn.Module):
@@ -26,6 +27,13 @@ class ModelWrapper(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         guard_groups(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy, also where the model keeps values of its last forward; the copy has them without their graphs."""
+        result = self.__new__(type(self))
+        memo[id(self)] = result
+        result.__setstate__(deep_copy(vars(self), memo))
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:

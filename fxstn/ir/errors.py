@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ def operation_name(function: Callable[..., Any] | str) -> str:
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{function}"
     name = getattr(function, "__name__", str(function))
+    if isinstance(function, types.MethodWrapperType):  # of a property: Tensor.data.__set__
+        return f"Tensor.{getattr(function.__self__, '__name__', '')}.{name}"
     module = getattr(function, "__module__", "") or ""
     if name == "fn":  # torch's boolean_dispatch hides the name behind a closure
         import torch.nn.functional as functional

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.updates import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
+from fxstn.ir.copies import deep_copy
 from fxstn.ir.input_errors import as_path
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import canonical_graphs
@@ -57,7 +57,7 @@ class FixedInputDropout(FixedDropout):
 
 def plain_baseline(model: nn.Module, hparams: Sequence[hp.Spec] | None = None) -> nn.Module:
     """The original model with torch's own dropout, at fixed rates, wherever `hparams` tunes one."""
-    model = copy.deepcopy(model)
+    model = deep_copy(model)
     graph, _ = canonical_graphs(Symbolic(), model, tuple(frozen_modules(model)), None)
     binding = bind(graph, hparams)
     dropouts = [site for site in binding.sites if isinstance(site.spec, hp.Dropout)]  # others the model has itself

@@ -5,7 +5,6 @@ The original runs its own forward and torch's own kernels, so the comparison doe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
@@ -24,6 +23,7 @@ from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import arguments_mapped, leaves
+from fxstn.ir.copies import deep_copy
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import described
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
@@ -181,7 +181,7 @@ class Reference:
         training: bool,
         inserting: bool = False,
     ) -> None:
-        self.model = copy.deepcopy(original).requires_grad_(False)
+        self.model = deep_copy(original).requires_grad_(False)
         self.network, self.delta, self.seed, self.training = network, delta, seed, training
         self.strengths = strengths_of(network, training, inserting)
         self.constants: list[Tensor] | None = None

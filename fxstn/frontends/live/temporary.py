@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from fxstn.frontends.guards import mode_of, module_state, restore
+from fxstn.frontends.guards import mode_of
+from fxstn.frontends.module_state import module_state, restore
 from fxstn.ir.containers import INTERNAL, mapped, reachable
 
 

@@ -1,0 +1,121 @@
+"""Forwards that do more than compute an output: they keep values, take derivatives, update buffers, pack sequences."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxstn
+from fxstn import hp
+from fxstn.ir.containers import attributes
+
+SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0), hp.Scalar("b", 0.5, 0.0, 1.0)]
+
+
+class Keeping(nn.Module):
+    """Two layers; `keep` does something with the hidden value."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.memory, self.aside, self.keep = {"steps": []}, SimpleNamespace(h=None), keep
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        self.keep(self, h)
+        return self.b(h)
+
+
+def store(memory, module, inputs, output):
+    memory["steps"].append(output)
+
+
+class Hooked(Keeping):
+    def __init__(self):
+        super().__init__(lambda net, h: None)
+        self.a.register_forward_hook(functools.partial(store, self.memory))
+
+
+KEEPERS = {
+    "an attribute": lambda: Keeping(lambda net, h: setattr(net, "h", h)),
+    "an attribute of a child": lambda: Keeping(lambda net, h: setattr(net.b, "h", h)),
+    "a list in a dict": lambda: Keeping(lambda net, h: net.memory["steps"].append(h)),
+    "a dict": lambda: Keeping(lambda net, h: net.memory.update(h=h)),
+    "another object": lambda: Keeping(lambda net, h: setattr(net.aside, "h", h)),
+    "a hook": Hooked,
+}
+
+
+def values_kept(model: nn.Module) -> list[Tensor]:
+    return [x for _, x in attributes(model) if not isinstance(x, nn.Parameter)]
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_copies_of_a_network_have_what_its_forward_keeps_without_graphs(keeper):
+    net, x, y = KEEPERS[keeper](), torch.randn(5, 4), torch.zeros(5, 3)
+    net(x)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x, trace="live")
+    assert values_kept(net)[-1].grad_fn is not None  # the model itself is as it was
+    stn.train()(x)
+    after_general_step = list(map(id, values_kept(stn.model)))
+    fxstn.response_loss(stn, F.mse_loss, x, y).backward()
+    fxstn.hyper_loss(stn, F.mse_loss, x, y).backward()
+    assert list(map(id, values_kept(stn.model))) == after_general_step
+    for other in (copy.deepcopy(stn).model, stn.export()):
+        assert len(values_kept(other)) == len(after_general_step)
+        assert not any(value.requires_grad for value in values_kept(other))
+
+
+def test_tracing_notices_what_a_forward_keeps_in_another_object():
+    with pytest.raises(fxstn.TransformError, match="the forward assigns 'aside'"):
+        fxstn.transform(KEEPERS["another object"](), SCALAR, trace="fx")
+
+
+class Averaging(nn.Module):
+    """Two layers, and a buffer that follows the mean of the hidden value, in some spelling."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.a, self.b, self.update = nn.Linear(4, 4), nn.Linear(4, 3), update
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.training:
+            self.update(self, h.detach().mean(0))
+        return self.b(torch.tanh(h - self.mean))
+
+
+def without_gradients(net, mean):
+    with torch.no_grad():
+        net.mean.mul_(0.9).add_(mean, alpha=0.1)
+
+
+UPDATES = {
+    "without gradients": without_gradients,
+    "on .data in place": lambda net, mean: net.mean.data.mul_(0.9).add_(mean, alpha=0.1),
+    "an assignment of .data": lambda net, mean: setattr(net.mean, "data", 0.9 * net.mean.data + 0.1 * mean),
+    "an assignment": lambda net, mean: setattr(net, "mean", 0.9 * net.mean + 0.1 * mean),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_buffer_is_updated_in_general_steps_alone_by(update):
+    net, x, y = Averaging(UPDATES[update]), torch.randn(5, 4), torch.zeros(5, 3)
+    for trace in ("fx", "export") if update == "an assignment of .data" else ("fx",):
+        with pytest.raises(fxstn.TransformError, match=r"no_grad region|changes 'mean'|assigns \.data|assigns 'mean'"):
+            fxstn.transform(net, SCALAR, example_inputs=x, trace=trace)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x, trace="live").train()
+    assert not stn.model.mean.any()
+    net.train()(x)
+    stn(x)
+    fxstn.response_loss(stn, F.mse_loss, x, y).backward()
+    fxstn.hyper_loss(stn, F.mse_loss, x, y).backward()
+    assert net.mean.any()
+    torch.testing.assert_close(stn.model.mean, net.mean)
