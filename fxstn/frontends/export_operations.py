@@ -47,7 +47,7 @@ class OperationMarker(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        if function == Tensor.data.__set__:
+        if function == getattr(Tensor.data, "__set__"):  # noqa: B009
             what = "the forward assigns .data of a tensor, which a traced graph would lose,"
             raise UnsupportedError("", what, "compute another tensor in its place")
         if function not in OPERATIONS:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx, nn
@@ -58,7 +58,9 @@ class _Proxy(fx.Proxy):
     def __setattr__(self, name: str, value: object) -> None:
         if hasattr(torch.Tensor, name):
             what = f"the forward assigns .{name} of a tensor, which a traced graph would lose,"
-            raise UnsupportedError(self.tracer.path_of_current(), what, "compute another tensor in its place")
+            raise UnsupportedError(
+                cast(_Tracer, self.tracer).path_of_current(), what, "compute another tensor in its place"
+            )
         super().__setattr__(name, value)
 
 
