@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxstn.bilevel import distributed
+from fxstn.bilevel import distributed, targets
 from fxstn.bilevel.checks import remark_on
 from fxstn.bilevel.counts import Count, Loss, LossValue, as_loss
 from fxstn.bilevel.temporary import eval_mode
@@ -160,7 +160,7 @@ def general_loss(
         return _perturbed_loss(stn, loss_fn, inputs, target, perturb, 1.0, update_statistics=True)
     inputs = _differentiable(stn, inputs)
     finish = _TrainingLoss(stn, loss_fn, inputs, target, None, takes_hparams(loss_fn), decays)
-    with twice_differentiable(bool(stn.terms.jacobian)):
+    with twice_differentiable(bool(stn.terms.jacobian)), targets.moving_along(target, loss_fn):
         return Loss(*stn.conditioned_output(*inputs.args, finish=finish, **inputs.kwargs))
 
 
@@ -187,7 +187,7 @@ def _perturbed_loss(
     if widening > 1:
         epsilon = epsilon * stn.hparams.widening(widening)
     finish = _TrainingLoss(stn, loss_fn, inputs, target, epsilon, takes_hparams(loss_fn))
-    with twice_differentiable(bool(stn.terms.jacobian)):
+    with twice_differentiable(bool(stn.terms.jacobian)), targets.moving_along(target, loss_fn):
         return Loss(*stn.perturbed_output(
             *inputs.args, delta=epsilon, condition=epsilon, training=True, update_statistics=update_statistics,
             finish=finish, **inputs.kwargs,
@@ -233,7 +233,7 @@ class _TrainingLoss:
     decays: bool = True
 
     def __call__(self, result: Any) -> Parts:
-        stn, target = self.stn, self.target
+        stn, target = self.stn, targets.moved_target(self.target, self.loss_fn)
         output, auxiliary = result if stn.terms.auxiliary else (result, ())
         strengths = stn.hparams(self.epsilon)
         for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True):

@@ -8,16 +8,15 @@ from fxstn.hp.augment import (
     ColorJitter,
     Cutout,
     Erasing,
-    Flip,
     GaussianBlur,
     GaussianNoise,
     Grayscale,
-    VerticalFlip,
 )
 from fxstn.hp.bijection import Bijection
-from fxstn.hp.geometry import Affine, Rotation
+from fxstn.hp.geometry import Affine, Flip, Rotation, VerticalFlip
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.mix import CutMix, Mixing, MixUp
+from fxstn.hp.moving import Moving
 from fxstn.hp.operation import OPERATIONS, Operation
 from fxstn.hp.regularize import (
     ActivationDecay,
@@ -63,6 +62,7 @@ __all__ = [
     "LossTerms",
     "MixUp",
     "Mixing",
+    "Moving",
     "Operation",
     "Rotation",
     "Scalar",

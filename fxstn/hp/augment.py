@@ -123,7 +123,7 @@ class Erasing(Operation):
         return torch.where(mask, noise, x)
 
 
-class _ByChance(Operation):
+class ByChance(Operation):
     """Base of what happens to an example with a tuned probability, a module's `p`."""
 
     @classmethod
@@ -135,33 +135,7 @@ class _ByChance(Operation):
         return uniform(x) < by_example(probability, x)
 
 
-class Flip(_ByChance):
-    """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`.
-
-    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
-    """
-
-    numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.5, 0, 1)}
-
-    @staticmethod
-    def apply(x: Tensor, drawn: Tensor) -> Tensor:
-        return torch.where(drawn, x.flip(-1), x)
-
-
-class VerticalFlip(_ByChance):
-    """Probability, in [0, 1], of a mirror image, top to bottom. Takes over `v2.RandomVerticalFlip`.
-
-    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
-    """
-
-    numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.5, 0, 1)}
-
-    @staticmethod
-    def apply(x: Tensor, drawn: Tensor) -> Tensor:
-        return torch.where(drawn, x.flip(-2), x)
-
-
-class Grayscale(_ByChance):
+class Grayscale(ByChance):
     """Probability, in [0, 1], of a grey image. Takes over `v2.RandomGrayscale`.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.

@@ -1,4 +1,4 @@
-"""Augmentations that move the pixels of images (batch, channels, H, W): affine maps and rotations."""
+"""Augmentations that move the pixels of images (batch, channels, H, W): mirror images, affine maps and rotations."""
 
 from __future__ import annotations
 
@@ -7,18 +7,80 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
-from fxstn.hp.augment import BOTH, Range, spread
+from fxstn.hp.augment import BOTH, ByChance, Range, spread
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.hp.operation import Operation, Settings, Strength
-from fxstn.ops.geometry import inverse_affine, resample
+from fxstn.hp.moving import Moving
+from fxstn.hp.operation import Settings, Strength
+from fxstn.ops.geometry import inverse_affine, moved_points, resample, rescaled
 from fxstn.ops.noise import by_example, uniform
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
+Size = tuple[int, int]  # (H, W)
 
-class Affine(Operation):
+
+class Flip(Moving, ByChance):
+    """Probability, in [0, 1], of a mirror image, left to right. Takes over `v2.RandomHorizontalFlip`.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
+
+    numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.5, 0, 1)}
+
+    @staticmethod
+    def apply(x: Tensor, drawn: Tensor) -> Tensor:
+        return torch.where(drawn, x.flip(-1), x)
+
+    move_map = apply
+
+    @staticmethod
+    def move_points(points: Tensor, drawn: Tensor, size: Size) -> Tensor:
+        x, y = points.split(1, -1)
+        return torch.cat([torch.where(drawn.view(-1, 1, 1), size[1] - x, x), y], -1)
+
+
+class VerticalFlip(Moving, ByChance):
+    """Probability, in [0, 1], of a mirror image, top to bottom. Takes over `v2.RandomVerticalFlip`.
+
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+    """
+
+    numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.5, 0, 1)}
+
+    @staticmethod
+    def apply(x: Tensor, drawn: Tensor) -> Tensor:
+        return torch.where(drawn, x.flip(-2), x)
+
+    move_map = apply
+
+    @staticmethod
+    def move_points(points: Tensor, drawn: Tensor, size: Size) -> Tensor:
+        x, y = points.split(1, -1)
+        return torch.cat([x, torch.where(drawn.view(-1, 1, 1), size[0] - y, y)], -1)
+
+
+class _Mapped(Moving):
+    """Base of affine maps. What is drawn are the matrices of `inverse_affine`."""
+
+    apply = staticmethod(resample)
+
+    @staticmethod
+    def move_map(maps: Tensor, drawn: Tensor, *, target_fill: float, **settings: object) -> Tensor:
+        return resample(maps, drawn, mode="nearest", fill=(target_fill,))
+
+    @staticmethod
+    def move_points(points: Tensor, drawn: Tensor, size: Size, **settings: object) -> Tensor:
+        return moved_points(points, drawn, size)
+
+    @staticmethod
+    def at_scale(drawn: Tensor, ratio: Range) -> Tensor:
+        return rescaled(drawn, ratio)
+
+
+class Affine(_Mapped):
     """Rotation and shear by ± strength degrees in [0, 45], translation by ± strength of the size in [0, 0.5] (whole pixels),
     scale by 1 ± strength in [0, 0.5]. As `v2.RandomAffine`, which it takes over.
 
@@ -26,6 +88,7 @@ class Affine(Operation):
     mode: "bilinear" or "nearest".
     fill: what is outside of the image, a tuple of one value or one per channel; None: 0.
     center: (x, y) in pixels; None: the middle.
+    target_fill: what masks in the target are outside of the image, the class that the loss ignores say.
     """
 
     numbers: Mapping[str, Hyperparameter] = {
@@ -36,9 +99,8 @@ class Affine(Operation):
     }
     defaults: Mapping[str, object] = {
         "rotation": BOTH, "translate": (1.0, 1.0), "zoom": BOTH, "shear": (*BOTH, 0.0, 0.0), "mode": "bilinear",
-        "fill": None, "center": None,
+        "fill": None, "center": None, "target_fill": 0.0,
     }  # fmt: skip
-    apply = staticmethod(resample)
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -71,16 +133,16 @@ class Affine(Operation):
         return inverse_affine(each(rotate, *rotation), moves, zooms, slants, _from_middle(center, x))
 
 
-class Rotation(Operation):
+class Rotation(_Mapped):
     """Rotation by ± strength degrees, in [0, 180]. As `v2.RandomRotation` without expand, which it takes over.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
-    mode, fill, center: as of `hp.Affine`.
+    mode, fill, center, target_fill: as of `hp.Affine`.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"rotation": Hyperparameter(10, 0, 180)}
-    defaults: Mapping[str, object] = {"rotation": BOTH, "mode": "bilinear", "fill": None, "center": None}
-    apply = staticmethod(resample)
+    defaults: Mapping[str, object] = {"rotation": BOTH, "mode": "bilinear", "fill": None, "center": None,
+                                      "target_fill": 0.0}  # fmt: skip
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -99,12 +161,15 @@ class Rotation(Operation):
 
 def _sampling(module: v2.RandomAffine | v2.RandomRotation) -> Settings:
     """mode, fill and center of a module of torchvision's."""
-    fill = module.fill
+    fill, target_fill = module.fill, 0.0
     if isinstance(fill, Mapping):
-        raise NotImplementedError(f"{type(module).__name__} with a fill per type of input")
+        if others := set(fill) - {tv_tensors.Image, tv_tensors.Mask}:
+            raise NotImplementedError(f"{type(module).__name__} with a fill per type of input, {others}")
+        fill, target_fill = fill.get(tv_tensors.Image, 0), float(fill.get(tv_tensors.Mask) or 0)
     filled = tuple(map(float, fill)) if isinstance(fill, (list, tuple)) else (float(fill or 0),)
     mode = module.interpolation.value if hasattr(module.interpolation, "value") else str(module.interpolation)
-    return {"mode": mode, "fill": filled, "center": tuple(module.center) if module.center is not None else None}
+    center = tuple(module.center) if module.center is not None else None
+    return {"mode": mode, "fill": filled, "center": center, "target_fill": target_fill}
 
 
 def _from_middle(center: Range | None, x: Tensor) -> Range:

@@ -56,7 +56,7 @@ class CutMix(Mixing):
     """α, in [0, 2], of the Beta(α, α) that shares are drawn from (Yun et al. 2019, arXiv 1905.04899).
 
     A box with that share of the area comes from another image of the batch. It has at most half the area, so that α = 0 mixes
-    nothing.
+    nothing. A target that is a map of classes gets the box, too.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
@@ -73,6 +73,13 @@ class CutMix(Mixing):
             lengths.append(2 * reach)
         box = boxes_mask(starts[0], starts[1], lengths[0], lengths[1], (x.shape[-2], x.shape[-1]))
         return box, torch.randperm(len(x), device=x.device), box.float().mean((1, 2, 3))
+
+    def retarget(self, target: object, output: object, value: tuple[Tensor, ...]) -> object:
+        box, partner, _ = value
+        of_classes = isinstance(target, Tensor) and target.dim() in (3, 4) and not target.is_floating_point()
+        if isinstance(target, Tensor) and of_classes and target.shape[-2:] == box.shape[-2:]:
+            return torch.where(box if target.dim() == 4 else box[:, 0], target[partner], target)
+        return super().retarget(target, output, value)
 
     @staticmethod
     def apply(x: Tensor, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from fxstn.bilevel.batches import as_dict
 from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.losses import LossFunction, takes_hparams
+from fxstn.bilevel.targets import of_batch, refuse_moves
 from fxstn.frontends.inputs import Inputs
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]  # (model, batch) → (output, target)
@@ -151,18 +152,19 @@ class BatchReader:
 def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
     """The loss as a function of what the model returns, and of the batch."""
     if loss_fn is None:
-        return lambda output, batch: forward(_Replay(model, output), batch)[0]
+        return of_batch(lambda output, batch: forward(_Replay(model, output), batch)[0])
     if takes_hparams(loss_fn):
 
         def with_hparams(output: Any, batch: Any, hparams: dict[str, Tensor] | None = None) -> LossValue:
             return loss_fn(*_pair(forward(_Replay(model, output), batch)), hparams=hparams)
 
-        return with_hparams
-    return lambda output, batch: loss_fn(*_pair(forward(_Replay(model, output), batch)))
+        return of_batch(with_hparams)
+    return of_batch(lambda output, batch: loss_fn(*_pair(forward(_Replay(model, output), batch))))
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise TypeError(f"forward(model, batch) must return (output, target), got a {type(result).__name__}")
     output, target = result
+    refuse_moves(target)
     return output, target

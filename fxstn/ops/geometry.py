@@ -36,6 +36,33 @@ def inverse_affine(
     return torch.cat([linear, moved[..., None]], -1)
 
 
+def moved_points(points: Tensor, matrices: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where points of an image go that `resample` maps by these matrices. Where a matrix is the identity they stay.
+
+    points: (batch, n, 2), x and y in pixels from the top left corner.
+    matrices: (batch, 2, 3).
+    size: (H, W).
+    """
+    matrices = matrices.to(points.dtype)
+    linear, moved = matrices[:, :, :2], matrices[:, None, :, 2]
+    middle = constant((size[1] / 2, size[0] / 2), points)
+    inverse = torch.linalg.inv(linear)
+    result = (points - middle - moved) @ inverse.mT + middle
+    return torch.where(_is_identity(matrices).view(-1, 1, 1), points, result)
+
+
+def rescaled(matrices: Tensor, ratio: tuple[float, float]) -> Tensor:
+    """Matrices for an image whose (height, width) are so many times those of the image that they were drawn for."""
+    scale = constant((ratio[1], ratio[0]), matrices)
+    linear = scale[:, None] * matrices[:, :, :2] / scale
+    return torch.cat([linear, scale[:, None] * matrices[:, :, 2:]], -1)
+
+
+def _is_identity(matrices: Tensor) -> Tensor:
+    """(batch,), bool."""
+    return (matrices == torch.eye(2, 3, dtype=matrices.dtype, device=matrices.device)).all(-1).all(-1)
+
+
 @staged
 def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] | None, **others: object) -> Tensor:
     """Images at the positions that inverse matrices map their pixels to.
@@ -67,7 +94,6 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
         inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
         outside = constant(fill, y).view(1, -1, 1, 1)
         y = inside * (y - outside) + outside
-    identity = torch.eye(2, 3, dtype=matrices.dtype, device=x.device)
-    still = (matrices == identity).all(-1).all(-1).view(-1, 1, 1, 1)
+    still = _is_identity(matrices).view(-1, 1, 1, 1)
     y = y.lerp_(images[:, : x.shape[1]], still.to(y.dtype))
     return y if x.is_floating_point() else y.round().to(x.dtype)
