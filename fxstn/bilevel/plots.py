@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ class Panel:
 
     lines: for "schedule" with one number more, which is the start.
     group: as of `Groups`; "schedule" for hyperparameters.
+    names: {label: hyperparameter} of a schedule.
     """
 
     title: str
     lines: Lines
     group: str
+    names: dict[str, str] = field(default_factory=dict)
 
     def logarithmic(self) -> bool:
         """Whether the numbers live on a logarithmic scale, and vary enough to show it."""
@@ -47,7 +49,7 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
 
     The scales σ have no panel where they never move, the time of an epoch and diagnostics that are zero throughout have none.
     """
-    losses = {name.removesuffix("_loss"): line for name, line in groups.get("loss", {}).items()}
+    losses = {name.removesuffix("_loss").replace("_", " "): line for name, line in groups.get("loss", {}).items()}
     result = [Panel("loss", losses, "loss")]
     result += [Panel(name.replace("_", " "), {name: line}, "metric") for name, line in groups.get("metric", {}).items()]
     kinds: Groups = {}
@@ -55,8 +57,8 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
         kinds.setdefault(name.rpartition(".")[2], {})[name] = [start.get(name, math.nan), *line]
     for kind, lines in kinds.items():
         title = kind.replace("_", " ") if len(lines) > 1 else next(iter(lines))
-        labels = {name.removesuffix(f".{kind}"): line for name, line in lines.items()}
-        result.append(Panel(title, labels, "schedule"))
+        names = {name.removesuffix(f".{kind}"): name for name in lines}
+        result.append(Panel(title, {label: lines[name] for label, name in names.items()}, "schedule", names))
     scales = {name.partition(":")[2]: line for name, line in groups.get("scale", {}).items()}
     if any(value != line[0] for line in scales.values() for value in line):
         result.append(Panel("perturbation scale σ", scales, "scale"))

@@ -122,14 +122,13 @@ def _write_results(runner: BilevelRunner, out: Path, title: str) -> list[str]:
     runner.history.schedule().to_json(out / "schedule.json")
     torch.save(runner.best_model().state_dict(), out / "weights.pt")
     files = ["history.csv", "schedule.json", "weights.pt", "last.pt", "best.pt"]
+    write_report(runner, out / "report.html", title=title)
     try:
         runner.history.plot(out / "schedules.png")
         files.append("schedules.png")
-        write_report(runner, out / "report.html", title=title)
-        files.append("report.html")
     except ImportError as error:
-        print(f"no plot and no report: {error}")
-    return files
+        print(f"no schedules.png: {error}")
+    return [*files, "report.html"]
 
 
 def _refit(runner: BilevelRunner, data: TuningData, out: Path) -> None:

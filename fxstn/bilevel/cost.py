@@ -1,0 +1,14 @@
+"""What the steps of a run cost, in forward passes of the network."""
+
+from __future__ import annotations
+
+GENERAL, RESPONSE, HYPER = 3, 5, 4  # forwards: an inner step (backward is two), a response step, a hyper step
+
+
+def cost_ratio(steps: float, responses: float, hypers: float, fraction: float = 1.0) -> float:
+    """Passes of a run over those of plain training, as many steps of w₀.
+
+    steps, responses, hypers: the number of each. steps > 0.
+    fraction: of a batch that a response step sees.
+    """
+    return (GENERAL * steps + RESPONSE * fraction * responses + HYPER * hypers) / (GENERAL * steps)

@@ -1,0 +1,48 @@
+"""Which parameters of a network respond to its hyperparameters, one by one, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.response import responding
+from fxstn.passes.hyperize import responses
+
+
+class ParameterRow(NamedTuple):
+    """A parameter.
+
+    obstacle: why it does not respond; "" where it does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    elements: int
+    obstacle: str
+
+
+def parameter_rows(stn: SelfTuningNetwork) -> list[ParameterRow]:
+    """A row for each parameter, in their order in the model."""
+    moved, obstacles = set(responding(stn.response, stn.model)), {}
+    if stn.frontend != "live":  # which has no graph to look into
+        obstacles = responses([stn.canonical(training) for training in (True, False)], stn.structured).obstacles
+    return [
+        ParameterRow(
+            name,
+            tuple(parameter.shape),
+            parameter.numel(),
+            ""
+            if name in moved
+            else obstacles.get(name, "" if parameter.requires_grad else "frozen (requires_grad=False)")
+            or "no operation reads it as the weights of a layer",
+        )
+        for name, parameter in stn.model.named_parameters()
+    ]
+
+
+def shares(rows: Sequence[ParameterRow]) -> tuple[float, float]:
+    """Shares of the parameters, and of their elements, that respond; in [0, 1]."""
+    moved = [row for row in rows if not row.obstacle]
+    elements = sum(row.elements for row in rows)
+    return len(moved) / max(1, len(rows)), sum(row.elements for row in moved) / max(1, elements)
