@@ -1,10 +1,11 @@
 """Which values of a tuned run should a network be trained anew with on all data, and for how long?
 
-    FXSTN_DATA=DIR python -m benchmarks.refits [--tasks digits kin8nm] [--seeds 3]
+    FXSTN_DATA=DIR python -m benchmarks.refits [--tasks digits kin8nm] [--seeds 3] [--averages]
 
 Tasks are those of benchmarks/worth, from the usual recipe, one run of the defaults each, and then refits of it on training and
-validation data, which differ in the values and in the length. Writes test losses to benchmarks/results/refits.json as it goes,
-and goes on where it stopped; `python -m benchmarks.tables` makes the table of docs/guides/runs.md of it.
+validation data, which differ in the values and in the length, at their last weights; with --averages, in how far back the
+averages of the weights reach. Writes test losses to benchmarks/results/refits.json and averages.json as it goes, and goes on
+where it stopped; `python -m benchmarks.tables` makes the tables of docs/guides/runs.md of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch.utils.data import DataLoader
 
 import fxstn
 from benchmarks.overhead import RESULTS
@@ -28,7 +30,7 @@ from benchmarks.worth.training import joined, loader, scores
 from fxstn.bilevel.outcome import point_of
 from fxstn.hp.hyperparameter import Hyperparameter
 
-FILE = RESULTS / "refits.json"
+FILE, AVERAGES_FILE = RESULTS / "refits.json", RESULTS / "averages.json"
 FAST = ("breast-cancer", "digits", "fine-tuned-cnn", "fine-tuned-resnet", "kin8nm", "fine-tuned-cnn-augmented",
         "removed-word", "fashion-resnet")  # fmt: skip
 VALUES = {
@@ -40,6 +42,7 @@ VALUES = {
     "schedule": "the schedule up to the best epoch",
     "last": "last epoch",
 }
+SHARES = (0.02, 0.05, 0.1, 0.2)  # of the steps, which averages reach back over
 LENGTHS = {
     "steps": "best epoch, as many steps",
     "whole": "best epoch, as many epochs as the run",
@@ -80,33 +83,67 @@ def choices(history: fxstn.History, numbers: dict[str, Hyperparameter]) -> dict[
     }
 
 
-def cell(name: str, seed: int) -> dict[str, Any]:
-    """{kind of refit: (test loss, metric)}, of the tuned run's best epoch too, the epochs, seconds of the CPU."""
+def tuned_run(name: str, seed: int) -> tuple[fxstn.BilevelRunner, DataLoader]:
+    """A run of the defaults from the usual recipe, and a loader of training and validation data."""
     task = TASKS[name]
-    train, valid, test = task.sets(seed)
+    train, valid, _ = task.sets(seed)
     torch.manual_seed(seed)
     network, own = task.network(), 0.0 if task.decay else task.own_decay
-    begun = time.process_time()
     stn = fxstn.transform(network, task.specs(network, "recipe"))
     runner = fxstn.BilevelRunner(
         stn, task.loss, loader(train, task.batch, seed), loader(valid, 500, seed, shuffle=False),
         optimizer=lambda params: task.optimizer(params, weight_decay=own), progress=False,
     )  # fmt: skip
-    history = runner.fit(task.epochs)
-    best, everything = int(history.best()["epoch"]), joined(train, valid)
-    numbers = {number.name: number for number in stn.hparams.hyperparameters}
-    schedules = choices(history, numbers)
-    shorter = max(1, round(best * len(train) / len(everything)))
+    runner.fit(task.epochs)
+    return runner, loader(joined(train, valid), task.batch, seed)
+
+
+def cell(name: str, seed: int) -> dict[str, Any]:
+    """{kind of refit: (test loss, metric)}, of the tuned run's best epoch too, the epochs, seconds of the CPU."""
+    begun, task = time.process_time(), TASKS[name]
+    train, _, test = task.sets(seed)
+    runner, everything = tuned_run(name, seed)
+    best = int(runner.history.best()["epoch"])
+    numbers = {number.name: number for number in runner.stn.hparams.hyperparameters}
+    schedules = choices(runner.history, numbers)
+    shorter = max(1, round(best * len(train) / len(everything.dataset)))
     lengths = dict.fromkeys(schedules, best) | {"steps": shorter, "whole": task.epochs, "start whole": task.epochs}
     others = {"steps": "best", "whole": "best", "start whole": "start"}
     results: dict[str, Any] = {"tuned": scores(task, runner.best_model(), test)}
     for kind, epochs in lengths.items():
         torch.manual_seed(100 + seed)
-        model = runner.refit(
-            loader(everything, task.batch, seed), epochs=epochs, schedule=schedules[others.get(kind, kind)]
-        )
+        model = runner.refit(everything, epochs=epochs, schedule=schedules[others.get(kind, kind)], ema=None)
         results[kind] = scores(task, model, test)
     return {"scores": results, "best": best, "epochs": task.epochs, "seconds": time.process_time() - begun}
+
+
+def averages_cell(name: str, seed: int) -> dict[str, Any]:
+    """{share of the steps that the averages reach back over, "0" for the last weights: test loss}, and the number of steps."""
+    runner, everything = tuned_run(name, seed)
+    steps = len(everything) * (runner.history.outcome().epoch or len(runner.history))
+    results = {}
+    for share in (0, *SHARES):
+        model = runner.refit(everything, ema=1 - 1 / max(2, share * steps) if share else None)
+        results[str(share)] = scores(TASKS[name], model, TASKS[name].sets(seed)[2])[0]
+    return {"scores": results, "steps": steps}
+
+
+def averages_table(results: dict[str, Any]) -> str:
+    """Test losses, means over seeds, and the geometric mean over all cells of the loss to that of the last weights."""
+    names = [str(share) for share in (0, *SHARES)]
+    groups: dict[str, list[dict[str, float]]] = {}
+    for key, one in results.items():
+        groups.setdefault(key.split()[0], []).append(one["scores"])
+    rows = [
+        [task, *(f"{statistics.mean(scores[name] for scores in cells):.3f}" for name in names), len(cells)]
+        for task, cells in groups.items()
+    ]
+    ratios = ["loss / that of the last weights"]
+    for name in names:
+        logs = [math.log(one["scores"][name] / one["scores"]["0"]) for one in results.values()]
+        ratios.append(f"{math.exp(statistics.mean(logs)):.3f} ± {statistics.stdev(logs) / math.sqrt(len(logs)):.3f}")
+    headers = ["task", "last weights", *(f"{100 * share:.0f} % of the steps" for share in SHARES), "seeds"]
+    return tabulate([*rows, [*ratios, ""]], headers, tablefmt="github", disable_numparse=True)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -132,17 +169,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(FAST), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--averages", action="store_true", help="compare averages of the weights, not values and lengths"
+    )
     args = parser.parse_args()
+    file, run, show = (AVERAGES_FILE, averages_cell, averages_table) if args.averages else (FILE, cell, table)
     torch.set_num_threads(1)
     for seed, task in [(seed, task) for seed in range(args.seeds) for task in args.tasks]:
-        results = json.loads(FILE.read_text()) if FILE.exists() else {}
+        results = json.loads(file.read_text()) if file.exists() else {}
         if (key := f"{task} {seed}") not in results:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results[key] = cell(task, seed)
-            FILE.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+                results[key] = run(task, seed)
+            file.write_text(json.dumps(results, separators=(",", ":")) + "\n")
             print(key, results[key], flush=True)
-    print(table(json.loads(FILE.read_text())))
+    print(show(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,10 @@ def refitted() -> str:
     return refits.table(json.loads(refits.FILE.read_text()))
 
 
+def averaged() -> str:
+    return refits.averages_table(json.loads(refits.AVERAGES_FILE.read_text()))
+
+
 def replayed() -> str:
     return replay.table(json.loads(replay.FILE.read_text()))
 
@@ -181,7 +185,8 @@ def of_worth() -> dict[str, Callable[[], str]]:
 TABLES = {
     "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "refits": refitted, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
+    "replay": replayed, "refits": refitted,
+    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
     "whole": whole, **of_worth(),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 
 from benchmarks.worth.tasks import Task
 from benchmarks.worth.training import Limits, Plain, joined, scores
+from fxstn.bilevel.refit import AVERAGED
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "worth"
 READINGS = ("time", "patience")  # equal time; every column until its validation loss stops falling
@@ -87,13 +89,17 @@ def of_run(trial: Trial, run: Plain, seconds: float | None = None, **more: Any) 
 
 
 def trained_anew(trial: Trial, schedule: Sequence[Mapping[str, float]], **how: Any) -> Cell:
-    """From the weights of the seed on training and validation data, at the strengths of each epoch; a cell's "refit"."""
+    """From the weights of the seed on training and validation data, at the strengths of each epoch; a cell's "refit".
+
+    Its weights are averaged at the end, as those of our own refit are, so that what is compared is the strengths.
+    """
     train, valid, _ = trial.task.sets(trial.seed)
     run, everything = Plain(trial.task, schedule[0], trial.seed, **how), joined(train, valid)
+    run.average(round(AVERAGED * len(schedule) * math.ceil(len(everything) / trial.task.batch)))
     for epoch, strengths in enumerate(schedule):
         run.set(strengths)
         run.run(everything, None, Limits(epoch + 1))
-    return refit_of(trial, run.network, run.seconds)
+    return refit_of(trial, run.best_network(), run.seconds)
 
 
 def refit_of(trial: Trial, network: nn.Module, seconds: float) -> Cell:

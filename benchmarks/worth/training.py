@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.worth.tasks import Task
@@ -107,6 +108,7 @@ class Plain:
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     batches: DataLoader | None = None
+    averages: AveragedModel | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -141,6 +143,15 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
         self.task.loss(self.network(self._augmented(x)), y).backward()
         self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update_parameters(self.network)
+
+    def average(self, steps: int) -> None:
+        """From now on, average weights and statistics over so many of the last steps, as a refit of ours does."""
+        self.averages = AveragedModel(
+            self.network, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1, steps)), use_buffers=True
+        )
+        self.averages.update_parameters(self.network)
 
     def epoch(self, batches: Iterable[tuple[Tensor, Tensor]], valid: TensorDataset | None) -> None:
         """One pass, and the loss of the validation set. The best weights so far are kept."""
@@ -175,8 +186,8 @@ class Plain:
         self.best_weights = other.best_weights
 
     def best_network(self) -> nn.Module:
-        """A copy at the best epoch; as it is, where no validation set was seen."""
-        network = deepcopy(self.network)
+        """A copy at the best epoch; as it is, or its averages, where no validation set was seen."""
+        network = deepcopy(self.network if self.averages is None else self.averages.module)
         if self.best_weights:
             network.load_state_dict(self.best_weights)
         return network

@@ -3,7 +3,7 @@
 A step: problem, network_problem, sequences, objectives, losses, targets, counts, steps, noise, scaling, updates, combined,
 optim, evidence.
 The method: tuner, cadence, backtracking, settings.
-A run around it: run, runner, refit, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
+A run around it: run, runner, refit, initial, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
 validation, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, temporary.
 What a run tells: history, outcome, plots, progress, faults.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -12,29 +11,28 @@ from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint_manager import RUN_FILE
-from fxstn.bilevel.combined import CombinedOptimizer
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.files import absolute, json_text, write_text
 from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.initial import OnLosses, Stretched, of_weights
 from fxstn.bilevel.lock import FolderLock
-from fxstn.bilevel.records import Scheduler, options_of
+from fxstn.bilevel.records import Scheduler
 from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_settings import Settings, SettingsDict
 from fxstn.bilevel.settings import HyperSettings
 from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.starts import StartWeights
-from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import trained_apart
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories
+from fxstn.bilevel.updates import OptimizerLike
 from fxstn.ir.input_errors import is_number
 
 RECIPE_FILE = "refit.json"
+AVERAGED = 0.05  # share of the steps of a refit that its averages of the weights reach back
 
 
 def schedule_and_length(history: History, schedule: Schedule | None, epochs: int | None) -> tuple[Schedule, int]:
@@ -54,118 +52,32 @@ def schedule_and_length(history: History, schedule: Schedule | None, epochs: int
     return (schedule.for_epochs(int(epochs)) if schedule.epochs else schedule), int(epochs)
 
 
-# Optimizers and schedulers, as they were when the run began
-
-
-def without_state(optimizer: Optimizer, groups: Sequence[State]) -> Optimizer:
-    """An optimizer of the same class over the same parameters that has not stepped yet, and knows no hook.
-
-    groups: the options of each group, such as `options_of` returns before the first step.
-    """
-    if isinstance(optimizer, CombinedOptimizer):
-        counts, parts = [len(part.param_groups) for part in optimizer.parts], []
-        for part, count in zip(optimizer.parts, counts, strict=True):
-            parts.append(without_state(part, groups[:count]))
-            groups = groups[count:]
-        return CombinedOptimizer(parts)
-    result: Optimizer = object.__new__(type(optimizer))
-    inner = {name: part for name, part in vars(optimizer).items() if isinstance(part, Optimizer)}
-    own = {name: value for name, value in vars(optimizer).items() if name != "step" and "_hooks" not in name}
-    vars(result).update(own | {name: without_state(part, options_of(part)) for name, part in inner.items()})
-    anew = [
-        {**options, "params": list(group["params"])}
-        for options, group in zip(groups, optimizer.param_groups, strict=True)
-    ]
-    result.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": anew})
-    return result
-
-
-def checked_factory(factory: Callable[[Any], Any], own: Optimizer) -> Callable[[Any], Any]:
-    """A factory of optimizers that raises ValueError where it returns the one that the run steps with, or a part of it."""
-    of_run = {id(own), *map(id, getattr(own, "parts", ()))}
-
-    def make(parameters: Any) -> Any:
-        result = factory(parameters)
-        if of_run & {id(part) for part in (result if isinstance(result, (list, tuple)) else (result,))}:
-            raise ValueError("optimizer= returns the optimizer that the run steps with, whose state a refit would change: "
-                             "make a new one at each call")  # fmt: skip
-        return result
-
-    return make
-
-
-class Stretched:
-    """A scheduler that takes its steps within another number of steps of its optimizer.
-
-    ratio: its steps to those of the optimizer.
-    """
-
-    def __init__(self, scheduler: Scheduler, ratio: float) -> None:
-        self.ratio, self.calls, self.done = ratio, 0, 0
-        self._schedulers = [scheduler]  # where `OptimizerRecord` looks for parts
-
-    def step(self) -> None:
-        self.calls += 1
-        while self.done < math.floor(self.calls * self.ratio + 1e-6):
-            self.done += 1
-            self._schedulers[0].step()
-
-    def state_dict(self) -> State:
-        return {"calls": self.calls, "done": self.done, "_schedulers": [self._schedulers[0].state_dict()]}
-
-    def load_state_dict(self, state: State) -> None:
-        self.calls, self.done = state["calls"], state["done"]
-        self._schedulers[0].load_state_dict(state["_schedulers"][0])
-
-
-class OnLosses:
-    """A ReduceLROnPlateau that steps on validation losses which are known already, the last of them again and again."""
-
-    def __init__(self, scheduler: ReduceLROnPlateau, losses: Sequence[float]) -> None:
-        self.losses, self.epoch = list(losses), 0
-        self._schedulers = [scheduler]
-
-    def step(self) -> None:
-        self._schedulers[0].step(self.losses[min(self.epoch, len(self.losses) - 1)])
-        self.epoch += 1
-
-    def state_dict(self) -> State:
-        return {"epoch": self.epoch, "_schedulers": [self._schedulers[0].state_dict()]}
-
-    def load_state_dict(self, state: State) -> None:
-        self.epoch = state["epoch"]
-        self._schedulers[0].load_state_dict(state["_schedulers"][0])
-
-
-def _of_weights(factories: SchedulerFactories, change: Callable[[Any], Scheduler]) -> SchedulerFactories:
-    """The scheduler of w₀ alone, changed."""
-    if factories is None or "optimizer" not in factories:
-        return None
-    factory = factories["optimizer"]
-    return {"optimizer": lambda optimizer: change(factory(optimizer))}
-
-
 # The run that refits
 
 
-def refit_settings(settings: Settings, history: History, steps: int, loader: object) -> dict[str, Any]:
+def refit_settings(settings: Settings, history: History, steps: int, loader: object, epochs: int) -> dict[str, Any]:
     """The settings of a run which act on w₀, but its optimizer, as keywords for a `BilevelRunner`.
 
     steps: inner steps of the run in all its epochs.
     loader: of the refit. Schedulers that step with their optimizer are stretched over as many steps as its epochs have.
+    epochs: of the refit.
+
+    Nothing says which epoch of a refit is best, and the weights of one step are noisy. Where the run has no averages of the
+    weights, the refit has them, over the last `AVERAGED` of its steps (Polyak & Juditsky 1992; docs/guides/runs.md).
     """
-    batches = length_of(loader)
-    per_epoch = math.ceil(batches / settings.accumulate) if batches else 0
-    ratio = steps / len(history) / per_epoch if per_epoch else 1.0
+    batches, of_run = length_of(loader), steps / len(history)
+    per_epoch = math.ceil(batches / settings.accumulate) if batches else of_run
+    ratio, averaged = of_run / per_epoch, AVERAGED * per_epoch * epochs
     losses = history["valid_loss"]
 
     def on_losses(scheduler: Any) -> Scheduler:
         return OnLosses(scheduler, losses) if isinstance(scheduler, ReduceLROnPlateau) else scheduler
 
-    names = ("execution", "clip_norm", "accumulate", "initial_state", "unpack", "ema", "progress")
+    names = ("execution", "clip_norm", "accumulate", "initial_state", "unpack", "progress")
     return {name: getattr(settings, name) for name in names} | {
-        "schedulers": _of_weights(settings.schedulers, on_losses),
-        "step_schedulers": _of_weights(settings.step_schedulers, lambda scheduler: Stretched(scheduler, ratio)),
+        "ema": settings.ema or (1 - 1 / averaged if averaged > 1 else None),
+        "schedulers": of_weights(settings.schedulers, on_losses),
+        "step_schedulers": of_weights(settings.step_schedulers, lambda scheduler: Stretched(scheduler, ratio)),
         "hyper": HyperSettings(recalibrate=settings.hyper.recalibrate),
     }
 
@@ -251,7 +163,8 @@ class Refittable(Run):
         """Train the network anew, without tuning, at the values that the run has come to: on all data, validation data too.
 
         An epoch costs as much as one of plain training; nothing is evaluated. Optimizer, schedulers, clipping and the like are
-        those of the run as it began. The run stays as it is; meanwhile its weights wait in main memory.
+        those of the run as it began. The model has averages of the last weights, where ema=None does not say otherwise. The run
+        stays as it is; meanwhile its weights wait in main memory.
 
         train_loader: of all data.
         epochs: ≥ 1. None: the number of the best epoch; where none is better than the start, as many as the run had.
@@ -273,7 +186,7 @@ class Refittable(Run):
         folder = refit_folder(self.out_dir, out_dir)
         accumulate = settings.get("accumulate")
         own = tuner.settings if accumulate is None else replace(tuner.settings, accumulate=accumulate)
-        keywords = refit_settings(own, self.history, self.steps, train_loader) | {"schedule": schedule}
+        keywords = refit_settings(own, self.history, self.steps, train_loader, epochs) | {"schedule": schedule}
         keywords |= {"optimizer": self._fresh_optimizer(), **self._own_settings(train_loader, accumulate)}
         keywords |= {"checkpoints": replace(tuner.settings.checkpoints, out_dir=folder), **settings}
         with tuner.evaluator.statistics.unaffected(), trained_apart(self.stn):

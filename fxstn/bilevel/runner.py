@@ -17,12 +17,13 @@ from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors
 from fxstn.bilevel.faults import BadLoss, Stop
 from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.initial import checked_factory, without_state
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import EpochBar, progress_bar
-from fxstn.bilevel.refit import Refittable, checked_factory, end_unevaluated_epoch, without_state
+from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.starts import StartWeights

@@ -12,9 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel.combined import CombinedOptimizer
+from fxstn.bilevel.initial import without_state
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.records import options_of
-from fxstn.bilevel.refit import Refittable, without_state
+from fxstn.bilevel.refit import Refittable
 from fxstn.bilevel.runner import BilevelRunner
 from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.state import State
