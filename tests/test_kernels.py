@@ -44,7 +44,7 @@ AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Fl
 NETWORKS = {
     "resnet18": (partial(resnet18, num_classes=10), BOTH, 327),
     "mlp": (partial(three_layers, 10), BOTH, 90),
-    "vision transformer": (vision_transformer, BOTH, 230),
+    "vision transformer": (vision_transformer, BOTH, 236),
     "group norms": (group_norms, BOTH, 116),
     "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 793),
 }

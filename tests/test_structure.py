@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from nets import randomize_response
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxstn
@@ -128,20 +129,41 @@ def test_parameters_of_one_weight_share_their_scales():
     assert direction.R.shape != length.R.shape
 
 
-def test_a_weight_that_moves_by_a_finite_step_cannot_be_normalised():
-    with pytest.raises(fxstn.TransformError, match="only method 'delta'"):
-        fxstn.transform(nn.Sequential(weight_norm(nn.Linear(3, 4))), SCALAR, method="centered").graph("perturbed")
+@pytest.mark.parametrize("method", ["centered", "stn"])
+def test_a_weight_that_is_computed_moves_by_a_finite_step(method):
+    net = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    stn = fxstn.transform(net, SCALAR, method=method).eval()
+    randomize_response(stn)
+    x, delta = torch.randn(5, 3).double(), torch.tensor([0.7]).double()
+    moved = delta + stn.hparams.unconstrained.detach() if method == "stn" else delta
+    expected = functional_call(net, stn.best_response(moved), (x,))
+    torch.testing.assert_close(stn.perturbed_output(x, delta=delta)[0], expected)
+    assert not stn.per_example(x)
+    with pytest.raises(ValueError, match="which is computed"):
+        stn.perturbed_output(x, delta=torch.randn(5, 1))
 
 
-def test_a_weight_whose_rows_are_mixed_gets_no_response():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.mix, self.b = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.mix, self.b = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
 
-        def forward(self, x):
-            return self.b(F.linear(x, self.mix @ self.a.weight, self.a.bias))
+    def forward(self, x):
+        return self.b(F.linear(x, self.mix @ self.a.weight, self.a.bias))
 
+
+def test_the_factors_of_a_weight_are_scaled_along_its_rows_and_its_columns():
     stn = fxstn.transform(Mixed(), SCALAR, response="structured")
-    assert {n for n, _ in stn.response.named_parameters() if n.endswith("R")} == {"a.bias.R", "b.weight.R", "b.bias.R"}
-    assert "operator.matmul" in str(fxstn.explain(Mixed(), SCALAR))
+    assert [stn.response.get_submodule(name).axis for name in ("mix", "a.weight")] == [0, 1]
+    report = fxstn.verify(Mixed(), torch.randn(3, 4), hparams=SCALAR)
+    assert report.ok, str(report)
+
+
+def test_a_weight_of_which_every_axis_is_mixed_gets_no_response():
+    class Inverted(Mixed):
+        def forward(self, x):
+            return self.b(F.linear(x, torch.linalg.inv(self.mix), self.a.bias))
+
+    stn = fxstn.transform(Inverted(), SCALAR)
+    assert not hasattr(stn.response, "mix")
+    assert "read by torch.linalg_inv" in str(fxstn.explain(Inverted(), SCALAR))

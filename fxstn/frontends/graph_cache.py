@@ -235,7 +235,8 @@ class GraphCache:
     def _is_per_example(self, root: Root, inputs: Inputs) -> bool:
         if self._per_example is None:
             self._locate_examples(root, inputs)
-            graphs = [self.graph(root, GraphKind("pushforward", training)) for training in (True, False)]
+            objective = "pushforward" if root.method == "delta" else "perturbed"
+            graphs = [self.graph(root, GraphKind(objective, training)) for training in (True, False)]
             shared = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
             self._per_example = not any(shared)
         return self._per_example
@@ -251,6 +252,10 @@ class NetworkOfSizes:
     @property
     def training(self) -> bool:
         return self.network.training
+
+    @property
+    def method(self) -> str:
+        return self.network.method
 
     def get_submodule(self, target: str) -> nn.Module:
         return self.network.get_submodule(target)

@@ -23,11 +23,20 @@ class ModuleCall(NamedTuple):
 
 
 class RowScales(NamedTuple):
-    """Scales of a value's rows: the node that computes them, the rows' axis (None: mixed), runs of rows (start, stop)."""
+    """The scales of one part of a value's tangent.
+
+    name: of the node that computes them.
+    axis: of the value, along which they are.
+    runs: of their entries (start, stop), one after the other; () for all.
+    rank: of the value, 0 where it is several tensors in one.
+    origins: (name of an operand, number of a part of its tangent) of all that this part is computed from; () for the parameter.
+    """
 
     name: str
-    axis: int | None
+    axis: int
     runs: tuple[tuple[int, int], ...]
+    rank: int
+    origins: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class NodeInfo:
     types: of the output node, the `OutputTypes` of what the forward returns where that is no plain tuple, list or dict.
     mutates: position of the argument that it writes into; gone after canonicalize.
     response: of a parameter, the name of the node that holds its response R. By hyperize, as the next one.
-    scales: of a parameter that responds and of every value computed from it row by row.
+    scales: of a parameter that responds, and of every value computed from such parameters that keeps some axis of them.
     rule, operation: of a node that a tangent goes through, the kind of its rule and its name. By pushforward.
     """
 
@@ -55,7 +64,7 @@ class NodeInfo:
     types: OutputTypes | None = None
     mutates: int | None = None
     response: str | None = None
-    scales: RowScales | None = None
+    scales: tuple[RowScales, ...] = ()
     rule: str | None = None
     operation: str | None = None
 

@@ -45,12 +45,24 @@ class Scaled:
     scale: (n,) for one perturbation of the whole batch, or (batch, n). A tensor or a proxy, as `response`.
     response: shaped like the value, n entries along `axis`.
     batch_axis: where the examples are in the output of the operation that takes it.
+    rank: number of dimensions of the value, where a pass knows it.
     """
 
     scale: Any
     response: Any
     axis: int = 0
     batch_axis: BatchAxis = BATCH_FIRST
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class ScaledParts:
+    """Tangent of a value computed from parameters alone: a sum of parts, each scaled along an axis of its own.
+
+    parts: None for one that is zero.
+    """
+
+    parts: tuple[Scaled | None, ...]
 
 
 def all_zero(tangents: object) -> bool:

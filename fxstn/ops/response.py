@@ -219,6 +219,15 @@ def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxi
 
 
 @staged
+def scale_beside(output: Tensor, scale: Tensor, dim: int, other: Tensor, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+    """`scale_channels` of a product with `other`, or of `other` itself, whose dimension `dim` counts for a matrix.
+
+    Beside a vector it is one less from the end.
+    """
+    return scale_channels(output, scale, dim + (other.dim() == 1), batch_axis)
+
+
+@staged
 def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
     """tangent + scale ⊙ output in one kernel.
 

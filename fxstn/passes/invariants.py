@@ -104,10 +104,11 @@ def parameters_know_their_response(module: fx.GraphModule) -> Iterator[str]:
             yield f"{node.name} names the response {info.response}, which is no parameter"
         elif info.response and not info.scales:
             yield f"{node.name} responds and names no scales"
-        if info.scales and (info.scales.name not in nodes or not _are_scales(nodes[info.scales.name])):
-            yield f"{node.name} names the scales {info.scales.name}, which no response computes"
-        elif info.scales and not nodes[info.scales.name] < node:
-            yield f"{node.name} comes before its scales {info.scales.name}"
+        for name in (scales.name for scales in info.scales):
+            if name not in nodes or not _are_scales(nodes[name]):
+                yield f"{node.name} names the scales {name}, which no response computes"
+            elif not nodes[name] < node:
+                yield f"{node.name} comes before its scales {name}"
 
 
 def _are_scales(node: fx.Node) -> bool:

@@ -29,7 +29,7 @@ from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import model_of
 from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
-from fxstn.passes.hyperize import layer_weights
+from fxstn.passes.parameter_uses import layer_weights
 from fxstn.passes.places import (
     Place,
     input_places,

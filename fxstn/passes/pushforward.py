@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex, cast
 
 from torch import fx
@@ -17,10 +15,11 @@ from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_n
 from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
-from fxstn.ir.tangents import BATCH_FIRST, SHARED, ZERO, BatchAxes, Scaled, all_zero
+from fxstn.ir.tangents import ZERO, BatchAxes, Scaled, ScaledParts, all_zero
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.kernels import as_results_of, cast_tangent, zeros_tangent
-from fxstn.ops.response import for_all_examples, mean_over_examples, pick_rows, scale_channels
+from fxstn.ops.response import for_all_examples, materialised
+from fxstn.passes.structured_tangents import StructuredTangents, moved_parameters
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
 
@@ -46,7 +45,7 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         return node
 
 
-class Pushforward:
+class Pushforward(StructuredTangents):
     """Walks a canonical graph once, node by node, and emits each value and its tangent.
 
     values, tangents: {node: its value and its tangent in the new graph}. A tangent is a proxy, ZERO, Scaled, or a structure.
@@ -61,6 +60,7 @@ class Pushforward:
         self.values: dict[fx.Node, fx.Proxy] = {}
         self.tangents: dict[fx.Node, object] = {}
         self.by_name: dict[str, fx.Proxy] = {}
+        self.moved = moved_parameters(module.graph) if fold else set()
         self.problems: list[Diagnostic] = []
 
     def value(self, structure: object) -> Any:
@@ -80,70 +80,54 @@ class Pushforward:
 
     def visit(self, node: fx.Node) -> None:
         self.emitter.source = node
-        calls = node.op == "call_function"
+        info, calls = info_of(node), node.op == "call_function"
         tangents = tuple(self.tangent(argument) for argument in node.args) if calls else ()
-        if not calls or all_zero((tangents, self.tangent(node.kwargs))):
+        named = self.tangent(node.kwargs) if calls else {}
+        if not calls or all_zero((tangents, named)):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
-            if (response := info_of(node).response) is not None:
-                self.tangents[node] = self._scaled_tangent(node, self._direction(node, self.by_name[response]))
+            if info.response is not None:
+                direction = self._direction(node, self.by_name[info.response])
+                self._enter(node, self.part(info.scales[0], direction))
             return
-        derived = info_of(node).scales is not None
-        tangents = tuple(
-            map_leaves(tangent, partial(self._for_rule, node=node, derived=derived, position=i))
-            for i, tangent in enumerate(tangents)
-        )
+        y: Any
+        dy: Any
+        reads = False
         try:
-            y, dy = self._apply(node, tangents)
+            if info.scales:
+                y, dy = self.derived(node)
+            else:
+                y, dy, reads = self.read(node, tangents, dict(named))
         except NoRule as reason:
             self.problems.append(_no_rule(node, str(reason)))
             y, dy = self.copy(node), ZERO
-        kind = kind_of(function_of(node), tangents)
         copy_facts(y.node, node)
+        kind = "hyperlayer" if reads else kind_of(function_of(node), ())
         annotate(y.node, rule=kind, operation=operation_name(function_of(node)))
         y.node._rename(node.name)
         if isinstance(dy, fx.Proxy) and dy.node.name.startswith("t_"):
             dy.node._rename(f"d_{node.name}")
-        if derived and dy is not ZERO:
-            dy = self._scaled_tangent(node, dy)
-            one = sum(not all_zero((tangent,)) for tangent in tangents) == 1
-            if self.fold and kind != "linear" and not (kind == "bilinear" and one):
-                self.problems.append(_no_rule(node, "on a weight that moves by a finite step: only method 'delta' can"))
         if self.fold and isinstance(dy, fx.Proxy):
             y, dy = operator.add(y, dy), ZERO
         self.values[node], self.tangents[node] = y, dy
 
-    def _apply(self, node: fx.Node, tangents: tuple) -> tuple[Any, Any]:
-        """(y, dy) of a node. Raises NoRule."""
-        function, named = function_of(node), self.tangent(node.kwargs)
+    def _enter(self, node: fx.Node, part: Scaled) -> None:
+        """Enter a parameter with its tangent, or moved by all of it where what reads it is not linear in it."""
+        if node not in self.moved:
+            self.tangents[node] = ScaledParts((part,))
+            return
+        scale = for_all_examples(part.scale, 1, f"the weight of '{module_path(node)}', which is computed")
+        self.values[node] = operator.add(self.values[node], call(materialised, scale, part.response, part.axis))
+
+    def apply(self, node: fx.Node, tangents: tuple, named: dict, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+        function = function_of(node)
         if function is operator.getitem and isinstance(tangents[0], tuple):
             return self.copy(node), operator.getitem(tangents[0], cast(SupportsIndex, node.args[1]))
-        args, kwargs = self.value(node.args), dict(self.value(node.kwargs))
+        args, kwargs = filled_in(node.args, values), dict(filled_in(node.kwargs, values))
         rule = RULES.get(function)
         if self.fold and rule and rule.finite:
             return rule.finite(tangents, args, kwargs), ZERO
         apply = opaque_tangent if is_opaque(function) else apply_rule
-        return apply(function, tangents, args, kwargs, dict(named))
-
-    def _for_rule(self, tangent: object, node: fx.Node, derived: bool, position: int) -> object:
-        """What a rule gets: of a structured tangent, the response alone where the rows stay apart, else all of it.
-
-        An operation that takes no structured tangent gets the product. Parameters that respond are read by layers alone, but
-        for graphs of inputs of other sizes, where a lookup may be one of constants.
-        """
-        if not isinstance(tangent, Scaled):
-            return tangent
-        if derived:
-            return tangent.response
-        rule = RULES.get(function_of(node))
-        if rule is None or position not in rule.reads or tangent.axis not in rule.reads[position].axes:
-            scale: Any = mean_over_examples(tangent.scale)
-            return scale_channels(cast(Any, tangent.response), scale, tangent.axis)
-        axis = self.batch_axes.get(node.name, BATCH_FIRST)
-        if axis is None:
-            return replace(tangent, scale=for_all_examples(tangent.scale, 1, f"module '{module_path(node)}'"))
-        if axis == SHARED:
-            return replace(tangent, scale=mean_over_examples(tangent.scale))
-        return replace(tangent, batch_axis=axis)
+        return apply(function, tangents, args, kwargs, named)
 
     def _direction(self, node: fx.Node, response: fx.Proxy) -> fx.Proxy:
         """The response R of a parameter, in the parameter's type: R is float32 at least."""
@@ -153,14 +137,6 @@ class Pushforward:
         direction: Any = cast_tangent(cast(Any, response), cast(Any, value))
         direction.node._rename(f"{node.name}_response")
         return cast(fx.Proxy, direction)
-
-    def _scaled_tangent(self, node: fx.Node, response: object) -> Scaled:
-        """The tangent of a parameter, or of a value computed from it row by row."""
-        scales = info_of(node).scales
-        assert scales is not None, node
-        scale: Any = self.by_name[scales.name]
-        axis = cast(int, scales.axis)  # None for several values in one, each of which has an axis of its own
-        return Scaled(pick_rows(scale, scales.runs) if scales.runs else scale, response, axis)
 
     def run(self, finish: Callable[[Pushforward, Argument], object]) -> fx.GraphModule:
         """finish: gets the walk and the output's structure of nodes, and returns the new output's, of proxies."""
@@ -204,6 +180,7 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
             if not isinstance(leaf, fx.Node):
                 return None
             y, dy = walk.values[leaf], walk.tangents[leaf]
+            dy = walk.dense(dy)
             if isinstance(dy, (tuple, list)):
                 return call(
                     as_results_of, y, tuple(of_result(call(operator.getitem, y, i), t) for i, t in enumerate(dy))
@@ -221,8 +198,7 @@ def pushforward(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphMo
 def perturbed(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
     """hyperized graph → graph of f(x; w₀ + Θ delta), not linearised: each hyperlayer's tangent is added on the spot.
 
-    The forward of the methods "stn" and "centered". It is exact, because hyperlayers are linear in their parameters.
-
-    Raises TransformError where a weight computed from weights would have to move by a finite step.
+    The forward of the methods "stn" and "centered". It is exact, because hyperlayers are linear in their parameters. What
+    something else reads, such as weight norm, is moved itself, by one perturbation for the whole batch.
     """
     return Pushforward(module, plan.batch_axes, fold=True).run(lambda walk, output: walk.value(output))

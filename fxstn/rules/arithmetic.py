@@ -12,7 +12,7 @@ from fxstn.rules.registry import additive, bilinear, pointwise, rule, total
 
 additive(operator.add)
 additive(operator.sub)
-bilinear(operator.mul)
+bilinear(operator.mul, elementwise=True)
 
 pointwise(operator.truediv, lambda da, y, input, other: da / other, lambda db, y, input, other: -(y * db) / other)
 pointwise(torch.hypot, lambda da, y, input, other: da * (input / y), lambda db, y, input, other: db * (other / y))

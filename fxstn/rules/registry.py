@@ -8,6 +8,7 @@ on tensors (tests, debugging) and on fx proxies (the pushforward pass).
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
@@ -48,6 +49,7 @@ class Rule:
         them.
     random: whether the operation draws random numbers, where torch has no tag that says so.
     fresh: whether the result is in memory of its own. Needed where torch has no schema that says so.
+    elementwise: number of leading arguments that are broadcast against each other, entry by entry; 0 for any other operation.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Rule:
     finite: Callable[[tuple, tuple, dict], Any] | None = None
     random: bool = False
     fresh: bool = False
+    elementwise: int = 0
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -72,11 +75,12 @@ def register(
     finite: Callable[[tuple, tuple, dict], Any] | None = None,
     random: bool = False,
     fresh: bool = False,
+    elementwise: int = 0,
 ) -> None:
     """Enter one rule.
 
     function: the canonical function of the operation.
-    kind, apply, signature, reads, finite, random, fresh: as in `Rule`.
+    kind, apply, signature, reads, finite, random, fresh, elementwise: as in `Rule`.
 
     Raises ValueError when `function` already has one: a silent overwrite hides a mistake.
     """
@@ -84,7 +88,7 @@ def register(
         raise ValueError(
             f"{operation_name(function)} already has a rule ({RULES[function].kind}); there is nothing to register"
         )
-    RULES[function] = Rule(kind, apply, signature, reads, finite, random, fresh)
+    RULES[function] = Rule(kind, apply, signature, reads, finite, random, fresh, elementwise)
 
 
 def total(*terms: tuple[Any, Callable[[Any], Any]]) -> Any:
@@ -142,7 +146,8 @@ def pointwise(function: Callable[..., Any], *partials: Callable[..., Any], fresh
         return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
     parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
-    register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh)
+    several = len(partials) if len(partials) > 1 else 0
+    register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh, elementwise=several)
 
 
 def additive(function: Callable[..., Any]) -> None:
@@ -155,16 +160,17 @@ def additive(function: Callable[..., Any]) -> None:
             return y, call(function, da, db)
         if db is ZERO:
             return y, da if isinstance(args[1], (int, float)) else expand_like(da, y)
-        db = call(function, 0, db)
+        db = db if function is operator.add else call(function, 0, db)
         return y, db if isinstance(args[0], (int, float)) else expand_like(db, y)
 
-    register(function, "additive", apply, fresh=True)
+    register(function, "additive", apply, fresh=True, elementwise=2)
 
 
-def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
+def bilinear(*functions: Callable[..., Any], second: str = "other", elementwise: bool = False) -> None:
     """Linear in each of two arguments: dy = f(da, b) + f(a, db).
 
     second: name of the second argument; the first is called input.
+    elementwise: whether the two are broadcast against each other, entry by entry.
     """
     names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", second)]
     for function in functions:
@@ -178,7 +184,7 @@ def bilinear(*functions: Callable[..., Any], second: str = "other") -> None:
             product = lambda a, b: call(function, a, b, *more, **rest)  # noqa: E731
             return product(a, b), total((da, lambda da: product(da, b)), (db, lambda db: product(a, db)))
 
-        register(function, "bilinear", apply, inspect.Signature(names), fresh=True)
+        register(function, "bilinear", apply, inspect.Signature(names), fresh=True, elementwise=2 * elementwise)
 
 
 def zero(*functions: Callable[..., Any], fresh: bool = False) -> None:
