@@ -7,7 +7,7 @@ DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
 INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm)
 
-.PHONY: demo test integrations nightly bench support paper gpu figures
+.PHONY: demo test docs integrations nightly bench support paper gpu figures
 
 demo: $(READY)  ## tune resnet18 on real data, against the same network untuned
 	$(BIN)/python examples/demo.py --out out/demo
@@ -17,6 +17,9 @@ test: $(READY)  ## tests, then lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv-docs/ready  ## the site, in out/site; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 
 integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
 	for versions in '' '--constraint tests/oldest.txt'; do \
@@ -58,4 +61,10 @@ gpu:  ## ten minutes on a machine with CUDA and the dependencies installed; noth
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv-docs/bin/pip install --quiet --group docs
 	touch $@

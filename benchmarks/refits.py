@@ -5,7 +5,7 @@
 Tasks are those of benchmarks/worth, from the usual recipe, one run of the defaults each, and then refits of it on training and
 validation data, which differ in the values and in the length, at their last weights; with --averages, in how far back the
 averages of the weights reach. Writes test losses to benchmarks/results/refits.json and averages.json as it goes, and goes on
-where it stopped; `python -m benchmarks.tables` makes the tables of docs/guides/runs.md of them.
+where it stopped; `python -m benchmarks.tables` makes the tables of docs/guides/values.md of them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,20 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import batchnorm, controls, gpt, hypergradient, kernels, ptb, refits, replay, tuned, tuning, whole_runs
+from benchmarks import (
+    batchnorm,
+    controls,
+    gpt,
+    hypergradient,
+    kernels,
+    pictures,
+    ptb,
+    refits,
+    replay,
+    tuned,
+    tuning,
+    whole_runs,
+)
 from benchmarks.overhead import NETWORKS
 from benchmarks.worth import report as worth
 from benchmarks.worth.cells import READINGS
@@ -167,6 +180,10 @@ def small_gpt() -> str:
     return gpt.table(json.loads(gpt.FILE.read_text()))
 
 
+def starts() -> str:
+    return pictures.table(json.loads(pictures.FILE.read_text()))
+
+
 def launches() -> str:
     return kernels.table(kernels.read())
 
@@ -187,7 +204,7 @@ TABLES = {
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": refitted,
     "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
-    "whole": whole, **of_worth(),
+    "whole": whole, "starts": starts, **of_worth(),
 }  # fmt: skip
 
 
@@ -202,6 +219,7 @@ def main() -> None:
     plot_scaling(ROOT / "docs" / "results" / "scaling.png")
     tuned.plot(list(_tuned()), ROOT / "docs" / "results" / "tuning.png")
     ptb.draw(json.loads(ptb.FILE.read_text()), ROOT / "docs" / "guides" / "ptb.png")
+    pictures.draw(json.loads(pictures.FILE.read_text()))
     hypergradient.draw(json.loads(hypergradient.RESULTS.read_text()), hypergradient.FIGURE)
 
 

@@ -37,7 +37,7 @@ class SelfTuningNetwork(ModelWrapper):
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when
     it is first needed, and again after unpickling or copying. Graphs share the module's parameters, and move with it. What
-    users change on the modules later is followed, or refused at the next step (docs/guides/runs.md).
+    users change on the modules later is followed, or refused at the next step (docs/guides/runner.md).
     """
 
     model: nn.Module

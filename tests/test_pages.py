@@ -16,6 +16,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from registered import tables_restored
 from test_rules import check_rule
 from torch import fx, nn
 from torchvision.transforms import v2
@@ -23,7 +24,6 @@ from torchvision.transforms import v2
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.decompositions.torchvision import AUGMENTING, OWNERS, RANDOM
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.response import responses_in
@@ -45,12 +45,8 @@ TRANSFORM: Any = sys.modules[fxstn.transform.__module__]
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
     """The namespace of an empty file, to run blocks in. What they register is gone afterwards."""
-    tables: list[Any] = [RULES, DECOMPOSITIONS, RANDOM, AUGMENTING, OWNERS, hp.OPERATIONS]
-    before = [table.copy() for table in tables]
-    yield {"__name__": "contributed"}
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
+    with tables_restored():
+        yield {"__name__": "contributed"}
 
 
 def run(block: str, names: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ class ExecutionSettings(SettingsGroup):
     """Where and in what precision a run computes.
 
     device: of the run. Default: None, that of the network.
-    compile: True runs steps through torch.compile, each as one graph (docs/guides/runs.md). A dict has its
+    compile: True runs steps through torch.compile, each as one graph (docs/guides/runner.md). A dict has its
         options. Default: False.
     autocast: dtype of the losses' forward, such as torch.bfloat16; parameters keep theirs. torch.float16 scales the losses,
         and a step whose gradient overflows counts for nothing. Default: None, no autocast.

@@ -1,0 +1,36 @@
+"""A hook of mkdocs: pages whose text stands at the root of the repository, where visitors of the repository look for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+FILES = {"index.md": "README.md", "about/changelog.md": "CHANGELOG.md", "about/contributing.md": "CONTRIBUTING.md"}
+PAGES = {file: page for page, file in FILES.items()}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The text of the root's file in place of the page's own, with links that hold where the page is."""
+    source = page.file.src_uri
+    if source not in FILES:
+        return markdown.replace("<!-- commands -->", commands()) if "<!-- commands -->" in markdown else markdown
+    text = (ROOT / FILES[source]).read_text(encoding="utf-8")
+    up = "../" * source.count("/")
+    text = re.sub(r"\]\(docs/", f"]({up}", text)
+    return re.sub(r"\]\((\w+\.md)\b", lambda match: f"]({up}{PAGES.get(match[1], match[1])}", text)
+
+
+def commands() -> str:
+    """What `--help` of each command says. The command line needs no torch to say it."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["COLUMNS"] = "100"
+    from fxstn.tools.cli import parser
+
+    (choices,) = (action.choices for action in parser()._subparsers._group_actions)  # type: ignore[union-attr]
+    return "\n\n".join(
+        f"## fxstn {name}\n\n```\n{command.format_help().strip()}\n```" for name, command in choices.items()
+    )
