@@ -7,19 +7,35 @@ DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
 INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm)
 
-.PHONY: demo test docs integrations nightly bench support paper gpu figures
+.PHONY: demo test lint wheel oldest docs integrations nightly bench support paper gpu figures
 
 demo: $(READY)  ## tune resnet18 on real data, against the same network untuned
 	$(BIN)/python examples/demo.py --out out/demo
 
 test: $(READY)  ## tests, then lint and types
 	$(BIN)/python -m pytest
+	$(MAKE) lint
+
+lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+wheel: $(READY)  ## wheel and source archive in out/dist, checked, and used in a fresh environment; RELEASE=version refuses another
+	rm -rf out/dist
+	$(BIN)/python -m build --outdir out/dist
+	$(BIN)/twine check --strict out/dist/*
+	test -z '$(RELEASE)' || test -f out/dist/fxstn-$(RELEASE)-py3-none-any.whl
+	$(BIN)/python -m pytest -n 0 tests/test_package.py
+
+oldest:  ## the tests with the lowest version of everything, torch 2.9 with Python 3.11 (downloads gigabytes)
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(PYTHON) tests/lowest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --editable '.[dev]' --constraint .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pytest
+
 docs: .venv-docs/ready  ## the site, in out/site; a warning or a broken link is an error
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
 	for versions in '' '--constraint tests/oldest.txt'; do \

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
+from benchmarks.worth import report
 from fxstn import hp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,12 +100,13 @@ def response() -> dict[str, list[float]]:
     x, noise = torch.randn(240, 40), torch.randn(240, 1)
     y = x @ torch.randn(40, 1) / 40**0.5 + noise
     (xt, yt), (xv, yv) = (x[:60], y[:60]), (x[60:], y[60:])
-    stn = fxstn.transform(nn.Linear(40, 1, bias=False), [hp.WeightDecay(init=0.2, low=1e-3, high=10.0)])
+    stn = fxstn.transform(nn.Linear(40, 1, bias=False), [hp.WeightDecay(init=0.2, low=1e-3, high=10.0)],
+                          response="structured")  # fmt: skip
     decay = stn.hparams().item()
     with torch.no_grad():
         next(stn.general_parameters()).copy_(ridge(xt, yt, decay))
-    optimizer = torch.optim.Adam(stn.response_parameters(), lr=1e-2)
-    for _ in range(500):
+    optimizer = torch.optim.Adam(stn.response_parameters(), lr=3e-3)
+    for _ in range(2000):
         optimizer.zero_grad()
         fxstn.response_loss(stn, F.mse_loss, xt, yt).backward()
         optimizer.step()
@@ -139,42 +141,78 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def draw(measured: dict[str, Any]) -> None:
+    """All pictures, from the runs and from the cells of benchmarks/worth."""
+    draw_schedules(measured, ROOT / "docs" / "start" / "schedules.png")
+    draw_response(measured["response"], ROOT / "docs" / "concepts" / "response.png")
+    draw_perturbation(ROOT / "docs" / "concepts" / "perturbation.png")
+    draw_ranks(ROOT / "docs" / "start" / "ranks.png")
+
+
+def draw_schedules(measured: dict[str, Any], path: Path) -> None:
+    """Of seed 0: validation losses, and the rates of the first (—) and second (- -) layer."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for start, color in COLORS.items():
         tuned, untuned = measured["tuned"][start][0], measured["untuned"][start][0]
         left.plot(range(1, EPOCHS + 1), tuned["valid"], color=color, label=f"tuned, from dropout {STARTS[start]}")
-        left.plot(range(1, EPOCHS + 1), untuned["valid"], color=color, alpha=0.6, linestyle=":", label="the start kept")
-        for k, style in enumerate(("-", "--")):
-            right.plot([rates[k] for rates in tuned["rates"]], style, color=color)
-    left.set(xlabel="epoch", ylabel="validation loss", yscale="log", ylim=(0.1, 2))
+        left.plot(range(1, EPOCHS + 1), untuned["valid"], color=color, linestyle=":", label="the start kept")
+        for layer, style in enumerate(("-", "--")):
+            right.plot([rates[layer] for rates in tuned["rates"]], style, color=color)
+    left.set(xlabel="epoch", ylabel="validation loss", yscale="log", ylim=(0.09, 2.5))
     left.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
     left.minorticks_off()
     left.legend(frameon=False, fontsize=7.5, ncols=2)
-    right.set(xlabel="epoch", ylabel="dropout rate: first (—) and second (- -) layer", ylim=(0, None))
-    figure.savefig(ROOT / "docs" / "start" / "schedules.png", dpi=130)
+    right.set(xlabel="epoch", ylabel="dropout rate", ylim=(0, None))
+    right.set_title("first layer: —, second layer: - -", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def draw_response(lines: dict[str, list[float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    lines = measured["response"]
     axes.semilogx(lines["decay"], lines["exact"], color="black", label="trained anew at each weight decay")
-    axes.semilogx(
-        lines["decay"], lines["predicted"], color=COLORS["high"], label="predicted by the response, learned at ●"
-    )
+    axes.semilogx(lines["decay"], lines["predicted"], color=COLORS["high"], label="predicted, from the dot alone")
     middle = len(lines["decay"]) // 2
     axes.plot(lines["decay"][middle], lines["predicted"][middle], "o", color=COLORS["high"])
     axes.set(xlabel="weight decay", ylabel="validation loss")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(ROOT / "docs" / "concepts" / "response.png", dpi=130)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def draw_perturbation(path: Path) -> None:
+    import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained", sharey=True)
     torch.manual_seed(0)
-    for axes, start in zip(panels, STARTS.values(), strict=True):
+    for axes, start in zip(panels, (0.1, 0.3, 0.6), strict=True):
         axes.hist(strengths(start).tolist(), bins=38, range=(0, 0.95), color=COLORS["low"])
         axes.axvline(start, color="black")
         axes.set(title=f"λ at dropout {start}", xlabel="rate of an example")
     panels[0].set_ylabel("examples, of 2,000")
-    figure.savefig(ROOT / "docs" / "concepts" / "perturbation.png", dpi=130)
+    figure.savefig(path, dpi=130)
+
+
+def draw_ranks(path: Path) -> None:
+    """Mean rank and its standard error of each line of docs/results/worth.md, at equal time, with its time."""
+    import matplotlib.pyplot as plt
+
+    lines = report.standings([*report.rivals(), *report.OURS], report.everything(), "time")
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for place, (entry, one) in enumerate(lines.items()):
+        mean, error = statistics.mean(one.ranks), statistics.stdev(one.ranks) / len(one.ranks) ** 0.5
+        color = COLORS["high"] if str(entry).startswith("fxstn") else "#555555"
+        axes.errorbar(mean, place, xerr=error, fmt="o", color=color, capsize=3)
+        axes.text(len(lines) + 0.4, place, f"{statistics.geometric_mean(one.times):.1f} ×", va="center", fontsize=9)
+    axes.set_yticks(range(len(lines)), map(str, lines), fontsize=9)
+    axes.set(
+        xlim=(1, len(lines) + 1.2), xlabel=f"mean rank of the test loss over {len(one.ranks)} tasks: 1 is the lowest"
+    )
+    axes.set_title("time, of plain training", loc="right", fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="#e0e0e0")
+    figure.savefig(path, dpi=130)
 
 
 def strengths(start: float) -> Tensor:

@@ -20,7 +20,7 @@ DOCSTRINGS = Sybil(
 )
 FILES = sorted(
     path.relative_to(ROOT)
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    for path in (ROOT / "docs").rglob("*.md")  # tests/test_package.py runs the README's
     if "```python\n" in path.read_text(encoding="utf-8")
 )
 MODULES = sorted(

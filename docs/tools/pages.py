@@ -20,6 +20,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return markdown.replace("<!-- commands -->", commands()) if "<!-- commands -->" in markdown else markdown
     text = (ROOT / FILES[source]).read_text(encoding="utf-8")
     up = "../" * source.count("/")
+    text = re.sub(r"\[(\w+\.cff)\]\(\1\)", r"`\1`", text)  # a file that no page shows
     text = re.sub(r"\]\(docs/", f"]({up}", text)
     return re.sub(r"\]\((\w+\.md)\b", lambda match: f"]({up}{PAGES.get(match[1], match[1])}", text)
 
