@@ -182,16 +182,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_files_that_a_page_names_exist(path):
     text = path.read_text(encoding="utf-8")
-    named = re.findall(r"\b(?:fxstn|tests|benchmarks|examples|docs)/[\w./]*\w", text)
+    named = re.findall(r"\b(?:fxstn|tests|benchmarks|examples|docs)/[\w./-]*\w", text)
     linked = [os.path.relpath(path.parent / link, ROOT) for link in re.findall(r"\]\((?!http)([\w./-]+)", text)]
     assert [name for name in (*named, *linked) if not (ROOT / name).exists()] == []
 
 
 def resolved(dotted: str) -> bool:
-    """Whether `fxstn.a.b` is a module or an attribute of one."""
+    """Whether `fxstn.a.b` is a module or an attribute of one, also of an adapter whose framework is not installed."""
     value: Any = fxstn
     for name in dotted.split(".")[1:]:
         if not hasattr(value, name):
+            module, _, last = dotted.rpartition(".")
+            if module.startswith("fxstn.integrations."):
+                return last in names_in(module)
             return importlib.util.find_spec(dotted) is not None
         value = getattr(value, name)
     return True
