@@ -15,6 +15,7 @@ from fxstn.frontends.interface import Graph
 from fxstn.frontends.region import Finish, unchanged, without_auxiliary
 from fxstn.frontends.wrapper import ModelWrapper
 from fxstn.hp.space import HyperparameterSpace
+from fxstn.hp.summary import Summarized
 from fxstn.hp.terms import LossTerms
 from fxstn.ir.copies import deep_copy
 from fxstn.ir.errors import Diagnostic
@@ -27,7 +28,7 @@ from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes
 METHODS = ("delta", "centered", "stn")
 
 
-class SelfTuningNetwork(ModelWrapper):
+class SelfTuningNetwork(Summarized, ModelWrapper):
     """A network with its hyperparameters λ and the response Θ of its weights to them.
 
     recipe: makes the graphs from the children.

@@ -14,6 +14,7 @@ import torch
 from fxstn.bilevel.checks import check_settings, plain_number
 from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.updates import OptimizerLike, rmsprop
+from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY
 
 
 class SettingsGroup:
@@ -80,7 +81,7 @@ class ResponseSettings(SettingsGroup):
 
     keyword: ClassVar[str] = "response"
     optimizer: OptimizerLike = None
-    every: int = 4
+    every: int = RESPONSE_EVERY
     fraction: float = 1.0
     widening: float = 2.0
     windows: int = 1
@@ -124,8 +125,8 @@ class HyperSettings(SettingsGroup):
     keyword: ClassVar[str] = "hyper"
     optimizer: OptimizerLike = None
     scale_optimizer: OptimizerLike = None
-    train_steps: int = 5
-    longest_cycle: int = 40
+    train_steps: int = CYCLE
+    longest_cycle: int = LONGEST_CYCLE
     valid_steps: int = 1
     warmup_epochs: int = 0
     fraction: float = 1.0

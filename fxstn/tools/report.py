@@ -9,12 +9,12 @@ from pathlib import Path
 from string import Template
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.cost import GENERAL, HYPER, RESPONSE, cost_ratio
 from fxstn.bilevel.faults import AT_BOUND, share_of_range
 from fxstn.bilevel.files import write_text
 from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.plots import panels
 from fxstn.bilevel.run import Run
+from fxstn.ir.cost import GENERAL, HYPER, RESPONSE, cost_ratio
 from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.charts import Scale, chart, spark

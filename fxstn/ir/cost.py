@@ -1,8 +1,9 @@
-"""What the steps of a run cost, in forward passes of the network."""
+"""What the steps of a run cost, in forward passes of the network, and how often they come unless settings say otherwise."""
 
 from __future__ import annotations
 
 GENERAL, RESPONSE, HYPER = 3, 5, 4  # forwards: an inner step (backward is two), a response step, a hyper step
+RESPONSE_EVERY, CYCLE, LONGEST_CYCLE = 4, 5, 40  # inner steps: from a response step to the next, and of a cycle
 
 
 def cost_ratio(steps: float, responses: float, hypers: float, fraction: float = 1.0) -> float:

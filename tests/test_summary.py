@@ -1,0 +1,50 @@
+"""What print(stn) says: what is tuned, what responds, what it costs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from nets import mlp
+from torch import nn
+
+import fxstn
+from fxstn import hp
+from fxstn.bilevel.cadence import Cadence, Counters, steps_of_run
+from fxstn.ir.cost import cost_ratio
+
+
+def test_a_network_prints_what_it_tunes_and_what_responds():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
+    model[4].bias.requires_grad_(False)
+    stn = fxstn.transform(model, [hp.Dropout("2", init=0.3), hp.Dropout("3", init=0.2), hp.WeightDecay()])
+    shown = str(stn).splitlines()
+    assert shown == stn.summary().splitlines()
+    assert shown[:4] == [
+        "Sequential that tunes itself: method 'delta', followed by trace='fx'",
+        "tuned: 4 hyperparameters",
+        "  dropout × 2: start 0.2 to 0.3, in [0, 0.95]",
+        "  weight_decay × 2: start 0.0005, in [1e-07, 0.1]",
+    ]
+    moved = [name for name, _ in model.named_parameters() if name in dict(stn.response.named_modules())]
+    assert moved == ["1.weight", "1.bias", "4.weight"]  # those before a norm do not, nor what is frozen
+    assert shown[4] == "responds: 3 of 6 parameters, 88 of 205 elements (43%)"
+    assert shown[5] == "  not: 0.weight, 0.bias, 4.bias"
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "stn"])
+def test_a_summary_is_about_ten_lines_whatever_is_tuned(method):
+    specs = [hp.Dropout(), hp.WeightDecay("*"), *(hp.Scalar(f"s{i}", 0.5, 0, 1) for i in range(7))]
+    shown = fxstn.transform(mlp(), specs, method=method).summary().splitlines()
+    assert len(shown) <= 12
+    assert "  … and 4 more kinds" in shown
+    assert any(line.startswith("cost") for line in shown) == (method != "stn")
+
+
+def test_the_cost_of_a_summary_is_that_of_the_steps_of_a_run():
+    first, last = map(float, re.findall(r"(\d\.\d\d) times.* (\d\.\d\d) later", str(fxstn.transform(mlp())))[0])
+    assert first == pytest.approx(cost_ratio(20, *steps_of_run(20)), abs=0.01)
+    optimizer = fxstn.optim.SettlingAdam([torch.zeros(1)])
+    rare = Cadence(fxstn.ResponseSettings(), fxstn.HyperSettings(), optimizer, Counters(hyper_steps=10**6))
+    assert last == pytest.approx(cost_ratio(1, 1 / rare.response_interval, 1 / rare.cycle_length), abs=0.01)
