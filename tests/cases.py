@@ -96,6 +96,11 @@ MASK = torch.tensor([[True, False, False, True], [False, True, False, False], [T
 KEPT = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])  # the second query sees nothing
 BOXES = torch.tensor([[0, 0.6, 0.4, 4.1, 3.3], [0, 1.2, 1.1, 5.2, 4.6], [1, 0.3, 2.1, 3.9, 5.4]], dtype=torch.float64)
 
+LABELS = torch.tensor([[1, 2], [3, 1], [2, 2]])
+PARTS = torch.tensor([1, 2])
+GRAPH = torch.tensor([[0, 1.5, 0], [0.5, 0, 2.0], [3.0, 0, 1.0]], dtype=torch.float64).to_sparse().coalesce()
+CTC = {"forward": False, "backward": False, "twice": False}  # torch's backward is that of a softmax and the loss
+SPARSE = {"forward": False}
 TURNED = torch.tensor([[[0.9, 0.3, 0.7], [-0.2, 1.1, -0.4]], [[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64)
 # whether an infinite power makes lp_pool a maximum; in torch 2.9 it makes it 1
 INFINITE_POWER = F.lp_pool2d(torch.full((1, 1, 2, 2), 0.5), float("inf"), 2).item() == 0.5
@@ -499,9 +504,15 @@ CASES = [
         torch.ops.torchvision.deform_conv2d,
         shapes=((2, 4, 5, 5), (6, 4, 3, 3), (2, 18, 5, 5), (2, 9, 5, 5), (6,)),
         args=(X, X, X, X, X, 1, 1, 1, 1, 1, 1, 1, 1, True),
-        varying=(0, 1, 3, 4),
         forward=False,
         twice=False,
+    ),
+    Case(
+        torch.ops.torchvision.deform_conv2d,
+        shapes=((2, 4, 6, 5), (6, 2, 3, 2), (2, 24, 2, 2), (2, 12, 2, 2), (6,)),
+        args=(X, X, X, X, X, 2, 3, 1, 0, 2, 1, 2, 2, False),
+        varying=(2,),
+        forward=False,
     ),
     # losses and distances
     *(Case(F.cross_entropy, args=(CLASSES,), kwargs={"reduction": r}) for r in ("mean", "sum", "none")),
@@ -509,6 +520,22 @@ CASES = [
     Case(
         F.cross_entropy, ((2, 4, 3), (4,)), (X, CLASSES[:2, None].expand(2, 3), X), {"reduction": "none"}, varying=(0,)
     ),
+    *(
+        Case(f, ((5, 3, 4),), (LABELS, (5, 4, 3), (2, 1, 1), 0, how), domain=(-2, -0.5), **CTC)
+        for f, reductions in ((F.ctc_loss, ("none", "mean", "sum")), (torch.ctc_loss, (0, 1, 2)))
+        for how in reductions
+    ),
+    Case(
+        F.ctc_loss, ((5, 4),), (LABELS[0], torch.tensor(5), torch.tensor(2)), {"reduction": "none"}, (-2, -0.5), **CTC
+    ),
+    # sparse matrices, and segments
+    Case(torch.sparse.mm, ((3, 2),), (GRAPH, X), **SPARSE),
+    Case(torch.sparse.addmm, ((3, 2), (3, 2)), (X, GRAPH, X), {"beta": 0.5, "alpha": 2.0}, **SPARSE),
+    Case(torch.sparse_coo_tensor, ((5,),), (GRAPH.indices(), X, (3, 3)), {"check_invariants": True}, **SPARSE),
+    Case(torch.Tensor.to_dense, forward=False),
+    *(Case(torch.segment_reduce, MATRIX, (how,), {"lengths": PARTS}, forward=False) for how in ("mean", "max", "min")),
+    Case(torch.segment_reduce, MATRIX, ("sum",), {"lengths": torch.tensor([1, 0, 2])}, forward=False),
+    Case(torch.segment_reduce, MATRIX, ("max",), {"offsets": torch.tensor([0, 1, 3])}, forward=False),
     Case(F.nll_loss, args=(CLASSES,)),
     *(Case(f, PAIR, kwargs={"reduction": "none"}) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),
     *(Case(f, PAIR, varying=(0,)) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),
@@ -562,6 +589,8 @@ CASES = [
     Case(time_major, ((3, 4),), (False,)),
     Case(from_time_major, ((3, 2, 4),), (3, True)),
     Case(from_time_major, ((3, 1, 4),), (2, False)),
+    Case(torch._pack_padded_sequence, ((4, 3, 2),), (torch.tensor([4, 2, 1]), False), forward=False),
+    Case(torch._pad_packed_sequence, ((7, 2),), (torch.tensor([3, 2, 1, 1]), True, 0.5, 5), forward=False),
     Case(state_of, ((3, 2, 4),), (1,)),
     Case(state_of, ((3, 4),), (2,)),
     Case(joined_states, ((2, 4), (2, 4)), ([X, X], 3)),

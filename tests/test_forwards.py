@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import fxstn
@@ -119,3 +120,64 @@ def test_a_buffer_is_updated_in_general_steps_alone_by(update):
     fxstn.hyper_loss(stn, F.mse_loss, x, y).backward()
     assert net.mean.any()
     torch.testing.assert_close(stn.model.mean, net.mean)
+
+
+class Deformable(nn.Module):
+    """A convolution whose offsets, and with them the places that it reads, come from another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.offsets, self.strengths = nn.Conv2d(3, 8, 2), nn.Conv2d(3, 4, 2)
+        self.convolution = torchvision.ops.DeformConv2d(3, 4, 2)
+
+    def forward(self, x):
+        return self.convolution(x, self.offsets(x), torch.sigmoid(self.strengths(x)))
+
+
+def graph_network(net, x, graph):
+    return net.b(torch.sparse.mm(graph, torch.tanh(net.a(x))))
+
+
+def attention_on_a_graph(net, x, graph):
+    h, (to, source) = net.a(x), graph.coalesce().indices()
+    weights = torch.sparse_coo_tensor(
+        graph.coalesce().indices(), (h[to] * h[source]).sum(1), (4, 4), check_invariants=True
+    )
+    return net.b(torch.sparse.mm(weights, h))
+
+
+class Called(nn.Module):
+    """Two layers with any function of their outputs."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.a, self.b, self.body = nn.Linear(4, 4), nn.Linear(4, 3), body
+
+    def forward(self, *inputs):
+        return self.body(self, *inputs)
+
+
+GRAPH = torch.tensor([[0, 1.5, 0, 0], [0.5, 0, 2, 1], [0, 0, 1, 0], [3, 0, 0, 1]]).to_sparse()
+OTHERS = {
+    "learned offsets": (Deformable, (torch.randn(2, 3, 5, 5),)),
+    "a sparse graph": (lambda: Called(graph_network), (torch.randn(4, 4), GRAPH)),
+    "a graph by operators": (lambda: Called(lambda net, x, graph: net.b(graph @ net.a(x))), (torch.randn(4, 4), GRAPH)),
+    "a graph with learned weights": (lambda: Called(attention_on_a_graph), (torch.randn(4, 4), GRAPH)),
+    "segments": (
+        lambda: Called(lambda net, x, n: net.b(torch.segment_reduce(net.a(x).tanh(), "max", lengths=n, axis=0))),
+        (torch.randn(4, 4), torch.tensor([1, 3])),
+    ),
+    "alignments": (
+        lambda: Called(
+            lambda net, x, y: F.ctc_loss(net.b(net.a(x)).log_softmax(-1), y, (4, 3), (2, 1), zero_infinity=True)
+        ),
+        (torch.randn(4, 2, 4), torch.tensor([[1, 2], [2, 1]])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_law_one_holds_for(name):
+    make, inputs = OTHERS[name]
+    report = fxstn.verify(make(), *inputs, hparams=SCALAR)
+    assert report.ok, str(report)

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten
 
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions.recurrent import recurrent
 from fxstn.ir.closed import closed_call
-from fxstn.ir.errors import TransformError
 from fxstn.ops.recurrence import recurrence, recurrence_tangent
 from fxstn.ops.recurrent import Steps, recurrent_layer, steps
 from fxstn.tools.verify import relative_error
@@ -300,18 +299,39 @@ def test_the_penalty_of_a_jacobian_goes_through_a_recurrent_layer():
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_packed_sequences_are_refused_with_a_remedy():
-    class Packed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.LSTM(INPUTS, WIDTH, batch_first=True)
+class Packed(nn.Module):
+    """A recurrent module on sequences of several lengths; its state comes from a parameter, or is zero."""
 
-        def forward(self, x):
-            packed = pack_padded_sequence(x, torch.tensor([6, 4, 3, 3, 1]), batch_first=True)
-            return self.rnn(packed)[1][0]
+    def __init__(self, kind: str, sorts: bool, stateful: bool, **choices: object) -> None:
+        super().__init__()
+        self.rnn, self.sorts = KINDS[kind](INPUTS, WIDTH, batch_first=True, **choices), sorts
+        self.head = nn.Linear((self.rnn.proj_size or WIDTH) * (1 + self.rnn.bidirectional), 2)
+        layers = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+        self.state = nn.Parameter(torch.randn(layers, 1, WIDTH)) if stateful else None
 
-    with pytest.raises(TransformError, match="pass the padded batch itself"):
-        fxstn.transform(Packed(), [hp.Scalar("a", 1.0, 0.0, 2.0)], example_inputs=torch.randn(BATCH, TIME, INPUTS))
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=not self.sorts)
+        hx = None if self.state is None else self.state.expand(-1, len(x), -1).contiguous()
+        y, after = self.rnn(packed, (hx, hx.tanh()) if hx is not None and isinstance(self.rnn, nn.LSTM) else hx)
+        y, _ = pad_packed_sequence(y, batch_first=True)
+        return self.head(y), *(s.transpose(0, 1) for s in (after if isinstance(after, tuple) else (after,)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sorts", "stateful", "choices"),
+    [
+        ("lstm", True, True, {"bidirectional": True, "num_layers": 2, "dropout": 0.3}),
+        ("lstm", True, False, {"proj_size": 2, "bias": False}),
+        ("gru", True, True, {"bidirectional": True}),
+        ("relu", False, False, {"num_layers": 2}),
+    ],
+)
+def test_packed_sequences_keep_law_one(kind, sorts, stateful, choices):
+    model, x = Packed(kind, sorts, stateful, **choices), torch.randn(4, TIME, INPUTS)
+    lengths = torch.tensor([3, TIME, 1, 3] if sorts else [TIME, 4, 4, 1])
+    spec = None if choices.get("dropout") else [hp.Scalar("a", 1.0, 0.0, 2.0)]
+    report = fxstn.verify(model, x, lengths, hparams=spec, trace="live")
+    assert report.ok, str(report)
 
 
 def test_explain_calls_a_recurrent_layer_a_hyperlayer():

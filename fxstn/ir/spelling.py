@@ -139,7 +139,7 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other" and not isinstance(target, str):
         return Spelled(whole_operator(target), args, kwargs)
-    if "axis" in kwargs:
+    if "axis" in kwargs and target is not torch.segment_reduce:  # which has no dim
         kwargs["dim"] = kwargs.pop("axis")
     if kwargs.pop("out", None) is not None:
         raise Unspellable(f"{operation_name(target)}(out=...) writes into a tensor")

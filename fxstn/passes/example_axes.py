@@ -49,7 +49,7 @@ def find_batch_axes(module: fx.GraphModule, inputs: dict[str, Any]) -> BatchAxes
     leaves, structure = tree_flatten(inputs)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = len(leaves[tensors[0]])
-    candidates = [i for i in tensors if len(leaves[i]) == batch]
+    candidates = [i for i in tensors if len(leaves[i]) == batch and leaves[i].layout is torch.strided]
     sizes = {size for i in tensors for size in leaves[i].shape}
     unlike = [number for number in EXAMPLES if number not in sizes]
     few, more = (unlike + [number for number in EXAMPLES if number != batch])[:2]
@@ -165,7 +165,7 @@ class _Search:
             self.axes[node.name] = self._place(node, tensors[0], tensors[1 + self.grows :])
 
     def _place(self, node: fx.Node, base: Tensor, others: Sequence[Tensor]) -> BatchAxis | None:
-        if any(other.shape != base.shape for other in others):
+        if base.layout is not torch.strided or any(other.shape != base.shape for other in others):
             return None
         if any(changed(base, other).any() for other in others):
             where = self.longer[node] if self.grows else range(base.dim())

@@ -47,5 +47,6 @@ def probe(
 
 
 def changed(base: Tensor, other: Tensor) -> Tensor:
-    """Where two values of one shape differ; a NaN equals a NaN."""
+    """Where two values of one shape differ; a NaN equals a NaN. The result is dense."""
+    base, other = (value if value.layout is torch.strided else value.to_dense() for value in (base, other))
     return (other != base) & ~(other.isnan() & base.isnan())

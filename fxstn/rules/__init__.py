@@ -19,6 +19,7 @@ from fxstn.rules import (
     reduce,
     resample,
     shape,
+    sparse,
 )
 from fxstn.rules.fallback import NoRule
 from fxstn.rules.registry import RULES, Rule, apply_rule, kind_of
@@ -48,4 +49,4 @@ __all__ += [
     "reduce",
     "resample",
 ]
-__all__ += ["kind_of", "shape"]
+__all__ += ["kind_of", "shape", "sparse"]

@@ -1,18 +1,21 @@
-"""torchvision's operators: linear in the features, maxima by the indices chosen; positions have a tangent in RoIAlign only."""
+"""torchvision's operators: linear in the features, maxima by the indices chosen; some move with positions, too."""
 
 from __future__ import annotations
 
 import operator
+from types import SimpleNamespace
 
 import torch
 import torchvision
 
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import ZERO, all_zero
-from fxstn.ops.kernels import expand_like, pick_regions, regions
+from fxstn.ops.deformation import offset_shift
+from fxstn.ops.kernels import pick_regions, regions
 from fxstn.ops.regions import region_shift
 from fxstn.rules.fallback import NoRule
-from fxstn.rules.registry import rule, total, zero
+from fxstn.rules.layers import BIAS, hyperlayer
+from fxstn.rules.registry import ParameterRole, rule, total, zero
 
 operators = torch.ops.torchvision
 
@@ -60,18 +63,21 @@ def region_maximum_of_boxes(d, input, boxes, output_size, spatial_scale=1.0):
     return operator.getitem(results, 0), pick_regions(d.input, rois, operator.getitem(results, 1))
 
 
-@rule(operators.deform_conv2d)
+@rule(operators.deform_conv2d, kind="layer", fresh=True, reads={1: ParameterRole("weight", (0,)), 4: BIAS})
 def deformable_convolution(d, input, weight, offset, mask, bias, *settings):
-    _constant(d.offset, "offsets")
+    """Linear in the features, the weight and the mask; moves with the offsets."""
     convolved = lambda x, w, m, b: call(operators.deform_conv2d, x, w, offset, m, b, *settings)  # noqa: E731
     none = torch.zeros_like(bias)
-    y = convolved(input, weight, mask, bias)
-    return y, total(
+    places = (*(tuple(settings[i : i + 2]) for i in (0, 2, 4)), *settings[6:])
+    others = total(
         (d.input, lambda dx: convolved(dx, weight, mask, none)),
-        (d.weight, lambda dw: convolved(input, dw, mask, none)),
         (d.mask, lambda dm: convolved(input, weight, dm, none)),
-        (d.bias, lambda db: expand_like(db.view(1, -1, 1, 1), y)),
+        (d.offset, lambda do: offset_shift(do, input, weight, offset, mask, *places)),
     )
+    layer = SimpleNamespace(input=ZERO, weight=d.weight, bias=d.bias)
+    operation = lambda x, w, b: convolved(x, w, mask, none if b is None else b)  # noqa: E731
+    y, dy = hyperlayer(layer, operation, input, weight, bias, channel=-3)
+    return y, others if dy is ZERO else dy if others is ZERO else dy + others
 
 
 def _constant(tangents, what):

@@ -19,7 +19,6 @@ class NoRule(Exception):
 
 # What a fallback would fail on at run time, or, for what leaves torch, silently lose (checked with torch 2.9 to 2.14).
 NO_FORWARD_MODE: dict[Callable[..., Any], str] = {
-    torch.nn.functional.ctc_loss: "torch has no forward-mode derivative of ctc_loss",
     torch.bincount: "counting has no derivative",
     torch.histc: "counting has no derivative",
     torch.pdist: "torch has no forward-mode derivative of pdist; torch.cdist has a rule",

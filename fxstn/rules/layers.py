@@ -59,7 +59,7 @@ def scaled_layer(dy, y, d, weight, bias, channel, repeats=1):
     return scaled_tangent(None if dy is ZERO else dy, y, scale, shift, channel, *_batch_axis(d.weight))
 
 
-def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
+def hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
     """(y, dy) of operation(input, weight) + bias; the response's product shares the input of the general one."""
     y = operation(input, weight, bias)
     dy = ZERO if d.input is ZERO else operation(d.input, weight, None)
@@ -88,13 +88,13 @@ def _hyperlayer(d, operation, input, weight, bias, channel, repeats=1):
 
 @rule(F.linear, kind="layer", fresh=True, reads={1: ParameterRole("weight", (0, 1)), 2: BIAS})
 def linear_layer(d, input, weight, bias=None):
-    return _hyperlayer(d, F.linear, input, weight, bias, channel=-1)
+    return hyperlayer(d, F.linear, input, weight, bias, channel=-1)
 
 
 @rule(F.bilinear, kind="layer", fresh=True, reads={2: ParameterRole("weight", (0,)), 3: BIAS})
 def bilinear_layer(d, input1, input2, weight, bias=None):
     d.input = ZERO
-    y, dy = _hyperlayer(d, lambda _, w, b: F.bilinear(input1, input2, w, b), None, weight, bias, channel=-1)
+    y, dy = hyperlayer(d, lambda _, w, b: F.bilinear(input1, input2, w, b), None, weight, bias, channel=-1)
     terms = [] if d.input1 is ZERO else [F.bilinear(d.input1, input2, weight)]
     terms += [] if d.input2 is ZERO else [F.bilinear(input1, d.input2, weight)]
     return y, sum(terms[1:], terms[0] if dy is ZERO else dy + terms[0]) if terms else dy
@@ -104,7 +104,7 @@ def _register_convolution(function, transposed, spatial):
     @rule(function, kind="layer", fresh=True, reads={1: ParameterRole("weight", (0,)), 2: BIAS})
     def convolution(d, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         settings = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return _hyperlayer(d, partial(function, **settings), input, weight, bias, channel=-1 - spatial)
+        return hyperlayer(d, partial(function, **settings), input, weight, bias, channel=-1 - spatial)
 
     @rule(transposed, kind="layer", fresh=True, reads={1: ParameterRole("weight", (1,)), 2: BIAS})
     def transposed_convolution(
@@ -112,7 +112,7 @@ def _register_convolution(function, transposed, spatial):
     ):  # fmt: skip
         settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups}
         operation = partial(transposed, dilation=dilation, **settings)
-        return _hyperlayer(d, operation, input, weight, bias, channel=-1 - spatial, repeats=groups)
+        return hyperlayer(d, operation, input, weight, bias, channel=-1 - spatial, repeats=groups)
 
 
 for spatial in (1, 2, 3):

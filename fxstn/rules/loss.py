@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO
+from fxstn.ops.alignment import ctc_tangent
 from fxstn.ops.kernels import separable_loss
 from fxstn.ops.reductions import distance_tangent, vector_norm_tangent
 from fxstn.rules.registry import RULES, filled, register, rule, total
@@ -63,6 +64,21 @@ for function in (
     *(F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss),
 ):
     _register_loss(function)
+
+
+def _register_ctc(function, reductions):
+    @rule(function, kind="loss", fresh=True)
+    def ctc(
+        d, log_probs, targets, input_lengths, target_lengths, blank=0, reduction=reductions["mean"], zero_infinity=False
+    ):  # fmt: skip
+        lengths = (targets, input_lengths, target_lengths)
+        how = next(name for name, own in reductions.items() if own == reduction)
+        y = function(log_probs, *lengths, blank, reduction, zero_infinity)
+        return y, ctc_tangent(d.log_probs, log_probs, *lengths, blank, how, zero_infinity)
+
+
+_register_ctc(F.ctc_loss, {name: name for name in ("none", "mean", "sum")})
+_register_ctc(torch.ctc_loss, {"none": 0, "mean": 1, "sum": 2})
 
 
 @rule(F.pairwise_distance, fresh=True)

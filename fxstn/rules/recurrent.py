@@ -6,8 +6,10 @@ import operator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
+from fxstn.ir.staging import call
 from fxstn.ir.tangents import ZERO, Scaled
 from fxstn.ops.recurrence import entering, recurrence_tangent
 from fxstn.ops.recurrent import (
@@ -27,6 +29,18 @@ WEIGHT = ParameterRole("weight", (0,))
 
 linear(time_major, from_time_major, state_of, joined_states)
 zero(zero_state)
+
+
+@rule(torch._pack_padded_sequence, fresh=True)
+def pack(d, input, lengths, batch_first):
+    packed = lambda x: call(torch._pack_padded_sequence, x, lengths, batch_first)  # noqa: E731
+    return packed(input), (operator.getitem(packed(d.input), 0), ZERO)
+
+
+@rule(torch._pad_packed_sequence, fresh=True)
+def pad(d, data, batch_sizes, batch_first, padding_value, total_length):
+    padded = lambda x, value: call(torch._pad_packed_sequence, x, batch_sizes, batch_first, value, total_length)  # noqa: E731
+    return padded(data, padding_value), (operator.getitem(padded(d.data, 0.0), 0), ZERO)
 
 
 def _or_none(tangent):

@@ -14,6 +14,7 @@ from fxstn.ops.reductions import (
     variance_tangent,
     vector_norm_tangent,
 )
+from fxstn.ops.segments import segment_tangent
 from fxstn.rules.fallback import NoRule, fallback
 from fxstn.rules.registry import apply_rule, linear, rule
 
@@ -161,3 +162,13 @@ def topk(d, input, k, dim=-1, largest=True, sorted=True):
 def sort(d, input, dim=-1, descending=False, stable=False):
     results = torch.sort(input, dim=dim, descending=descending, stable=stable)
     return results, (torch.gather(d.input, dim, operator.getitem(results, 1)), ZERO)
+
+
+@rule(torch.segment_reduce, fresh=True)
+def segment_reduce(d, data, reduce, *, lengths=None, indices=None, offsets=None, axis=0, unsafe=False, initial=None):
+    if reduce == "prod":
+        raise NoRule("the tangent of products of segments is not written")
+    y = torch.segment_reduce(
+        data, reduce, lengths=lengths, indices=indices, offsets=offsets, axis=axis, unsafe=unsafe, initial=initial
+    )
+    return y, segment_tangent(d.data, data, y, reduce, lengths, offsets)

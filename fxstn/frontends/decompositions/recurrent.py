@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,7 @@ from fxstn.ops.recurrent import from_time_major, joined_states, recurrent_layer,
 STATEFUL = (nn.RNNBase, nn.LSTMCell)  # return a state beside their output, which is what a spec that names them acts on
 State = Tensor | tuple[Tensor, Tensor] | None
 Cell = nn.LSTMCell | nn.GRUCell | nn.RNNCell
-PACKED = (
-    "packed sequences are not followed: pass the padded batch itself to the recurrent layer; in one direction the outputs up "
-    "to a length do not depend on what comes after it, and the loss can leave the rest out (ignore_index)"
-)
+PACKED = "a graph cannot hold a packed sequence, whose sizes are data; the forward as it is can"
 
 
 def recurrent(
@@ -36,11 +34,68 @@ def recurrent(
 
     Returns (output, h), of an LSTM (output, h, c).
     """
+    rank, x = call(Tensor.dim, input), time_major(input, batch_first)
+    settings = (hx, params, has_biases, num_layers, dropout, train, bidirectional)
+    y, states = _layers(mode, x, _padded_layer, *settings)
+    return from_time_major(y, rank, batch_first), *(joined_states(list(s), rank) for s in states)
+
+
+def packed_recurrent(
+    mode: str, data: Tensor, batch_sizes: Tensor, hx: State, params: Sequence[Tensor], *settings: Any
+) -> tuple[Tensor, ...]:
+    """The same of a packed sequence.
+
+    data: (entries, n), step by step; batch_sizes: (time,), how many sequences have a step, the longest first.
+    hx, params, settings: as of `recurrent`, up to `bidirectional`.
+    """
+    y, states = _layers(mode, data, partial(_packed_layer, batch_sizes.tolist()), hx, params, *settings)
+    return y, *(joined_states(list(s), 3) for s in states)
+
+
+def _padded_layer(mode: str, x: Tensor, before: tuple, weights: tuple, backward: bool) -> tuple:
+    """One layer in one direction, on (time, batch, n): its output and last states."""
+    results = recurrent_layer(mode, torch.flip(x, (0,)) if backward else x, *before, *weights)
+    states = [results[i] for i in range(1, 3 if mode == "lstm" else 2)]
+    return torch.flip(results[0], (0,)) if backward else results[0], states
+
+
+def _packed_layer(
+    sizes: list[int], mode: str, data: Tensor, before: tuple, weights: tuple, backward: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The same on a packed sequence. Steps that equally many sequences have are one piece, with as many rows of the states.
+
+    sizes: how many sequences have each step, the longest first.
+    """
+    runs = [(size, len(list(steps))) for size, steps in groupby(sizes)]
+    pieces = torch.split(data, [size * steps for size, steps in runs])
+    order = list(zip(runs, pieces, strict=True))
+    known = [state for state in before if state is not None]
+    states = [state[:0] for state in known] if backward else known
+    outputs, ended = list[Tensor](), list[list[Tensor]]()
+    for (size, steps), piece in reversed(order) if backward else order:
+        if backward:  # the sequences that end here begin
+            states = [torch.cat([state, first[len(state) : size]]) for state, first in zip(states, known, strict=True)]
+        else:
+            ended.append([state[size:] for state in states])
+            states = [state[:size] for state in states]
+        x = piece.unflatten(0, (steps, size))
+        y, states = _padded_layer(mode, x, (*states, None)[:2], weights, backward)
+        outputs.append(y.flatten(0, 1))
+    ended = [states, *reversed(ended)]
+    return torch.cat(outputs[::-1] if backward else outputs), [torch.cat(kind) for kind in zip(*ended, strict=True)]
+
+
+def _layers(
+    mode: str, x: Tensor, run: Callable[..., tuple], hx: State, params: Sequence[Tensor], has_biases: bool, num_layers: int,
+    dropout: float, train: bool, bidirectional: bool,
+) -> tuple[Tensor, Iterator[tuple[Tensor, ...]]]:  # fmt: skip
+    """All layers and directions, each by `run`: the last output, and the last states of each kind.
+
+    run: (mode, input, states before, weights, whether backward) → (output, last states).
+    """
     directions, states = 1 + bidirectional, list[list[Tensor]]()
     per_layer = len(params) // (num_layers * directions)
     h, c = _states(mode, hx)
-    rank = call(Tensor.dim, input)
-    x = time_major(input, batch_first)
     for layer in range(num_layers):
         if layer and dropout and train:
             x = F.dropout(x, dropout, True)
@@ -58,12 +113,11 @@ def recurrent(
                 width = size if weight_hr is None else call(Tensor.size, weight_hr, 1)
                 cell = zero_state(x, width) if c is None else state_of(c, index)
             weights = (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
-            results = recurrent_layer(mode, torch.flip(x, (0,)) if direction else x, before, cell, *weights)
-            y = results[0]
-            outputs.append(torch.flip(y, (0,)) if direction else y)
-            states.append([results[i] for i in range(1, 3 if mode == "lstm" else 2)])
+            y, last = run(mode, x, (before, cell), weights, bool(direction))
+            outputs.append(y)
+            states.append(last)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    return from_time_major(x, rank, batch_first), *(joined_states(list(s), rank) for s in zip(*states, strict=True))
+    return x, zip(*states, strict=True)
 
 
 def _states(mode: str, hx: State) -> tuple[Tensor | None, Tensor | None]:
@@ -73,9 +127,9 @@ def _states(mode: str, hx: State) -> tuple[Tensor | None, Tensor | None]:
     return (hx[0], hx[1]) if mode == "lstm" else (cast(Tensor, hx), None)
 
 
-def _sequence(mode: str, input: Tensor, hx: State, params: object, *settings: Any) -> tuple[Tensor, ...]:
-    if not isinstance(params, (list, tuple)):  # of torch.lstm(data, batch_sizes, hx, params, ...)
-        raise NotImplementedError(PACKED)
+def _sequence(mode: str, input: Tensor, hx: State, params: Any, *settings: Any) -> tuple[Tensor, ...]:
+    if isinstance(settings[0], (list, tuple)):  # of torch.lstm(data, batch_sizes, hx, params, ...)
+        return packed_recurrent(mode, input, cast(Tensor, hx), cast(State, params), *settings)
     return recurrent(mode, input, hx, params, *settings)
 
 
