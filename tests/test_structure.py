@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import fxstn
 from fxstn import hp
+from fxstn.ir.tangents import WHOLE
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 
@@ -159,11 +160,40 @@ def test_the_factors_of_a_weight_are_scaled_along_its_rows_and_its_columns():
     assert report.ok, str(report)
 
 
-def test_a_weight_of_which_every_axis_is_mixed_gets_no_response():
-    class Inverted(Mixed):
-        def forward(self, x):
-            return self.b(F.linear(x, torch.linalg.inv(self.mix), self.a.bias))
+class Inverted(Mixed):
+    def forward(self, x):
+        return self.b(F.linear(x, torch.linalg.inv(self.mix), self.a.bias))
 
-    stn = fxstn.transform(Inverted(), SCALAR)
+
+def test_a_weight_of_which_every_axis_is_mixed_has_one_scale():
+    stn = fxstn.transform(Inverted().double(), SCALAR).eval()
+    assert (stn.response.mix.axis, len(stn.response.mix.U)) == (WHOLE, 1)
+    randomize_response(stn)
+    x, delta = torch.randn(3, 4).double(), torch.randn(3, 1).double()
+    assert stn.per_example(x)
+    _, rows = stn.pushforward(x, delta=delta)
+    for i in range(3):
+        moved = functional_call(stn.model, stn.best_response(1e-6 * delta[i]), (x,)) - stn.model(x)
+        torch.testing.assert_close(rows[i], moved[i] * 1e6, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_that_no_rule_follows_gets_no_response():
+    class Distances(Mixed):
+        def forward(self, x):
+            return self.b(F.linear(x, torch.pdist(self.mix)[:4].expand(4, 4), self.a.bias))
+
+    stn = fxstn.transform(Distances(), SCALAR)
     assert not hasattr(stn.response, "mix")
-    assert "read by torch.linalg_inv" in str(fxstn.explain(Inverted(), SCALAR))
+    assert "read by torch.pdist" in str(fxstn.explain(Distances(), SCALAR))
+
+
+def test_parameters_before_an_operation_without_a_rule_stay_as_they_are():
+    class Before(Mixed):
+        def forward(self, x):
+            return self.b(
+                F.embedding_bag((x + self.mix[0]).argsort(), self.a.weight) + torch.pdist(x + self.mix[0])[:4]
+            )
+
+    stn = fxstn.transform(Before(), SCALAR)
+    assert not hasattr(stn.response, "mix")
+    assert stn.response.b.weight.axis == 0

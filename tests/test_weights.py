@@ -71,6 +71,79 @@ SPELLINGS = {
 }  # fmt: skip
 
 
+def sequence_of_states(n, x):
+    """A state-space model: x_t by element-wise products with parameters."""
+    h, step, outputs = torch.zeros(x.shape[0], 6, 3, dtype=x.dtype), F.softplus(x @ n.dt), []
+    decay = -torch.exp(n.a)
+    for i in range(3):
+        h = torch.exp(step[:, i, :, None] * decay) * h + (step[:, i] * x[:, i])[..., None] * (x[:, i] @ n.b)[:, None]
+        outputs.append((h * n.c).sum(-1) + n.d * x[:, i])
+    return torch.stack(outputs, 1)
+
+
+def cell(n, x):
+    h = n.h0.expand(x.shape[0], -1)
+    for i in range(3):
+        h = torch.tanh(torch.addmm(n.b, x[:, i], n.wi) + h @ n.wh)
+    return h
+
+
+def with_relative_bias(n, x):
+    q, k = (x.view(4, 5, 2, 3) * n.gain).transpose(1, 2), x.view(4, 5, 2, 3).transpose(1, 2)
+    bias = n.table[(torch.arange(5)[:, None] - torch.arange(5) + 4).view(-1)].view(5, 5, 2).permute(2, 0, 1)
+    return torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ k + F.scaled_dot_product_attention(
+        q, k, k, attn_mask=bias
+    )
+
+
+def masked(n, x):
+    mask = torch.tensor([True, False, True, False, False])[:, None]
+    return torch.where(mask, n.token, torch.tanh(x)) + torch.tanh(x * n.gain) * n.other * mask
+
+
+# Weights computed from parameters, and parameters that are added, multiplied or looked up.
+VALUES = {
+    "low-rank": (
+        lambda n, x: F.linear(x, n.w + 0.5 * n.b @ n.a, n.bias), X, {"w": (3, 6), "b": (3, 2), "a": (2, 6), "bias": (3,)},
+    ),
+    "delta": (lambda n, x: F.linear(x, n.w + n.delta), X, {"w": (3, 6), "delta": (3, 6)}),
+    "symmetric": (lambda n, x: F.linear(x, n.w.triu() + n.w.triu(1).mT), X, {"w": (6, 6)}),
+    "normalised": (lambda n, x: F.linear(x, F.normalize(n.w, dim=1)), X, {"w": (3, 6)}),
+    "normalised-columns": (lambda n, x: F.linear(x, F.normalize(n.w, dim=0)), X, {"w": (3, 6)}),
+    "spectral": (lambda n, x: F.linear(x, n.w / torch.linalg.matrix_norm(n.w)), X, {"w": (3, 6)}),
+    "exponential": (lambda n, x: x @ torch.matrix_exp(n.w - n.w.T), X, {"w": (6, 6)}),
+    "masked-weight": (lambda n, x: F.linear(x, n.w * torch.ones(3, 6).tril()), X, {"w": (3, 6)}),
+    "convolved": (lambda n, x: F.conv1d(x, torch.softmax(n.w, -1), n.b), SEQUENCE, {"w": (3, 5, 2), "b": (3,)}),
+    "experts": (
+        lambda n, x: torch.einsum("be,beo->bo", torch.softmax(x @ n.gate, -1), torch.einsum("bi,eio->beo", x, n.w)),
+        X, {"w": (3, 6, 2), "gate": (6, 3)},
+    ),
+    "codebook": (lambda n, x: torch.softmax(-((x[:, None] - n.c) ** 2).sum(-1), -1) @ n.c, X, {"c": (7, 6)}),
+    "codebook-distances": (lambda n, x: torch.cdist(x, n.c), X, {"c": (7, 6)}),
+    "states": (sequence_of_states, SEQUENCE, {"a": (6, 3), "b": (6, 3), "c": (6, 3), "d": (6,), "dt": (6, 6)}),
+    "cell": (cell, SEQUENCE, {"wi": (6, 4), "wh": (4, 4), "b": (4,), "h0": (4,)}),
+    "class-token": (
+        lambda n, x: torch.tanh(torch.cat([n.token.expand(x.shape[0], -1, -1), x], 1) + n.position) @ n.w,
+        SEQUENCE, {"token": (1, 1, 6), "position": (1, 6, 6), "w": (6, 2)},
+    ),
+    "positions": (
+        lambda n, x: F.layer_norm(x + F.embedding(torch.arange(x.shape[1]), n.table), (6,)), SEQUENCE, {"table": (9, 6)},
+    ),
+    "relative-bias": (with_relative_bias, SEQUENCE, {"table": (9, 2), "gain": (3,)}),
+    "tokens-in-place-of-masked": (masked, SEQUENCE, {"token": (6,), "gain": (1, 1, 6), "other": (1, 1, 6)}),
+    "layer-scale": (lambda n, x: x + n.gamma * torch.tanh(x), torch.randn(4, 3, 2, 2), {"gamma": (3, 1, 1)}),
+    "global-response": (
+        lambda n, x: n.gamma * (x * x.norm(dim=(1, 2), keepdim=True)) + n.beta, torch.randn(4, 2, 2, 3),
+        {"gamma": (1, 1, 1, 3), "beta": (1, 1, 1, 3)},
+    ),
+    "slope": (lambda n, x: F.prelu(x, n.a) + torch.sin(n.b * x) ** 2 / n.b, SEQUENCE, {"a": (5,), "b": (1, 5, 1)}),
+    "temperature": (lambda n, x: torch.tanh(x) * n.t.exp() / n.u, X, {"t": (), "u": (1,)}),
+    "power": (lambda n, x: x.abs().clamp(min=0.1) ** n.p, X, {"p": (1,)}),
+}  # fmt: skip
+
+SCALE_FREE = {"normalised", "normalised-columns", "spectral"}  # where a weight that is only scaled stays as it is
+
+
 def law_1(net, x, **options):
     """(network, relative error of dy for one delta, dy) in float64, at weights and responses away from their starts."""
     net, x = net.double() if not any(p.is_complex() for p in net.parameters()) else in_double(net), double(x)
@@ -92,11 +165,10 @@ def in_double(net):
     return net
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_a_weight_responds_however_its_product_is_spelled(name):
-    run, x, shapes = SPELLINGS[name]
-    stn, error = law_1(Net(run, **shapes), x)
-    assert stn.best_response(torch.zeros(1)).keys() == shapes.keys()
+@pytest.mark.parametrize("name", [*SPELLINGS, *VALUES])
+def test_every_parameter_responds_however_it_is_read(name):
+    run, x, shapes = (SPELLINGS | VALUES)[name]
+    stn, error = law_1(Net(run, **shapes), x, response="structured" if name in SCALE_FREE else "scaled")
     assert set(responding(stn)) == shapes.keys()
     assert error < 1e-6
     x, delta = double(x), torch.randn(len(x), 1, dtype=torch.float64)

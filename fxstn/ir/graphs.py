@@ -101,7 +101,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 def own_inputs(graph: fx.Graph) -> list[str]:
     """Targets of the placeholders for inputs of the model: all but `condition` and `delta`."""
     first = takewhile(lambda node: node.op == "placeholder", graph.nodes)
-    return [str(node.target) for node in first if node.name not in ("condition", "delta")]
+    return [str(node.target) for node in first if node.target not in ("condition", "delta")]
 
 
 def complete_defaults(graph: fx.Graph) -> None:

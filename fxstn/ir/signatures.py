@@ -169,6 +169,8 @@ RAW |= {
     **dict.fromkeys(["alias", "lift_fresh_copy", "lift_fresh", "lift"], lambda input: spell(torch.clone, input)),
     "numpy_T": lambda input: spell(getattr, input, "T"),
     "mT": lambda input: spell(getattr, input, "mT"),
+    "mH": lambda input: spell(getattr, input, "mH"),
+    "matrix_H": lambda input: spell(getattr, input, "H"),
     "to.dtype": lambda input, dtype, *_, **__: spell(Tensor.to, input, dtype),
     "to.device": lambda input, device, dtype, *_, **__: spell(Tensor.to, input, device, dtype),
     "to.other": lambda input, other, *_, **__: spell(Tensor.to, input, other),

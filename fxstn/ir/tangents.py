@@ -36,6 +36,9 @@ BatchAxes = Mapping[
 ]  # by node name; None: no single place. A name that is missing: a plain batch.
 
 
+WHOLE = -1  # in place of an axis: one scale for all of a parameter
+
+
 @dataclass(frozen=True)
 class Scaled:
     """Tangent of a parameter, or of a value computed from it row by row: `response` times `scale` along `axis` (Eq. 3.14).
@@ -43,7 +46,7 @@ class Scaled:
     It is never materialised per example. The rules of the layers take it as it is.
 
     scale: (n,) for one perturbation of the whole batch, or (batch, n). A tensor or a proxy, as `response`.
-    response: shaped like the value, n entries along `axis`.
+    response: shaped like the value, n entries along `axis`; WHOLE: n is 1.
     batch_axis: where the examples are in the output of the operation that takes it.
     rank: number of dimensions of the value, where a pass knows it.
     """

@@ -41,7 +41,7 @@ def row_products(
         response = responses[name]
         others = [axis for axis in range(products.dim()) if axis != response.axis]
         total = products.sum(others) if others else products
-        total = total.to_dense() if total.is_sparse else total
+        total = (total.to_dense() if total.is_sparse else total).reshape(-1)
         sums[response.block] = sums[response.block] + total if response.block in sums else total
 
     for name in responses:

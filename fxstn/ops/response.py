@@ -16,7 +16,7 @@ from fxstn.ops.precision import WideModule, wide, widen
 
 
 class Response(WideModule):
-    """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0).
+    """Response of one parameter w: Δw = (U δ) ⊙ R, scaled along `axis` (paper, Eq. 3.14: rows, axis 0), or as a WHOLE.
 
     parameter: w.
     fan_in: of its layer.
@@ -141,19 +141,20 @@ def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH
     """Scales so that they broadcast with `output`, in its type, which autocast may have lowered.
 
     scale: (n,), or (batch, n) with a row per example.
-    output: a tensor with n channels.
+    output: a tensor with n channels; any tensor where n is 1.
     dim: its dimension of channels.
     batch_axis: where the examples are in `output`.
 
     Raises ValueError when the examples of a scale (batch, n) are not there.
     """
     scale = scale.to(output.dtype)
-    shape = [1] * output.dim()
-    shape[dim] = scale.shape[-1]
+    shape, single = [1] * output.dim(), scale.shape[-1] == 1
+    if not single:
+        shape[dim] = scale.shape[-1]
     if scale.dim() == 1:
         return scale.view(shape)
-    axis, channel = batch_axis.axis, dim % output.dim()
-    if axis == channel:
+    axis, channel = batch_axis.axis, dim % max(1, output.dim())
+    if axis == channel and not single:
         raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
     scale = expand_rows(scale, output, batch_axis)
     shape[axis] = scale.shape[0]

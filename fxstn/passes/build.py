@@ -17,6 +17,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
+from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import graph_kind
 from fxstn.ir.graphs import forked_rng
 from fxstn.network import SelfTuningNetwork
@@ -44,7 +45,6 @@ def build_network(
     binding = bind(graphs[0], request.hparams)
     frontend = frontend.bind(graphs[0], binding)
     space = HyperparameterSpace(binding.hyperparameters)
-    responding = responding_parameters(graphs, request.structured)
     parameters = list(model.parameters())
     widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
     space.to(device=parameters[0].device, dtype=widest)
@@ -53,18 +53,26 @@ def build_network(
         binding=binding, frozen=frozen, constant=constant, recompute=request.recompute, statistics=request.statistics
     )
     recipe = PipelineRecipe(frontend, plan, pipelines, request.hparams, loops_of(model))
-    modules = response_modules(model, responding, len(space), request.structured)
-    network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
-    network.augments = augmentation(model) is not None
-    if frontend.rewritable:
-        network.keep_canonical([with_children(graph, network) for graph in graphs])
-    check(network, inputs)
+    for layers_only in (False, True):
+        responding = responding_parameters(graphs, request.structured, layers_only)
+        modules = response_modules(model, responding, len(space), request.structured)
+        network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
+        network.augments = augmentation(model) is not None
+        if frontend.rewritable:
+            network.keep_canonical([with_children(graph, network) for graph in graphs])
+        try:
+            check(network, inputs)
+        except TransformError:  # tangents of other parameters may reach an operation that has no rule
+            if layers_only:
+                raise
+            continue
+        break
     return network
 
 
-def responding_parameters(graphs: Sequence[Any], structured: bool) -> Responses:
-    """Which parameters respond. Raises ValueError where none does."""
-    responding = responses(graphs, structured)
+def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: bool) -> Responses:
+    """Which parameters respond; see `responses`. Raises ValueError where none does."""
+    responding = responses(graphs, structured, layers_only)
     if not responding.axes:
         raise ValueError(
             "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "

@@ -180,7 +180,7 @@ class _Search:
 
 def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) -> dict[str, BatchAxis | None]:
     """variants: as `_variants` makes them."""
-    own = [node for node in placeholders(module.graph) if node.name not in ("condition", "delta")]
+    own = [node for node in placeholders(module.graph) if node.target not in ("condition", "delta")]
     nodes = [node for node in module.graph.nodes if node.op != "output"]
     search = _Search(module, few, grows=len(variants) > 3)
     runs = [search.variant(_bind_inputs(own, inputs), run) for run, inputs in enumerate(variants)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, model_of
 from fxstn.ir.node_info import RowScales, annotate
+from fxstn.ir.tangents import WHOLE
 from fxstn.ir.vocabulary import DROPOUTS, is_size
 from fxstn.ops.precision import wide
 from fxstn.ops.response import Response, ResponseTree, responses_in
@@ -63,41 +64,56 @@ def _divides(node: fx.Node) -> bool:
     return node.target in (*BATCH_NORMS, F.instance_norm) and by_batch is True
 
 
-def responses(graphs: Sequence[fx.GraphModule], structured: bool) -> Responses:
+def responses(graphs: Sequence[fx.GraphModule], structured: bool, layers_only: bool = False) -> Responses:
     """Which parameters respond, and along which axes.
 
     A parameter needs an axis that every operation which reads it, in every graph, lets a scale along it pass through: all of
-    them must see the same Δw. The axes of a layer's outputs come first. Where weights are only scaled, affine parameters of
-    norms respond too. Layers before a batch norm, which takes their scale away, then do not.
+    them must see the same Δw. The axes of a layer's outputs come first. A parameter of which every axis is mixed has one scale
+    as a WHOLE. Where weights are only scaled, affine parameters of norms respond too. Layers before a batch norm, which takes
+    their scale away, then do not.
 
-    graphs: the training graph first.
+    graphs: the training graph first; recordings of a forward that runs as it is, which computes with tangents of any form.
     structured: whether R is learned; else weights are only scaled.
+    layers_only: whether only what layers and norms read responds, so that tangents reach no operation before the first layer.
     """
     parameters = dict(model_of(graphs[0]).named_parameters())
-    result = Responses()
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     axes = {name: range(parameter.dim()) for name, parameter in trained.items()}
-    of_graphs = [uses_of(graph, axes) for graph in graphs]
-    uses: dict[str, dict[int, list[ParameterUse]]] = {}
-    for use in (use for own, _ in of_graphs for use in own):
-        uses.setdefault(use.parameter, {}).setdefault(use.axis, []).append(use)
-    scaleless = set() if structured else _scaleless([use for use in of_graphs[0][0] if use.role])
-    for name, by_axis in uses.items():
-        if name in scaleless:
-            result.obstacles[name] = "a batch norm after it takes its scale away"
-        elif (axis := _best_axis(by_axis, trained[name], structured)) is not None:
-            result.axes[name], result.fan_ins[name] = axis, next(use.fan_in for use in by_axis[axis])
-        else:
-            node = _obstacle(by_axis, structured).node
-            result.obstacles[name] = f"read by {operation_name(node.target)} in '{module_path(node)}'"
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            result.obstacles[name] = "frozen (requires_grad=False)"
-        elif not parameter.dim() and name not in result.axes and name not in result.obstacles:
-            result.obstacles[name] = "a single number"
+    of_graphs = [uses_of(graph, axes, layers_only) for graph in graphs]
+    result = Responses(obstacles=dict.fromkeys(parameters.keys() - trained.keys(), "frozen (requires_grad=False)"))
+    if not structured:
+        scaleless = _scaleless([use for use in of_graphs[0][0] if use.role])
+        result.obstacles |= dict.fromkeys(scaleless, "a batch norm after it takes its scale away")
+
+    def decide(uses: Iterable[ParameterUse], last: bool) -> None:
+        """Enter the axis of each parameter; where there is none, and for the last time, the obstacle."""
+        for name, by_axis in _by_axis(use for use in uses if use.parameter not in result.obstacles).items():
+            stops = [use for own in by_axis.values() for use in own if _stops(use, structured)]
+            of_norm = any(use.role for use in stops)
+            axis = _best_axis(by_axis, trained[name], structured)
+            if axis is None and not (of_norm or layers_only or isinstance(graphs[0], fx.GraphModule)):
+                axis = min(by_axis)
+            if axis is not None:
+                result.axes[name], result.fan_ins[name] = axis, next(use.fan_in for use in by_axis[axis])
+            elif last or of_norm:
+                node = stops[0].node
+                result.obstacles[name] = f"read by {operation_name(node.target)} in '{module_path(node)}'"
+
+    decide((use for own, _ in of_graphs for use in own), layers_only)
+    rest = {name: (WHOLE,) for name in trained if name not in result.axes and name not in result.obstacles}
+    if rest and not layers_only:
+        decide((use for graph in graphs for use in uses_of(graph, rest)[0]), True)
     result.axes = {name: result.axes[name] for name in parameters if name in result.axes}
-    sizes = {name: parameters[name].shape[axis] for name, axis in result.axes.items()}
+    sizes = {name: 1 if axis == WHOLE else parameters[name].shape[axis] for name, axis in result.axes.items()}
     result.leaders = _leaders([structure for _, structure in of_graphs], result.axes, sizes)
+    return result
+
+
+def _by_axis(uses: Iterable[ParameterUse]) -> dict[str, dict[int, list[ParameterUse]]]:
+    """{parameter: {axis: its uses}}."""
+    result: dict[str, dict[int, list[ParameterUse]]] = {}
+    for use in uses:
+        result.setdefault(use.parameter, {}).setdefault(use.axis, []).append(use)
     return result
 
 
@@ -107,7 +123,7 @@ def _best_axis(by_axis: Mapping[int, Sequence[ParameterUse]], parameter: Tensor,
     def cost(axis: int) -> tuple:
         uses = by_axis[axis]
         layer = any(use.role not in ("factor", "term") for use in uses)
-        single = parameter.shape[axis] == 1 and (not structured or not layer)
+        single = axis != WHOLE and parameter.shape[axis] == 1 and not (structured and layer)
         return single, any(use.summed for use in uses), axis if layer else -axis
 
     possible = [axis for axis, uses in by_axis.items() if not any(_stops(use, structured) for use in uses)]
@@ -115,12 +131,12 @@ def _best_axis(by_axis: Mapping[int, Sequence[ParameterUse]], parameter: Tensor,
 
 
 def _stops(use: ParameterUse, structured: bool) -> bool:
-    return use.role is None or (structured and use.role in NORM_ROLES)
+    return use.role is None or _is_of_norm(use, structured)
 
 
-def _obstacle(by_axis: Mapping[int, Sequence[ParameterUse]], structured: bool) -> ParameterUse:
-    """What stands in the way of the first axis."""
-    return next(use for use in by_axis[min(by_axis)] if _stops(use, structured))
+def _is_of_norm(use: ParameterUse, structured: bool) -> bool:
+    """Whether a use is the affine part of a norm, which responds only where weights are scaled."""
+    return structured and use.role in NORM_ROLES
 
 
 def _leaders(structures: Sequence[Structure], axes: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, str]:
@@ -150,7 +166,7 @@ def response_modules(model: nn.Module, responding: Responses, hyperparameters: i
         leader = responding.leaders[name]
         if leader not in blocks:
             blocks[leader] = len(sizes)
-            sizes.append(parameters[name].shape[axis])
+            sizes.append(1 if axis == WHOLE else parameters[name].shape[axis])
     types = [wide(parameter.dtype.to_real()) for parameter in parameters.values()]
     widest, device = max(types, key=lambda dtype: dtype.itemsize), next(iter(parameters.values())).device
     tree = ResponseTree(torch.zeros(sum(sizes), hyperparameters, dtype=widest, device=device), sizes)

@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from fxstn.ir.graphs import function_of, map_leaves, model_of
+from fxstn.ir.tangents import WHOLE
 from fxstn.ir.vocabulary import is_size
 from fxstn.passes.row_structure import Part, Structure, structure_of
 from fxstn.rules import RULES
@@ -24,7 +25,7 @@ class ParameterUse:
     """One operation that reads what is computed from a parameter whose tangent is scaled along one axis.
 
     parameter: its name.
-    axis: of the parameter.
+    axis: of the parameter, or WHOLE.
     node: the operation.
     role: how it reads the parameter; None where no scale passes through.
     fan_in: of a layer.
@@ -39,10 +40,13 @@ class ParameterUse:
     summed: bool = False
 
 
-def uses_of(module: fx.GraphModule, axes: Mapping[str, Sequence[int]]) -> tuple[list[ParameterUse], Structure]:
+def uses_of(
+    module: fx.GraphModule, axes: Mapping[str, Sequence[int]], layers_only: bool = False
+) -> tuple[list[ParameterUse], Structure]:
     """Every use of some parameters in a canonical graph, and what the graph computes from parameters alone.
 
     axes: {name of a parameter: the axes to try}.
+    layers_only: whether other operations than layers and norms let no scale pass through.
     """
     structure = structure_of(module, axes)
     result = [ParameterUse(name, axis, node) for (name, axis), node in structure.lost.items()]
@@ -51,7 +55,8 @@ def uses_of(module: fx.GraphModule, axes: Mapping[str, Sequence[int]]) -> tuple[
             if user in structure.parts or is_size(user) or user in structure.constants:
                 continue
             for path, _ in paths_of(node, user):
-                result += [_use_of(module, structure, node, part, user, path) for part in parts]
+                own = None if layers_only and role_at(user, path, structure.ranks[node]) is None else path
+                result += [_use_of(module, structure, node, part, user, own) for part in parts]
     return result, structure
 
 
@@ -85,6 +90,12 @@ def _use_of(
     if path is None or user.op != "call_function" or part.element is not None:
         return none
     parameter = model_of(module).get_parameter(part.parameter)
+    if part.of == WHOLE:
+        reads = role_at(user, path, structure.ranks[node])
+        fan_in = parameter.numel() // len(parameter) if parameter.dim() > 1 else 1
+        if user.target not in RULES:
+            return none
+        return replace(none, role=reads.role if reads else "term", fan_in=max(1, fan_in))
     rows, rank = max(1, parameter.shape[part.of]), structure.ranks[node]
     if (reads := role_at(user, path, rank)) is not None:
         if part.axis not in reads.axes:
@@ -102,10 +113,10 @@ def _use_of(
     return replace(none, role="term", summed=True) if user in structure.shared else none
 
 
-def role_at(user: fx.Node, path: Path, rank: int) -> ParameterRole | None:
+def role_at(user: fx.Node, path: Path | None, rank: int) -> ParameterRole | None:
     """How a layer or a norm reads the parameter at a path, of which the rank is known; a vector is no matrix."""
-    rule = RULES.get(function_of(user))
-    reads = None if rule is None or len(path) > 1 else rule.reads.get(path[0])
+    rule = RULES.get(function_of(user)) if user.op == "call_function" else None
+    reads = None if rule is None or path is None or len(path) > 1 else rule.reads.get(path[0])
     return None if reads is None or (reads.role in ("weight", "table") and rank < 2) else reads
 
 

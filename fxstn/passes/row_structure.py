@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxstn.ir.graphs import filled_in, forked_rng, function_of, model_of, reseed
+from fxstn.ir.graphs import filled_in, forked_rng, function_of, map_leaves, model_of, reseed
 from fxstn.ir.staging import draws
+from fxstn.ir.tangents import WHOLE, ZERO
 from fxstn.ir.vocabulary import is_size
+from fxstn.passes.moved_rows import Runs, decode, joined, with_rows_moved
 from fxstn.passes.probe import changed
-from fxstn.rules import RULES
+from fxstn.rules import RULES, NoRule, apply_rule
 
-MOST_RUNS = 64
 SIZE = 2  # in place of sizes of inputs, which are not known
-Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Part:
     """The part of a value's tangent that comes from one parameter scaled along one axis.
 
     parameter: its name.
-    of: the axis of the parameter.
+    of: the axis of the parameter, or WHOLE; that of the value is then WHOLE, too.
     axis: that of the value. Position p along it depends on one row of the parameter.
     runs: these rows (start, stop), joined.
     element: which of several results it is in; None for a single tensor.
@@ -72,7 +72,7 @@ class Structure:
 def structure_of(module: fx.GraphModule, axes: Mapping[str, Iterable[int]]) -> Structure:
     """Follows parameters through all that is computed from parameters alone.
 
-    axes: {name of a parameter: the axes to try}.
+    axes: {name of a parameter: the axes to try}. As a WHOLE it goes through whatever has a rule.
 
     An operation that mixes all axes of what it reads, and a layer with an input of its own, ends the way: what it returns
     counts as an activation.
@@ -118,7 +118,10 @@ class _Walk:
         name, axes = self.axes[str(node.target)]
         shape = model_of(self.module).get_parameter(name).shape
         self.result.ranks[node] = len(shape)
-        self.result.parts[node] = [Part(name, axis, axis, ((0, shape[axis]),)) for axis in axes if shape[axis]]
+        own = (axis for axis in axes if axis == WHOLE or shape[axis])
+        self.result.parts[node] = [
+            Part(name, axis, axis, _all_rows(1 if axis == WHOLE else shape[axis])) for axis in own
+        ]
 
     def _follow(self, node: fx.Node, number: int) -> None:
         """Enter what a node keeps of the axes of its operands, unless that cannot be found out, or is nothing."""
@@ -130,7 +133,9 @@ class _Walk:
                     parts += [_moved_on(part, source, part.axis, part.runs)] if node.args[1] == part.element else []
                     continue
                 try:
-                    own = self._passed_on(node, source, part, number)
+                    own = (self._whole if part.of == WHOLE else self._passed_on)(node, source, part, number)
+                except NoRule:
+                    own = None
                 except Exception:  # sizes that are made up may not fit
                     self.result.lost |= {(p.parameter, p.of): node for p in lost}
                     return
@@ -146,13 +151,16 @@ class _Walk:
     def _passed_on(self, node: fx.Node, source: fx.Node, part: Part, number: int) -> list[Part] | None:
         """The parts of the results of a node that keep an axis of one operand; None where one mixes it."""
         base = self.value(source)
-        rows = base.shape[part.axis]
+        whole = part.runs == _all_rows(1)  # all of it has one scale, along any axis
+        rows = 1 if whole else base.shape[part.axis]
         bits = max(1, (rows - 1).bit_length())
         moves: list[list[tuple[Tensor, Tensor]]] = []
         unmoved = _tensors(self._computed(node, number, source, base))
         for bit in range(bits):
             pair = [
-                _tensors(self._computed(node, number, source, _with_rows_moved(part.axis, bit, on, base)))
+                _tensors(
+                    self._computed(node, number, source, with_rows_moved(None if whole else part.axis, bit, on, base))
+                )
                 for on in (1, 0)
             ]
             moves.append([(changed(y, a), changed(y, b)) for y, a, b in zip(unmoved, *pair, strict=True)])
@@ -162,11 +170,28 @@ class _Walk:
         for i, own in enumerate(zip(*moves, strict=True)):
             if not any(move.any() for pair in own for move in pair):
                 continue
-            decoded = _decode(list(own), rows, part.axis)
-            if decoded is None or (runs := _joined([rows_of[position] for position in decoded[1]])) is None:
+            if whole and own[0][0].dim():
+                axis = min(part.axis, own[0][0].dim() - 1)
+                result.append(_moved_on(part, source, axis, part.runs, None if single else i))
+                continue
+            decoded = decode(list(own), rows, part.axis)
+            if decoded is None or (runs := joined([rows_of[position] for position in decoded[1]])) is None:
                 return None
             result.append(_moved_on(part, source, decoded[0], runs, None if single else i))
         return result
+
+    def _whole(self, node: fx.Node, source: fx.Node, part: Part, number: int) -> list[Part] | None:
+        """The parts of the results that vary with one operand, by the rule. Raises NoRule where there is none."""
+        values = {other: self.value(other) for other in node.all_input_nodes}
+        args, named = (
+            map_leaves(structure, lambda leaf: values[source] if leaf is source else ZERO)
+            for structure in (tuple(ZERO if isinstance(a, slice) else a for a in node.args), dict(node.kwargs))
+        )
+        filled = filled_in(node.args, values), filled_in(node.kwargs, values)
+        _, dy = apply_rule(function_of(node), args, *filled, named)
+        if isinstance(dy, (tuple, list)):
+            return [_moved_on(part, source, WHOLE, part.runs, i) for i, entry in enumerate(dy) if entry is not ZERO]
+        return [] if dy is ZERO else [_moved_on(part, source, WHOLE, part.runs)]
 
     def value(self, node: fx.Node) -> Any:
         if node not in self.values:
@@ -199,6 +224,10 @@ class _Walk:
         values = {other: value.clone() if isinstance(value, Tensor) else value for other, value in values.items()}
         reseed(number)
         return function_of(node)(*filled_in(node.args, values), **filled_in(node.kwargs, values))
+
+
+def _all_rows(rows: int) -> Runs:
+    return ((0, rows),)
 
 
 def _moved_on(part: Part, source: fx.Node, axis: int, runs: Runs, element: int | None = None) -> Part:
@@ -236,45 +265,3 @@ def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, (tuple, list)) and all(isinstance(entry, Tensor) for entry in value):
         return list(value)
     raise TypeError("no tensors")
-
-
-def _with_rows_moved(axis: int, bit: int, on: int, value: Tensor) -> Tensor:
-    """A value with the rows moved whose number has one bit set (`on` 1) or clear (0)."""
-    numbers = torch.arange(value.shape[axis], device=value.device)
-    chosen = ((numbers >> bit) & 1) == on
-    noise = torch.empty_like(value).uniform_(0.5, 1.5) * (value.abs().mean() + 0.1)
-    return value + noise * chosen.view([-1 if i == axis else 1 for i in range(value.dim())])
-
-
-def _decode(moves: list[tuple[Tensor, Tensor]], rows: int, preferred: int) -> tuple[int, list[int]] | None:
-    """(axis, row of each position along it) where each moves with one row only; None where there is no such axis.
-
-    A position that depends on no row goes on where the last one was.
-    """
-    rank = moves[0][0].dim()
-    for axis in sorted(range(rank), key=lambda candidate: candidate != preferred):
-        sets, clears = (  # each (bits, positions)
-            torch.stack([move[i].movedim(axis, 0).reshape(move[i].shape[axis], -1).any(1) for move in moves])
-            for i in (0, 1)
-        )
-        if (sets & clears).any():
-            continue
-        depends = (sets | clears).any(0).tolist()
-        numbers = (sets.long() << torch.arange(len(moves), device=sets.device)[:, None]).sum(0).tolist()
-        result: list[int] = []
-        for number, known in zip(numbers, depends, strict=True):
-            result.append(number if known else (result[-1] + 1) % rows if result else 0)
-        if all(number < rows for number in result):
-            return axis, result
-    return None
-
-
-def _joined(rows: list[int]) -> Runs | None:
-    """Consecutive rows as runs; None for too many."""
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return tuple(runs) if len(runs) <= MOST_RUNS else None

@@ -13,7 +13,7 @@ from fxstn.ir.errors import module_path
 from fxstn.ir.graphs import filled_in, function_of, map_leaves
 from fxstn.ir.node_info import RowScales, info_of
 from fxstn.ir.staging import draws
-from fxstn.ir.tangents import BATCH_FIRST, SHARED, ZERO, BatchAxes, BatchAxis, Scaled, ScaledParts, all_zero
+from fxstn.ir.tangents import BATCH_FIRST, SHARED, WHOLE, ZERO, BatchAxes, BatchAxis, Scaled, ScaledParts, all_zero
 from fxstn.ir.vocabulary import is_size
 from fxstn.ops.response import (
     add_scaled,
@@ -27,6 +27,7 @@ from fxstn.passes.parameter_uses import role_at
 from fxstn.rules import RULES
 from fxstn.rules.operand_axes import AxisUse, Path, axis_use
 
+EVERYWHERE = AxisUse("term", 0)  # of a single scale
 Extra = tuple[Path, Scaled, AxisUse | None]  # a part of an operand's tangent that a rule does not take with all others
 
 
@@ -107,6 +108,9 @@ class StructuredTangents:
             return map_leaves(tangent, self.dense)
         result: Any = ZERO
         for part in filter(None, tangent.parts):
+            if part.axis == WHOLE:
+                extras.append((path, part, EVERYWHERE))
+                continue
             reads = role_at(node, path, part.rank)
             if reads is not None and part.axis in reads.axes:
                 own = self._placed(part, self.batch_axes.get(node.name, BATCH_FIRST), node)

@@ -197,6 +197,13 @@ def _of_join(args: tuple, path: Path, axis: int, rank: int) -> AxisUse | None:
     return AxisUse("term", axis - rank) if path[0] == 0 and isinstance(dim, int) and axis != dim % rank else None
 
 
+@finds(F.scaled_dot_product_attention)
+def _of_attention(args: tuple, path: Path, axis: int, rank: int) -> AxisUse | None:
+    """Heads stay apart; so do the queries, of which each has a row of its own in the mask."""
+    last = -2 if path in ((0,), (3,)) else -3
+    return AxisUse("term", axis - rank) if axis - rank <= last else None
+
+
 @finds(F.prelu)
 def _of_prelu(args: tuple, path: Path, axis: int, rank: int) -> AxisUse | None:
     return AxisUse("factor", 1) if path == (1,) else None
