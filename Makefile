@@ -35,7 +35,7 @@ oldest:  ## the tests with the lowest version of everything, torch 2.9 with Pyth
 	.venv-oldest/bin/python -m pytest
 
 docs: .venv-docs/ready  ## the site, in out/site; a warning or a broken link is an error
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs $(if $(SERVE),serve,build)
 
 integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
 	for versions in '' '--constraint tests/oldest.txt'; do \
