@@ -29,7 +29,7 @@ METHODS = ("delta", "centered", "stn")
 
 
 class SelfTuningNetwork(Summarized, ModelWrapper):
-    """A network with its hyperparameters λ and the response Θ of its weights to them.
+    """What `fxstn.transform` returns: a network with its hyperparameters λ and the response Θ of its weights to them.
 
     recipe: makes the graphs from the children.
     rejected: what stood in the way of the frontends before this one.

@@ -18,10 +18,9 @@ from fxstn import hp
 
 ELSEWHERE = re.compile(r"[Ss]ee `|[Aa]s (?:for|of|that of|those of|in) `|[Rr]aises as|[Rr]aise as|listed at the end")
 SHAPED = re.compile(
-    r"\([^()]*\)|[\[(][^\])]*,[^\])]*[\])]|≥|>|≤|<|∈|number|one |True|False|None|dtype|whether|[Nn]ames?|paths?|function|factory|folder|"
-    r"\d|pixels|epochs|minutes|seconds|steps|examples|share|scalar|seed"
+    r"\([^()]*\)|[\[(][^\])]*,[^\])]*[\])]|≥|>|≤|<|∈|\d|number|loss|scalar|share|examples|steps|epochs|minutes|pixels|"
+    r"one |True|False|None|dtype|whether|function|factory|\{"
 )
-RAISES = re.compile(r"[Rr]aises?\b")
 SOURCE = re.compile(r"et al\.|arXiv|[Pp]aper|torch|`F\.|`v2\.|as in|Eq\.|As `|Takes? over|&|fxstn|wide")
 QUANTITIES = re.compile(r"\b(?:Tensor|int|float)\b")
 PUBLIC = {"fxstn": fxstn, "fxstn.hp": hp}
@@ -68,14 +67,25 @@ def entries(text: str) -> dict[str, str]:
 def raised(value: Any) -> set[str]:
     """Names of the exceptions that its own code raises: of a function, or of what makes an object."""
     names: set[str] = set()
-    makers = [value] if inspect.isfunction(value) else [vars(value).get(n) for n in ("__init__", "__post_init__", "__new__")]
+    makers = (
+        [value] if inspect.isfunction(value) else [vars(value).get(n) for n in ("__init__", "__post_init__", "__new__")]
+    )
     for maker in makers:
         maker = inspect.unwrap(maker) if maker else maker
         if inspect.isfunction(maker) and "<" not in maker.__code__.co_filename:  # what dataclass makes has no source
             for node in ast.walk(ast.parse(inspect.cleandoc("\n" + inspect.getsource(maker)))):
-                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                if (
+                    isinstance(node, ast.Raise)
+                    and isinstance(node.exc, ast.Call)
+                    and isinstance(node.exc.func, ast.Name)
+                ):
                     names.add(node.exc.func.id)
     return names
+
+
+def size_of(text: str) -> bool:
+    """Whether a sentence says how large something is, or where that is said."""
+    return bool(SHAPED.search(text) or ELSEWHERE.search(text))
 
 
 def lacks(name: str, value: Any) -> Iterator[str]:
@@ -85,15 +95,22 @@ def lacks(name: str, value: Any) -> Iterator[str]:
     if not own:
         yield "a docstring"
         return
+    if re.search(r"^What `fxstn\.\w+` returns", text):
+        return
     said = entries(text)
     for argument, annotation in arguments(value).items():
         if argument not in said and not re.search(rf"\b{argument}\b", text):
             yield f"the argument {argument}"
-        elif argument in said and QUANTITIES.search(annotation) and not (SHAPED.search(said[argument]) or ELSEWHERE.search(said[argument])):
+        elif QUANTITIES.search(annotation) and argument in said and not size_of(said[argument]):
             yield f"shape, range or unit of {argument}: {said[argument]!r}"
     if (missing := {e for e in raised(value) if e not in text}) and not ELSEWHERE.search(text):
         yield f"what raises {', '.join(sorted(missing))}"
-    if name.startswith("fxstn.hp.") and isinstance(value, type) and issubclass(value, hp.Spec) and not SOURCE.search(text):
+    if (
+        name.startswith("fxstn.hp.")
+        and isinstance(value, type)
+        and vars(value).get("numbers")
+        and not SOURCE.search(text)
+    ):
         yield "the source of the method"
 
 

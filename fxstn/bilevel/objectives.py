@@ -38,6 +38,8 @@ def general_loss(
 ) -> Tensor:
     """L_T(λ₀, f(x; w₀, λ₀)) (paper, Eq. 3.9): a plain training loss, for w₀.
 
+    stn: from `fxstn.transform`.
+    loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count).
     inputs: a tensor (batch, ...), a tuple of inputs by position, or a dict of inputs by name, as for `transform`.
     target: what loss_fn takes.
     perturb: as in `response_loss`, for method "stn" only. There this is the one objective of all parameters, L_T at λ + ε
@@ -52,7 +54,7 @@ def response_loss(
 ) -> Tensor:  # fmt: skip
     """L_T(λ₀ + ε, y + dy) (paper, Eq. 3.10 and 3.13), for Θ; w₀ gets no gradient and running statistics stay.
 
-    inputs, target: as in `general_loss`.
+    stn, loss_fn, inputs, target: as in `general_loss`.
     perturb: "example" draws one ε per example (the paper), "batch" one for all examples. "auto" draws one per example, unless
         the network moves the batch dimension where it cannot be followed. Or ε itself, (batch, h) or (h,).
     widening: ≥ 1, how many times σ at most ε has near the ends of a range, where a change of λ changes little (the paper: 1).
@@ -71,7 +73,7 @@ def hyper_loss(
 ) -> Tensor:
     """L_V(y + dy) − τ H[ε] (paper, Eq. 2.7 with 3.13), for λ and σ; w₀ and Θ get no gradient.
 
-    inputs, target: as in `response_loss`, of validation data.
+    stn, loss_fn, inputs, target: as in `response_loss`, of validation data.
     entropy_weight: τ ≥ 0.
     perturb: as in `response_loss`, or "off": ε = 0, the gradient at λ itself, Θᵀ ∇L_V by the network's own backward pass. σ
         gets its gradient from the entropy alone.

@@ -58,7 +58,7 @@ def needed_certainty(rises: Tensor, gap: float, position: Tensor) -> Tensor:
 def generalisation_gap(train_loss: float, valid_loss: float) -> float | None:
     """(L_V − L_T) / L_V in [0, 1]: the share of the validation loss that a stronger regularisation can gain at most.
 
-    train_loss, valid_loss: both evaluated without dropout and augmentation.
+    train_loss, valid_loss: mean losses, both evaluated without dropout and augmentation.
 
     A stronger regularisation does not fit the training data better, so at best L_V comes down to L_T. 0 where L_T is above L_V.
     None where the losses say nothing: not finite, negative, or a validation loss of zero.

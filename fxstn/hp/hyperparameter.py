@@ -20,7 +20,7 @@ LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 class Hyperparameter:
     """A number that is tuned: start, range and first perturbation scale.
 
-    init: the start. It must be strictly between low and high; the start of an integer may also be low or high.
+    init: the start, a number. It must be strictly between low and high; the start of an integer may also be low or high.
     low, high: ends of the range. low=0 with high=inf means any positive number.
     scale: σ at the start, > 0 and finite.
     log: whether the real line is mapped to the logarithm of the range, so that equal steps multiply the value. Needs low > 0.

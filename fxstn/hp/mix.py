@@ -19,6 +19,8 @@ from fxstn.ops.noise import by_example
 class Mixing(Auxiliary, Operation):
     """Base of operations that mix two examples. The draw ends with (partner, share), each of shape (batch,).
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+
     partner is the index of the example that is mixed in, share its share.
 
     A target of classes (batch, ...) becomes one of probabilities (batch, classes, ...), which `F.cross_entropy` takes. A target

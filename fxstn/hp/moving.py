@@ -20,6 +20,8 @@ _KEY = "records_moves"
 class Moving(Operation):
     """Base of operations that move the pixels of images (batch, channels, ..., H, W); they move the target along.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+
     A subclass has, besides draw and apply, two static functions of what was drawn:
 
     move_map(maps, drawn, **settings) → maps (batch, channels, H, W) of whole numbers, moved as the images are, each pixel from

@@ -31,6 +31,8 @@ OPERATIONS: dict[Callable[..., Any], type[Operation]] = {}
 class Operation(Spec):
     """Base of the specs that take over a random operation of the model, or insert one. In eval mode it is off.
 
+    where, init, low, high, scale, shared, perturb: see `hp.Spec`.
+
     A subclass has `numbers`, {name: Hyperparameter}, the strengths in the order of draw's arguments, and two static functions:
 
     draw(x, *strengths, **settings) → drawn: all randomness, and nothing that is differentiated. A strength is a number, a

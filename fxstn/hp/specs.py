@@ -56,7 +56,8 @@ class Spec:
     A subclass has `numbers`, {name: Hyperparameter}, and `examples`, the dimension of a value along which it expects the
     examples where strengths differ between them; with None it learns the dimension from its argument `place`.
 
-    Raises ValueError for a name that is none of its numbers, for an impossible range, and for another `perturb`.
+    Raises ValueError for a name that is none of its numbers, for an impossible range, and for another `perturb`. Raises
+    TypeError for a pattern that is no text.
     """
 
     numbers: Mapping[str, Hyperparameter] = {}
@@ -184,7 +185,9 @@ class Spec:
 
 
 class Dropout(Spec):
-    """Dropout rate, in [0, 1). It takes over the dropout modules that it matches, and inserts one after other modules.
+    """Dropout rate, in [0, 1) (Srivastava et al. 2014). It takes over the dropout modules that it matches.
+
+    It inserts one after other modules.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`. The pattern "input" is the model's input.
 
@@ -244,7 +247,8 @@ class Scalar(Spec):
     """Any number that the loss function reads, by `name`, from its argument `hparams` (one value per example).
 
     name: the name of the hyperparameter, too.
-    init, scale: the start, and σ at the start.
+    init: the start, a number inside the range.
+    scale: > 0, σ at the start.
     low, high: ends of the range. high=inf with low=0 means any positive number.
     log: whether equal steps multiply the value; it needs low > 0.
     integer: whether values are whole numbers, low and high included.

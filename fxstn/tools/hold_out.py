@@ -30,7 +30,7 @@ def hold_out(
     valid_dataset: the same examples in the same order as evaluation shows them, for data sets without such an attribute.
     stratify: whether each class has its share in both parts, up to one example. None: where `targets`, `labels` or a tensor of
         a TensorDataset are classes. Or the class of each example.
-    seed: of the split, which depends on nothing else: not on the global generator, nor on the process.
+    seed: a whole number, of the split, which depends on nothing else: not on the global generator, nor on the process.
 
     Both parts are in random order, so that batches without shuffling are mixed, too. Raises TypeError for what has no length
     or no index, and ValueError for a size that leaves a part empty, for a transform that has no place, and for

@@ -39,6 +39,7 @@ def write_report(
     show their numbers under the pointer, steps and times, the network, settings, and how to repeat the run: the command line
     with all its words, versions and seeds. Of several processes the first one writes.
 
+    runner: a BilevelRunner, or what `fxstn.tune` returns, after an epoch.
     path: of the file.
     explanation: of the network, from `fxstn.explain`; None: the report makes one.
     title: heading of the page.

@@ -44,7 +44,7 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
     images: (n, channels, H, W), uint8 or in [0, 1]. Rows take turns.
     path: of the image file.
     columns: at least 2.
-    seed: of the draws.
+    seed: a whole number, of the draws.
 
     Raises ImportError without matplotlib (fxstn[plot]) and ValueError where there is nothing to show.
     """

@@ -51,7 +51,7 @@ class Check:
 class VerifyResult:
     """The comparisons that `verify` made. print() shows them in a table.
 
-    tolerance: of the relative error.
+    tolerance: > 0, of the relative error.
     checks: in the order in which they were made. A comparison that fails is made again at another point, because a point
         may lie at a kink.
     frontend: how the forward was followed.
@@ -127,7 +127,7 @@ def verify(
 
     inputs: as for the model, batch ≥ 2; they are converted to float64. Inputs by name are one dict, as for `transform`.
     hparams, trace, example_inputs: as for `transform`. example_inputs may be of other sizes; None for `inputs` themselves.
-    tolerance: of the relative error.
+    tolerance: > 0, of the relative error.
     seeds: how many points are tried. A comparison that fails at one point is repeated at the next.
 
     The tangent is compared with a central difference of the *original* model along `best_response`. The original uses the
