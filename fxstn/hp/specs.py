@@ -185,9 +185,7 @@ class Spec:
 
 
 class Dropout(Spec):
-    """Dropout rate, in [0, 1) (Srivastava et al. 2014). It takes over the dropout modules that it matches.
-
-    It inserts one after other modules.
+    """Dropout rate, in [0, 1) (Srivastava et al. 2014). It takes over dropouts that it matches, and follows other modules.
 
     where, init, low, high, scale, shared, perturb: see `hp.Spec`. The pattern "input" is the model's input.
 
