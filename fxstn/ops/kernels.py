@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -241,21 +242,26 @@ def _twice_reversed(
 
     It cannot always in torch.func.jvp, which keeps what an operation has factorised (linalg.det, linalg.solve) as a constant.
     """
-    values = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in primals]
-    y = function(*values)
-    sources = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    cotangents = [torch.ones_like(leaf, requires_grad=True) for leaf in sources]  # of any value
-    settings: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
-    rows = torch.autograd.grad(sources, values, cotangents, **settings)
-    changes = dict(zip(map(id, sources), torch.autograd.grad(rows, cotangents, directions, **settings), strict=True))
-    zero = lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    return y, tree_map(lambda leaf: changes[id(leaf)] if id(leaf) in changes else zero(leaf), y)
+    slots: list[object] = []
+
+    def varying(*values: Tensor) -> tuple[list[Tensor], Any]:
+        y = function(*values)
+        leaves = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
+        slots[:] = [leaf.is_floating_point() or leaf.is_complex() for leaf in leaves]
+        return list(itertools.compress(leaves, slots)), y
+
+    both: Any = torch.func.vjp(varying, *primals, has_aux=True)
+    results, pull, y = both
+    transpose = torch.func.vjp(pull, [torch.ones_like(result) for result in results])[1]  # linear: at any point
+    changes, on = iter(transpose(directions)[0]), iter(slots)
+    return y, tree_map(lambda leaf: next(changes) if next(on) else torch.zeros_like(leaf), y)
 
 
 @functools.cache
-def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
+def node_jvp(function: Callable[..., Any], by_reverse: bool = False) -> Callable[..., Any]:
     """A staged (args, kwargs, tangents, named) → (y, dy) by torch.func.jvp of this one operation, where no rule exists.
 
+    by_reverse: by reversing twice, in place of torch.func.jvp.
     tangents and named: structured like args and kwargs, None where an argument is constant.
     """
 
@@ -271,7 +277,7 @@ def node_jvp(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*full, **full_kwargs)
 
         primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))
-        if differentiates(args, kwargs):
+        if by_reverse or differentiates(args, kwargs):
             return _twice_reversed(of_varying, primals, directions)
         y, dy, *_ = torch.func.jvp(of_varying, primals, directions)
         return y, dy

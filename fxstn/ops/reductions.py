@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ def _dims(x: Tensor, dim: Dims) -> tuple[int, ...]:
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return tuple(range(x.dim()))
     return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+def or_infinity(divisor: Any) -> Any:
+    """A divisor, infinite where it is 0: the quotient, and what is pulled back through it, is 0 there, as torch has it."""
+    return torch.where(divisor == 0, torch.inf, divisor)
 
 
 @staged
@@ -34,7 +40,7 @@ def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Dims, keepdim
     elif p == 1:
         weights = torch.sign(x)
     else:
-        ratio = torch.where(norm == 0, 0, x / norm)
+        ratio = x / or_infinity(norm)
         weights = ratio if p == 2 else torch.sign(x) * torch.where(x == 0, 0, ratio.abs() ** (p - 1))
     return (weights * tangent).sum(dims, keepdim)
 
@@ -80,6 +86,27 @@ def product_tangent(tangent: Tensor, x: Tensor, dim: int | None, keepdim: bool) 
 
 
 @staged
+def angle_tangent(tangent: Tensor, x: Tensor) -> Tensor:
+    """Tangent of the angle of complex x: Im(conj(x) dx)/|x|²; that of a real number is 0 or π."""
+    if not x.is_complex():
+        return tangent * 0
+    return (x.conj() * tangent).imag / or_infinity(x.real * x.real + x.imag * x.imag)
+
+
+@staged
+def cumulative_product_tangent(tangent: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Tangent of the cumulative product of x along `dim`, without divisions: log₂ n products of neighbouring runs."""
+    size, step = x.shape[dim], 1
+    while step < size:
+        own, (before, change) = size - step, (value.narrow(dim, 0, size - step) for value in (x, tangent))
+        moved = before * tangent.narrow(dim, step, own) + change * x.narrow(dim, step, own)
+        tangent = torch.cat([tangent.narrow(dim, 0, step), moved], dim)
+        x = torch.cat([x.narrow(dim, 0, step), before * x.narrow(dim, step, own)], dim)
+        step *= 2
+    return tangent
+
+
+@staged
 def distance_tangent(tangent: Tensor, x: Tensor, other: Tensor, distance: Tensor, p: float) -> Tensor:
     """Tangent in x of the p-distances between the rows of x (..., P, M) and of other (..., R, M), distance (..., P, R).
 
@@ -87,5 +114,5 @@ def distance_tangent(tangent: Tensor, x: Tensor, other: Tensor, distance: Tensor
     """
     if p == 2:
         product = (x * tangent).sum(-1, keepdim=True) - torch.matmul(tangent, other.mT)
-        return torch.where(distance == 0, 0, product / distance)
+        return product / or_infinity(distance)
     return vector_norm_tangent(tangent.unsqueeze(-2), x.unsqueeze(-2) - other.unsqueeze(-3), p, -1, False)

@@ -64,13 +64,20 @@ pointwise(F.celu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x,
 pointwise(F.selu, lambda dx, y, x, inplace=False: elu_jacobian(dx, x, *SELU))
 pointwise(F.logsigmoid, lambda dx, y, x: dx * torch.sigmoid(-x))
 pointwise(F.softsign, lambda dx, y, x: dx / (1 + torch.abs(x)) ** 2)
-pointwise(F.tanhshrink, lambda dx, y, x: dx * (x - y) ** 2)
+pointwise(F.tanhshrink, lambda dx, y, x: dx * torch.tanh(x) ** 2)
 pointwise(F.prelu, lambda dx, y, x, weight: dx * torch.where(x > 0, 1, along_channels(weight, x)),
           lambda dw, y, x, weight: along_channels(dw, x) * torch.clamp(x, max=0))  # fmt: skip
-pointwise(F.rrelu, lambda dx, y, x, *_, **__: dx * torch.where(x < 0, y / x, 1))  # the slope drawn is the one y shows
 pointwise(torch.softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch._safe_softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))
+
+
+@rule(F.rrelu, fresh=True)
+def rrelu(d, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
+    """The slopes drawn are what comes out where −1 goes in."""
+    slopes = -F.rrelu(torch.where(input > 0, input, -1), lower, upper, training)
+    slopes = torch.where(input > 0, 1, slopes)
+    return input * slopes, d.input * slopes
 
 
 @rule(F.softmin, fresh=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from typing import Any
 
 import torch
 
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import expand_like
+from fxstn.ops.reductions import or_infinity
 from fxstn.rules.registry import additive, bilinear, pointwise, rule, total
 
 additive(operator.add)
@@ -18,18 +21,18 @@ pointwise(operator.truediv, lambda da, y, input, other: da / other, lambda db, y
 pointwise(torch.hypot, lambda da, y, input, other: da * (input / y), lambda db, y, input, other: db * (other / y))
 pointwise(
     torch.atan2,
-    lambda da, y, input, other: da * (other / (input * input + other * other)),
-    lambda db, y, input, other: db * (-input / (input * input + other * other)),
+    lambda da, y, input, other: da * (other / or_infinity(input * input + other * other)),
+    lambda db, y, input, other: db * (-input / or_infinity(input * input + other * other)),
 )
 pointwise(
     torch.logaddexp,
-    lambda da, y, input, other: da * torch.exp(input - y),
-    lambda db, y, input, other: db * torch.exp(other - y),
+    lambda da, y, input, other: da * torch.sigmoid(input - other),
+    lambda db, y, input, other: db * torch.sigmoid(other - input),
 )
 pointwise(
     torch.logaddexp2,
-    lambda da, y, input, other: da * torch.exp2(input - y),
-    lambda db, y, input, other: db * torch.exp2(other - y),
+    lambda da, y, input, other: da * torch.sigmoid(math.log(2) * (input - other)),
+    lambda db, y, input, other: db * torch.sigmoid(math.log(2) * (other - input)),
 )
 pointwise(
     torch.remainder,
@@ -72,34 +75,73 @@ pointwise(
 )
 
 
+def _of_ties(function):
+    """What the first of two equal values has of the tangent. torch before 2.14 has other conventions."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        return torch.autograd.grad(function(x), x)[0].item()
+
+
 def _register_extremum(function, better):
-    """The tangent of the value chosen; half of each where they are equal, as torch has it."""
+    """The tangent of the value chosen, shared where they are equal."""
+    share = _of_ties(lambda x: function(x, torch.zeros_like(x)))
     pointwise(
         function,
-        lambda da, y, input, other: torch.where(input == other, da / 2, da * better(input, other)),
-        lambda db, y, input, other: torch.where(input == other, db / 2, db * better(other, input)),
+        lambda da, y, input, other: torch.where(input == other, share * da, da * better(input, other)),
+        lambda db, y, input, other: torch.where(input == other, (1 - share) * db, db * better(other, input)),
     )
 
 
 _register_extremum(torch.maximum, operator.gt)
 _register_extremum(torch.minimum, operator.lt)
-# fmax and fmin take the other value where one is NaN; equal values count as the first.
-pointwise(torch.fmax, lambda da, y, input, other: da * ((input >= other) | torch.isnan(other)),
-          lambda db, y, input, other: db * ~((input >= other) | torch.isnan(other)))  # fmt: skip
-pointwise(torch.fmin, lambda da, y, input, other: da * ((input <= other) | torch.isnan(other)),
-          lambda db, y, input, other: db * ~((input <= other) | torch.isnan(other)))  # fmt: skip
-pointwise(torch.clamp_min, lambda dx, y, x, min: dx * (x >= min), lambda dmin, y, x, min: dmin * (x < min))
-pointwise(torch.clamp_max, lambda dx, y, x, max: dx * (x <= max), lambda dmax, y, x, max: dmax * (x > max))
+# fmax and fmin take the other value where one is NaN
+_register_extremum(torch.fmax, lambda a, b: (a > b) | torch.isnan(b))
+_register_extremum(torch.fmin, lambda a, b: (a < b) | torch.isnan(b))
+
+# Of a value at its bound: whether it counts as inside of numbers, and its share where the bound is a tensor.
+AT_NUMBER, AT_TENSOR = _of_ties(lambda x: torch.clamp(x, max=0)), _of_ties(lambda x: torch.clamp(x, max=x.detach()))
+
+
+def _within(input: Any, min: Any, max: Any, equal: bool) -> Any:
+    """Whether a value is between the bounds that are not None. equal: whether it may be equal to one."""
+    above, below = (operator.ge, operator.le) if equal else (operator.gt, operator.lt)
+    low = True if min is None else above(input, min)
+    return low if max is None else low & below(input, max)
+
+
+def _clamped(d: Any, input: Any, min: Any, max: Any) -> Any:
+    """dy of torch.clamp(input, min, max), where one bound at least is not None."""
+    if all(bound is None or isinstance(bound, (int, float)) for bound in (min, max)):
+        return d.input * _within(input, min, max, bool(AT_NUMBER))
+    apart, crossed = (True, False) if min is None or max is None else (min < max, max < min)
+    at_min: Any
+    at_max: Any
+    at_min, at_max = (False if bound is None else (input == bound) & apart for bound in (min, max))
+    inside = _within(input, min, max, True)
+    below = False if min is None else (input < min) & (crossed == False)  # noqa: E712 (of tensors, too)
+    above = False if max is None else (input > max) | crossed
+    return total(
+        (d.input, lambda dx: torch.where(at_min | at_max, AT_TENSOR * dx, dx * inside)),
+        (d.min, lambda dmin: torch.where(at_min, (1 - AT_TENSOR) * dmin, dmin * below)),
+        (d.max, lambda dmax: torch.where(at_max, (1 - AT_TENSOR) * dmax, dmax * above)),
+    )
 
 
 @rule(torch.clamp, kind="pointwise", fresh=True)
 def clamp(d, input, min=None, max=None):
-    y = torch.clamp(input, min, max)
-    return y, total(
-        (d.input, lambda dx: dx * (y == input)),
-        (d.min, lambda dmin: dmin * ((input < min) if max is None else (input < min) & (min < max))),
-        (d.max, lambda dmax: dmax * ((input > max) if min is None else (input > max) | (max < min))),
-    )
+    return torch.clamp(input, min, max), _clamped(d, input, min, max)
+
+
+@rule(torch.clamp_min, kind="pointwise", fresh=True)
+def clamp_min(d, input, min):
+    d.max = ZERO
+    return torch.clamp_min(input, min), _clamped(d, input, min, None)
+
+
+@rule(torch.clamp_max, kind="pointwise", fresh=True)
+def clamp_max(d, input, max):
+    d.min = ZERO
+    return torch.clamp_max(input, max), _clamped(d, input, None, max)
 
 
 @rule(torch.where, fresh=True)
@@ -120,7 +162,8 @@ def _register_power(function):
         if d.exponent is ZERO and isinstance(exponent, (int, float)):
             return y, d.input * (exponent * function(input, exponent - 1)) if exponent != 0 else ZERO
         slope = lambda: torch.where(exponent == 0, 0, exponent * function(input, exponent - 1))  # noqa: E731
-        return y, total((d.input, lambda dx: dx * slope()), (d.exponent, lambda dn: dn * torch.xlogy(y, input)))
+        rate = lambda: torch.where((input == 0) & (exponent >= 0), 0, torch.xlogy(y, input))  # noqa: E731
+        return y, total((d.input, lambda dx: dx * slope()), (d.exponent, lambda dn: dn * rate()))
 
 
 _register_power(operator.pow)

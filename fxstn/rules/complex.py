@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fxstn.rules.registry import filled, linear, rule, total
+from fxstn.ops.reductions import angle_tangent
+from fxstn.rules.registry import filled, linear, pointwise, rule, total
 
 linear(torch.real, torch.imag, torch.conj, torch.resolve_conj, torch.view_as_real, torch.view_as_complex)
 linear(
@@ -21,6 +22,7 @@ linear(
     torch.fft.irfft2, torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn, torch.fft.fftshift, fresh=True
 )
 linear(torch.fft.ifftshift, fresh=True)
+pointwise(torch.angle, lambda dx, y, x: angle_tangent(dx, x))
 
 
 @rule(torch.complex)
@@ -32,5 +34,6 @@ def complex_(d, real, imag):
 def polar(d, abs, angle):
     y = torch.polar(abs, angle)
     return y, total(
-        (d.abs, lambda dr: dr * torch.polar(torch.ones_like(abs), angle)), (d.angle, lambda da: y * (1j * da))
+        (d.abs, lambda dr: dr * torch.where(abs == 0, 0, torch.polar(torch.ones_like(abs), angle))),
+        (d.angle, lambda da: y * (1j * da)),
     )

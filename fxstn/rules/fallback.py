@@ -58,15 +58,17 @@ def plain_tangents(tangents: tuple, named: dict) -> tuple[tuple, dict]:
 
 
 def fallback(
-    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None
-) -> tuple[Any, Any]:
+    function: Callable[..., Any], tangents: tuple, args: tuple, kwargs: dict, named: dict | None = None,
+    by_reverse: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
     """(y, dy) by torch.func.jvp of this one operation.
 
     tangents, named: of its positional arguments and of its keywords, ZERO where one does not vary.
+    by_reverse: by torch's backward, differentiated, in place of its forward mode.
 
     Raises NoRule where that cannot work.
     """
     if reason := no_derivative(function):
         raise NoRule(reason)
-    both = node_jvp(function)(args, kwargs, *plain_tangents(tangents, named or {}))
+    both = node_jvp(function, by_reverse)(args, kwargs, *plain_tangents(tangents, named or {}))
     return operator.getitem(both, 0), operator.getitem(both, 1)

@@ -79,4 +79,4 @@ pointwise(torch.logit, lambda dx, y, x, eps=None: dx * _logit_slope(x, eps))
 
 def _logit_slope(x, eps):
     slope = 1 / (x * (1 - x))
-    return slope if eps is None else torch.where(abs(x - 0.5) <= 0.5 - eps, slope, 0)
+    return slope if eps is None else torch.where((x >= eps) & (x <= 1 - eps), slope, 0)

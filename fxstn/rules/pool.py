@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import operator
 
-import torch
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import pick
+from fxstn.ops.reductions import or_infinity
 from fxstn.rules.fallback import fallback
 from fxstn.rules.registry import linear, rule
 
@@ -68,7 +68,7 @@ def _register_power_pool(function, spatial):
         pooled = lambda v: average(v, kernel_size, stride, 0, ceil_mode)  # noqa: E731
         size = kernel_size**spatial if isinstance(kernel_size, int) else math.prod(kernel_size)
         change = pooled(input ** (norm_type - 1) * d.input) * size
-        return y, torch.where(y == 0, 0, change / y ** (norm_type - 1))
+        return y, change / or_infinity(y ** (norm_type - 1))
 
 
 for spatial in (1, 2, 3):

@@ -7,8 +7,11 @@ import operator
 import torch
 
 from fxstn.ir.tangents import ZERO
+from fxstn.ops.kernels import cast_tangent
 from fxstn.ops.reductions import (
     attained_tangent,
+    cumulative_product_tangent,
+    or_infinity,
     product_tangent,
     softmax_weighted,
     variance_tangent,
@@ -16,9 +19,10 @@ from fxstn.ops.reductions import (
 )
 from fxstn.ops.segments import segment_tangent
 from fxstn.rules.fallback import NoRule, fallback
-from fxstn.rules.registry import apply_rule, linear, rule
+from fxstn.rules.registry import apply_rule, linear, rule, transposed
 
 linear(torch.mean, torch.sum, torch.cumsum, torch.trace)
+transposed(torch.linalg.matrix_norm, torch.renorm)
 
 
 def _moment_settings(dim=None, unbiased=None, keepdim=False, *, correction=None, axis=None):
@@ -37,7 +41,7 @@ def _register_moment(function, root, with_mean):
         dim, correction, keepdim = _moment_settings(*settings, **named)
         dy = variance_tangent(d.input, input, dim, correction, keepdim)
         spread = operator.getitem(y, 0) if with_mean else y
-        dy = dy / (2 * spread) if root else dy
+        dy = dy / or_infinity(2 * spread) if root else dy
         return y, (dy, torch.mean(d.input, dim, keepdim=keepdim)) if with_mean else dy
 
 
@@ -82,6 +86,12 @@ def logsumexp(d, input, dim, keepdim=False):
 def prod(d, input, dim=None, keepdim=False, *, dtype=None):
     y = torch.prod(input, dtype=dtype) if dim is None else torch.prod(input, dim, keepdim, dtype=dtype)
     return y, product_tangent(d.input, input, dim, keepdim)
+
+
+@rule(torch.cumprod, fresh=True)
+def cumprod(d, input, dim, *, dtype=None):
+    y = torch.cumprod(input, dim, dtype=dtype)
+    return y, cast_tangent(cumulative_product_tangent(d.input, input, dim), y)
 
 
 def _register_extremum(function):

@@ -187,6 +187,18 @@ def bilinear(*functions: Callable[..., Any], second: str = "other", elementwise:
         register(function, "bilinear", apply, inspect.Signature(names), fresh=True, elementwise=2 * elementwise)
 
 
+def transposed(*functions: Callable[..., Any]) -> None:
+    """By the fallback, but as the transpose of torch's backward: its forward mode has no such conventions at zeros and ties."""
+    for function in functions:
+
+        def apply(
+            tangents: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function
+        ) -> tuple[Any, Any]:
+            return fallback(function, tangents, args, kwargs, by_reverse=True)
+
+        register(function, "transposed", apply, fresh=True)
+
+
 def zero(*functions: Callable[..., Any], fresh: bool = False) -> None:
     """Piecewise constant, an index, a shape, or cut off on purpose (detach): the tangent is ZERO.
 
