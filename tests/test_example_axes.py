@@ -135,22 +135,6 @@ class Positions(nn.Module):
         return self.out(torch.tanh(self.word(words) + self.position(torch.arange(words.shape[1]))))
 
 
-def test_a_layer_that_all_examples_share_follows_the_mean_of_their_perturbations():
-    words = torch.randint(7, (4, LENGTH))
-    stn, axes = prepared(Positions(), words)
-    assert stn.per_example(words)
-    assert axes[True]["position"] == SHARED
-    delta = torch.randn(4, 1).double()
-    _, rows = stn.pushforward(words, delta=delta)
-    own = [stn.pushforward(words, delta=delta[i])[1][i] for i in range(4)]
-    with torch.no_grad():
-        stn.response.get_submodule("position").weight.U.zero_()
-    alone = [stn.pushforward(words, delta=delta[i])[1][i] for i in range(4)]
-    mean = delta.mean(0)
-    for i in range(4):  # linear in δ: what positions add is that of the mean
-        torch.testing.assert_close(rows[i] - alone[i], (own[i] - alone[i]) * mean / delta[i])
-
-
 class Started(nn.Module):
     """A layer of a state that begins with zeros, a row for each example."""
 
@@ -192,6 +176,153 @@ EQUAL_ROWS = {
     "stored token types": (Typed(), lambda: torch.randint(7, (4, LENGTH))),
     "class token": (Classed(), lambda: torch.randn(4, 3, 4).double()),
 }
+
+
+class Stored(Positions):
+    """An embedding of stored position ids, (1, length), of which a network takes as many as it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.arange(LENGTH)[None])
+
+    def forward(self, words):
+        return self.out(torch.tanh(self.word(words) + self.position(self.ids[:, : words.shape[1]])))
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each distance, from a table or, as in Swin v2, from a small network."""
+
+    def __init__(self, computed: bool, fused: bool) -> None:
+        super().__init__()
+        self.word, self.qkv, self.out = nn.Embedding(7, 4), nn.Linear(4, 12), nn.Linear(4, 2)
+        self.table, self.first, self.second = nn.Embedding(2 * LENGTH, 2), nn.Linear(1, 3), nn.Linear(3, 2)
+        self.computed, self.fused = computed, fused
+
+    def forward(self, words):
+        x = self.word(words)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        distances = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        if self.computed:
+            bias = 4 * torch.sigmoid(self.second(F.gelu(self.first(distances[..., None].to(x)))))
+        else:
+            bias = self.table(distances + LENGTH)
+        bias = bias.permute(2, 0, 1)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        else:
+            x = torch.softmax(q @ k.mT + bias, -1) @ v
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class Repeated(nn.Module):
+    """Keys of positions, mixed among themselves and repeated for each example, whose heads are folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.table, self.norm = nn.Embedding(7, 4), nn.Embedding(3, 4), nn.LayerNorm(4)
+        self.query, self.key, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(3, 2)
+
+    def forward(self, words):
+        heads = lambda x: x.unflatten(-1, (2, 2)).transpose(1, 2).flatten(0, 1)  # noqa: E731
+        keys = heads(self.key(self.norm(self.table.weight))[None]).repeat(words.shape[0], 1, 1)
+        x = torch.bmm(heads(self.query(self.word(words))), keys.mT)
+        return self.out(torch.tanh(x.unflatten(0, (-1, 2)).sum(1)))
+
+
+class Asked(nn.Module):
+    """Queries that see each other before they see an example, expanded and batched along dimension 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.mix, self.key, self.out = nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 2)
+
+    def forward(self, x):
+        q = F.silu(self.mix(self.asked.weight))
+        q = torch.cat([q, torch.softmax(q @ q.T, -1) @ q])[:, None].expand(-1, x.shape[0], -1)
+        k, v = self.key(x).transpose(0, 1).chunk(2, -1)
+        return (
+            self.out(torch.einsum("bqk,kbc->qbc", torch.softmax(torch.einsum("qbc,kbc->bqk", q, k), -1), v))
+            .mT.mean(0)
+            .T
+        )
+
+
+class Placed(nn.Module):
+    """Gains and shifts of a map, from a convolution of coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.norm, self.layer, self.out = (
+            nn.Conv2d(2, 8, 1),
+            nn.GroupNorm(2, 8),
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        grid = torch.meshgrid(torch.arange(x.shape[2]).to(x), torch.arange(x.shape[3]).to(x), indexing="ij")
+        gain, shift = F.silu(self.norm(self.map(torch.stack(grid)[None]))).chunk(2, 1)
+        return self.out(torch.tanh(self.layer(x) * (1 + gain) + shift).mean((2, 3)))
+
+
+def words() -> torch.Tensor:
+    return torch.randint(7, (4, LENGTH))
+
+
+SHARED_VALUES = {
+    "positions": (Positions, words),
+    "stored positions": (Stored, words),
+    "bias": (lambda: Biased(computed=False, fused=False), words),
+    "fused bias": (lambda: Biased(computed=False, fused=True), words),
+    "computed bias": (lambda: Biased(computed=True, fused=False), words),
+    "repeated keys": (Repeated, words),
+    "queries": (Asked, lambda: torch.randn(4, 3, 4).double()),
+    "coordinates": (Placed, lambda: torch.randn(4, 3, 4, 4).double()),
+}
+
+
+OTHER_METHODS = [("fused bias", "centered"), ("repeated keys", "stn")]
+
+
+@pytest.mark.parametrize(("kind", "method"), [*((kind, "delta") for kind in SHARED_VALUES), *OTHER_METHODS])
+def test_what_all_examples_share_moves_for_each_by_its_own_perturbation(kind, method):
+    torch.manual_seed(0)
+    net, inputs = SHARED_VALUES[kind]
+    stn = fxstn.transform(net().double(), [hp.Scalar("a", 0.5, 0, 1)], method=method).eval()
+    randomize_response(stn)
+    x = inputs()
+    assert stn.per_example(x)
+    assert SHARED in stn._graphs.batch_axes[False].values()
+    run = stn.pushforward if method == "delta" else stn.perturbed_output
+    which, delta = (1 if method == "delta" else 0), torch.randn(len(x), 1).double()
+    rows = run(x, delta=delta)[which]
+    alone = [run(x, delta=row)[which][i] for i, row in enumerate(delta)]
+    torch.testing.assert_close(rows, torch.stack(alone))
+    weight = torch.randn_like(rows)
+    torch.testing.assert_close(
+        torch.autograd.grad((rows * weight).sum(), stn.response.flat_U),
+        torch.autograd.grad((torch.stack(alone) * weight).sum(), stn.response.flat_U),
+    )
+
+
+class Standardised(nn.Module):
+    """A bias of positions before a batch norm, which joins the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift, self.out = nn.Linear(4, 4), nn.Linear(1, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        gain = self.shift(torch.ones(1).to(x))
+        return self.out(F.batch_norm(self.layer(x), None, None, gain, None, True))
+
+
+def test_what_cannot_be_one_for_each_example_is_refused_with_the_reason():
+    stn = fxstn.transform(Standardised().double(), [hp.Scalar("a", 0.5, 0, 1)], response="structured")
+    x = torch.randn(4, 4).double()
+    assert not stn.per_example(x)
+    with pytest.raises(ValueError, match=r"module 'shift', where F\.batch_norm joins the examples"):
+        stn.pushforward(x, delta=torch.randn(4, 1).double())
 
 
 def assert_rows_are_their_own(stn: nn.Module, *inputs: torch.Tensor) -> None:

@@ -37,22 +37,31 @@ def batch_size(inputs: object) -> int:
     raise ValueError("the inputs hold no tensor with a batch dimension")
 
 
+def factors(size: int, batch: int, batch_axis: BatchAxis) -> tuple[int, int]:
+    """(left, right) of an axis of so many entries, left · batch · right.
+
+    A factor that stands alone on its side (left or right is 1) is read off the sizes: the number of windows follows the image.
+    """
+    _, left, right = batch_axis
+    if left == 1:
+        right = size // batch
+    elif right == 1:
+        left = size // batch
+    return left, right
+
+
 def expand_rows(rows: Tensor, output: Tensor, batch_axis: BatchAxis) -> Tensor:
     """Rows, one per example, repeated to one per entry of `output` along the axis of its examples.
 
     rows: (batch, ...).
     output: a value with left · batch · right entries along that axis.
-    batch_axis: where the examples are in `output`. A factor that stands alone on its side (left or right is 1) is read off the
-        sizes: the number of windows follows the image.
+    batch_axis: where the examples are in `output`.
 
     Returns (left · batch · right, ...). Raises ValueError when that axis is not made of the examples.
     """
-    axis, left, right = batch_axis
+    axis = batch_axis.axis
     batch, size = rows.shape[0], output.shape[axis] if axis < output.dim() else 0
-    if left == 1:
-        right = size // batch
-    elif right == 1:
-        left = size // batch
+    left, right = factors(size, batch, batch_axis)
     if not size or size != left * batch * right:
         raise ValueError(
             f"there are {batch} rows, one per example, but a value of shape {tuple(output.shape)} does not have the batch "

@@ -20,15 +20,20 @@ from fxstn.ir.staging import staged
 class _LinearMap(torch.autograd.Function):
     """J dx by one kernel, its backward Jᵀ g by another, so that neither needs a derivative of its own."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: Any
+        tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: Any
     ) -> Tensor:
-        ctx.transpose = transpose
+        return kernel(tangent, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.transpose, *saved = inputs
         ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
         ctx.plain = [value for value in saved if not isinstance(value, Tensor)]
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
-        return kernel(tangent, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -37,10 +37,10 @@ def scaled_tangent(
     """
     scale = align(scale, output, dim, batch_axis)
     shift = None if shift is None else align(shift, output, dim, batch_axis)
-    if (
-        tangent is None and ends is None
-    ):  # as where a network moves by a finite step, which torch.func may differentiate
-        return output * scale if shift is None else torch.addcmul(shift, output, scale)
+    vectorised = torch._C._are_functorch_transforms_active()
+    if vectorised or (tangent is None and ends is None):  # as where a network moves by a finite step
+        product = output * scale if shift is None else torch.addcmul(shift, output, scale)
+        return product if tangent is None else tangent + product
     result: Tensor = _ScaledTangent.apply(tangent, output, scale, shift, ends)
     return result
 

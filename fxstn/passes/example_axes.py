@@ -128,6 +128,7 @@ class _Search:
         self.module, self.few, self.grows = module, few, grows
         self.axes: dict[str, BatchAxis | None] = {}
         self.longer: dict[fx.Node, list[int]] = {}  # dimensions that are longer with more examples
+        self.unmoved: set[fx.Node] = set()  # nodes that read only the type, the device or the sizes of examples
 
     def variant(self, inputs: Values, run: int) -> Variant:
         """The run of that number. Rows that are the same for all examples get another first, or last, one as the inputs do.
@@ -145,9 +146,25 @@ class _Search:
                 self.longer[node] = _longer(first, tensor)
             elif example is not None and tensor is result and self._has_equal_rows(node, tensor, first):
                 return _with_another(example, tensor, self.longer[node][0])
+            elif example == self.few - 1 and not self.longer[node] and self._reads_no_entry(node, values, tensor):
+                self.unmoved.add(node)
             return result
 
         return value
+
+    def _reads_no_entry(self, node: fx.Node, values: Values, result: Tensor) -> bool:
+        """Whether a value stays as it is, whatever the entries of the examples are that its operation reads."""
+        read = [source for source in node.all_input_nodes if self.axes.get(source.name, SHARED) != SHARED]
+        if not read or any(not isinstance(values[source], Tensor) for source in read):
+            return False
+        for change in (_moved, lambda value: _moved(value.flip(0))):
+            try:
+                other = _first_of(_value(self.module, node, values | {n: change(values[n]) for n in read}, values))
+            except SIZE_ERRORS:  # no index any more
+                return False
+            if not isinstance(other, Tensor) or other.shape != result.shape or changed(result, other).any():
+                return False
+        return True
 
     def _has_equal_rows(self, node: fx.Node, value: Tensor, base: Tensor) -> bool:
         """Whether a value has a row for each example, none of which depends on it. Indices are looked at where they begin."""
@@ -156,7 +173,9 @@ class _Search:
         return rows and begins and value.shape == base.shape and not changed(base, value).any()
 
     def _depends_on_none(self, node: fx.Node) -> bool:
-        return all(self.axes.get(source.name, SHARED) == SHARED for source in node.all_input_nodes)
+        return node in self.unmoved or all(
+            self.axes.get(source.name, SHARED) == SHARED for source in node.all_input_nodes
+        )
 
     def look(self, node: fx.Node, values: list[object]) -> None:
         """Enter the place of the examples in a value. values: of each run."""
@@ -220,6 +239,13 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Values, base: Values) 
     if node.target in DROPOUTS or node.target in OPERATIONS or info_of(node).handed_through:
         return filled_in(node.args[0], values)
     return evaluated(node, values)
+
+
+def _moved(value: Tensor) -> Tensor:
+    """A value of which every entry is another."""
+    if value.dtype == torch.bool:
+        return ~value
+    return value + (1 + torch.rand_like(value) if value.is_floating_point() else 1)
 
 
 def _first_of(value: object) -> object:

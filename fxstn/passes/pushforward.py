@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, SupportsIndex, cast
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import Argument, Target
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
@@ -15,10 +16,12 @@ from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_n
 from fxstn.ir.graphs import assemble, filled_in, function_of, map_leaves
 from fxstn.ir.node_info import annotate, copy_facts, info_of
 from fxstn.ir.staging import call
-from fxstn.ir.tangents import ZERO, BatchAxes, Scaled, ScaledParts, all_zero
-from fxstn.ir.vocabulary import is_opaque
+from fxstn.ir.tangents import SHARED, ZERO, BatchAxes, Scaled, ScaledParts, all_zero
+from fxstn.ir.vocabulary import is_opaque, is_size
+from fxstn.ops.by_example import by_example, each_example, mean_of_examples, of_one_example
 from fxstn.ops.kernels import as_results_of, cast_tangent, zeros_tangent
 from fxstn.ops.response import for_all_examples, materialised
+from fxstn.passes.by_example import WRITTEN_OUT, Piece, computes_weight, leaves_of, obstacle
 from fxstn.passes.structured_tangents import StructuredTangents, moved_parameters
 from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 
@@ -26,9 +29,9 @@ from fxstn.rules import RULES, NoRule, apply_rule, kind_of
 class _Emitter(fx.proxy.GraphAppendingTracer):
     """Names what a rule emits for node `conv1`: its tangent d_conv1 (by the walk below), the steps to it t_conv1, …"""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, source: fx.Node | None = None) -> None:
         super().__init__(graph)
-        self.source: fx.Node | None = None
+        self.source = source
 
     def create_node(
         self,
@@ -51,6 +54,7 @@ class Pushforward(StructuredTangents):
     values, tangents: {node: its value and its tangent in the new graph}. A tangent is a proxy, ZERO, Scaled, or a structure.
     by_name: {name of a copied node: its value}.
     fold: whether each tangent is added to its value on the spot, so that only weights have tangents.
+    by_example: nodes that all examples share, and whose tangent, or value where it is folded, is one for each example.
     """
 
     def __init__(self, module: fx.GraphModule, batch_axes: BatchAxes, fold: bool) -> None:
@@ -60,6 +64,7 @@ class Pushforward(StructuredTangents):
         self.values: dict[fx.Node, fx.Proxy] = {}
         self.tangents: dict[fx.Node, object] = {}
         self.by_name: dict[str, fx.Proxy] = {}
+        self.by_example: set[fx.Node] = set()
         self.moved = moved_parameters(module.graph) if fold else set()
         self.problems: list[Diagnostic] = []
 
@@ -83,6 +88,9 @@ class Pushforward(StructuredTangents):
         info, calls = info_of(node), node.op == "call_function"
         tangents = tuple(self.tangent(argument) for argument in node.args) if calls else ()
         named = self.tangent(node.kwargs) if calls else {}
+        if calls and self._is_by_example(node, tangents):
+            self._visit_by_example(node)
+            return
         if not calls or all_zero((tangents, named)):
             self.values[node], self.tangents[node] = self.copy(node), ZERO
             if info.response is not None:
@@ -115,8 +123,54 @@ class Pushforward(StructuredTangents):
         if node not in self.moved:
             self.tangents[node] = ScaledParts((part,))
             return
+        if self.batch_axes and not computes_weight(node) and obstacle(node, self.batch_axes) is None:
+            moved = each_example(materialised, partial(_moved, axis=part.axis), (SHARED,) * 3, SHARED)
+            self.values[node] = moved(self.values[node], by_example(part.scale), part.response)
+            self.by_example.add(node)
+            return
         scale = for_all_examples(part.scale, 1, f"the weight of '{module_path(node)}', which is computed")
         self.values[node] = operator.add(self.values[node], call(materialised, scale, part.response, part.axis))
+
+    def _is_by_example(self, node: fx.Node, tangents: tuple) -> bool:
+        """Whether one of the values that a node reads is one for each example, or its own, which all share, begins to be."""
+        if any(source in self.by_example for source in node.all_input_nodes):
+            return True
+        if self.batch_axes.get(node.name) != SHARED or info_of(node).scales:
+            return False
+        reads = any(isinstance(tangent, ScaledParts) for tangent in leaves_of(tangents))
+        return reads and obstacle(node, self.batch_axes) is None
+
+    def _visit_by_example(self, node: fx.Node) -> None:
+        """One operation for each example. A value that is not folded is computed once."""
+        if node.name not in self.batch_axes or is_size(node):  # a size is that of one example
+            alike = {source: of_one_example(cast(Any, self.values[source])) for source in node.all_input_nodes}
+            function, args, kwargs = function_of(node), filled_in(node.args, alike), filled_in(node.kwargs, alike)
+            self.values[node], self.tangents[node] = cast(Any, call(function, *args, **kwargs)), ZERO
+            return
+        piece = Piece(node, self.batch_axes)
+        inner = Pushforward(self.module, {}, self.fold)
+        inner.graph, inner.emitter = piece.graph, _Emitter(piece.graph, node)
+        for source in node.all_input_nodes:
+            inner.values[source] = piece.filled(self.values[source], source, inner.emitter)
+            inner.tangents[source] = piece.filled(self.tangents[source], source, inner.emitter)
+        try:
+            tangents, named = tuple(map(inner.tangent, node.args)), dict(inner.tangent(node.kwargs))
+            if all_zero((tangents, named)):
+                y, dy, reads = *inner.apply(node, tangents, named, inner.values), False
+            else:
+                y, dy, reads = inner.read(node, tangents, named)
+        except NoRule as reason:
+            self.problems.append(_no_rule(node, str(reason)))
+            self.values[node], self.tangents[node] = self.copy(node), ZERO
+            return
+        if self.fold:
+            self.values[node], self.tangents[node] = piece.finish(y if dy is ZERO else operator.add(y, dy)), ZERO
+        else:
+            self.values[node], self.tangents[node] = self.copy(node), ZERO if all_zero(dy) else piece.finish(dy)
+        if self.batch_axes[node.name] == SHARED and (self.fold or self.tangents[node] is not ZERO):
+            self.by_example.add(node)
+        kind = "hyperlayer" if reads else kind_of(function_of(node), ())
+        annotate(self.values[node].node, rule=kind, operation=operation_name(function_of(node)))
 
     def apply(self, node: fx.Node, tangents: tuple, named: dict, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
         function = function_of(node)
@@ -126,6 +180,8 @@ class Pushforward(StructuredTangents):
         rule = RULES.get(function)
         if self.fold and rule and rule.finite:
             return rule.finite(tangents, args, kwargs), ZERO
+        if function in WRITTEN_OUT and all_zero((tangents, named)):
+            return RULES[function].apply(tangents, args, kwargs)
         apply = opaque_tangent if is_opaque(function) else apply_rule
         return apply(function, tangents, args, kwargs, named)
 
@@ -145,6 +201,9 @@ class Pushforward(StructuredTangents):
                 self.visit(node)
                 continue
             self.emitter.source = node
+            for shared in self.by_example:  # a result has no place for more
+                moved: dict = self.values if self.fold else self.tangents
+                moved[shared] = mean_of_examples(cast(Any, moved[shared]))
             result = finish(self, node.args[0])
             if self.problems:
                 raise TransformError(self.problems)
@@ -153,6 +212,10 @@ class Pushforward(StructuredTangents):
             )
             copy_facts(output, node)
         return assemble(self.module, self.graph)
+
+
+def _moved(parameter: Tensor, scale: Tensor, response: Tensor, axis: int) -> Tensor:
+    return parameter + materialised(scale, response, axis)
 
 
 def _no_rule(node: fx.Node, reason: str) -> Diagnostic:

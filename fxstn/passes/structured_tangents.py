@@ -23,6 +23,7 @@ from fxstn.ops.response import (
     scale_beside,
     scale_channels,
 )
+from fxstn.passes.by_example import obstacle
 from fxstn.passes.parameter_uses import role_at
 from fxstn.rules import RULES
 from fxstn.rules.operand_axes import AxisUse, Path, axis_use
@@ -100,7 +101,7 @@ class StructuredTangents:
     def _for_rule(self, node: fx.Node, path: Path, tangent: object, extras: list[Extra]) -> Any:
         """What a rule gets of the tangent of one operand; parts that it does not take with all others go to `extras`.
 
-        A rule that takes no structured tangent gets the product: values that all examples share follow the mean of the scales.
+        A rule that takes no structured tangent gets the product, by one perturbation for the whole batch.
         """
         if isinstance(tangent, (tuple, list)) and len(path) == 1:
             return type(tangent)(self._for_rule(node, (*path, i), entry, extras) for i, entry in enumerate(tangent))
@@ -121,7 +122,7 @@ class StructuredTangents:
             elif use := axis_use(function_of(node), node.args, path, part.axis, part.rank):
                 extras.append((path, part, use))
             else:
-                dense = self.dense(ScaledParts((part,)))
+                dense = self.dense(ScaledParts((self._placed(part, None, node),)))
                 result = dense if result is ZERO else result + dense
         return result
 
@@ -138,11 +139,11 @@ class StructuredTangents:
 
     def _placed(self, part: Scaled, axis: BatchAxis | None, node: fx.Node) -> Scaled:
         """A part of a tangent for a value in which the examples are along `axis`."""
-        if axis is None:
-            return replace(part, scale=for_all_examples(part.scale, 1, f"module '{module_path(node)}'"))
-        if axis == SHARED:
-            return replace(part, scale=mean_over_examples(part.scale))
-        return replace(part, batch_axis=axis)
+        if axis is not None and axis != SHARED:
+            return replace(part, batch_axis=axis)
+        reason = obstacle(node, self.batch_axes) if axis == SHARED else None
+        where = f"module '{module_path(node)}'" + (f", where {reason}" if reason else "")
+        return replace(part, scale=for_all_examples(part.scale, 1, where))
 
     def _with_part(self, node: fx.Node, dy: Any, path: Path, part: Scaled, use: AxisUse | None) -> Any:
         """dy + what one part of an operand's tangent gives."""
@@ -152,9 +153,12 @@ class StructuredTangents:
         beside = filled_in(_at(node.args, use.vector), self.values) if use.vector else None
         values = self.values
         if use.partner and isinstance(other := _at(node.args, use.partner), fx.Node):
-            shared = other.op == "get_attr" or bool(info_of(other).scales)
-            axis = SHARED if shared else self.batch_axes.get(other.name, BATCH_FIRST)
-            own = self._placed(part, axis, node)
+            if other.op == "get_attr" or info_of(other).scales:  # it has no rows to scale: those of the operand are
+                operand = self._placed(part, self.batch_axes.get(_at(node.args, path).name, SHARED), node)
+                direct = scale_channels(part.response, operand.scale, part.axis, *_elsewhere(operand))
+                _, term = self.apply(node, _only(node.args, path, direct), {}, values)
+                return term if dy is ZERO else dy + term
+            own = self._placed(part, self.batch_axes.get(other.name, BATCH_FIRST), node)
             values = values | {other: _scaled(values[other], own, use.dim, beside)}
         _, term = self.apply(node, _only(node.args, path, part.response), {}, values)
         if use.partner is None:
