@@ -14,6 +14,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
+from fxstn.frontends.decompositions.torchvision import random_modules
+from fxstn.hp.moving import recorded_moves
+from fxstn.hp.targets import move_target
+
 Targets = Sequence[Mapping[str, Tensor]]
 # Modules that compute losses where their `training` is set. They have no weights of their own and no other use of it.
 _SWITCHES = (GeneralizedRCNN, RegionProposalNetwork, RoIHeads, RetinaNet, FCOS, SSD)
@@ -27,26 +31,39 @@ class DetectionLosses(nn.Module):
     eval mode, it returns boxes as the detector does.
 
     detector: has one of torchvision's detectors (Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS, SSD) in it.
+    augmentations: modules of `torchvision.transforms.v2`, or others that an `hp.Operation` takes over. In train mode they act on
+        the images, each with a draw of its own, and move boxes, masks and keypoints along (`fxstn.hp.Moving`).
 
     The runner and `fxstn.tune` take batches (images, targets) of it. `detector` is also the attribute with the trained weights.
 
     Raises TypeError where there is no such detector.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, *augmentations: nn.Module) -> None:
         super().__init__()
         if not any(isinstance(module, _SWITCHES) for module in detector.modules()):
             raise TypeError(f"DetectionLosses takes a detector of torchvision.models.detection, got {type(detector).__name__}; "
                             "a model that returns its losses in both modes needs no wrapper")  # fmt: skip
-        self.detector = detector
+        self.detector, self.augment = detector, nn.Sequential(*augmentations)
 
     def forward(self, images: Sequence[Tensor], targets: Targets | None = None) -> Any:
         if targets is None:
             return self.detector(list(images))
         if self.training:
-            return self.detector(list(images), targets)
+            return self.detector(*self._augmented(list(images), list(targets)))
         with self._switched_to_losses(), _same_draws(images[0].device):
             return self.detector(list(images), targets)
+
+    def _augmented(self, images: list[Tensor], targets: list[Any]) -> tuple[list[Tensor], list[Any]]:
+        """Images and targets after the augmentations; images of one size all at once."""
+        if not len(self.augment):
+            return images, targets
+        if len({image.shape for image in images}) > 1:
+            pairs = [self._augmented([image], [target]) for image, target in zip(images, targets, strict=True)]
+            return [image for (image,), _ in pairs], [target for _, (target,) in pairs]
+        with random_modules(self.augment.modules()), recorded_moves() as moves:
+            batch = self.augment(torch.stack(images))
+        return list(batch), move_target(targets, moves)[0]
 
     @contextmanager
     def _switched_to_losses(self) -> Iterator[None]:

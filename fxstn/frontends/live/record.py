@@ -16,6 +16,7 @@ from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.calls import Call, RunningCall, mutated, named_values
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
 from fxstn.frontends.preservation import Preservation
+from fxstn.hp.moving import moves_so_far
 from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
 from fxstn.ir.graphs import forked_rng, rename
@@ -52,12 +53,12 @@ class Tape(ConstantGuard):
                 node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
                 annotate(node, address=("argument", name))
                 self.nodes[leaf] = node
-        self.attribute_targets = WeakTensorKeyDictionary()
+        self.attribute_targets, self.drawn = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         for name, tensor in attributes(model):
             self.attribute_targets.setdefault(tensor, f"model.{name}")
 
     def is_known(self, x: Tensor) -> bool:
-        return x in self.nodes or x in self.attribute_targets
+        return x in self.nodes or x in self.attribute_targets or x in self.drawn
 
     def node_of(self, x: Tensor) -> fx.Node | Tensor:
         if x in self.nodes:
@@ -123,6 +124,8 @@ class Tape(ConstantGuard):
         node = self.node(call.function, call.args, call.kwargs)
         with torch._C.DisableTorchFunction():
             result = call.run()
+        for move in moves_so_far():  # the forward may move targets alike
+            self.drawn.update(dict.fromkeys(tensors_in(move.drawn)))
         self.enter_result(call, node, result)
         return result
 
