@@ -441,3 +441,34 @@ def test_the_command_that_draws_says_what_there_is(tmp_path, capsys):
     assert (tmp_path / "flip.png").exists()
     assert main(["show", "Flop"]) == 2
     assert "'Flop' is no augmentation; there are ColorJitter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [*AUGMENTATIONS, hp.MixUp, hp.CutMix])
+def test_all_frames_of_a_clip_share_the_draw_of_an_image(kind):
+    torch.manual_seed(0)
+    clips, strengths = torch.rand(5, 3, 4, 12, 14), [min(number.high, 1e3) for number in kind.numbers.values()]
+    settings = dict(kind.defaults) | ({"fill": (0.2, 0.4, 0.6)} if "fill" in kind.defaults else {})
+    settings |= {"value": None} if "value" in settings else {}
+
+    def run(x):
+        torch.manual_seed(1)
+        return kind.function(x, *strengths, **settings)
+
+    result = run(clips)
+    assert result.shape == clips.shape
+    assert not torch.equal(result, clips)
+    if kind is hp.GaussianNoise:
+        assert not torch.equal(run(clips[:, :, :1].expand_as(clips))[:, :, 0], result[:, :, 1])
+    else:
+        frames = torch.stack([run(clips[:, :, i]) for i in range(4)], 2)
+        torch.testing.assert_close(result, frames, rtol=0, atol=1e-6)
+
+
+def test_a_video_network_is_tuned_in_augmentations_of_its_clips():
+    torch.manual_seed(0)
+    model = nn.Sequential(v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomAffine(10), v2.RandomErasing(0.5), nn.Conv3d(3, 4, 3),
+                          nn.Tanh(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5))  # fmt: skip
+    clips = torch.rand(4, 3, 3, 9, 11)
+    stn = fxstn.transform(model, [hp.ColorJitter(), hp.Affine(), hp.Erasing(), hp.Flip("input")], example_inputs=clips)
+    assert stn.per_example(clips)
+    assert fxstn.verify(model, clips).ok

@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.optical_flow import raft
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
@@ -96,8 +97,8 @@ def keypoint():
     )  # fmt: skip
 
 
-def with_losses(make):
-    result = lambda: fxstn.DetectionLosses(make())  # noqa: E731
+def with_losses(make, *augmentations):
+    result = lambda: fxstn.DetectionLosses(make(), *augmentations)  # noqa: E731
     result.__name__ = f"losses of {make.__name__}"
     return result
 
@@ -141,7 +142,7 @@ def loader(count, size):
     return DataLoader(Pairs(count), size, collate_fn=lambda examples: tuple(zip(*examples, strict=True)))
 
 
-@pytest.mark.parametrize("make", [mask, with_losses(faster), with_losses(retina)])
+@pytest.mark.parametrize("make", [mask, with_losses(faster), with_losses(retina, v2.RandomAffine(10, (0.1, 0.1)))])
 def test_the_tangent_of_a_detector_is_the_derivative_of_the_original(make):
     torch.manual_seed(0)
     report = fxstn.verify(make(), *batch(), hparams=[hp.Dropout()], trace="live", seeds=6)
@@ -203,6 +204,44 @@ def test_a_detector_is_tuned_in_the_loop_that_there_is():
             optimizer.step()
     assert len(tuner.history) == 2
     assert tuner.values()["detector.backbone.2.dropout"] != pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("widths", [(48, 48), (48, 56)])
+def test_augmentations_of_a_detector_move_boxes_and_masks_with_each_image(widths, monkeypatch):
+    torch.manual_seed(0)
+    model = fxstn.DetectionLosses(faster(), v2.RandomAffine(0, (0.2, 0.2), (0.7, 1.3)), v2.RandomHorizontalFlip())
+    images, targets, seen = [torch.zeros(3, 48, width) for width in widths], [], []
+    for image in images:
+        image[:, 14:30, 10:22] = 1
+        targets.append({"boxes": torch.tensor([[10.0, 14.0, 22.0, 30.0]]), "masks": image[:1].to(torch.uint8)})
+    monkeypatch.setattr(model.detector, "forward", lambda *args: seen.append(args))
+    for _ in range(4):
+        model.train()(images, targets)
+    boxes = []
+    for moved, targets in seen:
+        for image, target in zip(moved, targets, strict=True):
+            columns, rows = ((image[0] > 0.5).any(axis).nonzero()[:, 0] for axis in (0, 1))
+            around = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+            assert (target["boxes"][0] - around).abs().max() < 1
+            assert (target["masks"][0] == (image[0] > 0.5)).float().mean() > 0.98
+            boxes.append(target["boxes"][0])
+    assert torch.stack(boxes).std(0).min() > 1  # each image had a draw of its own
+
+
+def test_a_followed_detector_augments_as_the_plain_one_does():
+    torch.manual_seed(0)
+    model = fxstn.DetectionLosses(faster(), v2.RandomAffine(10, (0.1, 0.1)), v2.RandomHorizontalFlip())
+    model.detector.backbone[2] = nn.Identity()  # a dropout
+    inputs = batch()
+    stn = fxstn.transform(model, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=inputs)
+    runs = (lambda: fxstn.detection_loss(model.train()(*inputs)),
+            lambda: fxstn.general_loss(stn.train(), fxstn.detection_loss, inputs, inputs[1]))  # fmt: skip
+    values = []
+    for run in (*runs, runs[0]):
+        torch.manual_seed(3 if len(values) < 2 else 4)
+        values.append(run().item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] != pytest.approx(values[2], rel=1e-5)
 
 
 def test_batches_that_list_their_examples_are_counted_and_cut_by_them():

@@ -13,7 +13,7 @@ from runs import grouped, without_times
 from torch import nn
 
 import fxstn
-from examples import class_weights, label_noise, own_loop
+from examples import class_weights, detection, label_noise, own_loop
 from fxstn import hp
 
 SMALL = SimpleNamespace(train_size=200, valid_size=50, noise=0.4, eta=0.15, lr=0.02, hyper_lr=0.1)
@@ -91,6 +91,33 @@ def test_the_hypergradient_reaches_the_weights_of_classes_through_the_response()
         for parameter in stn.response_parameters():
             parameter -= 0.1 * parameter.grad
     assert gradient().all()
+
+
+def test_a_detector_of_drawn_shapes_trains_and_tunes(capsys):
+    image, target = detection.drawn(40, 0)[3]
+    assert image.shape == (3, 64, 64)
+    assert ((target["boxes"] >= 0) & (target["boxes"] <= 64)).all()
+    sizes = ["--train-size", "8", "--valid-size", "2", "--test-size", "2", "--width", "4", "--epochs", "1"]
+    results = detection.main([*sizes, "--seeds", "1", "--no-progress"])
+    assert "augment.1.rotation" in capsys.readouterr().out
+    assert {name: len(runs) for name, runs in results.items()} == {"start kept": 1, "tuned": 1}
+    for (run,) in results.values():
+        assert all(math.isfinite(run[column]) for column in detection.COLUMNS)
+
+
+def test_average_precision_counts_each_true_box_once():
+    class Answers(nn.Module):
+        def forward(self, images):
+            near, far = [10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 40.0, 40.0]
+            boxes = torch.tensor([near, near, far, far])
+            return [
+                {"boxes": boxes, "labels": torch.tensor([1, 1, 2, 3]), "scores": torch.tensor([0.9, 0.8, 0.7, 0.6])}
+            ]
+
+    target = {"boxes": torch.tensor([[10.0, 10, 20, 21], [30, 30, 40, 40], [0, 0, 9, 9], [30, 30, 40, 40]]),
+              "labels": torch.tensor([1, 2, 2, 3])}  # fmt: skip
+    found = detection.average_precision(Answers(), [((torch.ones(3, 64, 64),), (target,))])
+    assert found == pytest.approx((1 + 0.5 + 1) / 3)
 
 
 # A problem of one's own in the runner

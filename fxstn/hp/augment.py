@@ -1,5 +1,7 @@
 """Augmentations of images (batch, channels, H, W) inside the graph, on their device, each example at its own strength.
 
+All frames of a clip (batch, channels, T, H, W) share a draw; noise is drawn for each.
+
 Images are uint8, or floating point in [0, 1]; `v2.Normalize` belongs into the model, after the augmentations. A strength bounds
 a uniform draw. At strength 0 images stay as they are, bit for bit. Augmentations act in train mode only.
 """
@@ -18,7 +20,7 @@ from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.ops.color import as_float, gray, jitter, like_before
 from fxstn.ops.constants import constant
-from fxstn.ops.erase import cutout_mask, erasing_mask
+from fxstn.ops.erase import cutout_mask, erasing_mask, over_frames
 from fxstn.ops.noise import by_example, uniform
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ class Cutout(Operation):
 
     @staticmethod
     def draw(x: Tensor, holes: Strength, length: Strength) -> Tensor:
-        return (~cutout_mask(x, by_example(holes, x), by_example(length, x), most=5)).to(x.dtype)
+        mask = cutout_mask(x, by_example(holes, x), by_example(length, x), most=5)
+        return over_frames(~mask, x).to(x.dtype)
 
 
 class Erasing(Operation):
@@ -114,8 +117,10 @@ class Erasing(Operation):
 
     @staticmethod
     def draw(x: Tensor, erasing: Strength, *, area: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
-        noise = torch.randn_like(as_float(x)) if value is None else constant(value, as_float(x)).view(1, -1, 1, 1)
-        return erasing_mask(x, by_example(erasing, x), area, ratio), noise.to(x.dtype)
+        image = x if x.dim() == 4 else x[:, :, 0]  # frames share what is erased, and by what
+        noise = torch.randn_like(as_float(image)) if value is None else constant(value, as_float(x)).view(1, -1, 1, 1)
+        mask = erasing_mask(image, by_example(erasing, image), area, ratio)
+        return over_frames(mask, x), over_frames(noise.to(x.dtype), x)
 
     @staticmethod
     def apply(x: Tensor, drawn: tuple[Tensor, Tensor], **settings: object) -> Tensor:
@@ -197,10 +202,11 @@ class GaussianBlur(Operation):
 
     @staticmethod
     def apply(x: Tensor, drawn: tuple[Tensor, ...], *, kernel_size: tuple[int, int], shares: Range) -> Tensor:
-        images, (batch, channels, height, width) = as_float(x), x.shape
+        images = as_float(x).flatten(1, -3)
+        batch, channels = images.shape[:2]
         across, down = (kernel.to(images.dtype).repeat_interleave(channels, 0) for kernel in drawn)
         w, h = kernel_size
         y = F.pad(images, (w // 2, w // 2, h // 2, h // 2), mode="reflect").flatten(0, 1)[None]
         y = F.conv2d(y, across[:, None, None], groups=batch * channels)
         y = F.conv2d(y, down[:, None, :, None], groups=batch * channels)
-        return like_before(y[0].view(batch, channels, height, width), x)
+        return like_before(y[0].view(x.shape), x)

@@ -11,7 +11,7 @@ from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Strength
 from fxstn.hp.terms import Auxiliary
 from fxstn.ops.color import as_float, like_before
-from fxstn.ops.erase import boxes_mask
+from fxstn.ops.erase import boxes_mask, over_frames
 from fxstn.ops.mixing import lesser_share, mixed_target
 from fxstn.ops.noise import by_example
 
@@ -74,13 +74,14 @@ class CutMix(Mixing):
             starts.append((torch.rand(len(x), 1, device=x.device) * size).floor() - reach)
             lengths.append(2 * reach)
         box = boxes_mask(starts[0], starts[1], lengths[0], lengths[1], (x.shape[-2], x.shape[-1]))
-        return box, torch.randperm(len(x), device=x.device), box.float().mean((1, 2, 3))
+        return over_frames(box, x), torch.randperm(len(x), device=x.device), box.float().mean((1, 2, 3))
 
     def retarget(self, target: object, output: object, value: tuple[Tensor, ...]) -> object:
         box, partner, _ = value
-        of_classes = isinstance(target, Tensor) and target.dim() in (3, 4) and not target.is_floating_point()
-        if isinstance(target, Tensor) and of_classes and target.shape[-2:] == box.shape[-2:]:
-            return torch.where(box if target.dim() == 4 else box[:, 0], target[partner], target)
+        whole = isinstance(target, Tensor) and not target.is_floating_point()
+        if isinstance(target, Tensor) and whole and target.dim() > 2 and target.shape[-2:] == box.shape[-2:]:
+            inside = box.view(len(box), *[1] * (target.dim() - 3), *box.shape[-2:])  # a map of classes
+            return torch.where(inside, target[partner], target)
         return super().retarget(target, output, value)
 
     @staticmethod

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
@@ -62,10 +63,7 @@ class _Mover:
         if not isinstance(target, (tuple, list)):
             return target
         if self._is_list_of_examples(target):
-            each = [
-                _Mover(self.move.of_example(index), self.kinds).example(entry) for index, entry in enumerate(target)
-            ]
-            return type(target)(each)
+            return type(target)(self._dicts(target) if isinstance(target[0], Mapping) else self._tensors(target))
         entries = [self.structure(entry) for entry in target]
         return type(target)(*entries) if hasattr(target, "_fields") else type(target)(entries)
 
@@ -74,18 +72,32 @@ class _Mover:
         of_examples = issubclass(first, (Mapping, tv_tensors.TVTensor))
         return of_examples and len(target) == self.examples and all(isinstance(entry, first) for entry in target)
 
-    def example(self, target: Any) -> Any:
-        """The target of the only example of a batch."""
-        if isinstance(target, Tensor):
-            return self.tensor(target, "", alone=True)
-        result = {
-            key: self.tensor(value, str(key), alone=True) if isinstance(value, Tensor) else value
-            for key, value in target.items()
-        }
-        boxes = next(
-            (k for k, x in target.items() if isinstance(x, Tensor) and self._kind(x, str(k), 1) == BOXES), None
-        )
-        return result if boxes is None else _without_empty(result, boxes)
+    def _tensors(self, targets: Sequence[Tensor], name: str = "") -> list[Tensor]:
+        """A tensor of each example; boxes and keypoints of all at once."""
+        kinds = {self._kind(x, name, 0) for x in targets}
+        plain = not any(isinstance(x, tv_tensors.TVTensor) for x in targets)
+        if plain and kinds <= {BOXES, KEYPOINTS} and len({x.shape[1:] for x in targets}) == 1:
+            moved = self.tensor(pad_sequence(list(targets), batch_first=True), name)
+            return [row[: len(x)] for row, x in zip(moved.unbind(), targets, strict=True)]
+        if kinds == {None}:
+            return list(targets)
+        movers = (_Mover(self.move.of_example(index), self.kinds) for index in range(self.examples))
+        return [mover.tensor(x, name, alone=True) for mover, x in zip(movers, targets, strict=True)]
+
+    def _dicts(self, targets: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
+        """A dict of each example, without the objects whose box is empty."""
+        result = [dict(target) for target in targets]
+        for key in set.intersection(*map(set, result)):
+            values = [entry[key] for entry in result]
+            if all(isinstance(value, Tensor) for value in values):
+                for entry, moved in zip(result, self._tensors(values, str(key)), strict=True):
+                    entry[key] = moved
+        return [_without_empty(entry, self._boxes_in(entry)) for entry in result]
+
+    def _boxes_in(self, target: Mapping[Any, Any]) -> Any:
+        """The key of the boxes in the dict of one example; None: it has none."""
+        tensors = ((key, x) for key, x in target.items() if isinstance(x, Tensor))
+        return next((key for key, x in tensors if self._kind(x, str(key), 0) == BOXES), None)
 
     def tensor(self, x: Tensor, name: str, alone: bool = False) -> Tensor:
         """alone: x is what one example has, without a dimension of examples."""
@@ -142,10 +154,14 @@ def _as_images(x: Tensor) -> Tensor:
 
 
 def _without_empty(target: dict[Any, Any], boxes: Any) -> dict[Any, Any]:
-    """A dict of one example without the objects whose box is empty."""
+    """A dict of one example without the objects whose box is empty. boxes: their key."""
+    if boxes is None:
+        return target
     own = target[boxes]
     form = own.format.value.lower() if isinstance(own, tv_tensors.BoundingBoxes) else "xyxy"
-    keep = has_area(box_convert(_plain(own), form, "xyxy"))
+    keep = has_area(box_convert(_plain(own), form, "xyxy") if form != "xyxy" else _plain(own))
+    if bool(keep.all()):
+        return target
 
     def rows(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != len(keep):

@@ -31,8 +31,8 @@ class DetectionLosses(nn.Module):
     eval mode, it returns boxes as the detector does.
 
     detector: has one of torchvision's detectors (Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS, SSD) in it.
-    augmentations: modules of `torchvision.transforms.v2`, or others that an `hp.Operation` takes over. In train mode they act on
-        the images, each with a draw of its own, and move boxes, masks and keypoints along (`fxstn.hp.Moving`).
+    augmentations: modules of `torchvision.transforms.v2`, or others that an `hp.Operation` takes over. In train mode they act
+        on the images, each with a draw of its own, and move boxes, masks and keypoints along (`fxstn.hp.Moving`).
 
     The runner and `fxstn.tune` take batches (images, targets) of it. `detector` is also the attribute with the trained weights.
 

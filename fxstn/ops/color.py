@@ -76,7 +76,7 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each example, in an order of its own.
 
-    x: (batch, channels, H, W).
+    x: (batch, channels, H, W), or clips (batch, channels, T, H, W), all of whose frames change alike.
     factors: (batch, 3), ≥ 0, of the first three.
     shift: (batch,), of the hue.
     order: (batch, 3), the order of the first three.
@@ -91,13 +91,17 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     of_mean, of_luma = ((1 - factor) * (order == kind) for kind in (1, 2))
     unchanged = ((factors == 1).all(1) & (shift == 0)).to(images.dtype)
     columns = torch.cat([factor, of_mean, of_luma, shift[:, None], unchanged[:, None]], 1)[arrangement]
+    frames = x.shape[2] if x.dim() == 5 else 1
     for quarter, (rows, own) in enumerate(zip(arrangement.tensor_split(4), columns.tensor_split(4), strict=True)):
+        own = own.repeat_interleave(frames, 0) if frames > 1 else own
         *blends, turn, still = own[:, :, None, None, None].unbind(1)
-        before = y = images.index_select(0, rows)
+        chosen = images.index_select(0, rows)
+        before = y = chosen if x.dim() == 4 else chosen.movedim(2, 1).flatten(0, 1)
         for step in range(4):
             y = shift_hue(y, turn, ramps) if step == quarter else y
             y = _blend(y, *blends[step::3]) if step < 3 else y
-        result.index_copy_(0, rows, torch.lerp(y, before, still))
+        y = torch.lerp(y, before, still)
+        result.index_copy_(0, rows, y if x.dim() == 4 else y.unflatten(0, (-1, frames)).movedim(1, 2))
     return like_before(result, x)
 
 

@@ -24,6 +24,11 @@ def boxes_mask(top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: t
     return (rows.mT @ columns > 0)[:, None]  # in how many boxes each pixel is
 
 
+def over_frames(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask (batch, 1, H, W) for images x, or for clips (batch, channels, T, H, W), whose frames share it."""
+    return mask if x.dim() == 4 else mask.unsqueeze(2)
+
+
 def cutout_mask(x: Tensor, holes: Tensor, length: Tensor, most: int) -> Tensor:
     """Squares at uniformly drawn pixels, cut at the borders (DeVries & Taylor 2017).
 

@@ -46,8 +46,9 @@ def moved_points(points: Tensor, matrices: Tensor, size: tuple[int, int]) -> Ten
     matrices = matrices.to(points.dtype)
     linear, moved = matrices[:, :, :2], matrices[:, None, :, 2]
     middle = constant((size[1] / 2, size[0] / 2), points)
-    inverse = torch.linalg.inv(linear)
-    result = (points - middle - moved) @ inverse.mT + middle
+    (a, b), (c, d) = (row.unbind(-1) for row in linear[:, None].unbind(-2))
+    x, y = (points - middle - moved).unbind(-1)
+    result = torch.stack([d * x - b * y, a * y - c * x], -1) / (a * d - b * c)[..., None] + middle
     return torch.where(_is_identity(matrices).view(-1, 1, 1), points, result)
 
 
@@ -69,7 +70,7 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
 
     Where a matrix is the identity the image stays as it is, bit for bit.
 
-    x: (batch, channels, H, W).
+    x: (batch, channels, H, W), or clips (batch, channels, T, H, W), all of whose frames are mapped alike.
     matrices: (batch, 2, 3), in pixels from the middle.
     mode: "nearest" or "bilinear".
     fill: outside of the image, one value, or one per channel; None stands for 0.
@@ -78,7 +79,8 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     Returns a tensor in the shape and type of x.
     """
     height, width = x.shape[-2:]
-    images = x if x.is_floating_point() else x.to(matrices.dtype)
+    images = x.flatten(1, -3) if x.is_floating_point() else x.flatten(1, -3).to(matrices.dtype)
+    channels = images.shape[1]
     matrices = matrices.to(images.dtype)
     rows, columns = (
         torch.arange(size, dtype=images.dtype, device=x.device) - (size - 1) / 2 for size in (height, width)
@@ -92,8 +94,8 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     if fill is not None:  # at the border torchvision weighs the image twice; so do we
         y, inside = y[:, :-1], y[:, -1:]
         inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
-        outside = constant(fill, y).view(1, -1, 1, 1)
+        outside = constant(fill, y).repeat_interleave(channels // x.shape[1] if len(fill) > 1 else 1).view(1, -1, 1, 1)
         y = inside * (y - outside) + outside
     still = _is_identity(matrices).view(-1, 1, 1, 1)
-    y = y.lerp_(images[:, : x.shape[1]], still.to(y.dtype))
+    y = y.lerp_(images[:, :channels], still.to(y.dtype)).reshape(x.shape)
     return y if x.is_floating_point() else y.round().to(x.dtype)
