@@ -13,6 +13,7 @@ import torchvision
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.assignment import assigned, overwritten
+from fxstn.ir.grouped import grouped_product
 from fxstn.ops.attention import attention_scores, attention_values
 from fxstn.ops.geometry import resample
 from fxstn.ops.heads import (
@@ -243,6 +244,7 @@ CASES = [
     Case(operator.matmul, shapes=((3, 4), (4, 2))),
     Case(torch.mm, shapes=((3, 4), (4, 2)), varying=(1,)),
     Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2))),
+    Case(grouped_product, shapes=((5, 8), (2, 8, 8)), args=(X, X, torch.tensor([2, 5], dtype=torch.int32))),
     Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}),
     Case(torch.bmm, shapes=((2, 3, 4), (2, 4, 2)), kwargs={"mat2": X}, varying=(0,)),
     Case(torch.mv, shapes=((3, 4), (4,))),

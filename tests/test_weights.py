@@ -114,6 +114,10 @@ VALUES = {
     "exponential": (lambda n, x: x @ torch.matrix_exp(n.w - n.w.T), X, {"w": (6, 6)}),
     "masked-weight": (lambda n, x: F.linear(x, n.w * torch.ones(3, 6).tril()), X, {"w": (3, 6)}),
     "convolved": (lambda n, x: F.conv1d(x, torch.softmax(n.w, -1), n.b), SEQUENCE, {"w": (3, 5, 2), "b": (3,)}),
+    "bias-of-its-size": (  # position biases of a grid as large as the input
+        lambda n, x: x + n.table[: x.shape[1] // 2].reshape(-1, n.table.shape[1]).repeat(3, 1)[: x.shape[1]], SEQUENCE,
+        {"table": (9, 6)},
+    ),
     "experts": (
         lambda n, x: torch.einsum("be,beo->bo", torch.softmax(x @ n.gate, -1), torch.einsum("bi,eio->beo", x, n.w)),
         X, {"w": (3, 6, 2), "gate": (6, 3)},

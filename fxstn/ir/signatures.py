@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fxstn.ir.assignment import assigned, overwritten
+from fxstn.ir.grouped import grouped_product
 
 Tensor = torch.Tensor
 
@@ -110,6 +111,7 @@ ANY |= {
     "baddbmm": lambda input, batch1, batch2, **scales: _sum(input, spell(torch.bmm, batch1, batch2), **scales),
     "addmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.addmm.dtype, *arguments, **scales),
     "baddbmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.baddbmm.dtype, *arguments, **scales),
+    "_grouped_mm": lambda *arguments, **settings: spell(grouped_product, *arguments, **settings),
     "addcmul": lambda input, tensor1, tensor2, value=1: _sum(input, spell(operator.mul, tensor1, tensor2), 1, value),
     "addcdiv": lambda input, tensor1, tensor2, value=1: _sum(
         input, spell(operator.truediv, tensor1, tensor2), 1, value

@@ -9,9 +9,9 @@ by rows, of W and of B, and one scaled by columns, of A.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,10 @@ from fxstn.passes.moved_rows import Runs, decode, joined, with_rows_moved
 from fxstn.passes.probe import changed
 from fxstn.rules import RULES, NoRule, apply_rule
 
-SIZE = 2  # in place of sizes of inputs, which are not known
+SIZES = (2, 3, 32, 48)  # in place of sizes of inputs, which are not known: what holds for two does not depend on them
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,18 +87,24 @@ def structure_of(module: fx.GraphModule, axes: Mapping[str, Iterable[int]]) -> S
 class _Walk:
     """One walk through a graph.
 
-    values: of nodes that depend on no input, computed when they are needed; sizes of inputs are made up.
+    size: what stands for sizes of inputs at present.
+    values: {size: {node that depends on no input: its value}}, computed when they are needed.
+    sized: nodes that depend on sizes of inputs.
     """
 
     def __init__(self, module: fx.GraphModule, axes: Mapping[str, Iterable[int]]) -> None:
         self.module, self.axes = module, {f"model.{name}": (name, tuple(own)) for name, own in axes.items()}
-        self.values: dict[fx.Node, Any] = {}
+        self.size = SIZES[0]
+        self.values: dict[int, dict[fx.Node, Any]] = {size: {} for size in SIZES}
+        self.sized: set[fx.Node] = set()
         self.result = Structure()
         self.constant = self.result.constants
 
     def run(self) -> Structure:
         parts = self.result.parts
         for number, node in enumerate(self.module.graph.nodes):
+            if self._is_made_up(node) or not self.sized.isdisjoint(node.all_input_nodes):
+                self.sized.add(node)
             if node.op == "get_attr":
                 if node.target in self.axes:
                     self._enter(node)
@@ -118,10 +127,8 @@ class _Walk:
         name, axes = self.axes[str(node.target)]
         shape = model_of(self.module).get_parameter(name).shape
         self.result.ranks[node] = len(shape)
-        own = (axis for axis in axes if axis == WHOLE or shape[axis])
-        self.result.parts[node] = [
-            Part(name, axis, axis, _all_rows(1 if axis == WHOLE else shape[axis])) for axis in own
-        ]
+        rows = {axis: 1 if axis == WHOLE else shape[axis] for axis in axes}
+        self.result.parts[node] = [Part(name, axis, axis, ((0, size),)) for axis, size in rows.items() if size]
 
     def _follow(self, node: fx.Node, number: int) -> None:
         """Enter what a node keeps of the axes of its operands, unless that cannot be found out, or is nothing."""
@@ -133,10 +140,10 @@ class _Walk:
                     parts += [_moved_on(part, source, part.axis, part.runs)] if node.args[1] == part.element else []
                     continue
                 try:
-                    own = (self._whole if part.of == WHOLE else self._passed_on)(node, source, part, number)
+                    own = self._passed_on(node, source, part, number)
                 except NoRule:
                     own = None
-                except Exception:  # sizes that are made up may not fit
+                except Exception:
                     self.result.lost |= {(p.parameter, p.of): node for p in lost}
                     return
                 parts += own or []
@@ -145,13 +152,34 @@ class _Walk:
             return
         self.result.lost |= {(part.parameter, part.of): node for part in lost}
         self.result.parts[node] = _merged(parts)
-        value = self.value(node)
+        (value,) = self._at_sizes(node, 1, lambda: self.value(node))
         self.result.ranks[node] = value.dim() if isinstance(value, Tensor) else 0
 
     def _passed_on(self, node: fx.Node, source: fx.Node, part: Part, number: int) -> list[Part] | None:
-        """The parts of the results of a node that keep an axis of one operand; None where one mixes it."""
+        """What keeps an axis of one operand in the results of a node, at all sizes of inputs; None where one mixes it."""
+        if part.of == WHOLE:
+            return self._at_sizes(node, 1, lambda: self._whole(node, source, part))[0]
+        results = self._at_sizes(node, 2, lambda: self._parts_after(node, source, part, number))
+        places = [None if own is None else [one.place for one in own] for own in results]
+        return results[0] if places[0] == places[-1] else None
+
+    def _at_sizes(self, node: fx.Node, most: int, look: Callable[[], T]) -> list[T]:
+        """What is seen for the first few sizes of inputs that a node can be computed for: one at least, or its error."""
+        results: list[T] = []
+        sizes = SIZES if node in self.sized else SIZES[:1]
+        for self.size in sizes:
+            try:
+                results.append(look())
+            except Exception:  # a size that is made up may not fit
+                if self.size == sizes[-1] and not results:
+                    raise
+            if len(results) == most:
+                break
+        return results
+
+    def _parts_after(self, node: fx.Node, source: fx.Node, part: Part, number: int) -> list[Part] | None:
         base = self.value(source)
-        whole = part.runs == _all_rows(1)  # all of it has one scale, along any axis
+        whole = part.runs == ((0, 1),)  # all of it has one scale, along any axis
         rows = 1 if whole else base.shape[part.axis]
         bits = max(1, (rows - 1).bit_length())
         moves: list[list[tuple[Tensor, Tensor]]] = []
@@ -180,7 +208,7 @@ class _Walk:
             result.append(_moved_on(part, source, decoded[0], runs, None if single else i))
         return result
 
-    def _whole(self, node: fx.Node, source: fx.Node, part: Part, number: int) -> list[Part] | None:
+    def _whole(self, node: fx.Node, source: fx.Node, part: Part) -> list[Part] | None:
         """The parts of the results that vary with one operand, by the rule. Raises NoRule where there is none."""
         values = {other: self.value(other) for other in node.all_input_nodes}
         args, named = (
@@ -194,26 +222,32 @@ class _Walk:
         return [] if dy is ZERO else [_moved_on(part, source, WHOLE, part.runs)]
 
     def value(self, node: fx.Node) -> Any:
-        if node not in self.values:
+        values = self.values[self.size]
+        if node not in values:
             if node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(self.module).detach()
-            elif is_size(node) and not all(s in self.constant or s in self.result.parts for s in node.all_input_nodes):
+            elif self._is_made_up(node):
                 value = self._made_up(node)
             elif draws(node.target):
                 value = torch.ones_like(self.value(node.all_input_nodes[0]))
             else:
                 value = self._computed(node, 0)
-            self.values[node] = value
-        return self.values[node]
+            if node in self.sized and isinstance(value, int) and value <= 0:
+                raise ValueError(f"an input of size {self.size} is too small for {node.name}")
+            values[node] = value
+        return values[node]
+
+    def _is_made_up(self, node: fx.Node) -> bool:
+        """Whether a node is a size, the type or the device of a value that depends on inputs."""
+        known = (source in self.constant or source in self.result.parts for source in node.all_input_nodes)
+        return node.op == "call_function" and is_size(node) and not all(known)
 
     def _made_up(self, node: fx.Node) -> Any:
-        """A size of a value that depends on inputs, or its type or device."""
         what = node.args[1] if node.target is getattr else ""
         if what in ("dtype", "device"):
             return getattr(next(model_of(self.module).parameters()), str(what))
-        return (
-            torch.Size([SIZE] * 8) if what == "shape" or (node.target is Tensor.size and len(node.args) == 1) else SIZE
-        )
+        several = what == "shape" or (node.target is Tensor.size and len(node.args) == 1)
+        return torch.Size([self.size] * 8) if several else self.size
 
     def _computed(self, node: fx.Node, number: int, source: fx.Node | None = None, moved: Tensor | None = None) -> Any:
         """What a node computes, with another value of one operand."""
@@ -224,10 +258,6 @@ class _Walk:
         values = {other: value.clone() if isinstance(value, Tensor) else value for other, value in values.items()}
         reseed(number)
         return function_of(node)(*filled_in(node.args, values), **filled_in(node.kwargs, values))
-
-
-def _all_rows(rows: int) -> Runs:
-    return ((0, rows),)
 
 
 def _moved_on(part: Part, source: fx.Node, axis: int, runs: Runs, element: int | None = None) -> Part:

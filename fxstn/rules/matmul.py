@@ -6,6 +6,7 @@ import operator
 
 import torch
 
+from fxstn.ir.grouped import grouped_product
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import bilinear, rule, total
@@ -18,6 +19,7 @@ bilinear(torch.dot, second="tensor")
 bilinear(torch.vdot)
 bilinear(torch.linalg.vecdot, second="y")
 bilinear(torch.tensordot, second="b")
+bilinear(grouped_product, second="mat2")
 
 
 @rule(torch.einsum)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxstn.ir.grouped import grouped_product
 from fxstn.rules.registry import RULES
 
 Path = tuple[int, ...]  # of an argument: its position, and within a list its position there
@@ -72,6 +73,14 @@ def _of_product(args: tuple, path: Path, axis: int, rank: int) -> AxisUse:
     if axis == rank - 1:
         return AxisUse("weight", -2, other, vector=other)
     return AxisUse("weight", axis - rank, vector=other)
+
+
+@finds(grouped_product)
+def _of_groups(args: tuple, path: Path, axis: int, rank: int) -> AxisUse | None:
+    """A matrix for each group of rows: the groups have no axis of the result."""
+    if path == (1,) and rank == 3 and axis:
+        return AxisUse("weight", -1, (0,) if axis == 1 else None)
+    return None
 
 
 @finds(torch.inner)
