@@ -49,6 +49,9 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
 }  # fmt: skip
 
 
+FEW = 0.5  # of the elements of weights, below which transform warns
+
+
 def transform(
     model: nn.Module,
     hparams: Sequence[Spec] | None = None,
@@ -95,7 +98,7 @@ def transform(
     a spec that matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown
     method, example inputs that the model cannot take, a model wrapped for several processes. Raises TypeError for a model,
     hparams or example_inputs of another kind. Warns where hparams=None leaves an augmentation of the model at its own
-    strength.
+    strength, and where less than half of the elements of weights respond.
     """
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
@@ -117,6 +120,12 @@ def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
         unguided = request.trace == "auto" and inputs is None
         raise with_remedy(error) if unguided else error from error.__cause__
     network.rejected = rejected
+    if network.coverage.share < FEW:
+        warnings.warn(
+            f"{network.coverage}: the training of the others does not follow λ. The largest: {network.coverage.named()}. "
+            "fxstn.explain lists all",
+            stacklevel=3,
+        )
     if network.frontend == "live" and inputs is not None and (varying := varying_modules(model, inputs)):
         warnings.warn(
             f"the forward calls {', '.join(map(repr, varying[:3]))} for some random draws and not for others: that randomness "

@@ -84,7 +84,7 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path, monkeypat
     for text in (
         "first try", f"{best['epoch']} of 4", f"{best['valid_loss']:.4g}", f"{best['accuracy']:.4g}", "[1e-07, 0.1]",
         "SettlingAdam", "response.every", "training data", "DataLoader, 5 batches of 8", torch.__version__,
-        "CPU threads", "parameters respond", "carries a tangent", "Of 6 parameters 100% respond",
+        "CPU threads", "parameters respond", "carries a tangent", "weights respond, 100.0% of their elements",
         "fxstn tune --data 'my photos'", f"seed of torch {torch.initial_seed()}", "loss before training",
         f"before the first step {history.start_loss:.4g}",
         "the run cost 2.08 times plain training", "training 48%", "inner steps 20 (5 per epoch)",

@@ -176,10 +176,11 @@ class Spec:
         for pattern in self.where:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-                nearest = ", ".join(repr(name) if name else "'' (the whole model)" for name in close)
+                shown = ", ".join(repr(name) if name else "'' (the whole model)" for name in close)
+                nearest = f"nearest module names: {shown}" if close else "the model has none of these"
                 raise ValueError(
-                    f"hp.{type(self).__name__}: the pattern {pattern!r} matches nothing it could tune{what}; nearest module "
-                    f"names: {nearest}. A pattern is a whole name, or has wildcards of fnmatch: 'a*' matches 'a' and 'a.b.c'"
+                    f"hp.{type(self).__name__}: the pattern {pattern!r} matches nothing it could tune{what}; {nearest}. "
+                    "A pattern is a whole name, or has wildcards of fnmatch: 'a*' matches 'a' and 'a.b.c'"
                 )
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.where)]
 

@@ -9,6 +9,7 @@ from torch import nn
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY, cost_ratio
+from fxstn.ir.coverage import Coverage
 from fxstn.ops.response import responding
 
 KINDS = 5  # lines for kinds of hyperparameters
@@ -21,6 +22,7 @@ class Summarized(nn.Module):
     response: nn.Module
     hparams: HyperparameterSpace
     method: str
+    coverage: Coverage = Coverage()  # as transform has decided
 
     @property
     def frontend(self) -> str:
@@ -37,7 +39,8 @@ class Summarized(nn.Module):
         lines = [f"{name} that tunes itself: method {self.method!r}, followed by trace={self.frontend!r}"]
         count = len(self.hparams)
         lines += [f"tuned: {count} hyperparameter{'s' * (count != 1)}", *_kinds(self.hparams.hyperparameters)]
-        return "\n".join([*lines, *_responds(self.model, self.response), *_costs(self.method)])
+        lines += [*_responds(self.model, self.response), f"  {self.coverage}"]
+        return "\n".join([*lines, *_costs(self.method)])
 
     def __repr__(self) -> str:
         return self.summary()

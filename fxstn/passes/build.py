@@ -17,9 +17,10 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
+from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import graph_kind
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.graphs import forked_rng, model_of
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import wide
 from fxstn.passes.hyperize import Responses, response_modules, responses
@@ -45,9 +46,6 @@ def build_network(
     binding = bind(graphs[0], request.hparams)
     frontend = frontend.bind(graphs[0], binding)
     space = HyperparameterSpace(binding.hyperparameters)
-    parameters = list(model.parameters())
-    widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
-    space.to(device=parameters[0].device, dtype=widest)
     constant = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     plan = Plan(
         binding=binding, frozen=frozen, constant=constant, recompute=request.recompute, statistics=request.statistics
@@ -55,9 +53,13 @@ def build_network(
     recipe = PipelineRecipe(frontend, plan, pipelines, request.hparams, loops_of(model))
     for layers_only in (False, True):
         responding = responding_parameters(graphs, request.structured, layers_only)
+        parameters = list(model.parameters())
+        widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
+        space.to(device=parameters[0].device, dtype=widest)
         modules = response_modules(model, responding, len(space), request.structured)
         network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
         network.augments = augmentation(model) is not None
+        network.coverage = Coverage.of(model, responding.axes, responding.obstacles)
         if frontend.rewritable:
             network.keep_canonical([with_children(graph, network) for graph in graphs])
         try:
@@ -71,16 +73,18 @@ def build_network(
 
 
 def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: bool) -> Responses:
-    """Which parameters respond; see `responses`. Raises ValueError where none does."""
+    """Which parameters respond; see `responses`. Raises ValueError where none does, with what stands in the way."""
     responding = responses(graphs, structured, layers_only)
-    if not responding.axes:
-        raise ValueError(
-            "no parameter can respond to the hyperparameters: the model has no trainable linear or convolution layer "
-            "whose parameters it uses directly"
-            + ("" if structured else ", and whose scale no batch norm takes away")
-            + "; fxstn.explain(model) lists why"
-        )
-    return responding
+    if responding.axes:
+        return responding
+    parameters = sorted(model_of(graphs[0]).named_parameters(), key=lambda item: -item[1].numel())
+    reasons = [f"'{name}': {responding.obstacles.get(name, 'read by no operation')}" for name, _ in parameters[:3]]
+    more = f", and {len(parameters) - 3} more" if len(parameters) > 3 else ""
+    why = f"the largest are {'; '.join(reasons)}{more}" if reasons else "the model has no parameters"
+    raise ValueError(
+        f"no parameter can respond to the hyperparameters, none moves the output as the weights of a layer do: {why}; "
+        "fxstn.explain(model) lists why"
+    )
 
 
 def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
+from fxstn.ir.coverage import NORMED
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import add_placeholder, copied, model_of
 from fxstn.ir.node_info import RowScales, annotate
@@ -83,7 +84,7 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool, layers_only: b
     result = Responses(obstacles=dict.fromkeys(parameters.keys() - trained.keys(), "frozen (requires_grad=False)"))
     if not structured:
         scaleless = _scaleless([use for use in of_graphs[0][0] if use.role])
-        result.obstacles |= dict.fromkeys(scaleless, "a batch norm after it takes its scale away")
+        result.obstacles |= dict.fromkeys(scaleless, NORMED)
 
     def decide(uses: Iterable[ParameterUse], last: bool) -> None:
         """Enter the axis of each parameter; where there is none, and for the last time, the obstacle."""

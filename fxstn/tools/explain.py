@@ -19,6 +19,7 @@ from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Activity, Spec
+from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
@@ -56,11 +57,13 @@ class Explanation:
     problems: what stands in the way of transform.
     rows: the nodes.
     notes: how the forward is followed, and which parameters have no response.
+    coverage: which weights respond, of those that could.
     """
 
     problems: list[Diagnostic] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    coverage: Coverage | None = None
 
     @property
     def ok(self) -> bool:
@@ -119,6 +122,7 @@ def _problems(error: Exception) -> list[Diagnostic]:
 
 def _explain_network(explanation: Explanation, stn: SelfTuningNetwork, inputs: Inputs | None) -> None:
     """Its rows, and how its forward is followed."""
+    explanation.coverage = stn.coverage
     try:
         if inputs is not None:
             stn.locate_examples(*inputs.args, **inputs.kwargs)
@@ -250,7 +254,7 @@ def _note_frontends(explanation: Explanation, stn: SelfTuningNetwork) -> None:
 def _responses_of_network(explanation: Explanation, stn: SelfTuningNetwork) -> None:
     if stn.frontend == "live":
         count = sum(isinstance(module, Response) for module in stn.response.modules())
-        explanation.notes.append(f"{count} parameters respond to the hyperparameters")
+        _note_coverage(explanation, count, stn.coverage)
     else:
         graphs = [stn.canonical(training) for training in (True, False)]
         _note_responses(explanation, stn.model, graphs, stn.structured)
@@ -270,11 +274,19 @@ def _responses_of_model(explanation: Explanation, model: nn.Module, inputs: Inpu
             continue
 
 
+def _note_coverage(explanation: Explanation, count: int, coverage: Coverage) -> None:
+    """How many parameters respond, and of the weights that do not the largest. What transform has decided comes first."""
+    explanation.coverage = coverage = explanation.coverage or coverage
+    explanation.notes.append(f"{count} parameters respond to the hyperparameters; {coverage}")
+    if coverage.lost:
+        explanation.notes.append(f"the largest weights that do not: {coverage.named()}")
+
+
 def _note_responses(
     explanation: Explanation, model: nn.Module, graphs: Sequence[fx.GraphModule], structured: bool = False
 ) -> None:
     result = responses(graphs, structured)
-    explanation.notes.append(f"{len(result.axes)} parameters respond to the hyperparameters")
+    _note_coverage(explanation, len(result.axes), Coverage.of(model, result.axes, result.obstacles))
     reasons = Counter(reason.partition(" in '")[0] for reason in result.obstacles.values())
     for reason, count in reasons.most_common():
         example = next(name for name, why in result.obstacles.items() if why.startswith(reason))

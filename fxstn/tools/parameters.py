@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from fxstn.network import SelfTuningNetwork
@@ -39,10 +38,3 @@ def parameter_rows(stn: SelfTuningNetwork) -> list[ParameterRow]:
         )
         for name, parameter in stn.model.named_parameters()
     ]
-
-
-def shares(rows: Sequence[ParameterRow]) -> tuple[float, float]:
-    """Shares of the parameters, and of their elements, that respond; in [0, 1]."""
-    moved = [row for row in rows if not row.obstacle]
-    elements = sum(row.elements for row in rows)
-    return len(moved) / max(1, len(rows)), sum(row.elements for row in moved) / max(1, elements)

@@ -20,7 +20,7 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.tools.charts import Scale, chart, spark
 from fxstn.tools.explain import Explanation, explain
 from fxstn.tools.markup import Markup, cards, details, number, pairs, seconds, table
-from fxstn.tools.parameters import parameter_rows, shares
+from fxstn.tools.parameters import parameter_rows
 from fxstn.tools.report_setup import COSTLY, repeat_section, settings_section
 
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
@@ -229,10 +229,8 @@ def _network(runner: Run, explanation: Explanation | None) -> str:
 
 def _parameters(stn: SelfTuningNetwork) -> str:
     rows = parameter_rows(stn)
-    by_number, by_elements = shares(rows)
     cells = [(row.name, " × ".join(map(str, row.shape)), row.elements, row.obstacle or "responds") for row in rows]
     kinds = ["does not respond" if row.obstacle else "responds" for row in rows]
-    text = (f"<p>Of {len(rows)} parameters {by_number:.0%} respond to the hyperparameters, with {by_elements:.0%} of all "
-            "elements.</p>")  # fmt: skip
+    text = f"<p>{escape(str(stn.coverage))}.</p>"
     heads = ("parameter", "shape", "elements", "response")
     return text + details(f"{len(rows)} parameters, one by one", table(heads, cells, "parameters", kinds))

@@ -14,6 +14,7 @@ from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
+from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
@@ -55,11 +56,13 @@ class VerifyResult:
     checks: in the order in which they were made. A comparison that fails is made again at another point, because a point
         may lie at a kink.
     frontend: how the forward was followed.
+    coverage: which weights respond. Only the tangents of these are compared.
     """
 
     tolerance: float
     checks: list[Check] = field(default_factory=list)
     frontend: str = ""
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def max_error(self) -> float:
@@ -82,7 +85,7 @@ class VerifyResult:
         ]
         table = tabulate(rows, headers=["mode", "central difference of", "seed", "relative error", ""])
         verdict = f"{'ok' if self.ok else 'NOT ok'}: largest error {self.max_error:.1e}, tolerance {self.tolerance:.0e}"
-        return f"{table}\n{verdict}, followed by trace={self.frontend!r}"
+        return f"{table}\n{verdict}, followed by trace={self.frontend!r}\n{self.coverage}"
 
     def _verdict(self, position: int) -> str:
         check = self.checks[position]
@@ -150,7 +153,7 @@ def verify(
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
             network = _transformed(original, hparams, examples, trace)
-            result.frontend = network.frontend
+            result.frontend, result.coverage = network.frontend, network.coverage
             delta = randomize_response(network, seed)
             with Float64Mode():
                 for comparison in _comparisons(network, original, call, delta, seed):
