@@ -69,6 +69,7 @@ paper: $(READY)  ## the paper's experiments at the small budget, then docs/resul
 
 figures: $(READY)  ## the figures and tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.ridge
+	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.tables
 
 gpu:  ## ten minutes on a machine with CUDA and the dependencies installed; nothing is downloaded

@@ -6,9 +6,12 @@ import copy
 import inspect
 import math
 import operator
+import pickle
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -20,6 +23,7 @@ from torch._ops import OpOverloadPacket
 
 import fxstn
 from fxstn import hp
+from fxstn.ir.errors import ExplainedError
 from fxstn.ops.response import responses_in
 from fxstn.rules import RULES
 
@@ -542,3 +546,16 @@ def test_the_fallback_is_differentiable_in_the_response():
         response -= 2 * step
         low = objective()
     assert (high - low).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=1e-6)
+
+
+def test_errors_name_a_page_of_the_docs_with_a_heading_that_exists():
+    error = fxstn.DivergedError("no")
+    root, kinds = Path(fxstn.__file__).parents[1] / "docs", ExplainedError.__subclasses__()
+    assert {kind.__name__ for kind in kinds} == {"TransformError", "DivergedError"}
+    for kind in (*kinds, SimpleNamespace(page="guides/runs.md#signs-of-trouble")):  # in reports
+        page, _, heading = kind.page.partition("#")
+        headings = re.findall(r"^#+ (.*)$", (root / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in {re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in headings}, kind.page
+    assert str(error) == "no"
+    assert error.__notes__ == ["docs/guides/runs.md#a-loss-that-is-no-number says more."]
+    assert pickle.loads(pickle.dumps(error)).args == ("no",)

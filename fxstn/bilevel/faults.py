@@ -21,6 +21,7 @@ from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.outcome import end_signs
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
+from fxstn.ir.errors import ExplainedError
 
 UNCHECKED = 100  # inner steps for which the losses stay on a device that the host would have to wait for
 EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
@@ -35,8 +36,10 @@ OPTIMIZERS_TO_SLOW = {  # {loss: optimizers whose rates a bad value of it calls 
 }
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ExplainedError, RuntimeError):
     """A loss became NaN, infinite or huge, and again after the run went back. The best model so far is kept."""
+
+    page = "guides/runs.md#a-loss-that-is-no-number"
 
 
 class RunWarning(UserWarning):

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -38,8 +38,23 @@ class Diagnostic:
         return f"{frontend}{self.what} {place}" + (f", {self.source}" if self.source else "") + f"; {self.remedy}"
 
 
-class TransformError(ValueError):
+class ExplainedError(Exception):
+    """Base of errors that a page of the docs explains. A traceback ends with its name.
+
+    page: in docs/, with the heading.
+    """
+
+    page: ClassVar[str]
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.add_note(f"docs/{self.page} says more.")
+
+
+class TransformError(ExplainedError, ValueError):
     """The model cannot be transformed. `problems` holds every reason found, not only the first."""
+
+    page = "start/trust.md#limits"
 
     def __init__(self, problems: list[Diagnostic]) -> None:
         self.problems = problems

@@ -72,16 +72,22 @@ COMMANDS = {
 }
 
 
+def _text_of(error: Exception) -> str:
+    """What an error says, and the page that explains it or what it comes from."""
+    notes = [*getattr(error, "__notes__", ()), *getattr(error.__cause__, "__notes__", ())]
+    return "\n".join([str(error), *dict.fromkeys(notes)])
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs a command and returns its exit status. Errors that a user can mend are printed without a traceback."""
     try:
         return COMMANDS[args.command](args)
     except RunFailed as error:
-        status, text = FAILED, str(error)
+        status, text = FAILED, _text_of(error)
     except torch.OutOfMemoryError as error:
         status, text = FAILED, f"{first_line(error)}; choose a smaller --batch-size, or another --device"
     except (ValueError, OSError, ImportError) as error:
-        status, text = USAGE, str(error)
+        status, text = USAGE, _text_of(error)
     except KeyboardInterrupt:
         status, text = SIGNALLED + signal.SIGINT, "interrupted"
     except SystemExit as end:  # at SIGTERM, which a run takes as a wish to save and end

@@ -23,6 +23,7 @@ from fxstn.tools.markup import Markup, cards, details, number, pairs, seconds, t
 from fxstn.tools.parameters import parameter_rows
 from fxstn.tools.report_setup import COSTLY, repeat_section, settings_section
 
+SIGNS = "<p>docs/guides/runs.md#signs-of-trouble has all signs and their remedies.</p>"
 PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
@@ -55,7 +56,7 @@ def write_report(
         explanation = explain(runner.stn)
     sections = {
         "": _headline(runner),
-        "Warnings": "".join(map(_warning, [text for _, text in runner.warnings])),
+        "Warnings": "".join(map(_warning, [text for _, text in runner.warnings])) + SIGNS * bool(runner.warnings),
         "Values": _values(runner),
         "Course of the run": _plots(runner),
         "Against the start": _against_start(runner),
