@@ -187,6 +187,12 @@ def test_files_that_a_page_names_exist(path):
     assert [name for name in (*named, *linked) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pictures_have_words_for_those_who_do_not_see_them(path):
+    text = path.read_text(encoding="utf-8")
+    assert [alt for alt in re.findall(r"!\[([^\]]*)\]\(", text) if len(alt.split()) < 5] == []
+
+
 def resolved(dotted: str) -> bool:
     """Whether `fxstn.a.b` is a module or an attribute of one, also of an adapter whose framework is not installed."""
     value: Any = fxstn

@@ -28,7 +28,7 @@ def prose(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    parts = [sentence for part in prose(text) for sentence in re.split(r"(?<=[.?!:])\s+(?=[A-Z0-9\"(λΘσεw]|kornia)", part)]
+    parts = [sentence for part in prose(text) for sentence in re.split(r"(?<=[.?!:])\s+(?=[A-Z0-9\"(λΘσεw])", part)]
     return [part for part in parts if len(words(part)) > 1]
 
 
