@@ -129,7 +129,7 @@ def run(seed: int, tuned: bool, args: argparse.Namespace) -> dict[str, float]:
     valid, test = (DataLoader(part, 20, collate_fn=by_image) for part in sets[1:])
     inputs, _ = model.unpack_batch(by_image(sets[0][:4]))
     specs = [hp.ColorJitter(), hp.Affine(), hp.Flip(), hp.Erasing(), hp.Dropout(), hp.WeightDecay(shared=True)]
-    stn = fxstn.transform(model, specs, example_inputs=inputs)
+    stn = fxstn.transform(model, specs, example_inputs=inputs, trace="live")  # its forward branches on data
     start = stn.hparams.values()
     still = None if tuned else fxstn.Schedule({name: [value] for name, value in start.items()})
     adam = partial(torch.optim.Adam, lr=args.rate)

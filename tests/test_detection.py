@@ -20,6 +20,7 @@ from fxstn import hp
 from fxstn.bilevel import losses
 from fxstn.bilevel.batches import first_part, parts_of
 from fxstn.frontends.inputs import as_inputs
+from fxstn.ir.input_errors import explanation
 from fxstn.ops.batch_axis import batch_size
 
 
@@ -230,10 +231,12 @@ def test_augmentations_of_a_detector_move_boxes_and_masks_with_each_image(widths
 
 def test_a_followed_detector_augments_as_the_plain_one_does():
     torch.manual_seed(0)
-    model = fxstn.DetectionLosses(faster(), v2.RandomAffine(10, (0.1, 0.1)), v2.RandomHorizontalFlip())
+    model = fxstn.DetectionLosses(retina(), v2.RandomAffine(10, (0.1, 0.1)), v2.RandomHorizontalFlip())
     model.detector.backbone[2] = nn.Identity()  # a dropout
+    for parameter in model.parameters():  # heads begin near 0
+        parameter.data.normal_(std=0.3)
     inputs = batch()
-    stn = fxstn.transform(model, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=inputs)
+    stn = fxstn.transform(model, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=inputs, trace="live")
     runs = (lambda: fxstn.detection_loss(model.train()(*inputs)),
             lambda: fxstn.general_loss(stn.train(), fxstn.detection_loss, inputs, inputs[1]))  # fmt: skip
     values = []
@@ -262,6 +265,8 @@ def test_what_is_no_detector_no_losses_and_no_batch_of_a_detector_is_refused():
         fxstn.DetectionLosses(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"got a list: a detector returns boxes .* fxstn.DetectionLosses\(detector\)"):
         fxstn.detection_loss([{"boxes": torch.ones(1, 4)}])
+    text = explanation(IndexError("too many indices"), batch()[0], retina())
+    assert text.endswith("a list of targets: give transform, or tune, fxstn.DetectionLosses(detector)")
     with pytest.raises(ValueError, match=r"a detector's batch is .* collate_fn="):
         fxstn.DetectionLosses.unpack_batch((torch.ones(2, 3, 8, 8), torch.ones(2)))
 

@@ -143,6 +143,13 @@ def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
     """Why a model cannot take its inputs, and what to do."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     said = f"the model cannot take inputs {described(inputs)}: {first_line(error)}"
+    kinds = {type(module) for module in model.modules()}
+    of_detection = any(kind.__module__.startswith("torchvision.models.detection") for kind in kinds)
+    if of_detection and not any(hasattr(kind, "unpack_batch") for kind in kinds):
+        return (
+            f"{said}; a detector of torchvision takes a list of images and a list of targets: give transform, or tune, "
+            "fxstn.DetectionLosses(detector)"
+        )
     others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - {parameter.dtype}
     if others and "type" in str(error):
         return f"{said}; its parameters are {parameter.dtype}: convert the inputs with .to({parameter.dtype})"
