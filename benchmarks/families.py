@@ -1,33 +1,29 @@
 """Beyond torchvision: the smallest model of every family in timm, transformed and checked like the support matrix.
 
-    pip install timm; python -m benchmarks.families [--only PATTERN ...] [--again]
+    pip install timm; python -m benchmarks.families [--only PATTERN ...] [--again] [--structure]
 
 timm has some hundred families, one Python module each, written by many hands. Each is checked in a process of its own,
-with a time limit; results go to benchmarks/results/families.json and docs/results/families.md, and it goes on where it stopped.
+with a time limit; results go to benchmarks/results/families.json and docs/results/families.md, and it goes on where it
+stopped. --structure measures again what needs no derivatives: which weights respond, ε per example, seconds to transform.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fnmatch
 import json
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from tqdm import tqdm
 
 import fxstn
+from benchmarks.matrix import COLUMNS, DEFINITION, Matrix, Row, run, shown_coverage, shown_error, structure_of
 from benchmarks.zoo import CLASSES, LARGE, shortened
 
-RESULTS = Path(__file__).parent / "results" / "families.json"
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "families.md"
+LIMIT = 600  # seconds for one model
 
 
 def families() -> dict[str, list[str]]:
@@ -66,93 +62,84 @@ def _images(model: Any) -> torch.Tensor:
     return torch.randn(2, channels, height, width)
 
 
-def measure(name: str, seeds: int) -> dict[str, Any]:
-    """One row: frontend, error, seconds."""
+def _build(name: str) -> tuple[Any, torch.Tensor, Row]:
+    """(a model, a few images, what is known of it)."""
     from timm import create_model
 
     torch.manual_seed(0)
     model: Any = create_model(name, num_classes=CLASSES)
     inputs = _images(model)
     count = sum(p.numel() for p in model.parameters())
-    if count > LARGE:
-        model = shortened(model)
-    start = time.perf_counter()
-    report = fxstn.verify(model.train(), inputs, seeds=seeds)
-    return {
-        "parameters": count,
-        "shortened": count > LARGE,
-        "frontend": report.frontend,
-        "max_error": report.max_error,
-        "ok": report.ok,
-        "seconds": round(time.perf_counter() - start),
-    }
+    row = {"model": name, "parameters": count, "shortened": count > LARGE}
+    return (shortened(model) if count > LARGE else model).train(), inputs, row
 
 
-def apart(name: str, seeds: int, limit: float) -> dict[str, Any]:
-    """measure in a process of its own, which may fail or run out of time."""
-    command = [sys.executable, "-m", "benchmarks.families", "--one", name, "--seeds", str(seeds)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {limit:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def _one(name: str, seeds: int) -> Row:
+    """A row, of a model; 0 seeds for what needs no derivative."""
+    model, inputs, row = _build(name)
+    row |= structure_of(model, (inputs,))
+    if seeds:
+        report = fxstn.verify(model, inputs, seeds=seeds)
+        row |= {"max_error": report.max_error, "ok": report.ok}
     return row
 
 
-def page(rows: dict[str, dict[str, Any]], total: int) -> str:
+def measure(family: str, seeds: int) -> Row:
+    """A row, in a process of its own, which may fail or run out of time."""
+    name = _names.get(family) or smallest(families()[family])
+    command = [sys.executable, "-m", "benchmarks.families", "--one", name, str(seeds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"model": name, "failed": f"not done in {LIMIT} s"}
+    if done.returncode:
+        failed = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]
+        return {"model": name, "failed": failed}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def page(rows: dict[str, Row]) -> str:
     """The table as Markdown."""
+    total = len(families())
     cells = []
     for family, row in sorted(rows.items()):
         if "failed" in row:
-            cells.append([family, row["model"], "", "", row["failed"].replace("|", "\\|")])
+            cells.append([family, row["model"], *[""] * 5, row["failed"].replace("|", "\\|")])
             continue
         model = row["model"] + (" (blocks left out)" if row["shortened"] else "")
-        error = f"{row['max_error']:.0e}" + ("" if row["ok"] else " (too large)")
-        cells.append([family, model, row["frontend"], row["seconds"], error])
+        known = "per_example" in row
+        seconds = f"{row['transform_s']:.1f}" if known else ""
+        per_example = ("yes" if row["per_example"] else "no") if known else ""
+        cells.append([family, model, row["frontend"], *shown_coverage(row), per_example, seconds, shown_error(row)])
     good = sum(row.get("ok", False) for row in rows.values())
-    headers = ["family", "smallest model", "frontend", "seconds to verify", "largest relative error"]
+    headers = [
+        "family",
+        "smallest model",
+        "frontend",
+        *COLUMNS,
+        "ε per example",
+        "transform, s",
+        "largest relative error",
+    ]
     left = f" ({total - len(rows)} have not been run)" if total > len(rows) else ""
     return (
         "# Beyond torchvision\n\n"
         f"{good} of timm's {total} families pass, by their smallest model with `hparams=None`{left}: in float64, train and "
         "eval mode, the emitted tangent equals a central difference of the original model to 1e-6. Random weights, two "
-        f"or four images, a quarter, half or all of the model's own size. Written by `python -m benchmarks.families`; torch "
-        f"{torch.__version__.partition('+')[0]}.\n\n{tabulate(cells, headers=headers, tablefmt='github')}\n"
+        f"or four images, a quarter, half or all of the model's own size.\n\n{DEFINITION} Written by "
+        f"`python -m benchmarks.families`; torch {torch.__version__.partition('+')[0]}.\n\n"
+        f"{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}\n"
     )
 
 
-def _read() -> dict[str, dict[str, Any]]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of family names")
-    parser.add_argument("--again", action="store_true", help="also those that pass already")
-    parser.add_argument("--seeds", type=int, default=2, help="points to try (default: 2)")
-    parser.add_argument("--limit", type=float, default=600, help="seconds per model (default: 600)")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.seeds)))
-        return
-    rows = _read()
-    every = families()
-    chosen = [family for family in every if any(fnmatch.fnmatchcase(family, pattern) for pattern in arguments.only)]
-    todo = [family for family in chosen if arguments.again or not rows.get(family, {}).get("ok")]
-    for family in (progress := tqdm(todo)):
-        progress.set_description(family)
-        name = rows[family]["model"] if family in rows else smallest(every[family])
-        row = {"model": name} | apart(name, arguments.seeds, arguments.limit)
-        if "failed" in row:
-            tqdm.write(f"{family}: {row['failed']}")
-        rows = _read() | {family: row}  # another process may have added some
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-        PAGE.write_text(page(rows, len(every)))
-
+_names: dict[str, str] = {}  # {family: its smallest model}, where it is known
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        warnings.simplefilter("ignore")
+        print(json.dumps(_one(sys.argv[2], int(sys.argv[3]))))
+    else:
+        matrix = Matrix("families", list(families()), measure, lambda family: _one(_names[family], 0), page)
+        _names |= {family: row["model"] for family, row in matrix.rows().items() if "model" in row}
+        run(matrix, __doc__ or "", seeds=2)

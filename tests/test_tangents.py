@@ -248,7 +248,8 @@ def test_mixed_examples_refuse_per_example_deltas_and_allow_shared_ones():
 
     net, x = Mixing(), torch.randn(4, 3)
     stn = fxstn.transform(net, [hp.Dropout("a")]).train()
-    assert not stn.per_example(x)
+    with pytest.warns(UserWarning, match="one ε for the whole batch"):
+        assert not stn.per_example(x)
     with pytest.raises(ValueError, match=r"module 'b'.*not along one dimension"):
         stn.pushforward(x, delta=torch.zeros(4, 1))
     assert fxstn.verify(net, x, hparams=[hp.Dropout("a")]).ok

@@ -22,7 +22,7 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.batch_axis import batch_size
-from fxstn.ops.response import for_all_examples
+from fxstn.ops.response import refused_places
 
 MANY = 8  # captures for other sizes, after which a warning says so
 
@@ -237,8 +237,14 @@ class GraphCache:
             self._locate_examples(root, inputs)
             objective = "pushforward" if root.method == "delta" else "perturbed"
             graphs = [self.graph(root, GraphKind(objective, training)) for training in (True, False)]
-            shared = (node.target is for_all_examples for graph in graphs for node in graph.graph.nodes)
-            self._per_example = not any(shared)
+            places = dict.fromkeys(place for graph in graphs for place in refused_places(graph.graph))
+            self._per_example = not places
+            if places:
+                warnings.warn(
+                    f"one ε for the whole batch, not one per example, which makes λ noisier: refused at {next(iter(places))}; "
+                    f"fxstn.explain(stn, example_inputs=...) lists all of {len(places)}",
+                    stacklevel=4,
+                )
         return self._per_example
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import warnings
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
 NORMED = "a batch norm after it takes its scale away"  # why a weight that is only scaled is left out on purpose
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Inside, no warning that few weights respond: who shows the coverage anyway says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\d+ of \d+ weights respond")
+        yield
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
@@ -176,6 +176,11 @@ def for_all_examples(value: Tensor, dimensions: int, where: str) -> Tensor:
             "delta and condition of shape (h,), or perturb='batch' to the losses and the runner"
         )
     return value
+
+
+def refused_places(graph: fx.Graph) -> list[str]:
+    """Names of the places where a graph refuses one perturbation per example."""
+    return [str(node.args[2]) for node in graph.nodes if node.target is for_all_examples]
 
 
 @staged

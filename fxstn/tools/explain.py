@@ -19,14 +19,14 @@ from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.original import plain_copy
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Activity, Spec
-from fxstn.ir.coverage import Coverage
+from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws, staging_of
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask, one_for_all_examples
-from fxstn.ops.response import Response, for_all_examples
+from fxstn.ops.response import Response, for_all_examples, refused_places
 from fxstn.passes.effects import is_random
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
@@ -104,7 +104,8 @@ def explain(
     model, frontend = plain_copy(model), None
     inputs = None if example_inputs is None else as_inputs(example_inputs, model)
     try:
-        stn = transform(model, hparams, example_inputs=example_inputs)
+        with shown():
+            stn = transform(model, hparams, example_inputs=example_inputs)
     except Exception as error:
         explanation.problems += _problems(error)
     else:
@@ -222,11 +223,10 @@ def _index(strength: fx.node.Argument) -> int | None:
 
 def _note_lost_examples(explanation: Explanation, graph: fx.GraphModule) -> None:
     """Where a perturbation per example is not possible."""
-    places = [str(node.args[2]) for node in graph.graph.nodes if node.target is for_all_examples]
-    if places:
+    if places := list(dict.fromkeys(refused_places(graph.graph))):
         explanation.notes.append(
             f"one perturbation for the whole batch only, not per example: the examples are not along one dimension in "
-            f"{len(places)} places, such as {places[0]}"
+            f"{len(places)} places, {'; '.join(places)}"
         )
 
 

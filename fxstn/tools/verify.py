@@ -14,7 +14,7 @@ from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
-from fxstn.ir.coverage import Coverage
+from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
@@ -152,7 +152,8 @@ def verify(
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
-            network = _transformed(original, hparams, examples, trace)
+            with shown():
+                network = _transformed(original, hparams, examples, trace)
             result.frontend, result.coverage = network.frontend, network.coverage
             delta = randomize_response(network, seed)
             with Float64Mode():
