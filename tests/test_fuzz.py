@@ -1,4 +1,5 @@
-"""No mistake of a user's ends in somebody else's words: random mistakes of tests/fuzz.py, and those that once did."""
+"""No mistake of a user's ends in somebody else's words, and no program loses a tangent: random mistakes of tests/fuzz.py, and
+random programs of tests/programs.py."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz import committed, everything, mistakes, outcome
 from hypothesis import HealthCheck, example, given, settings
+from programs import LAWS, Program, draw, failure, smaller
 
 from fxstn import Schedule
+from fxstn.rules import RULES, Rule
 
 
 def commit(mistake):
@@ -53,3 +57,37 @@ def test_an_error_of_somebody_else_is_noticed(tmp_path):
     with pytest.raises(AssertionError, match="not in fxstn's words: ValueError"):
         outcome(lambda folder: int("x"), tmp_path)
     assert outcome(lambda folder: Schedule.from_json(folder / "gone.json"), tmp_path)
+
+
+# Random programs
+
+
+def kept(seed, laws=None):
+    """Fails with the smallest program, as source, that breaks the law which the one of this seed breaks."""
+    program = draw(seed)
+    broken = failure(program, laws)
+    if broken is not None:
+        least = smaller(program, broken[0])
+        pytest.fail(f"{broken[0]}: {broken[1]}\n\n{least.source}\n{(failure(least, [broken[0]]) or ('', ''))[1]}")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_random_program_keeps_the_law_of_its_turn(seed):
+    kept(seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(1000, 1500))
+def test_a_random_program_keeps_every_law(seed):
+    kept(seed, list(LAWS))
+
+
+def test_a_program_that_breaks_a_law_is_named_in_a_line_or_two(monkeypatch):
+    """A rule that is wrong is found, and the program has only what it takes."""
+    wrong = Rule("pointwise", lambda tangents, args, kwargs: (torch.tanh(*args), 0.9 * tangents[0]))
+    monkeypatch.setitem(RULES, torch.tanh, wrong)
+    lines = (("v0", "v0 = s.p0(x)"), ("v1", "v1 = v0 * 2"), ("v2", "v2 = torch.tanh(v1)"))
+    program = Program(0, (3, 6), {"p0": "nn.Linear(6, 5)"}, lines, ("v2",))
+    law, wrong = failure(program, ["structured"])
+    assert "tangent" in wrong
+    assert [text for _, text in smaller(program, law).statements] == ["v0 = s.p0(x)", "v2 = torch.tanh(v0)"]
