@@ -14,10 +14,13 @@ PAGES = {file: page for page, file in FILES.items()}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The text of the root's file in place of the page's own, with links that hold where the page is."""
+    """The text of the root's file in place of the page's own, with links that hold where the page is; generated parts."""
     source = page.file.src_uri
+    for marker, part in {"<!-- commands -->": commands, "<!-- names -->": names}.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, part())
     if source not in FILES:
-        return markdown.replace("<!-- commands -->", commands()) if "<!-- commands -->" in markdown else markdown
+        return markdown
     text = (ROOT / FILES[source]).read_text(encoding="utf-8")
     up = "../" * source.count("/")
     text = re.sub(r"\[(\w+\.cff)\]\(\1\)", r"`\1`", text)  # a file that no page shows
@@ -35,3 +38,15 @@ def commands() -> str:
     return "\n\n".join(
         f"## fxstn {name}\n\n```\n{command.format_help().strip()}\n```" for name, command in choices.items()
     )
+
+
+def names() -> str:
+    """The pages of the reference, each with the names on it."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if shown := re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE):
+            title = text.splitlines()[0].removeprefix("# ")
+            links = ", ".join(f"[`{name.removeprefix('fxstn.')}`][{name}]" for name in shown)
+            parts.append(f"## [{title}]({path.name})\n\n{links}")
+    return "\n\n".join(parts)
