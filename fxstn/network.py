@@ -33,7 +33,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
 
     recipe: makes the graphs from the children.
     rejected: what stood in the way of the frontends before this one.
-    augments: whether its evaluation graph runs in place of a model that is random in eval mode (torchvision's transforms).
+    augments: whether its evaluation graph runs in place of a model that is random in eval mode or takes derivatives.
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
     mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from nets import randomize_response
 from torch import Tensor, nn
 
 import fxstn
@@ -181,3 +182,68 @@ def test_law_one_holds_for(name):
     make, inputs = OTHERS[name]
     report = fxstn.verify(make(), *inputs, hparams=SCALAR)
     assert report.ok, str(report)
+
+
+def energy(net, x):
+    return net.b(torch.tanh(net.a(x))).square().sum()
+
+
+def physics_informed(net, x):
+    x = x.requires_grad_()
+    u = net.b(torch.tanh(net.a(x)))
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return torch.cat([u, slope], 1)
+
+
+def adapted(net, x):
+    """One inner step on a weight, as model-agnostic meta-learning does."""
+    weight = net.b.weight
+    (slope,) = torch.autograd.grad(F.linear(x, weight).square().mean(), weight, create_graph=True)
+    return F.linear(torch.tanh(net.a(x)), weight - 0.1 * slope)
+
+
+DERIVATIVES = {
+    "torch.autograd.grad": physics_informed,
+    "torch.autograd.grad in a weight": adapted,
+    "torch.func.grad": lambda net, x: torch.func.grad(lambda v: energy(net, v))(x),
+    "torch.vmap of torch.func.grad": lambda net, x: torch.vmap(torch.func.grad(lambda v: energy(net, v)))(x),
+    "torch.func.hessian": lambda net, x: torch.vmap(torch.func.hessian(lambda v: energy(net, v)))(x).sum(1).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_a_forward_may_take_derivatives_by(name):
+    net, x = Called(DERIVATIVES[name]).double(), torch.randn(3, 4, dtype=torch.float64)
+    report = fxstn.verify(net, x, hparams=SCALAR, trace="live")
+    assert report.ok, str(report)
+    stn = fxstn.transform(net, SCALAR, example_inputs=x, trace="live")
+    with torch.no_grad():
+        expected = net(x) if "func" in name else torch.enable_grad()(net)(x)
+        assert torch.equal(stn.eval()(x), expected)  # evaluation records no gradients
+    randomize_response(stn)
+    parameters, delta = list(stn.response_parameters()), torch.randn(2, dtype=torch.float64)
+
+    def loss(step=0.0, directions=()):
+        for parameter, direction in zip(parameters, directions, strict=False):
+            parameter.data.add_(step * direction)
+        output, _ = stn.perturbed_output(x.clone(), delta=delta, training=True)
+        for parameter, direction in zip(parameters, directions, strict=False):
+            parameter.data.sub_(step * direction)
+        return output.square().sum()
+
+    directions = [torch.randn_like(p) for p in parameters]
+    gradients = torch.autograd.grad(loss(), parameters)
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    expected = (loss(1e-6, directions) - loss(-1e-6, directions)) / 2e-6
+    torch.testing.assert_close(slope, expected.detach(), rtol=1e-6, atol=1e-8)
+    assert all(p.grad is None for p in stn.general_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout):
+    net = Called(
+        lambda net, x: torch.nested.as_nested_tensor([net.a(x), net.a(x[:2])], layout=layout).to_padded_tensor(0)
+    )
+    with pytest.raises(fxstn.TransformError, match=r"a nested tensor, .* pad the batch"):
+        fxstn.transform(net, SCALAR, example_inputs=torch.randn(3, 4), trace="live")

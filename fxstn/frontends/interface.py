@@ -83,6 +83,10 @@ class Frontend(Protocol):
     needs_examples: ClassVar[bool]
     rewritable: ClassVar[bool]
 
+    @property
+    def derivatives(self) -> int:
+        """Whether the forward takes derivatives itself, in a way that no graph holds; 0 for no."""
+
     def __init__(self, examples: InputSpec | None) -> None: ...
 
     def capture(self, model: nn.Module, training: bool, frozen: Sequence[str], inputs: Inputs | None) -> Any:
@@ -96,8 +100,11 @@ class Frontend(Protocol):
     def for_sizes(self, examples: InputSpec) -> Self:
         """The same for inputs of other sizes, where a captured graph requires sizes of its inputs."""
 
-    def bind(self, captured: Any, binding: Binding) -> Self:
-        """The frontend that emits the graphs of this binding. Raises TransformError for specs that it cannot place."""
+    def bind(self, captured: Sequence[Any], binding: Binding) -> Self:
+        """The frontend that emits the graphs of this binding. Raises TransformError for specs that it cannot place.
+
+        captured: in train mode, and in eval mode.
+        """
 
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> Graph:
         """One graph of a network.
@@ -110,11 +117,12 @@ class GraphFrontend:
     """What the frontends have in common whose captured graphs are rewritten by passes."""
 
     rewritable: ClassVar[bool] = True
+    derivatives: ClassVar[int] = 0
 
     def for_sizes(self, examples: InputSpec) -> Self:
         return self
 
-    def bind(self, captured: fx.GraphModule, binding: Binding) -> Self:
+    def bind(self, captured: Sequence[fx.GraphModule], binding: Binding) -> Self:
         return self
 
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> Graph:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxstn.frontends.decompositions.layer_drop import LOOPS, LayerLoop, no_layer_skipped
 from fxstn.frontends.guards import frozen_modules, mode_of
 from fxstn.frontends.inputs import Inputs
+from fxstn.frontends.original import run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import leaves
 from fxstn.ir.graphs import forked_rng
@@ -107,12 +108,12 @@ def module_calls(model: nn.Module, inputs: Inputs, share: float = 0.5) -> dict[s
     try:
         patch = mock.patch.object(nn.Module, "__call__", noted)
         with (
-            Preservation(model, inputs) as (args, kwargs),
+            Preservation(model, inputs) as stand_ins,
             mode_of(model, True, frozen),
             _single_draws_at(share),
             patch,
         ):
-            model(*args, **kwargs)
+            run_once(model, stand_ins)
     finally:
         random.setstate(python)
         numpy.random.set_state(legacy)
@@ -136,7 +137,6 @@ def _single_draws_at(share: float) -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(forked_rng())
-        patches.enter_context(torch.no_grad())
         for name in ("rand", "random", "random_sample", "uniform"):
             patches.enter_context(mock.patch.object(numpy.random, name, of_numpy(getattr(numpy.random, name))))
         patches.enter_context(mock.patch.object(random, "random", at))

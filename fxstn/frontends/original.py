@@ -65,10 +65,10 @@ def check_inputs(model: nn.Module, frozen: Collection[str], inputs: Inputs) -> N
             mode_of(model, training, frozen),
             forked_rng(),
         ):
-            _run(model, stand_ins)
+            run_once(model, stand_ins)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> None:
+def run_once(model: nn.Module, inputs: Inputs) -> None:
     """One forward, with gradients where the model can have them.
 
     A forward that takes derivatives itself needs them. torchvision's ColorJitter behind a layer writes into views and cannot

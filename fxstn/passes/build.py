@@ -44,7 +44,7 @@ def build_network(
     frontend = kind(InputSpec.of(model, inputs))
     graphs = canonical_graphs(frontend, model, frozen, inputs)
     binding = bind(graphs[0], request.hparams)
-    frontend = frontend.bind(graphs[0], binding)
+    frontend = frontend.bind(graphs, binding)
     space = HyperparameterSpace(binding.hyperparameters)
     constant = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     plan = Plan(
@@ -58,7 +58,7 @@ def build_network(
         space.to(device=parameters[0].device, dtype=widest)
         modules = response_modules(model, responding, len(space), request.structured)
         network = SelfTuningNetwork(model, modules, space, binding.terms, request.method, recipe)
-        network.augments = augmentation(model) is not None
+        network.augments = augmentation(model) is not None or frontend.derivatives > 0
         network.coverage = Coverage.of(model, responding.axes, responding.obstacles)
         if frontend.rewritable:
             network.keep_canonical([with_children(graph, network) for graph in graphs])

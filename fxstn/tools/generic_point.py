@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxstn.frontends.inputs import Inputs
-from fxstn.frontends.original import plain_copy
+from fxstn.frontends.original import plain_copy, run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.response import Response
@@ -35,7 +35,7 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for module in norms:
             module.momentum = 1.0
-        model.train()(*inputs.args, **inputs.kwargs)
+        run_once(model.train(), inputs)
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     for child, mode in zip(model.modules(), modes, strict=True):

@@ -189,7 +189,13 @@ class Reference:
 
     def __call__(self, step: float) -> Tensor:
         if step and self.constants is None:
-            self(0.0)
+            try:
+                self(0.0)
+            except RuntimeError:
+                if next(self.model.parameters()).requires_grad:
+                    raise
+                self.model.requires_grad_(True)  # the forward takes derivatives in them itself
+                self(0.0)
         frozen = self.network.recipe.plan.frozen
         with self.preserved as inputs, mode_of(self.model, self.training, frozen):
             move_weights(self.model, self.network, step * self.delta)
@@ -197,7 +203,7 @@ class Reference:
                 self.model, self.strengths, self.network.hparams().detach(), self.constants if step else None
             )
             torch.manual_seed(self.seed)
-            output = flat(run.output(inputs))
+            output = flat(run.output(inputs)).detach()
         if not step:
             self.constants = run.collected
         return output

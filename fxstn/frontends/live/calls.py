@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fxstn.frontends.inputs import Inputs, arguments_of, signature_of
@@ -118,6 +119,9 @@ def may_return_no_tensor(call: Call) -> bool:
     return known is False or (known is None and (of_tensor or call.function not in RULES))
 
 
+DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+
 def _never(*_: object) -> bool:
     return False
 
@@ -126,9 +130,12 @@ def _never(*_: object) -> bool:
 def inlined(function: types.FunctionType) -> Callable[..., object] | None:
     """A copy of one of torch's Python functions that runs its body also while a mode is active; None for others.
 
+    What takes derivatives is one operation.
+
     Such a function hands itself to the active mode first, so that run inside of the mode it would come back for ever.
     """
-    if not any(name in function.__code__.co_names and name in function.__globals__ for name in _CHECKS):
+    checks = any(name in function.__code__.co_names and name in function.__globals__ for name in _CHECKS)
+    if not checks or function in DERIVATIVES:
         return None
     names = {**function.__globals__, **dict.fromkeys(_CHECKS, _never)}
     body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.frontends.interface import Pass, Plan, Root
+from fxstn.frontends.live.forward_mode import Derivatives
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.live.record import Recording, record
 from fxstn.frontends.live.sites import Addresses, find_addresses, runtime_sites
@@ -23,10 +24,12 @@ class Live:
     """Runs a forward as it is.
 
     addresses: where its runs read λ, known once the binding is.
+    derivatives: which derivatives the forward takes itself.
     """
 
     examples: InputSpec | None = None
     addresses: Addresses = field(default_factory=Addresses)
+    derivatives: Derivatives = Derivatives.NONE
     name: ClassVar[str] = "live"
     needs_examples: ClassVar[bool] = True
     rewritable: ClassVar[bool] = False
@@ -44,12 +47,14 @@ class Live:
     def for_sizes(self, examples: InputSpec) -> Self:
         return self
 
-    def bind(self, captured: Recording, binding: Binding) -> Self:
+    def bind(self, captured: Sequence[Recording], binding: Binding) -> Self:
         inserted = any(site.insert and type(site.spec) is not Dropout for site in binding.sites)
         if binding.dropped or binding.terms.jacobian or binding.auxiliary or inserted:
             what = "an operation other than dropout that the model does not have itself, which needs a graph,"
             raise TransformError([Diagnostic("", what, "", "use hp.Dropout")])
-        return replace(self, addresses=find_addresses(captured.graph, binding))
+        derivatives = max(recording.derivatives for recording in captured)
+        return replace(self, addresses=find_addresses(captured[0].graph, binding), derivatives=derivatives)
 
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> LiveGraph:
-        return LiveGraph(root, plan.kind, runtime_sites(plan.binding, self.addresses), plan.frozen)
+        sites = runtime_sites(plan.binding, self.addresses)
+        return LiveGraph(root, plan.kind, sites, plan.frozen, self.derivatives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.interface import Root
+from fxstn.frontends.live.calls import Call
 from fxstn.frontends.live.duals import Duals, OperationNote
+from fxstn.frontends.live.forward_mode import Derivatives, LinkTracer, both, float_leaves, linearized, with_tangents
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.temporary import swapped_tensors, temporary_memory
 from fxstn.frontends.live.tracer import LiveTracer
@@ -21,6 +24,7 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.kernels import cast_tangent
 from fxstn.ops.response import for_all_examples, parameter_changes, responses_in, row_scales
+from fxstn.rules.layers import dense
 
 _WHERE = "a forward that runs as it is"
 
@@ -43,12 +47,20 @@ class LiveGraph:
     root: holds the children model, response and hparams.
     sites: where the forward reads λ in train mode.
     frozen: paths of the modules that stay in eval mode.
+    derivatives: which derivatives the forward takes itself.
 
     There is one perturbation for the whole batch, condition and delta of shape (h,). Raises ValueError for one per example.
     """
 
-    def __init__(self, root: Root, kind: GraphKind, sites: RuntimeSites, frozen: Collection[str]) -> None:
-        self.root, self.kind, self.frozen = root, kind, frozen
+    def __init__(
+        self,
+        root: Root,
+        kind: GraphKind,
+        sites: RuntimeSites,
+        frozen: Collection[str],
+        derivatives: Derivatives = Derivatives.NONE,
+    ) -> None:
+        self.root, self.kind, self.frozen, self.derivatives = root, kind, frozen, derivatives
         self.objective, self.training = kind.objective, kind.training
         self.sites = sites if self.training else RuntimeSites()
 
@@ -94,17 +106,43 @@ class LiveGraph:
         if self.objective in ("perturbed", "trained"):
             replacements = self._moved(delta)
         keep = self.objective not in ("perturbed", "at_rest")
-        if not keep:  # works on copies of all that the forward may write into
-            outside = (x for _, x in (*attributes(self.model), *reachable(call, "")))
-            replacements |= {id(x): x.clone() for x in outside if not isinstance(x, nn.Parameter)}
-            call = mapped(lambda leaf: replacements.get(id(leaf), leaf), call)
+        if not keep:
+            call, copies = self._copies(call)
+            replacements |= copies
         mode = LiveTracer(self.model, self.sites, self._strengths(condition))
-        with swapped_tensors(self.model, self.training, self.frozen, replacements, keep):
+        grad_mode = torch.enable_grad() if self.derivatives else nullcontext()
+        with swapped_tensors(self.model, self.training, self.frozen, replacements, keep), grad_mode:
             if self.objective == "at_rest":
                 self._normalise_by_batch()
             return mode.run(call)
 
     __call__ = forward
+
+    def _copies(self, call: Inputs) -> tuple[Inputs, dict[int, Tensor]]:
+        """The inputs, and all else that the forward may write into, as copies, {id of a tensor: its copy}."""
+        outside = (x for _, x in (*attributes(self.model), *reachable(call, "")))
+        copies = {id(x): x.detach().clone() for x in outside if not isinstance(x, nn.Parameter)}
+        return mapped(lambda leaf: copies.get(id(leaf), leaf), call), copies
+
+    def by_forward_mode(self, inputs: Inputs, condition: Tensor | None, delta: Tensor | None) -> object:
+        """`duals` of a forward that takes derivatives itself."""
+        strengths, links, outputs = self._strengths(condition), list[Call | None](), list[object]()
+        tangents = {name: dense(tangent) for name, tangent in self._tangents(delta).items()}
+        call, copies = self._copies(inputs)
+        linear = self.objective == "linearized"
+
+        def run(parameters: dict[int, Tensor]) -> list[Tensor]:
+            with swapped_tensors(self.model, self.training, self.frozen, copies | parameters, keep=False):
+                if linear and not self.training:
+                    self._normalise_by_batch()
+                mode = LinkTracer(self.model, self.sites, None if strengths is None else strengths.detach())
+                outputs.append(mode.run(call))
+                floats = float_leaves(outputs[0])
+                links.extend(mode.links.get(leaf) if linear else None for leaf in floats)
+                return [leaf if link is None else link.args[0] for leaf, link in zip(floats, links, strict=True)]
+
+        pairs = with_tangents(self.model, tangents, self.derivatives, run)
+        return linearized(outputs[0], pairs, links) if linear else both(outputs[0], pairs)
 
     def duals(
         self,
@@ -117,6 +155,10 @@ class LiveGraph:
 
         log: as for `Duals`.
         """
+        if self.derivatives:
+            if log is not None:
+                log.append(OperationNote("", "torch.autograd.forward_ad", "fallback"))
+            return self.by_forward_mode(inputs, condition, delta)
         buffers = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         parameters, strengths = self._tangents(delta), self._strengths(condition)
         strengths = None if strengths is None else strengths.detach()

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.frontends.guards import mode_of, refuse_scripted
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.calls import Call, RunningCall, mutated, named_values
 from fxstn.frontends.live.constant_guard import ConstantGuard, user_frame
+from fxstn.frontends.live.forward_mode import Derivatives, derivatives_in
+from fxstn.frontends.live.tangent_table import differentiable
 from fxstn.frontends.preservation import Preservation
 from fxstn.hp.moving import moves_so_far
 from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
@@ -26,11 +29,14 @@ from fxstn.ir.vocabulary import dropout_settings
 
 
 class Recording(nn.Module):
-    """What passes read of a recorded forward: `graph`, and the child `model`. It is never run: its constants stand inline."""
+    """What passes read of a recorded forward: `graph`, and the child `model`. It is never run: its constants stand inline.
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    derivatives: which derivatives the forward takes itself.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, derivatives: Derivatives) -> None:
         super().__init__()
-        self.model, self.graph = model, graph
+        self.model, self.graph, self.derivatives = model, graph, derivatives
 
 
 class Tape(ConstantGuard):
@@ -45,6 +51,7 @@ class Tape(ConstantGuard):
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__(model)
         self.operations_to_count, self.problems = None, list[Diagnostic]()
+        self.derivatives = Derivatives.NONE
         self.graph = fx.Graph()
         self.nodes = WeakTensorKeyDictionary()
         self.inputs_of_calls: dict[int, set[fx.Node]] = {}
@@ -61,13 +68,32 @@ class Tape(ConstantGuard):
         return x in self.nodes or x in self.attribute_targets or x in self.drawn
 
     def node_of(self, x: Tensor) -> fx.Node | Tensor:
+        if self.derivatives and not self.is_known(x) and is_functorch_wrapped_tensor(x):
+            return self.node_of(get_unwrapped(x))
         if x in self.nodes:
             return self.nodes[x]
         if x not in self.attribute_targets:
-            return x
+            return self.derivative_node(x) if self.derivatives and differentiable(x) else x
         node = self.graph.get_attr(self.attribute_targets[x])
         annotate(node, scope=self.scope())
         return node
+
+    def derivative_node(self, x: Tensor) -> fx.Node:
+        """A node for a value that torch made out of sight where the forward takes derivatives: it may depend on the inputs."""
+        inputs = self.graph.find_nodes(op="placeholder", sort=True)
+        self.nodes[x] = self.graph.call_function(torch.autograd.grad, tuple(inputs))
+        annotate(self.nodes[x], scope=self.scope())
+        return self.nodes[x]
+
+    def apply(self, call: Call) -> object:
+        self.derivatives = max(self.derivatives, derivatives_in(call))
+        self._refuse_nested((call.args, call.kwargs))
+        return self.observe(call) if self.derivatives else super().apply(call)
+
+    def _refuse_nested(self, values: object) -> None:
+        if any(x.is_nested for x in tensors_in(values)):
+            what = "a nested tensor, whose rows have sizes of their own, which no tangent is carried through,"
+            raise self.refuse(what, "pad the batch, and mask what is padded")
 
     def scope(self) -> tuple[ModuleCall, ...]:
         return tuple(ModuleCall(call.number, call.path, call.kind) for call in self.calls if call.path)
@@ -89,6 +115,7 @@ class Tape(ConstantGuard):
     def observe(self, call: Call) -> object:
         spelled = call.spelled or Spelled(call.original, call.args, call.kwargs)
         targets, result = mutated(call), call.run()
+        self._refuse_nested(result)
         if targets or next(tensors_in(result), None) is not None:  # what only reads a size is no use of a value
             node = self.node(spelled.function, spelled.args, spelled.kwargs)
             self.enter_result(call, node, result)
@@ -152,9 +179,10 @@ class Tape(ConstantGuard):
 
     def finish(self, output: object) -> Recording:
         """Close the graph. Raises TransformError when the output holds a float tensor that was not seen being made."""
-        self.check_known("the output", leaves(output))
+        if not self.derivatives:
+            self.check_known("the output", leaves(output))
         self.graph.output(tuple(self.node_of(leaf) for leaf in leaves(output) if isinstance(leaf, Tensor)))
-        return Recording(self.model, self.graph)
+        return Recording(self.model, self.graph, self.derivatives)
 
 
 def record(model: nn.Module, training: bool, frozen: Collection[str], inputs: Inputs) -> Recording:
