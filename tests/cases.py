@@ -258,13 +258,6 @@ CASES = [
     Case(torch.einsum, shapes=((3, 4), (4,), (4, 2)), args=("ij,j,jk->ik", [X, X, X])),
     Case(torch.einsum, shapes=((3, 4), (4,), (4, 2)), args=("ij,j,jk->ik", X, X, X), varying=(1,)),
     Case(torch.einsum, shapes=((3, 3),), args=("...ii->...", X)),
-    Case(torch.addmm, shapes=((2,), (3, 4), (4, 2)), kwargs={"beta": 0.5, "alpha": 2.0}),
-    Case(torch.addmm, shapes=((2,), (3, 4), (4, 2)), varying=(0,)),
-    Case(torch.addmm, shapes=((2,), (3, 4), (4, 2)), varying=(2,)),
-    Case(torch.addmv, shapes=((3,), (3, 4), (4,))),
-    Case(torch.addr, shapes=((3, 4), (3,), (4,)), kwargs={"alpha": 2.0}),
-    Case(torch.baddbmm, shapes=((2, 3, 2), (2, 3, 4), (2, 4, 2)), kwargs={"beta": 0.5}),
-    Case(torch.addbmm, shapes=((3, 2), (2, 3, 4), (2, 4, 2))),
     Case(F.bilinear, shapes=((3, 4), (3, 2), (5, 4, 2), (5,))),
     Case(F.bilinear, shapes=((3, 4), (3, 2), (5, 4, 2), (5,)), varying=(3,)),
     # attention

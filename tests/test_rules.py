@@ -498,7 +498,7 @@ DRAWN: list[Drawn] = [
     ),
     lambda b, n, c: Case(torch.where, ((b, n, c), (n, 1)), (torch.arange(n)[:, None] % 2 == 0, X, X)),
     lambda b, n, c: Case(torch.einsum, ((b, n, c), (b, c, n), (b,)), ("bnc,bcm,b->nm", X, X, X)),
-    lambda b, n, c: Case(torch.baddbmm, ((b, n, n), (b, n, c), (b, c, n)), kwargs={"alpha": 0.5}),
+    lambda b, n, c: Case(torch.bmm, ((b, n, c), (b, c, n))),
     lambda b, n, c: Case(F.layer_norm, ((b, n, c + 1), (c + 1,), (c + 1,)), (X, (c + 1,), X, X)),
     lambda b, n, c: Case(F.rms_norm, ((b, n, c), (n, c)), (X, (n, c), X)),
     lambda b, n, c: Case(F.group_norm, ((b, 2 * n, c + 1), (2 * n,), (2 * n,)), (X, n, X, X)),

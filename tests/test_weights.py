@@ -184,3 +184,45 @@ def test_every_parameter_responds_however_it_is_read(name):
 
 def responding(stn):
     return [name for name, module in stn.response.named_modules() if type(module).__name__ == "Response"]
+
+
+def together(n, x):
+    """Several spellings in one network."""
+    x = torch.cat([n.token.expand(x.shape[0], -1, -1), x], 1) + n.position
+    x = x + n.scale * torch.tanh(torch.addmm(n.bias, x.reshape(-1, 6), n.w).view(x.shape[0], -1, 6))
+    x = torch.tanh(F.linear(x, n.v + n.b @ n.a)) + torch.einsum("bti,eio->bto", x, n.experts)
+    return (x @ torch.matrix_exp(n.q - n.q.T)).mean(1)
+
+
+SHAPES = {"token": (1, 1, 6), "position": (6, 6), "scale": (6,), "w": (6, 6), "bias": (6,), "v": (3, 6), "b": (3, 2),
+          "a": (2, 6), "experts": (2, 6, 3), "q": (3, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["centered", "stn"])
+def test_a_finite_step_of_weights_in_any_spelling_is_that_of_the_original(method):
+    net = Net(together, **SHAPES).double()
+    stn = fxstn.transform(net, SCALAR, method=method).eval()
+    randomize_response(stn)
+    assert set(responding(stn)) == SHAPES.keys()
+    x, delta = SEQUENCE.double(), torch.tensor([0.7]).double()
+    moved = delta + stn.hparams.unconstrained.detach() if method == "stn" else delta
+    expected = functional_call(net, stn.best_response(moved), (x,))
+    torch.testing.assert_close(stn.perturbed_output(x, delta=delta)[0], expected)
+
+
+@pytest.mark.parametrize("settings", [{"recompute": True}, {"response": "structured"}, {"trace": "live"}])
+def test_weights_in_any_spelling_respond_in_every_setting(settings):
+    stn, error = law_1(Net(together, **SHAPES), SEQUENCE, **settings)
+    assert error < 1e-6
+    x, delta = SEQUENCE.double(), torch.randn(1).double()
+    y, dy = stn.pushforward(x, delta=delta)
+    torch.testing.assert_close(stn.perturbed_output(x, delta=delta)[0], y + dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            stn.float().pushforward(SEQUENCE, delta=delta.float())[1].double(), dy, rtol=0.1, atol=0.1
+        )
+
+
+def test_weight_decay_matches_weights_in_any_spelling():
+    stn = fxstn.transform(Net(together, **SHAPES), [hp.WeightDecay("*")])
+    assert {name for name, *_ in stn.terms.penalties} == {"w", "v", "b", "a", "experts"}

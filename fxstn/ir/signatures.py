@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,8 +80,25 @@ def _div(input: Value, other: Value, rounding_mode: str | None = None) -> Spelle
     return spell(torch.div, input, other, rounding_mode=rounding_mode)
 
 
+@called(ANY, "multi_dot", "linalg_multi_dot")
+def _chain(tensors: Iterable[Value]) -> Spelled:
+    """A product of several matrices, from the left."""
+    *before, last = tensors
+    return spell(operator.matmul, _chain(before) if len(before) > 1 else before[0], last)
+
+
+def _equation(operands: tuple) -> tuple[str, tuple]:
+    """(equation, tensors) of torch.einsum(x, [0, 1], w, [1, 2], [0, 2])."""
+    lists = [*operands[1::2], *operands[-1:][: len(operands) % 2]]
+    terms = ["".join("..." if index is Ellipsis else string.ascii_letters[index] for index in own) for own in lists]
+    count = len(operands) // 2
+    return ",".join(terms[:count]) + "".join(f"->{term}" for term in terms[count:]), operands[: 2 * count : 2]
+
+
 @called(ANY, "einsum")
 def _einsum(equation: Value, *operands: Value, tensors: Value = None, path: Value = None) -> Spelled:
+    if operands and isinstance(operands[0], (list, tuple)) and not isinstance(equation, str):
+        equation, operands = _equation((equation, *operands))
     operands = operands if tensors is None else (tensors,)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -109,6 +127,11 @@ ANY |= {
     "rsub": lambda input, other, alpha=1: spell(operator.sub, other, _times(alpha, input)),
     "addmm": lambda input, mat1, mat2, **scales: _sum(input, spell(torch.mm, mat1, mat2), **scales),
     "baddbmm": lambda input, batch1, batch2, **scales: _sum(input, spell(torch.bmm, batch1, batch2), **scales),
+    "addmv": lambda input, mat, vec, **scales: _sum(input, spell(torch.mv, mat, vec), **scales),
+    "addr": lambda input, vec1, vec2, **scales: _sum(input, spell(torch.outer, vec1, vec2), **scales),
+    "addbmm": lambda input, batch1, batch2, **scales: _sum(
+        input, spell(torch.sum, spell(torch.bmm, batch1, batch2), 0), **scales
+    ),
     "addmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.addmm.dtype, *arguments, **scales),
     "baddbmm.dtype": lambda *arguments, **scales: spell(torch.ops.aten.baddbmm.dtype, *arguments, **scales),
     "_grouped_mm": lambda *arguments, **settings: spell(grouped_product, *arguments, **settings),

@@ -7,8 +7,6 @@ import operator
 import torch
 
 from fxstn.ir.grouped import grouped_product
-from fxstn.ir.tangents import ZERO
-from fxstn.ops.kernels import expand_like
 from fxstn.rules.registry import bilinear, rule, total
 
 bilinear(operator.matmul, torch.inner, torch.kron, torch.linalg.cross)
@@ -29,19 +27,3 @@ def einsum(d, equation, *operands):
     product = lambda i, dx: torch.einsum(equation, *values[:i], dx, *values[i + 1 :])  # noqa: E731
     terms = [(dx, lambda dx, i=i: product(i, dx)) for i, dx in enumerate(tangents)]
     return torch.einsum(equation, *values), total(*terms)
-
-
-def _register_added_product(function):
-    @rule(function)
-    def added_product(d, input, a, b, *, beta=1, alpha=1):
-        """beta·input + alpha·a b; each further term is added by the same fused operation."""
-        y = function(input, a, b, beta=beta, alpha=alpha)
-        dy = d.input if d.input is ZERO or beta == 1 else beta * d.input
-        for da, db in ((d.a, b), (a, d.b)):
-            if da is not ZERO and db is not ZERO:
-                dy = function(input if dy is ZERO else dy, da, db, beta=0 if dy is ZERO else 1, alpha=alpha)
-        return y, expand_like(dy, y)
-
-
-for function in (torch.addmm, torch.addmv, torch.baddbmm, torch.addbmm, torch.addr):
-    _register_added_product(function)
