@@ -31,6 +31,7 @@ from fxstn.passes.effects import is_random
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
 from fxstn.passes.request import check_hparams
+from fxstn.tools.doing import doing
 from fxstn.transform import FRONTENDS, transform
 
 
@@ -104,7 +105,7 @@ def explain(
     model, frontend = plain_copy(model), None
     inputs = None if example_inputs is None else as_inputs(example_inputs, model)
     try:
-        with shown():
+        with shown(), doing("following the forward"):
             stn = transform(model, hparams, example_inputs=example_inputs)
     except Exception as error:
         explanation.problems += _problems(error)

@@ -20,6 +20,7 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
+from fxstn.tools.doing import doing
 from fxstn.tools.generic_point import generic_copy, randomize_response
 from fxstn.tools.reference import Float64Mode, Reference, flat, move_weights
 from fxstn.transform import transform
@@ -147,8 +148,9 @@ def verify(
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_as_float64, as_inputs(inputs[0] if by_name else inputs, model))
     examples = call if example_inputs is None else mapped(_as_float64, as_inputs(example_inputs, model))
-    with forked_rng():
+    with forked_rng(), doing("verify") as line:
         for seed in range(seeds):
+            line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
@@ -159,6 +161,8 @@ def verify(
             with Float64Mode():
                 for comparison in _comparisons(network, original, call, delta, seed):
                     if not result.passed((comparison.mode, comparison.against)):
+                        where = f"{comparison.mode} mode against the {comparison.against}"
+                        line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
                         error = relative_error(comparison.tangent(), comparison.function, tolerance)
                         result.checks.append(Check(comparison.mode, comparison.against, seed, error))
             if result.ok:
