@@ -4,7 +4,7 @@
 
 timm has some hundred families, one Python module each, written by many hands. Each is checked in a process of its own,
 with a time limit; results go to benchmarks/results/families.json and docs/results/families.md, and it goes on where it
-stopped. --structure measures again what needs no derivatives: which weights respond, ε per example, seconds to transform.
+stopped. --structure looks again which weights respond.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ import torch
 from tabulate import tabulate
 
 import fxstn
-from benchmarks.matrix import COLUMNS, DEFINITION, Matrix, Row, run, shown_coverage, shown_error, structure_of
+from benchmarks.matrix import (
+    COLUMNS,
+    DEFINITION,
+    Matrix,
+    Row,
+    coverage_of,
+    run,
+    shown_coverage,
+    shown_error,
+    structure_of,
+)
 from benchmarks.zoo import CLASSES, LARGE, shortened
 
 LIMIT = 600  # seconds for one model
@@ -74,14 +84,18 @@ def _build(name: str) -> tuple[Any, torch.Tensor, Row]:
     return (shortened(model) if count > LARGE else model).train(), inputs, row
 
 
+def structure(_: str, row: Row) -> Row:
+    """Which weights respond."""
+    model, inputs, _ = _build(row["model"])
+    return coverage_of(model, (inputs,), row["frontend"])
+
+
 def _one(name: str, seeds: int) -> Row:
-    """A row, of a model; 0 seeds for what needs no derivative."""
+    """A row, of a model."""
     model, inputs, row = _build(name)
     row |= structure_of(model, (inputs,))
-    if seeds:
-        report = fxstn.verify(model, inputs, seeds=seeds)
-        row |= {"max_error": report.max_error, "ok": report.ok}
-    return row
+    report = fxstn.verify(model, inputs, seeds=seeds)
+    return row | {"max_error": report.max_error, "ok": report.ok}
 
 
 def measure(family: str, seeds: int) -> Row:
@@ -140,6 +154,6 @@ if __name__ == "__main__":
         warnings.simplefilter("ignore")
         print(json.dumps(_one(sys.argv[2], int(sys.argv[3]))))
     else:
-        matrix = Matrix("families", list(families()), measure, lambda family: _one(_names[family], 0), page)
+        matrix = Matrix("families", list(families()), measure, structure, page)
         _names |= {family: row["model"] for family, row in matrix.rows().items() if "model" in row}
         run(matrix, __doc__ or "", seeds=2)

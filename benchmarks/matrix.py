@@ -17,8 +17,13 @@ from torch import nn
 from tqdm import tqdm
 
 import fxstn
+from fxstn.frontends.guards import frozen_modules
+from fxstn.frontends.inputs import InputSpec, as_inputs
+from fxstn.frontends.original import plain_copy
 from fxstn.ir.coverage import Coverage
 from fxstn.passes.hyperize import responses
+from fxstn.passes.recipe import canonical_graphs
+from fxstn.transform import FRONTENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFINITION = (
@@ -37,14 +42,15 @@ class Matrix:
 
     name: of the file with results, and of the page.
     names: rows in the order in which they are measured.
-    measure: (name, seeds) → all columns. structure: name → the columns that need no derivative.
+    measure: (name, seeds) → all columns.
+    structure: (name, its row so far) → the columns that need no derivative, or those of weights that respond.
     page: rows → the page.
     """
 
     name: str
     names: Sequence[str]
     measure: Callable[[str, int], Row]
-    structure: Callable[[str], Row]
+    structure: Callable[[str, Row], Row]
     page: Callable[[dict[str, Row]], str]
 
     @property
@@ -70,19 +76,23 @@ def structure_of(model: nn.Module, inputs: Any) -> Row:
     stn = fxstn.transform(model, example_inputs=inputs)
     seconds = time.perf_counter() - start
     args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    if stn.frontend == "live":
-        per_example, structured = False, fxstn.transform(model, example_inputs=inputs, response="structured").coverage
-    else:
-        per_example = stn.per_example(*args, **named)
-        result = responses([stn.canonical(training) for training in (True, False)], structured=True)
-        structured = Coverage.of(stn.model, result.axes, result.obstacles)
+    alone = stn.frontend != "live" and stn.per_example(*args, **named)
+    row = {"frontend": stn.frontend, "per_example": alone, "transform_s": round(seconds, 1)}
+    return row | coverage_of(model, inputs, stn.frontend)
+
+
+def coverage_of(model: nn.Module, inputs: Any, frontend: str) -> Row:
+    """The columns of weights that respond, for which no graph is emitted."""
+    model = plain_copy(model)
+    arguments, frozen = as_inputs(inputs, model), tuple(sorted(frozen_modules(model)))
+    kind = next(kind for kind in FRONTENDS if kind.name == frontend)
+    graphs = canonical_graphs(kind(InputSpec.of(model, arguments)), model, frozen, arguments)
+    found = {name: responses(graphs, structured=name == "structured") for name in ("scaled", "structured")}
+    scaled, structured = (Coverage.of(model, result.axes, result.obstacles) for result in found.values())
     return {
-        "frontend": stn.frontend,
-        "per_example": per_example,
-        "transform_s": round(seconds, 1),
-        "scaled": _numbers(stn.coverage),
+        "scaled": _numbers(scaled),
         "structured": _numbers(structured),
-        "left_out": [len(stn.coverage.omitted), sum(weight.elements for weight in stn.coverage.omitted)],
+        "left_out": [len(scaled.omitted), sum(weight.elements for weight in scaled.omitted)],
         "lost": [[weight.name, weight.reason] for weight in structured.lost[:3]],
     }
 
@@ -125,15 +135,23 @@ def run(matrix: Matrix, description: str, seeds: int = 3) -> None:
     warnings.simplefilter("ignore")
     rows = matrix.rows()
     chosen = [name for name in matrix.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in arguments.only)]
-    if not arguments.structure:
+    if arguments.structure:
+        chosen = [name for name in chosen if "failed" not in rows.get(name, {})]
+    else:
         chosen = [name for name in chosen if arguments.again or not rows.get(name, {}).get("ok")]
     for name in (progress := tqdm(chosen)):
         progress.set_description(name)
         torch.manual_seed(0)
         try:
-            row = matrix.structure(name) if arguments.structure else matrix.measure(name, arguments.seeds)
+            row = (
+                matrix.structure(name, rows.get(name, {}))
+                if arguments.structure
+                else matrix.measure(name, arguments.seeds)
+            )
         except Exception as error:  # a row of the table
-            row = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+            row = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
             tqdm.write(f"{name}: {type(error).__name__}: {error}")
+            if arguments.structure:  # what has been measured stays
+                continue
         before = rows.get(name, {})
         matrix.enter(name, ({} if "failed" in before or "failed" in row else before) | row)

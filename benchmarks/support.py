@@ -4,8 +4,7 @@
 
 Every model that torchvision lists, the quantised ones aside, in float64 against a central difference of the original, in
 train and eval mode. Adds to benchmarks/results/support.json as it goes, and goes on where it stopped; docs/results/support.md
-is made of it. Large ones with repeated blocks left out are marked. --structure measures again what needs no derivatives:
-which weights respond, ε per example, seconds to transform.
+is made of it. Large ones with repeated blocks left out are marked. --structure looks again which weights respond.
 """
 
 from __future__ import annotations
@@ -18,15 +17,25 @@ from tabulate import tabulate
 
 import fxstn
 from benchmarks import zoo
-from benchmarks.matrix import COLUMNS, DEFINITION, Matrix, Row, run, shown_coverage, shown_error, structure_of
+from benchmarks.matrix import (
+    COLUMNS,
+    DEFINITION,
+    Matrix,
+    Row,
+    coverage_of,
+    run,
+    shown_coverage,
+    shown_error,
+    structure_of,
+)
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.node_info import info_of
 
 
-def structure(name: str) -> Row:
-    """The columns that need no derivative."""
-    model, inputs, short = zoo.build(name)
-    return {"family": zoo.family(name), "shortened": short} | structure_of(model, inputs)
+def structure(name: str, row: Row) -> Row:
+    """Which weights respond."""
+    model, inputs, _ = zoo.build(name)
+    return coverage_of(model, inputs, row["frontend"])
 
 
 def measure(name: str, seeds: int) -> Row:

@@ -203,13 +203,13 @@ def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.train(), inputs_of(family)
 
 
-def structure(family: str) -> Row:
+def structure(family: str, _: Row) -> Row:
     kind = "decoder, low rank" if family == "LoRA" else FAMILIES[family][0]
     return {"kind": kind} | structure_of(*build(family))
 
 
 def measure(family: str, seeds: int) -> Row:
-    row = structure(family)
+    row = structure(family, {})
     model, inputs = build(family)
     report = fxstn.verify(model, inputs, seeds=seeds, trace=row["frontend"])
     return row | {"max_error": report.max_error, "ok": report.ok}

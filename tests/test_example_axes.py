@@ -340,3 +340,18 @@ def assert_rows_are_their_own(stn: nn.Module, *inputs: torch.Tensor) -> None:
 def test_rows_that_are_the_same_for_all_examples_have_an_example_each(net, inputs):
     stn, _ = prepared(net, x := inputs())
     assert_rows_are_their_own(stn, x)
+
+
+class Numbered(Positions):
+    """Position ids as an input, one row for all."""
+
+    def forward(self, words, ids):
+        return self.out(torch.tanh(self.word(words) + self.position(ids)))
+
+
+def test_a_first_batch_of_one_example_does_not_say_which_inputs_are_batches():
+    stn = fxstn.transform(Numbered().double(), [hp.Scalar("a", 0.5, 0, 1)]).eval()
+    randomize_response(stn)
+    ids = torch.arange(LENGTH)[None]
+    stn.pushforward(torch.randint(7, (1, LENGTH)), ids, delta=torch.randn(1, 1).double())
+    assert_rows_are_their_own(stn, torch.randint(7, (4, LENGTH)), ids)

@@ -68,6 +68,7 @@ class GraphCache:
         self.compile_options: dict[str, Any] | None = None
         self._per_example: bool | None = None
         self._located: list[torch.Size] = []  # sizes of the inputs that `batch_axes` come from
+        self._single = False  # whether these had one example
         self.state: ModuleState | None = None
         self._forget()
 
@@ -214,9 +215,10 @@ class GraphCache:
 
     def _locate_examples(self, root: Root, inputs: Inputs) -> None:
         sizes = [leaf.shape[1:] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        if self.batch_axes and (sizes == self._located or not self._is_folded()):
+        single = batch_size(inputs) == 1  # then what all examples share is as long as the batch
+        if self.batch_axes and (sizes == self._located or not self._is_folded()) and (single or not self._single):
             return
-        self._located, self._per_example = sizes, None
+        self._located, self._single, self._per_example = sizes, single, None
         self.batch_axes = {training: self.recipe.locate(root, training, inputs) for training in (True, False)}
         if any(axis != BATCH_FIRST for axes in self.batch_axes.values() for axis in axes.values()):
             self.emitted.clear()
