@@ -10,7 +10,25 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FILES = {"index.md": "README.md", "about/changelog.md": "CHANGELOG.md", "about/contributing.md": "CONTRIBUTING.md"}
+ROOMS = {"Guides": "guides", "Results": "results"}
 PAGES = {file: page for page, file in FILES.items()}
+
+
+def listed(nav: Any) -> set[str]:
+    """The files that a nav names."""
+    if isinstance(nav, str):
+        return {nav}
+    return set().union(*map(listed, nav.values() if isinstance(nav, dict) else nav))
+
+
+def on_config(config: Any, **_: Any) -> None:
+    """A page that a benchmark or a hand adds to a room stands at the end of it, until mkdocs.yml says where."""
+    known = listed(config.nav)
+    for section in config.nav:
+        for title, pages in section.items():
+            if (folder := ROOMS.get(title)) is not None:
+                files = (f"{folder}/{path.name}" for path in sorted((ROOT / "docs" / folder).glob("*.md")))
+                pages += [file for file in files if file not in known]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -63,7 +63,7 @@ def refit_settings(settings: Settings, history: History, steps: int, loader: obj
     epochs: of the refit.
 
     Nothing says which epoch of a refit is best, and the weights of one step are noisy. Where the run has no averages of the
-    weights, the refit has them, over the last `AVERAGED` of its steps (Polyak & Juditsky 1992; docs/guides/runs.md).
+    weights, the refit has them, over the last `AVERAGED` of its steps (Polyak & Juditsky 1992; docs/guides/values.md).
     """
     batches, of_run = length_of(loader), steps / len(history)
     per_epoch = math.ceil(batches / settings.accumulate) if batches else of_run
