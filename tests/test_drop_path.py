@@ -75,3 +75,19 @@ def test_what_the_model_draws_itself_is_told(module, trace):
     assert not any("stochastic_depth" in name for name in stn.hparams.names)
     rows = [row for row in fxstn.explain(stn, example_inputs=x).rows if row.rule == "fixed noise"]
     assert [(row.module, row.became) for row in rows] == [("1", "kept as the model draws it, not tuned")]
+
+
+class Scaled(nn.Module):
+    """Hands its input through, and has a large number: no side of blocks, to be tried on feature maps of 300 GB."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.temperature = 1.0, 10_000
+
+    def forward(self, x):
+        return x
+
+
+def test_a_large_number_of_a_module_is_no_side_of_blocks():
+    stn = fxstn.transform(nn.Sequential(nn.Linear(6, 8), Scaled(), nn.Dropout(0.2), nn.Linear(8, 3)))
+    assert list(stn.hparams.names) == ["2.dropout"]

@@ -23,6 +23,7 @@ StandIn = Callable[[Any, float], object]  # (x, p) → y, in train mode
 
 RECOGNISED: dict[type[nn.Module], dict[Settings, StandIn]] = {}
 P = 0.25  # the probability that modules are tried at
+LARGEST_SIDE = 31  # of a block; a larger number of a module is no side, and no feature map is made for it
 _LIKELY = {"p", "rate", "prob"}
 
 
@@ -138,7 +139,7 @@ def _by_pattern(dropped: Tensor) -> StandIn | None:
 def _blocks(module: nn.Module, name: str) -> StandIn | None:
     """DropBlock with the settings that a module's output shows."""
     numbers = [value for value in vars(module).values() if isinstance(value, int) and not isinstance(value, bool)]
-    for side in (value for value in numbers if value > 1):
+    for side in (value for value in numbers if 1 < value <= LARGEST_SIDE):
         x = torch.ones(64, 3, *[2 * side + 10] * 2)
         y = _output(module, name, x)
         if y is None or len(values := y.unique()) != 2 or values[0] != 0:
