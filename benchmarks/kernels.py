@@ -160,6 +160,7 @@ def network(model: nn.Module, specs: Sequence[hp.Spec] | None, few: Tensor, **op
     stn = fxstn.transform(model, specs, example_inputs=few, **options).train()
     stn.per_example(few)
     stn.locate_examples(few)
+    stn.graph("linearized")  # made by trials on values, which fake tensors do not have
     return stn
 
 

@@ -179,15 +179,21 @@ def called(case: Case) -> tuple[fx.Node, list[torch.Tensor], object, object]:
     return node, prepared.tensors, case.function(*args, **kwargs), case.function(*args, **kwargs)
 
 
+def dense_leaves(result: object) -> list[torch.Tensor]:
+    """The tensors with entries in a result; the values of those that are sparse."""
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in (x._values() if x.is_sparse else x for x in leaves) if leaf.numel()]
+
+
 @pytest.mark.parametrize("case", ALL_CASES, ids=name)
 def test_results_that_share_memory_and_random_results_are_known(case):
     node, tensors, first, second = called(case)
-    results = [leaf for leaf in tree_leaves(first) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+    results = dense_leaves(first)
     memory = {leaf.untyped_storage().data_ptr() for leaf in results}
     shared = {source for source, tensor in zip(node.graph.nodes, tensors, strict=False)
               if tensor.untyped_storage().data_ptr() in memory}  # fmt: skip
     assert shared <= set(shared_arguments(node))
-    others = [leaf for leaf in tree_leaves(second) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+    others = dense_leaves(second)
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, others, strict=True))
     uninitialised = "empty" in name(case)
     assert same or uninitialised or is_random(case.function)

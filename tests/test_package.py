@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def run(*command: object, folder: Path) -> str:
-    result = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([*map(str, command)], cwd=folder, env=alone, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

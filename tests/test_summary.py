@@ -38,7 +38,7 @@ def test_a_summary_is_about_ten_lines_whatever_is_tuned(method):
     specs = [hp.Dropout(), hp.WeightDecay("*"), *(hp.Scalar(f"s{i}", 0.5, 0, 1) for i in range(7))]
     shown = fxstn.transform(mlp(), specs, method=method).summary().splitlines()
     assert len(shown) <= 12
-    assert "  … and 4 more kinds" in shown
+    assert "  … and 5 more kinds" in shown
     assert any(line.startswith("cost") for line in shown) == (method != "stn")
 
 

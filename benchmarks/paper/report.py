@@ -249,10 +249,11 @@ def _sections() -> Iterable[tuple[str, str]]:
     for kind in linear.KINDS:
         if (FOLDER / f"linear-{kind}.json").exists():
             draw_linear(kind, DOCS / f"paper-{kind}.png")
-            yield f"linear-{kind}", f"{linear_table(kind)}\n\n![λ over hyper steps]({f'paper-{kind}.png'})"
+            picture = f"![The tuned hyperparameters over hyper steps, against the known optimum](paper-{kind}.png)"
+            yield f"linear-{kind}", f"{linear_table(kind)}\n\n{picture}"
     if (FOLDER / "inert.json").exists():
         moved = draw_inert(DOCS / "paper-inert.png")
-        yield "inert", f"{moved}\n\n![λ that does nothing, over epochs](paper-inert.png)"
+        yield "inert", f"{moved}\n\n![A hyperparameter that does nothing, over the epochs of a run](paper-inert.png)"
     for budget, row in itertools.product(("small", "full"), ROWS):
         if (FOLDER / f"{budget}-{row}.json").exists():
             draw_row(row, budget, DOCS / f"paper-{budget}-{row}.png")

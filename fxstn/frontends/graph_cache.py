@@ -241,7 +241,7 @@ class GraphCache:
             graphs = [self.graph(root, GraphKind(objective, training)) for training in (True, False)]
             places = dict.fromkeys(place for graph in graphs for place in refused_places(graph.graph))
             self._per_example = not places
-            if places:
+            if places and self.recipe.frontend.rewritable:  # a forward that runs as it is never has one per example
                 warnings.warn(
                     f"one ε for the whole batch, not one per example, which makes λ noisier: refused at {next(iter(places))}; "
                     f"fxstn.explain(stn, example_inputs=...) lists all of {len(places)}",

@@ -49,8 +49,13 @@ def _containers(value: object, seen: set[int]) -> Iterator[object]:
             waiting += [value.args, value.keywords]
         elif isinstance(value, types.MethodType):
             waiting.append(value.__self__)
-        elif type(getattr(value, "__dict__", None)) is dict:
+        elif type(getattr(value, "__dict__", None)) is dict and not _is_of_torch(value):
             waiting.append(vars(value))
+
+
+def _is_of_torch(value: object) -> bool:
+    """Whether an object is one of torch's own, an operator say, whose caches change while a forward is traced."""
+    return type(value).__module__.partition(".")[0] == "torch"
 
 
 def restore(state: ModuleState) -> list[str]:

@@ -12,7 +12,7 @@ from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY, cost_ratio
 from fxstn.ir.coverage import Coverage
 from fxstn.ops.response import responding
 
-KINDS = 5  # lines for kinds of hyperparameters
+KINDS = 4  # lines for kinds of hyperparameters
 
 
 class Summarized(nn.Module):

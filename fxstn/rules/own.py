@@ -141,7 +141,8 @@ def _split(values: Mapping[str, object], named: set[str]) -> tuple[tuple, dict[s
 def _stand_in(type_name: str) -> object:
     """A value of a schema's type."""
     if type_name.startswith("List["):
-        return [_stand_in(type_name.removeprefix("List[").removesuffix("]"))]
+        entry = type_name.removeprefix("List[").removesuffix("]")
+        return [_stand_in(entry)] * (2 if entry == "Tensor" else 1)  # torch.linalg.multi_dot takes no less
     if type_name.startswith("Optional["):
         return None
     values = {"Tensor": torch.empty(0), "int": 0, "float": 0.0, "number": 0, "bool": False, "str": ""}

@@ -86,7 +86,8 @@ class VerifyResult:
         ]
         table = tabulate(rows, headers=["mode", "central difference of", "seed", "relative error", ""])
         verdict = f"{'ok' if self.ok else 'NOT ok'}: largest error {self.max_error:.1e}, tolerance {self.tolerance:.0e}"
-        return f"{table}\n{verdict}, followed by trace={self.frontend!r}\n{self.coverage}"
+        coverage = f"{self.coverage}\n" if self.coverage.possible else ""
+        return f"{table}\n{coverage}{verdict}, followed by trace={self.frontend!r}"
 
     def _verdict(self, position: int) -> str:
         check = self.checks[position]
