@@ -158,3 +158,24 @@ def test_the_table_says_which_rows_were_repeated():
     text = str(VerifyResult(1e-6, rows[:1])).splitlines()
     assert text[2].endswith("above the tolerance")
     assert text[-1].startswith("NOT ok: largest error 1.0e-02")
+
+
+class FourierLayer(nn.Module):
+    """Channels mixed frequency by frequency, with complex weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(6, 6, 4, dtype=torch.complex64))
+        self.head, self.dropout = nn.Linear(6, 3), nn.Dropout(0.2)
+
+    def forward(self, x):
+        modes = torch.einsum("bif,iof->bof", torch.fft.rfft(x), self.weight)
+        return self.head(self.dropout(torch.fft.irfft(modes, n=x.shape[-1])).mean(-1))
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_complex_weights_are_compared_in_double_precision(trace):
+    result = fxstn.verify(FourierLayer(), torch.randn(4, 6, 6), trace=trace)
+    assert result.ok
+    assert result.max_error < 1e-7
+    assert (result.coverage.responding, result.coverage.possible) == (2, 2)

@@ -11,6 +11,7 @@ from fxstn.frontends.original import plain_copy, run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.response import Response
+from fxstn.tools.reference import as_double
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -21,7 +22,7 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     After the first seed, biases of norms are shifted by three standard deviations too, up or down: then few of the values
     that a ReLU after them gets are near its kink.
     """
-    model = plain_copy(model).double()
+    model = plain_copy(model)._apply(as_double)
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     momenta = [module.momentum for module in norms]
@@ -32,7 +33,7 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
                 module.bias.add_(3 * torch.randn(module.bias.shape, generator=generator, dtype=torch.float64).sign())
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         for module in norms:
             module.momentum = 1.0
         run_once(model.train(), inputs)

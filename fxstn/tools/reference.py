@@ -32,13 +32,25 @@ from fxstn.network import SelfTuningNetwork
 Value = TypeVar("Value")
 
 
+DOUBLES = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+_METHODS = vars(torch._C.TensorBase)
+WIDER = {_METHODS[name]: _METHODS[wider] for name, wider in (("float", "double"), ("cfloat", "cdouble"))}
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    """A tensor of real or complex numbers in double precision; of integers as it is."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 class Float64Mode(TorchFunctionMode):
     """Operations asked for float32 keep float64: differences need its digits, and some models ask for float32 everywhere."""
 
     def __torch_function__(
         self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        function = Tensor.double if function is Tensor.float else function
+        function = WIDER.get(function, function)
         return function(*_in_float64(args), **{name: _in_float64(value) for name, value in (kwargs or {}).items()})
 
 
@@ -48,7 +60,7 @@ def _in_float64(value: Value) -> Value:
         return cast(Value, [_in_float64(entry) for entry in value])
     if isinstance(value, tuple) and type(value) is tuple:
         return cast(Value, tuple(_in_float64(entry) for entry in value))
-    return cast(Value, torch.float64) if value is torch.float32 else value
+    return cast(Value, DOUBLES.get(value, value)) if isinstance(value, torch.dtype) else value
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.doing import doing
 from fxstn.tools.generic_point import generic_copy, randomize_response
-from fxstn.tools.reference import Float64Mode, Reference, flat, move_weights
+from fxstn.tools.reference import Float64Mode, Reference, as_double, flat, move_weights
 from fxstn.transform import transform
 
 STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 1e-9, 1e-10)
@@ -147,8 +147,8 @@ def verify(
     """
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
-    call: Inputs = mapped(_as_float64, as_inputs(inputs[0] if by_name else inputs, model))
-    examples = call if example_inputs is None else mapped(_as_float64, as_inputs(example_inputs, model))
+    call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
+    examples = call if example_inputs is None else mapped(_detached_double, as_inputs(example_inputs, model))
     with forked_rng(), doing("verify") as line:
         for seed in range(seeds):
             line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")
@@ -171,8 +171,8 @@ def verify(
     return result
 
 
-def _as_float64(leaf: object) -> object:
-    return leaf.detach().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _detached_double(leaf: object) -> object:
+    return as_double(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
 def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: Inputs, trace: str) -> SelfTuningNetwork:
