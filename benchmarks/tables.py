@@ -71,6 +71,19 @@ def demo() -> str:
     )
 
 
+def detection() -> str:
+    """Both runs of examples/detection.py: means, and the range of the seeds."""
+    results, columns = json.loads((RESULTS / "detection.json").read_text()), ("valid loss", "test loss", "test AP")
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    rows = [[name, *(cell([run[column] for run in runs]) for column in columns)] for name, runs in results.items()]
+    return tabulate(
+        rows, [f"mean of {len(results['tuned'])} seeds", *columns], tablefmt="github", disable_numparse=True
+    )
+
+
 def suite() -> str:
     """Every network of the suite: ratios to plain training, and peak memory as a ratio too."""
     columns = ["general", "response", "schedule", "schedule-default", "func-jvp", "func-jvp-batch", "double-backward"]
@@ -200,7 +213,8 @@ def of_worth() -> dict[str, Callable[[], str]]:
 
 
 TABLES = {
-    "overhead": overhead, "demo": demo, "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
+    "detection": detection, "overhead": overhead, "demo": demo,
+    "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": refitted,
     "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
