@@ -17,7 +17,6 @@ import fxstn
 from fxstn import hp
 from fxstn.ir.containers import attributes
 
-pytestmark = pytest.mark.filterwarnings("ignore:one ε for the whole batch")  # of the frontend "live"
 SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0), hp.Scalar("b", 0.5, 0.0, 1.0)]
 
 

@@ -74,13 +74,21 @@ def is_view(function: Function) -> bool:
     return any(result.alias_info is not None for overload in overloads(function) for result in overload._schema.returns)
 
 
+HOLDS_ARGUMENTS = {  # indices and values, of which the schemas say nothing
+    torch.sparse_coo_tensor, torch.sparse_compressed_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor,
+    torch.sparse_bsr_tensor, torch.sparse_bsc_tensor,
+}  # fmt: skip
+
+
 @functools.cache
 def is_fresh(function: Function) -> bool:
     """Whether the schemas promise that the result is in memory of its own.
 
     Torch checks this promise for operations with a kernel. An operation composed of others (`type_as`, `atleast_1d`) may
-    return its argument although its schema does not say so.
+    return its argument although its schema does not say so, and a sparse tensor holds what it is made of.
     """
+    if function in HOLDS_ARGUMENTS:
+        return False
     known = overloads(function)
     composed = (overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) for overload in known)
     return bool(known) and not is_view(function) and not any(composed)

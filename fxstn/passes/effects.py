@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import Target
 
-from fxstn.ir.errors import operation_name
 from fxstn.ir.facts import is_fresh, is_functional, is_seeded, is_view, overloads, writes
 from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws, staging_of
@@ -91,10 +90,6 @@ def _is_fresh(node: fx.Node) -> bool:
         return False
     if node.target in DROPOUTS:
         return dropout_settings(node)[1]
-    if operation_name(node.target).startswith(
-        "torch.sparse_"
-    ):  # holds its indices and values; the schema does not say so
-        return False
     if (
         node.target is torch.einsum and len(node.args) > 2
     ):  # of several operands: a product. Of one operand einsum may return a view.

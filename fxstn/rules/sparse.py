@@ -27,7 +27,7 @@ def product_and_sum(d, mat, mat1, mat2, *, beta=1.0, alpha=1.0):
     )
 
 
-@rule(torch.sparse_coo_tensor, kind="linear", fresh=True)
+@rule(torch.sparse_coo_tensor, kind="linear")
 def matrix_of_values(d, indices, values, *settings, **named):
     matrix = lambda x: call(torch.sparse_coo_tensor, indices, x, *settings, **named)  # noqa: E731
     return matrix(values), matrix(d.values)
