@@ -65,7 +65,7 @@ paper: $(READY)  ## the paper's experiments at the small budget, then docs/resul
 	$(BIN)/python -m benchmarks.paper linear
 	$(BIN)/python -m benchmarks.paper run
 	$(BIN)/python -m benchmarks.paper robustness --task fmnist
-	$(BIN)/python -m benchmarks.paper report
+	$(BIN)/python -m benchmarks.tables
 
 figures: $(READY)  ## the figures and tables of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.ridge

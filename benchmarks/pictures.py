@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -33,6 +32,8 @@ COLORS = {"low": "#1f77b4", "middle": "#2a8a2a", "high": "#c44e00"}
 
 def digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     """400 images to train on, 100 held out, and the other 1,297 to test."""
+    from sklearn.datasets import load_digits
+
     images, classes = (torch.tensor(array) for array in load_digits(return_X_y=True))
     images = images.float() / 16
     train, valid = fxstn.hold_out(TensorDataset(images[:500], classes[:500]), 0.2)

@@ -2,12 +2,15 @@
 
     python -m benchmarks.tables
 
-A table stands between <!-- table NAME --> and <!-- end -->; what is between is replaced.
+A table stands between <!-- table NAME --> and <!-- end -->, sentences between <!-- text NAME --> and <!-- end -->; what is
+between is replaced.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -31,11 +34,15 @@ from benchmarks import (
     whole_runs,
 )
 from benchmarks.overhead import NETWORKS
+from benchmarks.paper import report as paper
+from benchmarks.sentences import TEXTS
 from benchmarks.worth import report as worth
 from benchmarks.worth.cells import READINGS
+from fxstn.bilevel.cadence import steps_of_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- (?:table|text) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MEANING = {
     "plain": "plain training, fixed dropout at the same places",
@@ -197,6 +204,46 @@ def starts() -> str:
     return pictures.table(json.loads(pictures.FILE.read_text()))
 
 
+def units() -> str:
+    """Response and hyper steps of runs of the default, and their work in units of one forward: see docs/results/overhead.md."""
+    cells = []
+    for steps in (250, 1_000, 10_000, 100_000):
+        response, hyper = steps_of_run(steps)
+        cells.append([f"{steps:,}", f"{response:,}", f"{hyper:,}", f"{1 + (response + hyper) / steps:.2f}"])
+    headers = ["inner steps of a run", "response steps", "hyper steps", "units / those of plain training"]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def cifar() -> str:
+    """Seed 0 of cifar10-resnet18: best validation loss so far, by epoch."""
+    results, epochs = json.loads(tuned.path_of("cifar10-resnet18").read_text()), range(2, 21, 2)
+    names = {"untuned": "untuned", "unlimited": "λ rises freely", "default": "default"}
+    rows = []
+    for start, (method, name) in itertools.product(tuned.STARTS, names.items()):
+        losses = [loss for _, loss in results[f"{method} {start} 0"]["curve"]]
+        rows.append([f"{start}, {name}", *(f"{min(losses[:epoch]):.3f}" for epoch in epochs)])
+    return tabulate(rows, ["start", *map(str, epochs)], tablefmt="github", disable_numparse=True)
+
+
+def _means(name: str, headers: list[str], digits: int) -> str:
+    """Of an example: a line for each way, means over seeds; nothing where a way has no such number."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = []
+    for way, runs in found.items():
+        means = [statistics.mean(column) for column in zip(*runs, strict=True)]
+        rows.append([way, *("" if math.isnan(mean) else f"{mean:.{digits}f}" for mean in means)])
+    first = f"mean of {len(next(iter(found.values())))} seeds"
+    return tabulate(rows, [first, *headers], tablefmt="github", disable_numparse=True)
+
+
+def classes() -> str:
+    return _means("class_weights", ["test accuracy", "weight of the common class", "of the rare class"], 2)
+
+
+def labels() -> str:
+    return _means("label_noise", ["test accuracy", "stopped early", "area under the ROC curve"], 3)
+
+
 def launches() -> str:
     return kernels.table(kernels.read())
 
@@ -218,23 +265,26 @@ TABLES = {
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": refitted,
     "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
-    "whole": whole, "starts": starts, **of_worth(),
+    "whole": whole, "starts": starts, "units": units, "cifar": cifar, "classes": classes, "labels": labels,
+    **of_worth(), **paper.PARTS, **TEXTS,
 }  # fmt: skip
+
+
+def rendered(text: str) -> str:
+    """A page with its tables and sentences made anew from the results."""
+    return PART.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
 def main() -> None:
     for page in PAGES:
-        text = page.read_text()
-        for name in re.findall(r"<!-- table (\w+) -->", text):
-            new, pattern = TABLES[name](), rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
-        page.write_text(text)
+        page.write_text(rendered(page.read_text()))
         print(f"written to {page}")
     plot_scaling(ROOT / "docs" / "results" / "scaling.png")
     tuned.plot(list(_tuned()), ROOT / "docs" / "results" / "tuning.png")
     ptb.draw(json.loads(ptb.FILE.read_text()), ROOT / "docs" / "guides" / "ptb.png")
     pictures.draw(json.loads(pictures.FILE.read_text()))
     hypergradient.draw(json.loads(hypergradient.RESULTS.read_text()), hypergradient.FIGURE)
+    paper.draw()
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def gap_closed(results: dict[str, Any]) -> str:
     if not parts:
         return "No long search was run"
     return (
-        f"Share of the gap between untuned and the best of {most} random trials that the default settings close (in brackets "
-        f"untuned, default and that best; seeds with so long a search only): {'; '.join(parts)}"
+        f"Share of the gap between untuned and the best of {most} random trials that the default closes: {'; '.join(parts)}. "
+        "In brackets are untuned, the default and that best, over the seeds with so long a search"
     )
 
 

@@ -7,7 +7,9 @@ in evaluation hparams is None, and the loss the plain one.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=30, help="of each run")
     parser.add_argument("--seeds", type=int, default=5, help="each chooses data, weights and order")
+    parser.add_argument("--out", type=Path, help="file for the results, JSON")
     args = parser.parse_args(arguments)
     found = {
         name: [run(seed, args.epochs, tune) for seed in range(args.seeds)]
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
     means = [[name, *(statistics.mean(column) for column in zip(*rows, strict=True))] for name, rows in found.items()]
     headers = [f"mean of {args.seeds} seeds", "test accuracy", "weight of the common class", "of the rare class"]
     print(tabulate(means, headers, floatfmt=".3f"))
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
     parser.add_argument("--eta", type=float, default=0.15, help="length of the step that λ looks ahead")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the weights")
     parser.add_argument("--hyper-lr", type=float, default=0.1, help="learning rate of λ")
+    parser.add_argument("--out", type=Path, help="file for the results, JSON")
     args = parser.parse_args(arguments)
     found: dict[str, list[list[float]]] = {"weights learned": [], "plain": [], "plain, clean set alone": []}
     start = time.perf_counter()
@@ -143,6 +146,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
     print(
         f"{args.epochs} epochs, {time.perf_counter() - start:.0f} s in all; the area tells right labels from wrong ones"
     )
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

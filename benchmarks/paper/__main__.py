@@ -5,7 +5,6 @@
     python -m benchmarks.paper robustness --task fmnist --budget small
     python -m benchmarks.paper linear --kind l2 --set yacht --method delta
     python -m benchmarks.paper inert                                                        # a hyperparameter without effect
-    python -m benchmarks.paper report                                                       # the page of docs and its figures
 
 Methods: "untuned" trains at the start; "random" and "bayes" (Optuna's TPE) draw every strength and train from scratch, a trial
 each; "stn", "centered" and "delta" have the paper's settings; "default" is the runner's. Budgets: "tiny" (seconds; a check that
@@ -25,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import fxstn
-from benchmarks.paper import inert, linear, report
+from benchmarks.paper import inert, linear
 from benchmarks.paper.report import FOLDER, read
 from benchmarks.paper.tasks import METHODS, ROWS, START, task
 from benchmarks.trials import search, trained
@@ -176,15 +175,12 @@ def _parser() -> argparse.ArgumentParser:
             "--pruned", action="store_true", help="searches stop trials that fall behind (successive halving)"
         )
         command.add_argument("--out", type=Path, default=Path("out/paper"), help="checkpoints")
-    commands.add_parser("report", help="write docs/results/paper.md and its figures from benchmarks/results/paper")
     return parser
 
 
 def main() -> None:
     args = _parser().parse_args()
-    if args.command == "report":
-        report.write()
-    elif args.command == "linear":
+    if args.command == "linear":
         regressions(args)
     elif args.command == "inert":
         drifts(args)

@@ -1,13 +1,13 @@
-"""docs/results/paper.md and its figures, from the files under benchmarks/results/paper alone."""
+"""Tables and figures of docs/results/paper.md, from the files under benchmarks/results/paper alone."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,71 +216,84 @@ def draw_linear(kind: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_inert(path: Path) -> str:
-    """λ over epochs of a hyperparameter without effect, a panel for each method; a table of where it went."""
-    import matplotlib.pyplot as plt
-
-    results, lines = read(FOLDER / "inert.json"), []
-    figure, axes = plt.subplots(1, len(inert.METHODS), figsize=(11, 2.6), layout="constrained", sharey=True)
-    for method, axis in zip(inert.METHODS, axes, strict=True):
+def inert_table() -> str:
+    """Where a hyperparameter without effect went, by method and start: the change of λ, unconstrained."""
+    lines = []
+    for method in inert.METHODS:
         moves: dict[float, list[float]] = {}
-        for key, cell in results.items():
+        for key, cell in read(FOLDER / "inert.json").items():
             if key.split()[0] == method:
                 start, values = float(key.split()[1]), cell["trajectory"]
-                axis.plot(values, color=COLOURS[method], lw=1, alpha=0.7)
                 moves.setdefault(start, []).append(_logit(values[-1]) - _logit(start))
-        axis.axhline(0.5, color="0.5", ls=":", lw=1)
-        axis.set(title=LABELS[method], xlabel="epoch", ylim=(0, 1))
         shown = [f"{_mean(of)} ({sum(move > 0 for move in of)} of {len(of)} up)" for of in moves.values()]
         lines.append([LABELS[method], *shown])
+    heads = ["method", *(f"from {start}" for start in inert.STARTS)]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def draw_inert(path: Path) -> None:
+    """λ over epochs of a hyperparameter without effect, a panel for each method."""
+    import matplotlib.pyplot as plt
+
+    results = read(FOLDER / "inert.json")
+    figure, axes = plt.subplots(1, len(inert.METHODS), figsize=(11, 2.6), layout="constrained", sharey=True)
+    for method, axis in zip(inert.METHODS, axes, strict=True):
+        for key, cell in results.items():
+            if key.split()[0] == method:
+                axis.plot(cell["trajectory"], color=COLOURS[method], lw=1, alpha=0.7)
+        axis.axhline(0.5, color="0.5", ls=":", lw=1)
+        axis.set(title=LABELS[method], xlabel="epoch", ylim=(0, 1))
     axes[0].set_ylabel("λ, share of its range")
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    heads = ["method", *(f"from {start}" for start in inert.STARTS)]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
 def _logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-def _sections() -> Iterable[tuple[str, str]]:
-    """(name of a generated part of docs/results/paper.md, its text); figures are drawn beside."""
+def _pictured(text: str, picture: str, file: str) -> str:
+    return f"{text}\n\n![{picture}]({file}.png)"
+
+
+def _linear_part(kind: str) -> str:
+    what = "The tuned hyperparameters over hyper steps, against the known optimum"
+    return _pictured(linear_table(kind), what, f"paper-{kind}")
+
+
+def _inert_part() -> str:
+    return _pictured(inert_table(), "A hyperparameter that does nothing, over the epochs of a run", "paper-inert")
+
+
+def _row_part(row: str, budget: str) -> str:
+    trials = [t for value in read(FOLDER / f"{budget}-{row}.json").values() for t in _trials(value)]
+    machines = sorted({t["machine"] for t in trials if t.get("machine")})
+    where = f"On {'; '.join(machines)}. `python -m benchmarks.paper run --task {row} --budget {budget}`"
+    what = "Best validation loss by epoch and by time; schedules"
+    return _pictured(f"{table(row, budget)}\n\n{where}", what, f"paper-{budget}-{row}")
+
+
+def _robustness_part(row: str) -> str:
+    what = "Best validation loss over initial dropout and σ"
+    return _pictured(robustness_table(robustness(row, "small")), what, "paper-robustness")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    **{f"linear-{kind}": partial(_linear_part, kind) for kind in linear.KINDS},
+    "inert": _inert_part,
+    **{f"{budget}-{row}": partial(_row_part, row, budget) for budget in ("small", "full") for row in ROWS},
+    "robustness": partial(_robustness_part, "fmnist"),
+}  # of docs/results/paper.md
+
+
+def draw() -> None:
+    """The pictures of docs/results/paper.md, of the results that there are."""
     for kind in linear.KINDS:
         if (FOLDER / f"linear-{kind}.json").exists():
             draw_linear(kind, DOCS / f"paper-{kind}.png")
-            picture = f"![The tuned hyperparameters over hyper steps, against the known optimum](paper-{kind}.png)"
-            yield f"linear-{kind}", f"{linear_table(kind)}\n\n{picture}"
     if (FOLDER / "inert.json").exists():
-        moved = draw_inert(DOCS / "paper-inert.png")
-        yield "inert", f"{moved}\n\n![A hyperparameter that does nothing, over the epochs of a run](paper-inert.png)"
+        draw_inert(DOCS / "paper-inert.png")
     for budget, row in itertools.product(("small", "full"), ROWS):
         if (FOLDER / f"{budget}-{row}.json").exists():
             draw_row(row, budget, DOCS / f"paper-{budget}-{row}.png")
-            machines = {
-                m
-                for value in read(FOLDER / f"{budget}-{row}.json").values()
-                for t in _trials(value)
-                if (m := t.get("machine"))
-            }
-            where = f"On {'; '.join(sorted(machines))}. `python -m benchmarks.paper run --task {row} --budget {budget}`"
-            picture = f"![Best validation loss by epoch and by time; schedules](paper-{budget}-{row}.png)"
-            yield f"{budget}-{row}", f"{table(row, budget)}\n\n{where}\n\n{picture}"
-    for row in ROWS:
-        if found := robustness(row, "small"):
-            draw_robustness(found, DOCS / "paper-robustness.png")
-            picture = "![Best validation loss over initial dropout and σ](paper-robustness.png)"
-            yield "robustness", f"{robustness_table(found)}\n\n{picture}"
-
-
-def write() -> None:
-    """Replace what is between <!-- NAME --> and <!-- end --> in the page; a part that it lacks is printed."""
-    page = DOCS / "paper.md"
-    text = page.read_text()
-    for name, part in _sections():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        if not re.search(pattern, text, flags=re.DOTALL):
-            print(f"docs/results/paper.md has no place <!-- {name} -->:\n{part}")
-        text = re.sub(pattern, lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text, flags=re.DOTALL)
-    page.write_text(text)
-    print(f"written to {page}")
+    draw_robustness(robustness("fmnist", "small"), DOCS / "paper-robustness.png")

@@ -1,0 +1,437 @@
+"""Sentences of README and docs whose figures come from the files under benchmarks/results.
+
+A text stands between <!-- text NAME --> and <!-- end --> in a page. `python -m benchmarks.tables` writes it anew, and
+tests/test_figures.py fails where a page and its files differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import batchnorm, hypergradient, tuned, tuning
+from benchmarks.paper import report as paper
+from benchmarks.worth import report as worth
+from benchmarks.worth.report import Entry
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WIDTH = 128  # of lines of the pages
+NETWORKS = ("resnet18", "resnet50", "vgg16", "alexnet", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "mlp")
+
+
+@functools.cache
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def entries(text: str) -> str:
+    """Paragraphs as the entries of a list."""
+    return "\n".join(f"- {paragraph(part)}".replace("\n", "\n  ") for part in text.split("\n\n"))
+
+
+def span(values: Iterable[float], digits: int = 1) -> str:
+    """From the least to the largest: "1.2 to 1.5", or one number where they read the same."""
+    ordered = sorted(values)
+    ends = [f"{value:.{digits}f}" for value in (ordered[0], ordered[-1])]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def count(number: int, thing: str) -> str:
+    """1 task, 2 tasks."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+# docs/results/worth.md, README.md
+
+
+def _standing() -> dict[Entry, worth.Standing]:
+    return worth.standings([*worth.rivals(), *worth.OURS], worth.everything(), "time")
+
+
+def _single(results: worth.Results) -> int:
+    """Tasks that fxstn has run with one seed."""
+    return sum(len(worth.OURS[1].losses(found, "time")) == 1 for found in results.values())
+
+
+def worth_summary() -> str:
+    """The picture of the ranks, and what it says."""
+    results, standing = worth.everything(), _standing()
+    ranks = {entry: statistics.mean(one.ranks) for entry, one in standing.items()}
+    high = Entry("ours", True, "high"), Entry("recipe", True, "high")
+    pairs = [[statistics.mean(one.losses(found, "time").values()) for one in high] for found in results.values()]
+    lowest = " and ".join(f"{entry} ({ranks[entry]:.1f})" for entry in list(ranks)[:2])
+    alt = f"Mean ranks of {len(ranks)} ways to train, over {len(results)} tasks; the lowest are {lowest}"
+    return "\n\n".join(
+        (
+            paragraph(f"""
+                The picture compares the test losses of {len(ranks)} ways to train, on {len(results)} small real tasks,
+                from tables to text. "The recipe" has the usual strengths. "Refit" trains anew on all data, validation
+                data too. "For as long" takes the time of the tuned run.
+            """),
+            f"![{alt}](docs/start/ranks.png)",
+            paragraph(f"""
+                The mean rank is {ranks[worth.OURS[1]]:.1f} for a tuned run with its refit,
+                {ranks[Entry("recipe-long", True)]:.1f} for the recipe that trains as long with a refit, and
+                {ranks[Entry("recipe", False)]:.1f} for the recipe alone. A tuned run alone has
+                {ranks[worth.OURS[0]]:.1f}: it learns from less data. From a start that is too strong, a tuned run with
+                its refit ends below the start kept on {sum(ours < kept for ours, kept in pairs)} of {len(pairs)} tasks.
+                The tasks are small, and {_single(results)} of them have one seed. Searches are not measured yet.
+            """),
+        )
+    )
+
+
+def worth_state() -> str:
+    """What is measured so far."""
+    results = worth.everything()
+    single = _single(results)
+    return paragraph(f"""
+        Measured so far, on a busy machine: fxstn, the recipe and plain training, in the first reading, on {len(results)}
+        tasks. {len(results) - single} of them have three seeds. The other {single} have one, so nothing is known of their
+        spread. The other columns and the second reading are not measured yet.
+    """)
+
+
+# docs/results/overhead.md
+
+
+def _ratios(network: str) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in read(f"overhead-{network}-cpu")}
+
+
+def tuned_run() -> str:
+    processes = _ratios("resnet18")["schedule-default"]["processes"]
+    return paragraph(f"""
+        A tuned run of resnet18 took {span(processes)} times as long as plain training on a CPU.
+    """)
+
+
+def networks() -> str:
+    rows = {name: _ratios(name) for name in NETWORKS}
+    default, tune = (rows["resnet18"][name]["processes"] for name in ("schedule-default", "tune"))
+    others = [row["schedule-default"]["ratio"] for name, row in rows.items() if name != "resnet18"]
+    jvp = [row["func-jvp"]["ratio"] / row["response"]["ratio"] for row in rows.values() if row["func-jvp"]["ratio"]]
+    return paragraph(f"""
+        The paper's schedule costs {span(row["schedule"]["ratio"] for row in rows.values())} times plain training. The
+        default costs {span(others)} times on the other networks, measured with an older default in most of them. resnet18
+        has the default of today, on a machine whose load varied: {span(default)} times in three processes, and
+        {span(tune)} times for the first steps of a loop with `fxstn.tune`. A step by `torch.func.jvp` takes {span(jvp)}
+        times as long as the emitted response step.
+    """)
+
+
+def launches() -> str:
+    measured = read("kernels")["resnet18, 128 × 32², both"]
+    plain, default = measured["plain"]["launches"], measured["default"]["launches"]
+    return paragraph(f"""
+        So an inner step of resnet18 launches {plain:.0f} kernels in plain training, and {default:.0f} with its share of
+        the response and hyper steps of a run's first cycle.
+    """)
+
+
+def whole_runs() -> str:
+    measured = read("whole-runs")
+    return paragraph(f"""
+        So a whole tuned run takes {span(one["ratio"] for one in measured.values())} times as long as plain training of
+        these small networks. Each was run once, on a busy machine. Evaluations take what `hyper.evaluation_share` allows
+        ([Resume and faults](../guides/runs.md#signs-of-trouble)). Statistics of batch norms take four batches in each
+        epoch: much in the demo, whose epochs have six.
+    """)
+
+
+# docs/results/tuning.md
+
+
+def _cells(task: str, method: str) -> list[Any]:
+    results = read(f"tuning-{task}")
+    return [cell for start in tuned.STARTS for cell in tuned.cells_of(results, method, start).values()]
+
+
+def _difference(task: str, one: str, other: str) -> list[float]:
+    """From each start: how much higher the mean validation loss of the first is, over the seeds that both have."""
+    results = read(f"tuning-{task}")
+    found = []
+    for start in tuned.STARTS:
+        a, b = (tuned.cells_of(results, method, start) for method in (one, other))
+        if both := a.keys() & b.keys():
+            found.append(statistics.mean(a[seed]["valid"] - b[seed]["valid"] for seed in both))
+    return found
+
+
+def _times(task: str, method: str, other: str) -> float:
+    """Time of one method over that of another: medians over starts of the ratio in the same seed."""
+    results = read(f"tuning-{task}")
+    pairs = [
+        (cell, tuned.cells_of(results, other, start)[seed])
+        for start in tuned.STARTS
+        for seed, cell in tuned.cells_of(results, method, start).items()
+        if seed in tuned.cells_of(results, other, start)
+    ]
+    return statistics.median(tuned.seconds_of(a) / tuned.seconds_of(b) for a, b in pairs)
+
+
+def tuning_outcome() -> str:
+    """On how many tasks and starts a run ends below what a search finds in its time."""
+    below = starts = 0
+    for task in tuning.TASKS:
+        results = read(f"tuning-{task}")
+        random = tuned.searched(results, "random", tuned.default_seconds(results))
+        for start in tuned.STARTS:
+            ours = tuned.cells_of(results, "default", start)
+            seeds = ours.keys() & random.keys()
+            below += statistics.mean(ours[seed]["valid"] - random[seed]["valid"] for seed in seeds) < 0
+            starts += 1
+    return paragraph(f"""
+        **What comes out.** On {below} of {starts} tasks × starts one run ends, in the mean over seeds, at a lower
+        validation loss than random search finds in the same time. The lines below the tables say how much of the gap to a
+        long search it closes.
+    """)
+
+
+def limits() -> str:
+    def losses(method: str) -> str:
+        results = read("tuning-cifar10-resnet18")
+        return ", ".join(f"{results[f'{method} {start} 0']['valid']:.3f}" for start in tuned.STARTS)
+
+    others = ("fashion-cnn", "digits-resnet18", "mnist-mlp", "diabetes-mlp", "concrete-mlp")
+    gains = [gain for task in others for gain in _difference(task, "unlimited", "default")]
+    return paragraph(f"""
+        **Limited or not.** cifar10-resnet18 does not fit its data in 20 epochs. From the low, middle and high start, λ
+        without limits ends at {losses("unlimited")} (seed 0). Untuned training ends at {losses("untuned")}, and the
+        default at {losses("default")}. On the other tasks the limits change the loss by
+        {span([-gain for gain in gains], 3)}.
+    """)
+
+
+def certainty() -> str:
+    small = [
+        d for task in ("mnist-mlp", "diabetes-mlp", "concrete-mlp") for d in _difference(task, "unlimited", "uncertain")
+    ]
+    return paragraph(f"""
+        **Certain or not.** λ moves only where the sign of its gradient is certain. On the MLPs this changes the
+        validation loss by {span(small, 3)} (unlimited less uncertain). It is part of the default because noise must not
+        move λ where a network does not fit its data.
+    """)
+
+
+def every_step() -> str:
+    tasks = [task for task in tuning.TASKS if _cells(task, "every-step")]
+    return paragraph(f"""
+        **A response step every fourth time or every time.** "every-step" takes
+        {span(_times(task, "every-step", "default") for task in tasks)} times as long as the default. Its validation loss
+        differs by {span((d for task in tasks for d in _difference(task, "every-step", "default")), 3)} from the
+        default's.
+    """)
+
+
+def tuning_time() -> str:
+    ratios = {task: _times(task, "default", "untuned") for task in tuning.TASKS}
+    shown = ", ".join(f"{ratio:.1f} on {task}" for task, ratio in sorted(ratios.items(), key=lambda pair: pair[1]))
+    return paragraph(f"""
+        **Time.** A default run takes this many times as long as untuned training, with one thread: {shown}.
+    """)
+
+
+def gpt() -> str:
+    results = read("gpt")
+    losses: dict[str, list[float]] = {"fixed": [], "from": []}
+    for key in dict.fromkeys(key.rsplit(" seed ", 1)[0] for key in results):
+        cells = [cell for name, cell in results.items() if name.rsplit(" seed ", 1)[0] == key]
+        losses[key.split()[0]].append(statistics.mean(cell["valid"] for cell in cells))
+    return paragraph(f"""
+        The best validation loss of the tuned runs is {span(losses["from"], 3)}, and that of the best fixed dropout
+        {min(losses["fixed"]):.3f}. The runs start with an underfit network, so λ falls first. Later the dropout of the
+        first attention's weights rises, and that of the last layer falls to nothing. The other sites get values that
+        differ from start to start.
+    """)
+
+
+# docs/results/hypergradient.md
+
+
+def retraining() -> str:
+    found = hypergradient.compared(read("hypergradient"))
+    epochs = list(hypergradient.EPOCHS)
+
+    def cosines(name: str, until: int) -> str:
+        return span(found[name][0].mean(0)[: epochs.index(until) + 1].tolist(), 2)
+
+    def sizes(name: str, until: int) -> str:
+        return span(found[name][1].median(0).values[: epochs.index(until) + 1].tolist(), 2)
+
+    true = torch.tensor(read("hypergradient")["truth"])
+    horizon = torch.nn.functional.cosine_similarity(true[:1], true[-1:], dim=-1).item()
+    return entries(f"""
+        **The default.** Up to epoch 80 its cosine with the truth is {cosines("default", 80)}, and its size
+        {sizes("default", 80)} of the truth's.
+
+        **The paper's response and schedule.** The size is {sizes("paper", 160)} of the truth's: R and U both have to be
+        learned, and each step of one is in proportion to the other. In short runs this error mattered most.
+
+        **Scaling of units.** Up to epoch 20 *units* has a cosine of {cosines("units", 20)}: scaling says what there is
+        to say. Long after the validation loss has turned it no longer does. Neither does the exact Hessian then.
+
+        **A smaller σ.** It makes Θ noisier: the cosine is {cosines("narrow", 80)} up to epoch 80.
+
+        **A short horizon.** The truth at epoch 5 has a cosine of {horizon:.2f} with that at epoch 160. So a look further
+        ahead would change little. Exact implicit differentiation looks ahead to convergence, and is
+        {span(found["implicit"][1].median(0).values.tolist(), 0)} times too large.
+
+        **One validation batch.** 128 images give a cosine of {cosines("batch", 80)}: nearly that of all 1,000.
+    """)
+
+
+def batch_norms() -> str:
+    found = read("batchnorm")["0.2"]
+    true = torch.tensor(found["truth"]).mean(1)
+    signs = {name: (torch.tensor(found[name]).mean(1) * true).sum(1) > 0 for name in found}
+
+    def until(name: str) -> str:
+        right = [epoch for epoch, sign in zip(batchnorm.EPOCHS, signs[name].tolist(), strict=True) if sign]
+        return f"up to epoch {max(right)}"
+
+    return paragraph(f"""
+        Retraining asks for less dropout at every epoch of the table. The gradient of the validation loss points the same
+        way {until("batch")} with one ε for the batch, and {until("example")} with one per example. The corrected one does
+        so {until("batch, corrected")}, and then looks too far ahead. But from starts that are too strong, a network with
+        batch norms does not recover without the correction, so it stays in the default.
+    """)
+
+
+def noise() -> str:
+    found = read("controls")
+    sizes = {start: [v for key, v in found.items() if key.split()[1:] == [start, "0.01"]] for start in ("low", "high")}
+    return paragraph(f"""
+        From the high start, the hypergradient of the default rate is {span(sizes["high"])} times the size of noise. From
+        the low one, where the networks overfit, it is {span(sizes["low"])} times. A smaller rate of Θ has less noise. In
+        trials it did not find better values of λ, and was late where many values had to move far.
+    """)
+
+
+# docs/results/paper.md
+
+
+def linear_regression() -> str:
+    runs: dict[str, list[float]] = {}
+    missed: set[str] = set()
+    for kind in paper.linear.KINDS:
+        for key, cell in paper.read(paper.FOLDER / f"linear-{kind}.json").items():
+            name, method = key.split()[:2]
+            if name == "naval-propulsion-plant":
+                missed.add(name)
+            else:
+                runs.setdefault(method, []).append(cell["excess"])
+    every = [excess for values in runs.values() for excess in values]
+    far, ours = (sum(excess > 0.01 for excess in values) for values in (every, runs["delta"]))
+    return paragraph(f"""
+        **What comes out.** On all sets but naval-propulsion-plant, {len(every) - far} of {len(every)} runs end within 1 %
+        of the exact optimum, and {len(runs["delta"]) - ours} of {len(runs["delta"])} of Δ-STN. The runs that do not begin
+        far away from a best λ near 0, and are still on their way. The features of naval-propulsion-plant are nearly
+        collinear. Gradient steps do not reach w*(λ) along such directions in the time, so that λ stays where it makes no
+        difference.
+    """)
+
+
+def _loss(row: str, method: str) -> float:
+    cells = paper.read(paper.FOLDER / f"small-{row}.json")
+    values = [value for key, value in cells.items() if key.split()[0] == method]
+    return statistics.mean(min(c["valid"] for c in (v if isinstance(v, list) else [v])) for v in values)
+
+
+def paper_mnist() -> str:
+    return paragraph(f"""
+        With the defaults Δ-STN ends at a validation loss of {_loss("mnist", "default"):.3f}, random search at
+        {_loss("mnist", "random"):.3f}, and the start kept at {_loss("mnist", "untuned"):.3f}. With the paper's settings
+        centred STN and Δ-STN hardly move λ in so short a run: Θ is learned too slowly ([the
+        hypergradient](hypergradient.md)). STN does move λ, evenly, as it would have moved what does nothing (above). Here
+        that is the right way.
+    """)
+
+
+def paper_fmnist() -> str:
+    methods = ("untuned", "stn", "centered", "delta", "default")
+    return paragraph(f"""
+        All runs that begin at the paper's start end within the spread of each other, at mean validation losses of
+        {span((_loss("fmnist", method) for method in methods), 3)}. Random search ends at {_loss("fmnist", "random"):.3f}:
+        it draws from the whole ranges, where most strengths hold a network back that has 40 epochs.
+    """)
+
+
+def paper_cifar() -> str:
+    kept, ours, delta, random = (_loss("cifar10-resnet18", m) for m in ("untuned", "default", "delta", "random"))
+    return paragraph(f"""
+        One seed. Random search ends at {random:.3f}: with 19 strengths from the whole ranges hardly a draw lets a network
+        learn anything in 15 epochs. The start kept ends at {kept:.3f}, Δ-STN with the paper's settings at {delta:.3f},
+        and with the defaults at {ours:.3f}. The paper's settings have time for eight epochs, five of them warm-up, so λ
+        hardly moves. One seed does not tell how much of the gain is luck. Longer runs gain from all three starts, in both
+        seeds ([Against searches](tuning.md)).
+    """)
+
+
+def paper_robustness() -> str:
+    found = paper.robustness("fmnist", "small")
+    spreads = []
+    for method in paper.linear.METHODS:
+        losses = [statistics.mean(v) for (m, start, _), v in found.items() if m == method and start < 0.9]
+        spreads.append(max(losses) - min(losses))
+    return paragraph(f"""
+        The paper finds Δ-STN the most robust of the three (appendix I). Here, from dropout rates of 0.05 to 0.6 and σ of
+        0.1 to 2, the validation losses of a method differ by {span(spreads, 3)}. From dropout 0.9 no method trains: with
+        centred STN and Δ-STN the network learns nothing, and with STN the first epoch diverges.
+    """)
+
+
+# docs/guides
+
+
+def refit_kinds() -> str:
+    cells = [one["scores"] for one in read("refits").values()]
+
+    def ratio(kind: str) -> str:
+        logs = [math.log(one[kind][0] / one["best"][0]) for one in cells]
+        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        return f"{math.exp(statistics.mean(logs)):.2f} (± {error:.2f})"
+
+    lower = sum(one["best"][0] < one["tuned"][0] for one in cells)
+    return paragraph(f"""
+        The refit has a lower test loss than the tuned run in {lower} of {len(cells)} runs: the data held out are not
+        lost. The other columns in multiples of its loss, with standard errors: the values of the last epoch
+        {ratio("last")}, as many steps in place of as many passes {ratio("steps")}, as many epochs as the whole run
+        (`epochs=`) {ratio("whole")}, the start kept {ratio("start")}. Other means of the values do not differ by more
+        than their error. So a refit takes values and number of the best epoch.
+    """)
+
+
+def detector() -> str:
+    results = read("detection")
+    times = [
+        tuned["seconds"] / kept["seconds"]
+        for tuned, kept in zip(*(results[k] for k in ("tuned", "start kept")), strict=True)
+    ]
+    higher = sum(t["test AP"] > k["test AP"] for t, k in zip(results["tuned"], results["start kept"], strict=True))
+    return paragraph(f"""
+        The losses are alike, within the range of the seeds. AP is higher in {higher} of {count(len(times), "seed")}. The
+        tuned run took {statistics.mean(times):.2f} times as long.
+    """)
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "worth-summary": worth_summary, "worth-state": worth_state, "tuned-run": tuned_run, "networks": networks,
+    "launches": launches, "whole-runs": whole_runs, "tuning-outcome": tuning_outcome, "limits": limits, "certainty": certainty,
+    "every-step": every_step, "tuning-time": tuning_time, "gpt-losses": gpt, "retraining": retraining,
+    "batch-norms": batch_norms, "noise": noise, "linear-regression": linear_regression,
+    "paper-mnist": paper_mnist, "paper-fmnist": paper_fmnist,
+    "paper-cifar": paper_cifar, "paper-robustness": paper_robustness, "refit-kinds": refit_kinds, "detector": detector,
+}  # fmt: skip
