@@ -56,7 +56,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             shown = [f"{statistics.mean(c):.1f} ({', '.join(f'{v:.1f}' for v in c)})" for c in columns[:2]]
             rows.append([label, *shown, f"{statistics.mean(columns[2]):.0f}"])
     return tabulate(
-        rows, ["", "validation perplexity", "test perplexity", "epochs"], tablefmt="github", disable_numparse=True
+        rows, ["method", "validation perplexity", "test perplexity", "epochs"], tablefmt="github", disable_numparse=True
     )
 
 

@@ -24,6 +24,7 @@ def test_a_notebook_was_run_from_top_to_bottom_and_shows_pictures(path):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert all(output["output_type"] != "error" for output in outputs)
     assert "![](" not in content  # a picture has a text for those who do not see it
+    assert all(cell["metadata"].get("alt") for cell in cells if '"image/png"' in json.dumps(cell["outputs"]))
     assert len(content) < 500_000
 
 

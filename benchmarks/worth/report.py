@@ -149,7 +149,7 @@ def standings(entries: Sequence[Entry], results: Results, reading: str) -> dict[
 def summary(results: Results, reading: str) -> str:
     """A line for each entry: mean rank, how often it is lowest or within the spread of the lowest, and its time."""
     lines = [[str(entry), *one.cells()] for entry, one in standings([*rivals(), *OURS], results, reading).items()]
-    headers = ["", "mean rank", "lowest", "lowest or within the spread", "time / plain", "runs"]
+    headers = ["way to train", "mean rank", "lowest", "lowest or within the spread", "time / plain", "runs"]
     return MARKDOWN(lines, headers) if lines else NOTHING
 
 
@@ -194,7 +194,7 @@ def of_task(found: Mapping[str, Cell], reading: str, metric: str) -> str:
         ]
         length = f"{statistics.mean(one['epochs'] for one in ended.values()):.0f}"
         lines.append([str(Entry(cell, False, start)), *losses, *metrics, *times, length, len(ended)])
-    headers = ["", "test loss", "refit", metric, "refit", "seconds", "with refit", "epochs", "seeds"]
+    headers = ["way to train", "test loss", "refit", metric, "refit", "seconds", "with refit", "epochs", "seeds"]
     return MARKDOWN(lines, headers)
 
 
