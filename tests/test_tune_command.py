@@ -215,3 +215,22 @@ def test_the_bar_of_a_run_moves_within_an_epoch_and_goes_back():
         bar.end_epoch(History(("fc.dropout",), [row]), ())
         assert "1.00/2" in str(bar)
         assert "train=1, valid=2, fc=0.1" in str(bar)
+
+
+def test_a_refit_is_named_before_its_bar(monkeypatch):
+    monkeypatch.setattr(progress.distributed, "rank", lambda: 0)
+    with progress.progress_bar(2, 0, True, "refit") as named, progress.progress_bar(2, 0, True) as plain:
+        assert str(named).startswith("refit: ")
+        assert str(plain).startswith("  0%")
+
+
+def test_a_command_says_what_it_loads_on_a_terminal_alone(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    assert capsys.readouterr().err == ""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["tune", "--data", "nowhere"]) == 2
+    said = terminal.getvalue()
+    assert said.index("loading PyTorch") < said.index("loading the data") < said.index("fxstn tune: --data 'nowhere'")

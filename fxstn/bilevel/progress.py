@@ -29,12 +29,13 @@ class EpochBar(tqdm):
         self.move_to(len(history))
 
 
-def progress_bar(epochs: int, done: int, shown: bool | None) -> EpochBar:
+def progress_bar(epochs: int, done: int, shown: bool | None, what: str | None = None) -> EpochBar:
     """The bar, in the first process.
 
     epochs: in all.
     done: epochs before this call.
     shown: None: on a terminal only.
+    what: stands before the bar.
     """
     hidden = True if distributed.rank() else None if shown is None else not shown
-    return EpochBar(total=epochs, initial=min(done, epochs), bar_format=FORMAT, disable=hidden)
+    return EpochBar(total=epochs, initial=min(done, epochs), desc=what, bar_format=FORMAT, disable=hidden)

@@ -159,7 +159,8 @@ class BilevelRunner(Refittable):
         with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
             self._checkpoints.resume(begun=self._begun)
             self._begin_fit(epochs)
-            with progress_bar(epochs, len(self.history), self.progress) as bar:
+            what = "refit" if self.valid_loader is None else None
+            with progress_bar(epochs, len(self.history), self.progress, what) as bar:
                 while len(self.history) < epochs and not self._over(minutes):
                     try:
                         self._end_epoch(self._loop.epoch(lambda: self._pause(bar)))

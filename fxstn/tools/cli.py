@@ -53,40 +53,45 @@ def _kind_or_count(text: str) -> str | int:
 
 
 def _add_tune(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+    add = command.add_argument_group("model and data").add_argument
     add("--model", default="resnet18", help=MODEL)
     add("--data", default="digits",
         help=f"{', '.join(DATA_SETS)} (digits needs no download); or a folder of images, one sub-folder per class, with train/ "
         "and val/ above them where there is a split; or package.module:function, which returns a data set, or (train, valid) "
         "or (train, valid, test) of data sets or loaders of (inputs, class)")  # fmt: skip
-    add("--data-root", help="where torchvision's data lies or is downloaded to (or FXSTN_DATA)")
-    add("--train-size", type=_count, help="training examples (default: 500 digits, all of the others)")
-    add("--valid-size", type=_count, help="validation examples (default: 500 digits, val/, or 15%% held out by class)")
-    add("--num-classes", type=_count, help="number of classes of the model (default: that of the data)")
-    add(
-        "--image-size", type=_count, default=32, help="pixels, images are scaled to it; 224 for most torchvision models"
-    )
-    add("--workers", type=_count_or_zero, default=0, help="processes that load images")
-    add("--epochs", type=_count, default=20, help="epochs in all, those of an earlier call included")
-    add("--batch-size", type=_count, default=64, help="examples per step")
+    add("--data-root", metavar="DIR", help="where torchvision's data lies or is downloaded to (or FXSTN_DATA)")
+    add("--train-size", type=_count, metavar="N", help="training examples (default: 500 digits, all of the others)")
+    add("--valid-size", type=_count, metavar="N",
+        help="validation examples (default: 500 digits, val/, or 15%% held out by class)")  # fmt: skip
+    add("--num-classes", type=_count, metavar="N", help="number of classes of the model (default: that of the data)")
+    add("--image-size", type=_count, default=32, metavar="N",
+        help="pixels, images are scaled to it; 224 for most torchvision models")  # fmt: skip
+    add("--workers", type=_count_or_zero, default=0, metavar="N", help="processes that load images")
+    add = command.add_argument_group("training").add_argument
+    add("--epochs", type=_count, default=20, metavar="N", help="epochs in all, those of an earlier call included")
+    add("--batch-size", type=_count, default=64, metavar="N", help="examples per step")
+    add("--lr", type=_rate, default=1e-2,
+        help="learning rate of the weights, by SGD with momentum 0.9; with --paper, of the response too")  # fmt: skip
+    add("--patience", type=_count, metavar="N", help="stop after that many epochs without improvement")
+    add("--seed", type=int, default=0, help="random seed of the split, the weights and all noise")
+    add("--device", default="cpu", help="cpu or cuda")
+    add = command.add_argument_group("tuning").add_argument
+    add("--weight-decay", default="shared", choices=("shared", "layers", "none"),
+        help="one weight decay for all layers, one for each, or none")  # fmt: skip
     add("--method", default="delta", choices=("delta", "centered", "stn"),
         help="delta: Δ-STN; centered: without linearisation; stn: MacKay et al. 2019")  # fmt: skip
-    add("--weight-decay", default="shared", choices=("shared", "layers", "none"), help="one λ, one each, or none")
     add(
         "--paper", action="store_true", help="delta with the settings of the paper, which the other methods always have"
     )
-    add("--lr", type=_rate, default=1e-2, 
-        help="learning rate of the weights, by SGD with momentum 0.9; with --paper, of the response too")  # fmt: skip
-    add("--hyper-lr", type=_rate, 
+    add("--hyper-lr", type=_rate, metavar="LR",
         help="learning rate of the hyperparameters (default: 0.4, which falls; with --paper 0.01)")  # fmt: skip
+    add("--warmup-epochs", type=_count_or_zero, default=0, metavar="N",
+        help="epochs before the hyperparameters move")  # fmt: skip
     add("--replay", metavar="FILE", help="train on the schedule.json of another run, and tune nothing")
-    add("--refit", action="store_true", 
+    add = command.add_argument_group("result").add_argument
+    add("--refit", action="store_true",
         help="then train anew with the values of the run, on training and validation images, without tuning")  # fmt: skip
-    add("--warmup-epochs", type=_count_or_zero, default=0, help="epochs before λ moves")
-    add("--patience", type=_count, help="stop after that many epochs without improvement")
-    add("--seed", type=int, default=0, help="random seed of the split, the weights and all noise")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--out", default="out", help="folder for results; the run resumes from it")
+    add("--out", default="out", metavar="DIR", help="folder for results; the run resumes from it")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -107,7 +112,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true", help="images and weights with channels last")
     add("--recompute", action="store_true", help="activation checkpointing in response and hyper steps")
-    add("--json", help="also write the rows to this file")
+    add("--json", metavar="FILE", help="also write the rows to this file")
 
 
 def _add_explain(command: argparse.ArgumentParser) -> None:
@@ -117,11 +122,12 @@ def _add_explain(command: argparse.ArgumentParser) -> None:
 
 def _add_show(command: argparse.ArgumentParser) -> None:
     command.add_argument("specs", nargs="*", default=["ColorJitter", "Affine", "Cutout"], metavar="SPEC",
-                         help="augmentations of fxstn.hp; any other word lists them")  # fmt: skip
+                         help="augmentations of fxstn.hp; any other word lists them (default: ColorJitter Affine "
+                         "Cutout)")  # fmt: skip
     command.add_argument("--image-size", type=_count, default=96, help="pixels")
     command.add_argument("--columns", type=_count, default=7, help="strengths from low to high")
     command.add_argument("--seed", type=int, default=0, help="random seed of the draws, one in each row")
-    command.add_argument("--out", default="augmentations.png", help="image to write")
+    command.add_argument("--out", default="augmentations.png", metavar="FILE", help="image to write")
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
@@ -215,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # λ and the like, where the locale's encoding does not have them
             stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(arguments)
-    from fxstn.tools import commands  # torch takes seconds to import, which --help and a wrong option do without
+    from fxstn.tools.doing import doing
 
+    with doing("loading PyTorch"):
+        from fxstn.tools import commands  # takes seconds, which --help and a wrong option do without
     return commands.run(args)

@@ -13,6 +13,7 @@ from fxstn import hp
 from fxstn.bilevel.checks import check_device
 from fxstn.ir.input_errors import first_line
 from fxstn.tools import bench, data
+from fxstn.tools.doing import doing
 from fxstn.tools.explain import explain
 from fxstn.tools.models import build_model
 from fxstn.tools.show import show
@@ -49,8 +50,9 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_show(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.specs if name not in AUGMENTATIONS]:
         raise ValueError(f"{unknown[0]!r} is no augmentation; there are {', '.join(AUGMENTATIONS)}")
-    images = data.photographs(args.image_size).flip(0)  # the colourful one first
-    show([AUGMENTATIONS[name]() for name in args.specs], images, args.out, columns=args.columns, seed=args.seed)
+    with doing("drawing"):
+        images = data.photographs(args.image_size).flip(0)  # the colourful one first
+        show([AUGMENTATIONS[name]() for name in args.specs], images, args.out, columns=args.columns, seed=args.seed)
     print(f"written to {args.out}")
     return DONE
 

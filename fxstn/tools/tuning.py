@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
+from tqdm.auto import tqdm
 
 from fxstn import hp
 from fxstn.bilevel import (
@@ -35,6 +36,7 @@ from fxstn.frontends.inputs import as_inputs
 from fxstn.ir.errors import TransformError
 from fxstn.ir.input_errors import as_path
 from fxstn.network import SelfTuningNetwork
+from fxstn.tools.doing import doing
 from fxstn.tools.models import build_model
 from fxstn.tools.report import write_report
 from fxstn.tools.status import DONE, RunFailed
@@ -127,7 +129,7 @@ def _write_results(runner: BilevelRunner, out: Path, title: str) -> list[str]:
         runner.history.plot(out / "schedules.png")
         files.append("schedules.png")
     except ImportError as error:
-        print(f"no schedules.png: {error}")
+        tqdm.write(f"no schedules.png: {error}")
     return [*files, "report.html"]
 
 
@@ -165,16 +167,20 @@ def run_tune(args: argparse.Namespace) -> int:
         args.data, args.image_size, args.train_size, args.valid_size, args.batch_size, args.seed, args.num_classes,
         args.workers, args.data_root,
     )  # fmt: skip
-    data = load_tuning_data(request)
+    with doing("loading the data"):
+        data = load_tuning_data(request)
     if args.refit and data.everything is None:
         raise ValueError("--refit trains on training and validation data together: return data sets from your function")
-    runner = _runner(args, data, device, out)
+    with doing("following the model"):
+        runner = _runner(args, data, device, out)
     history = _fit(runner, args.epochs)
-    files = _write_results(runner, out, f"fxstn tune {args.model} on {args.data}")
+    with doing("writing the report"):
+        files = _write_results(runner, out, f"fxstn tune {args.model} on {args.data}")
     best, last = history.best(), history.rows[-1]
     print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
     if data.test is not None:
-        tests = runner.evaluate(data.test)
+        with doing("evaluating the test data"):
+            tests = runner.evaluate(data.test)
         print(f"last epoch {last['epoch']}: test loss {tests['valid_loss']:.4f}, accuracy {tests['accuracy']:.3f}")
     outcome, starts, now = history.outcome(), history.start, runner.problem.values()
     rows = [
