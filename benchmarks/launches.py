@@ -38,9 +38,10 @@ WRITES = (
     "normal_",
     "uniform_",
 )
-# Names of operators, or parts of them, that a compiler does not join with their neighbours.
+# Names of operators, or parts of them, that a compiler does not join with their neighbours. Random numbers it draws in the
+# kernels that use them.
 ALONE = ("convolution", "mm", "norm", "attention", "rnn", "pool", "embedding", "index", "gather", "scatter", "grid_sampler",
-         "sort", "rand", "bernoulli", "foreach", "fused", "cat", "softmax", "nll_loss", "cumsum", "upsample")  # fmt: skip
+         "sort", "foreach", "fused", "cat", "softmax", "nll_loss", "cumsum", "upsample")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,16 @@ class Launches(TorchDispatchMode):
             self.syncs[f"{self.kind}: {name}"] += 1
         if name == "_local_scalar_dense":
             return
-        written = _tensors([arg for arg, fact in zip(args, function._schema.arguments, strict=False)
-                            if fact.alias_info is not None and fact.alias_info.is_write])  # fmt: skip
+        facts = {fact.name: fact.alias_info for fact in function._schema.arguments}
+        named = dict(zip(facts, args, strict=False)) | kwargs
+        if name.startswith("_fused_") and kwargs.get("grad_scale") is None:
+            facts["grads"] = None  # written only where they are unscaled
+        written = _tensors([arg for key, arg in named.items() if facts[key] is not None and facts[key].is_write])
         if _moves_nothing(function, name, inputs, [] if written else outputs):
             return
         outputs = written or outputs
-        reads = {} if name.startswith(WRITES) else _sizes(inputs)
+        results = _tensors(kwargs.get("out"))  # written, not read
+        reads = {} if name.startswith(WRITES) else _sizes([x for x in inputs if all(x is not y for y in results)])
         self._storages += [x.untyped_storage() for x in (*inputs, *outputs)]
         floating = [x.dtype for x in outputs if x.is_floating_point()]
         launches, flops = 1, _flops(function, name, args, kwargs, out)
@@ -211,7 +216,23 @@ def _tensors(structure: object) -> list[Tensor]:
 
 
 def _sizes(tensors: Sequence[Tensor]) -> dict[int, int]:
-    return {x.untyped_storage()._cdata: x.numel() * x.itemsize for x in tensors}
+    """{storage: bytes of it that tensors cover}."""
+    views = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape, _strides(x)): x for x in tensors}
+    sizes: Counter[int] = Counter()
+    for x in views.values():
+        storage = x.untyped_storage()
+        sizes[storage._cdata] = min(storage.nbytes(), sizes[storage._cdata] + _entries(x) * x.itemsize)
+    return dict(sizes)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride() if x.layout == torch.strided else ()
+
+
+def _entries(x: Tensor) -> int:
+    """The number of a tensor's entries in memory: what is expanded lies there once."""
+    steps = _strides(x) or (1,) * x.dim()
+    return math.prod(size for size, step in zip(x.shape, steps, strict=True) if step or not size)
 
 
 def _waits(function: OpOverload, inputs: Sequence[Tensor]) -> bool:

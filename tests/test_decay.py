@@ -199,9 +199,13 @@ class Sums(nn.Module):
 
 @pytest.mark.parametrize("response", ["scaled", "structured"])
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(response: str, decoupled: bool) -> None:
+@pytest.mark.parametrize("one", [False, True])
+def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(
+    response: str, decoupled: bool, one: bool
+) -> None:
     torch.manual_seed(0)
     specs = [hp.WeightDecay("a", "b", "out", init=0.05), hp.WeightDecay("a", "out", norm=1, init=0.02, shared=True)]
+    specs = [hp.WeightDecay("a", "b", "out", init=0.05, shared=True)] if one else specs
     stn = fxstn.transform(Sums().double(), specs, response=response, example_inputs=torch.randn(3, 5).double())
     parameters = list(stn.response_parameters())
     with torch.no_grad():
@@ -221,6 +225,6 @@ def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(response:
     ours, expected = (
         torch.autograd.grad(value, parameters, allow_unused=True) for value in (stn.penalty(epsilon), total)
     )
-    for one, other in zip(ours, expected, strict=True):
-        assert (one is None) == (other is None) or not other.any()
-        assert one is None or (one - other).norm() <= 1e-9 * other.norm()
+    for gradient, other in zip(ours, expected, strict=True):
+        assert (gradient is None) == (other is None) or not other.any()
+        assert gradient is None or (gradient - other).norm() <= 1e-9 * other.norm()

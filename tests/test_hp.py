@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 import fxstn
 from fxstn import hp
 from fxstn.hp import Hyperparameter, HyperparameterSpace
+from fxstn.ops.noise import keep_rates
 
 SPACE = [
     Hyperparameter(0.05, 0.0, 0.95, name="rate"),
@@ -254,3 +256,36 @@ def test_values_are_inside_the_range_where_float32_rounds_beyond_an_end(log, poi
     for low, high in ranges:
         assert low <= values[f"{low}"] <= high
     space.set(values)
+
+
+def test_strengths_of_a_lambda_that_rests_are_computed_once_and_never_stale():
+    """Until λ moves, or somebody says that it may have; a copy has its own, and strengths at a perturbation are new."""
+    space = HyperparameterSpace(SPACE)
+
+    def strengths(own=space):
+        with own.at_rest():
+            assert own() is own()
+            return own()
+
+    first = strengths()
+    assert strengths() is first
+    assert torch.equal(first, space())
+    twin = pickle.loads(pickle.dumps(space))
+    for move in (
+        lambda own: own.set({"rate": 0.5}),
+        lambda own: own.load_state_dict({**own.state_dict(), "unconstrained": torch.ones(4)}),
+        lambda own: (own.unconstrained.data.fill_(2.0), own.forget()),
+        lambda own: own.double(),
+    ):
+        for own in (space, twin):
+            move(own)
+            assert torch.equal(strengths(own), own())
+    with space.at_rest():
+        assert not torch.equal(space(torch.ones(4)), space())
+
+
+def test_rates_that_dropouts_keep_stay_with_the_strengths_until_these_change():
+    p = torch.tensor([0.25, 0.5])
+    assert keep_rates(p) is keep_rates(p)
+    p[0] = 0.5
+    assert keep_rates(p).tolist() == [0.5, 0.5]

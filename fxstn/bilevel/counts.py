@@ -139,7 +139,9 @@ def as_loss(value: object, inputs: object, target: object, name: str = "loss_fn"
     if isinstance(value, (tuple, list)) and len(value) == 2:
         total, count = value
         if _is_scalar(total) and (is_number(count) or _is_scalar(count)):
-            count = count.detach() if isinstance(count, Tensor) else float(count)
+            count = (
+                count.detach().clone() if isinstance(count, Tensor) else float(count)
+            )  # the caller may count on in it
             return Loss(total / positive(count), count, entries(inputs, target))
     if not isinstance(value, Tensor) or value.dim():
         kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

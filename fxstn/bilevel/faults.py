@@ -91,8 +91,8 @@ class LossGuard:
 
         Several processes: all must call it, and note their mean.
         """
-        loss = loss.copy()
-        distributed.average([loss.value])
+        if distributed.processes() > 1:
+            distributed.average([(loss := loss.copy()).value])
         self._notes.append((name, loss, time))
         most = EXPLODED * max(1.0, abs(self.first[name])) if name in self.first else math.inf
         return (loss.value.abs() < most).logical_not_()

@@ -139,9 +139,7 @@ class NetworkProblem(BilevelProblem):
         carried = self.validation_windows
         inputs, target = first_part((inputs, target), self.hyper_fraction, self._least)
         inputs = carried.inputs(inputs)
-        perturb: Perturb = "off"
-        if self.tune_scale:
-            perturb = perturbation(self.stn, inputs, self.perturb, self._generator)
+        perturb: Perturb = perturbation(self.stn, inputs, self.perturb, self._generator) if self.tune_scale else "off"
         loss = hyper_loss(self.stn, carried.loss, inputs, target, entropy_weight=self.entropy_weight, perturb=perturb)
         carried.advance()
         return loss
@@ -211,6 +209,7 @@ class NetworkProblem(BilevelProblem):
         return None if self.joint else self.stn.hypergradient()
 
     def begins(self, stream: str) -> None:
+        self.stn.hparams.forget()
         if stream == "valid":
             self.validation_windows.reset()
         else:

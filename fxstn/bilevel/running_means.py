@@ -39,7 +39,7 @@ class RunningMeans:
         Counts are in units of the first one, so that steps of equal counts have a plain mean.
         """
         for name, loss in losses.items():
-            self._added.setdefault(name, []).append(loss.copy())
+            self._added.setdefault(name, []).append(loss)
         self.steps += 1
         if self.steps % ADDED == 0:
             self._add_up()

@@ -137,6 +137,7 @@ class Stepper:
         buffers = [(buffer, buffer.clone()) for buffer in self.problem.buffers()] if scaler.enabled else []
         local = self.problem.local_state() if scaler.enabled else {}
         loss = self._backward(objective, batches, names, scaler)
+        loss = loss.copy() if self.replays else loss
         if self.updates.ready(names, scaler, loss):
             if name != "hyper_loss":  # of which all are noted
                 self.guard.note_first(name, loss, self.prepare.time)

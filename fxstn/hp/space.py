@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ class HyperparameterSpace(WideModule):
         self.unconstrained = nn.Parameter(torch.tensor([p.unconstrained for p in hyperparameters]))
         self.raw_scale = nn.Parameter(torch.tensor([inverse_softplus(p.scale) for p in hyperparameters]))
         self.bijection = Bijection(hyperparameters)
-        self._known: list[tuple[Tensor | None, Tensor]] | None = None  # (condition, strengths) while λ is at rest
+        self._known: list[tuple[Tensor, Tensor]] | None = None  # (condition, strengths) while λ is at rest
+        self._memory: dict[str, tuple[tuple[object, ...], Tensor]] = {}  # (what it was computed from, result)
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
@@ -69,6 +71,8 @@ class HyperparameterSpace(WideModule):
         """
         if torch.compiler.is_compiling() or self._known is None:
             return self._strengths(condition)
+        if condition is None:
+            return self._resting("strengths", partial(self._strengths, None))
         for known, strengths in self._known:
             if known is condition:
                 return strengths
@@ -79,9 +83,27 @@ class HyperparameterSpace(WideModule):
         unconstrained = self.unconstrained.detach()
         return self.bijection(unconstrained if condition is None else unconstrained + condition)
 
+    def _resting(self, name: str, compute: Callable[[], Tensor], *settings: object) -> Tensor:
+        """What depends on λ and on some settings, from the last time while both are the same."""
+        if torch.compiler.is_compiling() or self._known is None or self.unconstrained.is_inference():
+            return compute()
+        x = self.unconstrained
+        key = (id(x), x._version, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
+        if self._memory.get(name, (None,))[0] != key:
+            self._memory[name] = key, compute()
+        return self._memory[name][1]
+
+    def forget(self) -> None:
+        """Compute anew what depends on λ: somebody may have written into its `.data`, which torch does not count."""
+        self._memory.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_memory": {}}  # a copy counts its own changes
+
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, where λ does not move, the strengths at one and the same condition are computed once."""
+        """Inside, λ does not move. The strengths at one and the same condition are computed once, those at λ itself only when λ
+        has moved since the last time."""
         outer, self._known = self._known, [] if self._known is None else self._known
         try:
             yield
@@ -150,8 +172,12 @@ class HyperparameterSpace(WideModule):
         They are ¼ / s(1 − s) for λ at share s of its range: 1 in the middle, more near the ends.
         most: largest factor, ≥ 1.
         """
-        share = self.bijection.position(self.unconstrained.detach())
-        return (0.25 / (share * (1 - share))).clamp(max=most)
+
+        def factors() -> Tensor:
+            share = self.bijection.position(self.unconstrained.detach())
+            return (0.25 / (share * (1 - share))).clamp(max=most)
+
+        return self._resting("widening", factors, most)
 
     def entropy(self) -> Tensor:
         """H[ε] of the perturbation, Σ ½ log(2πe σ²), a scalar (paper, Eq. 2.7)."""

@@ -116,7 +116,7 @@ class TunedDecay:
             if not (one.decoupled and one.norm == 2):
                 difference = strength - one.constant
                 difference = difference if scale is None else difference * scale
-                add_to_gradients(weights, penalty_gradients(weights, difference, one.norm))
+                add_to_gradients(weights, difference, one.norm)
             elif first:
                 lr = one.group["lr"]
                 torch._foreach_mul_(list[Tensor](weights), (1 - lr * strength) / (1 - lr * one.constant))

@@ -33,7 +33,19 @@ def keep_rates(p: Tensor) -> Tensor:
     """1 − p, above 0: the share of what dropout at rate p keeps, of all rates in a few kernels.
 
     p: of any shape; what is not a number drops everything.
+
+    The result stays with p, for the next call: strengths of a λ that rests are one and the same tensor.
     """
+    if torch.compiler.is_compiling() or p.requires_grad or p.is_inference():
+        return _keep_rates(p)
+    version, result = vars(p).get("keep_rates", (None, None))
+    if result is None or version != p._version:
+        result = _keep_rates(p)
+        vars(p)["keep_rates"] = p._version, result
+    return result
+
+
+def _keep_rates(p: Tensor) -> Tensor:
     return (1 - p).nan_to_num_(0.0).clamp_min_(torch.finfo(p.dtype).tiny)
 
 
@@ -45,18 +57,13 @@ class Strengths:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self._keep, self._version = values, -1
 
     def __getitem__(self, index: int) -> Tensor:
         return self.values[index]
 
     def keep_rate(self, index: int) -> Tensor | None:
         """1 − p of a rate, computed for all of them when λ has moved; None where torch.compile looks on."""
-        if torch.compiler.is_compiling():
-            return None
-        if self.values._version != self._version:
-            self._keep, self._version = keep_rates(self.values), self.values._version
-        return self._keep[index]
+        return None if torch.compiler.is_compiling() else keep_rates(self.values)[index]
 
 
 @staged(random=True)

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
+from fxstn.ops.multi_tensor import add_multiples
 from fxstn.ops.precision import as_real, real, wide, widen
 from fxstn.ops.pull_back import Metric, row_products
 from fxstn.ops.response import Response, ResponseTree, responses_in
@@ -37,6 +39,26 @@ class _Penalty(torch.autograd.Function):
         return of_strength, None, *penalty_gradients(weights, gradient * strength, ctx.norm)
 
 
+class _ScaledPenalty(torch.autograd.Function):
+    """½ mean_i λ_i Σ_r q_r (1 + U_r δ_i)², with its gradient mean_i λ_i q_r (1 + U_r δ_i) δ_i in U_r."""
+
+    @staticmethod
+    def forward(ctx: Any, flat_U: Tensor, squares: Tensor, strengths: Tensor, delta: Tensor) -> Tensor:
+        """flat_U: (N, h). squares: q, (N,). strengths: λ, () or (batch,). delta: (h,) or (batch, h)."""
+        delta = delta.to(flat_U.dtype).reshape(-1, delta.shape[-1])
+        factors = torch.nn.functional.linear(delta, flat_U).add_(1)
+        shares = (strengths.to(flat_U.dtype).reshape(-1, 1) / len(delta)) * squares
+        shares.mul_(factors)
+        ctx.save_for_backward(shares, delta)
+        return 0.5 * torch.dot(shares.flatten(), factors.flatten())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        shares, delta = ctx.saved_tensors
+        return (shares.T @ delta).mul_(grads[0]), None, None, None
+
+
 def penalty(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> Tensor:
     """½ λ Σ ‖w‖², or λ Σ ‖w‖₁ for norm 1, a scalar at least in float32.
 
@@ -54,8 +76,12 @@ def penalty_gradients(weights: Sequence[Tensor], strength: Tensor, norm: int = 2
     weights: of one type.
     strength: λ, 0-d.
     """
-    directions = [weight.sgn() for weight in weights] if norm == 1 else list(weights)
-    return list(torch._foreach_mul(directions, strength.to(weights[0].dtype)))
+    return list(torch._foreach_mul(_directions(weights, norm), strength.to(weights[0].dtype)))
+
+
+def _directions(weights: Sequence[Tensor], norm: int) -> list[Tensor]:
+    """∂(½ ‖w‖²)/∂w, or ∂‖w‖₁/∂w for norm 1."""
+    return [weight.sgn() for weight in weights] if norm == 1 else list(weights)
 
 
 Groups = dict[tuple[int, int, torch.dtype], list[str]]  # (index of the strength, norm, type) → names of parameters
@@ -81,19 +107,22 @@ def add_decay(penalties: Sequence[tuple[str, int, int]], model: nn.Module, stren
     """
     for (index, norm, _), names in groups_of(penalties, model).items():
         if weights := [w for w in map(model.get_parameter, names) if w.requires_grad]:
-            add_to_gradients(weights, penalty_gradients(weights, strengths[index], norm))
+            add_to_gradients(weights, strengths[index], norm)
 
 
 @torch.no_grad()
-def add_to_gradients(weights: Sequence[nn.Parameter], changes: Sequence[Tensor]) -> None:
-    """Add a dense tensor to the gradient of each weight: dense, sparse or none."""
-    dense = [(w.grad, change) for w, change in zip(weights, changes, strict=True)
-             if w.grad is not None and not w.grad.is_sparse]  # fmt: skip
+def add_to_gradients(weights: Sequence[nn.Parameter], strength: Tensor, norm: int = 2) -> None:
+    """Add λ w, or λ sign(w) for norm 1, to the gradient of each weight: dense, sparse or none.
+
+    weights: of one type.
+    strength: λ, 0-d.
+    """
+    dense = [w for w in weights if w.grad is not None and not w.grad.is_sparse]
+    others = [w for w in weights if w.grad is None or w.grad.is_sparse]
     if dense:
-        torch._foreach_add_([gradient for gradient, _ in dense], [change for _, change in dense])
-    for weight, change in zip(weights, changes, strict=True):
-        if weight.grad is None or weight.grad.is_sparse:
-            weight.grad = change if weight.grad is None else change.add_(weight.grad)
+        add_multiples([w.grad for w in dense if w.grad is not None], _directions(dense, norm), strength)
+    for weight, change in zip(others, penalty_gradients(others, strength, norm) if others else (), strict=True):
+        weight.grad = change if weight.grad is None else change.add_(weight.grad)
 
 
 def total_penalty(
@@ -130,10 +159,9 @@ def total_penalty(
         terms.append(penalty(weights, strengths[index] if strengths.dim() == 1 else strengths[:, index].mean(), norm))
     if delta is not None and responses:
         assert isinstance(tree, ResponseTree)
-        scales = tree.flat_scales(delta)
         for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
             own = {name: weight(name) for name in part.names}
-            terms.append(_penalty_of_rows(part, own, tree, strengths, scales, metric))
+            terms.append(_penalty_of_rows(part, own, tree, strengths, delta, metric))
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
@@ -166,7 +194,7 @@ def _penalty_of_rows(
     weights: dict[str, Tensor],
     tree: nn.Module,
     strengths: Tensor,
-    scales: Tensor,
+    delta: Tensor,
     metric: Metric | None,
 ) -> Tensor:
     """Mean over the batch of the penalties at w + s_i ⊙row R, from sums over rows.
@@ -175,14 +203,20 @@ def _penalty_of_rows(
     one. Norm 1 is linearised at w, which is exact until an entry changes its sign: ‖W_r‖₁ + s_r ⟨sign W_r, R_r⟩.
 
     weights: {parameter name: w}.
-    scales: (N,) or (batch, N).
+    strengths, delta: (h,) or (batch, h).
     """
     assert isinstance(tree, ResponseTree)
     responses = {name: response for name, response in responses_in(tree).items() if name in weights}
     sums = partial(row_products, tree, metric=metric if part.norm == 2 else None)
     left = {name: w.sgn() for name, w in weights.items()} if part.norm == 1 else weights
     own = sums(left, weights)
-    if all(response.R is None for response in responses.values()):  # R is w
+    scaled = all(response.R is None for response in responses.values())  # R is w
+    indices = set(part.indices.values())
+    if scaled and part.norm == 2 and len(indices) == 1 and not (own.requires_grad or delta.requires_grad):
+        result: Tensor = _ScaledPenalty.apply(tree.flat_U, own, strengths[..., indices.pop()], delta)
+        return result
+    scales = tree.flat_scales(delta)
+    if scaled:
         rows = own * (1 + scales) if part.norm == 1 else 0.5 * own * (1 + scales).square()
     else:
         directions = {name: response.direction(weights[name]) for name, response in responses.items()}

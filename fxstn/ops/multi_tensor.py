@@ -1,0 +1,46 @@
+"""Operations on many tensors at once that torch's own multi-tensor functions do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FUSED = (torch.float32, torch.float16, torch.bfloat16)  # types for which a rate in float32 is precise enough
+
+
+def add_multiples(tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: Tensor) -> None:
+    """x += factor d for each x of several tensors, in one pass over the two.
+
+    tensors, directions: x and d, of equal shapes, all of one type.
+    factor: 0-d, on their device; its value is not waited for.
+
+    On CUDA it is one kernel for many tensors, that of torch's fused SGD: a step of ascent along d, whose rate may be on the
+    device. `torch._foreach_add_` takes the factor from the host only.
+    """
+    if torch.compiler.is_compiling() or not _fusible([*tensors, *directions], len(tensors)):
+        factor = factor.to(tensors[0].dtype)
+        for x, direction in zip(tensors, directions, strict=True):
+            x.addcmul_(direction, factor)
+        return
+    read = [direction.data for direction in directions]  # torch counts a write to what the kernel only reads
+    torch._fused_sgd_(
+        list(tensors), read, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
+        maximize=True, is_first_step=False,
+    )  # fmt: skip
+
+
+def _fusible(tensors: Sequence[Tensor], half: int) -> bool:
+    """Whether the kernel takes tensors, each of the first half with its partner in the second."""
+    first = tensors[0]
+    alike = all(x.device == first.device and x.dtype == first.dtype and x.layout == torch.strided for x in tensors)
+    if not alike or first.device.type != "cuda" or first.dtype not in _FUSED:
+        return False
+    pairs = zip(tensors[:half], tensors[half:], strict=True)
+    return all(x.stride() == d.stride() and _is_dense(x) for x, d in pairs)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the entries lie next to each other, in whatever order."""
+    return not x.numel() or x.numel() == 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
