@@ -58,3 +58,14 @@ def test_every_requirement_has_a_lower_bound():
     assert len({constraint.partition("==")[0] for constraint in constraints}) == len(constraints)
     with pytest.raises(ValueError, match=r"'torch' of pyproject\.toml has no lower bound"):
         lowest("torch")
+
+
+def test_workflows_call_targets_that_make_has():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called: set[str] = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text(encoding="utf-8")
+        called |= set(re.findall(r"run: make ([a-z]+)", text))
+        for words in re.findall(r"target: (\[.*?\]|\w+)", text):
+            called |= set(re.findall(r"\w+", words))
+    assert {"lint", "test", "docs", "wheel", "nightly", "integrations", "oldest"} <= called <= targets

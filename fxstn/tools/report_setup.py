@@ -108,12 +108,17 @@ def _command() -> str:
     return shlex.join(["python", str(here), *words])
 
 
+def _code(text: str) -> str:
+    """A long line scrolls, by keys too."""
+    return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+
+
 def repeat_section(runner: Run) -> str:
     """Command, versions and seeds; the values, to copy."""
     command = _command()
-    code = f"<pre><code>{escape(command)}</code></pre>" if command else "<p>The run was started from a notebook.</p>"
+    code = _code(command) if command else "<p>The run was started from a notebook.</p>"
     values = json.dumps(runner.history.outcome().values, indent=1, ensure_ascii=False)
     replay = ("<p><code>runner.refit(loader)</code> trains anew at these values; so does a run with "
               "<code>schedule=fxstn.Schedule({name: [value]})</code>.</p>")  # fmt: skip
-    copied = details("The values, to copy", f"<pre><code>{escape(values)}</code></pre>{replay}")
+    copied = details("The values, to copy", f"{_code(values)}{replay}")
     return code + pairs([*_environment(runner), *_seeds(runner)]) + copied
