@@ -82,8 +82,8 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
     # Graphs
 
     def graph(self, name: str) -> Graph:
-        """The emitted graph: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives, "general",
-        "linearized", "perturbed", "trained", "at_rest_eval", which return (output, auxiliary) where there are any.
+        """The emitted graph of a name: "train", "eval", "pushforward" or "pushforward_eval"; also those of the objectives,
+        "general", "linearized", "perturbed", "trained", "at_rest_eval", which return (output, auxiliary) where there are any.
 
         Its inputs are the model's own, then `condition` and, where weights move, `delta`. Parameters are shared.
         """
@@ -91,7 +91,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         return self._graphs.graph(self, graph_kind(name))
 
     def canonical(self, training: bool) -> fx.GraphModule:
-        """The model's own graph in one mode, in canonical spelling: what every other graph is made from."""
+        """The model's own graph in a mode, training or not, in canonical spelling: what every other graph is made from."""
         return self._graphs.canonical_graph(self, training)
 
     def keep_canonical(self, graphs: Sequence[fx.GraphModule]) -> None:
@@ -162,7 +162,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         return {name: w.to(self.model.get_parameter(name)) for name, w in self.wide_response(delta).items()}
 
     def wide_response(self, delta: Tensor) -> dict[str, Tensor]:
-        """`best_response` before it is rounded to the type of a parameter: at least float32 where the response moves it."""
+        """`best_response`(delta), not rounded to a parameter's type: at least float32 where it moves. Raises ValueError."""
         delta = self.hparams.checked(delta, "delta")
         if delta.dim() != 1:
             raise ValueError(f"best_response takes one delta of shape ({len(self.hparams)},), got {tuple(delta.shape)}")
@@ -206,7 +206,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         return self.model(*inputs, **named)
 
     def run(self, kind: GraphKind, inputs: Inputs, finish: Finish = unchanged, **moved: Tensor) -> Any:
-        """finish(what one of the graphs returns), compiled together where graphs are compiled.
+        """finish(what the graph of a kind returns for inputs), compiled together where graphs are compiled.
 
         moved: "delta" and "condition", where the graph takes them.
         """
@@ -248,14 +248,14 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         finish: Finish | None = None,
         **named: object,
     ) -> Any:
-        """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta; shapes as in `pushforward`.
+        """(output, auxiliary) that the method trains Θ and λ on, at weights moved by delta.
 
         Method "delta": y + dy, linearised before a final softmax or sigmoid (Eq. 3.13). "centered": f(x; w₀ + Θ·delta).
         "stn": f(x; φ₀ + Φ(λ + delta)), with delta added to λ here; gradients reach φ₀ too.
 
+        delta, condition, finish: as in `pushforward` and in `conditioned_output`.
         training: None for the module's own mode.
         update_statistics: whether batch norms count this batch ("stn" in train mode only).
-
         auxiliary is that of `conditioned_output`, and () in eval mode.
         """
         objective = "linearized" if self.method == "delta" else "trained" if update_statistics else "perturbed"
@@ -266,7 +266,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         return self._run(kind, Inputs(inputs, named), delta, condition, finish)
 
     def output_at_rest(self, *inputs: object, finish: Finish = unchanged, **named: object) -> Any:
-        """The output at λ₀ and w₀ as the hyper step sees it. Gradients reach the weights that respond, and no others."""
+        """finish(the output at λ₀ and w₀, as the hyper step sees it). Gradients reach the weights that respond, no others."""
         self._graphs.follow(self, False)
         kind = GraphKind("at_rest" if self.method == "delta" else "plain", False)
         with frozen(self.general_parameters(), but=responding(self.response, self.model).values()):

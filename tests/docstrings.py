@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import fxstn
@@ -37,6 +37,34 @@ def public() -> Iterator[tuple[str, Any]]:
         yield f"fxstn.optim.{name}", getattr(fxstn.optim, name)
 
 
+def methods() -> Iterator[tuple[str, Any]]:
+    """(qualified name, function) of the public methods and properties of public classes, once each, those of bases too.
+
+    One that has no docstring of its own says what the method of a base says that it overrides.
+    """
+    seen: set[str] = set()
+    for _, cls in public():
+        for name in dir(cls) if isinstance(cls, type) else ():
+            function = _function(inspect.getattr_static(cls, name))
+            if name.startswith("_") or function is None or function.__qualname__ in seen:
+                continue
+            seen.add(function.__qualname__)
+            if function.__doc__ or not any(_has(base, name) for base in cls.__mro__[1:]):
+                yield f"{function.__module__.partition('.')[0]}.{function.__qualname__}", function
+
+
+def _has(base: type, name: str) -> bool:
+    return name in vars(base) or name in inspect.get_annotations(base)
+
+
+def _function(attribute: Any) -> FunctionType | None:
+    """Of a method or a property of this library; None: it is something else."""
+    function = getattr(attribute, "__func__", getattr(attribute, "fget", attribute))
+    ours = isinstance(function, FunctionType) and function.__module__.startswith("fxstn")
+    ours = ours and "." in function.__qualname__  # a kernel that a class names is none of its methods
+    return function if ours and "<" not in function.__code__.co_filename else None
+
+
 def arguments(value: Any) -> dict[str, str]:
     """{argument: its annotation}, of a function, or of what makes an object of a class."""
     if isinstance(value, type) and issubclass(value, Exception):
@@ -46,7 +74,7 @@ def arguments(value: Any) -> dict[str, str]:
     except (TypeError, ValueError):
         return {}
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {p.name: str(p.annotation) for p in parameters if p.kind not in kinds}
+    return {p.name: str(p.annotation) for p in parameters if p.kind not in kinds and p.name not in ("self", "cls")}
 
 
 def entries(text: str) -> dict[str, str]:
@@ -115,7 +143,7 @@ def lacks(name: str, value: Any) -> Iterator[str]:
 
 
 def report() -> list[str]:
-    return [f"{name}: {what}" for name, value in public() for what in lacks(name, value)]
+    return [f"{name}: {what}" for name, value in (*public(), *methods()) for what in lacks(name, value)]
 
 
 if __name__ == "__main__":

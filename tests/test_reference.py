@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from docstrings import entries, lacks, report
+from docstrings import entries, lacks, methods, report
 
 import fxstn
 from fxstn import hp
@@ -65,3 +65,12 @@ def test_what_a_docstring_lacks_is_named():
 )
 def test_entries_are_read_with_their_further_lines(text, expected):
     assert entries(text) == expected
+
+
+def test_methods_of_public_classes_are_looked_at_once_those_of_bases_too():
+    names = [name for name, _ in methods()]
+    assert len(names) == len(set(names)) > 100
+    assert {"fxstn.BilevelRunner.fit", "fxstn.Refittable.refit", "fxstn.History.best", "fxstn.Explanation.ok"} <= {
+        *names
+    }
+    assert "fxstn.Flip.apply" not in names  # says what hp.Operation says

@@ -46,5 +46,5 @@ class EarlyStopping:
             runner.stop()
 
     def on_fit_start(self, runner: Stoppable) -> None:
-        """After a resume, before the first epoch of `fit`."""
+        """After a resume, before the first epoch of `fit`. runner: the run."""
         self(runner)

@@ -58,7 +58,10 @@ class Schedule:
         return len(next(iter(self.values.values()))) - 1
 
     def at(self, epoch: float) -> dict[str, float]:
-        """{name: value} at a time in epochs, which may be a fraction. After the end it is the last value."""
+        """{name: value} at a time.
+
+        epoch: ≥ 0, the time in epochs, which may be a fraction. After the end it is the last value.
+        """
         whole = min(int(epoch), self.epochs)
         after, share = min(whole + 1, self.epochs), min(epoch, self.epochs) - whole
         return {name: (1 - share) * column[whole] + share * column[after] for name, column in self.values.items()}
@@ -86,13 +89,13 @@ class Schedule:
         return Schedule({name: [point[name] for point in points] for name in self.values})
 
     def to_json(self, path: str | Path) -> None:
-        """Write the schedule to a file that `from_json` reads."""
+        """Write the schedule to path, a file that `from_json` reads."""
         text = json_text({"format": FORMAT, "values": self.values, "unsettled": list(self.unsettled)}, indent=1)
         write_text(as_path(path, "Schedule.to_json"), text + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
-        """Read a file. Raises ValueError where it is not a schedule."""
+        """Read the file at path. Raises ValueError where it is not a schedule."""
         path = as_path(path, "Schedule.from_json")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -231,11 +234,11 @@ class History:
         return schedule
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write a line of JSON for each row, atomically. A number that is NaN or infinite becomes null."""
+        """Write a line of JSON for each row to path, atomically. A number that is NaN or infinite becomes null."""
         write_text(as_path(path, "History.to_jsonl"), "".join(json_text(row) + "\n" for row in self.rows))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all rows, atomically, so that a reader never sees half a table."""
+        """Write all rows to path, atomically, so that a reader never sees half a table."""
         columns = dict.fromkeys(column for row in self.rows for column in row)
         writer = csv.DictWriter(table := io.StringIO(newline=""), fieldnames=list(columns) or ["epoch"])
         writer.writeheader()
@@ -243,7 +246,7 @@ class History:
         write_text(as_path(path, "History.to_csv"), table.getvalue())
 
     def plot(self, path: str | Path) -> None:
-        """Draw the history into an image: losses, metrics, hyperparameters by kind, σ where it moves, diagnostics.
+        """Draw the history into the image at path: losses, metrics, hyperparameters by kind, σ where it moves, diagnostics.
 
         A dotted line marks the best epoch.
 
@@ -254,7 +257,9 @@ class History:
         figure.savefig(as_path(path, "History.plot"), dpi=110)
 
     def state_dict(self) -> State:
+        """What `load_state_dict` goes on from."""
         return {"start": self.start, "start_loss": self.start_loss, "rows": list(self.rows)}
 
     def load_state_dict(self, state: State) -> None:
+        """Become the history whose `state_dict` the state is."""
         self.start, self.start_loss, self.rows = state["start"], state["start_loss"], list(state["rows"])

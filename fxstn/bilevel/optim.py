@@ -199,7 +199,7 @@ class SettlingAdam(torch.optim.Optimizer):
                             "a complex one as torch.view_as_real has them")  # fmt: skip
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a state. The averages keep their type, where torch would round them to that of the parameter."""
+        """Go on from a state_dict. The averages keep their type, where torch would round them to that of the parameter."""
         super().load_state_dict(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [x for group in self.param_groups for x in group["params"]]
@@ -259,8 +259,9 @@ class SettlingAdam(torch.optim.Optimizer):
     def take_back(self, x: Tensor, places: Tensor, flags: Tensor) -> None:
         """Put numbers of a parameter back where they were. They start from rest, with steps half as long as before.
 
-        places: to go back to, in the parameter's shape.
-        flags: which numbers, in the parameter's shape.
+        x: the parameter, of any shape (...).
+        places: to go back to, (...).
+        flags: which numbers, bool (...).
         """
         state = self.state.get(x)
         x.copy_(torch.where(flags, places, x))

@@ -49,19 +49,22 @@ class BilevelProblem(nn.Module):
         return ()
 
     def general_loss(self, inputs: Any, target: Any) -> LossValue:
-        """The training loss, a scalar."""
+        """The training loss, a scalar. inputs, target: a batch of the training loader."""
         raise NotImplementedError
 
     def response_loss(self, inputs: Any, target: Any) -> LossValue:
-        """The loss of the response parameters, a scalar, on the batch that general_loss saw last."""
+        """The loss of the response parameters, a scalar. inputs, target: the batch that general_loss saw last."""
         raise NotImplementedError
 
     def hyper_loss(self, inputs: Any, target: Any) -> LossValue:
-        """The validation loss as λ sees it, a scalar."""
+        """The validation loss as λ sees it, a scalar. inputs, target: a batch of the validation loader."""
         raise NotImplementedError
 
     def validation_loss(self, inputs: Any, target: Any) -> tuple[LossValue, Any]:
-        """(loss, output), as reported and selected on. The runner calls it without gradients and in eval mode."""
+        """(loss, output), as reported and selected on. The runner calls it without gradients and in eval mode.
+
+        inputs, target: a batch of the validation loader.
+        """
         raise NotImplementedError
 
     def values(self) -> dict[str, float]:
@@ -125,7 +128,8 @@ class BilevelProblem(nn.Module):
         return evaluate
 
     def norm_without_statistics(self, inputs: Any) -> str:
-        """A batch norm that has a single value per channel in hyper_loss, and cannot normalise it. "": there is none.
+        """A batch norm that has a single value per channel in hyper_loss of these inputs, and cannot normalise it. "": there is
+        none.
 
         The hyper step leaves such a batch out.
         """
@@ -136,8 +140,9 @@ class BilevelProblem(nn.Module):
         return nullcontext()
 
     def diagnostics(self, inputs: Any, target: Any, seed: int) -> dict[str, float]:
-        """Further columns of the history, measured after each epoch on a validation batch.
+        """Further columns of the history, measured after each epoch.
 
+        inputs, target: a batch of the validation loader.
         seed: the number of the epoch.
         """
         return {}
@@ -150,7 +155,7 @@ class BilevelProblem(nn.Module):
         return {}
 
     def load_local_state(self, state: State) -> None:
-        """Go on from what local_state returned. Its tensors are on the device of the run."""
+        """Go on from a state that local_state returned. Its tensors are on the device of the run."""
 
     def export(self) -> nn.Module:
         """The model that is kept of the best epoch; `BilevelRunner.best_model` returns it."""

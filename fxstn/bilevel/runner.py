@@ -256,7 +256,7 @@ class BilevelRunner(Refittable):
 
         loader: None: that of the validation set.
 
-        Several processes: all must call it, each with its share, which may be empty.
+        Several processes: all must call it, each with its share, which may be empty. Raises ValueError without data.
         """
         if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
@@ -268,7 +268,7 @@ class BilevelRunner(Refittable):
             return self._tuner.evaluator.means(loader, "loader")[0]
 
     def best_model(self) -> nn.Module:
-        """A plain model of the original class with the weights of the lowest validation loss: of an epoch, or of the start."""
+        """A plain model of the original class with the best weights. Raises ValueError before the first epoch is done."""
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
         model = self.problem.export()
@@ -285,14 +285,14 @@ class BilevelRunner(Refittable):
         return nullcontext(BilevelRunner(self.stn, self._loss_fn, train_loader, None, **settings))
 
     def save(self, path: str | Path) -> None:
-        """Write the whole run: networks, λ, σ, optimizers, schedulers, random generators, places in the loaders, history, best.
+        """Write the whole run to path: networks, λ, σ, optimizers, schedulers, generators, places in loaders, history, best.
 
         Files of that name become last.1.pt and so on, `keep` in all. Several processes: all must call it. Raises OSError.
         """
         self._checkpoints.save(path)
 
     def load(self, path: str | Path) -> None:
-        """Go on from a saved run.
+        """Go on from a run that was saved to path.
 
         Raises ValueError, and changes nothing, where the file is no such run, is damaged, or tunes other hyperparameters.
         """

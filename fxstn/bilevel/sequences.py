@@ -45,7 +45,9 @@ class CarriedState:
         return self.loss_fn(self.output(result), target, hparams=hparams)
 
     def output(self, result: object) -> object:
-        """The output alone, of what the network returns; `advance` goes on with the state.
+        """The output alone; `advance` goes on with the state.
+
+        result: what the network returns.
 
         Raises TypeError where the network does not return (output, state).
         """

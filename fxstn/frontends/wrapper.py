@@ -58,7 +58,7 @@ class ModelWrapper(nn.Module):
             super().__setattr__(name, value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in nn.Module. The state_dict of a plain model is loaded into the model; all else stays as it is.
+        """As in nn.Module, with strict. The state_dict of a plain model is loaded into the model; all else stays as it is.
 
         Raises ValueError with assign: the graphs and the optimizers hold the parameters that there are.
         """

@@ -48,7 +48,7 @@ class Bijection(torch.nn.Module):
         self.any_exponential, self.any_unbounded, self.any_integer = any(log), any(unbounded), any(integer)
 
     def position(self, unconstrained: Tensor) -> Tensor:
-        """The share of its range, in [0, 1], that lies below each number; 0.5 where the range has no upper end."""
+        """The share of its range, in [0, 1], below each unconstrained number; 0.5 where the range has no upper end."""
         share = torch.sigmoid(unconstrained)
         return torch.where(self.unbounded, 0.5, share) if self.any_unbounded else share
 

@@ -92,8 +92,9 @@ class Hyperparameter:
         return replace(self, name=name)
 
     def starting_inside(self, start: float, origin: str) -> Hyperparameter:
-        """A copy that starts at a value, moved inside the range: at least 1 % of its width from either end.
+        """A copy that starts at a value.
 
+        start: the value, which is moved inside the range: at least 1 % of its width from either end.
         origin: where the value comes from.
         """
         low, high = self.low, self.high
@@ -136,7 +137,7 @@ class Hyperparameter:
         return min(max(value, low + margin), high - margin)
 
     def value_at(self, unconstrained: float) -> float:
-        """The value at a point of the real line, that of an integer before it is rounded down."""
+        """The value at an unconstrained number, a point of the real line; that of an integer before it is rounded down."""
         low, high = self.interval
         if math.isinf(high):
             return math.exp(unconstrained)
@@ -146,7 +147,7 @@ class Hyperparameter:
         return low + share * (high - low)
 
     def slope_at(self, unconstrained: float) -> float:
-        """The derivative of `value_at`, > 0."""
+        """The derivative of `value_at` at an unconstrained number, > 0."""
         low, high = self.interval
         if math.isinf(high):
             return math.exp(unconstrained)

@@ -42,7 +42,7 @@ class Moving(Operation):
 
     @staticmethod
     def at_scale(drawn: Any, ratio: tuple[float, float]) -> Any:
-        """What was drawn, for an image whose (height, width) are so many times those that it was drawn for."""
+        """What was drawn, for an image of another size: ratio times the (height, width) that it was drawn for."""
         return drawn
 
 

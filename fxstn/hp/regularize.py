@@ -180,6 +180,7 @@ class ActivationDecay(Activity):
 
     @staticmethod
     def measure(h: Tensor) -> Tensor:
+        """The mean square of each example, (batch,), of what the module puts out, h (batch, ...)."""
         return h.square().flatten(1).mean(1)
 
 
@@ -200,6 +201,7 @@ class TemporalDecay(Activity):
         super().__init__(*where, **choices)
 
     def measure(self, h: Tensor) -> Tensor:
+        """The mean square of the change of each example, (batch,), of what the module puts out, h (batch, time, ...)."""
         change = h.diff(dim=self.axis).movedim(int(self.axis == 0), 0).flatten(1)
         return change.square().sum(1) / max(1, change.shape[1])
 

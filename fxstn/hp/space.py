@@ -184,5 +184,5 @@ class HyperparameterSpace(WideModule):
         return (0.5 * math.log(2 * math.pi * math.e) + self.scale.log()).sum()
 
     def entropy_terms(self, weight: float) -> list[Tensor]:
-        """−τ H[ε], as a list of penalties; none where τ is 0."""
+        """−τ H[ε] for the weight τ ≥ 0, as a list of penalties; none where τ is 0."""
         return [-weight * self.entropy()] if weight else []

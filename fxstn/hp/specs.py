@@ -91,7 +91,7 @@ class Spec:
 
     @classmethod
     def check_arguments(cls, unknown: Mapping[str, object], settings: Iterable[str] = ()) -> None:
-        """Raises TypeError for keywords that a spec does not take. settings: further ones that it takes."""
+        """Raises TypeError for unknown keywords, which a spec does not take. settings: further ones that it takes."""
         for name, value in unknown.items():
             if name in cls.numbers and len(cls.numbers) > 1:
                 remedy = f"the start is init={{{name!r}: {value!r}}}"

@@ -14,11 +14,15 @@ class Auxiliary:
     """
 
     def retarget(self, target: object, output: object, value: tuple[Tensor, ...]) -> object:
-        """The target that the loss gets in place of `target`."""
+        """The target that the loss gets in place of `target`.
+
+        output: of the network, (batch, ...).
+        value: what the site returned, tensors (batch, ...).
+        """
         return target
 
     def penalty(self, value: tuple[Tensor, ...]) -> Tensor | float:
-        """What is added to the loss: a scalar, the mean over the batch."""
+        """What is added to the loss: a scalar, the mean over the batch. value: what the site returned."""
         return 0.0
 
 

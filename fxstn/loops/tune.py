@@ -50,7 +50,11 @@ class LoopTuner(AttachedTuner):
     """
 
     def report(self, path: str | Path, title: str = "fxstn run") -> None:
-        """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`."""
+        """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`.
+
+        path: of the file.
+        title: the heading.
+        """
         from fxstn.tools.report import write_report
 
         write_report(self, path, title=title)

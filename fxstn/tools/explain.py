@@ -68,6 +68,7 @@ class Explanation:
 
     @property
     def ok(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
     def __str__(self) -> str:
