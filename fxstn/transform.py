@@ -17,6 +17,7 @@ from fxstn.frontends.original import check_inputs, plain_copy
 from fxstn.frontends.selection import first_that_works, with_remedy
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.hp import Spec
+from fxstn.ir.collector import paused_collector
 from fxstn.ir.errors import TransformError
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.build import augmentation, build_network
@@ -71,8 +72,9 @@ def transform(
         usual recipe has it (dropout: 0.1). Where the model has none of these, None inserts dropout at the input and after each
         top-level stage but the last. `print(stn.hparams)` says where each starts, and why.
     example_inputs: a tensor, a tuple of inputs by position, or a dict of inputs by name. A dict of which no key is a name in
-        the forward is one input. Every graph runs once on them, so that whatever fails does so here; the inputs stay as they
-        are. Inputs with a constant default (`mask=None`) keep it unless example_inputs supplies them.
+        the forward is one input. Every graph runs once on them, so that whatever fails does so here: the training graph on
+        their values, the others on their sizes and types, where these say enough. The inputs stay as they are. Inputs with a
+        constant default (`mask=None`) keep it unless example_inputs supplies them.
     method: "delta" (Δ-STN: centred, separate objectives, linearised), "centered" (without linearisation) or "stn" (MacKay et
         al. 2019: uncentred, one objective).
     response: how the weights change when λ moves by δ. "scaled": (1 + U δ) ⊙ w scales every unit; only U is learned, from few
@@ -111,9 +113,10 @@ def network_over(model: nn.Module, request: Request) -> SelfTuningNetwork:
     inputs = request.inputs_of(model)
     recognise_layer_drop(model, inputs)
     try:
-        network, rejected = first_that_works(
-            request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)
-        )
+        with paused_collector():
+            network, rejected = first_that_works(
+                request.candidates, lambda frontend: build_network(frontend, model, request, PIPELINES)
+            )
     except TransformError as error:
         if inputs is not None:
             check_inputs(model, frozen_modules(model), inputs)

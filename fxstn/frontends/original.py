@@ -11,6 +11,7 @@ from torch import nn
 from fxstn.frontends.guards import UnsupportedError, mode_of
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.preservation import Preservation
+from fxstn.ir.collector import paused_collector
 from fxstn.ir.copies import deep_copy
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
@@ -23,7 +24,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     A frontend follows Python, and the graphs of a network are compiled as a whole (`SelfTuningNetwork.compile`).
     """
-    model = deep_copy(model)
+    with paused_collector():
+        model = deep_copy(model)
     while COMPILED in model._modules:
         model = model.get_submodule(COMPILED)
     for module in [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]:

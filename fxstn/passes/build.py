@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxstn.frontends.decompositions.layer_drop import loops_of
 from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.guards import frozen_modules
-from fxstn.frontends.inputs import Inputs, InputSpec
+from fxstn.frontends.inputs import Inputs, InputSpec, inputs_of_graph
 from fxstn.frontends.interface import Frontend, Pass, Plan
+from fxstn.frontends.meta_run import runs_on_meta
 from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
@@ -20,9 +21,10 @@ from fxstn.hp import HyperparameterSpace
 from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import graph_kind
-from fxstn.ir.graphs import forked_rng, model_of
+from fxstn.ir.graphs import forked_rng, model_of, own_inputs
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import wide
+from fxstn.passes.effects import may_write_parameters
 from fxstn.passes.hyperize import Responses, response_modules, responses
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import PipelineRecipe, canonical_graphs, with_children
@@ -90,17 +92,26 @@ def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: 
 def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:
     """Emit the public graphs, and run each on the example inputs, where there are any; the network is left as it was.
 
+    The training graph, which the others compute more or less than, runs on the values, the others without values where that
+    is enough.
+
     Raises TransformError where that fails.
     """
     delta = torch.zeros_like(network.hparams.unconstrained)
-    preserved = None if inputs is None else Preservation(network.model, inputs)
+    model, rewritable = network.model, network.recipe.frontend.rewritable
     for name in _PUBLIC:
         with errors_as_diagnostics(f"the graph {name!r} of the forward"):
-            network.graph(name)
-            if preserved is not None:
-                moved = {"delta": delta} if graph_kind(name).moves_weights else {}
-                with preserved as stand_ins, forked_rng(), torch.no_grad():
-                    network.run(graph_kind(name), stand_ins, unchanged, **moved)
+            graph = network.graph(name)
+            if inputs is None:
+                continue
+            moved = {"delta": delta} if graph_kind(name).moves_weights else {}
+            if name != "train" and isinstance(graph, fx.GraphModule):
+                args, kwargs = inputs_of_graph(own_inputs(graph.graph), model, inputs)
+                if runs_on_meta(graph, *args, **kwargs, **moved):
+                    continue
+            unwritten = model.parameters() if rewritable and not may_write_parameters(graph.graph) else ()
+            with Preservation(model, inputs, but=unwritten) as stand_ins, forked_rng(), torch.no_grad():
+                network.run(graph_kind(name), stand_ins, unchanged, **moved)
 
 
 def augmentation(model: nn.Module, but: Collection[str] = ()) -> str | None:

@@ -63,6 +63,23 @@ def updates_statistics(node: fx.Node) -> bool:
     return settings.get(names[1]) is not None and bool(settings.get(names[5], default))
 
 
+def may_write_parameters(graph: fx.Graph) -> bool:
+    """Whether a graph calls something that may write into a parameter: a user's function, or an operation that says so."""
+    return any(
+        node.op == "call_function"
+        and not (_is_ours(node.target) or updates_statistics(node) or _draws_or_is_pure(node))
+        for node in graph.nodes
+    )
+
+
+def _is_ours(function: Target) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "fxstn"
+
+
+def _draws_or_is_pure(node: fx.Node) -> bool:
+    return is_pure(node) or (is_random(node.target) and not (is_opaque(node.target) or writes(node.target)))
+
+
 def has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads its value.
 

@@ -9,14 +9,21 @@ MOST_RUNS = 64
 Runs = tuple[tuple[int, int], ...]
 
 
-def with_rows_moved(axis: int | None, bit: int, on: int, value: Tensor) -> Tensor:
-    """A value with the rows moved whose number has one bit set (`on` 1) or clear (0); axis None: all of it is row 0."""
-    noise = torch.empty_like(value).uniform_(0.5, 1.5) * (value.abs().mean() + 0.1)
+def steps_of(value: Tensor) -> Tensor:
+    """By how much each entry of a value is moved."""
+    return torch.empty_like(value).uniform_(0.5, 1.5) * (value.abs().mean() + 0.1)
+
+
+def with_rows_moved(axis: int | None, bit: int, on: int, value: Tensor, steps: Tensor) -> Tensor:
+    """A value with the rows moved whose number has one bit set (`on` 1) or clear (0); axis None: all of it is row 0.
+
+    steps: by how much each entry moves.
+    """
     if axis is None:
-        return value if on else value + noise
+        return value if on else value + steps
     numbers = torch.arange(value.shape[axis], device=value.device)
     chosen = ((numbers >> bit) & 1) == on
-    return value + noise * chosen.view([-1 if i == axis else 1 for i in range(value.dim())])
+    return value + steps * chosen.view([-1 if i == axis else 1 for i in range(value.dim())])
 
 
 def decode(moves: list[tuple[Tensor, Tensor]], rows: int, preferred: int) -> tuple[int, list[int]] | None:

@@ -20,7 +20,7 @@ from fxstn.ir.graphs import filled_in, forked_rng, function_of, map_leaves, mode
 from fxstn.ir.staging import draws
 from fxstn.ir.tangents import WHOLE, ZERO
 from fxstn.ir.vocabulary import is_size
-from fxstn.passes.moved_rows import Runs, decode, joined, with_rows_moved
+from fxstn.passes.moved_rows import Runs, decode, joined, steps_of, with_rows_moved
 from fxstn.passes.probe import changed
 from fxstn.rules import RULES, NoRule, apply_rule
 
@@ -183,14 +183,11 @@ class _Walk:
         rows = 1 if whole else base.shape[part.axis]
         bits = max(1, (rows - 1).bit_length())
         moves: list[list[tuple[Tensor, Tensor]]] = []
+        steps = steps_of(base)
         unmoved = _tensors(self._computed(node, number, source, base))
         for bit in range(bits):
-            pair = [
-                _tensors(
-                    self._computed(node, number, source, with_rows_moved(None if whole else part.axis, bit, on, base))
-                )
-                for on in (1, 0)
-            ]
+            others = [with_rows_moved(None if whole else part.axis, bit, on, base, steps) for on in (1, 0)]
+            pair = [_tensors(self._computed(node, number, source, other)) for other in others]
             moves.append([(changed(y, a), changed(y, b)) for y, a, b in zip(unmoved, *pair, strict=True)])
         single = isinstance(self.value(node), Tensor)
         rows_of = [row for start, stop in part.runs for row in range(start, stop)]
