@@ -121,14 +121,14 @@ class NetworkProblem(BilevelProblem):
 
         Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy. A network
         that underfits takes the first: its regularisations can only fall, and the bias says so. One that overfits takes the
-        second, as often as twice the gap's share says (docs/results/hypergradient.md, Batch norm). Both have a row per example,
-        so that compiled graphs fit both.
+        second, as often as four times the gap's share says (docs/results/hypergradient.md, Batch norm). Both have a row per
+        example, so that compiled graphs fit both.
         """
         inputs = inputs_of(self.stn, inputs)
         possible = self.perturb == "auto" and self.stn.per_example(*inputs.args, **inputs.kwargs)
         if not possible or self._gap is None or not joins_examples(self.stn):
             return perturbation(self.stn, inputs, self.perturb, self._generator).detach()
-        joined = random.Random(self._seed).random() < 2 * self._gap
+        joined = random.Random(self._seed).random() < 4 * self._gap
         drawn = perturbation(self.stn, inputs, "batch" if joined else "example", self._generator).detach()
         return drawn.expand(batch_size(inputs), -1).contiguous()
 
