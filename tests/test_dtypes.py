@@ -301,3 +301,19 @@ def test_the_training_hypergradient_of_half_weights_is_that_in_float64(response)
     for parameter, original in zip(wide.double().general_parameters(), stn.general_parameters(), strict=True):
         parameter.grad = original.grad.double()
     torch.testing.assert_close(stn.hypergradient().double(), wide.hypergradient(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("response", ["scaled", "structured"])
+@pytest.mark.parametrize("options", [{"shared": True}, {"shared": False}, {"shared": True, "norm": 1}], ids=str)
+def test_penalties_are_summed_in_the_type_of_the_weights_under_autocast(response, options):
+    torch.manual_seed(0)
+    stn = fxstn.transform(mlp(), [hp.WeightDecay(**options)], response=response)
+    randomize_response(stn)
+    condition = torch.randn(4, len(stn.hparams))
+
+    values = [stn.penalty(condition)]
+    with torch.autocast("cpu", torch.bfloat16):
+        values.append(stn.penalty(condition))
+    parameters = list(stn.response_parameters())
+    plain, low = (torch.autograd.grad(value, parameters, allow_unused=True) for value in values)
+    torch.testing.assert_close([values[1], *low], [values[0], *plain], rtol=1e-6, atol=1e-9)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ops.precision import has_autocast
+from fxstn.ops.precision import without_autocast
 
 
 @staged
@@ -59,10 +59,7 @@ def low_weights(scores: Tensor, masked: bool) -> Tensor:
 
     masked: whether a row may have nothing to attend to.
     """
-    device = scores.device.type
-    if not has_autocast(device):
-        return torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(scores.device.type):
         return torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.multi_tensor import add_multiples
-from fxstn.ops.precision import as_real, real, wide, widen
+from fxstn.ops.precision import as_real, real, wide, widen, without_autocast
 from fxstn.ops.pull_back import Metric, row_products
 from fxstn.ops.response import Response, ResponseTree, responses_in
 
@@ -161,7 +161,8 @@ def total_penalty(
         assert isinstance(tree, ResponseTree)
         for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
             own = {name: weight(name) for name in part.names}
-            terms.append(_penalty_of_rows(part, own, tree, strengths, delta, metric))
+            with without_autocast(delta.device.type):
+                terms.append(_penalty_of_rows(part, own, tree, strengths, delta, metric))
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 

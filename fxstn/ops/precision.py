@@ -7,6 +7,7 @@ its parameter, so the parameters themselves are wide.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ class WideModule(nn.Module):
 def has_autocast(device_type: str) -> bool:
     """Whether torch has an autocast for a type of device."""
     return torch.amp.is_autocast_available(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which products have the type of their factors."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 @staged
