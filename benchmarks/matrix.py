@@ -76,7 +76,7 @@ def structure_of(model: nn.Module, inputs: Any) -> Row:
     stn = fxstn.transform(model, example_inputs=inputs)
     seconds = time.perf_counter() - start
     args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    alone = stn.frontend != "live" and stn.per_example(*args, **named)
+    alone = stn.per_example(*args, **named)
     row = {"frontend": stn.frontend, "per_example": alone, "transform_s": round(seconds, 1)}
     return row | coverage_of(model, inputs, stn.frontend)
 

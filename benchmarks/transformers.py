@@ -236,7 +236,7 @@ def page(rows: dict[str, Row]) -> str:
         f"weights, transformed with `hparams=None`. {good} pass: in float64, train and eval mode, the emitted tangent equals a "
         f"central difference of the original model to 1e-6. In {full} at least 95 % of the elements of weights respond. "
         f"{alone} take an ε per example.\n\n{DEFINITION} LoRA is GPT-2 with frozen weights and a low-rank change of the "
-        "attention of each block. Networks followed by live duals, which run as they are, take one ε for the whole batch. "
+        "attention of each block. "
         f"Written by `python -m benchmarks.transformers`; torch {torch.__version__.partition('+')[0]}.\n\n"
         f"{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}\n"
     )

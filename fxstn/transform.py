@@ -83,7 +83,7 @@ def transform(
     trace: which frontend follows the forward. "fx": symbolic tracing. "export": torch.export; Python may branch on sizes.
         The sizes of later inputs may differ: the forward is exported anew where it does something else for them, or ValueError
         says which sizes it takes. "live": the forward runs as it is, whatever its Python does, and computes the tangents beside
-        the values; one perturbation serves the whole batch.
+        the values.
         "export" and "live" need example_inputs. "auto": the first that works. `frontend` of the network names it; `rejected`
         says why the ones before did not work.
     recompute: True computes the activations of the response and hyper steps again in the backward pass (activation

@@ -532,17 +532,15 @@ def test_a_copy_of_a_live_network_computes_the_same(how):
     torch.testing.assert_close(seeded(stn.pushforward, x, delta=delta), results[0], rtol=0, atol=0)
 
 
-def test_one_perturbation_per_example_is_refused():
+def test_weights_moved_in_place_of_the_own_ones_are_moved_for_the_whole_batch():
     x = torch.randn(4, 6)
-    stn = live(mlp(0.3), x, hparams=[hp.Dropout()]).train()
-    h, graph = len(stn.hparams), stn.graph("pushforward")
+    stn = live(mlp(0.3), x, hparams=[hp.Dropout()], method="centered").train()
+    graph = stn.graph("pushforward")
     assert "tangents carried beside it" in repr(graph)
     assert "def forward(self, input)" in graph.code
     assert not stn.per_example(x)
     with pytest.raises(ValueError, match="one perturbation per example is refused"):
-        stn.pushforward(x, delta=torch.zeros(4, h))
-    with pytest.raises(ValueError, match="one perturbation per example is refused"):
-        stn.pushforward(x, delta=torch.zeros(h), condition=torch.zeros(4, h))
+        stn.perturbed_output(x, delta=torch.zeros(4, len(stn.hparams)))
 
 
 CONSTANT = torch.ones(6)

@@ -22,7 +22,6 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.batch_axis import batch_size
-from fxstn.ops.response import refused_places
 
 MANY = 8  # captures for other sizes, after which a warning says so
 
@@ -239,9 +238,12 @@ class GraphCache:
             self._locate_examples(root, inputs)
             objective = "pushforward" if root.method == "delta" else "perturbed"
             graphs = [self.graph(root, GraphKind(objective, training)) for training in (True, False)]
-            places = dict.fromkeys(place for graph in graphs for place in refused_places(graph.graph))
+            places = dict.fromkeys(place for graph in graphs for place in self.recipe.frontend.refused(graph, inputs))
             self._per_example = not places
-            if places and self.recipe.frontend.rewritable:  # a forward that runs as it is never has one per example
+            frontend = (
+                self.recipe.frontend
+            )  # as it is, a forward is perturbed by batch where weights are moved in its place
+            if places and (frontend.rewritable or (root.method == "delta" and not frontend.derivatives)):
                 warnings.warn(
                     f"one ε for the whole batch, not one per example, which makes λ noisier: refused at {next(iter(places))}; "
                     f"fxstn.explain(stn, example_inputs=...) lists all of {len(places)}",

@@ -15,6 +15,7 @@ from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.hp.binding import NOTHING_BOUND, Binding
 from fxstn.ir.graph_kind import PLAIN_EVAL, GraphKind
 from fxstn.ir.tangents import BatchAxes
+from fxstn.ops.response import refused_places
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class Frontend(Protocol):
         passes: what makes it from the canonical graph, where there is one.
         """
 
+    def refused(self, graph: Any, inputs: Inputs) -> list[str]:
+        """The places where an emitted graph refuses one perturbation per example, on inputs like these."""
+
 
 class GraphFrontend:
     """What the frontends have in common whose captured graphs are rewritten by passes."""
@@ -130,3 +134,6 @@ class GraphFrontend:
         for apply in passes:
             graph = apply(graph, plan)
         return graph
+
+    def refused(self, graph: fx.GraphModule, inputs: Inputs) -> list[str]:
+        return refused_places(graph.graph)

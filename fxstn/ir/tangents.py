@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 
 class SymbolicZero:
     """The tangent of a value that does not depend on the weights. Costs nothing: no node is emitted for it."""
@@ -36,6 +38,22 @@ BatchAxes = Mapping[
 ]  # by node name; None: no single place. A name that is missing: a plain batch.
 
 
+# In place of the number of an example: the entry depends on none; on weights, but on no example; on several examples.
+FREE, UNOWNED, JOINED = -1, -2, -3
+
+
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """Which example each entry of a value belongs to, where a run finds it out: rows may have been picked in any order.
+
+    numbers: of the examples, or one of FREE, UNOWNED and JOINED; whole numbers that broadcast with the value, of as many
+        dimensions.
+    """
+
+    numbers: Tensor
+
+
+Place = BatchAxis | Owners
 WHOLE = -1  # in place of an axis: one scale for all of a parameter
 
 
@@ -47,14 +65,14 @@ class Scaled:
 
     scale: (n,) for one perturbation of the whole batch, or (batch, n). A tensor or a proxy, as `response`.
     response: shaped like the value, n entries along `axis`; WHOLE: n is 1.
-    batch_axis: where the examples are in the output of the operation that takes it.
+    batch_axis: where the examples are in the output of the operation that takes it; Owners in a forward that runs as it is.
     rank: number of dimensions of the value, where a pass knows it.
     """
 
     scale: Any
     response: Any
     axis: int = 0
-    batch_axis: BatchAxis = BATCH_FIRST
+    batch_axis: Place = BATCH_FIRST
     rank: int = 0
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fxstn.ir.tangents import BatchAxis
+from fxstn.ir.tangents import BatchAxis, Owners
 
 
 def listed_examples(value: object) -> int | None:
@@ -70,3 +71,30 @@ def expand_rows(rows: Tensor, output: Tensor, batch_axis: BatchAxis) -> Tensor:
     if left == right == 1:
         return rows
     return rows[None, :, None].expand(left, batch, right, *rows.shape[1:]).reshape(size, *rows.shape[1:])
+
+
+def with_mean(rows: Tensor) -> Tensor:
+    """(batch + 1, ...): the rows of the examples, and their mean for what is no example's."""
+    return torch.cat((rows, rows.mean(0, keepdim=True)))
+
+
+def row_numbers(owners: Owners, batch: int) -> Tensor:
+    """Which row of `with_mean` each entry reads."""
+    return torch.where(owners.numbers < 0, batch, owners.numbers)
+
+
+def picked_rows(rows: Tensor, owners: Owners) -> Tensor:
+    """Of (batch, ...) values, each of which broadcasts with a result, what each entry of the result reads.
+
+    Where a value has one entry along the axes of the examples, only these are made.
+    """
+    rank = owners.numbers.dim()
+    rows = rows.reshape(len(rows), *[1] * (rank - rows.dim() + 1), *rows.shape[1:])
+    sizes, numbers = rows.shape[1:], owners.numbers
+    if all(n == 1 or m == 1 for n, m in zip(sizes, numbers.shape, strict=True)):
+        picked = with_mean(rows)[row_numbers(owners, len(rows))]  # (*numbers.shape, *sizes)
+        order = [dim for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for dim in pair]
+        return picked.permute(order).reshape([n * m for n, m in zip(sizes, numbers.shape, strict=True)])
+    shape = torch.broadcast_shapes(sizes, numbers.shape)
+    index = row_numbers(owners, len(rows)).expand(shape)
+    return with_mean(rows).expand(-1, *shape).gather(0, index[None])[0]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.batch_axis import expand_rows
+from fxstn.ir.tangents import BATCH_FIRST, BatchAxis, Owners, Place
+from fxstn.ops.batch_axis import expand_rows, row_numbers, with_mean
 from fxstn.ops.precision import wide
 
 
@@ -71,7 +71,7 @@ def dropout_mask(
     x: Tensor,
     p: Tensor | float,
     spatial: int = 0,
-    batch_axis: BatchAxis = BATCH_FIRST,
+    batch_axis: Place = BATCH_FIRST,
     keep_rate: Tensor | None = None,
 ) -> Tensor | int:
     """Multiplier of inverted dropout: 0 with probability p, else 1/(1 − p).
@@ -95,7 +95,7 @@ def _mask_shape(x: Tensor, spatial: int) -> tuple[int, ...]:
 
 
 def _inverted(
-    x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: BatchAxis, keep_rate: Tensor | None = None
+    x: Tensor, shape: Sequence[int], p: Tensor | float, batch_axis: Place, keep_rate: Tensor | None = None
 ) -> Tensor:
     """One draw of 0 or 1/(1 − p) for each entry of a shape that broadcasts with x."""
     keep: Tensor | float = max(1 - p, torch.finfo(wide(x.dtype)).tiny) if not isinstance(p, Tensor) else 0.0
@@ -114,10 +114,12 @@ def _is_serial(x: Tensor) -> bool:
     return x.device.type == "cpu" or torch.compiler.is_compiling()
 
 
-def _by_example(p: Tensor, x: Tensor, batch_axis: BatchAxis) -> Tensor:
+def _by_example(p: Tensor, x: Tensor, batch_axis: Place) -> Tensor:
     """A rate, or one per example, so that it broadcasts with x."""
     if not p.dim():
         return p
+    if isinstance(batch_axis, Owners):
+        return with_mean(p)[row_numbers(batch_axis, len(p))]
     return expand_rows(p, x, batch_axis).view([-1 if i == batch_axis.axis else 1 for i in range(x.dim())])
 
 
@@ -163,7 +165,7 @@ def word_mask(index: Tensor, table: Tensor, p: Tensor | float, batch_axis: Batch
 
 @staged(random=True)
 def alpha_dropout_coefficients(
-    x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: BatchAxis = BATCH_FIRST
+    x: Tensor, p: Tensor | float, spatial: int = 0, batch_axis: Place = BATCH_FIRST
 ) -> tuple[Tensor, Tensor]:
     """(multiplier, shift) of alpha dropout (Klambauer et al. 2017, Sec. "Alpha dropout"): y = x · multiplier + shift.
 

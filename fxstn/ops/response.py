@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxstn.ir.staging import staged
-from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.batch_axis import expand_rows
+from fxstn.ir.tangents import BATCH_FIRST, Owners, Place
+from fxstn.ops.batch_axis import expand_rows, row_numbers, with_mean
 from fxstn.ops.precision import WideModule, wide, widen
 
 
@@ -137,7 +137,7 @@ def materialised(scale: Tensor, response: Tensor, axis: int) -> Tensor:
     return (response * scale.view([-1 if i == axis else 1 for i in range(response.dim())])).to(response.dtype)
 
 
-def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+def align(scale: Tensor, output: Tensor, dim: int, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """Scales so that they broadcast with `output`, in its type, which autocast may have lowered.
 
     scale: (n,), or (batch, n) with a row per example.
@@ -153,12 +153,22 @@ def align(scale: Tensor, output: Tensor, dim: int, batch_axis: BatchAxis = BATCH
         shape[dim] = scale.shape[-1]
     if scale.dim() == 1:
         return scale.view(shape)
-    axis, channel = batch_axis.axis, dim % max(1, output.dim())
+    channel = dim % max(1, output.dim())
+    if isinstance(batch_axis, Owners):
+        return _align_owners(scale, batch_axis, channel)
+    axis = batch_axis.axis
     if axis == channel and not single:
         raise ValueError(f"the examples are along dimension {axis} of a layer's output, which holds its channels")
     scale = expand_rows(scale, output, batch_axis)
     shape[axis] = scale.shape[0]
     return (scale if axis < channel else scale.T).reshape(shape)
+
+
+def _align_owners(scale: Tensor, owners: Owners, channel: int) -> Tensor:
+    """`align` where each entry of a value has an example of its own."""
+    numbers, columns = row_numbers(owners, len(scale)), torch.arange(scale.shape[-1], device=scale.device)
+    shape = [-1 if i == channel else 1 for i in range(numbers.dim())]
+    return with_mean(scale)[numbers, columns.view(shape) if len(columns) > 1 else 0]
 
 
 @staged
@@ -214,7 +224,7 @@ def without_bias(output: Tensor, bias: Tensor, dim: int) -> Tensor:
 
 
 @staged
-def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """A layer's output with each channel multiplied by its scale.
 
     scale: (channels,), or (batch, channels) with a row per example.
@@ -225,7 +235,7 @@ def scale_channels(output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxi
 
 
 @staged
-def scale_beside(output: Tensor, scale: Tensor, dim: int, other: Tensor, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+def scale_beside(output: Tensor, scale: Tensor, dim: int, other: Tensor, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """`scale_channels` of a product with `other`, or of `other` itself, whose dimension `dim` counts for a matrix.
 
     Beside a vector it is one less from the end.
@@ -234,7 +244,7 @@ def scale_beside(output: Tensor, scale: Tensor, dim: int, other: Tensor, batch_a
 
 
 @staged
-def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """tangent + scale ⊙ output in one kernel.
 
     tangent: shaped like `output`.
@@ -244,7 +254,7 @@ def add_scaled(tangent: Tensor, output: Tensor, scale: Tensor, dim: int, batch_a
 
 
 @staged
-def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST) -> Tensor:
+def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """tangent + the tangent of a bias, scale ⊙ response.
 
     tangent: shaped like the layer's output.
@@ -255,9 +265,7 @@ def add_bias(tangent: Tensor, scale: Tensor, response: Tensor, dim: int, batch_a
 
 
 @staged
-def bias_tangent(
-    output: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: BatchAxis = BATCH_FIRST
-) -> Tensor:
+def bias_tangent(output: Tensor, scale: Tensor, response: Tensor, dim: int, batch_axis: Place = BATCH_FIRST) -> Tensor:
     """The tangent of a bias alone, scale ⊙ response, expanded to the shape of `output`. Arguments as in `add_bias`."""
     return align(scale * response, output, dim, batch_axis).expand_as(output)
 

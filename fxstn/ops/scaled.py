@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxstn.ir.staging import staged
-from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
+from fxstn.ir.tangents import BATCH_FIRST, Place
 from fxstn.ops.precision import has_autocast
 from fxstn.ops.response import align
 
@@ -23,7 +23,7 @@ def scaled_tangent(
     scale: Tensor,
     shift: Tensor | None,
     dim: int,
-    batch_axis: BatchAxis = BATCH_FIRST,
+    batch_axis: Place = BATCH_FIRST,
     ends: Tensor | None = None,
 ) -> Tensor:
     """tangent + scale ⊙ output + shift: of a layer whose product and bias are `output`.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -14,13 +14,12 @@ from fxstn.frontends.decompositions.recurrent import STATEFUL
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.hp import OPERATIONS
 from fxstn.ir.errors import module_path
+from fxstn.ir.facts import overloads
 from fxstn.ir.graphs import function_of, model_of, output_of, placeholders
 from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.ops.noise import track_batch
 from fxstn.rules import RULES, Rule
-
-_SPLITS = {torch.unbind, torch.chunk, torch.split, torch.tensor_split}  # none of their results ends a stage
 
 
 class Place(NamedTuple):
@@ -157,5 +156,15 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     (user,) = node.users
     others = [source for source in user.all_input_nodes if source is not node]
     alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
-    splits = user.target in _SPLITS
-    return user if user.op == "call_function" and user.args[0] is node and alone and not splits else None
+    follows = user.op == "call_function" and user.args[0] is node and alone
+    return user if follows and not _has_several_results(user) else None
+
+
+def _has_several_results(node: fx.Node) -> bool:
+    """Whether an operation returns several tensors, none of which ends a stage."""
+    several = any(
+        len(overload._schema.returns) > 1 or "List" in str(overload._schema.returns[0].type)
+        for overload in overloads(function_of(node))
+        if overload._schema.returns
+    )
+    return several and all(reader.target is operator.getitem for reader in node.users)

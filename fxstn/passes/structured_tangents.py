@@ -13,7 +13,18 @@ from fxstn.ir.errors import module_path
 from fxstn.ir.graphs import filled_in, function_of, map_leaves
 from fxstn.ir.node_info import RowScales, info_of
 from fxstn.ir.staging import draws
-from fxstn.ir.tangents import BATCH_FIRST, SHARED, WHOLE, ZERO, BatchAxes, BatchAxis, Scaled, ScaledParts, all_zero
+from fxstn.ir.tangents import (
+    BATCH_FIRST,
+    SHARED,
+    WHOLE,
+    ZERO,
+    BatchAxes,
+    BatchAxis,
+    Place,
+    Scaled,
+    ScaledParts,
+    all_zero,
+)
 from fxstn.ir.vocabulary import is_size
 from fxstn.ops.response import (
     add_scaled,
@@ -204,7 +215,7 @@ def _is_linear(node: fx.Node, sources: list[fx.Node]) -> bool:
     return multilinear and sum(argument in sources for argument in node.args) == 1
 
 
-def _elsewhere(part: Scaled) -> tuple[BatchAxis, ...]:
+def _elsewhere(part: Scaled) -> tuple[Place, ...]:
     """Where the examples are, as a further argument; none in a plain network, so that its graph stays short."""
     return () if part.batch_axis == BATCH_FIRST else (part.batch_axis,)
 

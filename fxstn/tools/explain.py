@@ -158,10 +158,11 @@ def _rows_of_run(explanation: Explanation, stn: SelfTuningNetwork, inputs: Input
         explanation.notes.append("what runs is known when it runs: fxstn.explain(network, example_inputs=...) lists it")
         return []
     log: list[OperationNote] = []
-    delta = torch.zeros_like(stn.hparams.unconstrained)
+    delta, graph = torch.zeros_like(stn.hparams.unconstrained), cast(LiveGraph, stn.graph("pushforward"))
     with Preservation(stn.model, inputs) as stand_ins, forked_rng(), torch.no_grad():
-        cast(LiveGraph, stn.graph("pushforward")).duals(stand_ins, None, delta, log)
-    explanation.notes.append("one perturbation for the whole batch only, not per example: the forward runs as it is")
+        graph.duals(stand_ins, None, delta, log)
+    for reason in graph.refused_places(inputs):
+        explanation.notes.append(f"one perturbation for the whole batch only, not per example: {reason}")
     return sorted((_row_of_note(note, stn.hparams.names) for note in log), key=lambda row: row.rule != "fallback")
 
 

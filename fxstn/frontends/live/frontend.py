@@ -58,3 +58,6 @@ class Live:
     def emit(self, root: Root, plan: Plan, passes: Sequence[Pass]) -> LiveGraph:
         sites = runtime_sites(plan.binding, self.addresses)
         return LiveGraph(root, plan.kind, sites, plan.frozen, self.derivatives)
+
+    def refused(self, graph: LiveGraph, inputs: Inputs) -> list[str]:
+        return graph.refused_places(inputs)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,14 +18,20 @@ from fxstn.frontends.interface import Root
 from fxstn.frontends.live.calls import Call
 from fxstn.frontends.live.duals import Duals, OperationNote
 from fxstn.frontends.live.forward_mode import Derivatives, LinkTracer, both, float_leaves, linearized, with_tangents
+from fxstn.frontends.live.located import Located
+from fxstn.frontends.live.owners import Locator, Unlocated
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.temporary import swapped_tensors, temporary_memory
 from fxstn.frontends.live.tracer import LiveTracer
+from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import attributes, mapped, reachable
+from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
+from fxstn.ir.graphs import forked_rng
 from fxstn.ir.tangents import Scaled
+from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.kernels import cast_tangent
-from fxstn.ops.response import for_all_examples, parameter_changes, responses_in, row_scales
+from fxstn.ops.response import for_all_examples, parameter_changes, refused_places, responses_in, row_scales
 from fxstn.rules.layers import dense
 
 _WHERE = "a forward that runs as it is"
@@ -63,6 +71,7 @@ class LiveGraph:
         self.root, self.kind, self.frozen, self.derivatives = root, kind, frozen, derivatives
         self.objective, self.training = kind.objective, kind.training
         self.sites = sites if self.training else RuntimeSites()
+        self.locators: dict[int, Locator] = {}  # by the number of examples
 
     @property
     def model(self) -> nn.Module:
@@ -70,15 +79,35 @@ class LiveGraph:
 
     @property
     def graph(self) -> fx.Graph:
-        """What can be said without running it: the inputs, and that the perturbation is for the whole batch."""
+        """What can be said without running it: the inputs, whether a batch norm normalises by the batch, and whether the
+        perturbation has to be for the whole batch."""
         graph = fx.Graph()
         stars: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         parameters = inspect.signature(self.model.forward).parameters.values()
         inputs = [graph.placeholder(stars.get(p.kind, "") + p.name) for p in parameters]
         moved = [graph.placeholder(name, default_value=None) for name in ("condition", "delta")]
-        shared = [graph.call_function(for_all_examples, (value, 1, _WHERE)) for value in moved]
-        graph.output(graph.call_function(self.__call__, (*inputs, *shared)))
+        norms = (name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm))
+        if self.training and any(name not in self.frozen for name in norms):
+            graph.call_function(F.batch_norm, (inputs[0], None, None, None, None, True))
+        if self.derivatives or self.objective not in ("pushforward", "linearized"):
+            moved = [graph.call_function(for_all_examples, (value, 1, _WHERE)) for value in moved]
+        graph.output(graph.call_function(self.__call__, (*inputs, *moved)))
         return graph
+
+    def refused_places(self, inputs: Inputs) -> list[str]:
+        """Where a run on these inputs refuses one perturbation per example, and why; the first such place."""
+        if places := refused_places(self.graph):
+            return places[:1]
+        space: Any = self.root.get_submodule("hparams")
+        rows = space.unconstrained.new_zeros(batch_size(inputs), len(space))
+        try:
+            with Preservation(self.model, inputs) as stand_ins, torch.no_grad(), forked_rng():
+                self.duals(stand_ins, rows if self.training else None, rows)
+        except Unlocated as error:
+            return [error.place]
+        except TransformError as error:
+            return [f"{problem.what} in module '{problem.where}'" for problem in error.problems[:1]]
+        return []
 
     @property
     def code(self) -> str:
@@ -165,7 +194,7 @@ class LiveGraph:
         with swapped_tensors(self.model, self.training, self.frozen, buffers, keep=False):
             if self.objective == "linearized" and not self.training:
                 self._normalise_by_batch()
-            mode = Duals(self.model, parameters, self.sites, strengths, log)
+            mode = self._mode(inputs, parameters, strengths, log)
             outside = {id(x): x for _, x in (*reachable(inputs, ""), *attributes(self.model))}
             mode.add_constants(outside.values())
             with temporary_memory(outside.values()), torch.enable_grad():
@@ -175,6 +204,20 @@ class LiveGraph:
                     mode.linearized(output) if self.objective == "linearized" else (output, mode.tangents_of(output))
                 )
                 return mapped(lambda leaf: leaf.data if id(leaf) in outside else leaf, result)
+
+    def _mode(self, inputs: Inputs, parameters: dict[str, Scaled], strengths: Tensor | None, log: Any) -> Duals:
+        rows = [value for value in (strengths, *(t.scale for t in parameters.values())) if value is not None]
+        count = max((len(value) for value in rows if value.dim() > 1), default=0)
+        if not count:
+            return Duals(self.model, parameters, self.sites, strengths, log)
+        locator = self.locators.setdefault(count, Locator(count))
+        parameters = {
+            name: tangent if tangent.scale.dim() > 1 else replace(tangent, scale=tangent.scale.expand(count, -1))
+            for name, tangent in parameters.items()
+        }
+        mode = Located(self.model, parameters, locator, self.sites, strengths, log)
+        mode.add_examples(inputs.args + tuple(inputs.kwargs.values()))
+        return mode
 
     def _normalise_by_batch(self) -> None:
         """As the pass choose_statistics does it for an evaluation graph."""
@@ -187,7 +230,8 @@ class LiveGraph:
     def _tangents(self, delta: Tensor | None) -> dict[str, Scaled]:
         if delta is None:
             raise TypeError(f"the graph '{self.kind}' takes delta, of shape (h,)")
-        delta = for_all_examples(delta, 1, _WHERE)
+        if self.derivatives:
+            delta = for_all_examples(delta, 1, _WHERE)
         result, tree = {}, self.root.get_submodule("response")
         scales = row_scales(tree, delta)
         for name, response in responses_in(tree).items():

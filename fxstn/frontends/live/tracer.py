@@ -30,6 +30,7 @@ from fxstn.ir.containers import mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.staging import staging_of
+from fxstn.ir.tangents import BATCH_FIRST, Place
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
@@ -233,9 +234,7 @@ class LiveTracer(TorchFunctionMode):
         return call.run()
 
     def note(self, operation: str, kind: str, strengths: tuple[float | int, ...] = ()) -> None:
-        """Something that explain lists, as an `OperationNote`."""
-
-    # Dropout
+        """What explain lists, as an `OperationNote`."""
 
     def strength(self, index: int) -> Tensor:
         """λ[index]."""
@@ -247,7 +246,11 @@ class LiveTracer(TorchFunctionMode):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         self.note("dropout", "random", (index,))
-        return self._with_noise(x, dropout_mask(x, self.strength(index)), None, in_place=False)
+        return self._with_noise(x, dropout_mask(x, p := self.strength(index), 0, self.place_of(x, p)), None, False)
+
+    def place_of(self, x: Tensor, strength: object) -> Place:
+        """Where the examples are in a value, for a strength with a row per example."""
+        return BATCH_FIRST
 
     def _dropped_element(self, result: object, position: Position) -> object:
         """The result of an operation with a dropout after it, or after one of its elements."""
@@ -266,11 +269,10 @@ class LiveTracer(TorchFunctionMode):
             return x
         self.note("dropout", "random", (float(p) if index is None else index,))
         strength = p if index is None else self.strength(index)
-        spatial = SPATIAL.get(call.function, 0)
-        if call.function in ALPHA:
-            multiplier, shift = alpha_dropout_coefficients(x, strength, spatial)
-            return self._with_noise(x, multiplier, shift, call.spelled.in_place)
-        return self._with_noise(x, dropout_mask(x, strength, spatial), None, call.spelled.in_place)
+        draw: Callable[..., Any] = alpha_dropout_coefficients if call.function in ALPHA else dropout_mask
+        noise = draw(x, strength, SPATIAL.get(call.function, 0), self.place_of(x, strength))
+        multiplier, shift = noise if isinstance(noise, tuple) else (noise, None)
+        return self._with_noise(x, multiplier, shift, call.spelled.in_place)
 
     def operate(self, call: Call, indices: tuple[int, ...] | None) -> object:
         """A random operation of the model's own, at its own strengths or at λ[indices]."""
