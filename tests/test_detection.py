@@ -176,6 +176,7 @@ def test_losses_in_eval_mode_are_those_of_train_mode_without_dropout_and_with_th
         torch.testing.assert_close(loss, expected[name], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:one ε for the whole batch")  # images are written into a batch
 def test_a_detector_trains_and_tunes_on_images_and_dicts():
     torch.manual_seed(0)
     model, (images, targets) = fxstn.DetectionLosses(faster()), batch()
@@ -191,6 +192,7 @@ def test_a_detector_trains_and_tunes_on_images_and_dicts():
     assert (loss.count, loss.entries) == (2, 2)  # images, not anchors
 
 
+@pytest.mark.filterwarnings("ignore:one ε for the whole batch")  # images are written into a batch
 def test_a_detector_is_tuned_in_the_loop_that_there_is():
     torch.manual_seed(0)
     model, train = fxstn.DetectionLosses(retina()), loader(4, 2)
