@@ -113,7 +113,7 @@ class Frontend(Protocol):
         passes: what makes it from the canonical graph, where there is one.
         """
 
-    def refused(self, graph: Any, inputs: Inputs) -> list[str]:
+    def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
         """The places where an emitted graph refuses one perturbation per example, on inputs like these."""
 
 
@@ -135,5 +135,5 @@ class GraphFrontend:
             graph = apply(graph, plan)
         return graph
 
-    def refused(self, graph: fx.GraphModule, inputs: Inputs) -> list[str]:
+    def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
         return refused_places(graph.graph)

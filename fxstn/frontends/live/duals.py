@@ -183,7 +183,7 @@ class Duals(ConstantGuard):
             self.links.record(x, result.step)
             return x
         sources = list(tensors_in((call.args, call.kwargs)))
-        output = self._deliver(result.y, result.dy, result.originals, sources, spelled.function is torch.detach)
+        output = self.deliver(result.y, result.dy, result.originals, sources, spelled.function is torch.detach)
         if isinstance(output, Tensor) and result.dy is not ZERO:
             self.links.record(output, result.step)
         return output
@@ -227,7 +227,7 @@ class Duals(ConstantGuard):
         step = None if is_layer(function) else Step(function, tuple(args), kwargs, tuple(tangents), named, before)
         return RuleResult(y, dy, originals, step)
 
-    def _deliver(
+    def deliver(
         self, y: object, dy: object, originals: dict[int, Tensor], sources: list[Tensor], detached: bool
     ) -> object:
         """What the model gets: each result as an object of its own, or the very argument where it was handed through."""
@@ -244,7 +244,7 @@ class Duals(ConstantGuard):
         if isinstance(y, (tuple, list)) and not isinstance(y, torch.Size):
             tangents = dy if isinstance(dy, (tuple, list)) else [ZERO] * len(y)
             pairs = zip(y, tangents, strict=True)
-            entries = [self._deliver(*pair, originals, sources, detached) for pair in pairs]
+            entries = [self.deliver(*pair, originals, sources, detached) for pair in pairs]
             return rebuilt(y, entries)
         return y
 

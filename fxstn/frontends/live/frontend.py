@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from torch import nn
 
 from fxstn.frontends.inputs import Inputs, InputSpec
-from fxstn.frontends.interface import Pass, Plan, Root
+from fxstn.frontends.interface import Graph, Pass, Plan, Root
 from fxstn.frontends.live.forward_mode import Derivatives
 from fxstn.frontends.live.graph import LiveGraph
 from fxstn.frontends.live.record import Recording, record
@@ -59,5 +59,5 @@ class Live:
         sites = runtime_sites(plan.binding, self.addresses)
         return LiveGraph(root, plan.kind, sites, plan.frozen, self.derivatives)
 
-    def refused(self, graph: LiveGraph, inputs: Inputs) -> list[str]:
-        return graph.refused_places(inputs)
+    def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
+        return cast(LiveGraph, graph).refused_places(inputs)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.temporary import swapped_tensors, temporary_memory
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.frontends.preservation import Preservation
+from fxstn.hp.space import HyperparameterSpace
 from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
@@ -98,7 +99,7 @@ class LiveGraph:
         """Where a run on these inputs refuses one perturbation per example, and why; the first such place."""
         if places := refused_places(self.graph):
             return places[:1]
-        space: Any = self.root.get_submodule("hparams")
+        space = cast(HyperparameterSpace, self.root.get_submodule("hparams"))
         rows = space.unconstrained.new_zeros(batch_size(inputs), len(space))
         try:
             with Preservation(self.model, inputs) as stand_ins, torch.no_grad(), forked_rng():
@@ -205,7 +206,9 @@ class LiveGraph:
                 )
                 return mapped(lambda leaf: leaf.data if id(leaf) in outside else leaf, result)
 
-    def _mode(self, inputs: Inputs, parameters: dict[str, Scaled], strengths: Tensor | None, log: Any) -> Duals:
+    def _mode(
+        self, inputs: Inputs, parameters: dict[str, Scaled], strengths: Tensor | None, log: list[OperationNote] | None
+    ) -> Duals:
         rows = [value for value in (strengths, *(t.scale for t in parameters.values())) if value is not None]
         count = max((len(value) for value in rows if value.dim() > 1), default=0)
         if not count:

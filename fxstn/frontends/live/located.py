@@ -7,9 +7,8 @@ that has owners.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from fxstn.frontends.live.calls import Call, OperationNote, is_draw
 from fxstn.frontends.live.duals import Duals, RuleResult
 from fxstn.frontends.live.owners import LOST, Locator, Operand, Unlocated
 from fxstn.frontends.live.ratios import is_real
-from fxstn.frontends.live.reading import Reading, Shared, dense_rows
+from fxstn.frontends.live.shared import Shared, SharedOperation, dense_rows
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.ir.containers import leaves, reachable, tensors_in
 from fxstn.ir.errors import operation_name
@@ -135,7 +134,7 @@ class Located(Duals):
 
     # Operations
 
-    def _constant(self, call: Call, targets: Any) -> object:
+    def _constant(self, call: Call, targets: Collection[Tensor]) -> object:
         owners = self._of_constant(call) if targets else None
         result = super()._constant(call, targets)
         for x in targets if call.spelled is not None else ():  # other mutations leave the rows where they are
@@ -173,14 +172,14 @@ class Located(Duals):
         if not any(isinstance(self.tangent(operand.value), Shared) for operand in operands):
             result = super()._compute(spelled)
         else:
-            reading = Reading(self, self.locator, spelled, operands)
+            operation = SharedOperation(self, self.locator, spelled, operands)
             if isinstance(owners, str):
                 what = f"{operation_name(spelled.function)} reads weights and a value whose examples are not known"
                 raise Unlocated(self.path, what)
             if owners is None or owners[0] is None:
-                result = reading.of_shared()
+                result = operation.of_shared()
             else:
-                result = reading.of_rows(owners)
+                result = operation.of_rows(owners)
                 owners = [own and self.locator.unowned(own) for own in owners]
         self.results = owners
         return result
@@ -194,7 +193,7 @@ class Located(Duals):
             if not isinstance(value, Spelled):
                 return value
             result = self._compute(value)
-            output = self._deliver(result.y, result.dy, result.originals, [], value.function is torch.detach)
+            output = self.deliver(result.y, result.dy, result.originals, [], value.function is torch.detach)
             if isinstance(output, Tensor):
                 self._own(output, self.results)
                 self.links.record(output, result.step)

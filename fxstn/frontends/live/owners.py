@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxstn.frontends.live.ratios import OF_DATA, compressed, decoded, described, is_real, ratios, rows_of
+from fxstn.frontends.live.ratios import OF_DATA, Structure, compressed, decoded, described, is_real, ratios, rows_of
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.tangents import FREE, JOINED, UNOWNED, BatchAxis, Owners, Place
 from fxstn.ops.synced import BATCH_NORMS
@@ -169,10 +169,10 @@ class Locator:
         if key in self.known:
             return self.known[key]
         numbers = {id(o.value): o.owners.numbers for o in labelled if o.owners is not None}
-        found = ratios(function, args, kwargs, numbers)
+        both = ratios(function, args, kwargs, numbers)
         result: list[Owners | None] | None = None
-        if found is not None:
-            y, codes = found
+        if both is not None:
+            y, codes = both
             results = list(tensors_in(y))
             result = [self._of_codes(c, labelled[0], x) for c, x in zip(codes, results, strict=True)]
             steady = all(owner is None or owner in self.regular for owner in result)
@@ -227,8 +227,8 @@ class Locator:
         """Whether examples meet in some entry."""
         return owners not in self.regular and bool((owners.numbers == JOINED).any())
 
-    def kept(self, function: Callable[..., Any], args: tuple, kwargs: dict, path: tuple, value: Tensor, axis: int,
-             y: Any) -> list[tuple[int, Tensor | None] | None]:  # fmt: skip
+    def rows_after(self, function: Callable[..., Any], args: tuple, kwargs: dict, path: tuple, value: Tensor, axis: int,
+             y: Structure) -> list[tuple[int, Tensor | None] | None]:  # fmt: skip
         """Of each result, the axis that an axis of one operand becomes and the row there of each position; None for neither.
 
         Rows None: all of them in order.
@@ -238,14 +238,14 @@ class Locator:
             use = axis_use(function, args, path, axis, value.dim())
             if use is not None and use.partner is None and y.shape[dimension(use, args) % y.dim()] == value.shape[axis]:
                 return [(dimension(use, args) % y.dim(), None)]
-        key = ("kept", function, described((args, kwargs), lambda x: (x.shape, x.dtype)), path, axis)
+        key = ("rows", function, described((args, kwargs), lambda x: (x.shape, x.dtype)), path, axis)
         if key not in self.known:
             rows = torch.arange(value.shape[axis], device=value.device)
-            found = ratios(function, args, kwargs,
+            both = ratios(function, args, kwargs,
                            {id(value): rows.view([-1 if i == axis else 1 for i in range(value.dim())])})  # fmt: skip
-            if found is None:
+            if both is None:
                 return [None] * len(list(tensors_in(y)))
-            result = [rows_of(codes, len(rows)) for codes in found[1]]
+            result = [rows_of(codes, len(rows)) for codes in both[1]]
             if any(isinstance(x, Tensor) and not x.is_floating_point() for x in tensors_in((args, kwargs))):
                 return [entry and entry[0] for entry in result]
             if any(entry is None or not entry[1] for entry in result):
@@ -270,7 +270,7 @@ class Unlocated(ValueError):
 
 def dimension(use: AxisUse, args: tuple) -> int:
     """The dimension of an axis in a result, which is one less from the end beside a vector."""
-    vector: Any = args
+    vector: Structure = args
     for position in use.vector or ():
         vector = vector[position]
     return use.dim + (use.vector is not None and vector.dim() == 1 and use.dim < 0)

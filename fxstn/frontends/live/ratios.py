@@ -21,6 +21,7 @@ from fxstn.rules import RULES, apply_rule
 OF_DATA = {"linear", "pointwise", "additive", "bilinear"}  # kinds of rules whose first argument may as well be real
 CODES = {UNOWNED: 0.0, JOINED: 0.3716}  # number n has the code n + 1
 CLOSE = 1e-3
+Structure = Any  # a tensor, a tangent or several of them, as an operation takes and returns them
 
 
 def is_real(x: Tensor) -> bool:
@@ -58,7 +59,7 @@ def ratios(
             several = [split(entry, first) for entry in value]
             if not several:
                 return value, ZERO, ZERO
-            kind: Any = list if isinstance(value, list) else tuple
+            kind: Structure = list if isinstance(value, list) else tuple
             wide, first_tangents, others = (kind(part) for part in zip(*several, strict=True))
             return wide, first_tangents, others
         if not isinstance(value, Tensor):
@@ -95,7 +96,7 @@ def _wide(x: Tensor, random: bool) -> Tensor:
     return torch.rand(x.shape, dtype=torch.float64, device=x.device) if random else x
 
 
-def _entries(dy: Any, y: Any) -> list:
+def _entries(dy: Structure, y: Structure) -> list:
     """The tangent of each tensor in y."""
     results = list(tensors_in(y))
     if isinstance(y, Tensor):
@@ -103,7 +104,7 @@ def _entries(dy: Any, y: Any) -> list:
     return list(dy) if isinstance(dy, (tuple, list)) else [ZERO] * len(results)
 
 
-def _ratio(first: Any, other: Any) -> Tensor | None:
+def _ratio(first: Structure, other: Structure) -> Tensor | None:
     if first is ZERO or other is ZERO or not isinstance(first, Tensor):
         return None
     size = first.abs()

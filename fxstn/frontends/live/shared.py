@@ -17,6 +17,7 @@ from torch import Tensor
 from fxstn.frontends.live.duals import Duals, RuleResult
 from fxstn.frontends.live.links import Step
 from fxstn.frontends.live.owners import ENTRYWISE, Locator, Operand, Unlocated, dimension
+from fxstn.frontends.live.ratios import Structure
 from fxstn.ir.containers import arguments_mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Spelled
@@ -37,7 +38,7 @@ class OfExamples:
 Shared = (Scaled, ScaledParts, OfExamples)
 
 
-class Reading:
+class SharedOperation:
     """One operation that reads values which all examples share, and whose tangents are structured."""
 
     def __init__(self, duals: Duals, locator: Locator, spelled: Spelled, operands: Sequence[Operand]) -> None:
@@ -75,7 +76,7 @@ class Reading:
 
     def of_shared(self) -> RuleResult:
         """What is computed from shared values alone: a structured tangent where an axis is kept, one for each example else."""
-        y: Any = None
+        y: Structure = None
         parts: list[list[Scaled]] = []
         rows: list[list[Tensor]] = []
         for operand in self.shared:
@@ -84,12 +85,12 @@ class Reading:
                 y, dy = self.apply({operand.path: part.response})
                 parts = parts or [[] for _ in tensors_in(y)]
                 rows = rows or [[] for _ in tensors_in(y)]
-                kept = self._kept(operand, part, y)
+                places = self._places(operand, part, y)
                 if all(
                     entry is not None or not isinstance(d, Tensor)
-                    for entry, d in zip(kept, _several(dy, y), strict=True)
+                    for entry, d in zip(places, _several(dy, y), strict=True)
                 ):
-                    for own, entry, d in zip(parts, kept, _several(dy, y), strict=True):
+                    for own, entry, d in zip(parts, places, _several(dy, y), strict=True):
                         own += [_moved(part, entry, d)] if isinstance(d, Tensor) and entry is not None else []
                 else:
                     self._add_rows(rows, operand, _rows_of_part(part), y)
@@ -102,13 +103,15 @@ class Reading:
         dy = tangents[0] if isinstance(y, Tensor) else tuple(tangents) or ZERO
         return RuleResult(y, dy, self.originals, None)
 
-    def _kept(self, operand: Operand, part: Scaled, y: Any) -> list:
+    def _places(self, operand: Operand, part: Scaled, y: Structure) -> list:
         if part.scale.shape[-1] == 1:
             return [(WHOLE, None)] * len(list(tensors_in(y)))
         value = self.value(operand)
-        return self.locator.kept(self.function, self.args, self.kwargs, operand.path, value, part.axis % value.dim(), y)
+        return self.locator.rows_after(
+            self.function, self.args, self.kwargs, operand.path, value, part.axis % value.dim(), y
+        )
 
-    def _add_rows(self, rows: list[list[Tensor]], operand: Operand, tangents: Tensor, y: Any) -> None:
+    def _add_rows(self, rows: list[list[Tensor]], operand: Operand, tangents: Tensor, y: Structure) -> None:
         for own, several in zip(rows, _several(self._each(operand, tangents), y), strict=True):
             own += [several] if isinstance(several, Tensor) else []
 
@@ -161,9 +164,9 @@ class Reading:
         step = None if terms or structured else self._step(main)
         return RuleResult(y, dy, self.originals, step)
 
-    def _tangent_rows(self, tangent: Any, operand: Operand, owners: Owners, rank: int) -> Any:
+    def _tangent_rows(self, tangent: Structure, operand: Operand, owners: Owners, rank: int) -> Any:
         """The tangent of an operand that is broadcast to the result, as each row of the result reads it."""
-        result: Any = ZERO
+        result: Structure = ZERO
         for part in _parts(tangent):
             response, single = part.response, part.scale.shape[-1] == 1
             dim = -1 if single else part.axis % response.dim() - response.dim()
@@ -223,14 +226,14 @@ class Reading:
         return Step(self.function, self.args, self.kwargs, tangents, named, before)
 
 
-def _plus(dy: Any, more: Any) -> Any:
+def _plus(dy: Structure, more: Structure) -> Any:
     if dy is ZERO or more is ZERO:
         return more if dy is ZERO else dy
     return tuple(map(_plus, dy, more)) if isinstance(dy, (tuple, list)) else dy + more
 
 
 def _at(args: tuple, kwargs: dict, path: tuple) -> Any:
-    value: Any = kwargs[path[0]] if isinstance(path[0], str) else args[path[0]]
+    value: Structure = kwargs[path[0]] if isinstance(path[0], str) else args[path[0]]
     for position in path[1:]:
         value = value[position]
     return value
@@ -249,15 +252,15 @@ def _parts(tangent: object) -> tuple[Scaled, ...]:
     return tuple(part for part in tangent.parts if part is not None) if isinstance(tangent, ScaledParts) else ()
 
 
-def _several(dy: Any, y: Any) -> list:
+def _several(dy: Structure, y: Structure) -> list:
     """The tangent of each tensor in y."""
     if isinstance(y, Tensor):
         return [dy]
     return list(dy) if isinstance(dy, (tuple, list)) else [ZERO] * len(list(tensors_in(y)))
 
 
-def _moved(part: Scaled, kept: tuple[int, Tensor | None], response: Tensor) -> Scaled:
-    axis, rows = kept
+def _moved(part: Scaled, place: tuple[int, Tensor | None], response: Tensor) -> Scaled:
+    axis, rows = place
     return Scaled(part.scale if rows is None else part.scale[..., rows], response, axis)
 
 
