@@ -45,6 +45,7 @@ from fxstn.tools.models import build_model
 DECAY = 1e-4
 FILE = Path(__file__).resolve().parent / "results" / "kernels.json"
 STEPS = ("inner", "response", "hyper")
+PULL_BACK = "pull-back"  # Θᵀg of an inner step, for a hyper step
 SPECS: dict[str, Callable[[], list[hp.Spec] | None]] = {
     "both": lambda: [hp.Dropout(), hp.WeightDecay(shared=True)],
     "dropout": lambda: None,
@@ -240,6 +241,8 @@ def label_steps(launches: Launches, stepper: Any) -> None:
 
     for kind in STEPS:
         setattr(stepper, kind, partial(labelled, kind, getattr(stepper, kind)))
+    problem = stepper.problem
+    problem.training_hypergradient = partial(labelled, PULL_BACK, problem.training_hypergradient)
 
 
 # Results
@@ -268,7 +271,7 @@ def figures(launches: Launches, plain: Launches) -> dict[str, Any]:
     total, base = summary(launches.operators, launches.steps["inner"]), summary(plain.operators)
     result: dict[str, Any] = {**total, "ratios": {e: total[f"{e}_ms"] / base[f"{e}_ms"] for e in ESTIMATES}}
     result["steps"], result["of each kind"], result["operators"] = dict(launches.steps), {}, {}
-    for kind in ("inner", "response", "hyper", "between"):
+    for kind in (*STEPS, PULL_BACK, "between"):
         own = [o for o in launches.operators if (o.kind or "between") == kind]
         names: Counter[str] = Counter()
         for o in own:
@@ -284,6 +287,7 @@ def averages(figures: dict[str, Any], inner: int) -> dict[str, float]:
     figures: of the default schedule.
     """
     counts = dict(zip(STEPS, (inner, *steps_of_run(inner)), strict=True)) | {"between": inner}
+    counts[PULL_BACK] = min(inner, counts["hyper"] * fxstn.HyperSettings.train_steps)  # what a hyper step reads
     kinds = figures["of each kind"]
     return {name: sum(n * kinds[kind][name] for kind, n in counts.items()) / inner for name in kinds["inner"]}
 
@@ -296,7 +300,8 @@ def table(entries: dict[str, Any]) -> str:
     """The networks, as Markdown."""
     cells = []
     for name, entry in entries.items():
-        steps = [f"{kind['launches']:.0f}" for kind in map(entry["default"]["of each kind"].get, STEPS)]
+        kinds = entry["default"]["of each kind"]
+        steps = [f"{kinds[kind]['launches']:.0f}" for kind in ("inner", PULL_BACK, "response", "hyper")]
         runs = [entry["default"], *(averages(entry["default"], inner) for inner in (SHORT, LONG)), entry["paper"]]
         launches = " → ".join(f"{run['launches']:.0f}" for run in (entry["plain"], *runs))
         ratios = [
@@ -304,7 +309,7 @@ def table(entries: dict[str, Any]) -> str:
         ]
         cells.append([name, " / ".join(steps), launches, *ratios])
     headers = [
-        "network, batch × image, what is tuned", "launches of an inner / response / hyper step",
+        "network, batch × image, what is tuned", "launches of an inner step / its Θᵀg / a response / a hyper step",
         "per inner step: plain → default's first cycle → its first 1,000 → 10,000 steps → paper's",
         "default / plain, 1,000 steps: eager / graphs / fused", "10,000 steps", "paper's / plain",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -273,7 +273,11 @@ def graphed(operators: Sequence[Operator], device: Device = H100) -> float:
 
 
 def fused(operators: Sequence[Operator], device: Device = H100) -> float:
-    """Seconds in a graph where each run of operators that can be joined is one kernel: it reads and writes what others need."""
+    """Seconds in a graph where each run of operators that can be joined is one kernel: it reads and writes what others need.
+
+    A product that is added to its result in place is a product and a sum: steps that are compiled have these.
+    """
+    operators = [part for number, o in enumerate(operators) for part in _product_and_sum(o, -1 - number)]
     last_reads = {storage: i for i, o in enumerate(operators) for storage in o.reads}
     total, number = 0.0, 0
     for alone, group in groupby(operators, lambda o: o.alone):
@@ -284,6 +288,15 @@ def fused(operators: Sequence[Operator], device: Device = H100) -> float:
             total += max(device.kernel[1], _bytes_across(run, number + len(run), last_reads) / device.bandwidth)
         number += len(run)
     return total
+
+
+def _product_and_sum(o: Operator, storage: int) -> list[Operator]:
+    """storage: a number for what the product is written to."""
+    if o.name not in ("addmm_", "baddbmm_"):
+        return [o]
+    size = sum(o.writes.values())
+    product = replace(o, reads={key: n for key, n in o.reads.items() if key not in o.writes}, writes={storage: size})
+    return [product, replace(o, name="add_", flops=0, reads={storage: size} | o.writes)]
 
 
 def _bytes_across(run: Sequence[Operator], end: int, last_reads: dict[int, int]) -> int:

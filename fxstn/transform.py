@@ -25,6 +25,7 @@ from fxstn.passes.condition import condition
 from fxstn.passes.counters import join_counters
 from fxstn.passes.hyperize import hyperize
 from fxstn.passes.join_shifts import join_shifts
+from fxstn.passes.join_terms import join_terms
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lower_weights import lower_weights
 from fxstn.passes.output_types import restore_types
@@ -43,7 +44,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     "general": (condition, restore_types, simplify, join_counters),
     "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
     "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, join_shifts, lower_weights,
-                   restore_types, simplify, recompute_pass),
+                   join_terms, restore_types, simplify, recompute_pass),
     "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, recompute_pass),
     "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
     "trained": (condition, hyperize, perturbed, restore_types, simplify, join_counters),

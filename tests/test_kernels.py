@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 import fxstn
 from benchmarks import gpu
 from benchmarks.fake_cuda import fake_cuda
-from benchmarks.kernels import count_loop, count_plain, count_run, network
+from benchmarks.kernels import PULL_BACK, count_loop, count_plain, count_run, network
 from benchmarks.launches import Launches
 from benchmarks.networks import three_layers
 from fxstn import hp
@@ -59,6 +59,7 @@ EVERY = {"inner": 1, "response": fxstn.ResponseSettings.every, "hyper": fxstn.Hy
 def per_inner_step(launches):
     """Kernels per inner step of the default schedule, from a cycle of a short one."""
     rates = {kind: launches.steps[kind] * every for kind, every in EVERY.items()} | {"": launches.steps["inner"]}
+    rates[PULL_BACK] = rates["inner"]  # in the first cycles
     return sum(o.launches / rates[o.kind] for o in launches.operators)
 
 
@@ -71,7 +72,7 @@ def test_a_cycle_of_a_run_on_cuda(name):
     with fake_cuda():
         x, target = torch.empty(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
         launches = count_run(stn, x, target, **SHORT)
-    assert launches.steps == {"inner": 1, "response": 1, "hyper": 1}
+    assert launches.steps == {"inner": 1, PULL_BACK: 1, "response": 1, "hyper": 1}
     assert not launches.syncs
     assert not launches.copies
     assert not launches.unlike
@@ -86,7 +87,7 @@ def test_a_cycle_of_a_loop_of_ones_own_on_cuda():
     with fake_cuda():
         x, target = (torch.empty(8, *t.shape[1:], dtype=t.dtype, device="cuda") for t in few)
         launches = count_loop(model, optimizer, BOTH, few, x, target)
-    assert launches.steps == {"inner": 20, "response": 5, "hyper": 4}
+    assert launches.steps == {"inner": 20, PULL_BACK: 20, "response": 5, "hyper": 4}
     assert not launches.syncs
     assert not launches.copies
     assert not launches.unlike

@@ -20,8 +20,10 @@ import fxstn
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launches import Launches
 from fxstn import hp
+from fxstn.ops.norms import layer_norm_jacobian
 from fxstn.ops.response import Response, align, responses_in
 from fxstn.ops.scaled import bias_shift, scaled_tangent, scales_and_shifts
+from fxstn.ops.sums import add_product, scaled_layer_norm, scaled_product
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
 
@@ -376,7 +378,7 @@ def test_a_layer_with_one_unit_is_scaled_by_its_inputs():
 
 def test_the_scaled_response_of_a_linear_layer_takes_no_product_of_its_own():
     stn = fxstn.transform(mlp(), [hp.Scalar("a", 0.5, 0, 1)])
-    products = [n for n in stn.graph("linearized").graph.nodes if n.target is F.linear]
+    products = [n for n in stn.graph("linearized").graph.nodes if n.target in (F.linear, scaled_product)]
     layers = [m for m in stn.model if isinstance(m, nn.Linear)]
     assert len(products) == 2 * len(layers) - 1  # y, and J dx but in the first layer
 
@@ -470,6 +472,59 @@ def test_scales_and_shifts_of_all_layers_are_those_of_each(shape):
             for those in (some, expected if len(some) == 4 else expected[1:3])
         )
         torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_sums_of_a_product_and_other_terms_are_those_of_the_single_operations(rows):
+    """Their values, and their gradients in the tangent, the scales and the shifts."""
+    torch.manual_seed(0)
+    x, weight, gain = torch.randn(3, 4, 5).double(), torch.randn(6, 5).double(), torch.randn(5).double()
+    normal, mean, inverse_std = torch.native_layer_norm(x, (5,), gain, None, 1e-5)
+    y, ends = F.linear(x, weight), torch.tensor([0.0, 1.0]).double()
+    single = {
+        "product": lambda t, s, b: scaled_tangent(F.linear(t, weight), y, s, b, -1, ends=ends),
+        "norm": lambda t, s, b: scaled_tangent(
+            layer_norm_jacobian(t, x, gain, mean, inverse_std, (5,)), normal, s, b, -1, ends=ends
+        ),
+    }
+    joint = {
+        "product": lambda t, s, b: scaled_product(t, weight, y, s, b, -1, ends=ends),
+        "norm": lambda t, s, b: scaled_layer_norm(t, x, gain, mean, inverse_std, (5,), normal, s, b, -1, ends=ends),
+    }
+    for name, size in (("product", 6), ("norm", 5)):
+        scales = [torch.randn(*[3] * rows, size).double().requires_grad_() for _ in range(2)]
+        for shift in (scales[1], None):
+            arguments = [torch.randn_like(x).requires_grad_(), scales[0], shift]
+            sources = [argument for argument in arguments if argument is not None]
+            values = [own[name](*arguments) for own in (joint, single)]
+            torch.testing.assert_close(*values)
+            ours, others = (torch.autograd.grad(value.square().sum(), sources) for value in values)
+            for one, other in zip(ours, others, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_a_tangent_that_only_products_read_is_rounded_for_them_and_its_scales_have_wide_gradients():
+    x, gain, scale = torch.randn(3, 4, 5), torch.ones(5), torch.zeros(5, requires_grad=True)
+    normal, mean, inverse_std = torch.native_layer_norm(x, (5,), gain, None, 1e-5)
+    arguments = (x, gain, mean, inverse_std, (5,), normal, scale, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = scaled_layer_norm(torch.ones_like(x), *arguments, -1, ends=torch.tensor([0.0, 1.0]), lowered=True)
+        full = scaled_layer_norm(torch.ones_like(x), *arguments, -1, ends=torch.tensor([0.0, 1.0]))
+    assert full.dtype == torch.float32
+    assert torch.equal(low, full.bfloat16())
+    ours, other = (torch.autograd.grad(value.float().sum(), scale)[0] for value in (low, full))
+    torch.testing.assert_close(ours, other)
+
+
+def test_a_value_times_noise_is_added_in_one_step_where_the_noise_is_a_tensor():
+    rest, mask = torch.randn(3, 4), torch.tensor([[0.0], [2.0], [2.0]], dtype=torch.bfloat16)
+    value = torch.randn(3, 4).bfloat16().requires_grad_()
+    result = add_product(rest, value, mask)
+    torch.testing.assert_close(result, rest + value.float() * mask.float())
+    (gradient,) = torch.autograd.grad(result.sum(), value)
+    assert torch.equal(gradient, mask.expand(3, 4))
+    assert torch.equal(add_product(rest, value, 1), rest + value)
+    assert add_product(rest[:1], value, mask).shape == (3, 4)
 
 
 def test_the_gradient_of_the_scales_of_a_map_reads_it_once():

@@ -15,7 +15,7 @@ from fxstn.ops.kernels import linear_map, self_adjoint
 from fxstn.ops.precision import has_autocast, wide
 
 aten = torch.ops.aten
-_INPUT_ONLY = [True, False, False]
+INPUT_ONLY = [True, False, False]
 
 
 @staged
@@ -31,7 +31,7 @@ def batch_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> Tensor:
     """Jacobian of training-mode batch norm with respect to x, applied to `tangent`; symmetric, scaled per channel."""
-    return aten.native_batch_norm_backward(tangent, x, weight, None, None, mean, inverse_std, True, eps, _INPUT_ONLY)[0]
+    return aten.native_batch_norm_backward(tangent, x, weight, None, None, mean, inverse_std, True, eps, INPUT_ONLY)[0]
 
 
 @staged
@@ -43,7 +43,7 @@ def batch_norm_frozen_tangent(
     return F.batch_norm(tangent, zero, running_var, weight, None, False, 0.0, eps)
 
 
-def _alike(x: Tensor, *parameters: Tensor | None) -> Any:
+def alike(x: Tensor, *parameters: Tensor | None) -> Any:
     """x and parameters of a layer or group norm in the types that its kernels take.
 
     Those of the CPU take a half x with float32 parameters; those of other devices want one type. It is float32 where autocast
@@ -59,10 +59,16 @@ def _alike(x: Tensor, *parameters: Tensor | None) -> Any:
     return tuple(value if value is None else value.to(dtype) for value in tensors)
 
 
+@staged
+def norm_input(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x in the type that the kernels of a layer norm take: one conversion for the norm and its tangent."""
+    return alike(x, weight)[0]
+
+
 def _layer_norm_transpose(
     cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
-    return aten.native_layer_norm_backward(cotangent, x, shape, mean, inverse_std, weight, None, _INPUT_ONLY)[0]
+    return aten.native_layer_norm_backward(cotangent, x, shape, mean, inverse_std, weight, None, INPUT_ONLY)[0]
 
 
 @linear_map(_layer_norm_transpose)
@@ -78,7 +84,7 @@ def layer_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
     """Jacobian of layer norm over the last dimensions `shape`: the symmetric core, then the weight."""
-    x, weight = _alike(x, weight)
+    x, weight = alike(x, weight)
     return _layer_norm_jacobian(tangent, x, weight, mean, inverse_std, shape)
 
 
@@ -88,7 +94,7 @@ def group_norm_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group norm of x (batch, channels, ...): (y, mean, 1/std), the statistics (batch, groups); one group per channel
     where groups is 0 (instance norm)."""
-    x, weight, bias = _alike(x.contiguous(), weight, bias)
+    x, weight, bias = alike(x.contiguous(), weight, bias)
     batch, channels = x.shape[:2]
     size = x[0, 0].numel() if x.dim() > 2 else 1
     return torch.native_group_norm(x, weight, bias, batch, channels, size, groups or channels, eps)
@@ -100,7 +106,7 @@ def _group_norm_transpose(
     batch, channels = x.shape[:2]
     size, groups = x.numel() // (batch * channels), mean.shape[1]
     return aten.native_group_norm_backward(
-        cotangent.contiguous(), x.contiguous(), mean, inverse_std, weight, batch, channels, size, groups, _INPUT_ONLY
+        cotangent.contiguous(), x.contiguous(), mean, inverse_std, weight, batch, channels, size, groups, INPUT_ONLY
     )[0]
 
 
@@ -129,7 +135,7 @@ def _group_norm_jacobian(
 @staged
 def group_norm_jacobian(tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
     """Jacobian of group norm with the statistics that `group_norm_with_statistics` returns: symmetric, then the weight."""
-    x, weight = _alike(x, weight)
+    x, weight = alike(x, weight)
     return _group_norm_jacobian(tangent, x, weight, mean, inverse_std)
 
 

@@ -61,6 +61,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
+def low(x: Tensor) -> torch.dtype:
+    """The type that autocast lowers a float32 operand of a product to; that of the operand where it does not."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 @staged
 def lower(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Weights in the type that autocast lowers products to, without gradients; as they are where it is off."""

@@ -109,7 +109,7 @@ class _ScaledTangent(torch.autograd.Function):
         grad, (of_tangent, of_output, of_scale, of_shift, _) = grads[0], ctx.needs_input_grad
         products = sums = None
         if of_scale or of_shift:
-            products, sums = _sums(grad, output.conj(), scale.shape, of_shift, ends)
+            products, sums = channel_sums(grad, output.conj(), scale.shape, of_shift, ends)
         return grad if of_tangent else None, grad * scale.conj() if of_output else None, products, sums, None
 
 
@@ -165,7 +165,7 @@ class _ScalesAndShifts(torch.autograd.Function):
         return of_scales, of_delta, *[None] * (4 + len(ctx.pairs))
 
 
-def _sums(
+def channel_sums(
     grad: Tensor, output: Tensor, shape: torch.Size, both: bool, ends: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(Σ grad ⊙ output, Σ grad) over the axes along which a `shape` that broadcasts with both has one entry.
@@ -181,10 +181,17 @@ def _sums(
     fused = grad.is_contiguous() and output.is_contiguous() and grad.dtype == output.dtype
     fused = fused and not grad.is_complex()
     if size == 1 or torch.is_grad_enabled() or not fused or math.prod(shape) != rows or not grad.numel():
-        return (grad * output).sum_to_size(shape), grad.sum_to_size(shape) if both else None
+        products = (grad * output).sum_to_size(shape)
+        return products, _total(grad, shape, products.dtype) if both else None
     ends = zero_and_one(grad) if ends is None else ends.to(grad.dtype)
     zero, one = ends.view(2, 1, 1)
     kernel = torch.ops.aten.native_group_norm_backward
     unread = grad.new_empty(rows)  # a gain, of which only the sizes count
     _, products, sums = kernel(grad, output, zero, one, unread, 1, rows, size, 1, [False, True, both])
     return products.view(shape), sums.view(shape) if both else None
+
+
+def _total(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sum to a shape with as many axes, in a type that is not narrower than that of the operand."""
+    axes = [axis for axis, (n, m) in enumerate(zip(shape, grad.shape, strict=True)) if n != m]
+    return grad.sum(axes, keepdim=True, dtype=dtype) if axes else grad.to(dtype)

@@ -22,6 +22,7 @@ from fxstn.passes.counters import join_counters
 from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
 from fxstn.passes.join_shifts import join_shifts, joinable
+from fxstn.passes.join_terms import join_terms, joinable_terms
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lower_weights import PRODUCTS, lower_weights
 from fxstn.passes.output_types import restore_types
@@ -173,6 +174,12 @@ def shifts_are_joined(module: fx.GraphModule) -> Iterator[str]:
             yield f"{nodes[0].name} is computed by itself"
 
 
+def terms_are_joined(module: fx.GraphModule) -> Iterator[str]:
+    """No product is a kernel by itself that could be a part of a sum."""
+    for node, *_ in joinable_terms(module.graph):
+        yield f"{node.name} adds a product that nobody else reads"
+
+
 def weights_are_lowered_once(module: fx.GraphModule) -> Iterator[str]:
     """What one call lowers is read from there by every product."""
     calls = module.graph.find_nodes(op="call_function", target=lower)
@@ -211,6 +218,7 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     join_counters: (batches_are_counted_at_once,),
     join_shifts: (shifts_are_joined,),
     lower_weights: (weights_are_lowered_once,),
+    join_terms: (terms_are_joined,),
     recompute: (pieces_are_recomputed,),
 }
 # These passes end facts: rules emit operations that are not canonical, scales come from one product of all, weights are read

@@ -19,6 +19,7 @@ from fxstn.ops.norms import (
     inverse_rms,
     layer_norm_jacobian,
     local_response_tangent,
+    norm_input,
     rms_norm_jacobian,
 )
 from fxstn.ops.response import without_bias
@@ -116,6 +117,7 @@ def instance_norm(
 
 @rule(F.layer_norm, reads={2: GAIN, 3: SHIFT}, fresh=True)
 def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    input = norm_input(input, weight)
     results = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
     jacobian = lambda dx: layer_norm_jacobian(dx, input, weight, mean, inverse_std, normalized_shape)  # noqa: E731
