@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fxstn
+from benchmarks.fake_cuda import fake_cuda, move
+from benchmarks.launches import Launches
 from fxstn import hp
-from tests.nets import randomize_response
+from fxstn.ops import pull_back
+from tests.nets import SmallConv, randomize_response
 
 SPECS = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]
 
@@ -188,3 +191,22 @@ def test_no_tangent_is_carried_and_what_does_not_respond_gets_no_gradient():
     weight, *_ = stn.model.parameters()  # before a batch norm: it does not respond
     output = stn.output_at_rest(batch[1])
     assert torch.autograd.grad(output.square().sum(), weight, allow_unused=True) == (None,)
+
+
+def test_rows_are_summed_in_one_pass_on_cuda_and_the_sums_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    stn = fxstn.transform(SmallConv().double(), [hp.WeightDecay(shared=True)])
+    randomize_response(stn)
+    for parameter in stn.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = stn.hypergradient()
+    monkeypatch.setattr(pull_back, "_in_one_pass", lambda a, b: a.dim() > 1)
+    torch.testing.assert_close(stn.hypergradient(), expected)
+    with fake_cuda(), (launches := Launches()):
+        move(stn)
+        for parameter in stn.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        monkeypatch.undo()
+        stn.hypergradient()
+    assert "native_group_norm_backward" in launches.seen
+    assert not launches.unlike

@@ -45,9 +45,9 @@ AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Fl
                  hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
 # (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
 NETWORKS = {
-    "resnet18": (partial(resnet18, num_classes=10), BOTH, 335),
+    "resnet18": (partial(resnet18, num_classes=10), BOTH, 327),
     "mlp": (partial(three_layers, 10), BOTH, 90),
-    "vision transformer": (vision_transformer, BOTH, 239),
+    "vision transformer": (vision_transformer, BOTH, 232),
     "group norms": (group_norms, BOTH, 116),
     "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 793),
 }

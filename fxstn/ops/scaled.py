@@ -173,8 +173,7 @@ def channel_sums(
     both: whether the second is asked for.
     ends: (0, 1), or None.
 
-    Where these axes are the last ones, the backward kernel of group norm sums both at once, with every other entry as a
-    channel, at mean 0 and deviation 1.
+    Where these axes are the last ones, one kernel sums both at once.
     """
     leading = next((i for i, (n, m) in enumerate(zip(shape, output.shape, strict=True)) if n != m), output.dim())
     rows, size = math.prod(shape[:leading]), math.prod(output.shape[leading:])
@@ -183,12 +182,24 @@ def channel_sums(
     if size == 1 or torch.is_grad_enabled() or not fused or math.prod(shape) != rows or not grad.numel():
         products = (grad * output).sum_to_size(shape)
         return products, _total(grad, shape, products.dtype) if both else None
-    ends = zero_and_one(grad) if ends is None else ends.to(grad.dtype)
-    zero, one = ends.view(2, 1, 1)
-    kernel = torch.ops.aten.native_group_norm_backward
-    unread = grad.new_empty(rows)  # a gain, of which only the sizes count
-    _, products, sums = kernel(grad, output, zero, one, unread, 1, rows, size, 1, [False, True, both])
+    products, sums = row_sums(grad, output, rows, both, zero_and_one(grad) if ends is None else ends)
     return products.view(shape), sums.view(shape) if both else None
+
+
+def row_sums(a: Tensor, b: Tensor, rows: int, both: bool, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ a ⊙ b, Σ a) of each row, (rows,), in one pass over the two.
+
+    a, b: contiguous, of one type, as so many rows.
+    both: whether the second is asked for.
+    ends: (0, 1).
+
+    It is the backward kernel of group norm, at mean 0 and deviation 1, for which every row is a channel.
+    """
+    zero, one = ends.to(a.dtype).view(2, 1, 1)
+    kernel = torch.ops.aten.native_group_norm_backward
+    unread = a.new_empty(rows)  # a gain, of which only the sizes count
+    _, products, sums = kernel(a, b, zero, one, unread, 1, rows, a.numel() // rows, 1, [False, True, both])
+    return products, sums
 
 
 def _total(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
