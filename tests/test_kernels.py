@@ -45,10 +45,10 @@ AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Fl
                  hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
 # (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
 NETWORKS = {
-    "resnet18": (partial(resnet18, num_classes=10), BOTH, 327),
-    "mlp": (partial(three_layers, 10), BOTH, 90),
-    "vision transformer": (vision_transformer, BOTH, 232),
-    "group norms": (group_norms, BOTH, 116),
+    "resnet18": (partial(resnet18, num_classes=10), BOTH, 331),
+    "mlp": (partial(three_layers, 10), BOTH, 86),
+    "vision transformer": (vision_transformer, BOTH, 236),
+    "group norms": (group_norms, BOTH, 117),
     "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 793),
 }
 # Steps of each kind launch what they launch, however many follow each other.
