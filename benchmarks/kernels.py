@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import fxstn
 from benchmarks.fake_cuda import fake_cuda, move, move_tensors
-from benchmarks.launches import ESTIMATES, Launches, summary
+from benchmarks.launches import ESTIMATES, NETWORK, PURPOSES, Launches, summary
 from fxstn import hp
 from fxstn.bilevel.cadence import steps_of_run
 from fxstn.bilevel.network_problem import as_problem
@@ -270,7 +270,9 @@ def figures(launches: Launches, plain: Launches) -> dict[str, Any]:
     """Per inner step of the schedule, with ratios to plain training; per step of each kind; and what should not be there."""
     total, base = summary(launches.operators, launches.steps["inner"]), summary(plain.operators)
     result: dict[str, Any] = {**total, "ratios": {e: total[f"{e}_ms"] / base[f"{e}_ms"] for e in ESTIMATES}}
-    result["steps"], result["of each kind"], result["operators"] = dict(launches.steps), {}, {}
+    result["steps"], result["of each kind"], result["operators"], result["purposes"] = (
+        dict(launches.steps), {}, {}, {},
+    )  # fmt: skip
     for kind in (*STEPS, PULL_BACK, "between"):
         own = [o for o in launches.operators if (o.kind or "between") == kind]
         names: Counter[str] = Counter()
@@ -278,18 +280,48 @@ def figures(launches: Launches, plain: Launches) -> dict[str, Any]:
             names[o.name] += o.launches
         result["of each kind"][kind] = summary(own, launches.steps[kind] or launches.steps["inner"])
         result["operators"][kind] = dict(names.most_common(20))
+        count = launches.steps[kind] or launches.steps["inner"]
+        result["purposes"][kind] = {
+            purpose: summary([o for o in own if o.purpose == purpose], count) for purpose in (NETWORK, *PURPOSES)
+        }
     return result | {name: dict(getattr(launches, name)) for name in ("syncs", "copies", "unlike")}
 
 
+def rates(inner: int) -> dict[str, float]:
+    """{kind: steps for each inner step} of the default's first so many inner steps."""
+    counts = dict(zip(STEPS, (inner, *steps_of_run(inner)), strict=True)) | {"between": inner}
+    counts[PULL_BACK] = min(inner, counts["hyper"] * fxstn.HyperSettings.train_steps)  # what a hyper step reads
+    return {kind: count / inner for kind, count in counts.items()}
+
+
 def averages(figures: dict[str, Any], inner: int) -> dict[str, float]:
-    """Figures per inner step, with the response and hyper steps of the default's first so many inner steps.
+    """Figures per inner step, with the other steps of the default's first so many inner steps.
 
     figures: of the default schedule.
     """
-    counts = dict(zip(STEPS, (inner, *steps_of_run(inner)), strict=True)) | {"between": inner}
-    counts[PULL_BACK] = min(inner, counts["hyper"] * fxstn.HyperSettings.train_steps)  # what a hyper step reads
     kinds = figures["of each kind"]
-    return {name: sum(n * kinds[kind][name] for kind, n in counts.items()) / inner for name in kinds["inner"]}
+    return {name: sum(rate * kinds[kind][name] for kind, rate in rates(inner).items()) for name in kinds["inner"]}
+
+
+def purposes(entries: dict[str, Any]) -> str:
+    """What the launches of the default schedule are for, as Markdown: per inner step of its first 1,000.
+
+    The share is that of their time in the time of a step of plain training, both under CUDA graphs.
+    """
+    shares, cells = rates(SHORT), []
+    for name, entry in entries.items():
+        kinds, whole = entry["default"]["purposes"], entry["plain"]["graphed_ms"]
+        parts = [[(kind, NETWORK)] for kind in STEPS] + [[(kind, own) for kind in shares] for own in PURPOSES]
+        row = [name, f"{entry['plain']['launches']:.0f}"]
+        for part in parts:
+            launches, time = (
+                sum(shares[kind] * kinds[kind][own][figure] for kind, own in part)
+                for figure in ("launches", "graphed_ms")
+            )
+            row.append(f"{launches:.1f}, {100 * time / whole:.0f} %")
+        cells.append(row)
+    headers = ["network, batch × image, what is tuned", "plain", *(f"{kind}: {NETWORK}" for kind in STEPS), *PURPOSES]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
 def read() -> dict[str, Any]:

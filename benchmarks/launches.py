@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from benchmarks.fake_cuda import backward
 
 CHUNK = 64  # tensors that one kernel of a multi-tensor operation takes
 PROMOTES = {"cat", "stack", "copy_", "_foreach_copy_", "_to_copy"}  # beside what is tagged as pointwise
@@ -42,6 +46,18 @@ WRITES = (
 # kernels that use them.
 ALONE = ("convolution", "mm", "norm", "attention", "rnn", "pool", "embedding", "index", "gather", "scatter", "grid_sampler",
          "sort", "foreach", "fused", "cat", "softmax", "nll_loss", "cumsum", "upsample")  # fmt: skip
+
+
+NETWORK = "network, loss"
+# What operators are for, by the files that call them. All others are the passes of the network itself.
+PURPOSES = {
+    "optimizer": ("torch/optim/sgd.py", "torch/optim/adam.py"),
+    "weight decay": ("ops/penalty.py", "ops/multi_tensor.py"),
+    "Θᵀg": ("ops/pull_back.py",),
+    "masks": ("ops/noise.py",),
+    "λ, ε": ("hp/space.py", "hp/bijection.py", "bilevel/optim.py", "bilevel/evidence.py", "bilevel/faults.py"),
+}
+OF_UPDATE = ("_leave_out_bad", "hyper")  # functions of bilevel/steps.py whose own operators are about λ
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,7 @@ class Operator:
     """An operator that ran.
 
     kind: of the step that it belongs to.
+    purpose: a key of PURPOSES, or NETWORK.
     launches: kernels, 0 for none.
     reads, writes: {storage: bytes}.
     flops: of matrix products; other operators have none.
@@ -79,6 +96,7 @@ class Operator:
 
     name: str
     kind: str
+    purpose: str
     launches: int
     reads: dict[int, int]
     writes: dict[int, int]
@@ -180,7 +198,8 @@ class Launches(TorchDispatchMode):
         elif "_foreach_" in name or name.startswith("_fused_"):
             launches = math.ceil(len(args[0]) / CHUNK)
         dtype = (floating or [torch.float32])[0]
-        self.operators.append(Operator(name, self.kind, launches, reads, _sizes(outputs), flops, dtype))
+        purpose = _purpose(sys._getframe())
+        self.operators.append(Operator(name, self.kind, purpose, launches, reads, _sizes(outputs), flops, dtype))
 
     def _compare_types(self, function: OpOverload, name: str, args: tuple, kwargs: dict) -> None:
         ignored = STATISTICS | (OF_BATCH_NORM if "batch_norm" in name else set())
@@ -205,6 +224,22 @@ class Launches(TorchDispatchMode):
             except RuntimeError:
                 return False
         return True
+
+
+def _purpose(frame: FrameType | None) -> str:
+    """The purpose of an operator that runs under a frame: of the outermost file that has one, within a backward pass."""
+    result = NETWORK
+    innermost = True
+    while frame is not None:
+        name, function = frame.f_code.co_filename, frame.f_code.co_name
+        if name == backward.__code__.co_filename and function in (backward.__name__, "_results", "_run"):
+            break
+        if innermost and "/fxstn/" in name:
+            innermost = False
+            result = "λ, ε" if name.endswith("bilevel/steps.py") and function in OF_UPDATE else result
+        result = next((own for own, files in PURPOSES.items() if name.endswith(files)), result)
+        frame = frame.f_back
+    return result
 
 
 def _device(x: Tensor) -> str:

@@ -248,6 +248,10 @@ def launches() -> str:
     return kernels.table(kernels.read())
 
 
+def purposes() -> str:
+    return kernels.purposes(kernels.read())
+
+
 def of_worth() -> dict[str, Callable[[], str]]:
     """Tables of what practitioners do instead, of both readings."""
     kinds = {"": worth.summary, "_recipe": worth.against_recipe, "_starts": worth.starts}
@@ -264,7 +268,7 @@ TABLES = {
     "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": refitted,
-    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches,
+    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "purposes": purposes,
     "whole": whole, "starts": starts, "units": units, "cifar": cifar, "classes": classes, "labels": labels,
     **of_worth(), **paper.PARTS, **TEXTS,
 }  # fmt: skip

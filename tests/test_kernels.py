@@ -46,7 +46,7 @@ AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Fl
 # (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
 NETWORKS = {
     "resnet18": (partial(resnet18, num_classes=10), BOTH, 331),
-    "mlp": (partial(three_layers, 10), BOTH, 86),
+    "mlp": (partial(three_layers, 10), BOTH, 88),
     "vision transformer": (vision_transformer, BOTH, 236),
     "group norms": (group_norms, BOTH, 117),
     "augmentations": (augmented, [*AUGMENTATIONS, *BOTH], 793),
