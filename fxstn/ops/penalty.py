@@ -54,7 +54,7 @@ class _ScaledPenalty(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         shares, delta = ctx.saved_tensors
         return (shares.T @ delta).mul_(grads[0]), None, None, None
 

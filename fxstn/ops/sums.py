@@ -17,6 +17,8 @@ from fxstn.ops.precision import low
 from fxstn.ops.response import align
 from fxstn.ops.scaled import channel_sums, scaled_tangent
 
+Context = Any  # of an autograd function: torch's own type lacks what a function keeps in it
+
 
 @staged
 def scaled_product(
@@ -105,7 +107,7 @@ def _two_terms(output: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 class _ScaledProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         tangent: Tensor,
         weight: Tensor,
         output: Tensor,
@@ -121,7 +123,7 @@ class _ScaledProduct(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Context, *grads: Tensor) -> Any:
         weight, output, scale, ends = ctx.saved_tensors
         grad, (of_tangent, _, _, of_scale, of_shift, _) = grads[0], ctx.needs_input_grad
         own = products = sums = None
@@ -135,7 +137,7 @@ class _ScaledProduct(torch.autograd.Function):
 class _ScaledLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tangent: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, shape: Sequence[int],
+        ctx: Context, tangent: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, shape: Sequence[int],
         output: Tensor, scale: Tensor, shift: Tensor | None, ends: Tensor | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         kernel = torch.ops.aten.native_layer_norm_backward
@@ -148,7 +150,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
         return torch.addcmul(terms, core, weight, out=torch.empty_like(terms, dtype=dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Context, *grads: Tensor) -> Any:
         x, weight, mean, inverse_std, output, scale, ends = ctx.saved_tensors
         grad, needed = grads[0], ctx.needs_input_grad
         own = products = sums = None
@@ -162,13 +164,13 @@ class _ScaledLayerNorm(torch.autograd.Function):
 
 class _AddProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rest: Tensor, value: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Context, rest: Tensor, value: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
         ctx.dtype = value.dtype
         return torch.addcmul(rest, value, factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Context, *grads: Tensor) -> Any:
         (factor,), grad, (of_rest, of_value, _) = ctx.saved_tensors, grads[0], ctx.needs_input_grad
         if not of_value:
             return grad, None, None
