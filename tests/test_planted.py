@@ -81,7 +81,7 @@ PLANTS = {
 }  # fmt: skip
 
 
-QUICK = [("dropout", "below"), ("cutout", "above")]
+QUICK = [("dropout", "below")]
 
 
 @pytest.fixture(params=list(PLANTS))
