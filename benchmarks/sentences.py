@@ -407,9 +407,9 @@ def refit_kinds() -> str:
     lower = sum(one["best"][0] < one["tuned"][0] for one in cells)
     return paragraph(f"""
         The refit has a lower test loss than the tuned run in {lower} of {len(cells)} runs: the data held out are not
-        lost. The other columns in multiples of its loss, with standard errors: the values of the last epoch
-        {ratio("last")}, as many steps in place of as many passes {ratio("steps")}, as many epochs as the whole run
-        (`epochs=`) {ratio("whole")}, the start kept {ratio("start")}. Other means of the values do not differ by more
+        lost. In multiples of its loss, with standard errors, the values of the last epoch give {ratio("last")}, and the
+        start kept {ratio("start")}. As many steps in place of as many passes give {ratio("steps")}, and as many epochs as
+        the whole run (`epochs=`) {ratio("whole")}. Other means of the values do not differ by more
         than their error. So a refit takes values and number of the best epoch.
     """)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from test_tune import QUICK, data, mlp
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Subset, TensorDataset
 
 import fxstn
 from fxstn import HyperSettings, hp
@@ -296,3 +297,12 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     fit_in_double(Path(sys.argv[1]), 2, strategy="ddp")
+
+
+def test_after_a_fit_the_tuner_refits_on_all_data_by_the_loss_of_training_step(tmp_path: Path) -> None:
+    module, tuning, _ = fit(tmp_path)
+    everything = DataLoader(ConcatDataset([data(60), data(80, 1)]), 10)
+    model = tuning.tuner.refit(everything, epochs=1)
+    (row,) = tuning.tuner.refit_history
+    assert math.isfinite(row["train_loss"])
+    assert type(model) is type(module.net)

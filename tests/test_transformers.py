@@ -208,3 +208,12 @@ def test_bfloat16_is_that_of_the_trainer(tmp_path: Path) -> None:
     assert callback.tuner.settings["execution.autocast"] == "torch.bfloat16"
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert callback.tuner.history["valid_loss"] == pytest.approx(losses, abs=2e-3)
+
+
+def test_after_a_training_the_tuner_refits_on_all_data(tmp_path: Path) -> None:
+    trainer, tuning = trainer_of(tmp_path)
+    trainer.train()
+    model = tuning.tuner.refit(torch.utils.data.DataLoader(TRAIN + VALID, 4, collate_fn=padded), epochs=1)
+    assert type(model) is transformers.BertForSequenceClassification
+    assert len(tuning.tuner.refit_history) == 1
+    assert not torch.equal(weights(model), weights(trainer.model))

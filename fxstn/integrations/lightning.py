@@ -103,6 +103,7 @@ class TrainingStep:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
+        self.validating = type(trainer.state.stage)("validate")  # a refit comes after the fit, when there is no stage
 
     def forward_by(self, forward: Forward) -> Forward:
         """A user's forward, for batches of training and of validation."""
@@ -122,7 +123,7 @@ class TrainingStep:
         if isinstance(batch, TrainingBatch):
             return batch
         module, state = self.module, self.trainer.state
-        with attributes(state, stage=type(state.stage)("validate")):
+        with attributes(state, stage=self.validating):
             batch = tree_map_only(Tensor, torch.clone, batch)  # hooks may write into it
             batch = self.trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
