@@ -677,6 +677,7 @@ ZERO_CASES = [
     Case(Tensor.to, args=(torch.int64,)),
     Case(Tensor.to, kwargs={"dtype": torch.bool}),
     *(Case(f) for f in (Tensor.size, Tensor.dim, Tensor.numel, torch.numel, Tensor.stride, Tensor.is_contiguous)),
+    Case(Tensor.storage_offset),
     *(Case(f) for f in (Tensor.get_device, Tensor.element_size, Tensor.is_floating_point, torch.is_floating_point)),
     Case(torch.is_complex),
     *(Case(f) for f in (torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like)),

@@ -246,3 +246,46 @@ def test_images_in_a_list_have_a_perturbation_each():
     _, found = stn.pushforward(*inputs, delta=deltas)
     for i, delta in enumerate(deltas):
         torch.testing.assert_close(found[i]["boxes"], stn.pushforward(*inputs, delta=delta)[1][i]["boxes"])
+
+
+class Shared(nn.Module):
+    """Dropout on latents that all examples share, and a temperature for what examples meet in."""
+
+    def __init__(self):
+        super().__init__()
+        self.latents, self.own, self.drop = nn.Parameter(torch.randn(3, WIDTH)), nn.Dropout(0.2), nn.Dropout(0.3)
+        self.mix, self.enter, self.temperature = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(4, WIDTH),
+            nn.Parameter(torch.ones(())),
+        )
+
+    def forward(self, x):
+        h, latents = self.drop(self.enter(x)), self.mix(self.own(self.latents))
+        h = ((h @ latents.t()).softmax(1).transpose(1, 2) @ h + latents).mean(1)
+        return h, F.normalize(h, dim=-1) @ F.normalize(h, dim=-1).t() * self.temperature.exp()
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_what_all_examples_share_has_one_strength_and_the_others_one_each(trace):
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TIME, 4, dtype=torch.float64)
+    stn = fxstn.transform(Shared().double(), [hp.Dropout()], example_inputs=(x,), trace=trace).train()
+    randomize_response(stn)
+
+    def moved(epsilon):
+        torch.manual_seed(1)
+        return stn.perturbed_output(x, delta=epsilon, condition=epsilon)[0]
+
+    assert stn.per_example(x)
+    epsilon = stn.hparams.sample(BATCH).detach()
+    assert {n: len(own.unique()) for n, own in zip(stn.hparams.names, epsilon.T, strict=True)} == {
+        "own.dropout": 1, "drop.dropout": BATCH
+    }  # fmt: skip
+    h, together = moved(epsilon)
+    for i, own in enumerate(epsilon):
+        torch.testing.assert_close(h[i], moved(own)[0][i])
+    torch.testing.assert_close(moved(own.expand(BATCH, -1).clone()), moved(own))
+    assert together.shape == (BATCH, BATCH)
+    with pytest.raises(RuntimeError, match="one strength for all examples of a batch"):
+        moved(epsilon + torch.arange(float(BATCH))[:, None])

@@ -138,10 +138,10 @@ def perturbation(
         return perturb
     if perturb not in ("auto", "example", "batch"):
         raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
-    per_example = perturb == "example"
-    if perturb == "auto":
-        per_example = stn.per_example(*inputs.args, **inputs.kwargs) and not joins_examples(stn)
-    if not per_example:
+    possible = perturb != "batch" and stn.per_example(
+        *inputs.args, **inputs.kwargs
+    )  # says also which λ have one ε alone
+    if perturb == "batch" or (perturb == "auto" and (not possible or joins_examples(stn))):
         return stn.hparams.sample(1, generator)[0]
     shares = 1 if generator is None else distributed.processes()
     return stn.hparams.sample(batch_size(inputs) * shares, generator)[distributed.rank() % shares :: shares]

@@ -17,6 +17,7 @@ from fxstn.frontends.interface import Frontend, Graph, Plan, Root
 from fxstn.frontends.region import CompiledRegion, Finish, let_batch_vary, unchanged
 from fxstn.frontends.sizes import size_requirements, unmet_requirement
 from fxstn.hp.binding import Binding
+from fxstn.hp.space import HyperparameterSpace
 from fxstn.ir.errors import TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
@@ -240,6 +241,8 @@ class GraphCache:
             graphs = [self.graph(root, GraphKind(objective, training)) for training in (True, False)]
             places = dict.fromkeys(place for graph in graphs for place in self.recipe.frontend.refused(graph, inputs))
             self._per_example = not places
+            alike = {index for graph in graphs for index in self.recipe.frontend.shared_strengths(graph)}
+            cast(HyperparameterSpace, root.get_submodule("hparams")).draw_alike(alike)
             frontend = (
                 self.recipe.frontend
             )  # as it is, a forward is perturbed by batch where weights are moved in its place

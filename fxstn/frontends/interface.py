@@ -15,6 +15,7 @@ from fxstn.frontends.inputs import Inputs, InputSpec
 from fxstn.hp.binding import NOTHING_BOUND, Binding
 from fxstn.ir.graph_kind import PLAIN_EVAL, GraphKind
 from fxstn.ir.tangents import BatchAxes
+from fxstn.ops.noise import shared_strengths
 from fxstn.ops.response import refused_places
 
 
@@ -116,6 +117,9 @@ class Frontend(Protocol):
     def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
         """The places where an emitted graph refuses one perturbation per example, on inputs like these."""
 
+    def shared_strengths(self, graph: Graph) -> set[int]:
+        """Which λ an emitted graph reads once for all examples, as far as it has run."""
+
 
 class GraphFrontend:
     """What the frontends have in common whose captured graphs are rewritten by passes."""
@@ -137,3 +141,6 @@ class GraphFrontend:
 
     def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
         return refused_places(graph.graph)
+
+    def shared_strengths(self, graph: Graph) -> set[int]:
+        return shared_strengths(graph.graph)

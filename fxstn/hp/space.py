@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -165,6 +165,12 @@ class HyperparameterSpace(WideModule):
         if self.by_batch is not None:
             noise = torch.where(self.by_batch, noise[:1], noise)
         return self.scale * noise
+
+    def draw_alike(self, indices: Iterable[int]) -> None:
+        """Give all examples of a batch the same perturbation of these hyperparameters from now on."""
+        alike = torch.zeros(len(self), dtype=torch.bool) if self.by_batch is None else self.by_batch.cpu()
+        alike = alike.index_fill(0, torch.tensor(sorted(indices), dtype=torch.long), True)
+        self.by_batch = alike.to(self.raw_scale.device) if alike.any() else None
 
     def widening(self, most: float) -> Tensor:
         """Factors of σ, (h,), that perturb the constrained value about equally wherever λ is in its range.

@@ -94,6 +94,7 @@ NAMES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(["size", "sym_size"], Tensor.size),
     **dict.fromkeys(["numel", "nelement", "sym_numel"], Tensor.numel),
     **dict.fromkeys(["stride", "sym_stride"], Tensor.stride),
+    **dict.fromkeys(["storage_offset", "sym_storage_offset"], Tensor.storage_offset),
     **dict.fromkeys(["dim", "ndimension"], Tensor.dim),
     "is_floating_point": Tensor.is_floating_point,
 }

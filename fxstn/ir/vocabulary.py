@@ -14,6 +14,8 @@ from torch.fx.node import Target
 from fxstn.ir.signatures import Spelled
 
 SIZES = {"size", "dim", "numel", "ndimension", "is_floating_point"}
+NUMBERS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel, torch.Tensor.stride,
+           torch.Tensor.storage_offset}  # fmt: skip
 DROPOUTS = {
     F.dropout,
     F.dropout1d,
@@ -40,7 +42,7 @@ def is_size(node: object) -> bool:
         return node.target in SIZES
     if node.op != "call_function":
         return False
-    if node.target in (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel):
+    if node.target in NUMBERS:
         return True
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis, Owners, Place
@@ -214,6 +215,11 @@ def one_for_all_examples(strength: Tensor, condition: Tensor | None, index: int,
     message = f"{where} has one strength for all examples of a batch; give `condition` the same value there in all rows"
     torch._assert_async((values == values[0]).all(), message)
     return strength[0]
+
+
+def shared_strengths(graph: fx.Graph) -> set[int]:
+    """Which λ a graph reads once for all examples."""
+    return {cast(int, node.args[2]) for node in graph.nodes if node.target is one_for_all_examples}
 
 
 @staged(random=True)

@@ -13,7 +13,7 @@ from torch.fx.node import Argument
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import function_of, map_leaves
 from fxstn.ir.node_info import info_of
-from fxstn.ir.staging import call
+from fxstn.ir.staging import call, draws
 from fxstn.ir.tangents import SHARED, BatchAxes, BatchAxis, Scaled, ScaledParts
 from fxstn.ir.vocabulary import is_opaque, is_size
 from fxstn.ops.by_example import by_example, each_example
@@ -33,7 +33,7 @@ def obstacle(node: fx.Node, axes: BatchAxes) -> str | None:
     while pending:
         value = pending.pop()
         for user in value.users:
-            if user in seen or user.op == "output" or is_size(user) or not user.users:
+            if user in seen or user.op == "output" or is_size(user) or not user.users or draws(user.target):
                 continue
             seen.add(user)
             if user.name not in axes:

@@ -93,7 +93,8 @@ class _StrengthReader:
     def of_site(self, site: Site, before: fx.Node) -> tuple[tuple[fx.Node, ...], BatchAxis]:
         """(the strengths of a site, where the examples are in its value).
 
-        Where the examples are nowhere, or elsewhere than the operation needs them, a strength per example is refused.
+        Where all examples share the value, they share the draw and its strength. Where the examples are nowhere, or elsewhere
+        than the operation needs them, a strength per example is refused.
         """
         axis, needed = self.batch_axes.get(site.node, BATCH_FIRST), site.spec.examples
         dropout = isinstance(site.spec, Dropout)
@@ -101,8 +102,10 @@ class _StrengthReader:
         known = axis not in (None, SHARED) and (needed is None or axis == BatchAxis(needed))
         for index, number in zip(site.indices, site.spec.numbers, strict=True):
             strength = self.read(index, f"{site.path or 'output'}_{'p' if dropout else number}", before)
-            if not known:
-                where = f"{'dropout' if dropout else number} at '{site.path}'"
+            where = f"{'dropout' if dropout else number} at '{site.path}'"
+            if axis == SHARED and needed is None:
+                strength = self._alike(strength, index, where, before)
+            elif not known:
                 with self.graph.inserting_before(before):
                     strength = self.graph.call_function(for_all_examples, (strength, 0, where))
             strengths.append(strength)
@@ -110,10 +113,12 @@ class _StrengthReader:
 
     def of_weight(self, index: int, name: str, before: fx.Node) -> fx.Node:
         """The strength of an operation on a parameter, of which all examples see the same."""
-        strength = self.read(index, f"{name}_p", before)
-        arguments = (strength, self.condition, index, f"hp.DropConnect on '{name}'")
+        return self._alike(self.read(index, f"{name}_p", before), index, f"hp.DropConnect on '{name}'", before)
+
+    def _alike(self, strength: fx.Node, index: int, where: str, before: fx.Node) -> fx.Node:
+        """A strength that is the same for all examples."""
         with self.graph.inserting_before(before):
-            return self.graph.call_function(one_for_all_examples, arguments)
+            return self.graph.call_function(one_for_all_examples, (strength, self.condition, index, where))
 
 
 def _split(reader: _StrengthReader, node: fx.Node, strengths: Sequence[Argument], axis: BatchAxis) -> fx.Node:

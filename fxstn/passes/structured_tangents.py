@@ -152,6 +152,8 @@ class StructuredTangents:
         """A part of a tangent for a value in which the examples are along `axis`."""
         if axis is not None and axis != SHARED:
             return replace(part, batch_axis=axis)
+        if axis is None and part.axis == WHOLE:  # one number for what examples meet in, such as a temperature
+            return replace(part, scale=mean_over_examples(part.scale))
         reason = obstacle(node, self.batch_axes) if axis == SHARED else None
         where = f"module '{module_path(node)}'" + (f", where {reason}" if reason else "")
         return replace(part, scale=for_all_examples(part.scale, 1, where))

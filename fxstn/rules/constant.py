@@ -24,7 +24,16 @@ zero(torch.isnan, torch.isinf, torch.isneginf, torch.isposinf, torch.isin)
 zero(torch.argmax, torch.argmin, torch.nonzero, torch.count_nonzero)
 zero(torch.searchsorted, torch.bucketize, torch.unique, torch.unique_consecutive, torch.multinomial, torch.bernoulli)
 zero(Tensor.int, Tensor.long, Tensor.short, Tensor.bool, Tensor.byte, Tensor.char)
-zero(Tensor.size, Tensor.dim, Tensor.numel, torch.numel, Tensor.stride, Tensor.get_device, Tensor.is_contiguous)
+zero(
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    torch.numel,
+    Tensor.stride,
+    Tensor.storage_offset,
+    Tensor.get_device,
+    Tensor.is_contiguous,
+)
 zero(torch.is_floating_point, torch.is_complex, Tensor.is_floating_point, Tensor.element_size)
 zero(torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.empty_like, torch.full_like)
 zero(torch.randint_like)

@@ -61,3 +61,6 @@ class Live:
 
     def refused(self, graph: Graph, inputs: Inputs) -> list[str]:
         return cast(LiveGraph, graph).refused_places(inputs)
+
+    def shared_strengths(self, graph: Graph) -> set[int]:
+        return cast(LiveGraph, graph).shared_strengths

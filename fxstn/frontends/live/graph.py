@@ -73,6 +73,7 @@ class LiveGraph:
         self.objective, self.training = kind.objective, kind.training
         self.sites = sites if self.training else RuntimeSites()
         self.locators: dict[int, Locator] = {}  # by the number of examples
+        self.shared_strengths = set[int]()  # λ that a run has read once for all examples
 
     @property
     def model(self) -> nn.Module:
@@ -219,6 +220,7 @@ class LiveGraph:
             for name, tangent in parameters.items()
         }
         mode = Located(self.model, parameters, locator, self.sites, strengths, log)
+        mode.shared_strengths = self.shared_strengths
         mode.add_examples(inputs.args + tuple(inputs.kwargs.values()))
         return mode
 

@@ -26,6 +26,7 @@ from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, Owners, Place, Scaled
 from fxstn.ops.batch_axis import listed_examples, lists
+from fxstn.ops.noise import one_for_all_examples
 from fxstn.rules import NoRule
 
 
@@ -43,6 +44,7 @@ class Located(Duals):
                  strengths: Tensor | None = None, log: list[OperationNote] | None = None) -> None:  # fmt: skip
         super().__init__(model, parameters, sites, strengths, log)
         self.locator, self.of_values = locator, WeakTensorKeyDictionary()
+        self.shared_strengths = set[int]()
         self.results: Sequence[Owners | None] | str | None = None  # of the operation that was computed last
 
     def add_examples(self, inputs: object) -> None:
@@ -109,24 +111,26 @@ class Located(Duals):
 
     # Random operations
 
-    def strength(self, index: int) -> Tensor:
+    def strength_of(self, index: int, x: object) -> tuple[Tensor, Place]:
         assert self.strengths is not None
-        return self.strengths[..., index]
-
-    def place_of(self, x: Tensor, strength: object) -> Place:
-        if not isinstance(strength, Tensor) or not strength.dim():
-            return BATCH_FIRST
+        strength = self.strengths[..., index]
+        if not strength.dim() or not isinstance(x, Tensor):
+            return strength, BATCH_FIRST
         owners = self.of_values.get(x)
-        if owners is None or self.locator.joins(owners):
+        if owners is None:  # all examples share the value, and the draw
+            self.shared_strengths.add(index)
+            where = f"a random operation in '{self.path}'"
+            return one_for_all_examples(strength, self.strengths, index, where), BATCH_FIRST
+        if self.locator.joins(owners):
             raise Unlocated(
                 self.path, "a random operation, which reads one strength per example, has a value of no single example"
             )
-        return self.locator.place(owners)
+        return strength, self.locator.place(owners)
 
     def operate(self, call: Call, indices: tuple[int, ...] | None) -> object:
         if indices is not None and self.strengths is not None and self.strengths.dim() > 1:
             for x in tensors_in(call.args[:1]):
-                if self.place_of(x, self.strengths) != BATCH_FIRST:
+                if self.strength_of(indices[0], x)[1] != BATCH_FIRST:
                     raise Unlocated(
                         self.path, "a random operation takes the examples along dimension 0, where they are not"
                     )

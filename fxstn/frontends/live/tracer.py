@@ -236,21 +236,19 @@ class LiveTracer(TorchFunctionMode):
     def note(self, operation: str, kind: str, strengths: tuple[float | int, ...] = ()) -> None:
         """What explain lists, as an `OperationNote`."""
 
-    def strength(self, index: int) -> Tensor:
-        """λ[index]."""
+    def strength_of(self, index: int, x: object) -> tuple[Tensor, Place]:
+        """λ[index] for an operation on x, and where x has the examples for a strength of each."""
         assert self.strengths is not None
-        return for_all_examples(self.strengths[..., index], 0, f"dropout in module '{self.path}'")
+        where = f"dropout in module '{self.path}'"
+        return for_all_examples(self.strengths[..., index], 0, where), BATCH_FIRST
 
     def insert_dropout(self, x: object, index: int) -> object:
         """A value with a dropout after it; unchanged when it is not a float tensor."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         self.note("dropout", "random", (index,))
-        return self._with_noise(x, dropout_mask(x, p := self.strength(index), 0, self.place_of(x, p)), None, False)
-
-    def place_of(self, x: Tensor, strength: object) -> Place:
-        """Where the examples are in a value, for a strength with a row per example."""
-        return BATCH_FIRST
+        strength, place = self.strength_of(index, x)
+        return self._with_noise(x, dropout_mask(x, strength, 0, place), None, in_place=False)
 
     def _dropped_element(self, result: object, position: Position) -> object:
         """The result of an operation with a dropout after it, or after one of its elements."""
@@ -268,9 +266,9 @@ class LiveTracer(TorchFunctionMode):
         if not training:
             return x
         self.note("dropout", "random", (float(p) if index is None else index,))
-        strength = p if index is None else self.strength(index)
+        strength, place = (p, BATCH_FIRST) if index is None else self.strength_of(index, x)
         draw: Callable[..., Any] = alpha_dropout_coefficients if call.function in ALPHA else dropout_mask
-        noise = draw(x, strength, SPATIAL.get(call.function, 0), self.place_of(x, strength))
+        noise = draw(x, strength, SPATIAL.get(call.function, 0), place)
         multiplier, shift = noise if isinstance(noise, tuple) else (noise, None)
         return self._with_noise(x, multiplier, shift, call.spelled.in_place)
 
@@ -279,7 +277,7 @@ class LiveTracer(TorchFunctionMode):
         x, *strengths = call.args
         operation, settings = OPERATIONS[call.function], call.kwargs
         if indices is not None:
-            strengths = [self.strength(index) for index in indices]
+            strengths = [self.strength_of(index, x)[0] for index in indices]
         elif not any(strengths):
             return x
         self.note(operation.function.__name__, "random", tuple(map(float, strengths)) if indices is None else indices)
