@@ -70,6 +70,18 @@ def test_every_graph_runs_on_values_where_sizes_say_too_little(between):
     assert _products(Products(between)) > 8
 
 
+def test_weights_of_several_names_come_back_from_the_runs_without_values():
+    layer, x = nn.Linear(6, 6), torch.randn(4, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    model.tied = nn.Linear(6, 6)
+    model.tied.weight = layer.weight
+    stn = fxstn.transform(model, SCALAR, example_inputs=x)
+    assert not any(parameter.is_meta for parameter in stn.parameters())
+    assert stn.model[0] is stn.model[2]
+    assert stn.model.tied.weight is stn.model[0].weight
+    assert torch.equal(stn.eval()(x), model.eval()(x))
+
+
 @torch.fx.wrap
 def written(x, weight):
     weight.detach().numpy().__iadd__(1)

@@ -29,7 +29,8 @@ def runs_on_meta(graph: fx.GraphModule, *inputs: object, **named: object) -> boo
     try:
         stand_ins = {name: without_values(x) for name, x in registered}
         args, kwargs = tree_map_only(Tensor, without_values, (inputs, named))
-        with _reparametrize_module(graph, stand_ins), torch.no_grad():
+        # A tensor of several names is swapped several times, and gets back last what was swapped first.
+        with _reparametrize_module(graph, stand_ins, stack_weights=True), torch.no_grad():
             graph.forward(*args, **kwargs)
     except Exception:  # whatever the device raises: then values decide
         return False
