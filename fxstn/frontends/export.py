@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fxstn.frontends.export_modes import modes_agree, without_dropout
 from fxstn.frontends.export_operations import OperationMarker
 from fxstn.frontends.export_rewrite import graph_of
 from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
@@ -73,6 +74,24 @@ class Export(GraphFrontend):
         The graph requires of its inputs what export has taken for true of their sizes. Raises TransformError where the forward
         depends on data or on the batch size, or does something that the graph would drop or freeze without a word.
         """
+        if not training and self._modes_agree(model, frozen):
+            return without_dropout(self._captured(model, True, frozen))
+        return self._captured(model, training, frozen)
+
+    def captures(
+        self, model: nn.Module, frozen: Collection[str] = (), inputs: Inputs | None = None
+    ) -> list[fx.GraphModule]:
+        """The same in both modes; one export, which takes most of the time, serves both where they agree."""
+        train = self._captured(model, True, frozen)
+        agree = self._modes_agree(model, frozen)
+        return [train, without_dropout(train) if agree else self._captured(model, False, frozen)]
+
+    def _modes_agree(self, model: nn.Module, frozen: Collection[str]) -> bool:
+        with _quiet():
+            return modes_agree(model, frozen, self.examples.like(model, exact=self.exact)[0])
+
+    def _captured(self, model: nn.Module, training: bool, frozen: Collection[str]) -> fx.GraphModule:
+        """One export; see `capture`."""
         error, unmet = None, ""
         for examples, every, exact in self._attempts(model):
             if unmet and not exact:

@@ -99,6 +99,9 @@ class Frontend(Protocol):
         Leaves the model and the inputs as they were. Raises TransformError for what the graph would lose.
         """
 
+    def captures(self, model: nn.Module, frozen: Sequence[str], inputs: Inputs | None) -> list[Any]:
+        """What `capture` returns in train and in eval mode."""
+
     def for_sizes(self, examples: InputSpec) -> Self:
         """The same for inputs of other sizes, where a captured graph requires sizes of its inputs."""
 
@@ -126,6 +129,12 @@ class GraphFrontend:
 
     rewritable: ClassVar[bool] = True
     derivatives: ClassVar[int] = 0
+
+    def capture(self, model: nn.Module, training: bool, frozen: Sequence[str], inputs: Inputs | None) -> fx.GraphModule:
+        raise NotImplementedError
+
+    def captures(self, model: nn.Module, frozen: Sequence[str], inputs: Inputs | None) -> list[fx.GraphModule]:
+        return [self.capture(model, training, frozen, inputs) for training in (True, False)]
 
     def for_sizes(self, examples: InputSpec) -> Self:
         return self

@@ -101,5 +101,5 @@ def with_children(graph: fx.GraphModule, root: Root) -> fx.GraphModule:
 def canonical_graphs(frontend: Frontend, model: nn.Module, frozen: Sequence[str], inputs: Inputs | None) -> list[Any]:
     """The model's training and evaluation graph, as far as passes need them to decide."""
     with errors_as_diagnostics("following the forward"):
-        captured = [frontend.capture(model, training, frozen, inputs) for training in (True, False)]
+        captured = frontend.captures(model, frozen, inputs)
         return [canonicalize(graph) for graph in captured] if frontend.rewritable else captured

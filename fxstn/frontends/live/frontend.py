@@ -44,6 +44,9 @@ class Live:
             )
         return record(model, training, frozen, inputs)
 
+    def captures(self, model: nn.Module, frozen: Collection[str], inputs: Inputs | None) -> list[Recording]:
+        return [self.capture(model, training, frozen, inputs) for training in (True, False)]
+
     def for_sizes(self, examples: InputSpec) -> Self:
         return self
 
