@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import grouped
+from runs import grouped, make
 from torch import nn
 
 import fxstn
@@ -373,3 +373,19 @@ def test_a_part_of_a_batch_has_two_examples_where_a_batch_norm_needs_them():
         runner.stn.perturbed_output = lambda x, **kw: (sizes.append(len(x)), outputs(x, **kw))[1]  # noqa: B023
         runner.fit(2)
         assert set(sizes) - {10} == {examples}
+
+
+def test_a_pass_over_a_loader_switches_to_eval_mode_once_and_back(monkeypatch):
+    """Not at all where the network is in eval mode."""
+    runner = make()
+    evaluator, modes, train = runner._tuner.evaluator, [], fxstn.SelfTuningNetwork.train
+    monkeypatch.setattr(
+        fxstn.SelfTuningNetwork, "train", lambda stn, mode=True: (modes.append(mode), train(stn, mode))[1]
+    )
+    for training, switches in ((True, [False, True]), (False, [])):
+        runner.stn.train(training)
+        before = [module.training for module in runner.stn.modules()]
+        modes.clear()
+        evaluator.means(runner.valid_loader, "valid_loader")
+        assert modes == switches
+        assert [module.training for module in runner.stn.modules()] == before

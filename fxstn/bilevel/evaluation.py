@@ -21,7 +21,7 @@ from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
 from fxstn.bilevel.sources import new_pass, unchanged_generators
 from fxstn.bilevel.state import State, on_device
-from fxstn.bilevel.temporary import WeightAverages
+from fxstn.bilevel.temporary import WeightAverages, in_eval_mode
 from fxstn.bilevel.totals import Metrics, Totals
 from fxstn.ir.input_errors import explained_errors
 
@@ -252,11 +252,12 @@ class Evaluator:
         """This process's totals, and its first batch."""
         totals, evaluate = Totals(metrics), self.problem.evaluation()
         first: Batch | None = None
-        for batch in new_pass(batches):
-            inputs, target = pair = self.prepare(batch, name, "evaluation")
-            first = first or pair
-            with self.precision(), explained_errors(pair, self.prepare.place, self.problem):
-                value, output = evaluate(inputs, target)
-                loss = as_loss(value, inputs, target, "validation_loss")
-            totals.add(loss, output, target)
+        with in_eval_mode(self.problem.evaluation_module()):
+            for batch in new_pass(batches):
+                inputs, target = pair = self.prepare(batch, name, "evaluation")
+                first = first or pair
+                with self.precision(), explained_errors(pair, self.prepare.place, self.problem):
+                    value, output = evaluate(inputs, target)
+                    loss = as_loss(value, inputs, target, "validation_loss")
+                totals.add(loss, output, target)
         return totals, first

@@ -50,8 +50,7 @@ class NetworkProblem(BilevelProblem):
         super().__init__()
         self.stn, self.joint = stn, stn.method == "stn"
         self.initial_state, self.valid_loss_fn = settings.initial_state, settings.valid_loss_fn or loss_fn
-        self.training_windows = CarriedState(loss_fn, settings.initial_state)
-        self.perturbed_windows = CarriedState(loss_fn, settings.initial_state)
+        self.training_windows, self.perturbed_windows = (CarriedState(loss_fn, self.initial_state) for _ in range(2))
         self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)
         self.tune_scale = settings.hyper.tune_scale
         self.entropy_weight = settings.hyper.entropy_weight if self.tune_scale else 0.0  # else a constant
@@ -64,10 +63,9 @@ class NetworkProblem(BilevelProblem):
         self.response_fraction, self.response_widening = settings.response.fraction, settings.response.widening
         self.response_windows, self.hyper_fraction = settings.response.windows, settings.hyper.fraction
         self._least = 2 if self._norms_of_batch() else 1  # examples of a part of a batch
-        self._windows = 0  # number of windows that the response step has seen in this pass
+        self._windows = self._seed = 0  # windows that the response step has seen in this pass; seed of the step
         self._epsilon: Tensor | None = None
         self._generator: torch.Generator | None = None  # of ε, the same in all processes
-        self._seed = 0  # of the step
         self._gap: float | None = 0.0
         self._before: tuple[Tensor, ...] | None = None  # the state before the window that general_loss saw last
         self._decay: Tensor | None = None  # the strengths that general_loss has left to add_decay
@@ -146,6 +144,9 @@ class NetworkProblem(BilevelProblem):
 
     def validation_loss(self, inputs: Any, target: Any) -> tuple[LossValue, Any]:
         return self.evaluation()(inputs, target)
+
+    def evaluation_module(self) -> nn.Module:
+        return self.stn
 
     def evaluation(self) -> Evaluation:
         carried = CarriedState(self.valid_loss_fn, self.initial_state)

@@ -118,6 +118,10 @@ class BilevelProblem(nn.Module):
         seed: the same in all processes, another one for each step; for noise that the processes have in common.
         """
 
+    def evaluation_module(self) -> nn.Module:
+        """What is in eval mode during a pass of `evaluation` over a loader."""
+        return self
+
     def evaluation(self) -> Evaluation:
         """validation_loss for one pass over a loader, without gradients and in eval mode."""
 

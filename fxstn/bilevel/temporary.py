@@ -70,11 +70,20 @@ def trained_apart(stn: SelfTuningNetwork) -> Iterator[None]:
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Inside, the module is in eval mode, and no gradients are recorded."""
+    with in_eval_mode(module), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode. Nothing is done where it is already: a pass over a loader switches once."""
+    if not any(own.training for own in module.modules()):
+        yield
+        return
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         module.train(was_training)
 
