@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from benchmarks import batchnorm, hypergradient, tuned, tuning
 from benchmarks.paper import report as paper
 from benchmarks.worth import report as worth
+from benchmarks.worth.columns import COLUMNS
 from benchmarks.worth.report import Entry
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,9 +62,16 @@ def _standing() -> dict[Entry, worth.Standing]:
     return worth.standings([*worth.rivals(), *worth.OURS], worth.everything(), "time")
 
 
-def _single(results: worth.Results) -> int:
-    """Tasks that fxstn has run with one seed."""
-    return sum(len(worth.OURS[1].losses(found, "time")) == 1 for found in results.values())
+def _seeds(results: worth.Results) -> str:
+    """How many tasks have how many seeds of fxstn: "7 have 3 seeds, and 7 have 1 seed"."""
+    tasks = Counter(len(worth.OURS[1].losses(found, "time")) for found in results.values())
+    return ", and ".join(f"{tasks[n]} have {count(n, 'seed')}" for n in sorted(tasks, reverse=True))
+
+
+def _missing() -> list[str]:
+    """Columns without a cell in the first reading, by name."""
+    measured = {entry.cell for entry in _standing()}
+    return [worth.NAMES[column.makes[0]] for column in COLUMNS.values() if column.makes[0] not in measured]
 
 
 def worth_summary() -> str:
@@ -71,6 +80,8 @@ def worth_summary() -> str:
     ranks = {entry: statistics.mean(one.ranks) for entry, one in standing.items()}
     high = Entry("ours", True, "high"), Entry("recipe", True, "high")
     pairs = [[statistics.mean(one.losses(found, "time").values()) for one in high] for found in results.values()]
+    searches = {worth.NAMES[cell] for cell in ("asha", "pbt", "random-30")}
+    searched = " Searches are not measured yet." if searches <= {*_missing()} else ""
     lowest = " and ".join(f"{entry} ({ranks[entry]:.1f})" for entry in list(ranks)[:2])
     alt = f"Mean ranks of {len(ranks)} ways to train, over {len(results)} tasks; the lowest are {lowest}"
     return "\n\n".join(
@@ -87,7 +98,7 @@ def worth_summary() -> str:
                 {ranks[Entry("recipe", False)]:.1f} for the recipe alone. A tuned run alone has
                 {ranks[worth.OURS[0]]:.1f}: it learns from less data. From a start that is too strong, a tuned run with
                 its refit ends below the start kept on {sum(ours < kept for ours, kept in pairs)} of {len(pairs)} tasks.
-                The tasks are small, and {_single(results)} of them have one seed. Searches are not measured yet.
+                The tasks are small: {_seeds(results)}.{searched}
             """),
         )
     )
@@ -96,11 +107,11 @@ def worth_summary() -> str:
 def worth_state() -> str:
     """What is measured so far."""
     results = worth.everything()
-    single = _single(results)
+    second = any(key.startswith("patience ") for found in results.values() for key in found)
+    missing = "; ".join([*_missing(), *(() if second else ("the second reading",))])
     return paragraph(f"""
-        Measured so far, on a busy machine: fxstn, the recipe and plain training, in the first reading, on {len(results)}
-        tasks. {len(results) - single} of them have three seeds. The other {single} have one, so nothing is known of their
-        spread. The other columns and the second reading are not measured yet.
+        Measured so far, on a busy machine: {len(results)} tasks. Of these {_seeds(results)}. With one seed nothing is known of
+        the spread. {f"Not measured yet: {missing}." if missing else ""}
     """)
 
 

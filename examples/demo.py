@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -105,8 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {"untuned": [], "tuned": [], "refit": []}
     for seed in range(args.seeds):
-        for old in (Path(args.out) / f"seed-{seed}").rglob("*.pt*"):
-            old.unlink()
+        shutil.rmtree(Path(args.out) / f"seed-{seed}", ignore_errors=True)
         results["untuned"].append(untuned(seed, args))
         for name, result in zip(("tuned", "refit"), tuned(seed, args), strict=True):
             results[name].append(result)
