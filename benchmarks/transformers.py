@@ -132,7 +132,8 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
               {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}),
     "RWKV": ("state space", "RwkvForCausalLM", "RwkvConfig",
              {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "attention_hidden_size": WIDTH, "num_hidden_layers": 2,
-              "context_length": 16, "intermediate_size": 24}),
+              "context_length": 16, "intermediate_size": 24,
+              "rescale_every": 0}),  # else its forward divides its own weights, which is refused
 }  # fmt: skip
 
 
@@ -236,7 +237,8 @@ def page(rows: dict[str, Row]) -> str:
         f"weights, transformed with `hparams=None`. {good} pass: in float64, train and eval mode, the emitted tangent equals a "
         f"central difference of the original model to 1e-6. In {full} at least 95 % of the elements of weights respond. "
         f"{alone} take an ε per example.\n\n{DEFINITION} LoRA is GPT-2 with frozen weights and a low-rank change of the "
-        "attention of each block. "
+        "attention of each block. RWKV has `rescale_every=0`: with another number its forward divides its own weights "
+        "in eval mode, which is refused. "
         f"Written by `python -m benchmarks.transformers`; torch {torch.__version__.partition('+')[0]}.\n\n"
         f"{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}\n"
     )

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import fxstn
 from fxstn import hp
 from fxstn.frontends.inputs import Inputs
-from fxstn.ops.response import Response
+from fxstn.ops.response import Response, responses_in
 from fxstn.tools.reference import ReferenceRun, strengths_of
 
 BATCH = 3  # no other dimension has this size
@@ -34,13 +34,14 @@ SHAPES = ((BATCH, 6), (BATCH, 5, 4), (BATCH, 4, 6, 6))
 
 
 def statements() -> list[list[str]]:
-    """Of the sections of statements.txt: those for any value, for tokens (batch, time, n) and for images."""
+    """Of the sections of statements.txt: those for any value, for tokens (batch, time, n), for images, and for any value of a
+    forward that runs as it is."""
     text = Path(__file__).with_name("statements.txt").read_text(encoding="utf-8")
     sections = [section.split("\n", 1)[1].strip().splitlines() for section in text.split("# of ")[1:]]
     return [[line if "{r}" in line else "{r} = " + line for line in section] for section in sections]
 
 
-OF_ANY, OF_TOKENS, OF_IMAGES = statements()
+OF_ANY, OF_TOKENS, OF_IMAGES, OF_RUNS = statements()
 CATALOGUE = {2: OF_ANY, 3: OF_ANY + OF_TOKENS, 4: OF_ANY + OF_IMAGES}
 
 
@@ -89,6 +90,11 @@ class Program:
         return model.double()
 
 
+def trace_of(seed: int) -> str:
+    """How a program is followed."""
+    return ("export", "live")[seed % 2] if seed % 7 == 6 else "auto"
+
+
 def extended(program: Program, rng: random.Random, values: dict[str, Tensor]) -> Program:
     """The program with one more statement, of what `values` (those at the sample input) allow."""
     names = list(values)
@@ -97,7 +103,8 @@ def extended(program: Program, rng: random.Random, values: dict[str, Tensor]) ->
     alike = [name for name in names if values[name].shape == value.shape]
     sizes = {"v": source, "w": rng.choice(alike), "r": f"v{len(program.statements)}", "n": value.shape[-1], "c": value.shape[1],
              "m": rng.choice([2, 4, 5])}  # fmt: skip
-    lines, parts = rng.choice(CATALOGUE[value.dim()]).format(**sizes), dict(program.parts)
+    catalogue = OF_RUNS if trace_of(program.seed) == "live" and rng.random() < 0.4 else CATALOGUE[value.dim()]
+    lines, parts = rng.choice(catalogue).format(**sizes), dict(program.parts)
 
     def part(match: re.Match[str]) -> str:
         maker = match.group(1)
@@ -224,10 +231,20 @@ def rows_of(delta: Tensor) -> Tensor:
     return delta * torch.tensor(FACTORS, dtype=torch.float64)[:, None]
 
 
+def check_coverage(stn: fxstn.SelfTuningNetwork) -> None:
+    """Every weight that the forward reads responds, or says why it does not."""
+    others = {weight.name: weight.reason for weight in (*stn.coverage.lost, *stn.coverage.omitted)}
+    for name, weight in stn.model.named_parameters():
+        responds = name in responses_in(stn.response)
+        if weight.dim() > 1 and weight.numel() and not responds and not others.get(name):
+            raise AssertionError(f"'{name}' neither responds nor names an obstacle: {stn.coverage}")
+
+
 def check_tangents(response: str, program: Program, trace: str) -> None:
     """Law 1 in both modes, with one delta for all examples and one for each."""
     original = Original(program, response=response, trace=trace)
     stn, x = original.stn, original.x
+    check_coverage(stn)
     delta = moved(stn)
     for training in (False, True):
         where = f"{response}, {original.name}, {'train' if training else 'eval'}"
@@ -303,7 +320,7 @@ def failure(program: Program, laws: Sequence[str] | None = None) -> tuple[str, s
 
     laws: names of those to check; None for one, each in its turn.
     """
-    trace = ("export", "live")[program.seed % 2] if program.seed % 7 == 6 else "auto"
+    trace = trace_of(program.seed)
     for law in laws or [list(LAWS)[program.seed % len(LAWS)]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -113,6 +113,14 @@ def branches_by_masks(net, x):
 
 
 @body
+def rows_of_an_input_where_a_mask_is_off(net, x):
+    flat = F.pad(x, (0, WIDTH - 4)).reshape(-1, WIDTH)
+    y, mask = flat.clone(), torch.arange(len(flat)) % 3 == 0
+    y[mask] = net.experts[0](flat[mask])
+    return net.leave(y.view(BATCH, TIME, WIDTH)).mean(1)
+
+
+@body
 def tokens_of_a_sequence_skip_a_block(net, x):
     h = net.enter(x)
     score, index = net.gate(h)[..., 0].topk(2, 1)
@@ -209,7 +217,14 @@ def written_through_a_view(net, x):
     return net.leave(y)
 
 
-@pytest.mark.parametrize("body", [mean_of_the_batch, examples_in_another_order, written_through_a_view])
+def rows_of_no_example(net, x):
+    y = torch.zeros(BATCH, WIDTH, dtype=x.dtype)
+    return net.leave(y.index_add(0, torch.tensor([0, 2]), net.enter(x[[0, 2]]).mean(1)))
+
+
+@pytest.mark.parametrize(
+    "body", [mean_of_the_batch, examples_in_another_order, written_through_a_view, rows_of_no_example]
+)
 def test_a_layer_of_a_value_without_rows_of_examples_is_named(body):
     stn, x = located(body)
     with pytest.warns(UserWarning, match="refused at module"):

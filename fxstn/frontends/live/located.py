@@ -17,8 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxstn.frontends.live.calls import Call, OperationNote, is_draw
 from fxstn.frontends.live.duals import Duals, RuleResult
-from fxstn.frontends.live.owners import LOST, Locator, Operand, Unlocated
-from fxstn.frontends.live.ratios import is_real
+from fxstn.frontends.live.owners import LOST, Locator, Unlocated
+from fxstn.frontends.live.ratios import Operand, is_real
 from fxstn.frontends.live.shared import Shared, SharedOperation, dense_rows
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.ir.containers import leaves, reachable, tensors_in
@@ -45,6 +45,7 @@ class Located(Duals):
         super().__init__(model, parameters, sites, strengths, log)
         self.locator, self.of_values = locator, WeakTensorKeyDictionary()
         self.shared_strengths = set[int]()
+        self.reads_unowned = False  # whether weights have been read beside rows that are no example's
         self.results: Sequence[Owners | None] | str | None = None  # of the operation that was computed last
 
     def add_examples(self, inputs: object) -> None:
@@ -184,7 +185,8 @@ class Located(Duals):
                 result = operation.of_shared()
             else:
                 result = operation.of_rows(owners)
-                owners = [own and self.locator.unowned(own) for own in owners]
+                before, owners = owners, [own and self.locator.unowned(own) for own in owners]
+                self.reads_unowned |= any(a is not b for a, b in zip(before, owners, strict=True))
         self.results = owners
         return result
 
@@ -214,3 +216,7 @@ class Located(Duals):
                 if leaf.dim():
                     raise Unlocated(self.path, "an output is computed from weights and from no value of an example")
                 self.table.record(leaf, torch.stack([rows.mean(0) for rows in dense_rows(tangent)]).sum(0))
+            elif isinstance(leaf, Tensor) and self.reads_unowned and self.tangent(leaf) is not ZERO:
+                own = self.of_values.get(leaf)
+                if own is None or bool((own.numbers < 0).any()):
+                    raise Unlocated(self.path, "an output depends on rows of a layer that belong to no example")

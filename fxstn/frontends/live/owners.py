@@ -8,14 +8,24 @@ tokens that were picked for an expert. Where an axis goes is known of products a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxstn.frontends.live.ratios import OF_DATA, Structure, compressed, decoded, described, is_real, ratios, rows_of
+from fxstn.frontends.live.ratios import (
+    OF_DATA,
+    Operand,
+    Structure,
+    compressed,
+    decoded,
+    described,
+    is_real,
+    ratios,
+    rows_of,
+)
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.tangents import FREE, JOINED, UNOWNED, BatchAxis, Owners, Place
 from fxstn.ops.synced import BATCH_NORMS
@@ -26,21 +36,6 @@ ENTRYWISE = {torch.where, torch.masked_fill}  # besides those whose rules say so
 KEEPS = {torch.clone, torch.detach, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half,
          Tensor.bfloat16, Tensor.contiguous, Tensor.cpu, Tensor.cuda}  # fmt: skip
 LOST = "lost"  # in place of owners: examples go into a result, but where they are is not known
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor among the arguments of an operation.
-
-    path: its position, and within a list its position there; (name,) of a keyword.
-    owners: None where it depends on no example.
-    varies: whether it has a tangent.
-    """
-
-    path: tuple
-    value: Tensor
-    owners: Owners | None
-    varies: bool
 
 
 class Locator:
@@ -107,9 +102,24 @@ class Locator:
         labelled = [
             o for o in operands if o.owners is not None and (o.varies or is_real(o.value) or not self.joins(o.owners))
         ]
-        if not labelled:
-            return None
-        labelled = [operand for operand in labelled if operand.varies] or labelled
+        varying = [operand for operand in labelled if operand.varies]
+        if not varying or len(varying) == len(labelled):
+            return self._owners(function, args, kwargs, operands, labelled) if labelled else None
+        with suppress(LookupError):  # what does not vary tells of rows that nothing varying goes into
+            result = self._owners(function, args, kwargs, operands, labelled)
+            if not isinstance(result, str) and not any(own and self.joins(own) for own in result):
+                return result
+        return self._owners(function, args, kwargs, operands, varying)  # a mask, say, has examples nowhere
+
+    def _owners(
+        self,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        operands: Sequence[Operand],
+        labelled: list[Operand],
+    ) -> list | str:
+        """The same, where these operands tell of examples."""
         first = labelled[0].owners
         if function in BATCH_NORMS or (function in KEEPS and len(operands) == 1):
             return [first]
@@ -123,10 +133,7 @@ class Locator:
         rule = RULES.get(function)
         if function in ENTRYWISE or (rule is not None and rule.elementwise):
             rank = max(operand.value.dim() for operand in operands)
-            result = self.joined([o.owners for o in labelled if o.owners is not None], rank)
-            if bool((result.numbers == FREE).any()) if result not in self.regular else False:
-                result = self.joined([result, *(o.owners for o in operands if o.owners is not None)], rank)
-            return [result]
+            return [self.joined([o.owners for o in labelled if o.owners is not None], rank)]
         moved = self._along_axes(function, args, kwargs, labelled)
         return self._tried(function, args, kwargs, operands, labelled) if moved is None else [moved]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,28 @@ from torch import Tensor
 
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.graphs import forked_rng, reseed
-from fxstn.ir.tangents import FREE, JOINED, UNOWNED, ZERO
+from fxstn.ir.tangents import FREE, JOINED, UNOWNED, ZERO, Owners
 from fxstn.rules import RULES, apply_rule
 
 OF_DATA = {"linear", "pointwise", "additive", "bilinear"}  # kinds of rules whose first argument may as well be real
 CODES = {UNOWNED: 0.0, JOINED: 0.3716}  # number n has the code n + 1
 CLOSE = 1e-3
 Structure = Any  # a tensor, a tangent or several of them, as an operation takes and returns them
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor among the arguments of an operation.
+
+    path: its position, and within a list its position there; (name,) of a keyword.
+    owners: None where it depends on no example.
+    varies: whether it has a tangent.
+    """
+
+    path: tuple
+    value: Tensor
+    owners: Owners | None
+    varies: bool
 
 
 def is_real(x: Tensor) -> bool:

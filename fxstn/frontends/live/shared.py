@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fxstn.frontends.live.duals import Duals, RuleResult
 from fxstn.frontends.live.links import Step
-from fxstn.frontends.live.owners import ENTRYWISE, Locator, Operand, Unlocated, dimension
-from fxstn.frontends.live.ratios import Structure
+from fxstn.frontends.live.owners import ENTRYWISE, Locator, Unlocated, dimension
+from fxstn.frontends.live.ratios import Operand, Structure
 from fxstn.ir.containers import arguments_mapped, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Spelled
