@@ -161,7 +161,8 @@ def network(model: nn.Module, specs: Sequence[hp.Spec] | None, few: Tensor, **op
     stn = fxstn.transform(model, specs, example_inputs=few, **options).train()
     stn.per_example(few)
     stn.locate_examples(few)
-    stn.graph("linearized")  # made by trials on values, which fake tensors do not have
+    for name in ("linearized", "linearized_eval"):
+        stn.graph(name)  # made by trials on values, which fake tensors do not have
     return stn
 
 
@@ -303,25 +304,30 @@ def averages(figures: dict[str, Any], inner: int) -> dict[str, float]:
     return {name: sum(rate * kinds[kind][name] for kind, rate in rates(inner).items()) for name in kinds["inner"]}
 
 
-def purposes(entries: dict[str, Any]) -> str:
-    """What the launches of the default schedule are for, as Markdown: per inner step of its first 1,000.
+def parts(entry: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """{what for: (launches, their share of the time of a step of plain training)} of the default's first 1,000 steps.
 
-    The share is that of their time in the time of a step of plain training, both under CUDA graphs.
+    Per inner step, both under CUDA graphs. The passes of the network are by kind of step.
     """
-    shares, cells = rates(SHORT), []
+    shares, kinds = rates(SHORT), entry["default"]["purposes"]
+    groups = {f"{kind}: {NETWORK}": [(kind, NETWORK)] for kind in STEPS}
+    groups |= {purpose: [(kind, purpose) for kind in shares] for purpose in PURPOSES}
+
+    def total(figure: str, group: list[tuple[str, str]]) -> float:
+        return sum(shares[kind] * kinds[kind][own][figure] for kind, own in group)
+
+    whole = entry["plain"]["graphed_ms"]
+    return {name: (total("launches", own), total("graphed_ms", own) / whole) for name, own in groups.items()}
+
+
+def purposes(entries: dict[str, Any]) -> str:
+    """What the launches of the default schedule are for, as Markdown: as in `parts`."""
+    rows = []
     for name, entry in entries.items():
-        kinds, whole = entry["default"]["purposes"], entry["plain"]["graphed_ms"]
-        parts = [[(kind, NETWORK)] for kind in STEPS] + [[(kind, own) for kind in shares] for own in PURPOSES]
-        row = [name, f"{entry['plain']['launches']:.0f}"]
-        for part in parts:
-            launches, time = (
-                sum(shares[kind] * kinds[kind][own][figure] for kind, own in part)
-                for figure in ("launches", "graphed_ms")
-            )
-            row.append(f"{launches:.1f}, {100 * time / whole:.0f} %")
-        cells.append(row)
-    headers = ["network, batch × image, what is tuned", "plain", *(f"{kind}: {NETWORK}" for kind in STEPS), *PURPOSES]
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+        cells = [f"{launches:.1f}, {100 * share:.0f} %" for launches, share in parts(entry).values()]
+        rows.append([name, f"{entry['plain']['launches']:.0f}", *cells])
+    headers = ["network, batch × image, what is tuned", "plain", *parts(next(iter(entries.values())))]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def read() -> dict[str, Any]:
