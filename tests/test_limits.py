@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import mlp
-from runs import dataset, grouped, make
+from runs import STARTS, dataset, grouped, make, same, without_times
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -353,3 +353,24 @@ def test_steps_are_shorter_the_further_a_network_overfits():
     for share, move in moves.items():
         expected = 0.5 * (1 - CAUTION * share) * torch.tensor([-1.0, share])
         torch.testing.assert_close(move, expected, rtol=1e-4, atol=1e-6)
+
+
+class ByData(torch.optim.SGD):
+    """Writes into `.data`, which torch does not count, as optimizers outside of torch do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+def test_strengths_follow_an_optimizer_of_lambda_that_torch_does_not_notice():
+    """Truth: torch's SGD, bit for bit."""
+    ends = []
+    for kind in (torch.optim.SGD, ByData):
+        run = make(hyper={"optimizer": partial(kind, lr=5.0), "train_steps": 2}, hparams=STARTS)
+        rows = without_times(run.fit(2).rows)
+        ends.append((rows, run.problem.values()))
+    assert same(*ends)
+    assert ends[0][1]["2.dropout"] != pytest.approx(0.3, abs=1e-3)

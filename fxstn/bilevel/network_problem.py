@@ -118,9 +118,8 @@ class NetworkProblem(BilevelProblem):
         """ε of a response step.
 
         Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy. A network
-        that underfits takes the first: its regularisations can only fall, and the bias says so. One that overfits takes the
-        second, as often as four times the gap's share says (docs/results/hypergradient.md, Batch norm). Both have a row per
-        example, so that compiled graphs fit both.
+        that underfits takes the first. One that overfits takes the second, as often as four times the gap's share says
+        (docs/results/hypergradient.md, From usual starts). Both have a row per example, so that compiled graphs fit both.
         """
         inputs = inputs_of(self.stn, inputs)
         possible = self.perturb == "auto" and self.stn.per_example(*inputs.args, **inputs.kwargs)
@@ -140,6 +139,7 @@ class NetworkProblem(BilevelProblem):
         perturb: Perturb = perturbation(self.stn, inputs, self.perturb, self._generator) if self.tune_scale else "off"
         loss = hyper_loss(self.stn, carried.loss, inputs, target, entropy_weight=self.entropy_weight, perturb=perturb)
         carried.advance()
+        self.stn.hparams.forget()  # the step to come may write into the `.data` of λ
         return loss
 
     def validation_loss(self, inputs: Any, target: Any) -> tuple[LossValue, Any]:
