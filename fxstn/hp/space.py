@@ -167,7 +167,7 @@ class HyperparameterSpace(WideModule):
         return self.scale * noise
 
     def draw_alike(self, indices: Iterable[int]) -> None:
-        """Give all examples of a batch the same perturbation of these hyperparameters from now on."""
+        """Give all examples of a batch the same perturbation of the hyperparameters at these indices, from now on."""
         alike = torch.zeros(len(self), dtype=torch.bool) if self.by_batch is None else self.by_batch.cpu()
         alike = alike.index_fill(0, torch.tensor(sorted(indices), dtype=torch.long), True)
         self.by_batch = alike.to(self.raw_scale.device) if alike.any() else None
