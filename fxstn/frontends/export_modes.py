@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fxstn.frontends.guards import ProblemCollector, guarded_capture
 from fxstn.frontends.inputs import Inputs
+from fxstn.frontends.preservation import Preservation
 from fxstn.ir.facts import overloads
 from fxstn.ir.graphs import copied, forked_rng
 from fxstn.ir.vocabulary import DROPOUTS
@@ -44,13 +45,16 @@ def modes_agree(model: nn.Module, frozen: Collection[str], inputs: Inputs) -> bo
         return known[id(x)]
 
     registered = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    others = Preservation(model, None, but=dict(registered).values())  # tensors that have values in a run, too
     try:
         stand_ins = {name: without_values(x) for name, x in registered}
         args, kwargs = tree_map_only(Tensor, without_values, (inputs.args, inputs.kwargs))
         names = {id(x): f"tensor {number}" for number, x in enumerate(known.values())}
-        (train, _), (evaluation, drops) = (
-            _run(model, training, frozen, stand_ins, Inputs(args, kwargs), names) for training in (True, False)
-        )
+        results = []
+        for training in (True, False):
+            with others:
+                results.append(_run(model, training, frozen, stand_ins, Inputs(args, kwargs), names))
+        (train, _), (evaluation, drops) = results
         return train == evaluation and not drops
     except Exception:  # whatever the forward, or the device, raises: then each mode is exported
         return False

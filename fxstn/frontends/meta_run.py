@@ -7,6 +7,8 @@ from torch import Tensor, fx
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxstn.frontends.preservation import Preservation
+
 
 def runs_on_meta(graph: fx.GraphModule, *inputs: object, **named: object) -> bool:
     """Whether a graph surely runs on inputs like these: it does so on torch's meta device, where tensors have no values.
@@ -30,7 +32,8 @@ def runs_on_meta(graph: fx.GraphModule, *inputs: object, **named: object) -> boo
         stand_ins = {name: without_values(x) for name, x in registered}
         args, kwargs = tree_map_only(Tensor, without_values, (inputs, named))
         # A tensor of several names is swapped several times, and gets back last what was swapped first.
-        with _reparametrize_module(graph, stand_ins, stack_weights=True), torch.no_grad():
+        others = Preservation(graph, None, but=dict(registered).values())
+        with others, _reparametrize_module(graph, stand_ins, stack_weights=True), torch.no_grad():
             graph.forward(*args, **kwargs)
     except Exception:  # whatever the device raises: then values decide
         return False

@@ -121,7 +121,7 @@ def _entries(dy: Structure, y: Structure) -> list:
 
 
 def _ratio(first: Structure, other: Structure) -> Tensor | None:
-    if first is ZERO or other is ZERO or not isinstance(first, Tensor):
+    if other is ZERO or not isinstance(first, Tensor) or not is_real(first):  # no tangent, or that of a mask
         return None
     size = first.abs()
     depends = size > 1e-12 * size.max() if size.numel() else size.bool()
