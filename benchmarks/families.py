@@ -119,23 +119,12 @@ def page(rows: dict[str, Row]) -> str:
     cells = []
     for family, row in sorted(rows.items()):
         if "failed" in row:
-            cells.append([family, row["model"], *[""] * 5, row["failed"].replace("|", "\\|")])
+            cells.append([family, row["model"], *[""] * 3, row["failed"].replace("|", "\\|")])
             continue
         model = row["model"] + (" (blocks left out)" if row["shortened"] else "")
-        known = "per_example" in row
-        seconds = f"{row['transform_s']:.1f}" if known else ""
-        per_example = ("yes" if row["per_example"] else "no") if known else ""
-        cells.append([family, model, row["frontend"], *shown_coverage(row), per_example, seconds, shown_error(row)])
+        cells.append([family, model, row["frontend"], *shown_coverage(row), shown_error(row)])
     good = sum(row.get("ok", False) for row in rows.values())
-    headers = [
-        "family",
-        "smallest model",
-        "frontend",
-        *COLUMNS,
-        "ε per example",
-        "transform, s",
-        "largest relative error",
-    ]
+    headers = ["family", "smallest model", "frontend", *COLUMNS, "largest relative error"]
     left = f" ({total - len(rows)} have not been run)" if total > len(rows) else ""
     return (
         "# Beyond torchvision\n\n"
