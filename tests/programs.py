@@ -231,12 +231,16 @@ def rows_of(delta: Tensor) -> Tensor:
     return delta * torch.tensor(FACTORS, dtype=torch.float64)[:, None]
 
 
-def check_coverage(stn: fxstn.SelfTuningNetwork) -> None:
-    """Every weight that the forward reads responds, or says why it does not."""
+def check_coverage(original: Original) -> None:
+    """Every weight that the forward reads, by autograd of the original, responds, or says why it does not."""
+    stn = original.stn
     others = {weight.name: weight.reason for weight in (*stn.coverage.lost, *stn.coverage.omitted)}
-    for name, weight in stn.model.named_parameters():
+    output, _, model = original(False)
+    if output.requires_grad:
+        output.sum().backward()
+    for name, weight in model.named_parameters():
         responds = name in responses_in(stn.response)
-        if weight.dim() > 1 and weight.numel() and not responds and not others.get(name):
+        if weight.dim() > 1 and weight.numel() and weight.grad is not None and not responds and not others.get(name):
             raise AssertionError(f"'{name}' neither responds nor names an obstacle: {stn.coverage}")
 
 
@@ -244,7 +248,7 @@ def check_tangents(response: str, program: Program, trace: str) -> None:
     """Law 1 in both modes, with one delta for all examples and one for each."""
     original = Original(program, response=response, trace=trace)
     stn, x = original.stn, original.x
-    check_coverage(stn)
+    check_coverage(original)
     delta = moved(stn)
     for training in (False, True):
         where = f"{response}, {original.name}, {'train' if training else 'eval'}"

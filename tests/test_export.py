@@ -594,3 +594,19 @@ def test_the_model_is_left_as_it_was():
     by_both_modes(net)
     assert [module.training for module in net.modules()] == modes
     assert tree_map(torch.equal, dict(state), dict(net.state_dict())) == dict.fromkeys(state, True)
+
+
+@pytest.mark.parametrize("dims", [1, ([2, 1], [0, 1])])
+def test_a_tensordot_is_that_of_torch_where_aten_lists_the_dimensions_of_both(dims):
+    class Contraction(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn((4, 2) if dims == 1 else (4, 3, 2)).double())
+
+        def forward(self, x):
+            return torch.tensordot(x, self.weight, dims=dims)
+
+    model, x = Contraction(), torch.randn(5, 3, 4).double()
+    report = fxstn.verify(model, x, hparams=[hp.WeightDecay()], trace="export")
+    assert report.ok, str(report)
+    assert fxstn.transform(model, [hp.WeightDecay()], example_inputs=x, trace="export").coverage.share == 1

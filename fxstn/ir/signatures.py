@@ -105,6 +105,12 @@ def _einsum(equation: Value, *operands: Value, tensors: Value = None, path: Valu
     return spell(torch.einsum, equation, *operands)
 
 
+@called(ANY, "tensordot")
+def _tensordot(a: Value, b: Value, dims: Value = 2, dims_other: Value = None) -> Spelled:
+    """dims_other: of b, where dims are those of a alone, as ATen has it."""
+    return spell(torch.tensordot, a, b, dims if dims_other is None else (dims, dims_other))
+
+
 @called(ANY, "norm")
 def _norm(
     input: Value, p: Value = "fro", dim: Value = None, keepdim: Value = False, out: None = None, dtype: Value = None
