@@ -18,7 +18,7 @@ from fxstn.frontends.interface import Root
 from fxstn.frontends.live.calls import Call
 from fxstn.frontends.live.duals import Duals, OperationNote
 from fxstn.frontends.live.forward_mode import Derivatives, LinkTracer, both, float_leaves, linearized, with_tangents
-from fxstn.frontends.live.located import Located
+from fxstn.frontends.live.located import LocatedDuals
 from fxstn.frontends.live.owners import Locator, Unlocated
 from fxstn.frontends.live.sites import RuntimeSites
 from fxstn.frontends.live.temporary import swapped_tensors, temporary_memory
@@ -219,7 +219,7 @@ class LiveGraph:
             name: tangent if tangent.scale.dim() > 1 else replace(tangent, scale=tangent.scale.expand(count, -1))
             for name, tangent in parameters.items()
         }
-        mode = Located(self.model, parameters, locator, self.sites, strengths, log)
+        mode = LocatedDuals(self.model, parameters, locator, self.sites, strengths, log)
         mode.shared_strengths = self.shared_strengths
         mode.add_examples(inputs.args + tuple(inputs.kwargs.values()))
         return mode

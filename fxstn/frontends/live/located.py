@@ -30,7 +30,7 @@ from fxstn.ops.noise import one_for_all_examples
 from fxstn.rules import NoRule
 
 
-class Located(Duals):
+class LocatedDuals(Duals):
     """Duals of a perturbation per example.
 
     parameters: {name: structured tangent, with scales (batch, n)}.

@@ -19,9 +19,9 @@ from fxstn.frontends.live.ratios import (
     OF_DATA,
     Operand,
     Structure,
-    compressed,
-    decoded,
-    described,
+    argument_key,
+    compress,
+    decode,
     is_real,
     ratios,
     rows_of,
@@ -62,7 +62,7 @@ class Locator:
     def place(self, owners: Owners) -> Place:
         return self.regular.get(owners, owners)
 
-    def moved(self, owners: Owners, dims: Sequence[int | None], rank: int) -> Owners:
+    def move(self, owners: Owners, dims: Sequence[int | None], rank: int) -> Owners:
         """Owners whose axes are those of a value of another rank. dims: of each axis, None for one of size 1."""
         if owners in self.regular:
             where = self.regular[owners]
@@ -76,7 +76,7 @@ class Locator:
             shape[dim] = owners.numbers.shape[axis]
         return Owners(numbers.reshape(shape))
 
-    def joined(self, several: Sequence[Owners], rank: int) -> Owners:
+    def join(self, several: Sequence[Owners], rank: int) -> Owners:
         """Owners of what is computed entry by entry from values that are broadcast against each other."""
         aligned = []
         for owners in dict.fromkeys(several):
@@ -84,7 +84,7 @@ class Locator:
             dims = [
                 rank - own.dim() + i if size > 1 or owners in self.regular else None for i, size in enumerate(own.shape)
             ]
-            aligned.append(owners if own.dim() == rank else self.moved(owners, dims, rank))
+            aligned.append(owners if own.dim() == rank else self.move(owners, dims, rank))
         result, *others = sorted(dict.fromkeys(aligned), key=lambda owners: owners.numbers.numel())
         for other in others:
             result = _both(result, other)
@@ -133,7 +133,7 @@ class Locator:
         rule = RULES.get(function)
         if function in ENTRYWISE or (rule is not None and rule.elementwise):
             rank = max(operand.value.dim() for operand in operands)
-            return [self.joined([o.owners for o in labelled if o.owners is not None], rank)]
+            return [self.join([o.owners for o in labelled if o.owners is not None], rank)]
         moved = self._along_axes(function, args, kwargs, labelled)
         return self._tried(function, args, kwargs, operands, labelled) if moved is None else [moved]
 
@@ -158,11 +158,11 @@ class Locator:
             for axis, use in zip(axes, uses, strict=True):
                 assert use is not None
                 dims[axis] = dimension(use, args) % rank
-            results.append(self.moved(operand.owners, dims, rank))
-        return self.joined(results, results[0].numbers.dim())
+            results.append(self.move(operand.owners, dims, rank))
+        return self.join(results, results[0].numbers.dim())
 
     def _rank(self, function: Callable[..., Any], args: tuple, kwargs: dict) -> int | None:
-        key = ("rank", function, described((args, kwargs), lambda x: x.dim()))
+        key = ("rank", function, argument_key((args, kwargs), lambda x: x.dim()))
         if key not in self.known:
             with torch.no_grad():
                 y = function(*args, **kwargs)
@@ -172,7 +172,7 @@ class Locator:
     def _tried(self, function: Callable[..., Any], args: tuple, kwargs: dict, operands: Sequence[Operand],
                labelled: list[Operand]) -> list | str:  # fmt: skip
         owners = {id(operand.value): operand.owners for operand in labelled}
-        key = (function, described((args, kwargs), lambda x: (x.shape, x.dtype, owners.get(id(x)))))
+        key = (function, argument_key((args, kwargs), lambda x: (x.shape, x.dtype, owners.get(id(x)))))
         if key in self.known:
             return self.known[key]
         numbers = {id(o.value): o.owners.numbers for o in labelled if o.owners is not None}
@@ -194,7 +194,7 @@ class Locator:
     def _of_codes(self, codes: Tensor | None, operand: Operand, y: Tensor) -> Owners | None:
         if codes is None:
             return self._by_shape(operand, y)
-        numbers = compressed(decoded(codes, self.examples), self.examples)
+        numbers = compress(decode(codes, self.examples), self.examples)
         if bool((numbers == FREE).all()):  # an activation whose inputs are all cut off, or no entries at all
             return self._by_shape(operand, y) or Owners(numbers.new_full([1] * y.dim(), FREE))
         return self._regular(numbers)
@@ -218,7 +218,7 @@ class Locator:
         if y.shape[: last + 1] != shape[: last + 1] or y.dim() <= last:
             return None
         dims = [axis if size > 1 or axis == last else None for axis, size in enumerate(numbers.shape)]
-        return self.moved(operand.owners, dims, y.dim())
+        return self.move(operand.owners, dims, y.dim())
 
     def unowned(self, owners: Owners) -> Owners:
         """Owners of what reads weights: entries without an example then belong to none, but vary."""
@@ -245,7 +245,7 @@ class Locator:
             use = axis_use(function, args, path, axis, value.dim())
             if use is not None and use.partner is None and y.shape[dimension(use, args) % y.dim()] == value.shape[axis]:
                 return [(dimension(use, args) % y.dim(), None)]
-        key = ("rows", function, described((args, kwargs), lambda x: (x.shape, x.dtype)), path, axis)
+        key = ("rows", function, argument_key((args, kwargs), lambda x: (x.shape, x.dtype)), path, axis)
         if key not in self.known:
             rows = torch.arange(value.shape[axis], device=value.device)
             both = ratios(function, args, kwargs,

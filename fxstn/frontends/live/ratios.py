@@ -45,16 +45,16 @@ def is_real(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def described(value: object, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
+def argument_key(value: object, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
     """Arguments as a key, tensors by what is said of them."""
     if isinstance(value, Tensor):
         return ("tensor", of_tensor(value))
     if isinstance(value, (tuple, list)):
-        return (type(value), *(described(entry, of_tensor) for entry in value))
+        return (type(value), *(argument_key(entry, of_tensor) for entry in value))
     if isinstance(value, dict):
-        return tuple((name, described(entry, of_tensor)) for name, entry in value.items())
+        return tuple((name, argument_key(entry, of_tensor)) for name, entry in value.items())
     if isinstance(value, slice):
-        return ("slice", *(described(entry, of_tensor) for entry in (value.start, value.stop, value.step)))
+        return ("slice", *(argument_key(entry, of_tensor) for entry in (value.start, value.stop, value.step)))
     return (type(value), value) if isinstance(value, Hashable) else repr(value)
 
 
@@ -129,7 +129,7 @@ def _ratio(first: Structure, other: Structure) -> Tensor | None:
     return ratio.real if ratio.is_complex() else ratio
 
 
-def decoded(ratio: Tensor, count: int) -> Tensor:
+def decode(ratio: Tensor, count: int) -> Tensor:
     """The number behind each ratio, below count; FREE, UNOWNED or JOINED."""
     code = ratio.round()
     whole = ((ratio - code).abs() < CLOSE) & (code >= 0) & (code <= count)
@@ -137,7 +137,7 @@ def decoded(ratio: Tensor, count: int) -> Tensor:
     return torch.where(ratio.isnan(), FREE, torch.where(whole, numbers, JOINED))
 
 
-def compressed(numbers: Tensor, count: int) -> Tensor:
+def compress(numbers: Tensor, count: int) -> Tensor:
     """The numbers with every dimension of size 1 along which they are the same.
 
     An entry without one takes that of the others along a dimension, unless this is the only one left and does not show all.
@@ -163,9 +163,9 @@ def rows_of(codes: Tensor | None, count: int) -> tuple[tuple[int, Tensor | None]
     """((axis, row of each position along it), whether each entry has one); None where rows meet, or there is no tangent."""
     if codes is None:
         return None
-    numbers = decoded(codes, count)
+    numbers = decode(codes, count)
     full = not bool((numbers == FREE).any())
-    numbers = compressed(numbers, count)
+    numbers = compress(numbers, count)
     axes = [axis for axis, size in enumerate(numbers.shape) if size > 1]
     if bool((numbers < FREE).any()) or len(axes) > 1:
         return None
