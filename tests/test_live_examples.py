@@ -35,6 +35,7 @@ class Net(nn.Module):
         self.table = nn.Parameter(torch.randn(2 * TIME, 1))
         self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
         self.body = body
+        self.slope, self.slopes = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(TIME))
 
     def forward(self, x):
         return self.body(self, x)
@@ -52,6 +53,13 @@ def tokens(net, x):
     h = torch.tanh(net.enter(x))
     weights, chosen = net.gate(h.flatten(0, 1)).softmax(-1).max(-1)
     return h, h.flatten(0, 1), weights[:, None], chosen
+
+
+@body
+def slopes_of_channels(net, x):
+    """Along dimension 1, whatever broadcasting says; also as many as there are examples."""
+    h = net.enter(x)
+    return net.leave(F.prelu(F.prelu(F.prelu(h, net.slopes)[:, :BATCH], net.slopes[:BATCH]) - 0.5, net.slope))
 
 
 @body

@@ -66,7 +66,8 @@ pointwise(F.logsigmoid, lambda dx, y, x: dx * torch.sigmoid(-x))
 pointwise(F.softsign, lambda dx, y, x: dx / (1 + torch.abs(x)) ** 2)
 pointwise(F.tanhshrink, lambda dx, y, x: dx * torch.tanh(x) ** 2)
 pointwise(F.prelu, lambda dx, y, x, weight: dx * torch.where(x > 0, 1, along_channels(weight, x)),
-          lambda dw, y, x, weight: along_channels(dw, x) * torch.clamp(x, max=0))  # fmt: skip
+          lambda dw, y, x, weight: along_channels(dw, x) * torch.clamp(x, max=0),
+          elementwise=1)  # fmt: skip
 pointwise(torch.softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch._safe_softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))

@@ -128,14 +128,16 @@ def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = 
         register(function, "linear", apply, fresh=fresh)
 
 
-def pointwise(function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True) -> None:
+def pointwise(
+    function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True, elementwise: int | None = None
+) -> None:
     """Elementwise in its first arguments: dy = Σ partial(dx, y, *arguments).
 
     With one partial it may also be any other function of its first argument alone.
 
     partials: one for each of these arguments; each has the shape of y. Their parameters after y have the names of torch's own
         arguments.
-    fresh: as in `Rule`.
+    fresh, elementwise: as in `Rule`. Default: all of several arguments are broadcast.
     """
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
@@ -146,8 +148,9 @@ def pointwise(function: Callable[..., Any], *partials: Callable[..., Any], fresh
         return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
     parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
-    several = len(partials) if len(partials) > 1 else 0
-    register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh, elementwise=several)
+    if elementwise is None:
+        elementwise = len(partials) if len(partials) > 1 else 0
+    register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh, elementwise=elementwise)
 
 
 def additive(function: Callable[..., Any]) -> None:

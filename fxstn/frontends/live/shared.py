@@ -147,7 +147,9 @@ class SharedOperation:
             if joins and operand.value.numel() > 1:
                 what = f"{operation_name(self.function)} reads weights and a value in which examples meet"
                 raise Unlocated(self.duals.path, what)
-            if self.function in ENTRYWISE or (rule is not None and rule.elementwise):
+            if self.function in ENTRYWISE or (
+                isinstance(position, int) and rule is not None and rule.elementwise > position
+            ):
                 main[operand.path] = self._tangent_rows(tangent, operand, owners, rank)
                 continue
             reads = rule.reads.get(position) if rule is not None and len(operand.path) == 1 else None
