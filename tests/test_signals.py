@@ -19,6 +19,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.lock import NAME, FolderLock
+from fxstn.bilevel.plain import check_readable
 
 
 class Slow(Dataset):
@@ -139,6 +140,37 @@ def test_workers_that_end_at_the_signal_all_the_same_end_the_run_and_leave_its_l
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
     assert len(load_checkpoint(tmp_path / "last.pt")["shared"]["history"]["rows"]) == 1
+
+
+DEATH = "DataLoader worker (pid 1) is killed by signal: Killed."  # torch's words, between any two instructions
+
+
+def test_a_death_of_a_worker_while_a_state_is_checked_is_not_the_states(monkeypatch):
+    def dies(*arguments, **options):
+        raise RuntimeError(DEATH)
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        check_readable({"shared": {"steps": 1}})
+
+
+def fail_at_a_signal(form):
+    """A step in which the signal comes and a worker's death is read, as torch's error or as one that it led to."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        raise RuntimeError(DEATH)
+    except RuntimeError as error:
+        if form == "itself":
+            raise
+        raise TypeError("must return one number") from (error if form == "cause" else None)
+
+
+@pytest.mark.parametrize("form", ["itself", "cause", "context"])
+def test_a_death_of_a_worker_at_the_signal_ends_the_run_whatever_it_became(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    stop = make(tmp_path)._stop
+    with pytest.warns(UserWarning, match="ended at the signal"), pytest.raises(SystemExit), stop.on_signals(True):
+        fail_at_a_signal(form)
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):

@@ -21,6 +21,7 @@ from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.outcome import end_signs
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
+from fxstn.bilevel.workers import is_worker_fault
 from fxstn.ir.errors import ExplainedError
 
 UNCHECKED = 100  # inner steps for which the losses stay on a device that the host would have to wait for
@@ -273,11 +274,11 @@ class Stop:
             for number in before:
                 signal.signal(number, note)
             yield
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+        except Exception as error:
+            if died := is_worker_fault(error):
                 with suppress(RuntimeError):  # of another worker
                     time.sleep(1)  # the signal to this process may come after those to the workers
-            if "DataLoader worker" not in str(error) or self.signal is None:
+            if not died or self.signal is None:
                 raise
             warn_caller("a worker process of a loader ended at the signal, amid a step; what the run saved last stands")
             self.end()

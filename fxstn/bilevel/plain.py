@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel.state import State
+from fxstn.bilevel.workers import is_worker_fault
 
 _EXACT = (bool, int, float, complex, str, type(None))
 _REMEDY = "give a number, a text, a tensor, or a list, tuple or dict of these"
@@ -62,7 +63,9 @@ def _is_readable(value: object) -> bool:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except (pickle.PickleError, TypeError, AttributeError, RuntimeError, ValueError):
+    except (pickle.PickleError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if is_worker_fault(error):
+            raise
         return False
     return True
 

@@ -72,3 +72,15 @@ def batches_of(loader: Iterable[object]) -> Iterator[object]:
         return iter(loader)
     with _workers_survive(loader):
         return iter(loader)
+
+
+def is_worker_fault(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is torch's of a worker process that died.
+
+    torch raises it when the system reports the death: it may come between any two instructions of the main thread.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

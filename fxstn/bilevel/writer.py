@@ -9,6 +9,7 @@ from threading import Thread
 from fxstn.bilevel.checkpoint import save_atomically, save_checkpoint
 from fxstn.bilevel.history import History
 from fxstn.bilevel.state import State
+from fxstn.bilevel.workers import is_worker_fault
 
 
 class BackgroundWriter:
@@ -24,7 +25,9 @@ class BackgroundWriter:
         self._thread = Thread(target=self._run, args=(job,), name="fxstn-writer")
         try:
             self._thread.start()
-        except RuntimeError:  # the system has no thread left
+        except RuntimeError as error:  # the system has no thread left
+            if is_worker_fault(error):
+                raise
             self._thread = None
             self._run(job)
 
