@@ -15,6 +15,8 @@ from benchmarks.fake_cuda import fake_cuda, move
 from benchmarks.launches import Launches
 from fxstn import hp
 from fxstn.ops import pull_back
+from fxstn.ops.response import responses_in
+from fxstn.ops.scaled import row_sums, zero_and_one
 from tests.nets import SmallConv, randomize_response
 
 SPECS = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]
@@ -193,20 +195,25 @@ def test_no_tangent_is_carried_and_what_does_not_respond_gets_no_gradient():
     assert torch.autograd.grad(output.square().sum(), weight, allow_unused=True) == (None,)
 
 
-def test_rows_are_summed_in_one_pass_on_cuda_and_the_sums_are_the_same(monkeypatch):
+def test_rows_are_summed_in_blocks_or_by_one_kernel_and_the_sums_are_the_same(monkeypatch):
     torch.manual_seed(0)
     stn = fxstn.transform(SmallConv().double(), [hp.WeightDecay(shared=True)])
     randomize_response(stn)
     for parameter in stn.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    expected = stn.hypergradient()
-    monkeypatch.setattr(pull_back, "_in_one_pass", lambda a, b: a.dim() > 1)
+    sums = {name: (w.grad * w).flatten(1 if w.dim() > 1 else 0) for name, w in stn.model.named_parameters()}
+    responses = responses_in(stn.response).items()
+    expected = sum(response.U.T @ sums[name].reshape(len(response.U), -1).sum(1) for name, response in responses)
+    for block in (1, 30, pull_back.BLOCK):  # a row at a time, some rows, all rows
+        monkeypatch.setattr(pull_back, "BLOCK", block)
+        torch.testing.assert_close(stn.hypergradient(), expected)
+    by_kernel = lambda a, b: row_sums(a, b, len(a), False, zero_and_one(a))[0]  # noqa: E731
+    monkeypatch.setattr(pull_back, "_row_sums_in_blocks", by_kernel)
     torch.testing.assert_close(stn.hypergradient(), expected)
     with fake_cuda(), (launches := Launches()):
         move(stn)
         for parameter in stn.model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        monkeypatch.undo()
         stn.hypergradient()
     assert "native_group_norm_backward" in launches.seen
     assert not launches.unlike

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -47,11 +47,12 @@ def draws(function: object) -> bool:
     return staging is not None and staging.random
 
 
-def _proxy_in(value: object) -> fx.Proxy | None:
-    if isinstance(value, fx.Proxy):
-        return value
-    if isinstance(value, (tuple, list)):
-        return next((proxy for proxy in map(_proxy_in, value) if proxy is not None), None)
+def _proxy_in(values: Iterable[object]) -> fx.Proxy | None:
+    for value in values:
+        if isinstance(value, fx.Proxy):
+            return value
+        if isinstance(value, (tuple, list)) and (proxy := _proxy_in(value)) is not None:
+            return proxy
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_iter
 
 from fxstn.ir.tangents import BatchAxis, Owners
 
@@ -30,9 +30,11 @@ def lists(value: Any, of: type | tuple[type, ...], length: int | None = None) ->
 
 def batch_size(inputs: object) -> int:
     """Examples in a batch: as many as it lists, or dimension 0 of its first tensor. Raises ValueError where it holds none."""
+    if isinstance(inputs, Tensor) and inputs.dim():
+        return inputs.shape[0]
     if (count := listed_examples(inputs)) is not None:
         return count
-    for leaf in tree_leaves(inputs):
+    for leaf in tree_iter(inputs):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
     raise ValueError("the inputs hold no tensor with a batch dimension")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,8 @@ from fxstn.ir.containers import leaves
 from fxstn.ops.multi_tensor import add_multiples
 from fxstn.ops.precision import as_real, real, wide, widen, without_autocast
 from fxstn.ops.pull_back import Metric, row_products
-from fxstn.ops.response import Response, ResponseTree, responses_in
+from fxstn.ops.response import Response, ResponseTree, parameters_in, responses_in
+from fxstn.ops.scaled import sum_of_outer
 
 
 class _Penalty(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _ScaledPenalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         shares, delta = ctx.saved_tensors
-        return (shares.T @ delta).mul_(grads[0]), None, None, None
+        return sum_of_outer(shares, delta).mul_(grads[0]), None, None, None
 
 
 def penalty(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> Tensor:
@@ -87,14 +88,15 @@ def _directions(weights: Sequence[Tensor], norm: int) -> list[Tensor]:
 Groups = dict[tuple[int, int, torch.dtype], list[str]]  # (index of the strength, norm, type) → names of parameters
 
 
-def groups_of(penalties: Sequence[tuple[str, int, int]], model: nn.Module) -> Groups:
+def groups_of(penalties: Sequence[tuple[str, int, int]], parameters: Mapping[str, nn.Parameter]) -> Groups:
     """The penalised parameters that one multi-tensor operation can take.
 
     penalties: (parameter name, index of its strength, norm) of each.
+    parameters: of the model.
     """
     groups: Groups = {}
     for name, index, norm in penalties:
-        groups.setdefault((index, norm, model.get_parameter(name).dtype), []).append(name)
+        groups.setdefault((index, norm, parameters[name].dtype), []).append(name)
     return groups
 
 
@@ -105,8 +107,9 @@ def add_decay(penalties: Sequence[tuple[str, int, int]], model: nn.Module, stren
     penalties: (parameter name, index of its strength, norm) of each.
     strengths: (h,).
     """
-    for (index, norm, _), names in groups_of(penalties, model).items():
-        if weights := [w for w in map(model.get_parameter, names) if w.requires_grad]:
+    parameters = parameters_in(model)
+    for (index, norm, _), names in groups_of(penalties, parameters).items():
+        if weights := [w for w in map(parameters.__getitem__, names) if w.requires_grad]:
             add_to_gradients(weights, strengths[index], norm)
 
 
@@ -144,14 +147,15 @@ def total_penalty(
     metric: names of parameters → {name: D}, shaped like `as_real` of the weight, of those whose penalty of norm 2 is ½ λ wᵀ D w
         with this diagonal D.
     """
+    parameters = parameters_in(model)
 
     def weight(name: str) -> Tensor:
-        parameter = model.get_parameter(name)
-        return parameter.detach() if constant else parameter
+        return parameters[name].detach() if constant else parameters[name]
 
     responses = {} if delta is None else responses_in(tree)
     terms: list[Tensor] = []
-    for (index, norm, _), names in groups_of([one for one in penalties if one[0] not in responses], model).items():
+    others = [one for one in penalties if one[0] not in responses]
+    for (index, norm, _), names in groups_of(others, parameters).items():
         weights = [weight(name) for name in names]
         if norm == 2 and metric is not None and (diagonals := metric(names)):
             shown = zip(names, as_real(weights), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -64,6 +65,11 @@ class ResponseTree(WideModule):
         super().__init__()
         self.flat_U, self.flat_sizes = nn.Parameter(flat_U), tuple(flat_sizes)
 
+    @cached_property
+    def flat_responses(self) -> list[tuple[str, Response]]:
+        """(parameter name, its response) of all, once the tree is whole."""
+        return [(name, child) for name, child in self.named_modules() if isinstance(child, Response)]
+
     def forward(self, delta: Tensor) -> tuple[Tensor, ...]:
         """Scales U δ of each block, by one product: (n,) for delta (h,), (batch, n) for (batch, h)."""
         return self.flat_scales(delta).split(self.flat_sizes, -1)
@@ -75,7 +81,13 @@ class ResponseTree(WideModule):
 
 def responses_in(tree: nn.Module) -> dict[str, Response]:
     """{parameter name: its response} of a ResponseTree. Parameters that are not trained are left out."""
-    return {name: child for name, child in tree.named_modules() if isinstance(child, Response) and child.active}
+    assert isinstance(tree, ResponseTree)
+    return {name: response for name, response in tree.flat_responses if response.active}
+
+
+def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter}, with each name of a shared one: one walk, where many are looked up in a step."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
@@ -90,8 +102,8 @@ def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
 
 def responding(tree: nn.Module, model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: w} of the parameters that respond and are trained."""
-    parameters = {name: model.get_parameter(name) for name in responses_in(tree)}
-    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    parameters = parameters_in(model)
+    return {name: parameters[name] for name in responses_in(tree) if parameters[name].requires_grad}
 
 
 @contextmanager
@@ -114,9 +126,9 @@ def parameter_changes(tree: nn.Module, model: nn.Module, delta: Tensor) -> dict[
     tree: a ResponseTree, over the names of the model's parameters.
     delta: (h,).
     """
-    responses = responses_in(tree)
+    responses, parameters = responses_in(tree), parameters_in(model)
     return {
-        name: materialised(scale, widen(responses[name].direction(model.get_parameter(name))), responses[name].axis)
+        name: materialised(scale, widen(responses[name].direction(parameters[name])), responses[name].axis)
         for name, scale in row_scales(tree, delta).items()
     }
 

@@ -156,13 +156,21 @@ class _ScalesAndShifts(torch.autograd.Function):
         parts = [torch.cat([whole[block] for block in group], -1).to(moves.dtype) for group in ctx.groups if group]
         grad = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         of_delta = grad @ moves if ctx.needs_input_grad[1] else None
-        of_scales = (grad.T @ delta if grad.dim() > 1 else torch.outer(grad, delta)).mul_(factor)
+        of_scales = (sum_of_outer(grad, delta) if grad.dim() > 1 else torch.outer(grad, delta)).mul_(factor)
         order = [block for group in ctx.groups for block in group]
         blocks = dict(zip(order, of_scales.split([ctx.sizes[block] for block in order]), strict=True))
         torch._foreach_sub_(*([blocks[pair[side]] for pair in ctx.pairs] for side in (0, 1)))
         if order != sorted(order):
             of_scales = torch.cat([blocks[block] for block in sorted(order)])
         return of_scales, of_delta, *[None] * (4 + len(ctx.pairs))
+
+
+def sum_of_outer(rows: Tensor, delta: Tensor) -> Tensor:
+    """Σ_i r_i ⊗ δ_i, (N, h), of rows r (batch, N) and δ (batch, h).
+
+    With a few columns, a library for CPUs takes a fourth of the time for the transpose.
+    """
+    return rows.T @ delta if rows.is_cuda else (delta.T @ rows).T.contiguous()
 
 
 def channel_sums(
