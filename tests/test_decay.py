@@ -176,10 +176,10 @@ def test_a_run_steps_along_the_gradient_of_its_penalties(accumulate: int) -> Non
     )  # fmt: skip
     (row,) = runner.fit(1).rows
     loss = torch.stack([nn.functional.cross_entropy(plain(part), y) for part, y in loader]).mean()
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-6)  # without weight decay, as an optimizer's own
     loss = loss + 0.04 * sum(plain[i].weight.square().sum() for i in (0, 2, 5))
     loss = loss + 0.02 * sum(plain[i].weight.abs().sum() for i in (2, 5))
     loss.backward()
-    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
     for (name, expected), weight in zip(plain.named_parameters(), stn.model.parameters(), strict=True):
         stepped = expected.detach() - 0.5 * expected.grad
         torch.testing.assert_close(weight.detach(), stepped, rtol=1e-5, atol=1e-6, msg=name)

@@ -122,6 +122,8 @@ class History:
 
     Columns: epoch (from 1), train_loss, response_loss, clean_train_loss (valid_loss on training batches), valid_loss, one for
     each metric, one for each hyperparameter, "scale:NAME" (its σ, where it has one), the problem's diagnostics, seconds.
+    train_loss is that of the steps, under dropout and augmentation. As in a loop with an optimizer's own weight decay, that is
+    not part of it; response_loss has it, for its gradient in Θ.
     """
 
     def __init__(

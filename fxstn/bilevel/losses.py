@@ -153,7 +153,7 @@ def general_loss(
 ) -> Loss:  # fmt: skip
     """`fxstn.general_loss`, with what it is a mean over.
 
-    decays: whether weight decay has a gradient. Where it has not, `add_decay` of the network adds it.
+    decays: whether weight decay is in the loss. Where it is not, `add_decay` of the problem adds its gradient.
     """
     _check_network(stn)
     if stn.method == "stn":
@@ -240,8 +240,7 @@ class _TrainingLoss:
             target = spec.retarget(target, output, value)
         hparams = stn.hparams.named(strengths.expand(batch_size(self.inputs), -1)) if self.reads else None
         loss = evaluate_loss(self.loss_fn, output, self.inputs, target, hparams, self.reads)
-        with torch.set_grad_enabled(self.decays and torch.is_grad_enabled()):
-            penalties = [stn.penalty(self.epsilon)]
+        penalties = [stn.penalty(self.epsilon)] if self.decays else []
         penalties += [spec.penalty(value) for spec, value in zip(stn.terms.auxiliary, auxiliary, strict=True)]
         for index, projections in stn.terms.jacobian:
             penalties.append((strengths[..., index] * squared_jacobian(output, self.inputs, projections)).mean())

@@ -97,7 +97,7 @@ class BilevelProblem(nn.Module):
         return torch.full_like(unconstrained, 0.5)
 
     def add_decay(self) -> None:
-        """Add to the gradients of w₀ those of weight decay that general_loss has only the value of, once in a step.
+        """Add to the gradients of w₀ those of weight decay that general_loss leaves out, once in a step.
 
         The gradients have their true size, and are the same in all processes.
         """
