@@ -97,6 +97,20 @@ def test_ranks_are_those_by_hand():
     assert report.lowest(entries, found, "time") == Entry("ours", True)
 
 
+def test_an_entry_with_fewer_seeds_is_compared_on_those_that_it_has():
+    found = fixture()["tiny"]
+    found["time cpr recipe 1"] = found["time plain recipe 1"] | {
+        "test": 0.45
+    }  # above ours at seed 0, and no loss there
+    del found["time cpr recipe 1"]["refit"]
+    entries = [Entry(name, refit) for name in ("plain", "recipe", "ours") for refit in (False, True)]
+    ranks = report.ranks([*entries, Entry("cpr", False)], found, "time")
+    # Against it, at seed 1: 0.7, 0.62, 0.5, 0.5 and 0.6 are higher, 0.41 is lower.
+    assert list(ranks.values()) == [7, 6, 4, 3.25, 4.75, 1, 2]
+    found["time cpr recipe 1"]["test"] = 0.40
+    assert report.lowest([*entries, Entry("cpr", False)], found, "time") == Entry("cpr", False)
+
+
 def test_within_the_spread_means_by_at_most_the_deviation_of_the_paired_difference():
     assert report.difference({0: 1.0, 1: 2.0}, {0: 0.9, 1: 1.6}) == pytest.approx((0.25, math.sqrt(0.045)))
     assert not report.within({0: 1.0, 1: 2.0}, {0: 0.9, 1: 1.6})

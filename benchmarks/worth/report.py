@@ -81,23 +81,32 @@ def within(losses: Losses, others: Losses) -> bool:
 
 
 def lowest(entries: Sequence[Entry], results: Mapping[str, Cell], reading: str) -> Entry | None:
-    """The entry with the lowest mean test loss, of those with the most seeds."""
+    """The entry with the lowest test loss, each less the mean of the entries that have every seed, at the same seed."""
     found = {entry: losses for entry in entries if (losses := entry.losses(results, reading))}
     most = max(map(len, found.values()), default=0)
-    means = {entry: statistics.mean(losses.values()) for entry, losses in found.items() if len(losses) == most}
+    whole = [losses for losses in found.values() if len(losses) == most]
+    level = {seed: statistics.mean(losses[seed] for losses in whole) for seed in (whole[0] if whole else {})}
+    means = {entry: difference(losses, level)[0] for entry, losses in found.items()}
     return min(means, key=means.__getitem__, default=None)
 
 
 def ranks(entries: Sequence[Entry], results: Mapping[str, Cell], reading: str) -> dict[Entry, float]:
-    """{entry: its rank by test loss, mean over the seeds that it has}; 1 is the lowest, equal losses share their ranks."""
-    by_entry = {entry: entry.losses(results, reading) for entry in entries}
-    sums: dict[Entry, list[float]] = {}
-    for seed in sorted({seed for losses in by_entry.values() for seed in losses}):
-        here = {entry: losses[seed] for entry, losses in by_entry.items() if seed in losses}
-        for entry, loss in here.items():
-            below, equal = sum(other < loss for other in here.values()), sum(other == loss for other in here.values())
-            sums.setdefault(entry, []).append(below + (equal + 1) / 2)
-    return {entry: statistics.mean(values) for entry, values in sums.items()}
+    """{entry: its rank by test loss}: 1, and the share of seeds in which another is lower, for each other entry.
+
+    Each two are compared on the seeds that both have, so that the number of entries does not depend on the seed. Equal losses
+    share a rank. With the same seeds everywhere it is the mean rank.
+    """
+    by_entry = {entry: losses for entry in entries if (losses := entry.losses(results, reading))}
+    return {
+        entry: 1 + sum(_share_below(losses, own) for other, losses in by_entry.items() if other != entry)
+        for entry, own in by_entry.items()
+    }
+
+
+def _share_below(losses: Losses, others: Losses) -> float:
+    """The share of common seeds in which the first is lower; an equal loss is half a seed. Zero without a common seed."""
+    pairs = [(losses[seed], others[seed]) for seed in losses if seed in others]
+    return statistics.mean((a < b) + (a == b) / 2 for a, b in pairs) if pairs else 0.0
 
 
 def mean_and_error(values: Sequence[float], digits: int = 1) -> str:
