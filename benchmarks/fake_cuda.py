@@ -19,13 +19,20 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+NEEDS = (2, 14)  # torch 2.9 has no fake kernels for some of the operators, and aborts without a driver
 ATTENTION = F.scaled_dot_product_attention
 Gradients = dict[Any, dict[int, Tensor]]  # {operation: {number of its result: gradient}}
 
 
+class OldTorch(RuntimeError):
+    """This torch cannot rehearse CUDA."""
+
+
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Inside, tensors are fake ones, and "cuda" is a present device with one GPU, as far as Python asks."""
+    """Inside, tensors are fake ones, and "cuda" is a present device with one GPU, as far as Python asks. Raises OldTorch."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < NEEDS:
+        raise OldTorch(f"fake CUDA tensors need torch {'.'.join(map(str, NEEDS))}; this is {torch.__version__}")
     with ExitStack() as stack:
         for target, value in {
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,

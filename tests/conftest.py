@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from benchmarks.fake_cuda import OldTorch
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
 
@@ -12,6 +14,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """Skip, with the reason, what an old torch cannot rehearse."""
+    try:
+        return (yield)
+    except OldTorch as error:
+        pytest.skip(str(error))
 
 
 def pytest_collection_modifyitems(items):
