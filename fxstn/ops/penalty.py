@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.containers import leaves
 from fxstn.ops.multi_tensor import add_multiples
+from fxstn.ops.penalty_rows import parts_without_conflict, penalty_of_rows
 from fxstn.ops.precision import as_real, real, wide, widen, without_autocast
-from fxstn.ops.pull_back import Metric, row_products
-from fxstn.ops.response import Response, ResponseTree, parameters_in, responses_in
-from fxstn.ops.scaled import sum_of_outer
+from fxstn.ops.pull_back import Metric
+from fxstn.ops.response import ResponseTree, parameters_in, responses_in
 
 
 class _Penalty(torch.autograd.Function):
@@ -38,26 +35,6 @@ class _Penalty(torch.autograd.Function):
         strength, size, *weights = ctx.saved_tensors
         of_strength = gradient * size if ctx.needs_input_grad[0] else None
         return of_strength, None, *penalty_gradients(weights, gradient * strength, ctx.norm)
-
-
-class _ScaledPenalty(torch.autograd.Function):
-    """½ mean_i λ_i Σ_r q_r (1 + U_r δ_i)², with its gradient mean_i λ_i q_r (1 + U_r δ_i) δ_i in U_r."""
-
-    @staticmethod
-    def forward(ctx: Any, flat_U: Tensor, squares: Tensor, strengths: Tensor, delta: Tensor) -> Tensor:
-        """flat_U: (N, h). squares: q, (N,). strengths: λ, () or (batch,). delta: (h,) or (batch, h)."""
-        delta = delta.to(flat_U.dtype).reshape(-1, delta.shape[-1])
-        factors = torch.nn.functional.linear(delta, flat_U).add_(1)
-        shares = (strengths.to(flat_U.dtype).reshape(-1, 1) / len(delta)) * squares
-        shares.mul_(factors)
-        ctx.save_for_backward(shares, delta)
-        return 0.5 * torch.dot(shares.flatten(), factors.flatten())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        shares, delta = ctx.saved_tensors
-        return sum_of_outer(shares, delta).mul_(grads[0]), None, None, None
 
 
 def penalty(weights: Sequence[Tensor], strength: Tensor, norm: int = 2) -> Tensor:
@@ -163,76 +140,11 @@ def total_penalty(
         terms.append(penalty(weights, strengths[index] if strengths.dim() == 1 else strengths[:, index].mean(), norm))
     if delta is not None and responses:
         assert isinstance(tree, ResponseTree)
-        for part in _without_conflict([one for one in penalties if one[0] in responses], responses):
+        for part in parts_without_conflict([one for one in penalties if one[0] in responses], responses):
             own = {name: weight(name) for name in part.names}
             with without_autocast(delta.device.type):
-                terms.append(_penalty_of_rows(part, own, tree, strengths, delta, metric))
+                terms.append(penalty_of_rows(part, own, tree, strengths, delta, metric))
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
-
-
-@dataclass
-class _Part:
-    """Penalties of one norm, such that all parameters that share a block of scales have one strength.
-
-    indices: {block: index of its strength}.
-    """
-
-    norm: int
-    names: list[str] = field(default_factory=list)
-    indices: dict[int, int] = field(default_factory=dict)
-
-
-def _without_conflict(penalties: Sequence[tuple[str, int, int]], responses: dict[str, Response]) -> list[_Part]:
-    parts: list[_Part] = []
-    for name, index, norm in penalties:
-        block = responses[name].block
-        free = (p for p in parts if p.norm == norm and name not in p.names and p.indices.get(block, index) == index)
-        if (part := next(free, None)) is None:
-            parts.append(part := _Part(norm))
-        part.names.append(name)
-        part.indices[block] = index
-    return parts
-
-
-def _penalty_of_rows(
-    part: _Part,
-    weights: dict[str, Tensor],
-    tree: nn.Module,
-    strengths: Tensor,
-    delta: Tensor,
-    metric: Metric | None,
-) -> Tensor:
-    """Mean over the batch of the penalties at w + s_i ⊙row R, from sums over rows.
-
-    Norm 2 uses ‖W_r + s_r R_r‖² = ‖W_r‖² + 2 s_r ⟨W_r, R_r⟩ + s_r² ‖R_r‖² per row r, with D in each product where there is
-    one. Norm 1 is linearised at w, which is exact until an entry changes its sign: ‖W_r‖₁ + s_r ⟨sign W_r, R_r⟩.
-
-    weights: {parameter name: w}.
-    strengths, delta: (h,) or (batch, h).
-    """
-    assert isinstance(tree, ResponseTree)
-    responses = {name: response for name, response in responses_in(tree).items() if name in weights}
-    sums = partial(row_products, tree, metric=metric if part.norm == 2 else None)
-    left = {name: w.sgn() for name, w in weights.items()} if part.norm == 1 else weights
-    own = sums(left, weights)
-    scaled = all(response.R is None for response in responses.values())  # R is w
-    indices = set(part.indices.values())
-    if scaled and part.norm == 2 and len(indices) == 1 and not (own.requires_grad or delta.requires_grad):
-        result: Tensor = _ScaledPenalty.apply(tree.flat_U, own, strengths[..., indices.pop()], delta)
-        return result
-    scales = tree.flat_scales(delta)
-    if scaled:
-        rows = own * (1 + scales) if part.norm == 1 else 0.5 * own * (1 + scales).square()
-    else:
-        directions = {name: response.direction(weights[name]) for name, response in responses.items()}
-        change = scales * sums(left, directions)
-        if part.norm == 2:
-            change = change + 0.5 * scales.square() * sums(directions, directions)
-        rows = own / part.norm + change
-    each = [strengths[..., part.indices.get(block, 0), None] for block in range(len(tree.flat_sizes))]
-    sizes = tree.flat_sizes
-    strength = torch.cat([one.expand(*one.shape[:-1], n) for one, n in zip(each, sizes, strict=True)], -1)
-    return (strength.to(rows.dtype) * rows).sum(-1).mean()
 
 
 def twice_differentiable(needed: bool) -> AbstractContextManager[None]:

@@ -104,7 +104,7 @@ class _ScaledTangent(torch.autograd.Function):
         return torch.add(tangent, shift).addcmul_(output, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         output, scale, ends = ctx.saved_tensors
         grad, (of_tangent, of_output, of_scale, of_shift, _) = grads[0], ctx.needs_input_grad
         products = sums = None
@@ -149,7 +149,7 @@ class _ScalesAndShifts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         delta, moves, factor = ctx.saved_tensors
         shape = delta.shape[:-1]
         whole = [delta.new_zeros(*shape, size) if g is None else g for g, size in zip(grads, ctx.sizes, strict=True)]
