@@ -24,7 +24,7 @@ from benchmarks.overhead import RESULTS
 from examples.language_model import LanguageModel, cross_entropy, specs
 from fxstn import CarriedState
 from fxstn.bilevel.optim import SettlingAdam
-from fxstn.bilevel.updates import adam
+from fxstn.bilevel.optimizers import adam
 from fxstn.ops.noise import locked_mask, weight_mask, word_mask
 from fxstn.tools.measure import step_times
 

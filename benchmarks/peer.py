@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.overhead import RESULTS
-from fxstn.bilevel.updates import sgd
+from fxstn.bilevel.optimizers import sgd
 from fxstn.tools.bench import Steps, environment, variants
 from fxstn.tools.measure import step_times
 from fxstn.tools.workloads import TRAIN_STEPS, Setup

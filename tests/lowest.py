@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+WITH_THEM = ("pyparsing<3.3",)  # newer ones warn inside of the lowest matplotlib
 APART = ("accelerate", "transformers", "lightning")  # extras of frameworks: tests/oldest.txt has their lowest versions
 
 
@@ -29,4 +30,4 @@ def lowest(requirement: str) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(map(lowest, requirements())))
+    print("\n".join([*map(lowest, requirements()), *WITH_THEM]))

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler as lr
 import fxstn
 from fxstn.bilevel import evidence, optim
 from fxstn.bilevel.optim import CAUTION, SettlingAdam, set_gap
+from fxstn.bilevel.optimizers import adam, sgd
 from fxstn.bilevel.updates import Updates
 
 # Parts
@@ -535,3 +536,16 @@ def test_without_a_position_no_number_is_near_an_end():
             optimizer.step()
         steps.append(x.item() - start)
     assert steps[0] == pytest.approx(steps[1], rel=1e-6) != 0
+
+
+# The defaults of a run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("default", [sgd, adam])
+def test_a_default_moves_every_entry_of_whatever_type(default, dtype):
+    """Of as many entries as torch 2.9's fused SGD for half precision leaves alone on the CPU."""
+    weight = torch.nn.Parameter(torch.zeros(96, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    default([weight]).step()
+    torch.testing.assert_close(weight.detach().double(), torch.full((96,), -0.01).double(), rtol=1e-2, atol=0)

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, SparseAdam
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.combined import CombinedOptimizer
+from fxstn.ops.multi_tensor import clip_gradients
 
 WORDS, TARGET = torch.randint(0, 20, (16, 4), generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 BATCHES = [(WORDS[i : i + 4], TARGET[i : i + 4]) for i in range(0, 16, 4)]
@@ -141,3 +142,17 @@ def test_several_optimizers_are_stepped_scheduled_and_restored_as_one():
 def test_a_list_of_optimizers_is_checked(optimizer, error, message):
     with pytest.raises(error, match=message):
         runner_of(transformed(net()), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("most", [0.3, 1e3])
+def test_sparse_and_dense_gradients_are_clipped_as_the_dense_ones(most):
+    table, layer = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)
+    layer(table(torch.tensor([1, 2, 2, 7]))).square().sum().backward()
+    dense = [nn.Parameter(w.detach().clone()) for w in (table.weight, layer.weight)]
+    for other, weight in zip(dense, (table.weight, layer.weight), strict=True):
+        other.grad = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad.clone()
+    nn.utils.clip_grad_norm_(dense, most)
+    clip_gradients([table.weight, layer.weight], most)
+    assert table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad.to_dense(), dense[0].grad)
+    torch.testing.assert_close(layer.weight.grad, dense[1].grad)

@@ -20,6 +20,7 @@ from fxstn.bilevel.files import absolute, json_text, write_text
 from fxstn.bilevel.history import History, Schedule
 from fxstn.bilevel.initial import OnLosses, Stretched, of_weights
 from fxstn.bilevel.lock import FolderLock
+from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.records import Scheduler
 from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_settings import Settings, SettingsDict
@@ -28,7 +29,6 @@ from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.temporary import trained_apart
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.updates import OptimizerLike
 from fxstn.ir.input_errors import is_number
 
 RECIPE_FILE = "refit.json"

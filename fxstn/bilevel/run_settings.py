@@ -15,6 +15,7 @@ from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checks import check_settings, check_windows, plain_number
 from fxstn.bilevel.history import Row, Schedule
 from fxstn.bilevel.losses import LossFunction
+from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.sequences import InitialState
 from fxstn.bilevel.settings import (
@@ -27,7 +28,7 @@ from fxstn.bilevel.settings import (
     check_keywords,
 )
 from fxstn.bilevel.totals import Metrics
-from fxstn.bilevel.updates import OptimizerLike, SchedulerFactories
+from fxstn.bilevel.updates import SchedulerFactories
 
 Columns = dict[str, Callable[[Row], SupportsFloat]]
 Callback = Callable[..., object]  # gets the runner

@@ -21,6 +21,7 @@ from fxstn.bilevel.initial import checked_factory, without_state
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import as_problem
+from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import EpochBar, progress_bar
 from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch
@@ -30,7 +31,6 @@ from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.updates import OptimizerLike
 from fxstn.bilevel.validation import validation_stream
 from fxstn.network import SelfTuningNetwork
 

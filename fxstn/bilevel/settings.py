@@ -13,7 +13,7 @@ import torch
 
 from fxstn.bilevel.checks import check_settings, plain_number
 from fxstn.bilevel.losses import PerturbMode
-from fxstn.bilevel.updates import OptimizerLike, rmsprop
+from fxstn.bilevel.optimizers import OptimizerLike, rmsprop
 from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY
 
 

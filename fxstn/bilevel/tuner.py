@@ -21,6 +21,7 @@ from fxstn.bilevel.evaluation import Evaluator, RecentBatches
 from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
 from fxstn.bilevel.history import SCALE, History, Row
 from fxstn.bilevel.optim import generalisation_gap
+from fxstn.bilevel.optimizers import OptimizerLike, build_optimizers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.running_means import RunningMeans
@@ -29,7 +30,7 @@ from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.bilevel.totals import one_number
-from fxstn.bilevel.updates import OptimizerLike, Updates, build_optimizers
+from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
@@ -52,14 +53,12 @@ def build_updates(
     Warns where weight decay is tuned and also set in an optimizer. Raises ValueError where float16 autocast would have to scale
     gradients that are in float16 themselves.
     """
-    choices: dict[str, OptimizerLike] = {
-        "optimizer": settings.optimizer,
+    choices: dict[str, OptimizerLike] = {"optimizer": settings.optimizer} if weights else {}
+    choices |= {
         "response.optimizer": settings.response.optimizer,
         "hyper.optimizer": settings.hyper.optimizer,
         "hyper.scale_optimizer": settings.hyper.scale_optimizer,
     }
-    if not weights:
-        del choices["optimizer"]
     optimizers = build_optimizers(problem, choices, network is not None and network.structured)
     for name in ("optimizer", "response.optimizer"):
         groups = optimizers[name].param_groups if name in optimizers else []

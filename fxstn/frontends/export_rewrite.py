@@ -202,7 +202,7 @@ class _Rewriter:
         for inner in body.graph.nodes:
             if inner.op not in ("placeholder", "output"):
                 self._visit(inner)
-        results = self._value(next(reversed(body.graph.nodes)).args[0], scope)
+        results = self._value(body.graph.output_node().args[0], scope)
         self.values[node] = [self._detached(value, scope) if first == 1 else value for value in results]
 
     def _detached(self, value: Argument, scope: Scope) -> Argument:

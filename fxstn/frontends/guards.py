@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from torch._library.autograd import make_autograd_impl
 from fxstn.frontends.conditioned import original_forwards
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
-from fxstn.frontends.module_state import module_state, restore
+from fxstn.frontends.module_state import ModuleState, module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
@@ -135,12 +136,28 @@ def guarded_capture(
     regions, custom autograd functions, random draws in Python, attributes that the forward assigns, scripted modules; and in
     place of whatever else is raised inside.
     """
-    with mode_of(model, training, frozen), _errors_explained(tool, unsupported), _nothing_changed(model):
+    with mode_of(model, training, frozen), _errors_explained(tool, unsupported), _hooks_kept(), _nothing_changed(model):
         refuse_scripted(model)
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
         with _operations_noticed(unsupported, full_precision), no_layer_skipped(model):
             yield
+
+
+@contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """Afterwards modules register buffers, parameters and children as before: some versions of torch.export that fail leave
+    hooks, by which every later assignment of a buffer fails."""
+    tables = [
+        getattr(nn.modules.module, f"_global_{kind}_registration_hooks") for kind in ("buffer", "module", "parameter")
+    ]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.clear()
+            table.update(own)
 
 
 @contextmanager
@@ -174,19 +191,28 @@ def _operations_noticed(unsupported: ProblemCollector, full_precision: Callable[
         yield
 
 
+def _refuse_assigned(before: ModuleState) -> None:
+    if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
+        what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
+        remedy = "return the value, or keep it outside of the model"
+        if assigned[0].startswith("_tensor_constant"):
+            what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
+        raise UnsupportedError("", what, remedy)
+
+
 @contextmanager
 def _nothing_changed(model: nn.Module) -> Iterator[None]:
     """Raises UnsupportedError where the forward assigned attributes or drew random numbers in Python. What it assigned is
     undone."""
     before, generators = module_state(model), _generators()
     try:
-        yield
-        if assigned := sorted(set(restore(before)) - {"_tensor_constants"}):
-            what = f"the forward assigns {', '.join(map(repr, assigned))}, which a traced graph would lose,"
-            remedy = "return the value, or keep it outside of the model"
-            if assigned[0].startswith("_tensor_constant"):
-                what, remedy = "a tensor that is no attribute of the model", "register it as a buffer"
-            raise UnsupportedError("", what, remedy)
+        try:
+            yield
+        except ValueError as error:  # older versions of torch.export look themselves
+            if re.search("attrs were created in the model.forward|Node arity mismatch", str(error)):
+                _refuse_assigned(before)
+            raise
+        _refuse_assigned(before)
         if _generators()[: len(generators)] != generators:  # a device may have come into use meanwhile
             what = "a random draw in Python, which a traced graph would freeze,"
             raise UnsupportedError("", what, "draw it with torch, from the input")

@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from fxstn.bilevel.combined import CombinedOptimizer
 from fxstn.bilevel.initial import without_state
 from fxstn.bilevel.network_problem import NetworkProblem
+from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.records import options_of
 from fxstn.bilevel.refit import Refittable
 from fxstn.bilevel.runner import BilevelRunner
 from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.state import State
 from fxstn.bilevel.tuner import Tuner
-from fxstn.bilevel.updates import OptimizerLike
 from fxstn.frontends.conditioned import original_forwards
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.observed import unobserved

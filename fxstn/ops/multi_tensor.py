@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)  # types for which a rate in float32 is precise enough
 
@@ -44,3 +44,24 @@ def _fusible(tensors: Sequence[Tensor], half: int) -> bool:
 def _is_dense(x: Tensor) -> bool:
     """Whether the entries lie next to each other, in whatever order."""
     return not x.numel() or x.numel() == 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
+    """torch's clip_grad_norm_, which older versions of torch lack for sparse gradients.
+
+    most: > 0, the Euclidean norm of all gradients together above which they are scaled down to it.
+    """
+    parameters = list(parameters)
+    if not any(w.grad is not None and w.grad.is_sparse for w in parameters):
+        nn.utils.clip_grad_norm_(parameters, most)
+        return
+    entries = []
+    for weight in parameters:
+        if weight.grad is not None and weight.grad.is_sparse:
+            weight.grad = weight.grad.coalesce()
+        if weight.grad is not None:
+            entries.append(weight.grad._values() if weight.grad.is_sparse else weight.grad)
+    factor = (most / (nn.utils.get_total_norm(entries) + 1e-6)).clamp(max=1.0)
+    for values in entries:
+        values.mul_(factor.to(values.device))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from fxstn import hp
 from fxstn.bilevel.cadence import steps_of_run
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.updates import adam, sgd
+from fxstn.bilevel.optimizers import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.copies import deep_copy

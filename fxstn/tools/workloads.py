@@ -15,7 +15,7 @@ from fxstn import hp
 from fxstn.bilevel.batches import to_device
 from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
-from fxstn.bilevel.updates import sgd
+from fxstn.bilevel.optimizers import sgd
 from fxstn.tools.models import build_model
 from fxstn.transform import transform
 
