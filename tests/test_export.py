@@ -502,6 +502,17 @@ def test_what_the_graph_would_lose_is_refused(name):
     assert set(vars(net)) == set(vars(Body(body)))
 
 
+def test_an_export_that_fails_leaves_no_hook_behind_by_which_a_buffer_could_not_be_assigned(monkeypatch):
+    def fails(*arguments, **options):
+        nn.modules.module.register_module_buffer_registration_hook(lambda *_: pytest.fail("a hook of the export"))
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(fxstn.TransformError, match="cannot"):
+        fxstn.transform(nn.Linear(6, 3), SCALAR, example_inputs=torch.randn(4, 6), trace="export")
+    assert nn.BatchNorm1d(3).running_mean is not None
+
+
 def test_hooks_are_refused():
     net = MODELS["dropped"]()
     net.stem[0].register_forward_hook(lambda *_: None)
