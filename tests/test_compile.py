@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import make, without_times
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -107,3 +108,28 @@ def test_cuda_graphs_are_the_default_on_a_gpu_alone():
     assert fxstn.ExecutionSettings(compile=True).compile_options(cpu) == {}
     assert fxstn.ExecutionSettings(compile={"backend": "eager"}).compile_options(cuda) == {"backend": "eager"}
     assert fxstn.ExecutionSettings().compile_options(cuda) is None
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.dropout, self.out = kind(4, 6, batch_first=True), nn.Dropout(0.2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.dropout(self.rnn(x)[0].mean(1)))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN, nn.LSTM])
+def test_a_compiled_response_step_of_a_recurrent_layer_has_the_gradient_of_the_plain_one(kind):
+    stn = fxstn.transform(Recurrent(kind))
+    nn.init.normal_(stn.response.flat_U)
+    x, target, epsilon = torch.randn(6, 5, 4), torch.arange(6) % 3, torch.randn(6, len(stn.hparams))
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            stn.compile(backend="aot_eager")
+        torch.manual_seed(0)
+        loss = fxstn.response_loss(stn, F.cross_entropy, x, target, perturb=epsilon)
+        gradients.append(torch.autograd.grad(loss, stn.response.flat_U)[0])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0

@@ -173,3 +173,27 @@ def test_required_names_are_checked_at_transform():
         fxstn.transform(
             nn.Sequential(nn.Linear(3, 3)).get_submodule("0"), DROPOUT, example_inputs=(torch.ones(2, 3),) * 2
         )
+
+
+class GraphNetwork(nn.Module):
+    """Nodes are the examples of a batch, which is one graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.dropout, self.out = nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, nodes, edges):
+        return self.out(self.dropout(torch.relu(torch.mm(edges, self.hidden(nodes)))))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_graph_of_more_nodes_than_diagnostics_take_is_a_batch_as_a_whole(sparse):
+    edges = torch.eye(42).to_sparse() if sparse else torch.eye(42)
+    batches = [((torch.randn(42, 6), edges), torch.randint(3, (42,)))] * 2
+    stn = fxstn.transform(GraphNetwork())
+    (row,) = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches[:1], progress=False).fit(1).rows
+    assert 0 <= row["linearization_error"] <= 1
+    network = GraphNetwork()
+    tuner = fxstn.tune(network, torch.optim.SGD(network.parameters(), 0.1), F.cross_entropy, batches, batches[:1])
+    F.cross_entropy(network(*batches[0][0]), batches[0][1]).backward()
+    assert set(tuner.values()) == {"dropout"}

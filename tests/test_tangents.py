@@ -538,3 +538,36 @@ def test_the_gradient_of_the_scales_of_a_map_reads_it_once():
             backward(loss)
     assert launches.seen["native_group_norm_backward"] == launches.seen["mul"] == 1  # the product is of the bias
     assert not launches.unlike
+
+
+NORMS = {
+    "layer norm over 3": lambda: nn.LayerNorm((4, 3, 3)),
+    "layer norm over 2": lambda: nn.LayerNorm((3, 3)),
+    "without a bias": lambda: nn.LayerNorm((4, 3, 3), bias=False),
+    "rms norm over 3": lambda: nn.RMSNorm((4, 3, 3)),
+    "rms norm over 1": lambda: nn.RMSNorm(3),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+@pytest.mark.parametrize("name", NORMS)
+def test_weights_of_norms_of_any_shape_respond_and_the_tangent_is_a_central_difference(name, trace):
+    """With the response that is the default, for one δ and for one per example."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), NORMS[name](), nn.Tanh(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(36, 2))
+    net, x = net.double().eval(), torch.randn(5, 2, 5, 5).double()
+    nn.init.normal_(net[1].weight)
+    stn = fxstn.transform(net, example_inputs=x, trace=trace).eval()
+    assert len(stn.response.flat_responses) == len(list(net.parameters()))
+    nn.init.normal_(stn.response.flat_U)
+    delta = torch.randn(5, len(stn.hparams)).double()
+    rows = []
+    for one in delta:
+        moved = lambda step, one=one: functional_call(net, stn.best_response(step * one), (x,))  # noqa: E731
+        difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        _, tangent = stn.pushforward(x, delta=one)
+        torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
+        rows.append(tangent)
+    _, tangent = stn.pushforward(x, delta=delta)
+    torch.testing.assert_close(tangent, torch.stack([row[i] for i, row in enumerate(rows)]), rtol=1e-9, atol=1e-9)

@@ -135,9 +135,10 @@ def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
 
 def parts_of(batch: Any, size: int) -> list[Any]:
     """A batch in parts of about `size` examples; the batch itself where it is no larger, or where its examples are not
-    rows of tensors that torch's functions on structures find (an object of somebody else's)."""
+    rows of tensors that torch's functions on structures find (an object of somebody else's), or of sparse ones (a graph)."""
     batch = as_dict(batch)
-    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or any(tensor.layout is not torch.strided for tensor in tensors):
         return [batch]
     examples = batch_size(batch)
     count = max(1, round(examples / size))

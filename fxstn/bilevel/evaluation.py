@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.batches import Batch, BatchPreparer
+from fxstn.bilevel.batches import Batch, BatchPreparer, first_part
 from fxstn.bilevel.counts import IGNORED, as_loss
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.problem import BilevelProblem
@@ -24,7 +24,10 @@ from fxstn.bilevel.state import State, on_device
 from fxstn.bilevel.temporary import WeightAverages, in_eval_mode
 from fxstn.bilevel.totals import Metrics, Totals
 from fxstn.ir.input_errors import explained_errors
+from fxstn.network import SelfTuningNetwork
+from fxstn.ops.batch_axis import batch_size
 
+DIAGNOSED = 32  # examples of the batch that diagnostics are computed on, at most
 # What a loss raises of a batch that it is not made for. No other error says so.
 LOSS_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -261,3 +264,19 @@ class Evaluator:
                     loss = as_loss(value, inputs, target, "validation_loss")
                 totals.add(loss, output, target)
         return totals, first
+
+
+def diagnostics(
+    problem: BilevelProblem, network: SelfTuningNetwork | None, batch: Batch, seed: int
+) -> dict[str, float]:
+    """Those of a problem, on the first DIAGNOSED examples of a batch; on all where a part is no batch, as nodes of a graph are.
+
+    network: of the problem. None: a problem of the user's own, which may not take a part.
+    """
+    if network is not None:
+        try:
+            few = first_part(batch, min(1.0, DIAGNOSED / batch_size(batch[0])))
+            return problem.diagnostics(*few, seed)
+        except (RuntimeError, LookupError, ValueError):
+            pass
+    return problem.diagnostics(*batch, seed)

@@ -13,11 +13,11 @@ import torch
 from fxstn.bilevel import distributed
 from fxstn.bilevel.allowance import LEAST, Allowance
 from fxstn.bilevel.backtracking import Backtracking
-from fxstn.bilevel.batches import Batch, BatchPreparer, first_part, unpack_of
+from fxstn.bilevel.batches import Batch, BatchPreparer, unpack_of
 from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
-from fxstn.bilevel.evaluation import Evaluator, RecentBatches
+from fxstn.bilevel.evaluation import Evaluator, RecentBatches, diagnostics
 from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
 from fxstn.bilevel.history import SCALE, History, Row
 from fxstn.bilevel.optim import generalisation_gap
@@ -34,8 +34,6 @@ from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
-
-DIAGNOSED = 32  # examples of the batch that diagnostics are computed on, at most
 
 
 def build_updates(
@@ -272,10 +270,9 @@ class Tuner:
         row |= problem.values() | {SCALE + name: scale for name, scale in problem.scales().items()}
         if diagnoses and self.schedule is None and not distributed.any_process(batch is None, self.device):
             assert batch is not None
-            if self.network is not None:
-                batch = first_part(batch, min(1.0, DIAGNOSED / batch_size(batch[0])))
             with self.precision():
-                row |= distributed.mean(problem.diagnostics(*batch, int(row["epoch"])), self.device)
+                measured = diagnostics(problem, self.network, batch, int(row["epoch"]))
+            row |= distributed.mean(measured, self.device)
         row |= {name: one_number(f(row), f"columns[{name!r}]") for name, f in (self.settings.columns or {}).items()}
         row |= self.backtracking.review(row) | distributed.mean({"seconds": self.means.seconds()}, self.device)
         return row | {"seconds": round(row["seconds"], 3)}

@@ -206,15 +206,18 @@ def indices_of(loader: DataLoader) -> list[int]:
         return sorted({index for batch in batches for index in batch})
 
 
-def example_batch(loader: Iterable[object]) -> Any:
-    """A batch of a few examples, as a loader would yield them. No pass over the loader begins where that can be helped."""
+def example_batch(loader: Iterable[object], most: int | None = EXAMPLES) -> Any:
+    """A batch of a few examples, as a loader would yield them. No pass over the loader begins where that can be helped.
+
+    most: examples. None: as many as the loader gives.
+    """
     with unchanged_generators(loader):
         if isinstance(loader, DataLoader) and can_be_redrawn(loader):
             assert loader.batch_sampler is not None
             indices = next(iter(loader.batch_sampler))
-            return loader.collate_fn([loader.dataset[index] for index in indices[:EXAMPLES]])
+            return loader.collate_fn([loader.dataset[index] for index in indices[:most]])
         if (batch := next(iter(new_pass(loader)), None)) is None:
             raise ValueError(
                 "a loader yields no batch; give one that can be read again and again, such as a DataLoader"
             )
-        return parts_of(batch, EXAMPLES)[0]
+        return batch if most is None else parts_of(batch, most)[0]

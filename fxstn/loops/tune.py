@@ -102,15 +102,22 @@ def tune(
     _check_loop(plain, optimizers, train_loader, valid_loader)
     forward = forward or (own_loss if loss_fn is None else default_forward)
     reader = BatchReader(forward, plain)
-    batch = example_batch(valid_loader if train_loader is None else train_loader)
-    examples = reader(batch)[0] if example_inputs is None else example_inputs
+    loader = valid_loader if train_loader is None else train_loader
+    examples = reader(example_batch(loader))[0] if example_inputs is None else example_inputs
     trace, statistics = settings.get("trace", "auto"), settings.get("statistics", "batch")
     groups = {name: value for name, value in settings.items() if name not in ("trace", "statistics")}
 
     def build(specs: Sequence[Spec] | None) -> SelfTuningNetwork:
         return network_over(plain, Request(specs, examples, "delta", None, trace, False, statistics, FRONTENDS))
 
-    network = build(specs := decayed_specs(hparams, optimizers))
+    specs = decayed_specs(hparams, optimizers)
+    try:
+        network = build(specs)
+    except (ValueError, TypeError):
+        if example_inputs is not None:
+            raise
+        examples = reader(example_batch(loader, None))[0]  # some nodes of a graph are no batch
+        network = build(specs)
     if (decayed := without_undecayed(network, specs, optimizers)) is not specs:
         network = build(decayed)
     start_at_decay(network, optimizers)

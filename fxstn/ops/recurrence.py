@@ -106,7 +106,10 @@ def recurrence_tangent(
     """
     lstm = mode == "lstm"
     dh = torch.zeros_like(trace.previous[0]) if dh is None else dh.to(entering.dtype)
-    state = dh if not lstm else entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
+    if lstm:
+        state = entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
+    else:
+        state = dh.clone() if torch.compiler.is_compiling() else dh  # torch.compile refuses one tensor as two arguments
     coefficients = (trace.by_hidden, trace.carry, trace.output)
     weights = [w if w is None else w.to(entering.dtype) for w in (weight_hh, weight_hr)]
     constant = not any(value is not None and value.requires_grad for value in (*coefficients, *weights))

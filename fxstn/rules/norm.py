@@ -35,9 +35,12 @@ def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     """J dx + x̂ · dweight + dbias along the channels.
 
     plain: computes x̂, the norm of the input without weight and bias.
+    channel: dimension of y along which weight and bias are scaled. −k where these have k dimensions, the last ones of y.
     """
     per_channel = (lambda v: along_channels(v, y)) if channel == 1 else (lambda v: v)
     dy = total((d.input, jacobian))
+    if channel < -1 and (isinstance(d.weight, Scaled) or isinstance(d.bias, Scaled)):
+        return _affine_of_several_dimensions(dy, y, d, plain, channel)
     if (scaled := scaled_layer(dy, y, d, weight, bias, channel)) is not None:
         return scaled
     if isinstance(d.weight, Scaled):
@@ -51,6 +54,17 @@ def _affine(d, y, jacobian, plain, weight, bias, channel=1):
     if isinstance(d.bias, Scaled):
         return with_shifted(dy, y, d.bias, channel)
     return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(per_channel(db), y)))
+
+
+def _affine_of_several_dimensions(dy, y, d, plain, channel):
+    """`_affine` of weight and bias whose first dimension alone is scaled."""
+    if isinstance(d.weight, Scaled):
+        dy = with_scaled(dy, plain() * d.weight.response, d.weight, channel)
+    else:
+        dy = total((dy, lambda dy: dy), (d.weight, lambda dw: plain() * dw))
+    if isinstance(d.bias, Scaled):
+        return with_scaled(dy, expand_like(d.bias.response, y), d.bias, channel)
+    return total((dy, lambda dy: dy), (d.bias, lambda db: expand_like(db, y)))
 
 
 def _batch_norm(d, input, running_mean, running_var, weight, bias, training, momentum, eps, kernels):
@@ -121,7 +135,8 @@ def layer_norm(d, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     results = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     y, mean, inverse_std = (operator.getitem(results, i) for i in range(3))
     jacobian = lambda dx: layer_norm_jacobian(dx, input, weight, mean, inverse_std, normalized_shape)  # noqa: E731
-    return y, _affine(d, y, jacobian, lambda: F.layer_norm(input, normalized_shape, eps=eps), weight, bias, channel=-1)
+    plain = lambda: F.layer_norm(input, normalized_shape, eps=eps)  # noqa: E731
+    return y, _affine(d, y, jacobian, plain, weight, bias, channel=-len(normalized_shape))
 
 
 @rule(F.rms_norm, reads={2: GAIN}, fresh=True)
@@ -132,7 +147,7 @@ def rms_norm(d, input, normalized_shape, weight=None, eps=None):
     scaled = lambda dx: dx if weight is None else dx * weight  # noqa: E731
     jacobian = lambda dx: scaled(rms_norm_jacobian(dx, normalized, inverse, len(normalized_shape)))  # noqa: E731
     d.bias = ZERO
-    return y, _affine(d, y, jacobian, lambda: normalized, weight, None, channel=-1)
+    return y, _affine(d, y, jacobian, lambda: normalized, weight, None, channel=-len(normalized_shape))
 
 
 @rule(F.local_response_norm, fresh=True)
