@@ -491,6 +491,10 @@ row("spec not in a list", r"hparams=hp\.Dropout\(.*\) must be a list of specs, s
 _NO_SPECS = r"hparams is a Tensor of shape \(24, 6\), not a list of specs; inputs go to example_inputs="
 row("explain with inputs as specs", _NO_SPECS)(lambda folder: fxstn.explain(mlp(), X))
 row("transform with inputs as specs", _NO_SPECS)(lambda folder: fxstn.transform(mlp(), X))
+row(
+    "explain what is no model",
+    r"^model must be an nn\.Module that is not transformed yet, got .*int.*; give the plain model",
+)(lambda folder: fxstn.explain(3))
 row("explain with a spec that is none", r"hparams holds 'dropout', which is no spec")(
     lambda folder: fxstn.explain(mlp(), ["dropout"])
 )

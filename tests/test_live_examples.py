@@ -63,6 +63,14 @@ def slopes_of_channels(net, x):
 
 
 @body
+def a_mask_of_parameters_alone(net, x):
+    """It does not move, neither do comparisons with it, and what it multiplies does."""
+    h = net.enter(x)
+    kept = net.up[0] * (net.up[0].abs() > net.up[0].abs().median()).to(h.dtype)
+    return net.leave(torch.where(torch.gt(h, net.latents[0] * 2), h, 0.5 * h) @ kept @ net.down[0])
+
+
+@body
 def experts_add_to_rows(net, x):
     h, flat, weights, chosen = tokens(net, x)
     y = torch.zeros_like(flat)

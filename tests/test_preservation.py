@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nets import mlp
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 import fxstn
@@ -198,3 +199,25 @@ def test_a_buffer_of_any_kind_is_no_obstacle(make, trace):
     stn = fxstn.transform(net, example_inputs=torch.randn(4, 6), trace=trace)
     stn.pushforward(torch.randn(4, 6), delta=torch.ones(1))
     assert torch.isfinite(stn(torch.randn(4, 6))).all()
+
+
+def test_an_operation_that_fails_without_values_leaves_autograd_as_it_was():
+    """torch.func.jvp of a quantile of tensors without values, which a check of graphs tries."""
+
+    class Quantile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.layer(x)
+            return self.out(h + torch.quantile(h, 0.3, dim=1, keepdim=True))
+
+    net, x = Quantile().double(), torch.randn(6, 4).double()
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=x)
+    nn.init.normal_(stn.response.flat_U)
+    delta = torch.ones(1).double()
+    moved = [functional_call(net, stn.best_response(step * delta), (x,)) for step in (1e-6, -1e-6)]
+    torch.testing.assert_close(stn.pushforward(x, delta=delta)[1], (moved[0] - moved[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+    net(x).sum().backward()
+    assert torch.func.jvp(torch.sin, (x,), (x,))[1].equal(x * x.cos())

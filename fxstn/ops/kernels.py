@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
+from fxstn.ops import forward_mode
 
 
 class _LinearMap(torch.autograd.Function):
@@ -284,8 +285,7 @@ def node_jvp(function: Callable[..., Any], by_reverse: bool = False) -> Callable
         primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))
         if by_reverse or differentiates(args, kwargs):
             return _twice_reversed(of_varying, primals, directions)
-        y, dy, *_ = torch.func.jvp(of_varying, primals, directions)
-        return y, dy
+        return forward_mode.jvp(of_varying, primals, directions)
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"
     return staged(derivative_of=function)(jvp)

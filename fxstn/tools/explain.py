@@ -30,7 +30,7 @@ from fxstn.ops.response import Response, for_all_examples, refused_places
 from fxstn.passes.effects import is_random
 from fxstn.passes.hyperize import responses
 from fxstn.passes.recipe import canonical_graphs
-from fxstn.passes.request import check_hparams
+from fxstn.passes.request import check_hparams, check_model
 from fxstn.tools.doing import doing
 from fxstn.transform import FRONTENDS, transform
 
@@ -95,7 +95,7 @@ def explain(
         example_inputs.
 
     Never raises for an unsupported model. Its problems come first in the table, each with module path, source line and remedy.
-    Raises TypeError for hparams that are no list of specs, ValueError for an empty list.
+    Raises TypeError for what is no model, and for hparams that are no list of specs, ValueError for an empty list.
     """
     check_hparams(hparams)
     explanation = Explanation()
@@ -103,6 +103,7 @@ def explain(
         _explain_network(explanation, model, None if example_inputs is None else as_inputs(example_inputs, model.model))
         _responses_of_network(explanation, model)
         return explanation
+    check_model(model)
     model, frontend = plain_copy(model), None
     inputs = None if example_inputs is None else as_inputs(example_inputs, model)
     try:

@@ -23,6 +23,7 @@ from fxstn.frontends.live.tangent_table import differentiable
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.ir.containers import leaves, mapped, tensors_in
 from fxstn.ir.vocabulary import LINKS
+from fxstn.ops.forward_mode import jvp
 from fxstn.ops.kernels import zeros_tangent
 
 
@@ -82,7 +83,7 @@ def with_tangents(
     names = list(tangents)
     if kind is Derivatives.FORWARD:
         function = lambda *moved: at(dict(zip(names, moved, strict=True)))  # noqa: E731
-        moved = torch.func.jvp(function, tuple(values[n] for n in names), tuple(tangents.values()))
+        moved = jvp(function, tuple(values[n] for n in names), tuple(tangents.values()))
         return [(y.detach(), dy) for y, dy in zip(moved[0], moved[1], strict=True)]
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(values[name], tangent) for name, tangent in tangents.items()}

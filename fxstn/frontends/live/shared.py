@@ -123,8 +123,10 @@ class SharedOperation:
 
         try:
             return torch.vmap(of_one, randomness="same")(tangents)
-        except RuntimeError:  # what vmap does not know: one after the other
+        except (RuntimeError, ValueError):  # what vmap does not know, or a tangent that is zero: one after the other
             several = [of_one(row) for row in tangents]
+        if several[0] is ZERO:
+            return ZERO
         if isinstance(several[0], Tensor):
             return torch.stack(several)
         return tuple(torch.stack(own) if isinstance(own[0], Tensor) else ZERO for own in zip(*several, strict=True))
@@ -187,10 +189,8 @@ class SharedOperation:
         if isinstance(operand.path[0], int) and part.axis != WHOLE:
             use = axis_use(self.function, self.args, operand.path, part.axis % part.response.dim(), part.response.dim())
         if part.scale.shape[-1] == 1 and len(results) == 1:
-            return lambda: (
-                self.apply({operand.path: part.response})[1]
-                * align(part.scale, part.response.new_empty([1] * owners.numbers.dim()), -1, owners)
-            )
+            like = part.response.new_empty([1] * owners.numbers.dim())
+            return lambda: _times(self.apply({operand.path: part.response})[1], align(part.scale, like, -1, owners))
         if use is None:
             return lambda: self._picked(operand, _rows_of_part(part), results)
         if use.partner is None:
@@ -209,6 +209,8 @@ class SharedOperation:
     def _picked(self, operand: Operand, tangents: Tensor, results: Sequence[Owners | None]) -> Any:
         """dy of all examples, of which each entry takes its own. It costs a run of the operation for each example."""
         dy = self._each(operand, tangents)
+        if dy is ZERO:
+            return ZERO
         if isinstance(dy, Tensor):
             assert results[0] is not None
             return picked_rows(dy, results[0])
@@ -288,5 +290,9 @@ def _joined(parts: list[Scaled], rows: list[Tensor]) -> Any:
     return parts[0] if len(parts) == 1 else ScaledParts(tuple(parts))
 
 
-def _scaled(value: Tensor, part: Scaled, dim: int, place: Place) -> Tensor:
-    return value * align(part.scale, value, dim, place)
+def _scaled(value: Structure, part: Scaled, dim: int, place: Place) -> Structure:
+    return _times(value, align(part.scale, value, dim, place)) if isinstance(value, Tensor) else value
+
+
+def _times(value: Structure, factor: Tensor) -> Structure:
+    return value * factor if isinstance(value, Tensor) else value
