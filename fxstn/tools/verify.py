@@ -141,8 +141,8 @@ def verify(
     Where hparams insert operations, the original model does not have them. Then two comparisons are made in train mode: the
     original with a network without the insertions, and the training graph of the network with a central difference of its own.
 
-    The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away. An
-    operation that asks for float32 gets float64, in the network and in the original. The model and the inputs stay as they
+    The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away; in
+    train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for float32 gets float64, in the network and in the original. The model and the inputs stay as they
     were. Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
@@ -155,17 +155,22 @@ def verify(
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
-            with shown():
-                network = _transformed(original, hparams, examples, trace)
-            result.frontend, result.coverage = network.frontend, network.coverage
-            delta = randomize_response(network, seed)
-            with Float64Mode():
-                for comparison in _comparisons(network, original, call, delta, seed):
-                    if not result.passed((comparison.mode, comparison.against)):
-                        where = f"{comparison.mode} mode against the {comparison.against}"
-                        line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
-                        error = relative_error(comparison.tangent(), comparison.function, tolerance)
-                        result.checks.append(Check(comparison.mode, comparison.against, seed, error))
+            for structured in (True, False):
+                with shown():
+                    network = _transformed(original, hparams, examples, trace, structured)
+                delta = randomize_response(network, seed)
+                with Float64Mode():
+                    comparisons = _comparisons(network, original, call, delta, seed)
+                    if structured:
+                        result.frontend, result.coverage = network.frontend, network.coverage
+                    else:
+                        comparisons = [replace(comparisons[1], against="original model, weights scaled")]
+                    for comparison in comparisons:
+                        if not result.passed((comparison.mode, comparison.against)):
+                            where = f"{comparison.mode} mode against the {comparison.against}"
+                            line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
+                            error = relative_error(comparison.tangent(), comparison.function, tolerance)
+                            result.checks.append(Check(comparison.mode, comparison.against, seed, error))
             if result.ok:
                 break
     return result
@@ -175,12 +180,14 @@ def _detached_double(leaf: object) -> object:
     return as_double(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
-def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: Inputs, trace: str) -> SelfTuningNetwork:
+def _transformed(
+    original: nn.Module, hparams: Sequence[Spec] | None, inputs: Inputs, trace: str, structured: bool
+) -> SelfTuningNetwork:
     """transform(original). A forward that runs as it is runs in float64 throughout, whatever types it asks for."""
-    rejected = None
+    rejected, response = None, "structured" if structured else "scaled"
     if trace != "live":
         try:
-            network = transform(original, hparams, example_inputs=inputs, trace=trace, response="structured")
+            network = transform(original, hparams, example_inputs=inputs, trace=trace, response=response)
             if network.frontend != "live":
                 return network
         except TransformError as error:
@@ -189,7 +196,7 @@ def _transformed(original: nn.Module, hparams: Sequence[Spec] | None, inputs: In
             rejected = error
     with Float64Mode():
         try:
-            return transform(original, hparams, example_inputs=inputs, trace="live", response="structured")
+            return transform(original, hparams, example_inputs=inputs, trace="live", response=response)
         except TransformError as error:
             raise rejected or error from None
 
