@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from nets import randomize_response
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
@@ -247,3 +248,55 @@ def test_nested_tensors_are_refused_by_name(layout):
     )
     with pytest.raises(fxstn.TransformError, match=r"a nested tensor, .* pad the batch"):
         fxstn.transform(net, SCALAR, example_inputs=torch.randn(3, 4), trace="live")
+
+
+def _ensemble(net, h):
+    weights = torch.stack([layer.weight for layer in net.layers])
+    return torch.func.vmap(lambda weight: F.linear(h, weight))(weights).tanh().sum(0)
+
+
+INDEXED = {
+    "an index expanded as a value": lambda net, h: (
+        h[:, None].expand(-1, 2, -1).gather(1, net.index(h).expand_as(h[:, None]))
+    ),
+    "an index viewed as a value": lambda net, h: h.gather(1, (h.detach() > 0).long().flatten().view_as(h)),
+    "a reduction at an index": lambda net, h: h.new_zeros(h.shape).scatter_reduce(
+        1, (h > 0).long().view_as(h), h, "mean"
+    ),
+    "blocks": lambda net, h: h @ torch.block_diag(*net.blocks.unbind()),
+    "a cartesian product": lambda net, h: h @ torch.cartesian_prod(net.blocks[0, 0], net.blocks[1, 0]),
+    "an ensemble": _ensemble,
+    "folds": lambda net, h: F.fold(h[:, :, None].expand(-1, -1, 4), (2, 2), 1).flatten(1)[:, :4],
+}
+
+
+class Indexed(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.enter, self.out, self.body = nn.Linear(3, 4), nn.LazyLinear(2), body
+        self.blocks = nn.Parameter(torch.randn(2, 2, 2))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def index(self, h):
+        return (h.detach() > 0).long()[:, None]
+
+    def forward(self, x):
+        return self.out(self.body(self, torch.tanh(self.enter(x))))
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_the_first_frontend_that_can_follows_it_rightly(name):
+    torch.manual_seed(0)
+    net, x = Indexed(INDEXED[name]).double(), torch.randn(5, 3).double()
+    net(x)
+    stn = fxstn.transform(net, [hp.Scalar("a", 0.5, 0, 1)], example_inputs=x)
+    nn.init.normal_(stn.response.flat_U)
+    deltas = torch.randn(5, 1).double()
+    rows = stn.pushforward(x, delta=deltas)[1] if stn.per_example(x) else None
+    for i, delta in enumerate(deltas):
+        moved = [functional_call(net, stn.best_response(step * delta), (x,)) for step in (1e-6, -1e-6)]
+        difference = (moved[0] - moved[1]) / 2e-6
+        torch.testing.assert_close(stn.pushforward(x, delta=delta)[1], difference, rtol=1e-6, atol=1e-8)
+        if rows is not None:
+            torch.testing.assert_close(rows[i], difference[i], rtol=1e-6, atol=1e-8)
+    assert stn.coverage.responding == stn.coverage.possible

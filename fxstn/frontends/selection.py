@@ -40,16 +40,21 @@ def first_that_works(
 ) -> tuple[T, tuple[Diagnostic, ...]]:
     """The result of the first attempt that raises no TransformError, and the problems of the frontends before it.
 
-    Raises TransformError with the problems of all of them where none works. Other errors are the caller's own, and pass.
+    Raises TransformError with the problems of all of them where none works. Other errors are the caller's own, and pass; but
+    that of a spec which finds nothing in a graph is raised only where no later frontend finds it, once one has failed.
     """
-    problems: list[Diagnostic] = []
+    problems, unmatched = list[Diagnostic](), None
     for frontend in frontends:
         try:
             return attempt(frontend), tuple(problems)
         except TransformError as error:
             name = frontend.name if len(frontends) > 1 else ""
             problems += [replace(problem, frontend=name) for problem in error.problems]
-    raise TransformError(problems)
+        except ValueError as error:
+            if not problems:
+                raise
+            unmatched = unmatched or error
+    raise unmatched or TransformError(problems)
 
 
 def with_remedy(error: TransformError) -> TransformError:

@@ -62,6 +62,16 @@ def called(table: dict[str, Signature], *names: str) -> Callable[[Signature], Si
     return enter
 
 
+def _of_several(function: Callable[..., object], *tensors: Value) -> Spelled:
+    """A function of *tensors, which is an operator of a list of them."""
+    listed = len(tensors) == 1 and isinstance(tensors[0], (tuple, list))
+    return spell(function, *(tensors[0] if listed else tensors))
+
+
+for _function in (torch.block_diag, torch.cartesian_prod, torch.broadcast_tensors):
+    ANY[_function.__name__] = functools.partial(_of_several, _function)
+
+
 # Arithmetic
 
 

@@ -107,20 +107,24 @@ def filled(tangent: Any, primal: Any) -> Any:
     return 0 if isinstance(primal, (int, float)) else torch.zeros_like(primal)
 
 
-def linear(*functions: Callable[..., Any], tangent: Callable[..., Any] | None = None, fresh: bool = False) -> None:
+def linear(
+    *functions: Callable[..., Any], tangent: Callable[..., Any] | None = None, fresh: bool = False, sizes: bool = False
+) -> None:
     """Linear in the first argument, a tensor or a list of tensors: the same operation on the tangent.
 
     tangent: another spelling of the operation for the tangent, whose memory format may differ from the primal's.
     fresh: as in `Rule`.
+    sizes: whether the other arguments give nothing but their sizes.
     """
     for function in functions:
 
         def apply(
             tangents: tuple, args: tuple, kwargs: dict, function: Callable[..., Any] = function
         ) -> tuple[Any, Any]:
-            if not all_zero(tangents[1:]):
+            if not sizes and not all_zero(tangents[1:]):
                 return fallback(function, tangents, args, kwargs)
-            dx = tangents[0]
+            if (dx := tangents[0]) is ZERO:
+                return call(function, *args, **kwargs), ZERO
             if isinstance(dx, (list, tuple)):
                 dx = [filled(d, x) for d, x in zip(dx, args[0], strict=True)]
             return call(function, *args, **kwargs), call(tangent or function, dx, *args[1:], **kwargs)

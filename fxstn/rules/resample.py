@@ -10,7 +10,7 @@ from fxstn.ops.geometry import resample
 from fxstn.ops.sampling import grid_tangent
 from fxstn.rules.registry import linear, rule, total
 
-linear(F.interpolate, F.affine_grid, F.unfold, F.fold, fresh=True)
+linear(F.interpolate, F.affine_grid, F.unfold, F.fold, torch.ops.aten.col2im.default, fresh=True)
 linear(F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle)
 
 

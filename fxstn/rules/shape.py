@@ -15,11 +15,12 @@ Tensor = torch.Tensor
 
 # A tangent may lie in memory in another order than its primal, or be expanded, where only a copy can be viewed.
 linear(Tensor.view, tangent=Tensor.reshape)
-linear(Tensor.view_as, tangent=Tensor.reshape_as)
-linear(torch.flatten, torch.ravel, torch.reshape, Tensor.reshape_as, torch.unflatten, Tensor.unflatten)
+linear(Tensor.expand_as, Tensor.reshape_as, sizes=True)
+linear(Tensor.view_as, tangent=Tensor.reshape_as, sizes=True)
+linear(torch.flatten, torch.ravel, torch.reshape, torch.unflatten, Tensor.unflatten)
 linear(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t, torch.adjoint, torch.rot90)
 linear(torch.unsqueeze, torch.squeeze, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
-linear(Tensor.expand, Tensor.expand_as, torch.broadcast_to, torch.narrow, torch.select, Tensor.unfold, operator.getitem)
+linear(Tensor.expand, torch.broadcast_to, torch.narrow, torch.select, Tensor.unfold, operator.getitem)
 linear(torch.flip, torch.fliplr, torch.flipud, torch.roll, Tensor.repeat, torch.tile, fresh=True)
 linear(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack, torch.column_stack, fresh=True)
 linear(torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.hsplit, torch.vsplit, torch.dsplit)

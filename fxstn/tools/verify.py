@@ -142,8 +142,8 @@ def verify(
     original with a network without the insertions, and the training graph of the network with a central difference of its own.
 
     The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away; in
-    train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for float32 gets float64, in the network and in the original. The model and the inputs stay as they
-    were. Raises what `transform` raises.
+    train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for
+    float32 gets float64, in the network and in the original. The model and the inputs stay as they were. Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
