@@ -64,8 +64,8 @@ def called(table: dict[str, Signature], *names: str) -> Callable[[Signature], Si
 
 def _of_several(function: Callable[..., object], *tensors: Value) -> Spelled:
     """A function of *tensors, which is an operator of a list of them."""
-    listed = len(tensors) == 1 and isinstance(tensors[0], (tuple, list))
-    return spell(function, *(tensors[0] if listed else tensors))
+    first = tensors[0] if len(tensors) == 1 else None
+    return spell(function, *(first if isinstance(first, (tuple, list)) else tensors))
 
 
 for _function in (torch.block_diag, torch.cartesian_prod, torch.broadcast_tensors):

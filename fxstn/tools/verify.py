@@ -79,6 +79,12 @@ class VerifyResult:
         """Whether a comparison is within the tolerance at one point at least."""
         return any(check.comparison == comparison and check.error <= self.tolerance for check in self.checks)
 
+    def check(self, one: Comparison, seed: int) -> None:
+        """Add a comparison at a point, unless it has passed at another."""
+        if not self.passed((one.mode, one.against)):
+            error = relative_error(one.tangent(), one.function, self.tolerance)
+            self.checks.append(Check(one.mode, one.against, seed, error))
+
     def __str__(self) -> str:
         rows = [
             (check.mode, check.against, check.seed, f"{check.error:.1e}", self._verdict(position))
@@ -143,7 +149,9 @@ def verify(
 
     The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away; in
     train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for
-    float32 gets float64, in the network and in the original. The model and the inputs stay as they were. Raises what `transform` raises.
+    float32 gets float64, in the network and in the original. The model and the inputs stay as they were.
+
+    Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
@@ -158,19 +166,14 @@ def verify(
             for structured in (True, False):
                 with shown():
                     network = _transformed(original, hparams, examples, trace, structured)
+                if structured:
+                    result.frontend, result.coverage = network.frontend, network.coverage
                 delta = randomize_response(network, seed)
                 with Float64Mode():
-                    comparisons = _comparisons(network, original, call, delta, seed)
-                    if structured:
-                        result.frontend, result.coverage = network.frontend, network.coverage
-                    else:
-                        comparisons = [replace(comparisons[1], against="original model, weights scaled")]
-                    for comparison in comparisons:
-                        if not result.passed((comparison.mode, comparison.against)):
-                            where = f"{comparison.mode} mode against the {comparison.against}"
-                            line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
-                            error = relative_error(comparison.tangent(), comparison.function, tolerance)
-                            result.checks.append(Check(comparison.mode, comparison.against, seed, error))
+                    for one in _comparisons(network, original, call, delta, seed, structured):
+                        where = f"{one.mode} mode against the {one.against}"
+                        line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
+                        result.check(one, seed)
             if result.ok:
                 break
     return result
@@ -215,9 +218,9 @@ class Comparison:
 
 
 def _comparisons(
-    network: SelfTuningNetwork, original: nn.Module, inputs: Inputs, delta: Tensor, seed: int
+    network: SelfTuningNetwork, original: nn.Module, inputs: Inputs, delta: Tensor, seed: int, structured: bool
 ) -> list[Comparison]:
-    """What is to be compared at one point."""
+    """What is to be compared at one point; of a network whose weights are scaled, in train mode alone."""
     network.train()  # a module that the states below leave in eval mode would count as frozen
     recipe, binding = network.recipe, network.recipe.plan.binding
     inserts = bool(binding.dropped) or any(site.insert for site in binding.sites)
@@ -244,6 +247,9 @@ def _comparisons(
             torch.manual_seed(seed)
             return flat(network.run(GraphKind("plain", True), values))
 
+    if not structured:
+        scaled = "original model, weights scaled"
+        return [Comparison("train", scaled, partial(tangent, plain, True), of_original(True))]
     comparisons = [
         Comparison("eval", "original model", partial(tangent, network, False), of_original(False)),
         Comparison("train", "original model", partial(tangent, plain, True), of_original(True)),
