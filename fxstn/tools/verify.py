@@ -149,9 +149,7 @@ def verify(
 
     The response is structured, with R drawn at random, so that every weight moves in a direction that no norm takes away; in
     train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for
-    float32 gets float64, in the network and in the original. The model and the inputs stay as they were.
-
-    Raises what `transform` raises.
+    float32 gets float64 in both. The model and the inputs stay as they were. Raises what `transform` raises.
     """
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
@@ -171,8 +169,7 @@ def verify(
                 delta = randomize_response(network, seed)
                 with Float64Mode():
                     for one in _comparisons(network, original, call, delta, seed, structured):
-                        where = f"{one.mode} mode against the {one.against}"
-                        line.set_description_str(f"point {seed + 1} of at most {seeds}: {where}")
+                        line.set_description_str(f"point {seed + 1} of at most {seeds}: {one}")
                         result.check(one, seed)
             if result.ok:
                 break
@@ -215,6 +212,9 @@ class Comparison:
     against: str
     tangent: Callable[[], Tensor]
     function: Callable[[float], Tensor]
+
+    def __str__(self) -> str:
+        return f"{self.mode} mode against the {self.against}"
 
 
 def _comparisons(
