@@ -497,6 +497,7 @@ CASES = [
     Case(F.affine_grid, shapes=((2, 2, 3),), args=((2, 3, 4, 5),), kwargs=ALIGNED),
     Case(F.unfold, shapes=IMAGE, args=(3,), kwargs={"padding": 1, "stride": 2}),
     Case(F.fold, shapes=((2, 12, 9),), args=((4, 4), 2), kwargs={"stride": 1}),
+    Case(torch.ops.aten.col2im.default, shapes=((2, 12, 9),), args=((4, 4), (2, 2), (1, 1), (0, 0), (1, 1))),
     # pooling
     Case(F.avg_pool1d, shapes=((2, 3, 8),), args=(2,)),
     Case(F.avg_pool2d, shapes=IMAGE, args=(3,), kwargs={"stride": 2, "padding": 1}),

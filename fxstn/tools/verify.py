@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -79,7 +79,7 @@ class VerifyResult:
         """Whether a comparison is within the tolerance at one point at least."""
         return any(check.comparison == comparison and check.error <= self.tolerance for check in self.checks)
 
-    def check(self, one: Comparison, seed: int) -> None:
+    def _compare(self, one: Comparison, seed: int) -> None:
         """Add a comparison at a point, unless it has passed at another."""
         if not self.passed((one.mode, one.against)):
             error = relative_error(one.tangent(), one.function, self.tolerance)
@@ -161,16 +161,14 @@ def verify(
             torch.manual_seed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
-            for structured in (True, False):
-                with shown():
-                    network = _transformed(original, hparams, examples, trace, structured)
+            for structured, network in _networks(original, hparams, examples, trace):
                 if structured:
                     result.frontend, result.coverage = network.frontend, network.coverage
                 delta = randomize_response(network, seed)
                 with Float64Mode():
                     for one in _comparisons(network, original, call, delta, seed, structured):
                         line.set_description_str(f"point {seed + 1} of at most {seeds}: {one}")
-                        result.check(one, seed)
+                        result._compare(one, seed)
             if result.ok:
                 break
     return result
@@ -178,6 +176,22 @@ def verify(
 
 def _detached_double(leaf: object) -> object:
     return as_double(leaf.detach()) if isinstance(leaf, Tensor) else leaf
+
+
+def _networks(
+    original: nn.Module, hparams: Sequence[Spec] | None, inputs: Inputs, trace: str
+) -> Iterator[tuple[bool, SelfTuningNetwork]]:
+    """(whether its response is structured, network): first that with the structured one, then with the default one, where
+    scales of weights change anything."""
+    for structured in (True, False):
+        try:
+            with shown():
+                network = _transformed(original, hparams, inputs, trace, structured)
+        except ValueError as error:
+            if structured or isinstance(error, TransformError):
+                raise
+            return
+        yield structured, network
 
 
 def _transformed(
