@@ -199,7 +199,7 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
                 full[i] = args[i].view_as(args[i]) if own else args[i].detach().requires_grad_()
             y = function(*full, **kwargs)
             gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying], create_graph=again)
-        terms = list[Tensor]()
+        terms: list[Tensor] = []
         for i, gradient in zip(varying, gradients, strict=True):
             term = gradient * tangents[i]
             if y.dim() == 0:

@@ -138,7 +138,8 @@ def steps(
     """
     weight = weight_hh.to(products.dtype).t()
     projection = None if weight_hr is None else weight_hr.to(products.dtype).t()
-    cell, saved = _CELLS[mode], list[tuple[Tensor, ...]]()
+    cell = _CELLS[mode]
+    saved: list[tuple[Tensor, ...]] = []
     h, c = h.to(products.dtype), None if c is None else c.to(products.dtype)
     outputs, hidden, full = [h], [], []
     for x in products:
