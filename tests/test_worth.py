@@ -107,8 +107,9 @@ def test_an_entry_with_fewer_seeds_is_compared_on_those_that_it_has():
     ranks = report.ranks([*entries, Entry("cpr", False)], found, "time")
     # Against it, at seed 1: 0.7, 0.62, 0.5, 0.5 and 0.6 are higher, 0.41 is lower.
     assert list(ranks.values()) == [7, 6, 4, 3.25, 4.75, 1, 2]
-    found["time cpr recipe 1"]["test"] = 0.40
-    assert report.lowest([*entries, Entry("cpr", False)], found, "time") == Entry("cpr", False)
+    found["time cpr recipe 1"]["test"] = 0.40  # with one seed it is no lowest, and is not counted
+    assert report.lowest([*entries, Entry("cpr", False)], found, "time") == Entry("ours", True)
+    assert report.standings([*entries, Entry("cpr", False)], {"tiny": found}, "time")[Entry("cpr", False)].count == 0
 
 
 def test_within_the_spread_means_by_at_most_the_deviation_of_the_paired_difference():

@@ -64,6 +64,11 @@ def rivals() -> list[Entry]:
 OURS = [Entry("ours", False), Entry("ours", True)]
 
 
+def in_the_end() -> list[Entry]:
+    """The entries that train on all data at last, as one would use them."""
+    return [entry for entry in [*rivals(), *OURS] if entry.refit or entry.cell == "recipe-all"]
+
+
 def difference(losses: Losses, others: Losses) -> tuple[float, float]:
     """Mean and standard deviation over the seeds that both have, of how much higher the first is; deviation 0 of one seed.
 
@@ -81,13 +86,16 @@ def within(losses: Losses, others: Losses) -> bool:
 
 
 def lowest(entries: Sequence[Entry], results: Mapping[str, Cell], reading: str) -> Entry | None:
-    """The entry with the lowest test loss, each less the mean of the entries that have every seed, at the same seed."""
+    """The entry with the lowest mean test loss, of those with the most seeds."""
+    means = {entry: statistics.mean(losses.values()) for entry, losses in whole(entries, results, reading).items()}
+    return min(means, key=means.__getitem__, default=None)
+
+
+def whole(entries: Sequence[Entry], results: Mapping[str, Cell], reading: str) -> dict[Entry, Losses]:
+    """Those with the most seeds: of the others too little is known of the spread to call one the lowest."""
     found = {entry: losses for entry in entries if (losses := entry.losses(results, reading))}
     most = max(map(len, found.values()), default=0)
-    whole = [losses for losses in found.values() if len(losses) == most]
-    level = {seed: statistics.mean(losses[seed] for losses in whole) for seed in (whole[0] if whole else {})}
-    means = {entry: difference(losses, level)[0] for entry, losses in found.items()}
-    return min(means, key=means.__getitem__, default=None)
+    return {entry: losses for entry, losses in found.items() if len(losses) == most}
 
 
 def ranks(entries: Sequence[Entry], results: Mapping[str, Cell], reading: str) -> dict[Entry, float]:
@@ -122,16 +130,20 @@ def share(hits: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class Standing:
-    """How an entry stands on the tasks that it has: its ranks, how often it is lowest, or within the spread of the lowest."""
+    """How an entry stands on the tasks that it has: its ranks, how often it is lowest, or within the spread of the lowest.
+
+    count: the tasks on which it has as many seeds as any other, which alone can be counted.
+    """
 
     ranks: list[float]
+    count: int
     wins: int
     near: int
     times: list[float]
     runs: int
 
     def cells(self) -> list[str]:
-        count, times = len(self.ranks), self.times
+        count, times = self.count, self.times
         return [mean_and_error(self.ranks), share(self.wins, count), share(self.near, count),
                 f"{statistics.geometric_mean(times):.1f}" if times else "–", str(self.runs)]  # fmt: skip
 
@@ -139,19 +151,19 @@ class Standing:
 def standings(entries: Sequence[Entry], results: Results, reading: str) -> dict[Entry, Standing]:
     """Of the entries that have cells, in the order of their mean ranks among each other."""
     by_task = {task: ranks(entries, found, reading) for task, found in results.items()}
+    full = {task: whole(entries, found, reading) for task, found in results.items()}
     best = {task: lowest(entries, found, reading) for task, found in results.items()}
     result = {}
     for entry in entries:
         tasks = [task for task in results if entry in by_task[task]]
         losses = {task: entry.losses(results[task], reading) for task in tasks}
-        near = [
-            within(losses[task], other.losses(results[task], reading))
-            for task in tasks if (other := best[task]) is not None
-        ]  # fmt: skip
+        counted = [task for task in tasks if entry in full[task]]
+        near = [within(losses[task], full[task][best[task]]) for task in counted]
         times = [ratio for task in tasks if (ratio := _time(entry, results[task], reading)) is not None]
         if tasks:
             wins, runs = sum(best[task] == entry for task in tasks), sum(map(len, losses.values()))
-            result[entry] = Standing([by_task[task][entry] for task in tasks], wins, sum(near), times, runs)
+            ranked = [by_task[task][entry] for task in tasks]
+            result[entry] = Standing(ranked, len(counted), wins, sum(near), times, runs)
     return dict(sorted(result.items(), key=lambda pair: statistics.mean(pair[1].ranks)))
 
 
@@ -164,8 +176,7 @@ def summary(results: Results, reading: str) -> str:
 
 def overview(results: Results) -> str:
     """A line for each column as one would use it in the end, trained on all data: its standing in both readings."""
-    entries = [entry for entry in [*rivals(), *OURS] if entry.refit or entry.cell == "recipe-all"]
-    both = [standings(entries, results, reading) for reading in READINGS]
+    both = [standings(in_the_end(), results, reading) for reading in READINGS]
     lines = []
     for entry in dict.fromkeys([*both[0], *both[1]]):
         cells = [part[entry].cells() if entry in part else ["–"] * 4 for part in both]
