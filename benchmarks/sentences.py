@@ -80,7 +80,8 @@ def worth_summary() -> str:
     standing, last = (worth.standings(worth.in_the_end(), results, reading) for reading in ("time", "patience"))
     ranks, late = ({entry: statistics.mean(one.ranks) for entry, one in each.items()} for each in (standing, last))
     cells = dict.fromkeys(entry.cell.partition("-")[0] for entry, one in standing.items() if not one.count)
-    *fewer, fewest = [worth.NAMES[cell].partition(",")[0] for cell in cells]
+    names = [worth.NAMES[cell].partition(",")[0] for cell in cells]
+    fewer = f"; {', '.join(names[:-1])} and {names[-1]} have fewer" if len(names) > 1 else ""
     high = Entry("ours", True, "high"), Entry("recipe", True, "high")
     pairs = [[statistics.mean(one.losses(found, "time").values()) for one in high] for found in results.values()]
     searches = {worth.NAMES[cell] for cell in ("asha", "pbt", "random-30")}
@@ -103,7 +104,7 @@ def worth_summary() -> str:
                 {len(pairs)} tasks. Where each way trains until its validation loss stops falling, the ranks are
                 {late[worth.OURS[1]]:.1f} for a tuned run, {late[Entry("recipe", True)]:.1f} for the recipe and
                 {late[Entry("plain", True)]:.1f} for plain training, all with a refit. The tasks are small:
-                {_seeds(results)}; {", ".join(fewer)} and {fewest} have fewer.{searched}
+                {_seeds(results)}{fewer}.{searched}
             """),
         )
     )
