@@ -93,7 +93,8 @@ def worth_summary() -> str:
             paragraph(f"""
                 The picture compares the test losses of {len(ranks)} ways to train, on {len(results)} small real tasks,
                 from tables to text. "The recipe" has the usual strengths. "Refit" trains anew on all data, validation
-                data too. Where nothing else is said, a way takes the time of the tuned run, or one run.
+                data too. Searches, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run. The others
+                are one run of a task's epochs.
             """),
             f"![{alt}](docs/start/ranks.png)",
             paragraph(f"""
