@@ -130,7 +130,7 @@ def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
             return _emit(proxy, wrapper, args, kwargs)
         if overridable and has_torch_function(args):
             return handle_torch_function(wrapper, args, *args, **kwargs)
-        if closed and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if closed and torch.compiler.is_dynamo_compiling():
             return operator(*args)
         return function(*args, **kwargs)
 

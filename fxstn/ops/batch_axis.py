@@ -18,7 +18,10 @@ def listed_examples(value: object) -> int | None:
         return None
     if len(entries) == 2 and lists(entries[0], Tensor) and lists(entries[1], dict, len(entries[0])):
         return len(entries[0])
-    return next((count for entry in entries if (count := listed_examples(entry)) is not None), None)
+    for entry in entries:  # in a generator expression torch 2.11 could not compile it
+        if (count := listed_examples(entry)) is not None:
+            return count
+    return None
 
 
 def lists(value: Any, of: type | tuple[type, ...], length: int | None = None) -> bool:

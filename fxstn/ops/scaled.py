@@ -101,7 +101,8 @@ class _ScaledTangent(torch.autograd.Function):
         if tangent is None or shift is None:
             rest = shift if tangent is None else tangent
             return output * scale if rest is None else torch.addcmul(rest, output, scale)
-        return torch.add(tangent, shift).addcmul_(output, scale)
+        # not in place: torch 2.11's Dynamo gives the gradient of such a result to the operand, and none to this function
+        return torch.addcmul(torch.add(tangent, shift), output, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

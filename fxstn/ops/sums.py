@@ -146,7 +146,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
         ctx.shape = shape
         terms = _two_terms(output, scale, shift)
         if dtype == terms.dtype:
-            return terms.addcmul_(core, weight)
+            return torch.addcmul(terms, core, weight)  # not in place, as in `_ScaledTangent`
         return torch.addcmul(terms, core, weight, out=torch.empty_like(terms, dtype=dtype))
 
     @staticmethod
