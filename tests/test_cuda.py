@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from nets import SmallConv, randomize_response
 from processes import run
-from runs import make, without_times
+from runs import dataset, make, same, without_times
+from test_kernels import AUGMENTATIONS, augmented, group_norms, vision_transformer
+from test_rules import NAMES, VARYING, Prepared, check_rule
+from test_tune import QUICK, loaders, mlp, sgd
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from torchvision import models
 
 import fxstn
@@ -49,6 +53,51 @@ def test_recurrent_layers_on_cuda_equal_those_on_the_cpu(kind):
     found = *stn.pushforward(x, delta=delta), stn(x), stn.graph("perturbed")(x, delta=delta)
     for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")  # torch's own aminmax
+@pytest.mark.parametrize("case", VARYING, ids=NAMES)
+def test_a_rule_on_cuda_equals_a_central_difference_there(case):
+    if case.function is torch._weight_norm and not is_exact(case):
+        pytest.skip(reason="torch's own kernel on CUDA rounds a norm in float64 to float32")
+    check_rule(case, device="cuda")
+
+
+def is_exact(case):
+    """Whether torch's kernel on CUDA computes what that on the CPU does."""
+    values = [
+        (prepared := Prepared(case, device=device)).function(*prepared.primals()).cpu() for device in ("cpu", "cuda")
+    ]
+    return (values[0] - values[1]).norm() <= 1e-12 * values[0].norm()
+
+
+def recurrent():
+    return nn.Sequential(nn.Unflatten(1, (48, 64)), nn.LSTM(64, 8, 2, batch_first=True), LastState(), nn.Linear(8, 3))
+
+
+class LastState(nn.Module):
+    def forward(self, outputs):
+        return outputs[0][:, -1]
+
+
+WHOLE = {
+    "resnet": (lambda: models.resnet18(num_classes=10), None),
+    "transformer": (vision_transformer, None),
+    "group norms": (group_norms, [hp.WeightDecay(), hp.Dropout()]),
+    "augmentations": (augmented, AUGMENTATIONS),
+    "recurrent": (lambda: nn.Sequential(nn.Flatten(), recurrent()), None),
+    "mobilenet": (lambda: models.mobilenet_v3_small(num_classes=10), None),
+    "windows": (lambda: models.swin_t(num_classes=10), None),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_tangents_of_whole_networks_on_cuda_are_derivatives_of_the_original(name):
+    """A central difference of the original network in float64, computed on the device, too."""
+    build, specs = WHOLE[name]
+    torch.manual_seed(0)
+    report = fxstn.verify(build().cuda(), torch.rand(4, 3, 32, 32, device="cuda"), hparams=specs)
+    assert report.ok, str(report)
 
 
 QKV = ((2, 4, 8, 16), (2, 4, 8, 16), (2, 4, 8, 16))
@@ -147,6 +196,55 @@ def test_a_cycle_runs(settings):
     """In float16 torch's GradScaler makes the host wait, once for each step."""
     _, loop, _ = a_cycle(**settings)
     assert all(math.isfinite(loss) for loss in loop.epoch(lambda: None).values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"compile": True}, {"autocast": torch.float16}], ids=str)
+def test_a_run_on_cuda_that_was_stopped_goes_on_as_it_would_have_and_is_fitted_anew(tmp_path, settings):
+    execution = {"device": "cuda"} | settings
+    whole = make(tmp_path / "whole", execution=execution).fit(4)
+    make(tmp_path / "half", execution=execution).fit(2)
+    again = make(tmp_path / "half", execution=execution)
+    rows = zip(without_times(again.fit(4)), without_times(whole), strict=True)
+    assert not [
+        (name, row[name], other[name]) for row, other in rows for name in row if not same(row[name], other[name])
+    ]
+    assert all(tensor.is_cuda for tensor in again.stn.state_dict().values())
+    network = again.refit(DataLoader(dataset(40, 0), 8, shuffle=True), epochs=2)
+    assert all(tensor.is_cuda and tensor.isfinite().all() for tensor in network.state_dict().values())
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=str)
+def test_a_loop_of_ones_own_on_cuda_is_that_on_the_cpu(precision):
+    """With torch's own scaler in float16; losses after two epochs differ by rounding and by the draws of noise alone."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        model, (train, valid) = mlp().to(device), loaders()
+        optimizer, scaler = sgd(model), torch.amp.GradScaler(device, enabled=precision is torch.float16)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, train, valid, **QUICK)
+        for _ in range(4):
+            model.train()
+            for x, y in train:
+                optimizer.zero_grad()
+                with torch.autocast(device, precision, enabled=precision is not None):
+                    loss = F.cross_entropy(model(x.to(device)), y.to(device))
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        losses[device] = tuner.history["valid_loss"][-1]
+        assert tuner.values() != tuner.history.start
+        assert len(tuner.history) == 4
+        tuner.detach()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)
+
+
+def test_recurrent_layers_compile_on_cuda():
+    stn = fxstn.transform(recurrent()).cuda().train()
+    stn.compile()
+    x, target = torch.randn(8, 3072, device="cuda"), torch.randint(3, (8,), device="cuda")
+    for step in (fxstn.general_loss, fxstn.response_loss, fxstn.hyper_loss):
+        loss = step(stn, F.cross_entropy, x, target)
+        loss.backward()
+        assert torch.isfinite(loss)
 
 
 def on_a_gpu_of_its_own(rank):

@@ -26,6 +26,7 @@ from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.rules.registry import register
 
 DISTANCE = 1e-2  # of random points from a kink
+LENGTHS_ON_THE_CPU = {torch._pack_padded_sequence, torch._pad_packed_sequence}
 
 
 def draw(shape, case: Case, generator: torch.Generator) -> torch.Tensor:
@@ -46,22 +47,29 @@ def dense(results):
 
 
 class Prepared:
-    """A case with random primals and tangents. Operations that draw find the same seed each time."""
+    """A case with random primals and tangents on a device. Operations that draw find the same seed each time."""
 
-    def __init__(self, case: Case, seed: int = 0):
+    def __init__(self, case: Case, seed: int = 0, device: str = "cpu"):
         generator = torch.Generator().manual_seed(seed)
-        self.case = case
-        self.tensors = [draw(shape, case, generator) for shape in case.shapes]
+        self.case, self.device = case, device
+        self.tensors = [draw(shape, case, generator).to(device) for shape in case.shapes]
         varying = range(len(self.tensors)) if case.varying is None else case.varying
         self.varying = list(varying)
         kind = torch.complex128 if case.imaginary else torch.float64
-        self.directions = [torch.randn(self.tensors[i].shape, generator=generator, dtype=kind) for i in self.varying]
+        self.directions = [
+            torch.randn(self.tensors[i].shape, generator=generator, dtype=kind).to(device) for i in self.varying
+        ]
+
+    def fixed(self, leaf):
+        """What a case has beside its tensors, on the device."""
+        moves = isinstance(leaf, torch.Tensor) and self.case.function not in LENGTHS_ON_THE_CPU
+        return leaf.to(self.device) if moves else leaf
 
     def function(self, *varying):
         tensors = list(self.tensors)
         for i, value in zip(self.varying, varying, strict=True):
             tensors[i] = value
-        args, kwargs = self.case.placed(tensors)
+        args, kwargs = self.case.placed(tensors, self.fixed)
         torch.manual_seed(0)
         return dense(self.case.function(*args, **kwargs))
 
@@ -69,7 +77,7 @@ class Prepared:
         """(y, dy); directions: one per varying tensor, or ZERO. rest: what becomes of other arguments."""
         by_position = dict(zip(self.varying, directions, strict=True))
         changes = [by_position.get(i, ZERO) for i in range(len(self.tensors))]
-        args, kwargs = self.case.placed(self.tensors if tensors is None else tensors, rest)
+        args, kwargs = self.case.placed(self.tensors if tensors is None else tensors, rest or self.fixed)
         tangents, named = self.case.placed(changes, rest=lambda _: ZERO)
         torch.manual_seed(0)
         return dense(apply_rule(self.case.function, tangents, args, kwargs, named))
@@ -97,8 +105,8 @@ def difference(a, b, step):
     return tree_map(lambda x, y: (x - y) / (2 * step) if x.dtype.is_floating_point or x.is_complex() else x * 0, a, b)
 
 
-def check_rule(case: Case, seed: int = 0):
-    prepared = Prepared(case, seed)
+def check_rule(case: Case, seed: int = 0, device: str = "cpu"):
+    prepared = Prepared(case, seed, device)
     y, dy = prepared.rule(prepared.directions)
     close(y, prepared.function(*prepared.primals()), 1e-12)
     step = 1e-6
@@ -107,7 +115,7 @@ def check_rule(case: Case, seed: int = 0):
         for s in (1, -1)
     ]
     close(dy, difference(*moved, step), 1e-7)
-    if case.forward:
+    if case.forward and device == "cpu":  # cuDNN's kernels have no forward mode
         _, expected = torch.func.jvp(prepared.function, prepared.primals(), tuple(prepared.directions))
         close(dy, expected, 1e-10)
 
@@ -372,6 +380,18 @@ def test_the_tangent_is_the_transpose_of_torchs_gradient_at_special_points(case)
         prepared.tensors = list(tensors)
         checked.append(check_transpose(prepared))
     assert any(checked)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_tangent_of_a_determinant_is_right_where_the_matrix_is_singular(rank):
+    """A determinant of four rows is a polynomial of degree 4 in the step, which five values determine."""
+    A = (torch.randn(2, 4, rank) @ torch.randn(2, rank, 4)).double()
+    A[0, 0] = 0.0
+    direction = torch.randn(2, 4, 4).double()
+    value = lambda step: torch.linalg.det(A + step * direction)  # noqa: E731
+    slope = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / 12
+    _, found = apply_rule(torch.linalg.det, (direction,), (A,), {})
+    torch.testing.assert_close(found, slope, rtol=1e-9, atol=1e-9)
 
 
 NOWHERE, INF = torch.full((3, 4), -torch.inf, dtype=torch.float64), float("inf")

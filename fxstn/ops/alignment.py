@@ -28,11 +28,11 @@ def ctc_tangent(
     batched, dtype = log_probs.dim() == 3, wide(log_probs.dtype)
     values, change = (x.to(dtype) if batched else x.to(dtype).unsqueeze(1) for x in (log_probs, tangent))
     targets = targets if batched or targets.dim() != 1 else targets.unsqueeze(0)
-    lengths = [torch.as_tensor(n, device="cpu").reshape(-1) for n in (input_lengths, target_lengths)]
+    lengths = [torch.as_tensor(n, device=values.device).reshape(-1) for n in (input_lengths, target_lengths)]
     settings = (values, targets, *lengths)
     loss, paths = torch.ops.aten._ctc_loss(*settings, blank, zero_infinity)
     gradient = torch.ops.aten._ctc_loss_backward(torch.ones_like(loss), *settings, loss, paths, blank, zero_infinity)
-    counts = torch.arange(len(values), device=values.device)[:, None, None] < lengths[0].to(values.device)[:, None]
+    counts = torch.arange(len(values), device=values.device)[:, None, None] < lengths[0][:, None]
     gradient = gradient - values.exp() * counts  # torch's is that of a softmax before, which has this term of its own
     result = (gradient * change).sum((0, 2))
     if reduction == "mean":

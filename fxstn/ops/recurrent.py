@@ -17,6 +17,7 @@ from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BatchAxis
 from fxstn.ops.response import align, materialised
 
+APART = "RNN module weights are not part of single contiguous chunk"  # cuDNN says that it copies weights at each call
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
@@ -37,8 +38,8 @@ def recurrent_layer(
     """
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
     settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
-    with warnings.catch_warnings():  # cuDNN says that it copies the weights of one layer at each call
-        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", APART)
         if mode == "lstm":
             assert c is not None
             y, h, c = torch.lstm(x, (h[None], c[None]), *settings)

@@ -1,4 +1,4 @@
-"""Products: multilinear in their operands, dy = Σ f(a, …, db, …, c)."""
+"""Products: multilinear in their operands, dy = Σ f(a, …, db, …, c); and determinants."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import operator
 import torch
 
 from fxstn.ir.grouped import grouped_product
+from fxstn.ops.determinant import determinant_tangent
 from fxstn.rules.registry import bilinear, rule, total
 
 bilinear(operator.matmul, torch.inner, torch.kron, torch.linalg.cross)
@@ -27,3 +28,13 @@ def einsum(d, equation, *operands):
     product = lambda i, dx: torch.einsum(equation, *values[:i], dx, *values[i + 1 :])  # noqa: E731
     terms = [(dx, lambda dx, i=i: product(i, dx)) for i, dx in enumerate(tangents)]
     return torch.einsum(equation, *values), total(*terms)
+
+
+@rule(torch.det, fresh=True)
+def determinant(d, input):
+    return torch.det(input), determinant_tangent(d.input, input)
+
+
+@rule(torch.linalg.det, fresh=True)
+def linalg_determinant(d, A):
+    return torch.linalg.det(A), determinant_tangent(d.A, A)

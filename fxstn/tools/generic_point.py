@@ -30,10 +30,10 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     with torch.no_grad(), Preservation(nn.Module(), inputs) as inputs:
         for module in model.modules() if seed else ():
             if isinstance(module, NORMS) and module.bias is not None:
-                module.bias.add_(3 * torch.randn(module.bias.shape, generator=generator, dtype=torch.float64).sign())
+                module.bias.add_(3 * _drawn(module.bias, generator).sign())
         for parameter in model.parameters():
             if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                parameter.add_(0.1 * _drawn(parameter, generator))
         for module in norms:
             module.momentum = 1.0
         run_once(model.train(), inputs)
@@ -42,6 +42,11 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     for child, mode in zip(model.modules(), modes, strict=True):
         child.training = mode
     return model
+
+
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers from a generator of the CPU, for a tensor on any device."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def randomize_response(network: SelfTuningNetwork, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +21,7 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.recurrent import APART
 from fxstn.tools.doing import doing
 from fxstn.tools.generic_point import generic_copy, randomize_response
 from fxstn.tools.reference import Float64Mode, Reference, as_double, flat, move_weights
@@ -155,7 +157,8 @@ def verify(
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
     examples = call if example_inputs is None else mapped(_detached_double, as_inputs(example_inputs, model))
-    with forked_rng(), doing("verify") as line:
+    with forked_rng(), doing("verify") as line, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", APART)  # weights that a difference has moved
         for seed in range(seeds):
             line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")
             torch.manual_seed(seed)
