@@ -1,10 +1,11 @@
 """What is checked and measured on a machine with a GPU, in ten minutes: `make gpu`.
 
-    python -m benchmarks.gpu [--device cuda] [--parts NAME ...]
+    python -m benchmarks.gpu [--device cuda] [--networks NAME ...] [--no-tests]
     python -m benchmarks.gpu --device cpu --tiny      # the same commands, to see that they run
 
-Each part is a process with a time limit of its own. After each one benchmarks/results/gpu-DEVICE.json says how it ended, and
-what it measured is in a file of its own already: a stop loses nothing. Nothing is downloaded.
+The tests run, and each network is prepared in a process of its own (benchmarks/on_device.py), several at once. Then one network
+after the other is measured, with nothing beside it. benchmarks/results/gpu-DEVICE.json is written after each part: a stop loses
+nothing. Nothing is downloaded. `python -m benchmarks.tables` makes the table of docs/results/overhead.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,82 +26,114 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("general", "response", "schedule", "schedule-default")
+TESTS = ("pytest", "tests/test_cuda.py", "-n", "4", "-p", "no:cacheprovider")
+PREPARE, MEASURE = 240, 45  # seconds: for the tests and for all first steps together, and for the times of a network
+TYPICAL = 25  # seconds that the times of a network take
+AT_ONCE = 7  # processes that prepare
+SMALL = "three_layers, 2 × 32², dropout"
+NETWORKS: dict[
+    str, tuple[str, ...]
+] = {  # {name: arguments of benchmarks.on_device}; what takes long to prepare is first
+    "resnet18, graphs": ("resnet18, 128 × 32², both", "--compile"),
+    "MLP, graphs": ("three_layers, 128 × 32², both", "--compile"),
+    "vit_b_16, graphs": ("vit_b_16, 128 × 224², both, bf16", "--compile"),
+    "resnet50, bfloat16, channels last, graphs": ("resnet50, 128 × 224², both, bf16", "--channels-last", "--compile"),
+    "resnet18": ("resnet18, 128 × 32², both",),
+    "MLP": ("three_layers, 128 × 32², both",),
+    "resnet50": ("resnet50, 128 × 224², both",),
+    "resnet50, bfloat16, channels last": ("resnet50, 128 × 224², both, bf16", "--channels-last"),
+    "vit_b_16": ("vit_b_16, 128 × 224², both, bf16",),
+    "convnext_tiny": ("convnext_tiny, 128 × 224², both, bf16",),
+    "mobilenet_v3_small": ("mobilenet_v3_small, 128 × 224², both",),
+    "resnet18, paper's": ("resnet18, 128 × 32², both", "--paper"),
+}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module that is run with arguments, for so many seconds at most."""
+@dataclass
+class Process:
+    """A module that is run with arguments. folder: for its files. gate: whether it waits before it measures."""
 
     name: str
-    seconds: int
     arguments: tuple[str, ...]
+    folder: Path
+    gate: bool
+
+    def begin(self) -> None:
+        self.start = time.perf_counter()
+        own = ("--gate", str(self.at("ready")), "--json", str(self.at("json"))) if self.gate else ()
+        self.log = self.at("log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", *self.arguments, *own], cwd=ROOT, stdin=subprocess.PIPE, stdout=self.log,
+            stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        )  # fmt: skip
+
+    def at(self, suffix: str) -> Path:
+        return self.folder / f"{self.name.replace(' ', '-')}.{suffix}"
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it is over, or waits."""
+        return self.process.poll() is not None or self.at("ready").exists()
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Let it go on, for so many seconds at most; how it ended, its last lines, and what it measured."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError), self.process.stdin as pipe:  # broken where it is over
+            pipe.write(b"\n")
+        try:
+            outcome = "failed" if self.process.wait(seconds) else "passed"
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the processes that it started, too
+            self.process.wait()
+            outcome = "stopped"
+        self.log.close()
+        found = json.loads(self.at("json").read_text()) if self.at("json").exists() else {}
+        lines = self.at("log").read_text(errors="replace").splitlines()
+        last = lines[-12:] if outcome == "passed" else lines[-150:]
+        return {"outcome": outcome, "seconds": round(time.perf_counter() - self.start, 1), "last lines": last} | found
 
 
-def overhead(name: str, seconds: int, network: str, *options: str, memory: bool = False) -> Part:
-    """The overhead of one network; one process, or, for the peak memory, one for each variant."""
-    own = ("--memory", "plain", "schedule", "schedule-default") if memory else ("--memory",)
-    arguments = ("benchmarks.overhead", "--networks", network, "--processes", "1", "--variants", *STEPS, *own, *options)
-    return Part(name, seconds, arguments)
+def processes_of(device: str, tiny: bool, names: list[str], tests: bool, folder: Path) -> list[Process]:
+    networks = {"MLP": (SMALL, "--rounds", "1")} if tiny else {name: NETWORKS[name] for name in names}
+    own = [Process("tests", TESTS, folder, gate=False)] if tests else []
+    module = ("benchmarks.on_device", "--device", device, "--case")
+    return own + [Process(name, (*module, *rest), folder, gate=True) for name, rest in networks.items()]
 
 
-def parts(device: str, tiny: bool) -> list[Part]:
-    """In the order of what is worth most. Their limits are ten minutes in all."""
-    tests = Part("tests", 150, ("pytest", "tests/test_cuda.py", "-n", "0", "-p", "no:cacheprovider"))
-    on = ("--device", device)
-    if tiny:
-        small = (*on, "--batch-size", "2", "--rounds", "1", "--image-size", "32")
-        return [tests, overhead("mlp", 120, "mlp", *small)]
-    on = (*on, "--rounds", "8")
-    fast = (*on, "--bf16", "--channels-last", "--batch-size", "128")
-    return [
-        tests,
-        overhead("resnet18", 50, "resnet18", *on, "--batch-size", "128"),
-        overhead("resnet18, compiled", 100, "resnet18", *on, "--batch-size", "128", "--compile"),
-        overhead("mlp", 30, "mlp", *on),
-        overhead("mlp, compiled", 50, "mlp", *on, "--compile"),
-        overhead("resnet50, bfloat16", 60, "resnet50", *fast, "--image-size", "224"),
-        overhead("resnet50, bfloat16, compiled", 110, "resnet50", *fast, "--image-size", "224", "--compile"),
-        overhead("resnet18, memory", 50, "resnet18", *on, "--batch-size", "128", "--image-size", "64", memory=True),
-    ]
-
-
-def run(part: Part, results: Path) -> dict[str, Any]:
-    """How a part ended: "passed", "failed" or "stopped" at its limit; its time and its last lines.
-
-    results: the folder of its files.
-    """
-    more = ("--results", str(results)) if part.arguments[0].startswith("benchmarks.") else ()
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *part.arguments, *more], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=part.seconds)
-        outcome = "failed" if process.returncode else "passed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
-        text, outcome = process.communicate()[0], "stopped"
-    seconds = round(time.perf_counter() - start, 1)
-    return {"outcome": outcome, "seconds": seconds, "limit": part.seconds, "last lines": text.splitlines()[-40:]}
+def prepare(processes: list[Process], seconds: float) -> list[Process]:
+    """Begin them, a few at once, until all are prepared or the time is over. Returns those that have begun."""
+    end, begun = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end and not (begun == len(processes) and all(p.is_prepared for p in processes)):
+        while begun < len(processes) and sum(not process.is_prepared for process in processes[:begun]) < AT_ONCE:
+            processes[begun].begin()
+            begun += 1
+        time.sleep(0.2)
+    return processes[:begun]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu or cuda")
     parser.add_argument("--tiny", action="store_true", help="a small network and few steps")
-    parser.add_argument("--parts", nargs="+", help="their names; default: all")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), help="default: all")
+    parser.add_argument("--no-tests", action="store_true", help="measure alone")
+    parser.add_argument(
+        "--prepare", type=int, default=PREPARE, help="seconds for tests and first steps; default: %(default)s"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder")
     args = parser.parse_args(arguments)
-    file, results = args.results / f"gpu-{args.device.replace(':', '-')}.json", {}
-    chosen = [part for part in parts(args.device, args.tiny) if not args.parts or part.name in args.parts]
-    for part in (bar := tqdm(chosen, disable=None)):
-        bar.set_description(part.name)
-        results[part.name] = run(part, args.results)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        tqdm.write(f"{part.name}: {results[part.name]['outcome']} after {results[part.name]['seconds']} s")
-    return int(any(result["outcome"] != "passed" for result in results.values()))
+    file = args.results / f"gpu-{args.device.replace(':', '-')}.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        todo = processes_of(args.device, args.tiny, args.networks, not args.no_tests, Path(folder))
+        processes = prepare(todo, args.prepare)
+        for process in (bar := tqdm(processes, disable=None)):
+            bar.set_description(process.name)
+            late = not process.is_prepared
+            result = results[process.name] = process.finish(0 if late else MEASURE)
+            file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            tqdm.write(f"{process.name}: {result['outcome']} after {result['seconds']} s {result.get('ratios', '')}")
+    return int(len(processes) < len(todo) or any(results[process.name]["outcome"] != "passed" for process in processes))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def fixed_sgd(model: nn.Module, decay: float) -> torch.optim.Optimizer:
 def step_plainly(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, precision: torch.dtype | None
 ) -> None:
-    with torch.autocast("cuda", precision, enabled=precision is not None):
+    with torch.autocast(x.device.type, precision, enabled=precision is not None):
         loss = F.cross_entropy(model(x), target)
     loss.backward()
     optimizer.step()

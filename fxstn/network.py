@@ -22,7 +22,7 @@ from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import Metric, total_penalty
-from fxstn.ops.pull_back import gradients_in, pull_back
+from fxstn.ops.pull_back import pull_back_gradients
 from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes, responding
 
 METHODS = ("delta", "centered", "stn")
@@ -178,7 +178,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         best: see `fxstn.HyperSettings`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
         GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
-        return pull_back(self.response, gradients_in(self.model), self.model).to(self.hparams.unconstrained)
+        return pull_back_gradients(self.response, self.model).to(self.hparams.unconstrained)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""

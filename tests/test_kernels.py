@@ -17,7 +17,9 @@ from benchmarks.fake_cuda import fake_cuda
 from benchmarks.kernels import PULL_BACK, count_loop, count_plain, count_run, network
 from benchmarks.launches import Launches
 from benchmarks.networks import three_layers
+from benchmarks.on_device import ratio
 from fxstn import hp
+from fxstn.bilevel.cadence import steps_of_run
 from fxstn.ops import multi_tensor
 from fxstn.ops.multi_tensor import add_multiples
 from fxstn.tools.bench import plain_baseline
@@ -138,14 +140,27 @@ def test_a_result_in_memory_that_is_given_is_a_kernel_and_an_expanded_tensor_is_
 
 @pytest.mark.slow  # four processes that import torch
 def test_make_gpu_runs_the_same_commands_without_a_gpu(tmp_path):
-    """Each part says how it ended; what it measured is in a file of its own."""
+    """Each part says how it ended, and what it measured."""
     assert gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 0
-    outcomes = {name: part["outcome"] for name, part in json.loads((tmp_path / "gpu-cpu.json").read_text()).items()}
-    assert outcomes == {"tests": "passed", "mlp": "passed"}
-    rows = json.loads((tmp_path / "overhead-mlp-cpu-2x32.json").read_text())
-    assert {row["variant"] for row in rows} == {"plain", *gpu.STEPS}
+    parts = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert {name: part["outcome"] for name, part in parts.items()} == {"tests": "passed", "MLP": "passed"}
+    times = parts["MLP"]["times"]
+    assert set(times) == {"plain", "inner", PULL_BACK, "response", "hyper", "cycle"}
+    assert all(0 < one["host"] <= one["ms"] for one in times.values())
 
 
 def test_the_parts_of_make_gpu_take_ten_minutes_at_most_and_one_that_is_stopped_says_so(tmp_path):
-    assert sum(part.seconds for part in gpu.parts("cuda", tiny=False)) <= 600
-    assert gpu.run(gpu.Part("clock", 0, ("timeit",)), tmp_path)["outcome"] == "stopped"
+    assert gpu.PREPARE + len(gpu.NETWORKS) * gpu.TYPICAL <= 600
+    clock = gpu.Process("clock", ("timeit",), tmp_path, gate=False)
+    clock.begin()
+    assert clock.finish(0)["outcome"] == "stopped"
+
+
+def test_the_ratio_of_a_run_is_that_of_its_steps():
+    """Of times of steps that are plain numbers, with what a cycle takes beside them."""
+    ms = {"plain": 2.0, "inner": 2.0, PULL_BACK: 3.0, "response": 4.0, "hyper": 5.0, "cycle": 5.5}
+    times = {name: {"ms": value} for name, value in ms.items()}
+    responses, hypers = steps_of_run(1000)
+    between = 5.5 - (2 + 1 + 4 / 4 + 5 / 5)
+    expected = (2 + 5 * hypers / 1000 + 4 * responses / 1000 + 5 * hypers / 1000 + between) / 2
+    assert ratio(times, 1000) == pytest.approx(expected)

@@ -38,33 +38,50 @@ def row_products(
     responses = {name: response for name, response in responses_in(tree).items() if name in left}
     sums: dict[int, Tensor] = {}
     pending: dict[str, tuple[Tensor, Tensor]] = {}
-
-    ends: Tensor | None = None
+    vectors: dict[str, tuple[Tensor, Tensor]] = {}  # most of a network with norms: nothing more is asked of each alone
+    dtype, ends = tree.flat_U.dtype, None
 
     def add(name: str, total: Tensor) -> None:
-        block, total = responses[name].block, (total.to_dense() if total.is_sparse else total).reshape(-1)
+        block = responses[name].block
         sums[block] = sums[block] + total if block in sums else total
 
-    for name in responses:
-        a, b = widen(left[name]), widen(right[name])
+    for name, response in responses.items():
+        a, b, by_rows = left[name], right[name], metric is None and response.axis == 0
+        if by_rows and a.dim() == 1 and a.layout is torch.strided and a.dtype is b.dtype is dtype:
+            vectors[name] = a, b
+            continue
+        a, b = widen(a), widen(b)
         if a.is_sparse:
-            add(name, _over_rows(a * b, responses[name].axis))
-        elif metric is None and responses[name].axis == 0 and a.is_cuda and _in_one_pass(a, b):
+            add(name, _over_rows(a * b, response.axis).to_dense().reshape(-1))
+        elif by_rows and a.is_cuda and _in_one_pass(a, b):
             ends = zero_and_one(a) if ends is None else ends
             add(name, row_sums(a, b, len(a), False, ends)[0])
-        elif metric is None and responses[name].axis == 0 and a.is_cpu and _in_one_pass(a, b):
+        elif by_rows and a.is_cpu and _in_one_pass(a, b):
             add(name, _row_sums_in_blocks(a, b))
         else:  # Re(ā b), as everywhere the derivative along a complex direction
             a, b = as_real((a, b))
             pending[name] = (a, b)
+    for name, product in _products(vectors).items():
+        add(name, product)
     for names in _groups({name: a.numel() for name, (a, _) in pending.items()}):
-        products = torch._foreach_mul([pending[name][0] for name in names], [pending[name][1] for name in names])
-        for name, product in zip(names, with_metric(names, products, metric), strict=True):
-            add(name, _over_rows(product, responses[name].axis))
+        products = _products({name: pending[name] for name in names})
+        for name, product in zip(names, with_metric(names, [*products.values()], metric), strict=True):
+            add(name, _over_rows(product, responses[name].axis).reshape(-1))
         del products
+    return _in_order(tree, sums)
+
+
+def _products(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """{name: a ⊙ b}."""
+    if not pairs:
+        return {}
+    return dict(zip(pairs, torch._foreach_mul(*map(list, zip(*pairs.values(), strict=True))), strict=True))
+
+
+def _in_order(tree: ResponseTree, sums: Mapping[int, Tensor]) -> Tensor:
+    """Values of the rows of some blocks, {block: (rows,)}, as those of all, (N,); others are 0."""
     if len(sums) < len(tree.flat_sizes):  # one kernel writes the zeros of all blocks without a sum
-        missing = [size for block, size in enumerate(tree.flat_sizes) if block not in sums]
-        zeros = tree.flat_U.new_zeros(max(missing))
+        zeros = tree.flat_U.new_zeros(max(size for block, size in enumerate(tree.flat_sizes) if block not in sums))
     parts = [sums[block] if block in sums else zeros[:size] for block, size in enumerate(tree.flat_sizes)]
     return torch.cat(parts).to(tree.flat_U.dtype)
 
@@ -111,18 +128,16 @@ def pull_back(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module
     gradients: {name: g}; a parameter without one counts as zero. They may be sparse.
     """
     assert isinstance(tree, ResponseTree)
-    return tree.flat_U.T @ row_products(tree, gradients, directions(tree, model))
-
-
-def directions(tree: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """{parameter name: R} of those that respond."""
     parameters = parameters_in(model)
-    return {name: response.direction(parameters[name]) for name, response in responses_in(tree).items()}
+    directions = {name: response.direction(parameters[name]) for name, response in responses_in(tree).items()}
+    return tree.flat_U.T @ row_products(tree, gradients, directions)
 
 
-def gradients_in(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter name: .grad} of those that have one."""
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+def pull_back_gradients(tree: nn.Module, model: nn.Module) -> Tensor:
+    """Θᵀ g, (h,), for the gradients g that the parameters hold."""
+    parameters = parameters_in(model)
+    gradients = {name: parameters[name].grad for name in responses_in(tree)}
+    return pull_back(tree, {name: g for name, g in gradients.items() if g is not None}, model)
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

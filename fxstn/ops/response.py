@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, Owners, Place
 from fxstn.ops.batch_axis import expand_rows, row_numbers, with_mean
+from fxstn.ops.parameters import parameters_in
 from fxstn.ops.precision import WideModule, wide, widen
 
 
@@ -83,11 +84,6 @@ def responses_in(tree: nn.Module) -> dict[str, Response]:
     """{parameter name: its response} of a ResponseTree. Parameters that are not trained are left out."""
     assert isinstance(tree, ResponseTree)
     return {name: response for name, response in tree.flat_responses if response.active}
-
-
-def parameters_in(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter}, with each name of a shared one: one walk, where many are looked up in a step."""
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
