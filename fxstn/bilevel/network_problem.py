@@ -117,17 +117,17 @@ class NetworkProblem(BilevelProblem):
     def _draw(self, inputs: Any) -> Tensor:
         """ε of a response step.
 
-        Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy. A network
-        that underfits takes the first. One that overfits takes the second, as often as four times the gap's share says
-        (docs/results/hypergradient.md, From usual starts). Both have a row per example, so that compiled graphs fit both.
+        Where a batch norm joins the examples, an ε each teaches fast but with a bias, one for all is right but noisy: drawn as
+        often as four times the gap's share says (docs/results/hypergradient.md, From usual starts). Both have a row for each.
         """
         inputs = inputs_of(self.stn, inputs)
-        possible = self.perturb == "auto" and self.stn.per_example(*inputs.args, **inputs.kwargs)
-        if not possible or self._gap is None or not joins_examples(self.stn):
-            return perturbation(self.stn, inputs, self.perturb, self._generator).detach()
+        draw = partial(perturbation, self.stn, inputs, generator=self._generator)
+        if self.perturb != "auto" or not self.stn.per_example(*inputs.args, **inputs.kwargs) or self._gap is None:
+            return draw(self.perturb).detach()
+        if not joins_examples(self.stn):
+            return draw("example").detach()
         joined = random.Random(self._seed).random() < 4 * self._gap
-        drawn = perturbation(self.stn, inputs, "batch" if joined else "example", self._generator).detach()
-        return drawn.expand(batch_size(inputs), -1).contiguous()
+        return draw("batch" if joined else "example").detach().expand(batch_size(inputs), -1).contiguous()
 
     def follow_gap(self, gap: float | None) -> None:
         self._gap = gap

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from fxstn.frontends.module_state import same
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 _SIGNATURES: WeakKeyDictionary[FunctionType, dict[bool, inspect.Signature]] = WeakKeyDictionary()
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -117,7 +119,11 @@ def inputs_of_graph(targets: Iterable[str], model: nn.Module, inputs: Inputs) ->
     own = list(targets)
     if any(target.startswith("**") for target in own):  # the forward as it is
         return inputs
-    arguments, parameters = arguments_of(model, inputs), signature_of(model).parameters
+    parameters = signature_of(model).parameters
+    by_position = [p.name for p in islice(parameters.values(), len(inputs.args)) if p.kind in _BY_POSITION]
+    if not inputs.kwargs and own == by_position and len(own) == len(inputs.args):
+        return inputs  # one value for each placeholder, as in most calls
+    arguments = arguments_of(model, inputs)
     names = {target.lstrip("*") for target in own}
     unknown = [n for n, value in arguments.items() if n not in names and not same(value, _constant(parameters.get(n)))]
     if unknown:

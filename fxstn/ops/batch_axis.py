@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,13 +32,24 @@ def lists(value: Any, of: type | tuple[type, ...], length: int | None = None) ->
     return all(isinstance(entry, of) for entry in value)
 
 
+def _leaves(value: object) -> Iterator[object]:
+    """torch's tree_iter, which takes its time for the containers that are most used."""
+    if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        for entry in cast(Sequence[object], value):
+            yield from _leaves(entry)
+    elif isinstance(value, Tensor):
+        yield value
+    else:
+        yield from tree_iter(value)
+
+
 def batch_size(inputs: object) -> int:
     """Examples in a batch: as many as it lists, or dimension 0 of its first tensor. Raises ValueError where it holds none."""
     if isinstance(inputs, Tensor) and inputs.dim():
         return inputs.shape[0]
     if (count := listed_examples(inputs)) is not None:
         return count
-    for leaf in tree_iter(inputs):
+    for leaf in _leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
     raise ValueError("the inputs hold no tensor with a batch dimension")

@@ -105,8 +105,10 @@ def _row_sums_in_blocks(a: Tensor, b: Tensor) -> Tensor:
     `row_sums` reads once, too, but on the CPU its product has less than the accuracy of a sum.
     """
     rows = max(1, BLOCK // (a.numel() // len(a)))
+    if rows >= len(a):
+        return _over_rows(a * b, 0)
     sums = [_over_rows(one * other, 0) for one, other in zip(a.split(rows), b.split(rows), strict=True)]
-    return torch.cat(sums) if len(sums) > 1 else sums[0]
+    return torch.cat(sums)
 
 
 def with_metric(names: Sequence[str], values: Sequence[Tensor], metric: Metric | None) -> list[Tensor]:
