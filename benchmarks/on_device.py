@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -208,6 +209,33 @@ def ratio(times: Mapping[str, Mapping[str, float]], inner: int, figure: str = "m
         PULL_BACK: 1,
     }
     return (whole(rates(inner)) + kinds["cycle"] - whole(first)) / kinds["plain"]
+
+
+def busy(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """As `Measured.times`, of the time in which the device has a kernel."""
+    return {name: {"ms": one["busy"]} for name, one in entry["kernels"].items()}
+
+
+def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was measured, as Markdown; the default schedule alone."""
+    rows = []
+    for name, entry in entries.items():
+        if not entry.get("ratios"):
+            continue
+        plain, ratios, kernels = entry["times"]["plain"]["ms"], entry["ratios"], entry["kernels"]
+        launched = " → ".join(f"{kernels[kind]['kernels']:.0f}" for kind in ("plain", "cycle"))
+        peaks = entry.get("peaks")
+        rows.append([
+            f"{entry['case']}, {'CUDA graphs' if name.endswith('graphs') else 'eager'}", f"{plain:.1f}",
+            f"{plain * ratios[str(SHORT)]:.1f}", *(f"{ratios[str(inner)]:.2f}" for inner in (SHORT, LONG)),
+            f"{kernels['plain']['busy']:.2f}", f"{ratio(busy(entry), SHORT):.2f}", launched,
+            f"{peaks['run'] / peaks['plain']:.2f}" if peaks else "–",
+        ])  # fmt: skip
+    headers = [
+        "network, batch × image, what is tuned", "plain, ms", "default, ms", "default / plain, 1,000 steps", "10,000 steps",
+        "plain, ms of the device", "default / plain, of the device", "kernels, first cycle", "memory",
+    ]  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from benchmarks import (
     gpt,
     hypergradient,
     kernels,
+    on_device,
     pictures,
     ptb,
     refits,
@@ -35,7 +36,7 @@ from benchmarks import (
 )
 from benchmarks.overhead import NETWORKS
 from benchmarks.paper import report as paper
-from benchmarks.sentences import TEXTS
+from benchmarks.sentences import TEXTS, read
 from benchmarks.worth import report as worth
 from benchmarks.worth.cells import READINGS
 from fxstn.bilevel.cadence import steps_of_run
@@ -248,6 +249,10 @@ def launches() -> str:
     return kernels.table(kernels.read())
 
 
+def gpu() -> str:
+    return on_device.table(read("gpu-cuda"))
+
+
 def purposes() -> str:
     return kernels.purposes(kernels.read())
 
@@ -268,7 +273,8 @@ TABLES = {
     "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": refitted,
-    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "purposes": purposes,
+    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
+    "purposes": purposes,
     "whole": whole, "starts": starts, "units": units, "cifar": cifar, "classes": classes, "labels": labels,
     **of_worth(), **paper.PARTS, **TEXTS,
 }  # fmt: skip
