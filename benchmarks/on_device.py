@@ -55,6 +55,7 @@ CASES = {
         Case("benchmarks.networks:three_layers", 2, tuned="dropout"),
     )
 }
+CYCLE = 20  # inner steps until the default schedule repeats itself
 REPEATS = 5  # steps of a kind between two waits for the device
 NOT_KERNELS = ("Memcpy", "Memset")  # beginnings of names
 
@@ -129,12 +130,11 @@ class Measured:
     def times(self, rounds: int) -> dict[str, dict[str, float]]:
         """{kind, or "cycle" for an inner step of a run with all that belongs to it: {"host", "ms"}}."""
         kinds, found = self.kinds(), {name: [] for name in ("plain", "inner", PULL_BACK, "response", "hyper", "cycle")}
-        inner = 20
         for _ in range(rounds):
             for name, step in kinds.items():
                 found[name].append(self.timed(partial(repeat, step), REPEATS))
-            loop = self.new_run(inner)
-            found["cycle"].append(self.timed(partial(loop.epoch, lambda: None), inner))
+            loop = self.new_run(CYCLE)
+            found["cycle"].append(self.timed(partial(loop.epoch, lambda: None), CYCLE))
         return {
             name: dict(zip(("host", "ms"), map(statistics.median, zip(*values, strict=True)), strict=True))
             for name, values in found.items()
@@ -145,7 +145,7 @@ class Measured:
         if self.graphs or not self.device.startswith("cuda"):  # graphs keep what they once had
             return {}
         result = {}
-        loop = self.new_run(20)
+        loop = self.new_run(CYCLE)
         for name, work in (("plain", partial(repeat, self.step_plainly)), ("run", partial(loop.epoch, lambda: None))):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -157,10 +157,10 @@ class Measured:
         """{kind: {"kernels", "busy"}}: kernels of a step as the profiler counts them, and their time in ms."""
         if not self.device.startswith("cuda"):
             return {}
-        result, loop = {}, self.new_run(20)
+        result, loop = {}, self.new_run(CYCLE)
         kinds = self.kinds()
         works = {name: (partial(repeat, step), REPEATS) for name, step in kinds.items()}
-        for name, (work, steps) in (works | {"cycle": (partial(loop.epoch, lambda: None), 20)}).items():
+        for name, (work, steps) in (works | {"cycle": (partial(loop.epoch, lambda: None), CYCLE)}).items():
             self.wait()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
                 work()
@@ -177,7 +177,7 @@ class Measured:
     def host_profile(self, lines: int = 30) -> Iterator[str]:
         """Where Python is in each kind of step, and in a cycle: the functions with most time of their own."""
         kinds = {name: partial(repeat, step) for name, step in self.kinds().items()}
-        for name, work in (kinds | {"cycle": partial(self.new_run(20).epoch, lambda: None)}).items():
+        for name, work in (kinds | {"cycle": partial(self.new_run(CYCLE).epoch, lambda: None)}).items():
             profiler = cProfile.Profile()
             self.wait()
             profiler.runcall(work)
@@ -191,12 +191,12 @@ def repeat(step: Callable[[], object]) -> None:
         step()
 
 
-def ratio(times: Mapping[str, Mapping[str, float]], inner: int, figure: str = "ms") -> float:
+def ratio(times: Mapping[str, Mapping[str, float]], inner: int) -> float:
     """Of a run's first so many inner steps to plain training.
 
     times: as from `Measured.times`, of the default schedule. What a cycle takes beside its steps is between them.
     """
-    kinds = {name: value[figure] for name, value in times.items()}
+    kinds = {name: value["ms"] for name, value in times.items()}
     kinds[PULL_BACK] -= kinds["inner"]
 
     def whole(shares: Mapping[str, float]) -> float:
@@ -255,7 +255,7 @@ def main() -> None:
     for _ in range(3 if args.compile else 1):
         for step in measured.kinds().values():
             step()
-        measured.new_run(20).epoch(lambda: None)
+        measured.new_run(CYCLE).epoch(lambda: None)
     measured.wait()
     result: dict[str, Any] = environment(args.device) | {
         "case": args.case,
