@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from nets import SmallConv, randomize_response
 from processes import run
-from runs import dataset, make, same, without_times
+from runs import dataset, make, without_times
 from test_kernels import AUGMENTATIONS, augmented, group_norms, vision_transformer
 from test_rules import NAMES, VARYING, Prepared, check_rule
 from test_tune import QUICK, loaders, mlp, sgd
@@ -198,16 +198,26 @@ def test_a_cycle_runs(settings):
     assert all(math.isfinite(loss) for loss in loop.epoch(lambda: None).values())
 
 
+def differing(rows, others, error):
+    """[(epoch, column, value, other)] where two histories differ by more than a relative error."""
+    return [
+        (row["epoch"], name, value, other[name])
+        for row, other in zip(rows, others, strict=True)
+        for name, value in row.items()
+        if value != pytest.approx(other[name], rel=error, abs=0, nan_ok=True)
+    ]
+
+
 @pytest.mark.parametrize("settings", [{}, {"compile": True}, {"autocast": torch.float16}], ids=str)
 def test_a_run_on_cuda_that_was_stopped_goes_on_as_it_would_have_and_is_fitted_anew(tmp_path, settings):
     execution = {"device": "cuda"} | settings
-    whole = make(tmp_path / "whole", execution=execution).fit(4)
+    whole, twin = (without_times(make(tmp_path / name, execution=execution).fit(4)) for name in ("whole", "twin"))
     make(tmp_path / "half", execution=execution).fit(2)
     again = make(tmp_path / "half", execution=execution)
-    rows = zip(without_times(again.fit(4)), without_times(whole), strict=True)
-    assert not [
-        (name, row[name], other[name]) for row, other in rows for name in row if not same(row[name], other[name])
-    ]
+    resumed = without_times(again.fit(4))
+    # A device whose kernels round otherwise from run to run allows no more.
+    error = 0 if not differing(whole, twin, 0) else 1e-4
+    assert not differing(resumed, whole, error), f"two runs that were not stopped: {differing(whole, twin, 0)}"
     assert all(tensor.is_cuda for tensor in again.stn.state_dict().values())
     network = again.refit(DataLoader(dataset(40, 0), 8, shuffle=True), epochs=2)
     assert all(tensor.is_cuda and tensor.isfinite().all() for tensor in network.state_dict().values())
