@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, call
+from operator import attrgetter, call, methodcaller
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 _CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_KEYS, _VALUES = methodcaller("keys"), methodcaller("values")  # those of a scripted module are no dict's
 
 
 class _Walk:
@@ -23,20 +24,22 @@ class _Walk:
         modules = dict(model.named_modules(remove_duplicate=False))
         self.modules = [ref(module) for module in modules.values()]
         self.names = [
-            path + ("." if path else "") + name for path, module in modules.items() for name in module._parameters
+            path + ("." if path else "") + name
+            for path, module in modules.items()
+            for name, _ in module._parameters.items()
         ]
         self.structure = self._structure([*modules.values()])
 
     def _structure(self, modules: list[nn.Module]) -> tuple[list[int], list[str]]:
-        children = chain.from_iterable(map(dict.values, map(_CHILDREN, modules)))
-        return list(map(id, children)), list(chain.from_iterable(map(_PARAMETERS, modules)))
+        children = chain.from_iterable(map(_VALUES, map(_CHILDREN, modules)))
+        return list(map(id, children)), list(chain.from_iterable(map(_KEYS, map(_PARAMETERS, modules))))
 
     def parameters(self) -> dict[str, nn.Parameter] | None:
         """{name: parameter}; None where the modules or names are others now."""
         modules: list[Any] = [*map(call, self.modules)]
         if None in modules or self._structure(modules) != self.structure:
             return None
-        own = chain.from_iterable(map(dict.values, map(_PARAMETERS, modules)))
+        own = chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules)))
         return {name: parameter for name, parameter in zip(self.names, own, strict=True) if parameter is not None}
 
 
