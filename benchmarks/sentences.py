@@ -86,6 +86,7 @@ def worth_summary() -> str:
     pairs = [[statistics.mean(one.losses(found, "time").values()) for one in high] for found in results.values()]
     searches = {worth.NAMES[cell] for cell in ("asha", "pbt", "random-30")}
     searched = " Searches are not measured yet." if searches <= {*_missing()} else ""
+    bought = " Random search takes 30 runs." if any(entry.cell == "random-30" for entry in ranks) else ""
     lowest = " and ".join(f"{entry} ({ranks[entry]:.1f})" for entry in list(ranks)[:2])
     alt = f"Mean ranks of {len(ranks)} ways to train, over {len(results)} tasks; the lowest are {lowest}"
     return "\n\n".join(
@@ -93,8 +94,8 @@ def worth_summary() -> str:
             paragraph(f"""
                 The picture compares the test losses of {len(ranks)} ways to train, on {len(results)} small real tasks,
                 from tables to text. "The recipe" has the usual strengths. "Refit" trains anew on all data, validation
-                data too. Searches, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run. The others
-                are one run of a task's epochs.
+                data too. ASHA, PBT, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run, or four
+                times as long where they say so.{bought} The others are one run of a task's epochs.
             """),
             f"![{alt}](docs/start/ranks.png)",
             paragraph(f"""
