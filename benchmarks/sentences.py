@@ -100,7 +100,8 @@ def worth_summary() -> str:
             f"![{alt}](docs/start/ranks.png)",
             paragraph(f"""
                 The mean rank is {ranks[worth.OURS[1]]:.1f} for a tuned run with its refit,
-                {ranks[Entry("recipe-long", True)]:.1f} for the recipe that trains as long with a refit, and
+                {ranks[Entry("recipe-long", True)]:.1f} for the recipe that trains as long with a refit,
+                {ranks[Entry("cpr", True)]:.1f} for AdamCPR, {ranks[Entry("random-30", True)]:.1f} for random search, and
                 {ranks[Entry("recipe-all", False)]:.1f} for the recipe on all data. From a start that is too strong, a
                 tuned run with its refit ends below the start kept on {sum(ours < kept for ours, kept in pairs)} of
                 {len(pairs)} tasks. Where each way trains until its validation loss stops falling, the ranks are
@@ -116,10 +117,12 @@ def worth_state() -> str:
     """What is measured so far."""
     results = worth.everything()
     second = any(key.startswith("patience ") for found in results.values() for key in found)
+    fewer = any(not one.count for one in _standing().values())
+    spread = " With one seed nothing is known of the spread." if fewer else ""
     missing = "; ".join([*_missing(), *(() if second else ("the second reading",))])
     return paragraph(f"""
-        Measured so far, on a busy machine: {len(results)} tasks. Of these {_seeds(results)}. With one seed nothing is known of
-        the spread. {f"Not measured yet: {missing}." if missing else ""}
+        Measured so far, on a busy machine: {len(results)} tasks. Of these {_seeds(results)}.{spread}
+        {f"Not measured yet: {missing}." if missing else ""}
     """)
 
 
