@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("pytest", "tests/test_cuda.py", "-n", "4", "-p", "no:cacheprovider")
+TESTS = ("pytest", "tests/test_cuda.py", "-p", "no:cacheprovider", "-n")  # and the number of processes
 PREPARE, MEASURE = 240, 45  # seconds: for the tests and for all first steps together, and for the times of a network
 TYPICAL = 25  # seconds that the times of a network take
 AT_ONCE = 7  # processes that prepare
@@ -95,7 +95,7 @@ class Process:
 
 def processes_of(device: str, tiny: bool, names: list[str], tests: bool, folder: Path) -> list[Process]:
     networks = {"MLP": (SMALL, "--rounds", "1")} if tiny else {name: NETWORKS[name] for name in names}
-    own = [Process("tests", TESTS, folder, gate=False)] if tests else []
+    own = [Process("tests", (*TESTS, "0" if tiny else "4"), folder, gate=False)] if tests else []
     module = ("benchmarks.on_device", "--device", device, "--case")
     return own + [Process(name, (*module, *rest), folder, gate=True) for name, rest in networks.items()]
 
