@@ -33,7 +33,7 @@ def lists(value: Any, of: type | tuple[type, ...], length: int | None = None) ->
 
 
 def _leaves(value: object) -> Iterator[object]:
-    """torch's tree_iter, which takes its time for the containers that are most used."""
+    """As torch's tree_iter, but faster for tuples and lists."""
     if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         for entry in cast(Sequence[object], value):
             yield from _leaves(entry)

@@ -1,4 +1,4 @@
-"""The tangent of a determinant, also where the matrix has none of its inverse."""
+"""The tangent of a determinant, also of a singular matrix."""
 
 from __future__ import annotations
 

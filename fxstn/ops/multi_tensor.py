@@ -37,10 +37,12 @@ def _fusible(tensors: Sequence[Tensor], half: int) -> bool:
     alike = all(x.device == first.device and x.dtype == first.dtype and x.layout == torch.strided for x in tensors)
     if not alike or first.device.type != "cuda" or first.dtype not in _FUSED:
         return False
-    pairs = list(zip(tensors[:half], tensors[half:], strict=True))
-    contiguous = [x.is_contiguous() and d.is_contiguous() for x, d in pairs]
-    rest = [pair for pair, plain in zip(pairs, contiguous, strict=True) if not plain]
-    return all(x.stride() == d.stride() and _is_dense(x) for x, d in rest)
+    pairs = zip(tensors[:half], tensors[half:], strict=True)
+    return all(_both_contiguous(x, d) or (x.stride() == d.stride() and _is_dense(x)) for x, d in pairs)
+
+
+def _both_contiguous(x: Tensor, d: Tensor) -> bool:
+    return x.is_contiguous() and d.is_contiguous()
 
 
 def _is_dense(x: Tensor) -> bool:

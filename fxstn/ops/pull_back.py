@@ -123,15 +123,16 @@ def with_metric(names: Sequence[str], values: Sequence[Tensor], metric: Metric |
 
 
 @torch.no_grad()
-def pull_back(tree: nn.Module, gradients: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+def pull_back(tree: nn.Module, gradients: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """Θᵀ g = Uᵀ q, (h,), with the row sums q of g ⊙ R.
 
     tree: a ResponseTree, over the names of the model's parameters.
     gradients: {name: g}; a parameter without one counts as zero. They may be sparse.
+    parameters: {name: w}, with every name of `gradients`.
     """
     assert isinstance(tree, ResponseTree)
-    parameters = parameters_in(model)
-    directions = {name: response.direction(parameters[name]) for name, response in responses_in(tree).items()}
+    responses = responses_in(tree)
+    directions = {name: responses[name].direction(parameters[name]) for name in gradients if name in responses}
     return tree.flat_U.T @ row_products(tree, gradients, directions)
 
 
@@ -139,7 +140,7 @@ def pull_back_gradients(tree: nn.Module, model: nn.Module) -> Tensor:
     """Θᵀ g, (h,), for the gradients g that the parameters hold."""
     parameters = parameters_in(model)
     gradients = {name: parameters[name].grad for name in responses_in(tree)}
-    return pull_back(tree, {name: g for name, g in gradients.items() if g is not None}, model)
+    return pull_back(tree, {name: g for name, g in gradients.items() if g is not None}, parameters)
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -173,7 +174,7 @@ class _ThroughResponse(torch.autograd.Function):
             sources = (ctx.unconstrained, *parameters.values())
             own, *gradients = torch.autograd.grad(ctx.loss, sources, gradient, retain_graph=keeps, allow_unused=True)
         of_weights = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-        result = pull_back(ctx.tree, of_weights, ctx.model).to(ctx.unconstrained)
+        result = pull_back(ctx.tree, of_weights, parameters).to(ctx.unconstrained)
         return result if own is None else result + own, None, None, None
 
 
