@@ -320,7 +320,7 @@ def test_what_is_sent_is_what_is_documented():
     small = [count for count in messages if count not in (general, response)]
     assert buffers >= 2 * (8 + 8)  # running mean and variance, and the averages of both
     assert small.count(buffers) == 2 * 2  # the numbers, and where they differ
-    statistics = 2 * 8  # of the one batch norm, estimated anew for each evaluation
+    statistics = 2 * 3 * 8  # of the one batch norm, for each evaluation: running, sampled, and the noise of these
     assert small.count(statistics) == 2
     assert all(count <= 5 for count in small if count not in (buffers, statistics))
     assert small.count(hyper // 2) >= 2 * steps // 2  # λ, then σ, every other step

@@ -32,19 +32,28 @@ def history(losses: list[float], **columns: list[float]) -> fxstn.History:
     return fxstn.History(tuple(columns), rows, starts, numbers)
 
 
-def test_values_are_those_of_the_best_epoch_and_their_spread_is_that_of_lambda() -> None:
+def test_values_are_means_of_lambda_over_the_second_half_up_to_the_best_epoch_and_their_spread_is_its_deviation() -> (
+    None
+):
     rates, decays, holes = [0.1, 0.2, 0.4, 0.3, 0.9], [1e-4, 1e-3, 1e-2, 1e-3, 5e-2], [1, 2, 3, 4, 5]
     columns = {"rate": rates, "decay": decays, "holes": holes, "mine": [1.0, 2.0, 6.0, 7.0, 8.0]}
     outcome = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns).outcome()
     assert outcome.epoch == 4
-    assert outcome.values == {"rate": 0.3, "decay": 1e-3, "holes": 4, "mine": 7.0}
     points = [math.log(rate / (0.95 - rate)) for rate in rates[2:4]]
     mean, deviation = statistics.mean(points), statistics.pstdev(points)
-    ends = [0.95 / (1 + math.exp(-mean + sign * deviation)) for sign in (1, -1)]
-    assert outcome.spread["rate"] == pytest.approx((ends[1] - ends[0]) / 2)
+    ends = [0.95 / (1 + math.exp(-mean + sign * deviation)) for sign in (1, 0, -1)]
+    logs = [math.log(decay / 1e-6) / math.log(1e5) for decay in decays[2:4]]
+    share = 1 / (1 + math.exp(-statistics.mean(math.log(log / (1 - log)) for log in logs)))
+    assert outcome.values == {
+        "rate": pytest.approx(ends[1]), "decay": pytest.approx(1e-6 * 1e5**share), "holes": 4, "mine": 6.5,
+    }  # fmt: skip
+    assert outcome.spread["rate"] == pytest.approx((ends[2] - ends[0]) / 2)
     assert outcome.spread["mine"] == pytest.approx(0.5)
-    assert history([1.0, 2.0], rate=[0.3, 0.9]).outcome().spread == {"rate": 0.0}
-    ends = history([1.0] * 4, rate=[0.0, 0.95, 0.95, 0.0], decay=[1e-6, 1e-1, 1e-6, 1e-1], holes=[0, 5, 0, 5]).outcome()
+    first = history([1.0, 2.0], rate=[0.3, 0.9]).outcome()
+    assert (first.values, first.spread) == ({"rate": 0.3}, {"rate": 0.0})
+    at_ends = {"rate": [0.0, 0.95, 0.95, 0.0], "decay": [1e-6, 1e-1, 1e-6, 1e-1], "holes": [0, 5, 0, 5]}
+    ends = history([1.0] * 3 + [0.9], **at_ends).outcome()
+    assert ends.values["rate"] == pytest.approx(0.475)
     assert all(map(math.isfinite, ends.spread.values()))
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.temporary import recalibrated_norms
+from fxstn.bilevel.norm_statistics import recalibrated_norms
 
 
 class Net(nn.Sequential):
@@ -52,19 +52,72 @@ def by_torch(model: nn.Module, batches: list[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_old_ones_come_back():
+def share_of(ours: Tensor, sampled: Tensor, running: Tensor) -> float:
+    """How far ours are on the way from the one to the other, the same for all channels."""
+    way, whole = ours - sampled, running - sampled
+    share = (way @ whole / (whole @ whole)).item()
+    torch.testing.assert_close(way, share * whole, rtol=1e-3, atol=1e-5)
+    return share
+
+
+def shares_of(norms: list[_BatchNorm], sampled: list[_BatchNorm], running: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """Of each norm's mean and of its variance."""
+    shares = []
+    for norm, other, (mean, variance) in zip(norms, sampled, running, strict=True):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        shares += [share_of(norm.running_mean, other.running_mean, mean)]
+        shares += [share_of(norm.running_var, other.running_var, variance)]
+    return shares
+
+
+def running_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms_of(model)]
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 2), (6,)], ids=["far away", "one batch"])
+def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_old_ones_come_back(sizes):
+    """Where the running ones are far from them, and where one batch does not say how noisy they are."""
     torch.manual_seed(0)
     model = Net()
     for norm in norms_of(model):
-        norm.running_mean.normal_()
+        norm.running_mean.normal_(std=1e4)
+        norm.running_var.fill_(1e6)
     before = copy.deepcopy(model.state_dict())
-    batches = [torch.rand(n, 3, 8, 8) for n in (6, 6, 2)]
+    batches = [torch.rand(n, 3, 8, 8) for n in sizes]
     expected, model = by_torch(model, batches), model.eval()
     with recalibrated_norms(norms_of(model), lambda: [model(x) for x in batches]):
         for ours, theirs in zip(norms_of(model), norms_of(expected), strict=True):
-            torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, 1.0])
+def test_the_statistics_of_few_batches_are_nearer_to_the_true_ones_for_the_running_ones(offset):
+    """The error of the mean and of the variance over 200 draws of four batches, with running ones that are right or wrong."""
+    torch.manual_seed(0)
+    norm, center, deviation = nn.BatchNorm1d(16).double().eval(), torch.randn(16).double(), 1 + torch.rand(16).double()
+    ours, sampled = torch.zeros(2), torch.zeros(2)
+    for _ in range(200):
+        batches = [center + deviation * torch.randn(8, 16, dtype=torch.float64) for _ in range(4)]
+        norm.running_mean = center + offset * deviation + 0.05 * torch.randn(16)
+        norm.running_var = deviation.square() * (1 + offset) * (1 + 0.05 * torch.randn(16))
+        by_batches = by_torch(norm, batches)
+        with recalibrated_norms([norm], lambda batches=batches: [norm(x) for x in batches]):
+            for errors, one in ((ours, norm), (sampled, by_batches)):
+                errors[0] += ((one.running_mean - center) / deviation).square().mean()
+                errors[1] += (one.running_var / deviation.square() - 1).square().mean()
+    assert (ours < {0.0: 0.4, 0.1: 0.7, 1.0: 1.001}[offset] * sampled).all(), ours / sampled
+
+
+def test_running_statistics_that_are_not_finite_are_not_followed():
+    norm = nn.BatchNorm1d(4).eval()
+    norm.running_mean.fill_(torch.nan)
+    norm.running_var.fill_(torch.inf)
+    with recalibrated_norms([norm], lambda: [norm(torch.randn(9, 4)) for _ in range(3)]):
+        assert norm.running_mean.isfinite().all()
+        assert norm.running_var.isfinite().all()
 
 
 def test_norms_that_see_nothing_or_one_value_keep_theirs():
@@ -105,14 +158,13 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
     runner._train.take = watched
     loss = runner.fit(1)["valid_loss"][-1]
     net = runner.stn.model[1] if augmented else runner.stn.model
-    expected = by_torch(net, seen[-3:])
+    best = runner.best_model()[1] if augmented else runner.best_model()
+    shares = shares_of(norms_of(best), norms_of(by_torch(net, seen[-3:])), running_of(net))
+    assert all(0 < share < 1 for share in shares), shares
     x, y = runner.valid_loader.dataset.tensors
     with torch.no_grad():
-        assert F.cross_entropy(expected(x), y).item() == pytest.approx(loss, rel=1e-5)
+        assert F.cross_entropy(best.eval()(x), y).item() == pytest.approx(loss, rel=1e-5)
         assert F.cross_entropy(net.eval()(x), y).item() != pytest.approx(loss, rel=1e-4)
-    best = norms_of(runner.best_model())
-    for ours, theirs in zip(best, norms_of(expected), strict=True):
-        torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
     assert runner.evaluate()["valid_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -203,6 +255,8 @@ def test_weights_that_a_user_writes_are_evaluated_with_statistics_of_their_own()
     with torch.no_grad():
         runner.stn.model[0].weight.mul_(2)
     x, y = runner.valid_loader.dataset.tensors
-    expected = by_torch(runner.stn.model, [x for x, _ in runner._train.recent])
-    assert runner.evaluate()["valid_loss"] == pytest.approx(F.cross_entropy(expected(x), y).item(), rel=1e-5)
+    model, recent = runner.stn.model.eval(), [x for x, _ in runner._train.recent]
+    with torch.no_grad(), recalibrated_norms(norms_of(model), lambda: [model(x) for x in recent]):
+        expected = F.cross_entropy(model(x), y).item()
+    assert runner.evaluate()["valid_loss"] == pytest.approx(expected, rel=1e-5)
     assert runner.evaluate() != before

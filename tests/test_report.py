@@ -400,7 +400,7 @@ def test_a_search_begins_with_the_values_found():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runner = make()
     values = runner.fit(3).best_values()
-    assert values == {name: runner.history.best()[name] for name in runner.history.names}
+    assert values == runner.history.outcome().values
     ranges = runner.problem.ranges()
 
     def objective(trial):

@@ -179,3 +179,20 @@ def test_complex_weights_are_compared_in_double_precision(trace):
     assert result.ok
     assert result.max_error < 1e-7
     assert (result.coverage.responding, result.coverage.possible) == (2, 2)
+
+
+def test_only_what_has_no_response_is_left_out(monkeypatch):
+    """A scale of weights before a batch norm changes nothing. Any other error of the default response is one of verify."""
+    x, scaled_away = torch.randn(5, 6), nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6, affine=False))
+    with pytest.raises(ValueError, match="no parameter can respond"):
+        fxstn.transform(scaled_away, SCALAR, example_inputs=x)
+    assert fxstn.verify(scaled_away, x, hparams=SCALAR).ok
+
+    def fails(*args, response, **settings):
+        if response == "scaled":
+            raise ValueError("of the default response")
+        return fxstn.transform(*args, response=response, **settings)
+
+    monkeypatch.setattr("fxstn.tools.verify.transform", fails)
+    with pytest.raises(ValueError, match="of the default response"):
+        fxstn.verify(nn.Linear(6, 6), x, hparams=SCALAR)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.outcome import Outcome, spread_of, still_moves
+from fxstn.bilevel.outcome import Outcome, mean_and_spread, still_moves
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
@@ -168,7 +168,7 @@ class History:
         return min(evaluated, key=lambda row: row["valid_loss"])
 
     def best_values(self) -> dict[str, float]:
-        """{name: value} of the best epoch, as `outcome` has them. Raises ValueError on an empty history.
+        """{name: value} that the run has come to, as `outcome` has them. Raises ValueError on an empty history.
 
         A search can begin with them: `study.enqueue_trial(history.best_values())` of Optuna.
         """
@@ -181,8 +181,8 @@ class History:
         if self.start_loss is not None and self.start_loss <= best["valid_loss"]:
             epoch = 0
         rows = self.rows[epoch // 2 : epoch] or [self.start]
-        values = {name: rows[-1][name] for name in self.names}
-        spread = {name: spread_of([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
+        pairs = {name: mean_and_spread([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
+        values, spread = ({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))
         unsettled = tuple(name for name in self.names if still_moves(self.rows, name, self.numbers.get(name)))
         return Outcome(values, spread, unsettled, epoch)
 

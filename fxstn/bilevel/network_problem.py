@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,12 @@ from fxstn.bilevel.losses import (
     takes_hparams,
     validation_loss,
 )
+from fxstn.bilevel.norm_statistics import recalibrated_norms, value_counts
 from fxstn.bilevel.problem import BilevelProblem, Evaluation
 from fxstn.bilevel.run_settings import OF_NETWORKS, Settings
 from fxstn.bilevel.sequences import CarriedState
 from fxstn.bilevel.state import State
-from fxstn.bilevel.temporary import eval_mode, recalibrated_norms, swapped_tensors, value_counts
+from fxstn.bilevel.temporary import eval_mode, swapped_tensors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import add_decay
@@ -179,8 +180,7 @@ class NetworkProblem(BilevelProblem):
         return next((name for name, size in zip(norms, sizes, strict=True) if size == 1), "")
 
     def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
-        norms = list(self._norms().values())
-        return recalibrated_norms(norms, partial(self._run, batches)) if norms else nullcontext()
+        return recalibrated_norms(list(self._norms().values()), partial(self._run, batches))
 
     def _run(self, batches: Iterable[Batch]) -> None:
         """Run the network in eval mode on each batch, for what its norms see."""

@@ -23,10 +23,10 @@ Row = Mapping[str, float]
 class Outcome:
     """The values of a run: what `refit` trains with, and reports and searches call its values.
 
-    values: {name: value}, those of the best epoch.
-    spread: {name: standard deviation over the second half of the epochs up to the best one}. It is that of λ before it is
-        mapped to its range (of logarithms, where there is no upper end), in units of the value: half the distance of the values
-        one standard deviation below and above the mean. Where no range is known it is that of the values. 0 for one epoch.
+    values: {name: mean over the second half of the epochs up to the best one}. λ is averaged before it is mapped to its range
+        (logarithms, where there is no upper end), and an integer is rounded down. Where no range is known the values are.
+    spread: {name: standard deviation over the same epochs}, of λ too, in units of the value: half the distance of the values
+        one standard deviation below and above the mean. 0 for one epoch.
     unsettled: names of those that still moved at the end of the run, by more than `MOVE` in the last quarter of its epochs.
     epoch: the best one; 0 where none was better than the start.
     """
@@ -54,12 +54,16 @@ def point_of(value: float, number: Hyperparameter | None) -> float:
     return number.unconstrained_at(value if number.integer else number.inside(value))
 
 
-def spread_of(values: Sequence[float], number: Hyperparameter | None) -> float:
-    """The standard deviation of λ, in units of the value."""
+def mean_and_spread(values: Sequence[float], number: Hyperparameter | None) -> tuple[float, float]:
+    """The mean of λ, as a value, and its standard deviation, in units of the value."""
     points = [point_of(value, number) for value in values]
     mean, deviation = statistics.mean(points), statistics.pstdev(points)
-    low, high = mean - deviation, mean + deviation
-    return deviation if number is None else (number.value_at(high) - number.value_at(low)) / 2
+    if number is None:
+        return mean, deviation
+    low, middle, high = (number.value_at(point) for point in (mean - deviation, mean, mean + deviation))
+    if len(set(values)) == 1:
+        middle = values[0]  # as it is, not as it comes back from the real line
+    return math.floor(middle) if number.integer else middle, (high - low) / 2
 
 
 def still_moves(rows: Sequence[Row], name: str, number: Hyperparameter | None) -> bool:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-from fxstn.bilevel import distributed
 from fxstn.bilevel.state import GlobalRandomState, State
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import wide, widen
@@ -116,87 +111,3 @@ class WeightAverages:
     def load_state_dict(self, state: State) -> None:
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.copy_(saved)
-
-
-@dataclass
-class _Sums:
-    """Sums over batches of the mean and the unbiased variance of each channel, and the number of these batches."""
-
-    batches: Tensor | float = 0.0
-    mean: Tensor | float = 0.0
-    variance: Tensor | float = 0.0
-
-
-class _BatchStatistics(TorchFunctionMode):
-    """Inside, some batch norms in eval mode normalise by the batch; `sums` adds up its statistics.
-
-    `values` has the least number of values per channel that each norm got, by the id of its running mean.
-    """
-
-    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
-        super().__init__()
-        self.sums = {id(norm.running_mean): _Sums() for norm in norms}
-        self.values: dict[int, int] = {}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        ours = func is F.batch_norm and len(args) > 2 and id(args[1]) in self.sums
-        values = args[0].numel() // args[0].shape[1] if ours else 0
-        if ours:
-            self.values[id(args[1])] = min(values, self.values.get(id(args[1]), values))
-        if values > 1:
-            mean, variance = self._count(args[0].detach(), self.sums[id(args[1])])
-            args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _count(x: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
-        values = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(widen(x), [0, *range(2, x.dim())], correction=0)
-        counts = torch.isfinite(mean).all() & torch.isfinite(variance).all()  # not one that overflows in float16
-        sums.batches = sums.batches + counts.to(mean.dtype)
-        sums.mean = sums.mean + torch.where(counts, mean, 0.0)
-        sums.variance = sums.variance + torch.where(counts, variance * values / (values - 1), 0.0)
-        return mean, variance
-
-
-def value_counts(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> list[int]:
-    """The least number of values per channel that each batch norm normalises in `run`; 0 where it is not called.
-
-    norms, run: as in `recalibrated_norms`.
-    """
-    with torch.no_grad(), _BatchStatistics(norms) as batches:
-        run()
-    return [batches.values.get(id(norm.running_mean), 0) for norm in norms]
-
-
-@contextmanager
-def recalibrated_norms(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> Iterator[None]:
-    """Inside, batch norms have the mean statistics of the batches of `run`. Several processes: the mean over them.
-
-    norms: with running statistics. A norm that no batch reaches keeps its own.
-    run: calls the network of the norms in eval mode on some batches. All processes must call it.
-
-    The averages that training keeps lag behind the weights, and are those of activations under dropout (Li et al. 2019,
-    Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift). Statistics of some training batches
-    in eval mode (Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, Sec. 3) belong to the network that is evaluated, and for
-    which λ is chosen: the hyper step normalises by its batch.
-    """
-    with torch.no_grad(), _BatchStatistics(norms) as batches:
-        run()
-    statistics, estimates = [], []
-    for norm in norms:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        sums = batches.sums[id(norm.running_mean)]
-        for tensor, total in ((norm.running_mean, sums.mean), (norm.running_var, sums.variance)):
-            statistics.append(tensor)
-            estimates.append(total / sums.batches if isinstance(total, Tensor) else widen(tensor).clone())
-    distributed.average(estimates)
-    with swapped_tensors(statistics, estimates):
-        yield

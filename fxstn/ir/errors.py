@@ -62,6 +62,10 @@ class TransformError(ExplainedError, ValueError):
         super().__init__(f"{len(problems)} {noun}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+class NoResponseError(ValueError):
+    """No parameter of the model can respond to the hyperparameters."""
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module whose forward made this node; "" for the model itself."""
     return info_of(node).path

@@ -19,7 +19,7 @@ from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
 from fxstn.ir.coverage import Coverage
-from fxstn.ir.errors import TransformError
+from fxstn.ir.errors import NoResponseError, TransformError
 from fxstn.ir.graph_kind import graph_kind
 from fxstn.ir.graphs import forked_rng, model_of, own_inputs
 from fxstn.network import SelfTuningNetwork
@@ -75,7 +75,7 @@ def build_network(
 
 
 def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: bool) -> Responses:
-    """Which parameters respond; see `responses`. Raises ValueError where none does, with what stands in the way."""
+    """Which parameters respond; see `responses`. Raises NoResponseError where none does, with what stands in the way."""
     responding = responses(graphs, structured, layers_only)
     if responding.axes:
         return responding
@@ -83,7 +83,7 @@ def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: 
     reasons = [f"'{name}': {responding.obstacles.get(name, 'read by no operation')}" for name, _ in parameters[:3]]
     more = f", and {len(parameters) - 3} more" if len(parameters) > 3 else ""
     why = f"the largest are {'; '.join(reasons)}{more}" if reasons else "the model has no parameters"
-    raise ValueError(
+    raise NoResponseError(
         f"no parameter can respond to the hyperparameters, none moves the output as the weights of a layer do: {why}; "
         "fxstn.explain(model) lists why"
     )

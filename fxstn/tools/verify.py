@@ -16,7 +16,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
 from fxstn.ir.coverage import Coverage, shown
-from fxstn.ir.errors import TransformError
+from fxstn.ir.errors import NoResponseError, TransformError
 from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
@@ -190,8 +190,8 @@ def _networks(
         try:
             with shown():
                 network = _transformed(original, hparams, inputs, trace, structured)
-        except ValueError as error:
-            if structured or isinstance(error, TransformError):
+        except NoResponseError:
+            if structured:
                 raise
             return
         yield structured, network
