@@ -1,11 +1,12 @@
 """Which values of a tuned run should a network be trained anew with on all data, and for how long?
 
-    FXSTN_DATA=DIR python -m benchmarks.refits [--tasks digits kin8nm] [--seeds 3] [--averages]
+    FXSTN_DATA=DIR python -m benchmarks.refits [recorded | lengths | averages] [--tasks digits kin8nm] [--seeds 3]
 
-Tasks are those of benchmarks/worth, from the usual recipe, one run of the defaults each, and then refits of it on training and
-validation data, which differ in the values and in the length, at their last weights; with --averages, in how far back the
-averages of the weights reach. Writes test losses to benchmarks/results/refits.json and averages.json as it goes, and goes on
-where it stopped; `python -m benchmarks.tables` makes the tables of docs/guides/values.md of them.
+Tasks are those of benchmarks/worth, from the usual recipe. "recorded": networks trained anew by plain torch, at the values that
+the runs of its second reading have recorded. "lengths" and "averages": one run of the defaults each, and then refits of it on
+training and validation data, which differ in the values and in the length, at their last weights; or in how far back the
+averages of the weights reach. Writes test losses to benchmarks/results/refits-KIND.json as it goes, and goes on where it
+stopped; `python -m benchmarks.tables` makes the tables of docs/guides/values.md of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +28,12 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from benchmarks.overhead import RESULTS
+from benchmarks.worth.cells import Trial, key_of, read, trained_anew
 from benchmarks.worth.tasks import TASKS
-from benchmarks.worth.training import joined, loader, scores
+from benchmarks.worth.training import Limits, joined, loader, scores
 from fxstn.bilevel.outcome import point_of
 from fxstn.hp.hyperparameter import Hyperparameter
 
-FILE, AVERAGES_FILE = RESULTS / "refits.json", RESULTS / "averages.json"
 FAST = ("breast-cancer", "digits", "fine-tuned-cnn", "fine-tuned-resnet", "kin8nm", "fine-tuned-cnn-augmented",
         "removed-word", "fashion-resnet")  # fmt: skip
 VALUES = {
@@ -117,6 +120,28 @@ def cell(name: str, seed: int) -> dict[str, Any]:
     return {"scores": results, "best": best, "epochs": task.epochs, "seconds": time.process_time() - begun}
 
 
+def recorded_cell(name: str, seed: int) -> dict[str, Any]:
+    """{kind of values: test loss}, of plain training for as many epochs as the best one had, and the number of these."""
+    task, run = TASKS[name], read(name)[key_of("patience", "ours", "recipe", seed)]
+    network = task.network()
+    numbers = {n.name: n for n in fxstn.transform(network, task.specs(network, "recipe")).hparams.hyperparameters}
+    columns, best = run["schedule"], run["best_epoch"] or run["epochs"]
+    rows = [{name: column[epoch] for name, column in columns.items()} for epoch in range(1, best + 1)]
+    half = rows[best // 2 :]
+    schedules = {
+        "best": fxstn.Schedule.of(rows[-1]),
+        "mean": mean(numbers, rows, [1.0] * len(rows)),
+        "late": mean(numbers, half, [1.0] * len(half)),
+        "schedule": fxstn.Schedule(columns).until(best),
+    }
+    trial, results = Trial(task, seed, "recipe", Limits(best), math.inf), {}
+    for kind, schedule in schedules.items():
+        values = [schedule.at(epoch) for epoch in range(best)]
+        strengths = [{name.removeprefix("input."): x for name, x in one.items()} for one in values]
+        results[kind] = trained_anew(trial, strengths)["test"]
+    return {"scores": results, "best": best}
+
+
 def averages_cell(name: str, seed: int) -> dict[str, Any]:
     """{share of the steps that the averages reach back over, "0" for the last weights: test loss}, and the number of steps."""
     runner, everything = tuned_run(name, seed)
@@ -128,54 +153,67 @@ def averages_cell(name: str, seed: int) -> dict[str, Any]:
     return {"scores": results, "steps": steps}
 
 
-def averages_table(results: dict[str, Any]) -> str:
-    """Test losses, means over seeds, and the geometric mean over all cells of the loss to that of the last weights."""
-    names = [str(share) for share in (0, *SHARES)]
+def table(results: dict[str, Any], titles: dict[str, str], base: str, says: str) -> str:
+    """Test losses, means over seeds, and the geometric mean over all cells of the loss to that of one kind.
+
+    titles: {kind: heading}.
+    base: the kind.
+    says: the ratio, in words.
+    """
     groups: dict[str, list[dict[str, float]]] = {}
     for key, one in results.items():
-        groups.setdefault(key.split()[0], []).append(one["scores"])
+        losses = {kind: score[0] if isinstance(score, list) else score for kind, score in one["scores"].items()}
+        groups.setdefault(key.split()[0], []).append(losses)
     rows = [
-        [task, *(f"{statistics.mean(scores[name] for scores in cells):.3f}" for name in names), len(cells)]
+        [task, *(f"{statistics.mean(one[kind] for one in cells):.3f}" for kind in titles), len(cells)]
         for task, cells in groups.items()
     ]
-    ratios = ["loss / that of the last weights"]
-    for name in names:
-        logs = [math.log(one["scores"][name] / one["scores"]["0"]) for one in results.values()]
-        ratios.append(f"{math.exp(statistics.mean(logs)):.3f} ± {statistics.stdev(logs) / math.sqrt(len(logs)):.3f}")
-    headers = ["task", "last weights", *(f"{100 * share:.0f} % of the steps" for share in SHARES), "seeds"]
-    return tabulate([*rows, [*ratios, ""]], headers, tablefmt="github", disable_numparse=True)
+    logs = {kind: [math.log(one[kind] / one[base]) for cells in groups.values() for one in cells] for kind in titles}
+    errors = {kind: statistics.stdev(values) / math.sqrt(len(values)) for kind, values in logs.items()}
+    ratios = [f"{math.exp(statistics.mean(logs[kind])):.3f} ± {errors[kind]:.3f}" for kind in titles]
+    headers = ["task", *titles.values(), "seeds"]
+    return tabulate([*rows, [says, *ratios, ""]], headers, tablefmt="github", disable_numparse=True)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Test losses, means over seeds, and the geometric mean over all cells of the loss to that with the best epoch's values."""
-    names = ["tuned", *VALUES, *LENGTHS]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for key, one in results.items():
-        groups.setdefault(key.split()[0], []).append(one["scores"])
-    rows = [
-        [task, *(f"{statistics.mean(one[name][0] for one in cells):.3f}" for name in names), len(cells)]
-        for task, cells in groups.items()
-    ]
-    ratios = ["loss / that of the best epoch's values"]
-    for name in names:
-        logs = [math.log(one["scores"][name][0] / one["scores"]["best"][0]) for one in results.values()]
-        error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-        ratios.append(f"{math.exp(statistics.mean(logs)):.3f} ± {error:.3f}")
-    headers = ["task", "the tuned run", *VALUES.values(), *LENGTHS.values(), "seeds"]
-    return tabulate([*rows, [*ratios, ""]], headers, tablefmt="github", disable_numparse=True)
+BY_VALUES = "loss / that of the best epoch's values"
+# {kind: (what it runs, headings of its table, what ratios are of)}
+KINDS: dict[str, tuple[Callable[[str, int], dict[str, Any]], dict[str, str], str, str]] = {
+    "recorded": (
+        recorded_cell,
+        {kind: VALUES[kind] for kind in ("best", "mean", "late", "schedule")},
+        "best",
+        BY_VALUES,
+    ),
+    "lengths": (cell, {"tuned": "the tuned run"} | VALUES | LENGTHS, "best", BY_VALUES),
+    "averages": (
+        averages_cell,
+        {"0": "last weights"} | {str(share): f"{100 * share:.0f} % of the steps" for share in SHARES},
+        "0",
+        "loss / that of the last weights",
+    ),
+}
+
+
+def path_of(kind: str) -> Path:
+    return RESULTS / f"refits-{kind}.json"
+
+
+def table_of(kind: str) -> str:
+    return table(json.loads(path_of(kind).read_text()), *KINDS[kind][1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(FAST), choices=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("kind", nargs="?", default="recorded", choices=list(KINDS), help="what is compared")
     parser.add_argument(
-        "--averages", action="store_true", help="compare averages of the weights, not values and lengths"
+        "--tasks", nargs="+", choices=list(TASKS), help="default: all for recorded ones, else the fast ones"
     )
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
-    file, run, show = (AVERAGES_FILE, averages_cell, averages_table) if args.averages else (FILE, cell, table)
+    file, run = path_of(args.kind), KINDS[args.kind][0]
+    tasks = args.tasks or (TASKS if args.kind == "recorded" else FAST)
     torch.set_num_threads(1)
-    for seed, task in [(seed, task) for seed in range(args.seeds) for task in args.tasks]:
+    for seed, task in [(seed, task) for seed in range(args.seeds) for task in tasks]:
         results = json.loads(file.read_text()) if file.exists() else {}
         if (key := f"{task} {seed}") not in results:
             with warnings.catch_warnings():
@@ -183,7 +221,7 @@ def main() -> None:
                 results[key] = run(task, seed)
             file.write_text(json.dumps(results, separators=(",", ":")) + "\n")
             print(key, results[key], flush=True)
-    print(show(json.loads(file.read_text())))
+    print(table_of(args.kind))
 
 
 if __name__ == "__main__":

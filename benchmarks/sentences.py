@@ -467,7 +467,7 @@ def paper_robustness() -> str:
 
 
 def refit_kinds() -> str:
-    cells = [one["scores"] for one in read("refits").values()]
+    cells = [one["scores"] for one in read("refits-lengths").values()]
 
     def ratio(kind: str) -> str:
         logs = [math.log(one[kind][0] / one["best"][0]) for one in cells]

@@ -14,6 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks import (
     gpt,
     hypergradient,
     kernels,
+    norms,
     on_device,
     pictures,
     ptb,
@@ -155,6 +157,10 @@ def normed() -> str:
     return batchnorm.table(json.loads(batchnorm.PATH.read_text())["0.2"])
 
 
+def statistics_of_norms() -> str:
+    return norms.table(json.loads(norms.PATH.read_text()))
+
+
 def noise() -> str:
     return controls.table(json.loads(controls.PATH.read_text()))
 
@@ -179,14 +185,6 @@ def plot_scaling(path: Path) -> None:
 
 def penn_treebank() -> str:
     return ptb.table(json.loads(ptb.FILE.read_text()))
-
-
-def refitted() -> str:
-    return refits.table(json.loads(refits.FILE.read_text()))
-
-
-def averaged() -> str:
-    return refits.averages_table(json.loads(refits.AVERAGES_FILE.read_text()))
 
 
 def replayed() -> str:
@@ -272,8 +270,9 @@ TABLES = {
     "detection": detection, "overhead": overhead, "demo": demo,
     "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "refits": refitted,
-    "averages": averaged, "controls": noise, "batchnorm": normed, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
+    "replay": replayed, "refits": partial(refits.table_of, "lengths"),
+    "averages": partial(refits.table_of, "averages"), "controls": noise, "batchnorm": normed,
+    "norms": statistics_of_norms, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
     "purposes": purposes,
     "whole": whole, "starts": starts, "units": units, "cifar": cifar, "classes": classes, "labels": labels,
     **of_worth(), **paper.PARTS, **TEXTS,

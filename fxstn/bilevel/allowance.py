@@ -8,7 +8,7 @@ from dataclasses import dataclass
 STEP = 3  # forwards that an inner step costs: its own, and a backward pass of two
 DIAGNOSTICS = 4  # forwards that the diagnostics cost
 # Batches that statistics of batch norms are estimated on at least. resnet18 on 16 batches of 32 digits: its validation loss is
-# 8 to 22 % too high with the statistics of two of them, 2 % with those of four; those of eight do as well as all.
+# 8 to 22 % too high with the mean statistics of two of them, 2 % with those of four; those of eight do as well as all.
 LEAST = 4
 
 
