@@ -149,8 +149,8 @@ def networks() -> str:
         The paper's schedule costs {span(row["schedule"]["ratio"] for row in rows.values())} times plain training. The
         default costs {span(others)} times on the other networks, measured with an older default in most of them. resnet18
         and the MLP have the default of today. resnet18's was measured on a machine whose load varied: {span(default)} times
-        in three processes, and {span(tune)} times for the first steps of a loop with `fxstn.tune`. A step by `torch.func.jvp` takes {span(jvp)}
-        times as long as the emitted response step.
+        in three processes, and {span(tune)} times for the first steps of a loop with `fxstn.tune`. A step by
+        `torch.func.jvp` takes {span(jvp)} times as long as the emitted response step.
     """)
 
 

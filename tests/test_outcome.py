@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,26 +33,52 @@ def history(losses: list[float], **columns: list[float]) -> fxstn.History:
     return fxstn.History(tuple(columns), rows, starts, numbers)
 
 
-def test_values_are_means_of_lambda_over_the_second_half_up_to_the_best_epoch_and_their_spread_is_its_deviation() -> (
-    None
-):
-    rates, decays, holes = [0.1, 0.2, 0.4, 0.3, 0.9], [1e-4, 1e-3, 1e-2, 1e-3, 5e-2], [1, 2, 3, 4, 5]
-    columns = {"rate": rates, "decay": decays, "holes": holes, "mine": [1.0, 2.0, 6.0, 7.0, 8.0]}
-    outcome = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns).outcome()
+def mean_of(values: list[float], low: float, high: float) -> float:
+    """The value at the mean of the logits of two values' places in a range."""
+    places = [(value - low) / (high - low) for value in values]
+    mean = statistics.mean(math.log(place / (1 - place)) for place in places)
+    return low + (high - low) / (1 + math.exp(-mean))
+
+
+def test_values_are_means_of_lambda_over_the_second_half_up_to_the_best_epoch_or_weaker_ones_of_that() -> None:
+    """Rates rise and fall, alike but for whether they regularise; the last epoch is not the best one."""
+    up, down, holes = [0.1, 0.2, 0.3, 0.4, 0.9], [0.4, 0.3, 0.4, 0.2, 0.1], [1, 2, 3, 5, 5]
+    decays = [1e-4, 1e-3, 1e-3, 1e-2, 5e-2]
+    columns = {
+        "rate": up,
+        "other": down,
+        "decay": decays,
+        "holes": holes,
+        "free": down,
+        "mine": [1.0, 2.0, 6.0, 7.0, 8.0],
+    }
+    run = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns)
+    others = {"other": replace(RATE, name="other"), "free": replace(RATE, name="free", regularizes=False)}
+    run.numbers = {**run.numbers, **others}
+    outcome = run.outcome()
     assert outcome.epoch == 4
-    points = [math.log(rate / (0.95 - rate)) for rate in rates[2:4]]
-    mean, deviation = statistics.mean(points), statistics.pstdev(points)
-    ends = [0.95 / (1 + math.exp(-mean + sign * deviation)) for sign in (1, 0, -1)]
-    logs = [math.log(decay / 1e-6) / math.log(1e5) for decay in decays[2:4]]
-    share = 1 / (1 + math.exp(-statistics.mean(math.log(log / (1 - log)) for log in logs)))
     assert outcome.values == {
-        "rate": pytest.approx(ends[1]), "decay": pytest.approx(1e-6 * 1e5**share), "holes": 4, "mine": 6.5,
-    }  # fmt: skip
-    assert outcome.spread["rate"] == pytest.approx((ends[2] - ends[0]) / 2)
+        "rate": pytest.approx(mean_of([0.3, 0.4], 0, 0.95)),
+        "other": 0.2,
+        "decay": pytest.approx(math.exp(mean_of([math.log(1e-3), math.log(1e-2)], math.log(1e-6), math.log(1e-1)))),
+        "holes": math.floor(mean_of([3.5, 5.5], 0, 6)),
+        "free": pytest.approx(mean_of([0.4, 0.2], 0, 0.95)),
+        "mine": 6.5,
+    }
+    assert outcome.values["holes"] == 4
+
+
+def test_the_spread_is_the_deviation_of_lambda_in_units_of_the_value() -> None:
+    columns = {"rate": [0.1, 0.2, 0.4, 0.3, 0.9], "mine": [1.0, 2.0, 6.0, 7.0, 8.0]}
+    outcome = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns).outcome()
+    points = [math.log(rate / (0.95 - rate)) for rate in (0.4, 0.3)]
+    mean, deviation = statistics.mean(points), statistics.pstdev(points)
+    ends = [0.95 / (1 + math.exp(-mean + sign * deviation)) for sign in (1, -1)]
+    assert outcome.spread["rate"] == pytest.approx((ends[1] - ends[0]) / 2)
     assert outcome.spread["mine"] == pytest.approx(0.5)
     first = history([1.0, 2.0], rate=[0.3, 0.9]).outcome()
     assert (first.values, first.spread) == ({"rate": 0.3}, {"rate": 0.0})
-    at_ends = {"rate": [0.0, 0.95, 0.95, 0.0], "decay": [1e-6, 1e-1, 1e-6, 1e-1], "holes": [0, 5, 0, 5]}
+    at_ends = {"rate": [0.0, 0.95, 0.0, 0.95], "decay": [1e-6, 1e-1, 1e-6, 1e-1], "holes": [0, 5, 0, 5]}
     ends = history([1.0] * 3 + [0.9], **at_ends).outcome()
     assert ends.values["rate"] == pytest.approx(0.475)
     assert all(map(math.isfinite, ends.spread.values()))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fxstn.bilevel.files import json_text, write_text
-from fxstn.bilevel.outcome import Outcome, mean_and_spread, still_moves
+from fxstn.bilevel.outcome import Outcome, still_moves, value_and_spread
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
@@ -181,7 +181,7 @@ class History:
         if self.start_loss is not None and self.start_loss <= best["valid_loss"]:
             epoch = 0
         rows = self.rows[epoch // 2 : epoch] or [self.start]
-        pairs = {name: mean_and_spread([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
+        pairs = {name: value_and_spread([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
         values, spread = ({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))
         unsettled = tuple(name for name in self.names if still_moves(self.rows, name, self.numbers.get(name)))
         return Outcome(values, spread, unsettled, epoch)

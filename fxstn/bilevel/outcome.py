@@ -23,8 +23,9 @@ Row = Mapping[str, float]
 class Outcome:
     """The values of a run: what `refit` trains with, and reports and searches call its values.
 
-    values: {name: mean over the second half of the epochs up to the best one}. λ is averaged before it is mapped to its range
-        (logarithms, where there is no upper end), and an integer is rounded down. Where no range is known the values are.
+    values: {name: mean over the second half of the epochs up to the best one, or that of the best one}: of a number that
+        regularises the weaker of both, of others the mean. λ is averaged before it is mapped to its range (logarithms, where
+        there is no upper end), and an integer is rounded down. Where no range is known the values are.
     spread: {name: standard deviation over the same epochs}, of λ too, in units of the value: half the distance of the values
         one standard deviation below and above the mean. 0 for one epoch.
     unsettled: names of those that still moved at the end of the run, by more than `MOVE` in the last quarter of its epochs.
@@ -54,16 +55,23 @@ def point_of(value: float, number: Hyperparameter | None) -> float:
     return number.unconstrained_at(value if number.integer else number.inside(value))
 
 
-def mean_and_spread(values: Sequence[float], number: Hyperparameter | None) -> tuple[float, float]:
-    """The mean of λ, as a value, and its standard deviation, in units of the value."""
+def value_and_spread(values: Sequence[float], number: Hyperparameter | None) -> tuple[float, float]:
+    """What a number has come to, and its standard deviation in units of the value; see `Outcome`.
+
+    values: of the second half of the epochs up to the best one.
+
+    While a network overfits, λ rises with the age of the weights. New weights, on more data, need no stronger regularisation
+    than those had on the average. Where λ falls on the way to its place, the last value is nearer to it.
+    """
     points = [point_of(value, number) for value in values]
     mean, deviation = statistics.mean(points), statistics.pstdev(points)
     if number is None:
         return mean, deviation
     low, middle, high = (number.value_at(point) for point in (mean - deviation, mean, mean + deviation))
-    if len(set(values)) == 1:
-        middle = values[0]  # as it is, not as it comes back from the real line
-    return math.floor(middle) if number.integer else middle, (high - low) / 2
+    value = math.floor(middle) if number.integer else middle
+    weaker = number.regularizes and values[-1] <= value
+    constant = len(set(values)) == 1  # as it is, not as it comes back from the real line
+    return values[-1] if weaker or constant else value, (high - low) / 2
 
 
 def still_moves(rows: Sequence[Row], name: str, number: Hyperparameter | None) -> bool:

@@ -114,7 +114,8 @@ class HyperSettings(SettingsGroup):
         itself. Default: False.
     recalibrate: ≥ 0, number of training batches, those of the last steps, on which evaluation estimates the statistics of batch
         norms anew, in eval mode, and draws them towards the running ones where they are noisy (docs/results/hypergradient.md).
-        Their loss in eval mode also says how far the network overfits, which limits the steps of λ (`fxstn.optim.set_gap`). 0: the statistics that training keeps, and no limits. Default: 10.
+        Their loss in eval mode also says how far the network overfits, which limits the steps of λ (`fxstn.optim.set_gap`). 0:
+        the statistics that training keeps, and no limits. Default: 10.
     evaluation_share: in (0, 1], the part of the arithmetic of training that evaluations may take besides the validation data:
         for `recalibrate` and for diagnostics. Where epochs are short they take fewer batches, or leave an epoch out; statistics
         of batch norms are estimated on at least four. 1: on all batches, and in every epoch. Default: 0.02.
