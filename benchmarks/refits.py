@@ -2,11 +2,11 @@
 
     FXSTN_DATA=DIR python -m benchmarks.refits [recorded | lengths | averages] [--tasks digits kin8nm] [--seeds 3]
 
-Tasks are those of benchmarks/worth, from the usual recipe. "recorded": networks trained anew by plain torch, at the values that
-the runs of its second reading have recorded. "lengths" and "averages": one run of the defaults each, and then refits of it on
-training and validation data, which differ in the values and in the length, at their last weights; or in how far back the
-averages of the weights reach. Writes test losses to benchmarks/results/refits-KIND.json as it goes, and goes on where it
-stopped; `python -m benchmarks.tables` makes the tables of docs/guides/values.md of them.
+Tasks are those of benchmarks/worth. "recorded": networks trained anew by plain torch, at the values that its runs recorded.
+"lengths" and "averages": one run of the defaults each from the usual recipe, and then refits of it on training and validation
+data, which differ in the values and in the length, at their last weights; or in how far back the averages of the weights reach.
+Writes test losses to benchmarks/results/refits-KIND.json as it goes, and goes on where it stopped; `python -m benchmarks.tables`
+makes the tables of docs/guides/values.md of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.overhead import RESULTS
 from benchmarks.worth.cells import Trial, key_of, read, trained_anew
 from benchmarks.worth.tasks import TASKS
 from benchmarks.worth.training import Limits, joined, loader, scores
-from fxstn.bilevel.outcome import point_of
+from fxstn.bilevel.outcome import point_of, value_and_spread
 from fxstn.hp.hyperparameter import Hyperparameter
 
 FAST = ("breast-cancer", "digits", "fine-tuned-cnn", "fine-tuned-resnet", "kin8nm", "fine-tuned-cnn-augmented",
@@ -41,9 +41,14 @@ VALUES = {
     "best": "best epoch",
     "mean": "mean up to the best epoch",
     "late": "mean over the second half of these",
+    "found": "that, or the best epoch's where it is weaker",
     "weighted": "mean over all epochs, by their losses",
     "schedule": "the schedule up to the best epoch",
     "last": "last epoch",
+}
+GROUPS = {  # {(reading of benchmarks/worth, start): in words}
+    ("patience", "recipe"): "from the usual recipe, until the validation loss stops falling",
+    ("time", "high"): "from a start that is too strong, in a short run",
 }
 SHARES = (0.02, 0.05, 0.1, 0.2)  # of the steps, which averages reach back over
 LENGTHS = {
@@ -121,25 +126,40 @@ def cell(name: str, seed: int) -> dict[str, Any]:
 
 
 def recorded_cell(name: str, seed: int) -> dict[str, Any]:
-    """{kind of values: test loss}, of plain training for as many epochs as the best one had, and the number of these."""
-    task, run = TASKS[name], read(name)[key_of("patience", "ours", "recipe", seed)]
+    """{"READING START": {kind of values: test loss}}, of plain training for as many epochs as the best one of a run had."""
+    return {f"{reading} {start}": _recorded(name, seed, reading, start) for reading, start in GROUPS}
+
+
+def _recorded(name: str, seed: int, reading: str, start: str) -> dict[str, float]:
+    task, run = TASKS[name], read(name)[key_of(reading, "ours", start, seed)]
     network = task.network()
-    numbers = {n.name: n for n in fxstn.transform(network, task.specs(network, "recipe")).hparams.hyperparameters}
+    numbers = {n.name: n for n in fxstn.transform(network, task.specs(network, start)).hparams.hyperparameters}
     columns, best = run["schedule"], run["best_epoch"] or run["epochs"]
     rows = [{name: column[epoch] for name, column in columns.items()} for epoch in range(1, best + 1)]
     half = rows[best // 2 :]
+    found = {name: value_and_spread([row[name] for row in half], number)[0] for name, number in numbers.items()}
     schedules = {
         "best": fxstn.Schedule.of(rows[-1]),
-        "mean": mean(numbers, rows, [1.0] * len(rows)),
         "late": mean(numbers, half, [1.0] * len(half)),
+        "found": fxstn.Schedule.of(found),
         "schedule": fxstn.Schedule(columns).until(best),
     }
-    trial, results = Trial(task, seed, "recipe", Limits(best), math.inf), {}
+    trial, losses = Trial(task, seed, start, Limits(best), math.inf), {}
     for kind, schedule in schedules.items():
         values = [schedule.at(epoch) for epoch in range(best)]
         strengths = [{name.removeprefix("input."): x for name, x in one.items()} for one in values]
-        results[kind] = trained_anew(trial, strengths)["test"]
-    return {"scores": results, "best": best}
+        losses[kind] = trained_anew(trial, strengths)["test"]
+    return losses
+
+
+def recorded_table(results: dict[str, Any]) -> str:
+    """For each reading and start, the geometric mean over all runs of the loss to that with the values of the best epoch."""
+    titles = {kind: VALUES[kind] for kind in ("best", "late", "found", "schedule")}
+    rows = []
+    for (reading, start), says in GROUPS.items():
+        cells = [one[f"{reading} {start}"] for one in results.values()]
+        rows.append([says, *_ratios({kind: [one[kind] / one["best"] for one in cells] for kind in titles}), len(cells)])
+    return tabulate(rows, ["", *titles.values(), "runs"], tablefmt="github", disable_numparse=True)
 
 
 def averages_cell(name: str, seed: int) -> dict[str, Any]:
@@ -151,6 +171,14 @@ def averages_cell(name: str, seed: int) -> dict[str, Any]:
         model = runner.refit(everything, ema=1 - 1 / max(2, share * steps) if share else None)
         results[str(share)] = scores(TASKS[name], model, TASKS[name].sets(seed)[2])[0]
     return {"scores": results, "steps": steps}
+
+
+def _ratios(ratios: dict[str, list[float]]) -> list[str]:
+    """The geometric mean of each kind's, with its standard error."""
+    logs = {kind: [math.log(ratio) for ratio in values] for kind, values in ratios.items()}
+    return [
+        f"{math.exp(statistics.mean(x)):.3f} ± {statistics.stdev(x) / math.sqrt(len(x)):.3f}" for x in logs.values()
+    ]
 
 
 def table(results: dict[str, Any], titles: dict[str, str], base: str, says: str) -> str:
@@ -168,29 +196,26 @@ def table(results: dict[str, Any], titles: dict[str, str], base: str, says: str)
         [task, *(f"{statistics.mean(one[kind] for one in cells):.3f}" for kind in titles), len(cells)]
         for task, cells in groups.items()
     ]
-    logs = {kind: [math.log(one[kind] / one[base]) for cells in groups.values() for one in cells] for kind in titles}
-    errors = {kind: statistics.stdev(values) / math.sqrt(len(values)) for kind, values in logs.items()}
-    ratios = [f"{math.exp(statistics.mean(logs[kind])):.3f} ± {errors[kind]:.3f}" for kind in titles]
+    ratios = _ratios({kind: [one[kind] / one[base] for cells in groups.values() for one in cells] for kind in titles})
     headers = ["task", *titles.values(), "seeds"]
     return tabulate([*rows, [says, *ratios, ""]], headers, tablefmt="github", disable_numparse=True)
 
 
-BY_VALUES = "loss / that of the best epoch's values"
-# {kind: (what it runs, headings of its table, what ratios are of)}
-KINDS: dict[str, tuple[Callable[[str, int], dict[str, Any]], dict[str, str], str, str]] = {
-    "recorded": (
-        recorded_cell,
-        {kind: VALUES[kind] for kind in ("best", "mean", "late", "schedule")},
-        "best",
-        BY_VALUES,
-    ),
-    "lengths": (cell, {"tuned": "the tuned run"} | VALUES | LENGTHS, "best", BY_VALUES),
-    "averages": (
-        averages_cell,
-        {"0": "last weights"} | {str(share): f"{100 * share:.0f} % of the steps" for share in SHARES},
-        "0",
-        "loss / that of the last weights",
-    ),
+def lengths_table(results: dict[str, Any]) -> str:
+    titles = {"tuned": "the tuned run"} | {kind: says for kind, says in VALUES.items() if kind != "found"} | LENGTHS
+    return table(results, titles, "best", "loss / that of the best epoch's values")
+
+
+def averages_table(results: dict[str, Any]) -> str:
+    titles = {"0": "last weights"} | {str(share): f"{100 * share:.0f} % of the steps" for share in SHARES}
+    return table(results, titles, "0", "loss / that of the last weights")
+
+
+# {kind: (what runs a task with a seed, what makes a table)}
+KINDS: dict[str, tuple[Callable[[str, int], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
+    "recorded": (recorded_cell, recorded_table),
+    "lengths": (cell, lengths_table),
+    "averages": (averages_cell, averages_table),
 }
 
 
@@ -199,7 +224,7 @@ def path_of(kind: str) -> Path:
 
 
 def table_of(kind: str) -> str:
-    return table(json.loads(path_of(kind).read_text()), *KINDS[kind][1:])
+    return KINDS[kind][1](json.loads(path_of(kind).read_text()))
 
 
 def main() -> None:
