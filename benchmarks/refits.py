@@ -5,8 +5,8 @@
 Tasks are those of benchmarks/worth. "recorded": networks trained anew by plain torch, at the values that its runs recorded.
 "lengths" and "averages": one run of the defaults each from the usual recipe, and then refits of it on training and validation
 data, which differ in the values and in the length, at their last weights; or in how far back the averages of the weights reach.
-Writes test losses to benchmarks/results/refits-KIND.json as it goes, and goes on where it stopped; `python -m benchmarks.tables`
-makes the tables of docs/guides/values.md of them.
+Writes test losses to benchmarks/results/refits-KIND.json as it goes, and goes on where it stopped. `python -m
+benchmarks.tables` makes the tables of docs/guides/values.md of them.
 """
 
 from __future__ import annotations
