@@ -111,6 +111,16 @@ def test_the_statistics_of_few_batches_are_nearer_to_the_true_ones_for_the_runni
     assert (ours < {0.0: 0.4, 0.1: 0.7, 1.0: 1.001}[offset] * sampled).all(), ours / sampled
 
 
+def test_a_batch_that_overflows_counts_for_nothing_and_where_all_do_the_loss_shows_it():
+    norm, batches = nn.BatchNorm1d(4).eval(), [torch.randn(9, 4) for _ in range(3)]
+    expected = by_torch(norm, batches)
+    overflowing = torch.full((9, 4), torch.inf)
+    with recalibrated_norms([norm], lambda: [norm(x) for x in (batches[0], overflowing, *batches[1:])]):
+        assert share_of(norm.running_mean, expected.running_mean, torch.zeros(4)) < 1
+    with recalibrated_norms([norm], lambda: [norm(overflowing) for _ in range(2)]):
+        assert norm(batches[0]).isnan().all()
+
+
 def test_running_statistics_that_are_not_finite_are_not_followed():
     norm = nn.BatchNorm1d(4).eval()
     norm.running_mean.fill_(torch.nan)

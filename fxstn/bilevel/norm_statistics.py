@@ -35,12 +35,12 @@ class _Samples:
     def averages(self) -> list[tuple[Tensor, Tensor]]:
         """(average over the batches, its variance by their scatter), of the mean and of the variance of each channel.
 
-        The scatter of a single batch is not known, and 0.
+        The scatter of a single batch is not known, and 0. Where no batch counts, the averages are NaN.
         """
         counts = torch.stack(self.counts)
         number, result = counts.sum(), []
         for values in (torch.stack(self.means), torch.stack(self.variances)):
-            average = values.sum(0) / number.clamp_min(1)
+            average = values.sum(0) / number
             scatter = (values - average).square().mul(counts[:, None]).sum(0)
             result.append((average, scatter / (number * (number - 1)).clamp_min(1)))
         return result
