@@ -60,7 +60,7 @@ def cell(name: str, start: str) -> dict[str, Any]:
         rows = torch.randperm(len(train), generator=generator)[: BATCHES * task.batch]
         batches = train.tensors[0][rows].split(task.batch)
         losses["sampled"].append(scores(task, averaged(network, batches), test)[0])
-        with recalibrated_norms(norms_of(network), lambda batches=batches: [network(x) for x in batches]):
+        with recalibrated_norms(norms_of(network), (network(x) for x in batches)):
             losses["fxstn"].append(scores(task, network, test)[0])
     everything = [x for x in train.tensors[0].split(task.batch) if len(x) == task.batch]
     whole = scores(task, averaged(network, everything), test)[0]

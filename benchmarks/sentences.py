@@ -12,7 +12,7 @@ import math
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -466,21 +466,38 @@ def paper_robustness() -> str:
 # docs/guides
 
 
+def _ratio(ratios: Sequence[float]) -> str:
+    """The geometric mean, with its standard error."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return f"{math.exp(statistics.mean(logs)):.2f} (± {statistics.stdev(logs) / math.sqrt(len(logs)):.2f})"
+
+
+def refit_values() -> str:
+    def ratio(kind: str, group: str) -> str:
+        return _ratio([one[group][kind] / one[group]["best"] for one in read("refits-recorded").values()])
+
+    usual, high = "patience recipe", "time high"
+    return paragraph(f"""
+        In runs from the usual recipe that go on until the validation loss stops falling, the mean over the second half gives
+        {ratio("late", usual)} times the loss of the best epoch's values. From a start that is too strong, in a short run, λ
+        is still on its way, and the mean gives {ratio("late", high)}. The weaker of both values of each number gives
+        {ratio("found", usual)} and {ratio("found", high)}. So a refit takes these.
+    """)
+
+
 def refit_kinds() -> str:
     cells = [one["scores"] for one in read("refits-lengths").values()]
 
     def ratio(kind: str) -> str:
-        logs = [math.log(one[kind][0] / one["best"][0]) for one in cells]
-        error = statistics.stdev(logs) / math.sqrt(len(logs))
-        return f"{math.exp(statistics.mean(logs)):.2f} (± {error:.2f})"
+        return _ratio([one[kind][0] / one["best"][0] for one in cells])
 
     lower = sum(one["best"][0] < one["tuned"][0] for one in cells)
     return paragraph(f"""
         The refit has a lower test loss than the tuned run in {lower} of {len(cells)} runs: the data held out are not
         lost. In multiples of its loss, with standard errors, the values of the last epoch give {ratio("last")}, and the
         start kept {ratio("start")}. As many steps in place of as many passes give {ratio("steps")}, and as many epochs as
-        the whole run (`epochs=`) {ratio("whole")}. Other means of the values do not differ by more
-        than their error. So a refit takes values and number of the best epoch.
+        the whole run (`epochs=`) {ratio("whole")}. So a refit takes as many epochs as the best one had. In so few runs other
+        means of the values do not differ by more than their error.
     """)
 
 
@@ -504,5 +521,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "every-step": every_step, "tuning-time": tuning_time, "gpt-losses": gpt, "retraining": retraining,
     "batch-norms": batch_norms, "noise": noise, "linear-regression": linear_regression,
     "paper-mnist": paper_mnist, "paper-fmnist": paper_fmnist,
-    "paper-cifar": paper_cifar, "paper-robustness": paper_robustness, "refit-kinds": refit_kinds, "detector": detector,
+    "paper-cifar": paper_cifar, "paper-robustness": paper_robustness, "refit-kinds": refit_kinds,
+    "refit-values": refit_values, "detector": detector,
 }  # fmt: skip

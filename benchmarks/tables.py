@@ -270,7 +270,7 @@ TABLES = {
     "detection": detection, "overhead": overhead, "demo": demo,
     "suite": suite, "peer": peer, "augment": augment, "tuning": tuning_overview,
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
-    "replay": replayed, "refits": partial(refits.table_of, "lengths"),
+    "replay": replayed, "refits": partial(refits.table_of, "lengths"), "recorded": partial(refits.table_of, "recorded"),
     "averages": partial(refits.table_of, "averages"), "controls": noise, "batchnorm": normed,
     "norms": statistics_of_norms, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
     "purposes": purposes,

@@ -68,6 +68,35 @@ def test_values_are_means_of_lambda_over_the_second_half_up_to_the_best_epoch_or
     assert outcome.values["holes"] == 4
 
 
+ENDS = [
+    {"low": 1e-6, "high": 1e3, "log": True}, {"low": 1e-30, "high": 1e30, "log": True}, {"low": 0, "high": 1e12},
+    {"low": 0.5, "high": 0.5000001, "log": True}, {"low": 0, "high": 3e38}, {"low": -1e6, "high": 1e-3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ENDS, ids=str)
+def test_a_value_at_an_end_of_any_range_has_a_point_and_the_middle_of_both_ends_is_in_the_middle(of) -> None:
+    low, high = of["low"], of["high"]
+    middle = math.sqrt(low * high) if of.get("log") else (low + high) / 2
+    number = Hyperparameter(middle, **of, regularizes=False, name="x")
+    for values in ([low, low], [high, high], [low, high], [high, middle]):
+        run = history([2.0, 2.0, 2.0, 1.0], x=[middle, middle, *values])
+        run.numbers = {"x": number}
+        assert low <= run.outcome().values["x"] <= high
+        assert math.isfinite(run.outcome().spread["x"])
+    if of.get("log"):
+        run = history([2.0, 2.0, 2.0, 1.0], x=[middle, middle, low, high])
+        run.numbers = {"x": number}
+        assert run.outcome().values["x"] == pytest.approx(middle, rel=1e-3)
+
+
+def test_an_epoch_without_a_loss_is_not_the_best() -> None:
+    assert history([math.nan, 2.0, 1.0], rate=[0.1, 0.2, 0.3]).best()["epoch"] == 3
+    run = history([math.nan, math.nan], rate=[0.2, 0.3])
+    run.start_loss = 1.0
+    assert run.outcome().epoch == 0
+
+
 def test_the_spread_is_the_deviation_of_lambda_in_units_of_the_value() -> None:
     columns = {"rate": [0.1, 0.2, 0.4, 0.3, 0.9], "mine": [1.0, 2.0, 6.0, 7.0, 8.0]}
     outcome = history([3.0, 2.0, 1.5, 1.0, 1.5], **columns).outcome()

@@ -86,7 +86,7 @@ def test_the_statistics_are_those_that_torch_makes_of_the_same_batches_and_the_o
     before = copy.deepcopy(model.state_dict())
     batches = [torch.rand(n, 3, 8, 8) for n in sizes]
     expected, model = by_torch(model, batches), model.eval()
-    with recalibrated_norms(norms_of(model), lambda: [model(x) for x in batches]):
+    with recalibrated_norms(norms_of(model), (model(x) for x in batches)):
         for ours, theirs in zip(norms_of(model), norms_of(expected), strict=True):
             torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-3, atol=1e-4)
@@ -104,23 +104,67 @@ def test_the_statistics_of_few_batches_are_nearer_to_the_true_ones_for_the_runni
         norm.running_mean = center + offset * deviation + 0.05 * torch.randn(16)
         norm.running_var = deviation.square() * (1 + offset) * (1 + 0.05 * torch.randn(16))
         by_batches = by_torch(norm, batches)
-        with recalibrated_norms([norm], lambda batches=batches: [norm(x) for x in batches]):
+        with recalibrated_norms([norm], (norm(x) for x in batches)):
             for errors, one in ((ours, norm), (sampled, by_batches)):
                 errors[0] += ((one.running_mean - center) / deviation).square().mean()
                 errors[1] += (one.running_var / deviation.square() - 1).square().mean()
     assert (ours < {0.0: 0.4, 0.1: 0.7, 1.0: 1.001}[offset] * sampled).all(), ours / sampled
 
 
+def errors_of(change, running: float) -> Tensor:
+    """Mean square errors of mean and variance of all channels but the last, ours over torch's averages, 100 × 4 batches of 16.
+
+    change: what happens to the last channel of a batch.
+    running: what the running statistics are off by.
+    """
+    torch.manual_seed(0)
+    norm, errors = nn.BatchNorm1d(32).eval(), torch.zeros(2, 2)
+    for _ in range(100):
+        batches = [torch.randn(16, 32) for _ in range(4)]
+        for x in batches:
+            x[:, -1] = change(x[:, -1])
+        norm.running_mean = running + 0.03 * torch.randn(32)
+        norm.running_var = 1 + running + 0.03 * torch.randn(32)
+        by_batches = by_torch(norm, batches)
+        with recalibrated_norms([norm], (norm(x) for x in batches)):
+            for sums, one in zip(errors, (norm, by_batches), strict=True):
+                sums[0] += one.running_mean[:-1].square().mean()
+                sums[1] += (one.running_var[:-1] - 1).square().mean()
+    return errors[0] / errors[1]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x, torch.zeros_like, lambda x: 1e12 * x], ids=["alike", "constant", "large"]
+)
+def test_one_channel_of_another_kind_has_no_say_over_the_others(change):
+    assert (errors_of(change, running=0.0) < 0.5).all()
+    assert (errors_of(change, running=5.0) < 1.01).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
+def test_places_of_a_shared_norm_differ_and_that_is_no_noise(gap):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(16).eval()
+    norm.running_mean.fill_(1.0)
+
+    def forward() -> None:
+        for sign in (-1, 1):
+            norm(torch.randn(32, 16) + sign * gap)
+
+    with recalibrated_norms([norm], (forward() for _ in range(4))):
+        assert norm.running_mean.mean().abs() < 0.1
+
+
 def test_a_batch_that_overflows_counts_for_nothing_and_where_all_do_the_loss_shows_it():
     norm, batches = nn.BatchNorm1d(4).eval(), [torch.randn(9, 4) for _ in range(3)]
     norm.running_mean += 1
-    with recalibrated_norms([norm], lambda: [norm(x) for x in batches]):
+    with recalibrated_norms([norm], (norm(x) for x in batches)):
         ((mean, variance),) = running_of(norm)
     overflowing = torch.full((9, 4), torch.inf)
-    with recalibrated_norms([norm], lambda: [norm(x) for x in (batches[0], overflowing, *batches[1:])]):
+    with recalibrated_norms([norm], (norm(x) for x in (batches[0], overflowing, *batches[1:]))):
         torch.testing.assert_close(norm.running_mean, mean)
         torch.testing.assert_close(norm.running_var, variance)
-    with recalibrated_norms([norm], lambda: [norm(overflowing) for _ in range(2)]):
+    with recalibrated_norms([norm], (norm(overflowing) for _ in range(2))):
         assert norm(batches[0]).isnan().all()
 
 
@@ -128,15 +172,15 @@ def test_running_statistics_that_are_not_finite_are_not_followed():
     norm = nn.BatchNorm1d(4).eval()
     norm.running_mean.fill_(torch.nan)
     norm.running_var.fill_(torch.inf)
-    with recalibrated_norms([norm], lambda: [norm(torch.randn(9, 4)) for _ in range(3)]):
+    with recalibrated_norms([norm], (norm(torch.randn(9, 4)) for _ in range(3))):
         assert norm.running_mean.isfinite().all()
         assert norm.running_var.isfinite().all()
 
 
 def test_norms_that_see_nothing_or_one_value_keep_theirs():
     norm = nn.BatchNorm1d(3).eval()
-    for run in (lambda: None, lambda: norm(torch.randn(1, 3))):
-        with recalibrated_norms([norm], run):
+    for batches in ((), (torch.randn(1, 3),)):
+        with recalibrated_norms([norm], (norm(x) for x in batches)):
             assert torch.equal(norm.running_mean, torch.zeros(3))
             assert torch.equal(norm.running_var, torch.ones(3))
 
@@ -269,7 +313,7 @@ def test_weights_that_a_user_writes_are_evaluated_with_statistics_of_their_own()
         runner.stn.model[0].weight.mul_(2)
     x, y = runner.valid_loader.dataset.tensors
     model, recent = runner.stn.model.eval(), [x for x, _ in runner._train.recent]
-    with torch.no_grad(), recalibrated_norms(norms_of(model), lambda: [model(x) for x in recent]):
+    with torch.no_grad(), recalibrated_norms(norms_of(model), (model(x) for x in recent)):
         expected = F.cross_entropy(model(x), y).item()
     assert runner.evaluate()["valid_loss"] == pytest.approx(expected, rel=1e-5)
     assert runner.evaluate() != before

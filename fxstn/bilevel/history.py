@@ -165,7 +165,7 @@ class History:
             raise ValueError(
                 "no epoch is the best one: the run has no validation data, as a refit; its last epoch counts"
             )
-        return min(evaluated, key=lambda row: row["valid_loss"])
+        return min(evaluated, key=lambda row: (math.isnan(row["valid_loss"]), row["valid_loss"]))
 
     def best_values(self) -> dict[str, float]:
         """{name: value} that the run has come to, as `outcome` has them. Raises ValueError on an empty history.
@@ -178,7 +178,7 @@ class History:
         """What the run has come to: the values that `refit` takes. Raises ValueError on an empty history."""
         best = self.best()
         epoch = int(best["epoch"])
-        if self.start_loss is not None and self.start_loss <= best["valid_loss"]:
+        if self.start_loss is not None and not best["valid_loss"] < self.start_loss:
             epoch = 0
         rows = self.rows[epoch // 2 : epoch] or [self.start]
         pairs = {name: value_and_spread([row[name] for row in rows], self.numbers.get(name)) for name in self.names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -176,20 +176,21 @@ class NetworkProblem(BilevelProblem):
         norms = self._norms_of_batch()
         if not norms or batch_size(inputs) > 1:
             return ""
-        sizes = value_counts(list(norms.values()), partial(self._run, [(inputs, None)]))
+        sizes = value_counts(list(norms.values()), self._forwards([(inputs, None)]))
         return next((name for name, size in zip(norms, sizes, strict=True) if size == 1), "")
 
     def recalibrated(self, batches: Iterable[Batch]) -> AbstractContextManager[None]:
-        return recalibrated_norms(list(self._norms().values()), partial(self._run, batches))
+        return recalibrated_norms(list(self._norms().values()), self._forwards(batches))
 
-    def _run(self, batches: Iterable[Batch]) -> None:
-        """Run the network in eval mode on each batch, for what its norms see."""
+    def _forwards(self, batches: Iterable[Batch]) -> Iterator[None]:
+        """Call the network in eval mode on one batch after the other, for what its norms see."""
         carried = CarriedState(self.valid_loss_fn, self.initial_state)
         with eval_mode(self.stn):
             for inputs, _ in batches:
                 args, kwargs = inputs_of(self.stn, carried.inputs(inputs))
                 carried.output(self.stn(*args, **kwargs))
                 carried.advance()
+                yield
 
     def values(self) -> dict[str, float]:
         return self.stn.hparams.values()
@@ -227,8 +228,7 @@ class NetworkProblem(BilevelProblem):
 
         "response_norm": ‖Θε‖/‖w₀‖.
         "linearization_error", for method "delta": |L_lin − L_true| / (|L_lin − L_0| + |L_true − L_0|) in [0, 1], of the
-            validation losses of y + dy, of the network with the weights w₀ + Θε, and of that with w₀, all as the hyper step
-            sees them.
+            validation losses of y + dy, of the network with weights w₀ + Θε, and with w₀, as the hyper step sees them.
         """
         stn, carried = self.stn, CarriedState(self.valid_loss_fn, self.initial_state)
         noise = torch.randn(len(stn.hparams), generator=torch.Generator().manual_seed(seed))

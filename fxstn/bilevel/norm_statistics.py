@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +19,44 @@ from fxstn.ops.precision import widen
 
 
 class _Samples:
-    """Mean and unbiased variance of each channel in some batches. A batch that overflows counts for nothing."""
+    """Mean and unbiased variance of each channel, of some batches: of each the mean over the calls of a norm.
+
+    A call that overflows counts for nothing. `calls` says how many of a batch count; the host does not wait to know.
+    """
 
     def __init__(self) -> None:
-        self.counts: list[Tensor] = []  # 1. for each batch that counts, 0. for others; the host does not wait to know
-        self.means: list[Tensor] = []
-        self.variances: list[Tensor] = []
+        self.calls: list[Tensor] = []
+        self.sums: list[Tensor] = []  # (2, channels) of a batch
 
-    def add(self, mean: Tensor, variance: Tensor) -> None:
-        finite = torch.isfinite(mean).all() & torch.isfinite(variance).all()
-        self.counts.append(finite.to(mean.dtype))
-        self.means.append(torch.where(finite, mean, 0.0))
-        self.variances.append(torch.where(finite, variance, 0.0))
+    def add(self, statistics: Tensor, begins: bool) -> None:
+        """Count a call. statistics: (2, channels). begins: whether it is the first of its batch."""
+        finite = torch.isfinite(statistics).all()
+        own = torch.where(finite, statistics, 0.0)
+        if begins:
+            self.calls.append(finite.to(own.dtype))
+            self.sums.append(own)
+        else:
+            self.calls[-1] = self.calls[-1] + finite
+            self.sums[-1] = self.sums[-1] + own
 
-    def averages(self) -> list[tuple[Tensor, Tensor]]:
-        """(average over the batches, its variance by their scatter), of the mean and of the variance of each channel.
+    def average(self) -> Tensor:
+        """Over the batches, (2, channels). NaN where no call counts."""
+        counts = torch.stack(self.calls).clamp(max=1)
+        return self._means().sum(0) / counts.sum()
 
-        The scatter of a single batch is not known, and 0. Where no batch counts, the averages are NaN.
+    def noise(self, average: Tensor, units: Tensor) -> Tensor:
+        """The variance of the average, by the scatter of the batches, (2, channels). 0 for one batch, which does not say it.
+
+        average, units: (2, channels), what it is about and in units of what.
         """
-        counts = torch.stack(self.counts)
-        number, result = counts.sum(), []
-        for values in (torch.stack(self.means), torch.stack(self.variances)):
-            average = values.sum(0) / number
-            scatter = (values - average).square().mul(counts[:, None]).sum(0)
-            result.append((average, scatter / (number * (number - 1)).clamp_min(1)))
-        return result
+        counts = torch.stack(self.calls).clamp(max=1)
+        number = counts.sum()
+        scatter = ((self._means() - average) / units).square().mul(counts[:, None, None]).sum(0)
+        return scatter / (number * (number - 1)).clamp_min(1)
+
+    def _means(self) -> Tensor:
+        """(batches, 2, channels), 0 for a batch that does not count."""
+        return torch.stack(self.sums) / torch.stack(self.calls).clamp_min(1)[:, None, None]
 
 
 class _BatchStatistics(TorchFunctionMode):
@@ -56,6 +69,14 @@ class _BatchStatistics(TorchFunctionMode):
         super().__init__()
         self.samples = {id(norm.running_mean): _Samples() for norm in norms}
         self.values: dict[int, int] = {}
+        self._called: set[int] = set()  # by this batch
+
+    def run(self, forwards: Iterable[object]) -> Self:
+        """Run the network on one batch after the other, without gradients."""
+        with torch.no_grad(), self:
+            for _ in forwards:
+                self._called.clear()
+        return self
 
     def __torch_function__(
         self,
@@ -64,70 +85,90 @@ class _BatchStatistics(TorchFunctionMode):
         args: tuple = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        ours = func is F.batch_norm and len(args) > 2 and id(args[1]) in self.samples
-        values = args[0].numel() // args[0].shape[1] if ours else 0
-        if ours:
-            self.values[id(args[1])] = min(values, self.values.get(id(args[1]), values))
+        norm = id(args[1]) if func is F.batch_norm and len(args) > 2 else None
+        if norm not in self.samples:
+            return func(*args, **(kwargs or {}))
+        x = args[0].detach()
+        values = x.numel() // x.shape[1]
+        self.values[norm] = min(values, self.values.get(norm, values))
         if values > 1:
-            x = args[0].detach()
             variance, mean = torch.var_mean(widen(x), [0, *range(2, x.dim())], correction=0)
-            self.samples[id(args[1])].add(mean, variance * values / (values - 1))
+            self.samples[norm].add(torch.stack([mean, variance * values / (values - 1)]), norm not in self._called)
+            self._called.add(norm)
             args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
         return func(*args, **(kwargs or {}))
 
 
-def value_counts(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> list[int]:
-    """The least number of values per channel that each batch norm normalises in `run`; 0 where it is not called.
+def value_counts(norms: Sequence[_BatchNorm], forwards: Iterable[object]) -> list[int]:
+    """The least number of values per channel that each batch norm normalises in these forwards; 0 where it is not called.
 
-    norms, run: as in `recalibrated_norms`.
+    norms, forwards: as in `recalibrated_norms`.
     """
-    with torch.no_grad(), _BatchStatistics(norms) as batches:
-        run()
+    batches = _BatchStatistics(norms).run(forwards)
     return [batches.values.get(id(norm.running_mean), 0) for norm in norms]
 
 
-def shrunk(estimate: Tensor, variance: Tensor, towards: Tensor, unit: Tensor) -> Tensor:
+def shrunk(estimate: Tensor, noise: Tensor, towards: Tensor, units: Tensor) -> Tensor:
     """Noisy numbers, drawn towards others as far as the two differ by no more than the noise (James & Stein 1961).
 
-    estimate, towards, unit: (n,); a deviation of `unit` counts as much in each of the n numbers.
-    variance: (n,), of `estimate`.
+    estimate, towards: (n,).
+    units: (n,); a deviation of a unit counts as much in each of the n numbers.
+    noise: (n,), the variances of `estimate` in these units.
 
-    With d the mean square of (estimate − towards) / unit and v the mean of variance / unit², the share of the way is
-    min(1, (1 − 2/n) v/d). For normal noise of a known variance and n ≥ 3 the mean square error is below that of `estimate`,
-    whatever `towards` is.
+    With d² the sum of ((estimate − towards) / units)² and v the noise, the share of the way is min(1, (Σ v − 2 max v) / d²), or
+    0 where that is negative. Where the noise is normal and v is known, the mean square error in these units is then below that
+    of `estimate`, whatever `towards` is (Bock 1975, Minimax estimators of the mean of a multivariate normal distribution).
     """
-    noise = (variance / unit.square()).mean() * max(0.0, 1 - 2 / len(estimate))
-    distance = ((estimate - towards) / unit).square().mean()
-    share = noise / torch.maximum(distance, noise).clamp_min(torch.finfo(noise.dtype).tiny)
-    return torch.where(distance.isfinite(), torch.lerp(estimate, towards, share), estimate)
+    certain = (noise.sum() - 2 * noise.max()).clamp_min(0)
+    distance = ((estimate - towards) / units).square().sum()
+    share = certain / torch.maximum(distance, certain).clamp_min(torch.finfo(noise.dtype).tiny)
+    return torch.where((distance + certain).isfinite(), torch.lerp(estimate, towards, share), estimate)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of one statistic of a norm: the running one, that of the batches, and the variance of this."""
+    """What is known of the mean and the variance of each channel of a norm, each (2, channels).
+
+    noise: of `sampled`, in units of the variance's root, and of the variance.
+    """
 
     running: Tensor
     sampled: Tensor
-    variance: Tensor
+    noise: Tensor
 
-    def estimate(self, unit: Tensor) -> Tensor:
-        """The one for an evaluation. unit: as in `shrunk`."""
-        return shrunk(self.sampled, self.variance / distributed.processes(), self.running, unit)
+    @classmethod
+    def of(cls, norm: _BatchNorm, samples: _Samples) -> _Known:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        running = widen(torch.stack([norm.running_mean, norm.running_var]))
+        if not samples.calls:
+            return cls(running, running.clone(), torch.zeros_like(running))
+        sampled = samples.average()
+        return cls(running, sampled, samples.noise(sampled, _units(running, sampled, norm.eps)))
+
+    def estimates(self, eps: float) -> list[Tensor]:
+        """[mean, variance] for an evaluation."""
+        units = _units(self.running, self.sampled, eps)
+        noise = self.noise / distributed.processes()
+        return [shrunk(*numbers) for numbers in zip(self.sampled, noise, self.running, units, strict=True)]
 
 
-def _known(running: Sequence[Tensor], samples: _Samples) -> list[_Known]:
-    """Of the mean and of the variance of a norm."""
-    own = [widen(tensor).clone() for tensor in running]
-    pairs = samples.averages() if samples.counts else [(tensor.clone(), torch.zeros_like(tensor)) for tensor in own]
-    return [_Known(before, *pair) for before, pair in zip(own, pairs, strict=True)]
+def _units(running: Tensor, sampled: Tensor, eps: float) -> Tensor:
+    """In which deviations of the mean and of the variance of a channel count, (2, channels).
+
+    The larger variance: a channel that is constant in a few batches has no say over the others.
+    """
+    known = torch.where(running[1].isfinite(), running[1], 0.0)
+    variance = torch.maximum(known, sampled[1]) + eps
+    return torch.stack([variance.sqrt(), variance])
 
 
 @contextmanager
-def recalibrated_norms(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> Iterator[None]:
-    """Inside, batch norms have statistics of the batches of `run`. Several processes: of the batches of all.
+def recalibrated_norms(norms: Sequence[_BatchNorm], forwards: Iterable[object]) -> Iterator[None]:
+    """Inside, batch norms have statistics of some batches. Several processes: of the batches of all.
 
     norms: with running statistics. A norm that no batch reaches keeps its own. Where there are none, nothing is run.
-    run: calls the network of the norms in eval mode on some batches. All processes must call it.
+    forwards: an iterator that calls the network of the norms in eval mode on one batch at a time. All processes must have one.
 
     The averages that training keeps lag behind the weights, and are those of activations under dropout (Li et al. 2019,
     Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift). Statistics of some training batches
@@ -138,14 +179,11 @@ def recalibrated_norms(norms: Sequence[_BatchNorm], run: Callable[[], None]) -> 
     if not norms:
         yield
         return
-    with torch.no_grad(), _BatchStatistics(norms) as batches:
-        run()
-    running = [[t for t in (norm.running_mean, norm.running_var) if t is not None] for norm in norms]
-    known = [_known(pair, batches.samples[id(pair[0])]) for pair in running]
-    distributed.average(t for one in itertools.chain(*known) for t in (one.running, one.sampled, one.variance))
-    estimates = []
-    for norm, (mean, variance) in zip(norms, known, strict=True):
-        unit = variance.sampled + norm.eps
-        estimates += [mean.estimate(unit.sqrt()), variance.estimate(unit)]
-    with swapped_tensors(list(itertools.chain(*running)), estimates):
+    batches = _BatchStatistics(norms).run(forwards)
+    known = [_Known.of(norm, batches.samples[id(norm.running_mean)]) for norm in norms]
+    distributed.average(tensor for one in known for tensor in (one.running, one.sampled, one.noise))
+    statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+    with swapped_tensors(
+        statistics, [t for norm, one in zip(norms, known, strict=True) for t in one.estimates(norm.eps)]
+    ):
         yield

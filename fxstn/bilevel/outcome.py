@@ -68,7 +68,7 @@ def value_and_spread(values: Sequence[float], number: Hyperparameter | None) -> 
     if number is None:
         return mean, deviation
     low, middle, high = (number.value_at(point) for point in (mean - deviation, mean, mean + deviation))
-    value = math.floor(middle) if number.integer else middle
+    value = float(math.floor(middle)) if number.integer else middle
     weaker = number.regularizes and values[-1] <= value
     constant = len(set(values)) == 1  # as it is, not as it comes back from the real line
     return values[-1] if weaker or constant else value, (high - low) / 2

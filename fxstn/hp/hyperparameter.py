@@ -129,12 +129,17 @@ class Hyperparameter:
         return math.log(share) - math.log1p(-share)
 
     def inside(self, value: float) -> float:
-        """A value of the interval, moved inside where it is at an end: by 1e-6 of its width, or 1e-12 without upper end."""
+        """A value of the interval, moved inside where it is at an end: by 1e-6 of its width, or 1e-12 without upper end.
+
+        The width of a logarithmic range is that of logarithms. A range wider than 1 goes as near to its lower end as one of 1.
+        """
         low, high = self.interval
         if math.isinf(high):
             return max(value, 1e-12)
-        margin = 1e-6 * (low if self.log else min(high - low, 1.0))
-        return min(max(value, low + margin), high - margin)
+        if self.log:
+            factor = math.exp(1e-6 * math.log(high / low))
+            return min(max(value, low * factor), high / factor)
+        return min(max(value, low + 1e-6 * min(high - low, 1.0)), high - 1e-6 * (high - low))
 
     def value_at(self, unconstrained: float) -> float:
         """The value at an unconstrained number, a point of the real line; that of an integer before it is rounded down."""
