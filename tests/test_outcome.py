@@ -79,6 +79,7 @@ def test_a_value_at_an_end_of_any_range_has_a_point_and_the_middle_of_both_ends_
     low, high = of["low"], of["high"]
     middle = math.sqrt(low * high) if of.get("log") else (low + high) / 2
     number = Hyperparameter(middle, **of, regularizes=False, name="x")
+    assert math.isfinite(replace(number, init=math.nextafter(high, low)).unconstrained)
     for values in ([low, low], [high, high], [low, high], [high, middle]):
         run = history([2.0, 2.0, 2.0, 1.0], x=[middle, middle, *values])
         run.numbers = {"x": number}

@@ -125,7 +125,7 @@ class Hyperparameter:
             return math.log(value)
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
-        share = (value - low) / (high - low)
+        share = min((value - low) / (high - low), 1 - 2.0**-53)  # which may round to 1
         return math.log(share) - math.log1p(-share)
 
     def inside(self, value: float) -> float:
