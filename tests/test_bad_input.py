@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -431,8 +432,25 @@ for _name, _case, _message in (
     (
         "range beyond float32",
         lambda: hp.Scalar("a", 1, 0, 2**24, integer=True),
-        r"a: low=0 .* within 2\*\*24 \(16777216\)",
+        r"a: low=0 .* within 2\*\*23 \(8388608\)",
     ),
+    (
+        "low that is infinite",
+        lambda: hp.Scalar("a", 1.0, -math.inf, 5.0),
+        r"a: low=-inf must be finite; only high may be",
+    ),
+    (
+        "ends that are one in float32",
+        lambda: hp.Scalar("a", 1e8 + 0.5, 1e8, 1e8 + 1),
+        r"a: low=.* cannot be told apart",
+    ),
+    ("low that is 0 in float32", lambda: hp.Scalar("a", 1.0, 1e-300, 2.0, log=True), r"a: low=1e-300 .* told from 0"),
+    (
+        "scale beyond float32",
+        lambda: hp.Dropout("2", scale=1e39),
+        r"2\.dropout: scale=1e\+39 must be positive and finite",
+    ),
+    ("empty name", lambda: hp.Scalar("", 0.5, 0, 1), r"hp\.Scalar: the name '' must be text"),
     ("scale zero", lambda: hp.Dropout("2", scale=0), r"2\.dropout: scale=0 must be positive and finite"),
     ("name no text", lambda: hp.Scalar(3, 0.5, 0, 1), r"hp\.Scalar: the name 3 must be text"),
     (

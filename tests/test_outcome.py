@@ -71,6 +71,7 @@ def test_values_are_means_of_lambda_over_the_second_half_up_to_the_best_epoch_or
 ENDS = [
     {"low": 1e-6, "high": 1e3, "log": True}, {"low": 1e-30, "high": 1e30, "log": True}, {"low": 0, "high": 1e12},
     {"low": 0.5, "high": 0.5000001, "log": True}, {"low": 0, "high": 3e38}, {"low": -1e6, "high": 1e-3},
+    {"low": -1e11, "high": 1e11}, {"low": 2e10, "high": 1e11}, {"low": 2e-38, "high": 3e38, "log": True},
 ]  # fmt: skip
 
 

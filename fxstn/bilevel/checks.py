@@ -155,17 +155,27 @@ def _check_kinds(settings: Mapping[str, object]) -> None:
         raise ValueError(f"{name}={str(out_dir)!r} is a file; name a folder, which is made where there is none")
 
 
+def _entries(settings: Mapping[str, object], argument: str) -> list[tuple[str, object]]:
+    """Those of a dict; none of what is no dict, which another check refuses."""
+    functions = settings.get(argument)
+    return list(functions.items()) if isinstance(functions, dict) else []
+
+
 def _check_functions(settings: Mapping[str, object]) -> None:
     for argument in ("metrics", "columns"):
-        functions = settings.get(argument)
-        for name, function in functions.items() if isinstance(functions, dict) else ():
+        for name, function in _entries(settings, argument):
             if not callable(function):
                 raise TypeError(f"{argument}[{name!r}] must be a function, got {type(function).__name__}")
-            if name in COLUMNS:
+            if is_own_column(name) or (argument == "columns" and name in dict(_entries(settings, "metrics"))):
                 raise ValueError(f"{argument}[{name!r}]: the history has a column of that name; choose another")
     callbacks = settings.get("callbacks", ())
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the run")
+
+
+def is_own_column(name: str) -> bool:
+    """Whether the history itself may have a column of this name."""
+    return name in COLUMNS or name in DIAGNOSTICS or name.startswith(SCALE)
 
 
 def check_names(
@@ -179,10 +189,9 @@ def check_names(
     names: of the hyperparameters.
     metrics, columns, schedule: of the run.
     """
-    others = dict.fromkeys((*COLUMNS, *DIAGNOSTICS), "column") | dict.fromkeys(metrics or (), "metric")
-    others |= dict.fromkeys(columns or (), "column")
+    others = dict.fromkeys(metrics or (), "metric") | dict.fromkeys(columns or (), "column")
     for name in names:
-        if kind := others.get(name) or ("column" if name.startswith(SCALE) else ""):
+        if kind := "column" if is_own_column(name) else others.get(name):
             raise ValueError(f"the hyperparameter {name!r} has the name of a {kind} of the history; choose another")
     if schedule is not None and set(schedule.values) != set(names):
         raise ValueError(f"schedule is of {', '.join(schedule.values)}, the network has {', '.join(names)}; give one of the "

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.outcome import Outcome, still_moves, value_and_spread
+from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.ir.input_errors import as_path
+from fxstn.ir.input_errors import as_path, is_number
 
 SCALE = "scale:"
 LOSSES = ("train_loss", "response_loss", "clean_train_loss", "valid_loss")
@@ -40,10 +41,9 @@ class Schedule:
         if not isinstance(values, dict) or not all(isinstance(column, (list, tuple)) for column in values.values()):
             raise TypeError(f"a schedule is made of a dict, {{name: [value, …]}}, got {reprlib.repr(values)}")
         for name, column in values.items():
-            if wrong := [value for value in column if not isinstance(value, (int, float)) or not math.isfinite(value)]:
-                raise TypeError(
-                    f"a schedule needs finite numbers, and has {wrong[0]!r} among the values of {name!r}; mend it"
-                )
+            if wrong := [value for value in column if not _is_finite(value)]:
+                text = f"a schedule needs finite numbers, and has {reprlib.repr(wrong[0])} among the values of {name!r}"
+                raise TypeError(f"{text}; mend it")
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
@@ -61,13 +61,20 @@ class Schedule:
         """{name: value} at a time.
 
         epoch: ≥ 0, the time in epochs, which may be a fraction. After the end it is the last value.
+
+        Raises ValueError for a time before the start.
         """
-        whole = min(int(epoch), self.epochs)
-        after, share = min(whole + 1, self.epochs), min(epoch, self.epochs) - whole
-        return {name: (1 - share) * column[whole] + share * column[after] for name, column in self.values.items()}
+        if not epoch >= 0:
+            raise ValueError(f"a schedule begins at epoch 0, and has nothing at epoch {epoch}")
+        time = min(epoch, self.epochs)
+        whole = int(time)
+        after, share = min(whole + 1, self.epochs), time - whole
+        return {name: _between(column[whole], column[after], share) for name, column in self.values.items()}
 
     def until(self, epoch: int) -> Schedule:
-        """The same up to an epoch, whose values stay from there on."""
+        """The same up to an epoch, ≥ 0, whose values stay from there on. Raises ValueError for one before the start."""
+        if epoch < 0:
+            raise ValueError(f"a schedule begins at epoch 0, and cannot end at epoch {epoch}")
         return Schedule({name: column[: epoch + 1] for name, column in self.values.items()})
 
     def final(self) -> Schedule:
@@ -84,9 +91,11 @@ class Schedule:
         return cls({name: [value] for name, value in values.items()})
 
     def for_epochs(self, epochs: int) -> Schedule:
-        """A copy that runs through the same values in another number of epochs."""
+        """A copy that runs through the same values in another number of epochs, ≥ 1. Raises ValueError for fewer."""
+        if epochs < 1:
+            raise ValueError(f"a schedule takes one epoch or more, not {epochs}")
         points = [self.at(self.epochs * k / epochs) for k in range(epochs + 1)]
-        return Schedule({name: [point[name] for point in points] for name in self.values})
+        return Schedule({name: [point[name] for point in points] for name in self.values}, self.unsettled)
 
     def to_json(self, path: str | Path) -> None:
         """Write the schedule to path, a file that `from_json` reads."""
@@ -106,9 +115,22 @@ class Schedule:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a schedule of fxstn; History.schedule().to_json writes one")
         try:
-            return cls(content.get("values", {}), content.get("unsettled", ()))
-        except TypeError as error:
+            return cls(content.get("values", {}), content.get("unsettled") or ())
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no whole schedule: {error}") from error
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that Python's float can hold."""
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _between(before: float, after: float, share: float) -> float:
+    """The value at a share of the way, never beyond the two: between equal ones it is theirs, to the last bit."""
+    return min(max((1 - share) * before + share * after, min(before, after)), max(before, after))
 
 
 class History:
@@ -237,7 +259,9 @@ class History:
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write a line of JSON for each row to path, atomically. A number that is NaN or infinite becomes null."""
-        write_text(as_path(path, "History.to_jsonl"), "".join(json_text(row) + "\n" for row in self.rows))
+        write_text(
+            as_path(path, "History.to_jsonl"), "".join(json_text(plain_numbers(row)) + "\n" for row in self.rows)
+        )
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows to path, atomically, so that a reader never sees half a table."""

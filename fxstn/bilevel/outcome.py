@@ -49,9 +49,10 @@ def quarter(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def point_of(value: float, number: Hyperparameter | None) -> float:
-    """λ at a value, a little inside where the value is at an end of its range; the value itself where no range is known."""
+    """λ at a value, or at the nearest one of its range, a little inside; the value itself where no range is known."""
     if number is None:
         return value
+    value = min(max(value, number.low), number.high)  # a run may go on with another range
     return number.unconstrained_at(value if number.integer else number.inside(value))
 
 
@@ -69,9 +70,10 @@ def value_and_spread(values: Sequence[float], number: Hyperparameter | None) -> 
         return mean, deviation
     low, middle, high = (number.value_at(point) for point in (mean - deviation, mean, mean + deviation))
     value = float(math.floor(middle)) if number.integer else middle
-    weaker = number.regularizes and values[-1] <= value
+    last = float(min(max(values[-1], number.low), number.high))
+    weaker = number.regularizes and last <= value
     constant = len(set(values)) == 1  # as it is, not as it comes back from the real line
-    return values[-1] if weaker or constant else value, (high - low) / 2
+    return last if weaker or constant else value, (high - low) / 2
 
 
 def still_moves(rows: Sequence[Row], name: str, number: Hyperparameter | None) -> bool:

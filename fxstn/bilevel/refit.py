@@ -42,6 +42,9 @@ def schedule_and_length(history: History, schedule: Schedule | None, epochs: int
 
     Raises ValueError before the first epoch is done, and for epochs out of range; TypeError for what is no number.
     """
+    if not isinstance(schedule, Schedule | None):
+        kind = type(schedule).__name__
+        raise TypeError(f"refit: schedule must be a fxstn.Schedule, such as Schedule.of(values), not of type {kind}")
     outcome = history.outcome()
     schedule = Schedule.of(outcome.values) if schedule is None else schedule
     epochs = (outcome.epoch or len(history)) if epochs is None else epochs

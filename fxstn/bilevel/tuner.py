@@ -125,7 +125,8 @@ class Tuner:
         metrics = settings.metrics or {}
         steps = partial(getattr, self.counters, "steps")
         self.evaluator = Evaluator(problem, recent, self.averages, steps, metrics, self.prepare, self.precision)
-        self.history = History.starting_at(problem.values(), network.hparams.hyperparameters if network else ())
+        start = problem.values() if self.schedule is None else self.schedule.at(0)
+        self.history = History.starting_at(start, network.hparams.hyperparameters if network else ())
         regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
         self.monitors = Monitors(problem.ranges(), regularizing)
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-WHOLE = 2.0**24  # up to it, float32 holds every whole number
+WHOLE = 2.0**23  # up to it, float32 holds every k + 0.5, where an integer k starts
 USUAL, CHOSEN, OWN, DECAY = (
     "the usual recipe",
     "init=",
@@ -14,6 +15,11 @@ USUAL, CHOSEN, OWN, DECAY = (
     "the optimizer's weight_decay",
 )  # origins of starts
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+
+
+def _single(value: float) -> float:
+    """As float32 has it; infinities stay."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ class Hyperparameter:
             )
         if self.integer and not float(self.init).is_integer():
             raise ValueError(f"{self.name}: init={self.init} must be a whole number, as all values of an integer are")
-        if not self.scale > 0 or math.isinf(self.scale):
-            raise ValueError(f"{self.name}: scale={self.scale} must be positive and finite")
+        if not 2.0**-126 <= self.scale <= LARGEST:
+            raise ValueError(f"{self.name}: scale={self.scale} must be positive and finite, in float32")
+        if math.isinf(self.low):
+            raise ValueError(f"{self.name}: low={self.low} must be finite; only high may be infinite, with low=0")
         if math.isinf(self.high) and self.low != 0:
             raise ValueError(f"{self.name}: a range without upper end must start at low=0, got low={self.low}")
         if self.log and not self.low > 0:
@@ -80,12 +88,15 @@ class Hyperparameter:
 
     def _check_float32(self) -> None:
         """Raises ValueError for ends that float32, in which values are computed, cannot hold, or cannot tell apart."""
-        largest, what = (WHOLE, "2**24 (16777216), beyond which float32 skips whole numbers") if self.integer else (
+        largest, what = (WHOLE, "2**23 (8388608), beyond which float32 skips halves") if self.integer else (
             LARGEST, f"{LARGEST:.2g}, the largest number of float32")  # fmt: skip
         low, high = (0.0 if math.isinf(end) else end for end in self.interval)
         if max(abs(low), abs(high), high - low) > largest:
             raise ValueError(f"{self.name}: low={self.low} and high={self.high} must be within {what}, and so must their "
                              "distance; give a narrower range")  # fmt: skip
+        if not self.integer and (_single(self.low) == _single(self.high) or (self.log and 0 < self.low < 2.0**-126)):
+            text = "cannot be told apart, or told from 0, in float32; give a range nearer to 0, or a wider one"
+            raise ValueError(f"{self.name}: low={self.low} and high={self.high} {text}")
 
     def named(self, name: str) -> Hyperparameter:
         """A copy with a name. Raises ValueError where its start or its range is impossible."""
@@ -137,9 +148,13 @@ class Hyperparameter:
         if math.isinf(high):
             return max(value, 1e-12)
         if self.log:
-            factor = math.exp(1e-6 * math.log(high / low))
+            factor = math.exp(1e-6 * (math.log(high) - math.log(low)))
             return min(max(value, low * factor), high / factor)
-        return min(max(value, low + 1e-6 * min(high - low, 1.0)), high - 1e-6 * (high - low))
+        width = high - low
+        margins = [
+            max(margin, 4 * math.ulp(end)) for end, margin in ((low, 1e-6 * min(width, 1.0)), (high, 1e-6 * width))
+        ]
+        return min(max(value, low + margins[0]), high - margins[1])
 
     def value_at(self, unconstrained: float) -> float:
         """The value at an unconstrained number, a point of the real line; that of an integer before it is rounded down."""
@@ -148,7 +163,7 @@ class Hyperparameter:
             return math.exp(unconstrained)
         share = 1 / (1 + math.exp(-unconstrained)) if unconstrained > 0 else 1 - 1 / (1 + math.exp(unconstrained))
         if self.log:
-            return math.exp(math.log(low) + share * math.log(high / low))
+            return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
         return low + share * (high - low)
 
     def slope_at(self, unconstrained: float) -> float:
@@ -157,7 +172,7 @@ class Hyperparameter:
         if math.isinf(high):
             return math.exp(unconstrained)
         slope = 1 / (2 + math.exp(unconstrained) + math.exp(-unconstrained))
-        return slope * (self.value_at(unconstrained) * math.log(high / low) if self.log else high - low)
+        return slope * (self.value_at(unconstrained) * (math.log(high) - math.log(low)) if self.log else high - low)
 
     def __str__(self) -> str:
         return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"

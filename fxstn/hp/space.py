@@ -120,8 +120,10 @@ class HyperparameterSpace(WideModule):
         """Put λ₀ where these constrained values are; others stay.
 
         A value that is no integer is moved inside its range, by 1e-6 of the width at either end (`Hyperparameter.inside`).
-        Raises ValueError for a name that is not tuned, or a value outside its range, TypeError for one that is no number.
+        Raises ValueError for a name that is not tuned, or a value outside its range, TypeError for one that is no number; then
+        all stay.
         """
+        points: dict[int, float] = {}
         indices = {name: index for index, name in enumerate(self.names)}
         for name, value in values.items():
             if name not in indices:
@@ -133,7 +135,9 @@ class HyperparameterSpace(WideModule):
             if not low <= value <= high or math.isinf(value):
                 raise ValueError(f"{name}={value} is outside its range [{low}, {high}]; give one inside")
             inside = value if hyperparameter.integer else hyperparameter.inside(value)
-            self.unconstrained[indices[name]] = hyperparameter.unconstrained_at(inside)
+            points[indices[name]] = hyperparameter.unconstrained_at(inside)
+        for index, point in points.items():
+            self.unconstrained[index] = point
 
     def checked(self, perturbation: Tensor, name: str, inputs: object = None) -> Tensor:
         """A perturbation of λ: one for the batch, (h,), or one per example, (batch, h). Raises ValueError for another shape.

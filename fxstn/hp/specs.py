@@ -260,7 +260,7 @@ class Scalar(Spec):
                  integer: bool = False, perturb: str | None = None, regularizes: bool = False,
                  **unknown: Never) -> None:  # fmt: skip
         self.check_arguments(unknown)
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             raise TypeError(
                 f"hp.{type(self).__name__}: the name {name!r} must be text, by which the loss function asks for it"
             )
