@@ -94,8 +94,9 @@ def worth_summary() -> str:
             paragraph(f"""
                 The picture compares the test losses of {len(ranks)} ways to train, on {len(results)} small real tasks,
                 from tables to text. "The recipe" has the usual strengths. "Refit" trains anew on all data, validation
-                data too. ASHA, PBT, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run, or four
-                times as long where they say so.{bought} The others are one run of a task's epochs.
+                data too. ASHA, PBT, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run, as an earlier
+                version had it, which was a third more, or four times as long where they say so.{bought} The others are one
+                run of a task's epochs.
             """),
             f"![{alt}](docs/start/ranks.png)",
             paragraph(f"""
