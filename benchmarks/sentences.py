@@ -467,22 +467,25 @@ def paper_robustness() -> str:
 # docs/guides
 
 
-def _ratio(ratios: Sequence[float]) -> str:
+def _ratio(ratios: Sequence[float], digits: int) -> str:
     """The geometric mean, with its standard error."""
     logs = [math.log(ratio) for ratio in ratios]
-    return f"{math.exp(statistics.mean(logs)):.2f} (± {statistics.stdev(logs) / math.sqrt(len(logs)):.2f})"
+    return (
+        f"{math.exp(statistics.mean(logs)):.{digits}f} (± {statistics.stdev(logs) / math.sqrt(len(logs)):.{digits}f})"
+    )
 
 
 def refit_values() -> str:
     def ratio(kind: str, group: str) -> str:
-        return _ratio([one[group][kind] / one[group]["best"] for one in read("refits-recorded").values()])
+        return _ratio([one[group][kind] / one[group]["best"] for one in read("refits-recorded").values()], 3)
 
     usual, high = "patience recipe", "time high"
     return paragraph(f"""
         In runs from the usual recipe that go on until the validation loss stops falling, the mean over the second half gives
         {ratio("late", usual)} times the loss of the best epoch's values. From a start that is too strong, in a short run, λ
         is still on its way, and the mean gives {ratio("late", high)}. The weaker of both values of each number gives
-        {ratio("found", usual)} and {ratio("found", high)}. So a refit takes these.
+        {ratio("found", usual)} and {ratio("found", high)}. So a refit takes these. The rule was chosen on earlier runs of
+        the same tasks.
     """)
 
 
@@ -490,7 +493,7 @@ def refit_kinds() -> str:
     cells = [one["scores"] for one in read("refits-lengths").values()]
 
     def ratio(kind: str) -> str:
-        return _ratio([one[kind][0] / one["best"][0] for one in cells])
+        return _ratio([one[kind][0] / one["best"][0] for one in cells], 2)
 
     lower = sum(one["best"][0] < one["tuned"][0] for one in cells)
     return paragraph(f"""
