@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,13 @@ VALUES = {
     "best": "best epoch",
     "mean": "mean up to the best epoch",
     "late": "mean over the second half of these",
-    "found": "that, or the best epoch's where it is weaker",
     "weighted": "mean over all epochs, by their losses",
     "schedule": "the schedule up to the best epoch",
     "last": "last epoch",
+}
+RECORDED = {kind: VALUES[kind] for kind in ("best", "late")} | {
+    "found": "that, or the best epoch's where it is weaker",
+    "schedule": VALUES["schedule"],
 }
 GROUPS = {  # {(reading of benchmarks/worth, start): in words}
     ("patience", "recipe"): "from the usual recipe, until the validation loss stops falling",
@@ -154,12 +157,12 @@ def _recorded(name: str, seed: int, reading: str, start: str) -> dict[str, float
 
 def recorded_table(results: dict[str, Any]) -> str:
     """For each reading and start, the geometric mean over all runs of the loss to that with the values of the best epoch."""
-    titles = {kind: VALUES[kind] for kind in ("best", "late", "found", "schedule")}
     rows = []
     for (reading, start), says in GROUPS.items():
         cells = [one[f"{reading} {start}"] for one in results.values()]
-        rows.append([says, *_ratios({kind: [one[kind] / one["best"] for one in cells] for kind in titles}), len(cells)])
-    return tabulate(rows, ["", *titles.values(), "runs"], tablefmt="github", disable_numparse=True)
+        ratios = [geometric_mean([one[kind] / one["best"] for one in cells]) for kind in RECORDED]
+        rows.append([says, *ratios, len(cells)])
+    return tabulate(rows, ["", *RECORDED.values(), "runs"], tablefmt="github", disable_numparse=True)
 
 
 def averages_cell(name: str, seed: int) -> dict[str, Any]:
@@ -173,12 +176,11 @@ def averages_cell(name: str, seed: int) -> dict[str, Any]:
     return {"scores": results, "steps": steps}
 
 
-def _ratios(ratios: dict[str, list[float]]) -> list[str]:
-    """The geometric mean of each kind's, with its standard error."""
-    logs = {kind: [math.log(ratio) for ratio in values] for kind, values in ratios.items()}
-    return [
-        f"{math.exp(statistics.mean(x)):.3f} ± {statistics.stdev(x) / math.sqrt(len(x)):.3f}" for x in logs.values()
-    ]
+def geometric_mean(ratios: Sequence[float], digits: int = 3, form: str = "{} ± {}") -> str:
+    """The geometric mean of ratios, with its standard error."""
+    logs = [math.log(ratio) for ratio in ratios]
+    numbers = math.exp(statistics.mean(logs)), statistics.stdev(logs) / math.sqrt(len(logs))
+    return form.format(*(f"{number:.{digits}f}" for number in numbers))
 
 
 def table(results: dict[str, Any], titles: dict[str, str], base: str, says: str) -> str:
@@ -196,13 +198,13 @@ def table(results: dict[str, Any], titles: dict[str, str], base: str, says: str)
         [task, *(f"{statistics.mean(one[kind] for one in cells):.3f}" for kind in titles), len(cells)]
         for task, cells in groups.items()
     ]
-    ratios = _ratios({kind: [one[kind] / one[base] for cells in groups.values() for one in cells] for kind in titles})
+    ratios = [geometric_mean([one[kind] / one[base] for cells in groups.values() for one in cells]) for kind in titles]
     headers = ["task", *titles.values(), "seeds"]
     return tabulate([*rows, [says, *ratios, ""]], headers, tablefmt="github", disable_numparse=True)
 
 
 def lengths_table(results: dict[str, Any]) -> str:
-    titles = {"tuned": "the tuned run"} | {kind: says for kind, says in VALUES.items() if kind != "found"} | LENGTHS
+    titles = {"tuned": "the tuned run"} | VALUES | LENGTHS
     return table(results, titles, "best", "loss / that of the best epoch's values")
 
 

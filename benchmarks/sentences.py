@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import batchnorm, hypergradient, kernels, on_device, tuned, tuning
+from benchmarks import batchnorm, hypergradient, kernels, on_device, refits, tuned, tuning
 from benchmarks.paper import report as paper
 from benchmarks.worth import report as worth
 from benchmarks.worth.columns import COLUMNS
@@ -94,9 +93,9 @@ def worth_summary() -> str:
             paragraph(f"""
                 The picture compares the test losses of {len(ranks)} ways to train, on {len(results)} small real tasks,
                 from tables to text. "The recipe" has the usual strengths. "Refit" trains anew on all data, validation
-                data too. ASHA, PBT, AdamCPR, TrivialAugment and "for as long" take the time of the tuned run, as an earlier
-                version had it, which was a third more, or four times as long where they say so.{bought} The others are one
-                run of a task's epochs.
+                data too. ASHA, PBT, AdamCPR, TrivialAugment and "for as long" take as long as the tuned run of an earlier
+                version, a third longer than that of today; or four times as long, where they say so.{bought} The others
+                are one run of a task's epochs.
             """),
             f"![{alt}](docs/start/ranks.png)",
             paragraph(f"""
@@ -475,24 +474,17 @@ def paper_robustness() -> str:
 # docs/guides
 
 
-def _ratio(ratios: Sequence[float], digits: int) -> str:
-    """The geometric mean, with its standard error."""
-    logs = [math.log(ratio) for ratio in ratios]
-    return (
-        f"{math.exp(statistics.mean(logs)):.{digits}f} (± {statistics.stdev(logs) / math.sqrt(len(logs)):.{digits}f})"
-    )
-
-
 def refit_values() -> str:
     def ratio(kind: str, group: str) -> str:
-        return _ratio([one[group][kind] / one[group]["best"] for one in read("refits-recorded").values()], 3)
+        ratios = [one[group][kind] / one[group]["best"] for one in read("refits-recorded").values()]
+        return refits.geometric_mean(ratios, 3, "{} (± {})")
 
     usual, high = "patience recipe", "time high"
     return paragraph(f"""
         In runs from the usual recipe that go on until the validation loss stops falling, the mean over the second half gives
-        {ratio("late", usual)} times the loss of the best epoch's values. From a start that is too strong, in a short run, λ
-        is still on its way, and the mean gives {ratio("late", high)}. The weaker of both values of each number gives
-        {ratio("found", usual)} and {ratio("found", high)}. So a refit takes these. The rule was chosen on earlier runs of
+        {ratio("late", usual)} times the loss of the best epoch's values. In short runs from a start that is too strong it
+        gives {ratio("late", high)}. The weaker of both values of each number gives {ratio("found", usual)} and
+        {ratio("found", high)}. So a refit takes these. The rule was chosen on earlier runs of
         the same tasks.
     """)
 
@@ -501,7 +493,7 @@ def refit_kinds() -> str:
     cells = [one["scores"] for one in read("refits-lengths").values()]
 
     def ratio(kind: str) -> str:
-        return _ratio([one[kind][0] / one["best"][0] for one in cells], 2)
+        return refits.geometric_mean([one[kind][0] / one["best"][0] for one in cells], 2, "{} (± {})")
 
     lower = sum(one["best"][0] < one["tuned"][0] for one in cells)
     return paragraph(f"""

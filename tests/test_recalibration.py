@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 import fxstn
+from benchmarks.norms import averaged as by_torch
+from benchmarks.norms import norms_of
 from fxstn import hp
 from fxstn.bilevel.norm_statistics import recalibrated_norms
 
@@ -33,23 +35,6 @@ class Net(nn.Sequential):
 def images(n: int, seed: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.rand(n, 3, 8, 8, generator=generator), torch.randint(3, (n,), generator=generator))
-
-
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
-def by_torch(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """A copy whose norms have the cumulative averages that torch itself makes of these batches."""
-    model = copy.deepcopy(model).eval()
-    for norm in norms_of(model):
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for x in batches:
-            model(x)
-    return model.eval()
 
 
 def share_of(ours: Tensor, sampled: Tensor, running: Tensor) -> float:

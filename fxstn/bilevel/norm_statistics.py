@@ -25,23 +25,21 @@ class _Samples:
     """
 
     def __init__(self) -> None:
-        self.calls: list[Tensor] = []
-        self.sums: list[Tensor] = []  # (2, channels) of a batch
+        self.calls: dict[int, Tensor] = {}  # by the number of the batch
+        self.sums: dict[int, Tensor] = {}  # (2, channels)
 
-    def add(self, statistics: Tensor, begins: bool) -> None:
-        """Count a call. statistics: (2, channels). begins: whether it is the first of its batch."""
+    def add(self, statistics: Tensor, batch: int) -> None:
+        """Count a call. statistics: (2, channels). batch: its number."""
         finite = torch.isfinite(statistics).all()
-        own = torch.where(finite, statistics, 0.0)
-        if begins:
-            self.calls.append(finite.to(own.dtype))
-            self.sums.append(own)
-        else:
-            self.calls[-1] = self.calls[-1] + finite
-            self.sums[-1] = self.sums[-1] + own
+        for sums, value in (
+            (self.calls, finite.to(statistics.dtype)),
+            (self.sums, torch.where(finite, statistics, 0.0)),
+        ):
+            sums[batch] = sums[batch] + value if batch in sums else value
 
     def average(self) -> Tensor:
         """Over the batches, (2, channels). NaN where no call counts."""
-        counts = torch.stack(self.calls).clamp(max=1)
+        counts = torch.stack([*self.calls.values()]).clamp(max=1)
         return self._means().sum(0) / counts.sum()
 
     def noise(self, average: Tensor, units: Tensor) -> Tensor:
@@ -49,14 +47,14 @@ class _Samples:
 
         average, units: (2, channels), what it is about and in units of what.
         """
-        counts = torch.stack(self.calls).clamp(max=1)
+        counts = torch.stack([*self.calls.values()]).clamp(max=1)
         number = counts.sum()
         scatter = ((self._means() - average) / units).square().mul(counts[:, None, None]).sum(0)
         return scatter / (number * (number - 1)).clamp_min(1)
 
     def _means(self) -> Tensor:
         """(batches, 2, channels), 0 for a batch that does not count."""
-        return torch.stack(self.sums) / torch.stack(self.calls).clamp_min(1)[:, None, None]
+        return torch.stack([*self.sums.values()]) / torch.stack([*self.calls.values()]).clamp_min(1)[:, None, None]
 
 
 class _BatchStatistics(TorchFunctionMode):
@@ -69,13 +67,13 @@ class _BatchStatistics(TorchFunctionMode):
         super().__init__()
         self.samples = {id(norm.running_mean): _Samples() for norm in norms}
         self.values: dict[int, int] = {}
-        self._called: set[int] = set()  # by this batch
+        self._batch = 0  # its number
 
     def run(self, forwards: Iterable[object]) -> Self:
         """Run the network on one batch after the other, without gradients."""
         with torch.no_grad(), self:
             for _ in forwards:
-                self._called.clear()
+                self._batch += 1
         return self
 
     def __torch_function__(
@@ -93,8 +91,7 @@ class _BatchStatistics(TorchFunctionMode):
         self.values[norm] = min(values, self.values.get(norm, values))
         if values > 1:
             variance, mean = torch.var_mean(widen(x), [0, *range(2, x.dim())], correction=0)
-            self.samples[norm].add(torch.stack([mean, variance * values / (values - 1)]), norm not in self._called)
-            self._called.add(norm)
+            self.samples[norm].add(torch.stack([mean, variance * values / (values - 1)]), self._batch)
             args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
         return func(*args, **(kwargs or {}))
 
@@ -108,8 +105,8 @@ def value_counts(norms: Sequence[_BatchNorm], forwards: Iterable[object]) -> lis
     return [batches.values.get(id(norm.running_mean), 0) for norm in norms]
 
 
-def shrunk(estimate: Tensor, noise: Tensor, towards: Tensor, units: Tensor) -> Tensor:
-    """Noisy numbers, drawn towards others as far as the two differ by no more than the noise (James & Stein 1961).
+def shrink(estimate: Tensor, noise: Tensor, towards: Tensor, units: Tensor) -> Tensor:
+    """Draw noisy numbers towards others, as far as the two differ by no more than the noise (James & Stein 1961).
 
     estimate, towards: (n,).
     units: (n,); a deviation of a unit counts as much in each of the n numbers.
@@ -126,7 +123,7 @@ def shrunk(estimate: Tensor, noise: Tensor, towards: Tensor, units: Tensor) -> T
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Statistics:
     """What is known of the mean and the variance of each channel of a norm, each (2, channels).
 
     noise: of `sampled`, in units of the variance's root, and of the variance.
@@ -137,7 +134,7 @@ class _Known:
     noise: Tensor
 
     @classmethod
-    def of(cls, norm: _BatchNorm, samples: _Samples) -> _Known:
+    def of(cls, norm: _BatchNorm, samples: _Samples) -> _Statistics:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         running = widen(torch.stack([norm.running_mean, norm.running_var]))
@@ -150,7 +147,7 @@ class _Known:
         """[mean, variance] for an evaluation."""
         units = _units(self.running, self.sampled, eps)
         noise = self.noise / distributed.processes()
-        return [shrunk(*numbers) for numbers in zip(self.sampled, noise, self.running, units, strict=True)]
+        return [shrink(*numbers) for numbers in zip(self.sampled, noise, self.running, units, strict=True)]
 
 
 def _units(running: Tensor, sampled: Tensor, eps: float) -> Tensor:
@@ -174,13 +171,13 @@ def recalibrated_norms(norms: Sequence[_BatchNorm], forwards: Iterable[object]) 
     Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift). Statistics of some training batches
     in eval mode (Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, Sec. 3) belong to the network that is evaluated, and for
     which λ is chosen: the hyper step normalises by its batch. But where these have few values per channel they are noisy. So
-    the statistics of each norm are drawn towards the running ones, as far as `shrunk` says.
+    the statistics of each norm are drawn towards the running ones, as far as `shrink` says.
     """
     if not norms:
         yield
         return
     batches = _BatchStatistics(norms).run(forwards)
-    known = [_Known.of(norm, batches.samples[id(norm.running_mean)]) for norm in norms]
+    known = [_Statistics.of(norm, batches.samples[id(norm.running_mean)]) for norm in norms]
     distributed.average(tensor for one in known for tensor in (one.running, one.sampled, one.noise))
     statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
     with swapped_tensors(

@@ -151,10 +151,8 @@ class Hyperparameter:
             factor = math.exp(1e-6 * (math.log(high) - math.log(low)))
             return min(max(value, low * factor), high / factor)
         width = high - low
-        margins = [
-            max(margin, 4 * math.ulp(end)) for end, margin in ((low, 1e-6 * min(width, 1.0)), (high, 1e-6 * width))
-        ]
-        return min(max(value, low + margins[0]), high - margins[1])
+        below, above = max(1e-6 * min(width, 1.0), 4 * math.ulp(low)), max(1e-6 * width, 4 * math.ulp(high))
+        return min(max(value, low + below), high - above)
 
     def value_at(self, unconstrained: float) -> float:
         """The value at an unconstrained number, a point of the real line; that of an integer before it is rounded down."""
