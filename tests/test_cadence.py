@@ -113,6 +113,12 @@ def test_evaluations_take_their_share_whatever_the_length_of_an_epoch(epoch):
     assert Allowance(0.02, 10_000, 10_000 + epoch).statistics_batches <= max(LEAST, 0.005 * STEP * epoch)
 
 
+@pytest.mark.parametrize(("examples", "batches"), [(None, 4), (10, 4), (42, 4), (43, 3), (50, 3), (1024, 3)])
+def test_statistics_of_large_batches_need_fewer(examples, batches):
+    assert Allowance(0.02, 0, 6, examples).statistics_batches == batches
+    assert Allowance(0.9, 0, 60, examples).statistics_batches == 40
+
+
 def test_a_whole_share_measures_everything_in_every_epoch():
     allowance = Allowance(1.0, 120, 132)
     assert allowance.diagnostics

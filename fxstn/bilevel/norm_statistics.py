@@ -86,14 +86,33 @@ class _BatchStatistics(TorchFunctionMode):
         norm = id(args[1]) if func is F.batch_norm and len(args) > 2 else None
         if norm not in self.samples:
             return func(*args, **(kwargs or {}))
-        x = args[0].detach()
-        values = x.numel() // x.shape[1]
+        values = args[0].numel() // args[0].shape[1]
         self.values[norm] = min(values, self.values.get(norm, values))
-        if values > 1:
-            variance, mean = torch.var_mean(widen(x), [0, *range(2, x.dim())], correction=0)
-            self.samples[norm].add(torch.stack([mean, variance * values / (values - 1)]), self._batch)
-            args = (args[0], mean.to(args[1].dtype), variance.to(args[2].dtype), *args[3:])
-        return func(*args, **(kwargs or {}))
+        if values == 1:
+            return func(*args, **(kwargs or {}))
+        result, statistics = _norm_by_batch(*args, **(kwargs or {}))
+        self.samples[norm].add(statistics, self._batch)
+        return result
+
+
+def _norm_by_batch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """What F.batch_norm returns of these arguments in training, and the batch's mean and unbiased variance, (2, channels).
+
+    torch's kernel has the two at once. All is computed at least in float32.
+    """
+    x = widen(input)
+    statistics = x.new_zeros(2, x.shape[1])  # a momentum of 1 forgets them
+    affine = [None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias)]
+    return F.batch_norm(x, *statistics, *affine, True, 1.0, eps).to(input.dtype), statistics
 
 
 def value_counts(norms: Sequence[_BatchNorm], forwards: Iterable[object]) -> list[int]:

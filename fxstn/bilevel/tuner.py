@@ -73,7 +73,9 @@ def build_updates(
 
 
 class BatchSource(Protocol):
-    """Validation batches without end."""
+    """Validation batches without end. size: of those that are asked for; None: not known yet."""
+
+    size: int | None
 
     def next(self) -> tuple[object, bool]:
         """The next batch, and whether it begins a pass over the data."""
@@ -250,7 +252,7 @@ class Tuner:
         """What this evaluation may measure."""
         steps, batches = self.counters.steps, self.settings.accumulate
         before = max(0, steps - self.means.steps)
-        return Allowance(self.settings.hyper.evaluation_share, before * batches, steps * batches)
+        return Allowance(self.settings.hyper.evaluation_share, before * batches, steps * batches, self.valid.size)
 
     def _gap(self, row: Row, batches: int) -> float | None:
         """The generalisation gap, on `LEAST` training batches at least, those of earlier rows with them.
