@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class _BatchStatistics(TorchFunctionMode):
         func: Callable[..., object],
         types: Sequence[type],
         args: tuple = (),
-        kwargs: dict[str, object] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         norm = id(args[1]) if func is F.batch_norm and len(args) > 2 else None
         if norm not in self.samples:
@@ -111,8 +111,9 @@ def _norm_by_batch(
     """
     x = widen(input)
     statistics = x.new_zeros(2, x.shape[1])  # a momentum of 1 forgets them
-    affine = [None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias)]
-    return F.batch_norm(x, *statistics, *affine, True, 1.0, eps).to(input.dtype), statistics
+    mean, variance = statistics
+    weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
+    return F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps).to(input.dtype), statistics
 
 
 def value_counts(norms: Sequence[_BatchNorm], forwards: Iterable[object]) -> list[int]:
