@@ -21,6 +21,7 @@ from fxstn.ir.copies import deep_copy
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.parameters import parameters_in
 from fxstn.ops.penalty import Metric, total_penalty
 from fxstn.ops.pull_back import pull_back_gradients
 from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes, responding
@@ -36,9 +37,8 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
     augments: whether its evaluation graph runs in place of a model that is random in eval mode or takes derivatives.
 
     Children: `model`, the original (a copy); `response`, a Response per parameter name; `hparams`, the λ and σ. In train
-    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Each graph is emitted when
-    it is first needed, and again after unpickling or copying. Graphs share the module's parameters, and move with it. What
-    users change on the modules later is followed, or refused at the next step (docs/guides/runner.md).
+    mode `stn(x)` is the network conditioned on λ₀, in eval mode the plain network, bit for bit. Graphs are emitted when they
+    are needed, and share the parameters. What users change on the modules is followed, or refused (docs/guides/runner.md).
     """
 
     model: nn.Module
@@ -269,7 +269,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         """finish(the output at λ₀ and w₀, as the hyper step sees it). Gradients reach the weights that respond, no others."""
         self._graphs.follow(self, False)
         kind = GraphKind("at_rest" if self.method == "delta" else "plain", False)
-        with frozen(self.general_parameters(), but=responding(self.response, self.model).values()):
+        with frozen(parameters_in(self.model).values(), but=responding(self.response, self.model).values()):
             return self.run(kind, Inputs(inputs, named), finish)
 
     def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None,
@@ -282,7 +282,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
             self._graphs.locate_examples(self, inputs)
             if batch_size(inputs) == 1 and not self._graphs.per_example(self, inputs):
                 moved = {name: value.flatten() for name, value in moved.items()}  # one example: that of the batch
-        with frozen(() if self.method == "stn" else self.general_parameters()):
+        with frozen(() if self.method == "stn" else parameters_in(self.model).values()):
             return self.run(kind, inputs, finish, **moved)
 
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:

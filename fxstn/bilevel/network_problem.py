@@ -89,7 +89,7 @@ class NetworkProblem(BilevelProblem):
         self._before = carried.state
         with self.stn.hparams.at_rest():
             loss = general_loss(self.stn, carried.loss, inputs, target, perturb=self.perturb, decays=self.joint)
-            self._decay = self.stn.hparams().detach() if self.stn.terms.penalties and not self.joint else None
+            self._decay = self.stn.hparams() if self.stn.terms.penalties and not self.joint else None
         carried.advance()
         return loss
 

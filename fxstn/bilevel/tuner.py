@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -135,8 +135,10 @@ class Tuner:
         self.limit = GapLimit(optimizer, problem, measured)
         self.backtracking = Backtracking(optimizer, problem, self.limit.on and not problem.joint)
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[object]:
         """A context for the forward of a loss."""
+        if self.autocast is None and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -21,6 +21,27 @@ from fxstn.ops.precision import WideModule
 def inverse_softplus(scale: float) -> float:
     """The number whose softplus is `scale` > 0. From 40 on both are the same in float64."""
     return scale if scale > 40 else math.log(math.expm1(scale))
+
+
+class _Rest:
+    """What need not be computed again while λ is at rest: inside of this context, which may be entered several times.
+
+    strengths: {id of a condition: (condition, strengths)}.
+    memory: {name: (what it was computed from, result)}, also of the times before.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.strengths: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory: dict[str, tuple[tuple[object, ...], Tensor]] = {}
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+        if not self.depth:
+            self.strengths.clear()
 
 
 class HyperparameterSpace(WideModule):
@@ -45,8 +66,7 @@ class HyperparameterSpace(WideModule):
         self.unconstrained = nn.Parameter(torch.tensor([p.unconstrained for p in hyperparameters]))
         self.raw_scale = nn.Parameter(torch.tensor([inverse_softplus(p.scale) for p in hyperparameters]))
         self.bijection = Bijection(hyperparameters)
-        self._known: list[tuple[Tensor, Tensor]] | None = None  # (condition, strengths) while λ is at rest
-        self._memory: dict[str, tuple[tuple[object, ...], Tensor]] = {}  # (what it was computed from, result)
+        self._rest = _Rest()
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
@@ -69,15 +89,14 @@ class HyperparameterSpace(WideModule):
 
         They have no gradient to λ: in the training objectives λ is a constant (paper, Alg. 1).
         """
-        if torch.compiler.is_compiling() or self._known is None:
+        if torch.compiler.is_compiling() or not self._rest.depth:
             return self._strengths(condition)
         if condition is None:
             return self._resting("strengths", partial(self._strengths, None))
-        for known, strengths in self._known:
-            if known is condition:
-                return strengths
-        self._known.append((condition, self._strengths(condition)))
-        return self._known[-1][1]
+        known = self._rest.strengths
+        if id(condition) not in known:
+            known[id(condition)] = condition, self._strengths(condition)
+        return known[id(condition)][1]
 
     def _strengths(self, condition: Tensor | None) -> Tensor:
         unconstrained = self.unconstrained.detach()
@@ -85,30 +104,26 @@ class HyperparameterSpace(WideModule):
 
     def _resting(self, name: str, compute: Callable[[], Tensor], *settings: object) -> Tensor:
         """What depends on λ and on some settings, from the last time while both are the same."""
-        if torch.compiler.is_compiling() or self._known is None or self.unconstrained.is_inference():
-            return compute()
         x = self.unconstrained
+        if torch.compiler.is_compiling() or not self._rest.depth or x.is_inference():
+            return compute()
         key = (id(x), x._version, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
-        if self._memory.get(name, (None,))[0] != key:
-            self._memory[name] = key, compute()
-        return self._memory[name][1]
+        before = self._rest.memory.get(name)
+        if before is None or before[0] != key:
+            before = self._rest.memory[name] = key, compute()
+        return before[1]
 
     def forget(self) -> None:
         """Compute anew what depends on λ: somebody may have written into its `.data`, which torch does not count."""
-        self._memory.clear()
+        self._rest.memory.clear()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_memory": {}}  # a copy counts its own changes
+        return {**vars(self), "_rest": _Rest()}  # a copy counts its own changes
 
-    @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def at_rest(self) -> AbstractContextManager[object]:
         """Inside, λ does not move. The strengths at one and the same condition are computed once, those at λ itself only when λ
         has moved since the last time."""
-        outer, self._known = self._known, [] if self._known is None else self._known
-        try:
-            yield
-        finally:
-            self._known = outer
+        return self._rest
 
     def values(self) -> dict[str, float]:
         """name → constrained value at λ₀, inside its range also where float32 rounds beyond an end."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxstn.ir.closed import closed_call
@@ -49,6 +49,8 @@ def draws(function: object) -> bool:
 
 def _proxy_in(values: Iterable[object]) -> fx.Proxy | None:
     for value in values:
+        if type(value) is Tensor:  # as most arguments in most steps
+            continue
         if isinstance(value, fx.Proxy):
             return value
         if isinstance(value, (tuple, list)) and (proxy := _proxy_in(value)) is not None:

@@ -43,8 +43,18 @@ def _leaves(value: object) -> Iterator[object]:
         yield from tree_iter(value)
 
 
+def _alone(value: Any) -> Any:
+    """The one entry of a structure, which is most batches: of a tuple or list, perhaps with an empty dict of inputs by name."""
+    while isinstance(value, (tuple, list)) and value:
+        if len(value) > 2 or (len(value) == 2 and (type(value[1]) is not dict or value[1])):
+            return value
+        value = value[0]
+    return value
+
+
 def batch_size(inputs: object) -> int:
     """Examples in a batch: as many as it lists, or dimension 0 of its first tensor. Raises ValueError where it holds none."""
+    inputs = _alone(inputs)
     if isinstance(inputs, Tensor) and inputs.dim():
         return inputs.shape[0]
     if (count := listed_examples(inputs)) is not None:
