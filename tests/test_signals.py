@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import time
+import warnings
 
 import pytest
 import torch
@@ -168,15 +171,44 @@ def fail_at_a_signal(form):
 @pytest.mark.parametrize("form", ["itself", "cause", "context"])
 def test_a_death_of_a_worker_at_the_signal_ends_the_run_whatever_it_became(tmp_path, form, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    stop = make(tmp_path)._stop
-    with pytest.warns(UserWarning, match="ended at the signal"), pytest.raises(SystemExit), stop.on_signals(True):
-        fail_at_a_signal(form)
+    run = make(tmp_path, callbacks=[lambda runner: fail_at_a_signal(form)])
+    with pytest.warns(UserWarning, match="ended at the signal"), pytest.raises(SystemExit):
+        run.fit(1)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_second_worker_may_die_at_the_end_of_any_context(tmp_path, noted, monkeypatch):
+    """Its error then comes in place of the first one's. Without a signal it is raised, as ever."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    manager = contextlib._GeneratorContextManager
+    end = manager.__exit__
+
+    def dies(self, kind, error, trace):
+        if error is not None and self.func.__name__ == "_noted":
+            raise RuntimeError(DEATH)
+        return end(self, kind, error, trace)
+
+    def fails(runner):
+        monkeypatch.setattr(manager, "__exit__", dies)
+        if noted:
+            fail_at_a_signal("itself")
+        raise RuntimeError(DEATH)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit if noted else RuntimeError):
+            make(tmp_path, callbacks=[fails]).fit(1)
+    monkeypatch.undo()
+    gc.collect()
+    assert any("ended at the signal" in str(warning.message) for warning in caught) == noted
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     stop = make(tmp_path)._stop
-    with pytest.raises(SystemExit), stop.on_signals(True):
-        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        stop.watch(True, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert stop.signal is None
 
 

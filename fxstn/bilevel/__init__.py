@@ -4,7 +4,7 @@ A step: problem, network_problem, sequences, objectives, losses, targets, counts
 combined, optim, evidence.
 The method: tuner, cadence, backtracking, settings.
 A run around it: run, runner, refit, initial, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
-validation, distributed.
+validation, stop, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, norm_statistics, temporary.
 What a run tells: history, outcome, plots, progress, faults.
 Its files: state, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.

@@ -1,16 +1,11 @@
-"""What goes wrong in a run: losses that are no numbers, signs of trouble in the history, signals that ask it to end."""
+"""What goes wrong in a run: losses that are no numbers, signs of trouble in the history."""
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -21,7 +16,6 @@ from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.outcome import end_signs
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
-from fxstn.bilevel.workers import is_worker_fault
 from fxstn.ir.errors import ExplainedError
 
 UNCHECKED = 100  # inner steps for which the losses stay on a device that the host would have to wait for
@@ -245,52 +239,3 @@ class Monitors:
     def load_state_dict(self, state: State) -> None:
         self._signs = set(state["signs"])
         self.warnings = [(epoch, text) for epoch, text in state["warnings"]]
-
-
-class Stop:
-    """The wish that SIGTERM or Ctrl-C expresses: the run saves and ends at the next step. A second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None  # the signal that arrived
-
-    @contextmanager
-    def on_signals(self, enabled: bool) -> Iterator[None]:
-        """Inside, signals are noted.
-
-        Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
-        has ended all the same, amid a step, ends the run, too: what was saved last stands.
-        """
-        if not enabled or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (int(signal.SIGINT), int(signal.SIGTERM))}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            signal.signal(number, before[number] or signal.SIG_DFL)
-
-        self.signal = None
-        try:
-            for number in before:
-                signal.signal(number, note)
-            yield
-        except Exception as error:
-            if died := is_worker_fault(error):
-                with suppress(RuntimeError):  # of another worker
-                    time.sleep(1)  # the signal to this process may come after those to the workers
-            if not died or self.signal is None:
-                raise
-            warn_caller("a worker process of a loader ended at the signal, amid a step; what the run saved last stands")
-            self.end()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-        if self.signal is not None:  # it came after the last step
-            self.end()
-
-    def end(self) -> None:
-        """Raise what the signal would have raised, or SystemExit with the shell's status for SIGTERM."""
-        number, self.signal = self.signal, None
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + int(number or signal.SIGTERM))

@@ -14,7 +14,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
 from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors
-from fxstn.bilevel.faults import BadLoss, Stop
+from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import History, Schedule
 from fxstn.bilevel.initial import checked_factory, without_state
@@ -29,6 +29,7 @@ from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
+from fxstn.bilevel.stop import Stop
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
@@ -107,22 +108,19 @@ class BilevelRunner(Refittable):
         distributed.join(problem, self.device, options.shared() | {"hyperparameters": list(problem.values())})
         check_synced_norms(self.stn)
         check_names(list(problem.values()), options.metrics, options.columns, options.schedule)
-        self.out_dir = distributed.in_first_process(
-            lambda: absolute(options.checkpoints.out_dir, "checkpoints.out_dir")
-        )
+        files = options.checkpoints
+        self.out_dir = distributed.in_first_process(lambda: absolute(files.out_dir, "checkpoints.out_dir"))
 
     def _build_parts(self) -> None:
         """What evaluates, watches and keeps the run."""
-        problem, tuner, files = self.problem, self._tuner, self._options.checkpoints
+        problem, tuner, files, device = self.problem, self._tuner, self._options.checkpoints, self.device
         self.updates, self.optimizers, self.history = tuner.updates, tuner.updates.optimizers, tuner.history
-        self._best = BestModel(self.device)
+        self._best = BestModel(device)
         self._epoch_tensors = EpochTensors(problem, tuner.averages)
-        self._checkpoints = CheckpointManager(
-            self._parts(), self.device, self.out_dir, files.save_minutes, files.keep, files.rollbacks > 0
-        )
-        self._recovery = Recovery(
-            self._checkpoints, problem, self.updates, tuner.monitors, tuner.prepare, files.rollbacks
-        )
+        saving = (files.save_minutes, files.keep, files.rollbacks > 0)
+        self._checkpoints = CheckpointManager(self._parts(), device, self.out_dir, *saving)
+        slowing = (self.updates, tuner.monitors, tuner.prepare, files.rollbacks)
+        self._recovery = Recovery(self._checkpoints, problem, *slowing)
 
     def _parts(self) -> RunParts:
         """All parts with a state, in the order in which a checkpoint loads them."""
@@ -156,7 +154,11 @@ class BilevelRunner(Refittable):
         using out_dir, or has gone on there since this one did. The best model so far is in `best` and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        with self._stop.on_signals(self.out_dir is not None), self._checkpoints.locked():
+        self._stop.watch(self.out_dir is not None, lambda: self._fit(epochs, minutes))
+        return self.history
+
+    def _fit(self, epochs: int, minutes: float | None) -> None:
+        with self._checkpoints.locked():
             self._checkpoints.resume(begun=self._begun)
             self._begin_fit(epochs)
             what = "refit" if self.valid_loader is None else None
@@ -168,7 +170,6 @@ class BilevelRunner(Refittable):
                         self._recovery.go_back(fault)
                         continue
                     bar.end_epoch(self.history, self.columns)
-        return self.history
 
     @property
     def _begun(self) -> bool:
