@@ -208,7 +208,7 @@ def test_a_second_worker_may_die_at_the_end_of_any_context(tmp_path, noted, monk
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     stop = make(tmp_path)._stop
     with pytest.raises(SystemExit):
-        stop.watch(True, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop.run(True, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert stop.signal is None
 
 

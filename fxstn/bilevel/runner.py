@@ -154,7 +154,7 @@ class BilevelRunner(Refittable):
         using out_dir, or has gone on there since this one did. The best model so far is in `best` and in out_dir/best.pt.
         """
         check_length(epochs, minutes)
-        self._stop.watch(self.out_dir is not None, lambda: self._fit(epochs, minutes))
+        self._stop.run(self.out_dir is not None, lambda: self._fit(epochs, minutes))
         return self.history
 
     def _fit(self, epochs: int, minutes: float | None) -> None:

@@ -19,8 +19,8 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None  # the signal that arrived
 
-    def watch(self, enabled: bool, job: Callable[[], None]) -> None:
-        """Do a job; signals are noted meanwhile. The job ends when it can; one that came after that raises at the end.
+    def run(self, enabled: bool, job: Callable[[], None]) -> None:
+        """Do a job. Signals are noted meanwhile; one that came too late for the job to end at it ends it afterwards.
 
         Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
         has ended all the same, amid a step, ends the job, too: what was saved last stands.

@@ -252,9 +252,8 @@ class Tuner:
 
     def _allowance(self) -> Allowance:
         """What this evaluation may measure."""
-        steps, batches = self.counters.steps, self.settings.accumulate
-        before = max(0, steps - self.means.steps)
-        return Allowance(self.settings.hyper.evaluation_share, before * batches, steps * batches, self.valid.size)
+        share, batches, steps = self.settings.hyper.evaluation_share, self.settings.accumulate, self.counters.steps
+        return Allowance(share, max(0, steps - self.means.steps) * batches, steps * batches, self.valid.size)
 
     def _gap(self, row: Row, batches: int) -> float | None:
         """The generalisation gap, on `LEAST` training batches at least, those of earlier rows with them.
