@@ -4,8 +4,8 @@
 
 Networks of benchmarks/worth, trained plainly for a task's epochs at a start. Test losses with the running statistics of
 training, with the mean statistics of some training batches (torch's own cumulative averages), and with those of an evaluation
-of fxstn, which draws them towards the running ones. Mean and standard deviation over ten choices of four batches, then those
-of all batches.
+of fxstn, which draws them towards the running ones. Mean and standard deviation over ten choices of as many batches as an
+evaluation takes at least, then those of all batches.
 Results: benchmarks/results/norms.json.
 """
 
@@ -25,11 +25,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.overhead import RESULTS
 from benchmarks.worth.tasks import TASKS
 from benchmarks.worth.training import Limits, Plain, scores
+from fxstn.bilevel.allowance import Allowance
 from fxstn.bilevel.norm_statistics import recalibrated_norms
+from fxstn.bilevel.settings import HyperSettings
 
 PATH = RESULTS / "norms.json"
 NETWORKS = ("kin8nm", "breast-cancer", "fine-tuned-resnet", "fashion-resnet", "cifar-resnet")
-BATCHES, CHOICES = 4, 10
+CHOICES = 10
 
 
 def norms_of(network: nn.Module) -> list[_BatchNorm]:
@@ -55,16 +57,17 @@ def cell(name: str, start: str) -> dict[str, Any]:
     train, _, test = task.sets(0)
     network = Plain(task, task.strengths(start), 0).run(train, None, Limits(task.epochs)).network.eval()
     generator = torch.Generator().manual_seed(0)
+    count = Allowance(HyperSettings().evaluation_share, 0, 0, task.batch).statistics_batches
     losses: dict[str, list[float]] = {"sampled": [], "fxstn": []}
     for _ in range(CHOICES):
-        rows = torch.randperm(len(train), generator=generator)[: BATCHES * task.batch]
+        rows = torch.randperm(len(train), generator=generator)[: count * task.batch]
         batches = train.tensors[0][rows].split(task.batch)
         losses["sampled"].append(scores(task, averaged(network, batches), test)[0])
         with recalibrated_norms(norms_of(network), (network(x) for x in batches)):
             losses["fxstn"].append(scores(task, network, test)[0])
     everything = [x for x in train.tensors[0].split(task.batch) if len(x) == task.batch]
     whole = scores(task, averaged(network, everything), test)[0]
-    return {"batch": task.batch, "running": scores(task, network, test)[0], "all": whole, **losses}
+    return {"batch": task.batch, "count": count, "running": scores(task, network, test)[0], "all": whole, **losses}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -73,9 +76,10 @@ def table(results: dict[str, Any]) -> str:
         noisy = [
             f"{statistics.mean(one[kind]):.3f} ± {statistics.pstdev(one[kind]):.3f}" for kind in ("sampled", "fxstn")
         ]
-        rows.append([*key.split(), one["batch"], f"{one['running']:.3f}", *noisy, f"{one['all']:.3f}"])
-    headers = ["task", "start", "batch", "running", f"mean of {BATCHES} batches", f"fxstn's of {BATCHES} batches",
-               "mean of all batches"]  # fmt: skip
+        rows.append(
+            [*key.split(), f"{one['count']} × {one['batch']}", f"{one['running']:.3f}", *noisy, f"{one['all']:.3f}"]
+        )
+    headers = ["task", "start", "batches", "running", "mean of these", "fxstn's of these", "mean of all"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

@@ -216,7 +216,7 @@ def whole_runs() -> str:
     return paragraph(f"""
         So a whole tuned run takes {span(one["ratio"] for one in measured.values())} times as long as plain training of
         these small networks. Each was run once, on a busy machine. Evaluations take what `hyper.evaluation_share` allows
-        ([Resume and faults](../guides/runs.md#signs-of-trouble)). Statistics of batch norms take four batches in each
+        ([Resume and faults](../guides/runs.md#signs-of-trouble)). Statistics of batch norms take three batches in each
         epoch: much in the demo, whose epochs have six.
     """)
 

@@ -118,7 +118,7 @@ class HyperSettings(SettingsGroup):
         the statistics that training keeps, and no limits. Default: 10.
     evaluation_share: in (0, 1], the part of the arithmetic of training that evaluations may take besides the validation data:
         for `recalibrate` and for diagnostics. Where epochs are short they take fewer batches, or leave an epoch out; statistics
-        of batch norms are estimated on at least four. 1: on all batches, and in every epoch. Default: 0.02.
+        of batch norms are estimated on at least four, or three of 43 examples or more. 1: on all batches, and in every epoch. Default: 0.02.
 
     Raises ValueError that lists every number out of range, and TypeError for a value of another kind.
     """
