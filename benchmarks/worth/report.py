@@ -26,6 +26,8 @@ NAMES = {
     "asha": "ASHA", "asha-4": "ASHA, 4 × the time", "pbt": "PBT", "pbt-4": "PBT, 4 × the time",
     "random-30": "random search × 30", "ours": "fxstn",
 }  # fmt: skip
+# How often the mean of three normal numbers around zero is above their deviation: Student's t, of two degrees, above √3.
+CHANCE = (1 - math.sqrt(3 / 5)) / 2
 NOTHING = "Nothing is measured yet."
 MARKDOWN = partial(tabulate, tablefmt="github", disable_numparse=True)
 
@@ -278,7 +280,8 @@ def starts(results: Results, reading: str) -> str:
     said = (
         f"\n\nThe deviation over starts is at most that over seeds on {share(settled, count)} tasks. fxstn with a refit is "
         f"lower than every other column, or within the spread of the lowest, on {share(near, 3 * count)} tasks × starts. It is "
-        f"higher than the start kept, by more than the spread, on {share(harmed, 3 * count)}."
+        f"higher than the start kept, by more than the spread, on {share(harmed, 3 * count)}. Of two ways that are equally "
+        f"good one is so by chance on {100 * CHANCE:.0f} % of what has three seeds: {3 * count * CHANCE:.1f} of {3 * count}."
     )
     return MARKDOWN(lines, headers) + said if count else NOTHING
 

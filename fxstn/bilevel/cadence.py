@@ -46,7 +46,7 @@ class Cadence:
     counters: of the run, on which alone the numbers depend: a resumed run goes on as it would have.
 
     After n hyper steps the rate of a `SettlingAdam` is 1/√(1 + n/settle) of its first. Cycles, and the intervals of response
-    steps, are then √(n/(2 settle)) times as long as at first, where that is more than 1, until a cycle has hyper.longest_cycle
+    steps, are then √(n/settle) times as long as at first, where that is more than 1, until a cycle has hyper.longest_cycle
     inner steps: a λ that moves less has less to ask of Θ and of the validation data. In its first steps, in which it crosses
     its range, they stay as they are. S inner steps bring about S^⅔ hyper steps, so the share of the time that tuning takes
     falls as S^-⅓. With an optimizer whose rate does not fall by itself, intervals do not grow.
@@ -61,7 +61,7 @@ class Cadence:
         """How many times as long as at first the intervals are."""
         if not isinstance(self.optimizer, SettlingAdam):
             return 1.0
-        settled = self.counters.hyper_steps / (2 * self.optimizer.param_groups[0]["settle"])
+        settled = self.counters.hyper_steps / self.optimizer.param_groups[0]["settle"]
         return max(1.0, min(math.sqrt(settled), self.hyper.longest_cycle / self.hyper.train_steps))
 
     @property

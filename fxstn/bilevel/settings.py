@@ -98,7 +98,7 @@ class HyperSettings(SettingsGroup):
     scale_optimizer: of σ, which is learned where tune_scale is True. Default: RMSprop, lr 1e-2.
     train_steps: T_train ≥ 1, number of inner steps of a cycle, at first. Default: 5.
     longest_cycle: ≥ 1, number of inner steps up to which a cycle grows while the rate of a `SettlingAdam` falls: after n hyper
-        steps it has train_steps √(n/(2 settle)) of them, train_steps at least, and the intervals of response steps grow alike.
+        steps it has train_steps √(n/settle) of them, train_steps at least, and the intervals of response steps grow alike.
         Any number up to train_steps: cycles stay as they are. Default: 40.
     valid_steps: T_valid ≥ 1, number of hyper steps at the end of a cycle. Default: 1.
     warmup_epochs: ≥ 0, number of epochs at the start without hyper steps. Default: 0.
@@ -118,7 +118,8 @@ class HyperSettings(SettingsGroup):
         the statistics that training keeps, and no limits. Default: 10.
     evaluation_share: in (0, 1], the part of the arithmetic of training that evaluations may take besides the validation data:
         for `recalibrate` and for diagnostics. Where epochs are short they take fewer batches, or leave an epoch out; statistics
-        of batch norms are estimated on at least four, or three of 43 examples or more. 1: on all batches, and in every epoch. Default: 0.02.
+        of batch norms are estimated on at least four, or three of 43 examples or more. 1: on all batches, and in every epoch.
+        Default: 0.02.
 
     Raises ValueError that lists every number out of range, and TypeError for a value of another kind.
     """
