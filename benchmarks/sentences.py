@@ -210,8 +210,8 @@ def rest_of_launches() -> str:
         resnet18 and {needed(mlp)[1]:.2f} on the MLP; weight decay takes {resnet["weight decay"][1]:.2f} and
         {mlp["weight decay"][1]:.2f} more. On the MLP these passes and optimizers are {needed(mlp)[0]:.0f} kernels for each
         inner step, and the masks {mlp["masks"][0]:.0f} more. Weight decay, Θᵀg, λ and ε bring this to {launches:.0f}: on so
-        small a network a few numbers cost as many kernels as a layer. The paper's schedule takes {papers:.2f} plain steps by the count of products above, and a ratio of
-        3.3 leaves {3.3 - papers:.2f}.
+        small a network a few numbers cost as many kernels as a layer. The paper's schedule takes {papers:.2f} plain steps by
+        the count of products above, and a ratio of 3.3 leaves {3.3 - papers:.2f}.
     """)
 
 
