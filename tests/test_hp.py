@@ -282,6 +282,11 @@ def test_strengths_of_a_lambda_that_rests_are_computed_once_and_never_stale():
             assert torch.equal(strengths(own), own())
     with space.at_rest():
         assert not torch.equal(space(torch.ones(4)), space())
+        for value in range(20):  # the memory of the last tensor is that of the next
+            other = torch.full((4,), float(value))
+            called = torch.func.functional_call(space, {"unconstrained": other}, ())
+            assert torch.equal(called, space.bijection(other))
+            del other
 
 
 def test_rates_that_dropouts_keep_stay_with_the_strengths_until_these_change():

@@ -205,6 +205,52 @@ def test_a_second_worker_may_die_at_the_end_of_any_context(tmp_path, noted, monk
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@contextlib.contextmanager
+def handlers(of):
+    before = {number: signal.signal(number, handler) for number, handler in of.items()}
+    try:
+        yield
+        assert {number: signal.getsignal(number) for number in of} == of
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """A shell starts `script &` with SIGINT ignored."""
+    with handlers({signal.SIGINT: signal.SIG_IGN}):
+        run = make(tmp_path, callbacks=[lambda runner: os.kill(os.getpid(), signal.SIGINT)])
+        assert len(run.fit(2)) == 2
+
+
+def test_a_handler_of_ones_own_is_called_when_the_run_has_saved(tmp_path):
+    calls = []
+
+    def own(number, frame):
+        calls.append((number, (tmp_path / "last.pt").exists()))
+
+    with handlers({signal.SIGTERM: own}):
+        run = make(tmp_path, callbacks=[lambda runner: os.kill(os.getpid(), signal.SIGTERM)])
+        with pytest.raises(SystemExit):
+            run.fit(2)
+    assert calls == [(signal.SIGTERM, True)]
+    assert len(run.history) == 1
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_either_kind_ends_the_run_at_once(tmp_path, second):
+    def signals(runner):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), second)
+        raise AssertionError("it went on")
+
+    def own(number, frame):
+        raise InterruptedError
+
+    with handlers({signal.SIGTERM: own, signal.SIGINT: own}), pytest.raises(InterruptedError):
+        make(tmp_path, callbacks=[signals]).fit(2)
+
+
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     stop = make(tmp_path)._stop
     with pytest.raises(SystemExit):

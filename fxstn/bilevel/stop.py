@@ -6,11 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
+from typing import NoReturn
 
 from fxstn.bilevel.faults import warn_caller
-from fxstn.bilevel.workers import is_worker_fault
+from fxstn.bilevel.workers import SIGNALS, is_worker_fault
+
+
+class _End(BaseException):
+    """Ends a job at a signal."""
 
 
 class Stop:
@@ -25,29 +30,32 @@ class Stop:
         Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
         has ended all the same, amid a step, ends the job, too: what was saved last stands.
         """
-        if not enabled or threading.current_thread() is not threading.main_thread():
-            job()
-            return
+        watched, ended = enabled and threading.current_thread() is threading.main_thread(), False
         try:
-            with self._noted():
+            with self._noted() if watched else nullcontext():
                 job()
-        except (
-            Exception
-        ) as error:  # of a worker, or of a second one, which comes at any time, also in a context's __exit__
+        except _End:
+            ended = True
+        except Exception as error:  # that of a second worker comes at any time, also in the __exit__ of a context
             if self.signal is None or not is_worker_fault(error):
                 raise
             warn_caller("a worker process of a loader ended at the signal, amid a step; what the run saved last stands")
-        if self.signal is not None:
-            self.end()
+        if ended or self.signal is not None:  # with several processes it came to one of them
+            self._act(self.signal)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
         """Inside, signals are noted."""
-        before = {number: signal.getsignal(number) for number in (int(signal.SIGINT), int(signal.SIGTERM))}
+        handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
         def note(number: int, frame: FrameType | None) -> None:
             self.signal = number
-            signal.signal(number, before[number] or signal.SIG_DFL)
+            restore()
 
         self.signal = None
         try:
@@ -60,12 +68,18 @@ class Stop:
                     time.sleep(1)  # the signal to this process may come after those to the workers
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            restore()
 
     def end(self) -> None:
-        """Raise what the signal would have raised, or SystemExit with the shell's status for SIGTERM."""
-        number, self.signal = self.signal, None
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + int(number or signal.SIGTERM))
+        """End the job, whose contexts end first."""
+        raise _End
+
+    def _act(self, number: int | None) -> NoReturn:
+        """Do what the signal would have done: call its handler, where it has one. Then raise SystemExit with a shell's status.
+
+        Python's own handler of SIGINT raises KeyboardInterrupt.
+        """
+        self.signal = None
+        if number is not None and callable(handler := signal.getsignal(number)):
+            handler(number, None)
+        raise SystemExit(128 + (number or signal.SIGTERM))

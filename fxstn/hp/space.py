@@ -27,13 +27,13 @@ class _Rest:
     """What need not be computed again while λ is at rest: inside of this context, which may be entered several times.
 
     strengths: {id of a condition: (condition, strengths)}.
-    memory: {name: (what it was computed from, result)}, also of the times before.
+    memory: {name: (λ, what else it was computed from, result)}, also of the times before.
     """
 
     def __init__(self) -> None:
         self.depth = 0
         self.strengths: dict[int, tuple[Tensor, Tensor]] = {}
-        self.memory: dict[str, tuple[tuple[object, ...], Tensor]] = {}
+        self.memory: dict[str, tuple[Tensor, tuple[object, ...], Tensor]] = {}
 
     def __enter__(self) -> None:
         self.depth += 1
@@ -107,11 +107,11 @@ class HyperparameterSpace(WideModule):
         x = self.unconstrained
         if torch.compiler.is_compiling() or not self._rest.depth or x.is_inference():
             return compute()
-        key = (id(x), x._version, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
+        key = (x._version, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
         before = self._rest.memory.get(name)
-        if before is None or before[0] != key:
-            before = self._rest.memory[name] = key, compute()
-        return before[1]
+        if before is None or before[0] is not x or before[1] != key:
+            before = self._rest.memory[name] = x, key, compute()
+        return before[2]
 
     def forget(self) -> None:
         """Compute anew what depends on λ: somebody may have written into its `.data`, which torch does not count."""

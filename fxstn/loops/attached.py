@@ -30,7 +30,7 @@ from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
 from fxstn.loops.step_hooks import gradient_factor, hook_steps
 
-FORMAT = 3
+FORMAT = 4
 
 
 class AttachedTuner(RefittableLoop):
