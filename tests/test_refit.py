@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 import fxstn
 from fxstn import Schedule, hp
 from fxstn.bilevel.state import random_state
+from fxstn.loops.rates import RatesAgain, SeenRates, at_share
 
 EVERYTHING = dataset(70, 0)
 DECAY = [hp.WeightDecay(shared=True, init=0.02)]
@@ -361,7 +363,47 @@ def test_a_tuner_refits_at_the_rates_that_the_loop_had() -> None:
     rates: list[float] = []
     tuner.refit(loader(), epochs=3, callbacks=[lambda run: rates.append(rate_of(run))])
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3])  # after each epoch: that of the next one
-    assert tuner._rates.epochs == [[[1e-2], [1e-2]], [[1e-3], [1e-3]]]
+    assert [at_share(epoch, share) for epoch in tuner._rates.epochs for share in (0.0, 0.99)] == [
+        [1e-2], [1e-2], [1e-3], [1e-3]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "tolerance"),
+    [(lambda step: 1.0 if step < 10 else 0.1, 0.0), (lambda step: 0.01 + math.sin(math.pi * step / 20) ** 2, 0.02),
+     (lambda step: min(1.0, (step + 1) / 6) * (0.1 if step >= 10 else 1.0), 0.0)],
+)  # fmt: skip
+def test_rates_of_a_loop_are_those_of_each_step_and_a_longer_refit_has_them_at_the_same_shares(shape, tolerance):
+    """A step of a schedule stays one, also between two epochs; a curve stays a curve."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    seen = SeenRates([optimizer])
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = shape(step)
+        seen.note()
+        if step in (9, 19):
+            seen.end_epoch()
+    for times in (1, 3):
+        again = RatesAgain(other := torch.optim.SGD([parameter], lr=5.0), seen.epochs, 10 * times)
+        rates = []
+        for _ in range(20 * times):
+            rates.append(other.param_groups[0]["lr"])
+            again.step()
+        assert rates[::times] == pytest.approx([shape(step) for step in range(20)])
+        assert all(min(shape(n), shape(n + 1)) - tolerance <= rates[n * times + 1] <= max(shape(n), shape(n + 1)) + tolerance
+                   for n in range(19))  # fmt: skip
+        assert max(rates[: 10 * times]) == pytest.approx(max(shape(n) for n in range(10)), rel=tolerance)
+
+
+def test_the_rates_of_a_long_epoch_take_little_room():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    seen = SeenRates([optimizer])
+    for step in range(3000):
+        optimizer.param_groups[0]["lr"] = 1.0 - step / 3000
+        seen.note()
+    (epoch,) = seen.epochs
+    assert len(epoch["places"]) <= 256
+    assert [at_share(epoch, share)[0] for share in (0.0, 0.3, 0.7)] == pytest.approx([1.0, 0.7, 0.3], abs=0.01)
 
 
 def test_a_tuner_that_goes_on_from_a_state_refits_from_the_same_start_or_asks_for_one() -> None:

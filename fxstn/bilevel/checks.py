@@ -27,6 +27,7 @@ AT_LEAST_ONE = (
     "accumulate",
     "checkpoints.keep",
     "patience",
+    "epoch_steps",
 )
 FRACTIONS = ("response.fraction", "hyper.fraction", "hyper.evaluation_share")
 NOT_NEGATIVE = (
@@ -37,10 +38,10 @@ NOT_NEGATIVE = (
     "checkpoints.rollbacks",
 )
 POSITIVE = ("clip_norm", "checkpoints.save_minutes")
-OPTIONAL = ("clip_norm",)  # numbers that may be None
+OPTIONAL = ("clip_norm", "epoch_steps")  # numbers that may be None
 WHOLE = ("hyper.train_steps", "hyper.longest_cycle", "hyper.valid_steps", "hyper.warmup_epochs",
          "hyper.recalibrate", "response.every", "response.windows", "accumulate", "checkpoints.keep",
-         "checkpoints.rollbacks", "patience")  # fmt: skip
+         "checkpoints.rollbacks", "patience", "epoch_steps")  # fmt: skip
 COLUMNS = ("epoch", "examples", *LOSSES, "seconds")  # of the history, which users may not name
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of settings that may be None
     **dict.fromkeys(("valid_loss_fn", "initial_state", "unpack"), (callable, "a function")),

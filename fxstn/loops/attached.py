@@ -18,19 +18,19 @@ from fxstn.bilevel.records import options_of
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.starts import StartWeights
-from fxstn.bilevel.state import State, on_device
+from fxstn.bilevel.state import State, Stateful
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
 from fxstn.frontends.conditioned import ConditionedForward, restore_modules
-from fxstn.loops.checks import check_place, check_state, place_of
+from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
+from fxstn.loops.idle import IdleLoop
 from fxstn.loops.observed import can_be_observed, length_of, observe, restore, unobserved
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
 from fxstn.loops.step_hooks import gradient_factor, hook_steps
-
-FORMAT = 4
+from fxstn.loops.tuner_state import load_state, state_of
 
 
 class AttachedTuner(RefittableLoop):
@@ -66,39 +66,43 @@ class AttachedTuner(RefittableLoop):
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
-        self._seen, self._rates = SeenBatches(), SeenRates(optimizers)
+        self._seen = SeenBatches(optimizers, self._begin_pass, self._end_pass)
+        self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, network)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._begun = False  # whether the start has been evaluated, or lies behind
         self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
-        hooks = (self._before_step, self._after_step)
-        self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
         if train_loader is not None and can_be_observed(train_loader):
-            observe(train_loader, self)
+            observe(train_loader, self._seen)
         elif train_loader is not None:
             self._own = ResumableLoader(train_loader, "train_loader")
             self.epoch_steps = epoch_steps or length_of(train_loader)
+        hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
+        self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
         self._tuner.begin_epoch()
 
     # What the loop tells
 
-    def begin_pass(self) -> None:
-        """A pass over the training data begins. One that was broken off ends here."""
-        if self._seen.passing:
-            self.end_pass()
-        self._evaluate_start()
-        self._seen.begin_pass()
-
-    def see(self, batch: object) -> None:
-        """A batch that the next step of w₀ may train on."""
-        self._seen.see(batch)
-
     def end_pass(self) -> None:
         """A pass over the training data ends. Nothing happens where no step was taken in it."""
-        self._seen.passing = False
-        if self._tuner.means.steps > self._seen.late and self.epoch_steps is None:
+        self._seen.end_pass()
+
+    def _close_epoch(self) -> None:
+        """End an epoch whose pass the loop has left."""
+        if self._seen.left:
+            self._seen.close()
+
+    def _begin_pass(self) -> None:
+        self._evaluate_start()
+        self._idle.begin_pass()
+
+    def _end_pass(self) -> None:
+        steps = self._tuner.means.steps > self._seen.late
+        if steps and self.epoch_steps is None:
             self.end_epoch()
+        elif not steps:
+            self._idle.warn_of_other_steps(self._stepped)
 
     def step(self, batch: object) -> None:
         """Do what is due after a step of w₀; to be called after optimizer.step() where there is no train_loader.
@@ -112,10 +116,9 @@ class AttachedTuner(RefittableLoop):
             raise ValueError(
                 "the tuner sees the batches of train_loader itself: leave out step(batch), or pass train_loader=None"
             )
-        self.see(batch)
-        if self._due:
+        if batches := self._seen.tell(batch, self._due):
             self._due = False
-            self._advance(self._seen.take())
+            self._advance(batches)
 
     def end_epoch(self) -> None:
         """Evaluate, limit λ by the generalisation gap, and add a row to the history.
@@ -123,7 +126,8 @@ class AttachedTuner(RefittableLoop):
         It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
         """
         tuner, rows = self._tuner, len(self.history)
-        self._rates.note(first=False)
+        self._rates.end_epoch()
+        self._idle.warn_of_eval_mode(tuner.epoch)
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._refresh()  # λ may have gone back
@@ -149,6 +153,8 @@ class AttachedTuner(RefittableLoop):
         if first and not self._stepped:
             check_place(self.model, self._place)
             self._evaluate_start()
+            self._rates.note()
+            self._idle.note_step()
             self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
@@ -177,7 +183,7 @@ class AttachedTuner(RefittableLoop):
             self._due = True
             return
         if self._own is not None:
-            self.see(self._own.next()[0])
+            self._seen.see(self._own.next()[0])
         if not (batches := self._seen.take()):
             raise ValueError(
                 "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
@@ -190,8 +196,6 @@ class AttachedTuner(RefittableLoop):
         tuner = self._tuner
         self._follow_autocast()
         self._recent.batches.extend(batches)
-        if not tuner.means.steps:
-            self._rates.note(first=True)
         with self._in_the_models_mode():
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
             tuner.after_step(prepared, {})
@@ -246,7 +250,11 @@ class AttachedTuner(RefittableLoop):
         return self.stn.hparams.named(self._strengths.expand(examples, -1))
 
     def detach(self) -> None:
-        """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read."""
+        """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read.
+
+        A pass over train_loader that the loop has left before its end is an epoch, which ends here.
+        """
+        self._close_epoch()
         if len(self.history) and not distributed.rank():
             self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
         for handle in self._handles:
@@ -259,13 +267,11 @@ class AttachedTuner(RefittableLoop):
 
     def state_dict(self) -> State:
         """Everything that a tuner goes on from: Θ, λ, σ, their optimizers, counters, places, history. Nothing of the model."""
-        tuner, own = self._tuner, self.stn.state_dict()
-        network = {name: tensor.detach().clone() for name, tensor in own.items() if not name.startswith("model.")}
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"format": FORMAT, "hyperparameters": list(tuner.history.names), "network": network, **parts}
+        return state_of(self.stn, list(self.history.names), self._parts())
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Stateful]:
         tuner = self._tuner
+        assert self._starts is not None
         return {
             "updates": tuner.updates,
             "counters": tuner.counters,
@@ -278,14 +284,11 @@ class AttachedTuner(RefittableLoop):
             "limit": tuner.limit,
             "backtracking": tuner.backtracking,
             "rates": self._rates,
+            "seen": self._seen,
             "starts": self._starts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, and changes nothing, where it is of another format, model or choice of λ."""
-        check_state(state, FORMAT, list(self._tuner.history.names), self.stn.state_dict())
-        own = {name: tensor for name, tensor in self.stn.state_dict().items() if name.startswith("model.")}
-        self.stn.load_state_dict(own | state["network"])
-        for name, part in self._parts().items():
-            part.load_state_dict(on_device(state[name], self.device))
+        load_state(state, self.stn, list(self.history.names), self._parts(), self.device)
         self._refresh()

@@ -1,39 +1,42 @@
-"""Checks of a tuner in a loop of somebody else's: the state that it goes on from, and where its model is."""
+"""Checks of a tuner in a loop of somebody else's: its arguments, and where its model is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fxstn.bilevel.callbacks import EarlyStopping
+from fxstn.bilevel.checks import check_settings
+from fxstn.hp import Spec
 
 Place = tuple[torch.device, torch.dtype]
 
 
-def check_state(state: Mapping[str, Any], version: int, names: list[str], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a state that a tuner cannot go on from.
+def check_arguments(
+    hparams: object, functions: Mapping[str, object], epoch_steps: object, callbacks: Sequence[object]
+) -> None:
+    """Of `fxstn.tune`. Raises TypeError for those of another kind, ValueError for a number out of range.
 
-    version: of the format.
-    names: of the tuner's hyperparameters.
-    own: the state_dict of its network.
+    functions: {name: function, or None}.
     """
-    if state.get("format") != version or "hyperparameters" not in state:
-        raise ValueError(
-            "this is no state of a tuner, or one of another version of fxstn; tuner.state_dict() gives one"
+    if isinstance(hparams, Spec):
+        raise TypeError(
+            f"hparams must be a list, got one {type(hparams).__name__}; give [hp.{type(hparams).__name__}(...)]"
         )
-    if state["hyperparameters"] != names:
-        raise ValueError(
-            f"the state tunes {', '.join(state['hyperparameters'])}, and this tuner {', '.join(names)}; tune the same "
-            "model with the same hparams"
+    if hparams is not None and not isinstance(hparams, Sequence):
+        raise TypeError(
+            f"hparams must be a list of fxstn.hp specs, got {hparams!r}; give [hp.Dropout(), hp.WeightDecay()]"
         )
-    sizes = {name: tuple(tensor.shape) for name, tensor in own.items() if not name.startswith("model.")}
-    others = {name: tuple(tensor.shape) for name, tensor in state["network"].items()}
-    if differing := sorted(name for name in sizes.keys() | others.keys() if sizes.get(name) != others.get(name)):
-        name = differing[0]
-        raise ValueError(
-            f"the state is of another model: {name} has the shape {others.get(name)} there and {sizes.get(name)} here; tune "
-            "the same model"
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} must be a function, or None")
+    check_settings({"epoch_steps": epoch_steps})
+    if any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        raise TypeError(
+            "callbacks: EarlyStopping ends a BilevelRunner, and no loop of your own; leave the loop where "
+            "len(tuner.history) - tuner.history.best()['epoch'] >= patience"
         )
 
 

@@ -17,7 +17,7 @@ from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.hp.hyperparameter import CHOSEN, DECAY
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.penalty import add_to_gradients, penalty_gradients
+from fxstn.ops.penalty import add_to_gradients, penalty, penalty_gradients
 from fxstn.ops.precision import as_real, wide
 
 Group = dict[str, Any]
@@ -120,6 +120,18 @@ class TunedDecay:
             elif first:
                 lr = one.group["lr"]
                 torch._foreach_mul_(list[Tensor](weights), (1 - lr * strength) / (1 - lr * one.constant))
+
+    @torch.no_grad()
+    def added_loss(self, optimizer: Optimizer) -> Tensor | float:
+        """What `before_step` adds to the loss by its gradients: ½ μ ‖w‖², or μ ‖w‖₁, of each weight with coupled decay."""
+        strengths, factor = self.hparams().detach(), gradient_factor(optimizer)
+        total: Tensor | float = 0.0
+        for part in self._alike(optimizer):
+            one = part[0]
+            if not (one.decoupled and one.norm == 2):
+                value = penalty([own.weight for own in part], strengths[one.index] - one.constant, one.norm)
+                total = total + (value if factor is None else value * factor)
+        return total
 
     def _alike(self, optimizer: Optimizer) -> Iterable[list[DecayedWeight]]:
         """The weights of an optimizer that have a gradient, those together that decay alike."""

@@ -11,13 +11,15 @@ _CLASS: Any = vars(object)["__class__"]  # a class may have a property of that n
 
 
 class Listener(Protocol):
-    """Hears of the passes over a loader."""
+    """Hears of the passes over a loader. of: which pass it is."""
 
-    def begin_pass(self) -> None: ...
+    def begin_pass(self, of: object) -> None: ...
 
-    def see(self, batch: object) -> None: ...
+    def see(self, batch: object, of: object) -> None: ...
 
-    def end_pass(self) -> None: ...
+    def leave_pass(self, of: object) -> None: ...
+
+    def end_pass(self, of: object) -> None: ...
 
 
 def can_be_observed(loader: object) -> bool:
@@ -39,15 +41,22 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         if heard is None:  # a loader that was made from this one
             yield from kind.__iter__(self)
             return
-        heard.begin_pass()
-        for batch in kind.__iter__(self):
-            heard.see(batch)
-            yield batch
-        heard.end_pass()
+        of = object()
+        heard.begin_pass(of)
+        try:
+            for batch in kind.__iter__(self):
+                if vars(self).get(_LISTENER) is heard:  # until it leaves
+                    heard.see(batch, of)
+                yield batch
+        except GeneratorExit:
+            heard.leave_pass(of)
+            raise
+        if vars(self).get(_LISTENER) is heard:
+            heard.end_pass(of)
 
     def begins(self: Any) -> Any:
         if (heard := vars(self).get(_LISTENER)) is not None:
-            heard.begin_pass()
+            heard.begin_pass(self)
         return kind.__iter__(self)
 
     def following(self: Any) -> Any:
@@ -56,10 +65,10 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
             batch = kind.__next__(self)  # type: ignore[attr-defined]
         except StopIteration:
             if heard is not None:
-                heard.end_pass()
+                heard.end_pass(self)
             raise
         if heard is not None:
-            heard.see(batch)
+            heard.see(batch, self)
         return batch
 
     # an object that is its own iterator has one place, so that all who iterate over it are one pass

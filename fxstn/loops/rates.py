@@ -1,50 +1,88 @@
-"""The learning rates of somebody else's loop, epoch by epoch, and a scheduler that has a refit go through them again."""
+"""The learning rates of somebody else's loop, step by step, and a scheduler that has a refit go through them again."""
 
 from __future__ import annotations
 
+import copy
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import chain
+from typing import TypedDict
 
 from torch.optim import Optimizer
 
 from fxstn.bilevel.state import State
 
+MOST = 256  # points that are kept of an epoch; beyond this, every second one is dropped
+
+
+class EpochRates(TypedDict):
+    """The learning rates of an epoch.
+
+    steps: of the epoch.
+    places: step numbers, from 0, at which rates were noted: where they changed.
+    rates: those of all groups, one list for each place.
+    """
+
+    steps: int
+    places: list[int]
+    rates: list[list[float]]
+
+
+def at_share(epoch: EpochRates, share: float) -> list[float]:
+    """The rates at a share in [0, 1) of an epoch: between two steps, on the line between their rates."""
+    step = share * epoch["steps"]
+    index = bisect_right(epoch["places"], step + 1e-9) - 1
+    before, now = epoch["places"][index], epoch["rates"][index]
+    if index + 1 == len(epoch["places"]):
+        return now
+    gap, after = epoch["places"][index + 1] - before, epoch["rates"][index + 1]
+    return [rate + (step - before) / gap * (other - rate) for rate, other in zip(now, after, strict=True)]
+
 
 class SeenRates:
-    """The learning rate of each group, at the beginning and at the end of each epoch.
+    """The learning rates that the groups have in the steps of each epoch.
 
     optimizers: of the loop.
+
+    A rate that stays for some steps is noted at the first and at the last of them, so that a step of a schedule stays one.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
-        self.epochs: list[list[list[float]]] = []  # (begin, end) of each epoch, by group
+        self.epochs: list[EpochRates] = []
+        self._ended = True  # whether the next step begins an epoch
 
-    def _now(self) -> list[float]:
-        return [float(group["lr"]) for part in self.optimizers for group in part.param_groups if "lr" in group]
+    def note(self) -> None:
+        """Note the rates of a step, before it or right after it."""
+        now = [float(group["lr"]) for part in self.optimizers for group in part.param_groups if "lr" in group]
+        if self._ended:
+            self.epochs.append({"steps": 0, "places": [], "rates": []})
+            self._ended = False
+        epoch = self.epochs[-1]
+        places, rates, step = epoch["places"], epoch["rates"], epoch["steps"]
+        if len(rates) > 1 and rates[-1] == rates[-2] == now:
+            places[-1] = step
+        else:
+            places.append(step)
+            rates.append(now)
+        if len(places) > MOST:
+            del places[1:-1:2], rates[1:-1:2]
+        epoch["steps"] += 1
 
-    def note(self, first: bool) -> None:
-        """Note the rates.
-
-        first: whether an epoch begins; else it ends.
-        """
-        now = self._now()
-        if first:
-            self.epochs.append([now, now])
-        elif self.epochs:
-            self.epochs[-1][1] = now
+    def end_epoch(self) -> None:
+        """The next step begins an epoch."""
+        self._ended = True
 
     @property
     def change(self) -> bool:
         """Whether a rate has changed."""
-        rates = list(chain.from_iterable(self.epochs))
+        rates = [each for epoch in self.epochs for each in epoch["rates"]]
         return any(each != rates[0] for each in rates)
 
     def state_dict(self) -> State:
-        return {"epochs": self.epochs}
+        return {"epochs": copy.deepcopy(self.epochs), "ended": self._ended}
 
     def load_state_dict(self, state: State) -> None:
-        self.epochs = state["epochs"]
+        self.epochs, self._ended = copy.deepcopy(state["epochs"]), state["ended"]
 
 
 class RatesAgain:
@@ -55,19 +93,17 @@ class RatesAgain:
     steps: of an epoch, ≥ 1.
     """
 
-    def __init__(self, optimizer: Optimizer, epochs: list[list[list[float]]], steps: int) -> None:
-        self.optimizer, self.steps, self.done = optimizer, steps, 0
-        self.groups = len(epochs[0][0])
-        self.base_lrs = [rate for epoch in epochs for end in epoch for rate in end]  # the name that `slow` looks for
+    def __init__(self, optimizer: Optimizer, epochs: list[EpochRates], steps: int) -> None:
+        self.optimizer, self.epochs, self.steps, self.done = optimizer, epochs, steps, 0
+        self.base_lrs = [1.0]  # a factor of all rates, under the name that `slow` looks for
         self._set()
 
     def _set(self) -> None:
-        size = 2 * self.groups
-        place = min(self.done / self.steps, len(self.base_lrs) // size - 1e-9)
-        epoch, share = int(place), place - int(place)
-        now = self.base_lrs[size * epoch : size * (epoch + 1)]
-        for group, begin, end in zip(self.optimizer.param_groups, now[: self.groups], now[self.groups :], strict=False):
-            group["lr"] = begin + share * (end - begin)
+        epoch, step = divmod(self.done, self.steps)
+        last = epoch >= len(self.epochs)
+        now = self.epochs[-1]["rates"][-1] if last else at_share(self.epochs[epoch], step / self.steps)
+        for group, rate in zip(self.optimizer.param_groups, now, strict=False):
+            group["lr"] = self.base_lrs[0] * rate
 
     def step(self) -> None:
         self.done += 1

@@ -70,7 +70,7 @@ class RefittableLoop(Refittable):
                 parts = optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
                 decay = TunedDecay(terms.penalties, stn.model, parts, stn.hparams)
                 for part in parts:
-                    hook_steps(part, decay.before_step, lambda _: None)
+                    hook_steps(part, decay.before_step, lambda _: None, decay.added_loss)
                 yield run
             finally:
                 stn.terms = terms

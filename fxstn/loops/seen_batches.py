@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from fxstn.bilevel.sources import new_pass
-
-FIRST = 256  # batches that are kept before the first step, which says how many it takes
+from fxstn.bilevel.state import State
 
 
 class RememberedBatches:
@@ -32,36 +35,140 @@ class RememberedBatches:
             yield from islice(new_pass(self.loader), self.batches.maxlen)
 
 
+class GradientMark:
+    """Which tensor a gradient is, and how often it was written to; without keeping it."""
+
+    def __init__(self, gradient: Tensor | None) -> None:
+        self._tensor = None if gradient is None else ref(gradient)
+        self.version = 0 if gradient is None else gradient._version
+
+    def is_of(self, gradient: Tensor | None) -> bool:
+        """Whether it is this very tensor."""
+        return gradient is not None and self._tensor is not None and self._tensor() is gradient
+
+
 class SeenBatches:
-    """The batches of the step of w₀ under way, as a loader yields them.
+    """The batches of the step of w₀ under way, as a loader yields them. Part of a tuner's state.
+
+    optimizers: of the loop. Their gradients say which batches a step is made of: not those that the loop passes over, or whose
+        gradients it drops.
+    begins, ends: functions, called when a pass begins and when it is over.
+
+    A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
     passing: whether a pass over the loader is under way.
     most: batches of the largest step.
     late: steps of this epoch outside of a pass, as in a loop that takes batches ahead.
     """
 
-    def __init__(self) -> None:
-        self.passing, self.late = False, 0
+    def __init__(self, optimizers: Sequence[Optimizer], begins: Callable[[], None], ends: Callable[[], None]) -> None:
+        self.optimizers, self.begins, self.ends = optimizers, begins, ends
+        self.passing, self.late, self.most = False, 0, 0
+        self._pass: object = None  # the one under way
+        self._left = False  # whether the loop has left it
+        self._look: tuple[object, object] | None = None  # the last batch of a pass within it, and that pass
         self._now, self._last = list[object](), list[object]()  # of the step under way, of the last one
-        self.most = 0  # batches of one step
+        self._idle = 0  # batches of this pass that no step was made of
+        self._mark = GradientMark(None)  # before the last batch
 
-    def begin_pass(self) -> None:
-        self.passing = True
+    # Passes
+
+    def begin_pass(self, of: object = None) -> None:
+        """A pass begins. One that was broken off ends here. of: which one it is."""
+        if self.passing and not self._left and of is not self._pass:
+            return
+        self.close()
+        self.begins()
+        self.passing, self._pass, self._left, self._look, self._idle = True, of, False, None, 0
         self._now.clear()
 
-    def see(self, batch: object) -> None:
-        """A batch that the step may train on, in a pass; no more are kept than the largest step had."""
-        self.passing = True
+    def see(self, batch: object, of: object = None) -> None:
+        """A pass yields a batch, and the loop is done with the one before."""
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # the loop may take the labels out of its own
-        self._now = [*self._now, batch][-(self.most or FIRST) :]
+        if self.passing and of is not self._pass:
+            self._look = batch, of
+            return
+        self.passing, self._pass, self._look = True, of, None
+        self._settle()
+        self._now.append(batch)
+
+    def leave_pass(self, of: object) -> None:
+        """The loop has left a pass before its end."""
+        self._left = self._left or of is self._pass
+
+    def end_pass(self, of: object = None) -> None:
+        """A pass has no more batches."""
+        if of is None or of is self._pass:
+            self._left = True
+            self.close()
+        elif self._look is not None and self._look[1] is of:
+            self._look = None
+
+    def close(self) -> None:
+        """End a pass that the loop has left, or is about to begin anew."""
+        if self.passing:
+            self.passing, self._pass = False, None
+            self.ends()
+
+    @property
+    def left(self) -> bool:
+        """Whether the loop has left a pass that has not ended yet."""
+        return self.passing and self._left
+
+    # Steps
+
+    def tell(self, batch: object, stepped: bool) -> list[object]:
+        """The loop tells a batch that it has trained on. The batches of the step, where it has taken one with it; else []."""
+        self.passing = True
+        self._now.append(dict(batch) if isinstance(batch, Mapping) else batch)
+        if stepped:
+            return self._take()
+        self._settle()
+        return []
 
     def take(self) -> list[object]:
         """The batches of a step that is done; [] where none was seen.
 
         Where the loop has taken its last batches ahead, and its pass is over, they are those of the step before.
         """
+        if self._look is not None:  # the loop goes on in this pass, and will not come back to the one around it
+            batch, of = self._look
+            self.close()
+            self.begin_pass(of)
+            self.see(batch, of)
+        return self._take()
+
+    def _take(self) -> list[object]:
+        gradient = self._gradient()
+        if len(self._now) > 1 and gradient is not None and not self._mark.is_of(gradient):
+            del self._now[:-1]
         self.late += not self.passing
-        ahead = self.late < self.most
+        ahead = self.late <= max(self.most, self._idle)
         batches = self._now or (self._last if ahead else [])
         self._now, self._last, self.most = [], batches, max(self.most, len(batches))
         return batches
+
+    def _gradient(self) -> Tensor | None:
+        """Some gradient of the loop, the same one in all steps of it."""
+        gradients = (
+            weight.grad for part in self.optimizers for group in part.param_groups for weight in group["params"]
+        )
+        return next((gradient for gradient in gradients if gradient is not None and not gradient.is_sparse), None)
+
+    def _settle(self) -> None:
+        """Leave out batches that have no part in the gradient that there is now."""
+        gradient, before = self._gradient(), self._mark
+        self._mark, count = GradientMark(gradient), len(self._now)
+        if gradient is None:
+            self._now.clear()
+        elif self._now and before.is_of(gradient) and before.version == gradient._version:
+            self._now.pop()  # no backward pass
+        elif not before.is_of(gradient):
+            del self._now[:-1]
+        self._idle += count - len(self._now)
+
+    def state_dict(self) -> State:
+        return {"most": self.most}
+
+    def load_state_dict(self, state: State) -> None:
+        self.most = state["most"]

@@ -20,13 +20,17 @@ def unwrapped_optimizer(optimizer: Any) -> Any:
 
 
 def hook_steps(
-    optimizer: Optimizer, before: Callable[[Optimizer, bool], None], after: Callable[[Optimizer], None]
+    optimizer: Optimizer,
+    before: Callable[[Optimizer, bool], None],
+    after: Callable[[Optimizer], None],
+    added: Callable[[Optimizer], Tensor | float],
 ) -> list[RemovableHandle]:
     """Call functions around each step that changes weights.
 
     before: function (optimizer, first), called when the gradients of the step are there: before the step, or inside it after
         each call of its closure. first: whether this is the first call in the step.
     after: function (optimizer), called after the step.
+    added: function (optimizer) → what `before` adds to the loss by its gradients, for an optimizer that reads a closure's loss.
     """
 
     def before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -42,6 +46,7 @@ def hook_steps(
             nonlocal first
             loss = closure()
             if changes_weights(optimizer):
+                loss = loss if loss is None else loss + added(optimizer)
                 before(optimizer, first)
                 first = False
             return loss

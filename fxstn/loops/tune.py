@@ -21,6 +21,7 @@ from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.loops.attached import AttachedTuner
+from fxstn.loops.checks import check_arguments
 from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
 from fxstn.loops.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
 from fxstn.loops.step_hooks import unwrapped_optimizer
@@ -57,6 +58,7 @@ class LoopTuner(AttachedTuner):
         """
         from fxstn.tools.report import write_report
 
+        self._close_epoch()
         write_report(self, path, title=title)
 
 
@@ -96,6 +98,8 @@ def tune(
     transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp).
     """
     check_keywords("tune", settings, list(TuneSettings.__annotations__))
+    functions = {"loss_fn": loss_fn, "valid_loss_fn": valid_loss_fn, "forward": forward}
+    check_arguments(hparams, functions, epoch_steps, settings.get("callbacks", ()))
     parts = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     plain, optimizers = unwrapped(model), [unwrapped_optimizer(part) for part in parts]
     check_model(plain)
@@ -174,8 +178,11 @@ def _check_loop(
     valid_loader: Iterable[object],
 ) -> None:
     """Raises ValueError and TypeError where the pieces of a loop do not go together."""
-    if wrong := [part for part in optimizers if not isinstance(part, Optimizer)] or not optimizers:
-        raise TypeError(f"optimizer must be an optimizer of the model, or a list of them, got {wrong!r}")
+    if not optimizers or (wrong := [part for part in optimizers if not isinstance(part, Optimizer)]):
+        got = repr(wrong[0]) if optimizers else "none"
+        raise TypeError(f"optimizer must be an optimizer of the model, or a list of them, got {got}")
+    if len({id(part) for part in optimizers}) < len(optimizers):
+        raise ValueError("optimizer names one twice; give each optimizer that steps with the others once")
     steps = {id(p) for part in optimizers for group in part.param_groups for p in group["params"]}
     if not any(id(parameter) in steps for parameter in model.parameters()):
         raise ValueError(

@@ -1,0 +1,71 @@
+"""Signs that a loop does not train what its tuner tunes: warnings, once each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fxstn.bilevel.faults import warn_caller
+from fxstn.network import SelfTuningNetwork
+
+
+class IdleLoop:
+    """Watches what a loop does with a model.
+
+    optimizers: those that the tuner knows.
+    network: of the model.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], network: SelfTuningNetwork) -> None:
+        self.model, self.optimizers = model, optimizers
+        self._draws = len({index for _, index, _ in network.terms.penalties}) < len(network.hparams)
+        self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
+        self._versions = self._written()
+        self._said: set[str] = set()
+
+    def _written(self) -> int:
+        """How often weights were written to."""
+        return sum(parameter._version for parameter in self.model.parameters())
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warn_caller(text)
+
+    def begin_pass(self) -> None:
+        """A pass over the training data begins."""
+        self._versions = self._written()
+
+    def note_step(self) -> None:
+        """A step of the optimizers that the tuner knows is under way."""
+        self._trains = self._trains or self.model.training
+
+    def warn_of_other_steps(self, stepped: Collection[int]) -> None:
+        """Warn where weights were written to in a pass without a step that counts.
+
+        stepped: ids of the optimizers that have stepped.
+        """
+        if self._written() == self._versions:
+            return
+        still = [number for number, optimizer in enumerate(self.optimizers) if id(optimizer) not in stepped]
+        if len(still) < len(self.optimizers):
+            self._warn(
+                f"a pass over train_loader is over, and optimizer[{still[0]}] of fxstn.tune has not stepped in it: nothing is "
+                "tuned until all have; give tune those alone that step together"
+            )
+        else:
+            self._warn(
+                "the weights have changed in a pass over train_loader, and no optimizer that fxstn.tune knows has stepped: "
+                "nothing is tuned; give tune the optimizer that steps"
+            )
+
+    def warn_of_eval_mode(self, epoch: int) -> None:
+        """Warn where all steps of an epoch were in eval mode, though there are operations that draw in train mode alone."""
+        if self._trains is False and self._draws:
+            self._warn(
+                f"the model was in eval mode in all steps of epoch {epoch}: dropout and the like did nothing, and λ does not "
+                "see that; call model.train() before training"
+            )
+        self._trains = None
