@@ -91,7 +91,7 @@ def prepared(
 
 def outcome(task: Task, runner: fxstn.BilevelRunner, test_set: TensorDataset, diverged: bool) -> dict[str, Any]:
     """{"curve": [[seconds, best validation loss so far], ...], "valid", "test", "epoch", "found", "diverged"}."""
-    if runner.best is None:  # a loss was not finite in the first epoch
+    if not len(runner.history):  # a loss was not finite in the first epoch
         return {"curve": [], "valid": float("inf"), "test": float("inf"), "epoch": 0, "found": {}, "diverged": True}
     best, rows = runner.history.best(), runner.history.rows
     seconds = itertools.accumulate(row["seconds"] for row in rows)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
+from fxstn.loops.decay import is_decoupled
 
 # What a step is made of
 
@@ -298,3 +299,48 @@ def test_an_optimizer_that_reads_the_loss_of_its_closure_reads_the_penalty_too(s
             optimizer.step(closure)
         losses.append(penalised().item())
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+class Own(torch.optim.Optimizer):
+    """Its decay does not know the learning rate, and its step is the sign of the gradient."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1, weight_decay: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.mul_(1 - 0.01 * group["weight_decay"]).sub_(group["lr"] * weight.grad.sign())
+
+
+class Needy(torch.optim.SGD):
+    """It cannot be made of parameters and a rate alone."""
+
+    def __init__(self, parameters: Any, lr: float, needed: str) -> None:
+        super().__init__(parameters, lr, 0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(Own, "Own decays weights neither as SGD and Adam nor as AdamW do"),
+     (partial(Needy, lr=0.1, needed=""), "how Needy decays weights cannot be seen .TypeError")],
+)  # fmt: skip
+def test_decay_that_acts_in_another_way_is_told(make: Any, message: str) -> None:
+    loader, valid = loaders()
+    model = mlp()
+    with pytest.warns(UserWarning, match=message):
+        fxstn.tune(model, make(model.parameters()), F.cross_entropy, loader, valid, [hp.WeightDecay()])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "decoupled"), [("SGD", False), ("Adam", False), ("AdamW", True), ("Adamax", False), ("NAdam", False),
+                            ("RAdam", False), ("RMSprop", False), ("Adagrad", False), ("Adadelta", False)],
+)  # fmt: skip
+def test_how_torchs_optimizers_decay_is_seen(kind: str, decoupled: bool, maximize: bool) -> None:
+    options = {"weight_decay": 0.1, "maximize": maximize} | ({"momentum": 0.9} if kind == "SGD" else {})
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(3, 3))], lr=0.1, **options)
+    (group,) = optimizer.param_groups
+    group.pop("decoupled_weight_decay", None)
+    assert is_decoupled(optimizer, group) == decoupled

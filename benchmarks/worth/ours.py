@@ -33,7 +33,7 @@ def tuned(trial: Trial) -> dict[str, Cell]:
         try:
             runner.fit(limits.epochs)
         except fxstn.DivergedError:
-            if runner.best is None:
+            if not len(runner.history):
                 raise
     seconds = time.process_time() - begun
     schedule, best = runner.history.schedule(), runner.history.best()

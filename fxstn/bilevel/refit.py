@@ -184,7 +184,7 @@ class Refittable(Run):
             raise TypeError(
                 "refit is for a network from fxstn.transform whose λ was tuned; train a problem of your own anew"
             )
-        self._close_epoch()
+        self.close_epoch()
         tuner = self._tuner
         schedule, epochs = schedule_and_length(self.history, settings.pop("schedule", None), epochs)
         folder = refit_folder(self.out_dir, out_dir)
@@ -201,7 +201,7 @@ class Refittable(Run):
                 self.refit_history = run.fit(epochs)
                 return run.best_model()
 
-    def _close_epoch(self) -> None:
+    def close_epoch(self) -> None:
         """End an epoch that somebody else's loop has broken off."""
 
     def _fresh_optimizer(self) -> OptimizerLike:

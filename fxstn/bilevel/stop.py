@@ -30,9 +30,9 @@ class Stop:
         Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
         has ended all the same, amid a step, ends the job, too: what was saved last stands.
         """
-        watched, ended = enabled and threading.current_thread() is threading.main_thread(), False
+        heeds, ended = enabled and threading.current_thread() is threading.main_thread(), False
         try:
-            with self._noted() if watched else nullcontext():
+            with self._noted() if heeds else nullcontext():
                 job()
         except _End:
             ended = True

@@ -88,8 +88,8 @@ class AttachedTuner(RefittableLoop):
         """A pass over the training data ends. Nothing happens where no step was taken in it."""
         self._seen.end_pass()
 
-    def _close_epoch(self) -> None:
-        """End an epoch whose pass the loop has left."""
+    def close_epoch(self) -> None:
+        """End an epoch whose pass over train_loader the loop has left, as `detach`, `report` and `refit` do."""
         if self._seen.left:
             self._seen.close()
 
@@ -254,7 +254,7 @@ class AttachedTuner(RefittableLoop):
 
         A pass over train_loader that the loop has left before its end is an epoch, which ends here.
         """
-        self._close_epoch()
+        self.close_epoch()
         if len(self.history) and not distributed.rank():
             self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
         for handle in self._handles:

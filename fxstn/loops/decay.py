@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxstn.bilevel.faults import warn_caller
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.hp.hyperparameter import CHOSEN, DECAY
+from fxstn.ir.input_errors import first_line
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.penalty import add_to_gradients, penalty, penalty_gradients
@@ -79,7 +81,7 @@ class TunedDecay:
         hparams: HyperparameterSpace,
     ) -> None:
         self.hparams = hparams
-        groups = groups_of(optimizers)
+        groups = groups_of(optimizers) if penalties else {}
         self.weights = [
             DecayedWeight(name, weight, index, norm, *groups[id(weight)])
             for name, index, norm in penalties
@@ -176,29 +178,39 @@ def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether weight decay acts on the weight itself: the group's flag where it has one, else seen from a step.
 
     An optimizer of the same class is tried on a small matrix of ones with a gradient of ones. Decoupled decay moves it by
-    −lr · weight_decay · w; coupled decay of an optimizer that rescales gradients does not.
+    −lr · weight_decay · w. Coupled decay moves it as without decay and with a gradient that has weight_decay · w added.
+    Warns where neither is so, or where no such optimizer can be made; λ then acts as coupled decay.
     """
-    if "decoupled_weight_decay" in group:
-        return bool(group["decoupled_weight_decay"])
+    if "decoupled_weight_decay" in group or "weight_decay" not in group:
+        return bool(group.get("decoupled_weight_decay"))
     options = {name: value for name, value in group.items() if name != "params"}
-    lr, decay = 1e-3, 0.5
+    lr, decay, sign = 1e-3, 0.5, -1 if group.get("maximize") else 1
 
-    def after_steps(weight_decay: float) -> float:
+    def after_steps(weight_decay: float, added: float = 0.0) -> float:
         weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
         kind: Callable[..., Optimizer] = type(optimizer)
         twin = kind([weight], lr=lr)
         twin.param_groups[0].update(options | {"lr": lr, "weight_decay": weight_decay})
         for _ in range(2):
-            weight.grad = torch.ones_like(weight)
+            weight.grad = sign * (1 + added * weight.detach())
             twin.step()
         return weight.mean().item()
 
+    expected, name = 1 - (1 - lr * decay) ** 2, type(optimizer).__name__
     try:
-        moved = after_steps(0.0) - after_steps(decay)
-    except Exception:  # an optimizer with a constructor of its own
-        return False
-    expected = 1 - (1 - lr * decay) ** 2
-    return abs(moved - expected) < 0.02 * expected
+        plain, decayed, coupled = after_steps(0.0), after_steps(decay), after_steps(0.0, decay)
+    except Exception as error:  # an optimizer with a constructor of its own
+        said = f"how {name} decays weights cannot be seen ({type(error).__name__}: {first_line(error)})"
+    else:
+        if abs(coupled - decayed) <= 1e-6 * max(abs(1 - decayed), lr * decay):
+            return False
+        if abs(plain - decayed - expected) < 0.02 * expected:
+            return True
+        said = f"{name} decays weights neither as SGD and Adam nor as AdamW do"
+    warn_caller(
+        f"{said}, and λ acts as weight decay in the gradient; set its weight_decay to 0, or give hparams without hp.WeightDecay"
+    )
+    return False
 
 
 def decayed_specs(specs: Sequence[Spec] | None, optimizers: Sequence[Optimizer]) -> Sequence[Spec] | None:

@@ -58,7 +58,7 @@ class LoopTuner(AttachedTuner):
         """
         from fxstn.tools.report import write_report
 
-        self._close_epoch()
+        self.close_epoch()
         write_report(self, path, title=title)
 
 
