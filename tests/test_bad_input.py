@@ -708,7 +708,102 @@ def _(folder):
 row("data set unknown", "data set 'imagenet' is not one of digits, mnist")(lambda folder: data.load("imagenet"))
 row("no training images", "train=0 must be at least 1")(lambda folder: data.load("digits", train=0))
 
+# A loop of one's own
+
+
+def in_a_loop(**changes):
+    """fxstn.tune with other arguments."""
+
+    def case(folder):
+        model = mlp()
+        loader = DataLoader(TensorDataset(X, Y), 8)
+        arguments = {"optimizer": torch.optim.SGD(model.parameters(), 0.1), "loss_fn": F.cross_entropy}
+        arguments |= {"train_loader": loader, "valid_loader": loader} | changes
+        fxstn.tune(model, **arguments)
+
+    return case
+
+
+for name, changes, message in (
+    ("loss", {"loss_fn": 5}, "loss_fn=5 must be a function, or None"),
+    ("validation loss", {"valid_loss_fn": 5}, "valid_loss_fn=5 must be a function, or None"),
+    ("forward", {"forward": 5}, "forward=5 must be a function, or None"),
+    ("one spec", {"hparams": hp.Dropout()}, r"hparams must be a list, got one Dropout; give \[hp.Dropout\(...\)\]"),
+    ("no specs", {"hparams": 5}, r"hparams must be a list of fxstn.hp specs, got 5; give \[hp"),
+    ("epoch of no step", {"epoch_steps": 0}, "epoch_steps=0 must be at least 1"),
+    ("epoch of a part", {"epoch_steps": 2.5}, "epoch_steps=2.5 must be a whole number"),
+    ("epoch of NaN", {"epoch_steps": math.nan}, "epoch_steps=nan must be at least 1"),
+    ("epoch of a text", {"epoch_steps": "3"}, "epoch_steps='3' must be a number"),
+    (
+        "early stopping",
+        {"callbacks": [fxstn.EarlyStopping(1)]},
+        "ends a BilevelRunner, and no loop.*leave the loop where",
+    ),
+):
+    row(f"tune: {name}", message)(in_a_loop(**changes))
+
+
+@row("tune: the same optimizer twice", "optimizer names one twice; give each .* once")
+def _(folder):
+    model, loader = mlp(), DataLoader(TensorDataset(X, Y), 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fxstn.tune(model, [optimizer, optimizer], F.cross_entropy, loader, loader)
+
+
+for number in (0, -1, "x", 2.5):
+
+    @row(f"strengths of {number!r} examples", f"examples={number!r} must be the number of examples in the batch")
+    def _(folder, number=number):
+        model, loader = mlp(), DataLoader(TensorDataset(X, Y), 8)
+        tuner = fxstn.tune(model, torch.optim.SGD(model.parameters(), 0.1), F.cross_entropy, loader, loader)
+        tuner.strengths(number)
+
+
+# Files and data
+
+
+def trained():
+    loader = DataLoader(TensorDataset(X, Y), 8)
+    runner = fxstn.BilevelRunner(fxstn.transform(mlp()), F.cross_entropy, loader, loader, progress=False)
+    runner.fit(1)
+    return runner
+
+
+for kind, write in (
+    ("report", lambda path: fxstn.write_report(trained(), path)),
+    ("table", lambda path: trained().history.to_csv(path)),
+    ("plot", lambda path: trained().history.plot(path)),
+):
+    row(f"{kind} to nowhere", "'' is no path; give one")(lambda folder, write=write: write(""))
+
+    @row(f"{kind} to a folder", "is a folder; name a file in it")
+    def _(folder, write=write):
+        (folder / "sub").mkdir()
+        write(folder / "sub")
+
+
+row("title of a report", "title=5 must be text")(lambda folder: fxstn.write_report(trained(), folder / "r", title=5))
+row("verify of no model", "model must be an nn.Module that is not transformed yet, got")(
+    lambda folder: fxstn.verify(5, X)
+)
+for seed in (1.5, None, 2**70, -1):
+    row(f"hold_out by seed {seed}", f"seed={seed} must be a whole number, 0 or more")(
+        lambda folder, seed=seed: fxstn.hold_out(TensorDataset(X, Y), 0.5, seed=seed)
+    )
+row("hold_out with no transform", "transform=5 must be a function of an example, None or 'same'")(
+    lambda folder: fxstn.hold_out(TensorDataset(X, Y), 0.5, transform=5)
+)
+
 # The command line
+
+
+def without_examples():
+    return TensorDataset(X[:0], Y[:0]), TensorDataset(X, Y)
+
+
+row("CLI data without examples", "the training data are empty; give at least one example")(
+    tune("--data", f"{__name__}:without_examples", "--num-classes", "3")
+)
 
 
 def not_a_model(num_classes):

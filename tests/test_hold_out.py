@@ -315,6 +315,11 @@ def test_a_size_is_a_share_or_a_number(size):
         fxstn.hold_out(Numbers(), size)
 
 
+@pytest.mark.parametrize(("size", "number"), [(numpy.int64(10), 10), (numpy.float32(0.25), 10)])
+def test_sizes_and_seeds_may_be_numbers_of_numpy(size, number):
+    assert len(fxstn.hold_out(Numbers(), size, seed=numpy.int64(3))[1]) == number
+
+
 @pytest.mark.parametrize(("count", "size", "parts"), [(40, 0.01, "0 for validation and 40"), (1, 0.5, "0 for validation"),
                                                       (40, 40, "40 for validation and 0"), (40, 0, "0 for"),
                                                       (40, 50, "40 for validation and 0"), (0, 0.5, "0 for")])  # fmt: skip

@@ -17,7 +17,7 @@ from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.plots import Groups, figure_of, panels
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
-from fxstn.ir.input_errors import as_path, is_number
+from fxstn.ir.input_errors import as_file, as_path, is_number
 
 SCALE = "scale:"
 LOSSES = ("train_loss", "response_loss", "clean_train_loss", "valid_loss")
@@ -100,7 +100,7 @@ class Schedule:
     def to_json(self, path: str | Path) -> None:
         """Write the schedule to path, a file that `from_json` reads."""
         text = json_text({"format": FORMAT, "values": self.values, "unsettled": list(self.unsettled)}, indent=1)
-        write_text(as_path(path, "Schedule.to_json"), text + "\n")
+        write_text(as_file(path, "Schedule.to_json"), text + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schedule:
@@ -260,7 +260,7 @@ class History:
     def to_jsonl(self, path: str | Path) -> None:
         """Write a line of JSON for each row to path, atomically. A number that is NaN or infinite becomes null."""
         write_text(
-            as_path(path, "History.to_jsonl"), "".join(json_text(plain_numbers(row)) + "\n" for row in self.rows)
+            as_file(path, "History.to_jsonl"), "".join(json_text(plain_numbers(row)) + "\n" for row in self.rows)
         )
 
     def to_csv(self, path: str | Path) -> None:
@@ -269,7 +269,7 @@ class History:
         writer = csv.DictWriter(table := io.StringIO(newline=""), fieldnames=list(columns) or ["epoch"])
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(as_path(path, "History.to_csv"), table.getvalue())
+        write_text(as_file(path, "History.to_csv"), table.getvalue())
 
     def plot(self, path: str | Path) -> None:
         """Draw the history into the image at path: losses, metrics, hyperparameters by kind, σ where it moves, diagnostics.
@@ -280,7 +280,7 @@ class History:
         """
         best, shown = int(self.best()["epoch"]), panels(self.groups(), self.start)
         figure = figure_of(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
-        figure.savefig(as_path(path, "History.plot"), dpi=110)
+        figure.savefig(as_file(path, "History.plot"), dpi=110)
 
     def state_dict(self) -> State:
         """What `load_state_dict` goes on from."""

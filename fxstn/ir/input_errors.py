@@ -57,14 +57,25 @@ def as_path(path: object, name: str) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(f"{name}: {path!r} must be a path; give text or a pathlib.Path")
-    if "\0" in os.fspath(path):
-        raise ValueError(f"{name}: {path!r} has a null character, which no path may have; leave it out")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        what = (
+            "has a null character, which no path may have; leave it out" if os.fspath(path) else "is no path; give one"
+        )
+        raise ValueError(f"{name}: {path!r} {what}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(
             f"{name}: {str(path)!r} begins with a home folder that is not known here; write it out"
         ) from error
+
+
+def as_file(path: object, name: str) -> Path:
+    """As `as_path`, of a file to be written. Raises ValueError for a folder, too."""
+    result = as_path(path, name)
+    if result.is_dir():
+        raise ValueError(f"{name}: {str(path)!r} is a folder; name a file in it")
+    return result
 
 
 def described(value: object) -> str:

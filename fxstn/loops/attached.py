@@ -246,7 +246,12 @@ class AttachedTuner(RefittableLoop):
         return self.problem.values()
 
     def strengths(self, examples: int) -> dict[str, Tensor]:
-        """{name: (examples,)}, for a training loss of your own that takes `hparams`, such as `fxstn.cross_entropy`."""
+        """{name: (examples,)}, for a training loss of your own that takes `hparams`, such as `fxstn.cross_entropy`.
+
+        Raises ValueError for a number of examples that is none.
+        """
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"strengths: examples={examples!r} must be the number of examples in the batch, 1 or more")
         return self.stn.hparams.named(self._strengths.expand(examples, -1))
 
     def detach(self) -> None:

@@ -22,7 +22,7 @@ from fxstn.bilevel.optimizers import adam, sgd
 from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.ir.copies import deep_copy
-from fxstn.ir.input_errors import as_path
+from fxstn.ir.input_errors import as_file
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import canonical_graphs
 from fxstn.tools.baselines import double_backward, func_jvp_per_batch, func_jvp_per_example, without_statistics
@@ -186,4 +186,4 @@ def environment(device: str) -> Row:
 
 
 def write_json(path: str | Path, rows: list[Row]) -> None:
-    write_text(as_path(path, "--json"), json_text(rows, indent=1) + "\n")
+    write_text(as_file(path, "--json"), json_text(rows, indent=1) + "\n")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets.vision import StandardTransform, VisionDataset
+
+from fxstn.ir.input_errors import is_number
 
 _TRANSFORMS = ("transform", "transforms")  # attributes that a data set applies to each example
 _CLASSES = ("targets", "labels", "label")  # attributes, or columns, with the class of each example
@@ -36,6 +39,10 @@ def hold_out(
     or no index, and ValueError for a size that leaves a part empty, for a transform that has no place, and for
     stratify=True without classes.
     """
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"hold_out: seed={seed!r} must be a whole number, 0 or more, below 2**63")
+    if transform not in ("same", None) and not callable(transform):
+        raise TypeError(f"hold_out: transform={transform!r} must be a function of an example, None or 'same'")
     count = _length(dataset)
     chosen, others = _split(_classes(dataset, stratify, count), _number(size, count), seed)
     if valid_dataset is not None:
@@ -66,9 +73,10 @@ def _length(dataset: Any, name: str = "dataset") -> int:
 
 def _number(size: float, count: int) -> int:
     """The number of examples that a size is."""
-    if isinstance(size, bool) or not isinstance(size, (int, float)) or (isinstance(size, float) and not 0 < size < 1):
+    whole = isinstance(size, Integral)
+    if not is_number(size) or not (whole or 0 < size < 1):
         raise ValueError(f"hold_out: size={size!r} must be a share between 0 and 1, or a number of examples")
-    number = round(size * count) if isinstance(size, float) else size
+    number = int(size) if whole else round(float(size) * count)
     if not 0 < number < count:
         raise ValueError(
             f"hold_out: size={size} of {count} examples leaves {min(max(number, 0), count)} for validation and "
@@ -85,7 +93,7 @@ def _split(classes: Tensor, number: int, seed: int) -> tuple[list[int], list[int
     The examples stand in a row, class after class, and are chosen at equal distances from a random start (systematic
     sampling). So each has the same probability, and each class its share, rounded up or down.
     """
-    generator, count = torch.Generator().manual_seed(seed), len(classes)
+    generator, count = torch.Generator().manual_seed(int(seed)), len(classes)
     shuffled = torch.randperm(count, generator=generator)
     ranks = torch.randperm(int(classes.max()) + 1, generator=generator)
     row = shuffled[torch.argsort(ranks[classes[shuffled]], stable=True)]

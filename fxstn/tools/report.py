@@ -15,7 +15,7 @@ from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.plots import panels
 from fxstn.bilevel.run import Run
 from fxstn.ir.cost import GENERAL, HYPER, RESPONSE, cost_ratio
-from fxstn.ir.input_errors import as_path
+from fxstn.ir.input_errors import as_file
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.charts import Scale, chart, spark
 from fxstn.tools.explain import Explanation, explain
@@ -45,9 +45,11 @@ def write_report(
     explanation: of the network, from `fxstn.explain`; None: the report makes one.
     title: heading of the page.
 
-    Raises ValueError where no epoch is done yet, and OSError.
+    Raises ValueError where no epoch is done yet, and OSError; TypeError for a title that is no text.
     """
-    path = as_path(path, "write_report")
+    if not isinstance(title, str):
+        raise TypeError(f"write_report: title={title!r} must be text")
+    path = as_file(path, "write_report")
     runner.history.best()  # raises ValueError before the first epoch is done
     if distributed.rank():
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxstn.hp import Mixing, Operation
 from fxstn.ir.graphs import forked_rng
-from fxstn.ir.input_errors import as_path
+from fxstn.ir.input_errors import as_file
 
 
 def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
@@ -67,4 +67,4 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{values[index]:.3g}", fontsize=8, pad=2)
         axes[place][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    figure.savefig(as_path(path, "fxstn.show"), dpi=75)
+    figure.savefig(as_file(path, "fxstn.show"), dpi=75)

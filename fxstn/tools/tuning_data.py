@@ -152,6 +152,9 @@ def _loaders(parts: list[Any], request: DataRequest, classes: int | None = None)
     classes = request.classes or classes or _number_of_classes(parts[:2])
     if classes is None:
         raise ValueError(f"--data {request.name} does not say how many classes it has; add --num-classes N")
+    for part, what in zip(parts, ("training", "validation", "test"), strict=False):
+        if _is_data_set(part) and not len(part):
+            raise ValueError(f"--data {request.name}: the {what} data are empty; give at least one example")
     sets: list[Any] = [part if _is_data_set(part) else getattr(part, "dataset", None) for part in parts[:2]]
     everything = None
     if all(_is_data_set(part) for part in sets):

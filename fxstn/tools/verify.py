@@ -22,6 +22,7 @@ from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.recurrent import APART
+from fxstn.passes.request import check_model
 from fxstn.tools.doing import doing
 from fxstn.tools.generic_point import generic_copy, randomize_response
 from fxstn.tools.reference import Float64Mode, Reference, as_double, flat, move_weights
@@ -153,6 +154,7 @@ def verify(
     train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for
     float32 gets float64 in both. The model and the inputs stay as they were. Raises what `transform` raises.
     """
+    check_model(model)
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
