@@ -182,7 +182,10 @@ class History:
     def best(self) -> Row:
         """The row with the lowest validation loss. Raises ValueError on an empty history, or on one without such losses."""
         if not self.rows:
-            raise ValueError("the history is empty: no epoch is done yet; call fit first, or train on in your loop")
+            raise ValueError(
+                "the history is empty: no epoch is done yet; call fit first, or train on in your loop, which "
+                "tuner.end_epoch() tells of the end of an epoch where it has no train_loader"
+            )
         if not (evaluated := [row for row in self.rows if "valid_loss" in row]):
             raise ValueError(
                 "no epoch is the best one: the run has no validation data, as a refit; its last epoch counts"

@@ -189,7 +189,9 @@ def _check_loop(
             "optimizer has none of the model's parameters: make it of model.parameters(), of this very model"
         )
     if any(isinstance(vars(module).get("forward"), ConditionedForward) for module in model.modules()):
-        raise ValueError("the model is tuned already; call detach() of that tuner first")
+        raise ValueError(
+            "the model is tuned already; call detach() of that tuner first, and copy a model before tune, or after detach()"
+        )
     if train_loader is not None:
         check_loader(train_loader, "train_loader")
     check_loader(valid_loader, "valid_loader")
