@@ -131,13 +131,13 @@ def test_a_look_at_the_training_data_within_an_epoch_is_no_epoch(kind: Any) -> N
         model, optimizer, tuner = tuned(loader, valid)
         for _ in range(3):
             for number, batch in enumerate(loader):
-                train(model, optimizer, [batch])
-                if looks and number in (1, 3):
+                if looks and number in (1, 3, 4):
                     noise = torch.get_rng_state()
                     with torch.no_grad():
                         assert len([model(x) for x, _ in loader]) == 5
                         next(iter(loader))  # and another one, which is left
                     torch.set_rng_state(noise)
+                train(model, optimizer, [batch])
         rows.append(without_times(tuner.history.rows))
     assert rows[0] == rows[1]
     assert len(rows[0]) == 3
@@ -152,6 +152,16 @@ def test_a_pass_in_which_the_loop_takes_steps_is_one_though_another_is_not_over(
         for _ in range(3):
             train(model, optimizer, [next(kept[-1])])
     assert (tuner.steps, len(tuner.history)) == (9, 2)
+
+
+def test_a_loop_over_two_passes_at_once_has_a_row_for_each_of_its_own() -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    for _ in range(3):
+        for one, other in zip(loader, loader, strict=False):
+            train(model, optimizer, [tuple(torch.cat(parts) for parts in zip(one, other, strict=True))])
+    tuner.detach()
+    assert (tuner.steps, len(tuner.history)) == (15, 3)
 
 
 @pytest.mark.parametrize("end", ["detach", "report", "refit"])

@@ -21,6 +21,7 @@ class IdleLoop:
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], network: SelfTuningNetwork) -> None:
         self.model, self.optimizers = model, optimizers
         self._draws = len({index for _, index, _ in network.terms.penalties}) < len(network.hparams)
+        self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions = self._written()
         self._said: set[str] = set()
@@ -36,18 +37,18 @@ class IdleLoop:
 
     def begin_pass(self) -> None:
         """A pass over the training data begins."""
-        self._versions = self._written()
+        self._versions, self._steps = self._written(), False
 
     def note_step(self) -> None:
         """A step of the optimizers that the tuner knows is under way."""
-        self._trains = self._trains or self.model.training
+        self._steps, self._trains = True, self._trains or self.model.training
 
     def warn_of_other_steps(self, stepped: Collection[int]) -> None:
         """Warn where weights were written to in a pass without a step that counts.
 
         stepped: ids of the optimizers that have stepped.
         """
-        if self._written() == self._versions:
+        if self._written() == self._versions or (self._steps and not stepped):
             return
         still = [number for number, optimizer in enumerate(self.optimizers) if id(optimizer) not in stepped]
         if len(still) < len(self.optimizers):

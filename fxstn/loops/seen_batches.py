@@ -88,21 +88,23 @@ class SeenBatches:
         if self.passing and of is not self._pass:
             self._look = batch, of
             return
-        self.passing, self._pass, self._look = True, of, None
+        if not self.passing:
+            self.passing, self._pass, self._left = True, of, False
+        self._look = None
         self._settle()
         self._now.append(batch)
 
     def leave_pass(self, of: object) -> None:
         """The loop has left a pass before its end."""
         self._left = self._left or of is self._pass
+        if self._look is not None and self._look[1] is of:
+            self._look = None
 
     def end_pass(self, of: object = None) -> None:
         """A pass has no more batches."""
-        if of is None or of is self._pass:
-            self._left = True
+        self.leave_pass(self._pass if of is None else of)
+        if self._left:
             self.close()
-        elif self._look is not None and self._look[1] is of:
-            self._look = None
 
     def close(self) -> None:
         """End a pass that the loop has left, or is about to begin anew."""
@@ -119,7 +121,7 @@ class SeenBatches:
 
     def tell(self, batch: object, stepped: bool) -> list[object]:
         """The loop tells a batch that it has trained on. The batches of the step, where it has taken one with it; else []."""
-        self.passing = True
+        self.passing, self._left = True, False
         self._now.append(dict(batch) if isinstance(batch, Mapping) else batch)
         if stepped:
             return self._take()
