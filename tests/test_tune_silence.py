@@ -229,6 +229,7 @@ def test_training_in_eval_mode_is_told() -> None:
 
     with pytest.warns(UserWarning, match=r"eval mode in all steps of epoch 1.*model.train\(\)"):
         train_in_eval_mode()
+    train_in_eval_mode()  # once
 
 
 def test_a_tuner_that_fails_leaves_an_optimizer_without_hooks() -> None:

@@ -24,15 +24,15 @@ class IdleLoop:
         self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions = self._written()
-        self._said: set[str] = set()
+        self._said: set[str] = set()  # what was warned of
 
     def _written(self) -> int:
         """How often weights were written to."""
         return sum(parameter._version for parameter in self.model.parameters())
 
-    def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
             warn_caller(text)
 
     def begin_pass(self) -> None:
@@ -53,20 +53,23 @@ class IdleLoop:
         still = [number for number, optimizer in enumerate(self.optimizers) if id(optimizer) not in stepped]
         if len(still) < len(self.optimizers):
             self._warn(
+                "one still",
                 f"a pass over train_loader is over, and optimizer[{still[0]}] of fxstn.tune has not stepped in it: nothing is "
-                "tuned until all have; give tune those alone that step together"
+                "tuned until all have; give tune those alone that step together",
             )
         else:
             self._warn(
+                "another",
                 "the weights have changed in a pass over train_loader, and no optimizer that fxstn.tune knows has stepped: "
-                "nothing is tuned; give tune the optimizer that steps"
+                "nothing is tuned; give tune the optimizer that steps",
             )
 
     def warn_of_eval_mode(self, epoch: int) -> None:
         """Warn where all steps of an epoch were in eval mode, though there are operations that draw in train mode alone."""
         if self._trains is False and self._draws:
             self._warn(
+                "eval mode",
                 f"the model was in eval mode in all steps of epoch {epoch}: dropout and the like did nothing, and λ does not "
-                "see that; call model.train() before training"
+                "see that; call model.train() before training",
             )
         self._trains = None
