@@ -316,3 +316,22 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, number)
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.warns(fxstn.RunWarning, match=r"cannot be locked \(.*\): start no other run on it"):
         assert len(make(tmp_path).fit(1)) == 1
+
+
+def test_a_signal_in_a_run_within_a_run_ends_both_and_both_have_saved(tmp_path):
+    """The handler of one's own is called once, when the outer one has saved."""
+    calls = []
+
+    def inner(runner):
+        if len(runner.history) == 2:
+            folder = tmp_path / "inner"
+            make(folder, callbacks=[lambda run: os.kill(os.getpid(), signal.SIGTERM)]).fit(5)
+            calls.append(len(load_checkpoint(folder / "last.pt")["shared"]["history"]["rows"]))
+
+    def own(number, frame):
+        calls.append(number)
+
+    with handlers({signal.SIGTERM: own}), pytest.raises(SystemExit):
+        make(tmp_path / "outer", callbacks=[inner]).fit(5)
+    assert calls == [1, signal.SIGTERM]
+    assert len(load_checkpoint(tmp_path / "outer" / "last.pt")["shared"]["history"]["rows"]) == 2

@@ -34,35 +34,53 @@ class Scaled:
             optimizer.step()
 
 
-@pytest.mark.parametrize("to_none", ["before", "after"])
+@pytest.mark.parametrize("zeros", ["before", "after", "before, in place", "after, in place"])
 @pytest.mark.parametrize(
     ("skips", "overflows", "accumulates"), [(0, 0, 1), (3, 0, 1), (0, 3, 1), (2, 0, 2), (0, 2, 3), (3, 1, 1)]
 )
 def test_a_step_is_made_of_the_batches_whose_gradients_it_has(
-    skips: int, overflows: int, accumulates: int, to_none: str
+    skips: int, overflows: int, accumulates: int, zeros: str
 ) -> None:
     """Not of those that the loop passes over, nor of those whose gradients it drops; a refit accumulates as many."""
     loader, valid = DataLoader(data(60), 5), loaders()[1]
     for observed in (True, False):
         model, optimizer, tuner = tuned(loader if observed else None, valid)
-        scaler = Scaled(overflows)
+        scaler, to_none = Scaled(overflows), "in place" not in zeros
         for epoch in range(2):
             count = 0
             for number, (x, y) in enumerate(loader):
                 if epoch == 0 and number < skips:
                     continue
-                if to_none == "before" and count % accumulates == 0:
-                    optimizer.zero_grad()
+                if zeros.startswith("before") and count % accumulates == 0:
+                    optimizer.zero_grad(set_to_none=to_none)
                 F.cross_entropy(model(x), y).backward()
                 count += 1
                 if count % accumulates == 0:
                     scaler.step(optimizer)
-                    if to_none == "after":
-                        optimizer.zero_grad()
+                    if zeros.startswith("after"):
+                        optimizer.zero_grad(set_to_none=to_none)
                 if not observed:
                     tuner.step((x, y))
         assert tuner._seen.most == accumulates
         tuner.detach()
+        assert "zero_grad" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_gradient_that_is_put_in_place_of_another_is_that_of_all_its_batches(observed: bool) -> None:
+    """As DistributedDataParallel puts views of its buckets, and a loop the mean of what it accumulates."""
+    loader, valid = DataLoader(data(60), 5), loaders()[1]
+    model, optimizer, tuner = tuned(loader if observed else None, valid)
+    for number, (x, y) in enumerate(loader, 1):
+        F.cross_entropy(model(x), y).backward()
+        if number % 4 == 0:
+            for weight in model.parameters():
+                weight.grad = weight.grad.detach() / 4
+            optimizer.step()
+            optimizer.zero_grad()
+        if not observed:
+            tuner.step((x, y))
+    assert (tuner.steps, tuner._seen.most) == (3, 4)
 
 
 def test_a_loop_that_accumulates_more_later_has_its_later_steps() -> None:
@@ -214,6 +232,37 @@ def test_a_pass_without_steps_is_no_reason_to_warn() -> None:
         with torch.no_grad():
             assert len([model(x) for x, _ in loader]) == 5
         train(model, optimizer, loader)
+
+
+def test_weights_that_are_loaded_between_two_passes_are_no_steps() -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    next(iter(loader))
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    train(model, optimizer, loader)
+    other, _, tuner_of_other = tuned(DataLoader(data(60), 12), valid)
+    other.load_state_dict({name: 2 * value for name, value in other.state_dict().items()})
+    train(other, tuner_of_other._stepping[0], tuner_of_other.train_loader)
+    assert tuner.history.start_loss == tuner_of_other.history.start_loss
+
+
+def test_a_tuner_that_comes_within_a_pass_hears_of_its_rest() -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    for number, batch in enumerate(loader):
+        train(model, optimizer, [batch])
+        if number == 1:
+            tuner.detach()
+            other = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, **QUICK)
+    assert (tuner.steps, len(tuner.history), other.steps, len(other.history)) == (2, 0, 3, 1)
+
+
+def test_a_loop_that_reads_all_batches_before_it_trains_is_refused_at_its_first_step() -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    with pytest.raises(ValueError, match="also where the loop reads all batches before it trains, train_loader=None"):
+        train(model, optimizer, list(loader))
+    assert not tuner.steps
 
 
 def test_training_in_eval_mode_is_told() -> None:

@@ -183,8 +183,8 @@ class History:
         """The row with the lowest validation loss. Raises ValueError on an empty history, or on one without such losses."""
         if not self.rows:
             raise ValueError(
-                "the history is empty: no epoch is done yet; call fit first, or train on in your loop, which "
-                "tuner.end_epoch() tells of the end of an epoch where it has no train_loader"
+                "the history is empty: no epoch is done yet; call fit first, or go on with your loop; without a "
+                "train_loader, call tuner.end_epoch() after each epoch"
             )
         if not (evaluated := [row for row in self.rows if "valid_loss" in row]):
             raise ValueError(

@@ -48,8 +48,8 @@ class RunningMeans:
     def _whole_sums(self) -> dict[str, Sums]:
         """The sums with the losses of the last steps.
 
-        Nothing changes: which losses are added up together, and so the last bit of a sum, depends on the steps alone, and not
-        on who reads or saves in between.
+        Nothing changes. The last bit of a sum depends on which losses are added up together. So this must depend on the steps
+        alone, and not on who reads or saves in between.
         """
         result = dict(self._sums)
         for name, losses in self._added.items():

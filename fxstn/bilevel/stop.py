@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
-from typing import NoReturn
 
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.workers import SIGNALS, is_worker_fault
+
+_KEY = "notes_signals"
 
 
 class _End(BaseException):
@@ -25,7 +26,7 @@ class Stop:
         self.signal: int | None = None  # the signal that arrived
 
     def run(self, enabled: bool, job: Callable[[], None]) -> None:
-        """Do a job. Signals are noted meanwhile; one that came too late for the job to end at it ends it afterwards.
+        """Do a job. Signals are noted meanwhile. A signal after the job's last step ends the program once the job is done.
 
         Python lets only the main thread handle signals; elsewhere nothing changes. A worker process of a loader that a signal
         has ended all the same, amid a step, ends the job, too: what was saved last stands.
@@ -57,6 +58,7 @@ class Stop:
             self.signal = number
             restore()
 
+        setattr(note, _KEY, True)
         self.signal = None
         try:
             for number in before:
@@ -74,12 +76,15 @@ class Stop:
         """End the job, whose contexts end first."""
         raise _End
 
-    def _act(self, number: int | None) -> NoReturn:
+    def _act(self, number: int | None) -> None:
         """Do what the signal would have done: call its handler, where it has one. Then raise SystemExit with a shell's status.
 
         Python's own handler of SIGINT raises KeyboardInterrupt.
         """
         self.signal = None
-        if number is not None and callable(handler := signal.getsignal(number)):
+        handler = None if number is None else signal.getsignal(number)
+        if number is not None and callable(handler):
             handler(number, None)
+        if getattr(handler, _KEY, False):  # of a run around this one, which ends at its next step
+            return
         raise SystemExit(128 + (number or signal.SIGTERM))

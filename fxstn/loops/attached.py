@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
@@ -29,7 +30,7 @@ from fxstn.loops.observed import can_be_observed, length_of, observe, restore, u
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
-from fxstn.loops.step_hooks import gradient_factor, hook_steps
+from fxstn.loops.step_hooks import ZeroGradHook, gradient_factor, hook_steps
 from fxstn.loops.tuner_state import load_state, state_of
 
 
@@ -66,8 +67,8 @@ class AttachedTuner(RefittableLoop):
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
-        self._seen = SeenBatches(optimizers, self._begin_pass, self._end_pass)
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, network)
+        self._seen = SeenBatches(optimizers, self._idle.begin_pass, self._idle.leave_pass, self._end_pass)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
@@ -79,7 +80,9 @@ class AttachedTuner(RefittableLoop):
             self._own = ResumableLoader(train_loader, "train_loader")
             self.epoch_steps = epoch_steps or length_of(train_loader)
         hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
-        self._handles = [handle for optimizer in self._stepping for handle in hook_steps(optimizer, *hooks)]
+        self._handles: list[RemovableHandle | ZeroGradHook] = []
+        for optimizer in self._stepping:
+            self._handles += [*hook_steps(optimizer, *hooks), ZeroGradHook(optimizer, self._seen.dropped_gradients)]
         self._tuner.begin_epoch()
 
     # What the loop tells
@@ -92,10 +95,6 @@ class AttachedTuner(RefittableLoop):
         """End an epoch whose pass over train_loader the loop has left, as `detach`, `report` and `refit` do."""
         if self._seen.left:
             self._seen.close()
-
-    def _begin_pass(self) -> None:
-        self._evaluate_start()
-        self._idle.begin_pass()
 
     def _end_pass(self) -> None:
         steps = self._tuner.means.steps > self._seen.late
@@ -181,13 +180,15 @@ class AttachedTuner(RefittableLoop):
         self._stepped.clear()
         if self.train_loader is None:
             self._due = True
+            self._seen.hold()
             return
         if self._own is not None:
             self._seen.see(self._own.next()[0])
         if not (batches := self._seen.take()):
             raise ValueError(
-                "the optimizer has stepped, and train_loader has yielded no batch: pass the loader that the loop iterates "
-                "over, after accelerator.prepare say; or train_loader=None, and call tuner.step(batch) after each step"
+                "the optimizer has stepped, and train_loader has yielded no batch for it: pass the loader that the loop "
+                "iterates over, after accelerator.prepare say; or, also where the loop reads all batches before it trains, "
+                "train_loader=None, and call tuner.step(batch) after each step"
             )
         self._advance(batches)
 

@@ -23,6 +23,7 @@ from fxstn.ops.penalty import add_to_gradients, penalty, penalty_gradients
 from fxstn.ops.precision import as_real, wide
 
 Group = dict[str, Any]
+_KERNELS = ("foreach", "fused", "capturable", "differentiable")  # options that say how a step is computed, and not what
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """
     if "decoupled_weight_decay" in group or "weight_decay" not in group:
         return bool(group.get("decoupled_weight_decay"))
-    options = {name: value for name, value in group.items() if name != "params"}
+    options = {name: value for name, value in group.items() if name not in ("params", *_KERNELS)}
     lr, decay, sign = 1e-3, 0.5, -1 if group.get("maximize") else 1
 
     def after_steps(weight_decay: float, added: float = 0.0) -> float:

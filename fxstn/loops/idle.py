@@ -20,24 +20,28 @@ class IdleLoop:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], network: SelfTuningNetwork) -> None:
         self.model, self.optimizers = model, optimizers
-        self._draws = len({index for _, index, _ in network.terms.penalties}) < len(network.hparams)
+        self._draws = bool(network.recipe.plan.binding.sites)
         self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
-        self._versions = self._written()
-        self._said: set[str] = set()  # what was warned of
+        self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
+        self._warned: set[str] = set()  # what was warned of
 
-    def _written(self) -> int:
+    def _writes(self) -> int:
         """How often weights were written to."""
         return sum(parameter._version for parameter in self.model.parameters())
 
     def _warn(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             warn_caller(text)
 
     def begin_pass(self) -> None:
         """A pass over the training data begins."""
-        self._versions, self._steps = self._written(), False
+        self._versions, self._steps = self._writes(), False
+
+    def leave_pass(self) -> None:
+        """The loop leaves the pass."""
+        self._changes = self._writes() != self._versions
 
     def note_step(self) -> None:
         """A step of the optimizers that the tuner knows is under way."""
@@ -48,7 +52,7 @@ class IdleLoop:
 
         stepped: ids of the optimizers that have stepped.
         """
-        if self._written() == self._versions or (self._steps and not stepped):
+        if not self._changes or (self._steps and not stepped):
             return
         still = [number for number, optimizer in enumerate(self.optimizers) if id(optimizer) not in stepped]
         if len(still) < len(self.optimizers):
@@ -69,7 +73,7 @@ class IdleLoop:
         if self._trains is False and self._draws:
             self._warn(
                 "eval mode",
-                f"the model was in eval mode in all steps of epoch {epoch}: dropout and the like did nothing, and λ does not "
-                "see that; call model.train() before training",
+                f"the model was in eval mode in all steps of epoch {epoch}: dropout and augmentations did nothing there, and "
+                "the tuner tunes them as if they did; call model.train() before training",
             )
         self._trains = None

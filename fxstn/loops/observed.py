@@ -45,13 +45,18 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         heard.begin_pass(of)
         try:
             for batch in kind.__iter__(self):
-                if vars(self).get(_LISTENER) is heard:  # until it leaves
+                if (now := vars(self).get(_LISTENER)) is not heard:  # one may leave within a pass, and another one come
+                    heard = now
+                    if heard is not None:
+                        heard.begin_pass(of)
+                if heard is not None:
                     heard.see(batch, of)
                 yield batch
         except GeneratorExit:
-            heard.leave_pass(of)
+            if heard is not None:
+                heard.leave_pass(of)
             raise
-        if vars(self).get(_LISTENER) is heard:
+        if heard is not None and vars(self).get(_LISTENER) is heard:
             heard.end_pass(of)
 
     def begins(self: Any) -> Any:

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TypedDict
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fxstn.bilevel.state import State
@@ -44,6 +45,7 @@ class SeenRates:
     optimizers: of the loop.
 
     A rate that stays for some steps is noted at the first and at the last of them, so that a step of a schedule stays one.
+    Rates on an accelerator are read in the first step of an epoch alone: the host would wait for them.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -53,7 +55,16 @@ class SeenRates:
 
     def note(self) -> None:
         """Note the rates of a step, before it or right after it."""
-        now = [float(group["lr"]) for part in self.optimizers for group in part.param_groups if "lr" in group]
+        rates = [group["lr"] for part in self.optimizers for group in part.param_groups if "lr" in group]
+        known = [] if self._ended else self.epochs[-1]["rates"][-1]
+        waits = [isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates]
+        now = [
+            known[number] if wait and number < len(known) else float(rate)
+            for number, (rate, wait) in enumerate(zip(rates, waits, strict=True))
+        ]
+        self._note(now)
+
+    def _note(self, now: list[float]) -> None:
         if self._ended:
             self.epochs.append({"steps": 0, "places": [], "rates": []})
             self._ended = False
@@ -79,10 +90,15 @@ class SeenRates:
         return any(each != rates[0] for each in rates)
 
     def state_dict(self) -> State:
-        return {"epochs": copy.deepcopy(self.epochs), "ended": self._ended}
+        return {"epochs": _copied(self.epochs), "ended": self._ended}
 
     def load_state_dict(self, state: State) -> None:
-        self.epochs, self._ended = copy.deepcopy(state["epochs"]), state["ended"]
+        self.epochs, self._ended = _copied(state["epochs"]), state["ended"]
+
+
+def _copied(epochs: list[EpochRates]) -> list[EpochRates]:
+    """The same; the last one, which alone may still change, as a copy."""
+    return [*epochs[:-1], *copy.deepcopy(epochs[-1:])]
 
 
 class RatesAgain:

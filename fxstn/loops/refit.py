@@ -54,7 +54,8 @@ class RefittableLoop(Refittable):
         result: dict[str, Any] = {"accumulate": accumulate or max(1, self._seen.most), "callbacks": ()}
         result["execution"] = replace(tuner.settings.execution, device=None, autocast=tuner.autocast)
         if rates.change:
-            steps = math.ceil((length_of(train_loader) or self.steps / len(rates.epochs)) / result["accumulate"])
+            batches = length_of(train_loader)
+            steps = math.ceil(batches / result["accumulate"] if batches else self.steps / len(rates.epochs))
             result["step_schedulers"] = {"optimizer": lambda optimizer: RatesAgain(optimizer, rates.epochs, steps)}
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from weakref import ref
 
@@ -36,15 +37,17 @@ class RememberedBatches:
 
 
 class GradientMark:
-    """Which tensor a gradient is, and how often it was written to; without keeping it."""
+    """Which tensor a gradient is, and how often it was written to; without keeping it. gradient: None for none."""
 
     def __init__(self, gradient: Tensor | None) -> None:
         self._tensor = None if gradient is None else ref(gradient)
-        self.version = 0 if gradient is None else gradient._version
+        self._version = 0 if gradient is None else gradient._version
 
-    def is_of(self, gradient: Tensor | None) -> bool:
-        """Whether it is this very tensor."""
-        return gradient is not None and self._tensor is not None and self._tensor() is gradient
+    def shows(self, gradient: Tensor | None) -> bool:
+        """Whether it is this very tensor, with nothing written to it since; or none, as then."""
+        if gradient is None or self._tensor is None:
+            return gradient is None and self._tensor is None
+        return self._tensor() is gradient and self._version == gradient._version
 
 
 class SeenBatches:
@@ -52,7 +55,7 @@ class SeenBatches:
 
     optimizers: of the loop. Their gradients say which batches a step is made of: not those that the loop passes over, or whose
         gradients it drops.
-    begins, ends: functions, called when a pass begins and when it is over.
+    begins, leaves, ends: functions, called when a pass begins, when the loop leaves it, and when it counts as over.
 
     A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
@@ -61,14 +64,23 @@ class SeenBatches:
     late: steps of this epoch outside of a pass, as in a loop that takes batches ahead.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], begins: Callable[[], None], ends: Callable[[], None]) -> None:
-        self.optimizers, self.begins, self.ends = optimizers, begins, ends
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        begins: Callable[[], None],
+        leaves: Callable[[], None],
+        ends: Callable[[], None],
+    ) -> None:
+        self.optimizers, self.begins, self.leaves, self.ends = optimizers, begins, leaves, ends
         self.passing, self.late, self.most = False, 0, 0
         self._pass: object = None  # the one under way
         self._left = False  # whether the loop has left it
         self._look: tuple[object, object] | None = None  # the last batch of a pass within it, and that pass
         self._now, self._last = list[object](), list[object]()  # of the step under way, of the last one
+        self._held = list[object]()  # of a step that is done, whose last batch the loop has yet to tell
+        self._told = False  # whether the loop was done with the last batch when it was noted
         self._idle = 0  # batches of this pass that no step was made of
+        self._steps = 0  # in this pass
         self._mark = GradientMark(None)  # before the last batch
 
     # Passes
@@ -79,7 +91,8 @@ class SeenBatches:
             return
         self.close()
         self.begins()
-        self.passing, self._pass, self._left, self._look, self._idle = True, of, False, None, 0
+        self.passing, self._pass, self._left, self._look = True, of, False, None
+        self._idle = self._steps = 0
         self._now.clear()
 
     def see(self, batch: object, of: object = None) -> None:
@@ -90,13 +103,15 @@ class SeenBatches:
             return
         if not self.passing:
             self.passing, self._pass, self._left = True, of, False
-        self._look = None
+        self._look, self._told = None, False
         self._settle()
         self._now.append(batch)
 
     def leave_pass(self, of: object) -> None:
         """The loop has left a pass before its end."""
-        self._left = self._left or of is self._pass
+        if of is self._pass and not self._left:
+            self._left = True
+            self.leaves()
         if self._look is not None and self._look[1] is of:
             self._look = None
 
@@ -109,6 +124,7 @@ class SeenBatches:
     def close(self) -> None:
         """End a pass that the loop has left, or is about to begin anew."""
         if self.passing:
+            self.leave_pass(self._pass)
             self.passing, self._pass = False, None
             self.ends()
 
@@ -121,12 +137,17 @@ class SeenBatches:
 
     def tell(self, batch: object, stepped: bool) -> list[object]:
         """The loop tells a batch that it has trained on. The batches of the step, where it has taken one with it; else []."""
-        self.passing, self._left = True, False
+        self.passing, self._left, self._told = True, False, True
         self._now.append(dict(batch) if isinstance(batch, Mapping) else batch)
         if stepped:
+            self._now, self._held = [*self._held, *self._now], []
             return self._take()
         self._settle()
         return []
+
+    def hold(self) -> None:
+        """A step is done, and the loop has yet to tell its last batch: gradients that it drops now are those of the step."""
+        self._held, self._now = [*self._held, *self._now], []
 
     def take(self) -> list[object]:
         """The batches of a step that is done; [] where none was seen.
@@ -141,12 +162,11 @@ class SeenBatches:
         return self._take()
 
     def _take(self) -> list[object]:
-        gradient = self._gradient()
-        if len(self._now) > 1 and gradient is not None and not self._mark.is_of(gradient):
-            del self._now[:-1]
         self.late += not self.passing
+        self._steps += self.passing
         ahead = self.late <= max(self.most, self._idle)
-        batches = self._now or (self._last if ahead else [])
+        whole = not self.passing and not self._steps and self._idle > max(1, self.most)  # the loop has read all ahead
+        batches = [] if whole else self._now or (self._last if ahead else [])
         self._now, self._last, self.most = [], batches, max(self.most, len(batches))
         return batches
 
@@ -163,11 +183,20 @@ class SeenBatches:
         self._mark, count = GradientMark(gradient), len(self._now)
         if gradient is None:
             self._now.clear()
-        elif self._now and before.is_of(gradient) and before.version == gradient._version:
+        elif self._now and before.shows(gradient):
             self._now.pop()  # no backward pass
-        elif not before.is_of(gradient):
-            del self._now[:-1]
         self._idle += count - len(self._now)
+
+    @contextmanager
+    def dropped_gradients(self) -> Iterator[None]:
+        """Around what drops all gradients: batches before have no part in the next step. The last one has, where its backward
+        pass is still to come."""
+        if self._told or not self._mark.shows(self._gradient()):
+            self._last, self._now = self._now[-1:] or self._last, []  # a closure drops gradients within a step
+        else:
+            del self._now[:-1]
+        yield
+        self._mark = GradientMark(self._gradient())
 
     def state_dict(self) -> State:
         return {"most": self.most}

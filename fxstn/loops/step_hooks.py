@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +62,31 @@ def hook_steps(
             after(optimizer)
 
     return [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+
+
+class ZeroGradHook:
+    """A context around each `zero_grad` of an optimizer, until `remove`.
+
+    context: makes it.
+    """
+
+    def __init__(self, optimizer: Optimizer, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self.optimizer, self.own = optimizer, vars(optimizer).get("zero_grad")
+        plain = optimizer.zero_grad
+
+        @functools.wraps(plain)
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            with context():
+                plain(*args, **kwargs)
+
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the optimizer its own method back."""
+        attributes = vars(self.optimizer)
+        attributes.pop("zero_grad", None)
+        if self.own is not None:
+            attributes["zero_grad"] = self.own
 
 
 def changes_weights(optimizer: Optimizer) -> bool:

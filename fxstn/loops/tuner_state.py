@@ -48,7 +48,10 @@ def load_state(
 def _check_optimizers(saved: State, own: State) -> None:
     """Raises ValueError where a saved optimizer is of another type than that of this tuner."""
     for name, record in own["records"].items():
-        before = saved["records"].get(name, {"initial": {"type": "no optimizer"}})["initial"]["type"]
+        try:
+            before = saved["records"][name]["initial"]["type"]
+        except (LookupError, TypeError):
+            before = "no optimizer"
         if before != record["initial"]["type"]:
             raise ValueError(
                 f"the state is of a tuner with {before} as {name}, and this one has {record['initial']['type']}; tune with "
