@@ -27,6 +27,33 @@ def can_be_observed(loader: object) -> bool:
     return hasattr(loader, "__dict__") and hasattr(type(loader), "__iter__")
 
 
+def _pass(loader: Any, kind: Any) -> Iterator[object]:
+    """A pass over a loader, of which its listener hears. kind: the loader's own class."""
+    listener: Listener | None = vars(loader).get(_LISTENER)
+    if listener is None:  # a loader that was made from this one
+        yield from kind.__iter__(loader)
+        return
+    of = object()
+    listener.begin_pass(of)
+    try:
+        for batch in kind.__iter__(loader):
+            if (
+                now := vars(loader).get(_LISTENER)
+            ) is not listener:  # one may leave within a pass, and another one come
+                listener = now
+                if listener is not None:
+                    listener.begin_pass(of)
+            if listener is not None:
+                listener.see(batch, of)
+            yield batch
+    except GeneratorExit:
+        if listener is not None:
+            listener.leave_pass(of)
+        raise
+    if listener is not None and vars(loader).get(_LISTENER) is listener:
+        listener.end_pass(of)
+
+
 def observe(loader: Iterable[object], listener: Listener) -> None:
     """Tell a listener of every pass over a loader from now on.
 
@@ -36,35 +63,12 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
     if _LISTENER in vars(loader):
         raise ValueError("another tuner works with this train_loader; call its detach() first")
 
-    def passes(self: Any) -> Iterator[Any]:
-        heard: Listener | None = vars(self).get(_LISTENER)
-        if heard is None:  # a loader that was made from this one
-            yield from kind.__iter__(self)
-            return
-        of = object()
-        heard.begin_pass(of)
-        try:
-            for batch in kind.__iter__(self):
-                if (now := vars(self).get(_LISTENER)) is not heard:  # one may leave within a pass, and another one come
-                    heard = now
-                    if heard is not None:
-                        heard.begin_pass(of)
-                if heard is not None:
-                    heard.see(batch, of)
-                yield batch
-        except GeneratorExit:
-            if heard is not None:
-                heard.leave_pass(of)
-            raise
-        if heard is not None and vars(self).get(_LISTENER) is heard:
-            heard.end_pass(of)
-
     def begins(self: Any) -> Any:
         if (heard := vars(self).get(_LISTENER)) is not None:
             heard.begin_pass(self)
         return kind.__iter__(self)
 
-    def following(self: Any) -> Any:
+    def following(self: Any) -> object:
         heard = vars(self).get(_LISTENER)
         try:
             batch = kind.__next__(self)  # type: ignore[attr-defined]
@@ -77,7 +81,8 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         return batch
 
     # an object that is its own iterator has one place, so that all who iterate over it are one pass
-    methods = {"__iter__": begins, "__next__": following} if hasattr(kind, "__next__") else {"__iter__": passes}
+    own = hasattr(kind, "__next__")
+    methods = {"__iter__": begins, "__next__": following} if own else {"__iter__": lambda self: _pass(self, kind)}
     names = {"__slots__": (), **methods, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     _CLASS.__set__(loader, type(kind.__name__, (kind,), names))
     vars(loader)[_LISTENER] = listener

@@ -77,8 +77,8 @@ class SeenBatches:
         self._left = False  # whether the loop has left it
         self._look: tuple[object, object] | None = None  # the last batch of a pass within it, and that pass
         self._now, self._last = list[object](), list[object]()  # of the step under way, of the last one
-        self._held = list[object]()  # of a step that is done, whose last batch the loop has yet to tell
-        self._told = False  # whether the loop was done with the last batch when it was noted
+        self._of_step = list[object]()  # of a step that is done, whose last batch the loop has yet to tell
+        self._is_over = False  # whether the loop was done with the last batch when it was noted
         self._idle = 0  # batches of this pass that no step was made of
         self._steps = 0  # in this pass
         self._mark = GradientMark(None)  # before the last batch
@@ -103,7 +103,7 @@ class SeenBatches:
             return
         if not self.passing:
             self.passing, self._pass, self._left = True, of, False
-        self._look, self._told = None, False
+        self._look, self._is_over = None, False
         self._settle()
         self._now.append(batch)
 
@@ -137,17 +137,17 @@ class SeenBatches:
 
     def tell(self, batch: object, stepped: bool) -> list[object]:
         """The loop tells a batch that it has trained on. The batches of the step, where it has taken one with it; else []."""
-        self.passing, self._left, self._told = True, False, True
+        self.passing, self._left, self._is_over = True, False, True
         self._now.append(dict(batch) if isinstance(batch, Mapping) else batch)
         if stepped:
-            self._now, self._held = [*self._held, *self._now], []
+            self._now, self._of_step = [*self._of_step, *self._now], []
             return self._take()
         self._settle()
         return []
 
     def hold(self) -> None:
         """A step is done, and the loop has yet to tell its last batch: gradients that it drops now are those of the step."""
-        self._held, self._now = [*self._held, *self._now], []
+        self._of_step, self._now = [*self._of_step, *self._now], []
 
     def take(self) -> list[object]:
         """The batches of a step that is done; [] where none was seen.
@@ -191,7 +191,7 @@ class SeenBatches:
     def dropped_gradients(self) -> Iterator[None]:
         """Around what drops all gradients: batches before have no part in the next step. The last one has, where its backward
         pass is still to come."""
-        if self._told or not self._mark.shows(self._gradient()):
+        if self._is_over or not self._mark.shows(self._gradient()):
             self._last, self._now = self._now[-1:] or self._last, []  # a closure drops gradients within a step
         else:
             del self._now[:-1]

@@ -72,14 +72,14 @@ class ZeroGradHook:
 
     def __init__(self, optimizer: Optimizer, context: Callable[[], AbstractContextManager[None]]) -> None:
         self.optimizer, self.own = optimizer, vars(optimizer).get("zero_grad")
-        plain = optimizer.zero_grad
+        plain: Callable[..., None] = optimizer.zero_grad
 
         @functools.wraps(plain)
-        def zero_grad(*args: Any, **kwargs: Any) -> None:
+        def zero_grad(*args: object, **kwargs: object) -> None:
             with context():
                 plain(*args, **kwargs)
 
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        vars(optimizer)["zero_grad"] = zero_grad
 
     def remove(self) -> None:
         """Give the optimizer its own method back."""

@@ -43,7 +43,7 @@ def _leaves(value: object) -> Iterator[object]:
         yield from tree_iter(value)
 
 
-def _alone(value: Any) -> Any:
+def _alone(value: object) -> object:
     """The one entry of a structure, which is most batches: of a tuple or list, perhaps with an empty dict of inputs by name."""
     while isinstance(value, (tuple, list)) and value:
         if len(value) > 2 or (len(value) == 2 and (type(value[1]) is not dict or value[1])):
