@@ -99,7 +99,7 @@ def draw_row(row: str, budget: str, path: Path) -> None:
         most = next((most for ending, most in LARGEST.items() if name.endswith(ending)), 1)
         values = [value / most for value in values]
         found.plot(values, lw=1.2, color=plt.cm.turbo(0.05 + 0.9 * number / max(1, len(schedule) - 1)), label=name)
-    found.set(xlabel="epoch", title="found by Δ-STN, seed 0 (holes, lengths, degrees: shares of their largest)")
+    found.set(xlabel="epoch", title="found by Δ-STN, seed 0\n(holes, lengths, degrees: shares of their largest)")
     found.title.set_fontsize(9)
     if schedule:
         found.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
