@@ -162,7 +162,8 @@ def networks() -> str:
         The paper's schedule costs {span(row["schedule"]["ratio"] for row in rows.values())} times plain training. The
         default costs {span(today[0])} times on resnet18 and {span(today[1])} on the MLP, in three processes each, and the
         first steps of a loop with `fxstn.tune` {span(tune)} times. The other networks were measured with an older default,
-        which costs {span(others)} times. A step by `torch.func.jvp` takes {span(jvp)} times as long as the emitted response step.
+        which costs {span(others)} times. A step by `torch.func.jvp` takes {span(jvp)} times as long as the emitted
+        response step.
     """)
 
 

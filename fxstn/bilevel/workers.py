@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from weakref import finalize
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,6 +63,24 @@ def _workers_survive(loader: object) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class WorkerPass:
+    """A pass over a loader with workers, which end when nobody holds the pass any more.
+
+    Where the iterator is part of a cycle that is collected as garbage, Python closes its queues first. No worker then hears
+    that it should end, and torch waits five seconds for each. So the iterator is held from outside of the cycle.
+    """
+
+    def __init__(self, iterator: Iterator[object]) -> None:
+        self._iterators = [iterator]
+        finalize(self, self._iterators.clear)
+
+    def __iter__(self) -> Iterator[object]:
+        return self
+
+    def __next__(self) -> object:
+        return next(self._iterators[0])
+
+
 def batches_of(loader: Iterable[object]) -> Iterator[object]:
     """A pass over a loader. Its workers, if it has any, outlive SIGINT and SIGTERM where the system can tell who sends them."""
     if (
@@ -71,7 +90,7 @@ def batches_of(loader: Iterable[object]) -> Iterator[object]:
     ):
         return iter(loader)
     with _workers_survive(loader):
-        return iter(loader)
+        return WorkerPass(iter(loader))
 
 
 def is_worker_fault(error: BaseException | None) -> bool:
