@@ -708,6 +708,11 @@ def _(folder):
 row("data set unknown", "data set 'imagenet' is not one of digits, mnist")(lambda folder: data.load("imagenet"))
 row("no training images", "train=0 must be at least 1")(lambda folder: data.load("digits", train=0))
 
+for value in (torch.ones(3), 5, "x", None):
+    row(f"shared={value!r}", r"hp.Dropout: shared=.* must be True, one λ for all, or False")(
+        lambda folder, value=value: hp.Dropout(shared=value)
+    )
+
 # A loop of one's own
 
 

@@ -33,6 +33,7 @@ def commit(mistake):
 @example(("specs", ("LabelSmoothing", {"init": "{'x': 1}"})))
 @example(("specs", ("LabelSmoothing", {"low": "None"})))
 @example(("specs", ("Activity", {"shared": "True"})))
+@example(("specs", ("ActivationDecay", {"shared": "tensor"})))
 @example(("batch_of", ("batch", "0-d", "valid_loader")))
 def test_a_mistake_is_refused_by_fxstn_or_works(mistake):
     commit(mistake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -174,3 +175,11 @@ class Hyperparameter:
 
     def __str__(self) -> str:
         return f"init={self.init:g}, low={self.low:g}, high={self.high:g}"
+
+
+def check_places(name: str, where: Sequence[object], shared: object) -> None:
+    """Raises TypeError where a spec's patterns are no texts, or `shared` is neither True nor False. name: of the spec."""
+    if not all(isinstance(pattern, str) for pattern in where):
+        raise TypeError(f"{name} takes module name patterns, got {where!r}")
+    if not isinstance(shared, bool):
+        raise TypeError(f"{name}: shared={shared!r} must be True, one λ for all, or False, one for each")

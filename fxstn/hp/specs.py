@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Never, TypedDict
 
-from fxstn.hp.hyperparameter import CHOSEN, OWN, USUAL, Hyperparameter
+from fxstn.hp.hyperparameter import CHOSEN, OWN, USUAL, Hyperparameter, check_places
 from fxstn.ir.input_errors import is_number
 
 Choice = float | Mapping[str, float] | None
@@ -66,8 +66,7 @@ class Spec:
     def __init__(self, *where: str, init: Choice = None, low: Choice = None, high: Choice = None, scale: Choice = None,
                  shared: bool = False, perturb: str | Mapping[str, str] | None = None, **unknown: Never) -> None:  # fmt: skip
         self.check_arguments(unknown)
-        if not all(isinstance(pattern, str) for pattern in where):
-            raise TypeError(f"hp.{type(self).__name__} takes module name patterns, got {where!r}")
+        check_places(f"hp.{type(self).__name__}", where, shared)
         self.where, self.shared = where, shared
         choices: dict[str, Choice] = {"init": init, "low": low, "high": high, "scale": scale}
         for key, choice in choices.items():
