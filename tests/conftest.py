@@ -1,11 +1,15 @@
 """One thread per worker, one seed per test, slow tests first."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 from benchmarks.fake_cuda import OldTorch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `script &`; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 LACKS = {  # {a part of a test's name: what torch 2.9 cannot do in it}; tests pass with 2.14
