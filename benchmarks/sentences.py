@@ -179,7 +179,8 @@ def launches() -> str:
 def on_a_gpu() -> str:
     measured = read("gpu-cuda")
     one, graphs, mobile = (measured[name] for name in ("resnet18", "resnet18, graphs", "mobilenet_v3_small"))
-    plain, kernels_of, short = one["times"]["plain"]["ms"], one["kernels"]["plain"], str(on_device.SHORT)
+    plain, kernels_of = one["times"]["plain"]["ms"], one["kernels"]["plain"]
+    eager, replayed, large = (on_device.ratio(entry["times"], on_device.SHORT) for entry in (one, graphs, mobile))
     by_graphs = graphs["times"]["plain"]["ms"]
     device = [on_device.ratio(on_device.busy(entry), on_device.SHORT) for entry in (graphs, one)]
     mobile_plain = mobile["times"]["plain"]["ms"]
@@ -189,10 +190,10 @@ def on_a_gpu() -> str:
         {kernels_of["kernels"]:.0f} kernels. The device needs {kernels_of["busy"]:.1f} ms for them, and the host
         {plain:.1f} ms to launch them: {1000 * plain / kernels_of["kernels"]:.0f} µs for each, where the prediction
         below has 5 for an operator. So what counts in eager mode is Python, and a tuned step takes
-        {one["ratios"][short]:.2f} times as long. In CUDA graphs it takes {by_graphs * graphs["ratios"][short]:.1f} ms,
-        less than a plain step in eager mode, and {graphs["ratios"][short]:.2f} times as long as a plain one in graphs. Of the
+        {eager:.2f} times as long. In CUDA graphs it takes {by_graphs * replayed:.1f} ms,
+        less than a plain step in eager mode, and {replayed:.2f} times as long as a plain one in graphs. Of the
         device's time it takes {span(device, 2)} times as much. Where the device decides, as in mobilenet_v3_small with
-        {mobile["kernels"]["plain"]["busy"]:.1f} of {mobile_plain:.1f} ms, tuning takes {mobile["ratios"][short]:.2f} times
+        {mobile["kernels"]["plain"]["busy"]:.1f} of {mobile_plain:.1f} ms, tuning takes {large:.2f} times
         as long as plain training; the prediction is {_predicted("mobilenet_v3_small, 128 × 224², both"):.2f}.
     """)
 

@@ -184,7 +184,7 @@ def test_a_second_worker_may_die_at_the_end_of_any_context(tmp_path, noted, monk
     end = manager.__exit__
 
     def dies(self, kind, error, trace):
-        if error is not None and self.func.__name__ == "_noted":
+        if error is not None and self.func.__name__ == "_note_signals":
             raise RuntimeError(DEATH)
         return end(self, kind, error, trace)
 

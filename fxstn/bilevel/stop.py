@@ -33,7 +33,7 @@ class Stop:
         """
         heeds, ended = enabled and threading.current_thread() is threading.main_thread(), False
         try:
-            with self._noted() if heeds else nullcontext():
+            with self._note_signals() if heeds else nullcontext():
                 job()
         except _End:
             ended = True
@@ -45,7 +45,7 @@ class Stop:
             self._act(self.signal)
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _note_signals(self) -> Iterator[None]:
         """Inside, signals are noted."""
         handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}

@@ -57,11 +57,10 @@ def as_path(path: object, name: str) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise TypeError(f"{name}: {path!r} must be a path; give text or a pathlib.Path")
-    if not os.fspath(path) or "\0" in os.fspath(path):
-        what = (
-            "has a null character, which no path may have; leave it out" if os.fspath(path) else "is no path; give one"
-        )
-        raise ValueError(f"{name}: {path!r} {what}")
+    if not os.fspath(path):
+        raise ValueError(f"{name}: {path!r} is no path; give one")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name}: {path!r} has a null character, which no path may have; leave it out")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

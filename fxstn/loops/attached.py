@@ -82,7 +82,7 @@ class AttachedTuner(RefittableLoop):
         hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
         self._handles: list[RemovableHandle | ZeroGradHook] = []
         for optimizer in self._stepping:
-            self._handles += [*hook_steps(optimizer, *hooks), ZeroGradHook(optimizer, self._seen.dropped_gradients)]
+            self._handles += [*hook_steps(optimizer, *hooks), ZeroGradHook(optimizer, self._seen.drop_gradients)]
         self._tuner.begin_epoch()
 
     # What the loop tells

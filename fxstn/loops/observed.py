@@ -37,9 +37,8 @@ def _pass(loader: Any, kind: Any) -> Iterator[object]:
     listener.begin_pass(of)
     try:
         for batch in kind.__iter__(loader):
-            if (
-                now := vars(loader).get(_LISTENER)
-            ) is not listener:  # one may leave within a pass, and another one come
+            now = vars(loader).get(_LISTENER)
+            if now is not listener:  # one may leave within a pass, and another one come
                 listener = now
                 if listener is not None:
                     listener.begin_pass(of)
@@ -64,20 +63,20 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         raise ValueError("another tuner works with this train_loader; call its detach() first")
 
     def begins(self: Any) -> Any:
-        if (heard := vars(self).get(_LISTENER)) is not None:
-            heard.begin_pass(self)
+        if (current := vars(self).get(_LISTENER)) is not None:
+            current.begin_pass(self)
         return kind.__iter__(self)
 
     def following(self: Any) -> object:
-        heard = vars(self).get(_LISTENER)
+        current = vars(self).get(_LISTENER)
         try:
             batch = kind.__next__(self)  # type: ignore[attr-defined]
         except StopIteration:
-            if heard is not None:
-                heard.end_pass(self)
+            if current is not None:
+                current.end_pass(self)
             raise
-        if heard is not None:
-            heard.see(batch, self)
+        if current is not None:
+            current.see(batch, self)
         return batch
 
     # an object that is its own iterator has one place, so that all who iterate over it are one pass

@@ -90,13 +90,13 @@ class SeenRates:
         return any(each != rates[0] for each in rates)
 
     def state_dict(self) -> State:
-        return {"epochs": _copied(self.epochs), "ended": self._ended}
+        return {"epochs": _copy(self.epochs), "ended": self._ended}
 
     def load_state_dict(self, state: State) -> None:
-        self.epochs, self._ended = _copied(state["epochs"]), state["ended"]
+        self.epochs, self._ended = _copy(state["epochs"]), state["ended"]
 
 
-def _copied(epochs: list[EpochRates]) -> list[EpochRates]:
+def _copy(epochs: list[EpochRates]) -> list[EpochRates]:
     """The same; the last one, which alone may still change, as a copy."""
     return [*epochs[:-1], *copy.deepcopy(epochs[-1:])]
 

@@ -188,7 +188,7 @@ class SeenBatches:
         self._idle += count - len(self._now)
 
     @contextmanager
-    def dropped_gradients(self) -> Iterator[None]:
+    def drop_gradients(self) -> Iterator[None]:
         """Around what drops all gradients: batches before have no part in the next step. The last one has, where its backward
         pass is still to come."""
         if self._is_over or not self._mark.shows(self._gradient()):
