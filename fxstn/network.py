@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,12 +21,9 @@ from fxstn.ir.copies import deep_copy
 from fxstn.ir.errors import Diagnostic
 from fxstn.ir.graph_kind import GraphKind, graph_kind
 from fxstn.ops.batch_axis import batch_size
-from fxstn.ops.parameters import parameters_in
 from fxstn.ops.penalty import Metric, total_penalty
 from fxstn.ops.pull_back import pull_back_gradients
 from fxstn.ops.response import Response, ResponseTree, frozen, parameter_changes, responding
-
-METHODS = ("delta", "centered", "stn")
 
 
 class SelfTuningNetwork(Summarized, ModelWrapper):
@@ -139,6 +136,11 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
 
     # Parameters
 
+    @property
+    def named_weights(self) -> Mapping[str, nn.Parameter]:
+        """{name: parameter} of the original network, each name of a shared one too, as the last step saw them."""
+        return self._graphs.parameters(self)
+
     def general_parameters(self) -> Iterator[nn.Parameter]:
         """w₀: the original network's parameters."""
         return self.model.parameters()
@@ -178,7 +180,7 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         best: see `fxstn.HyperSettings`, inner_correction. Parameters without .grad count as zero. Not for method "stn". With a
         GradScaler, read it after `unscale_`. It is not finite where a gradient overflowed; drop it then.
         """
-        return pull_back_gradients(self.response, self.model).to(self.hparams.unconstrained)
+        return pull_back_gradients(self.response, self.named_weights).to(self.hparams.unconstrained)
 
     def export(self) -> nn.Module:
         """A plain model of the original class with the trained weights; its state_dict loads strict=True."""
@@ -269,20 +271,19 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         """finish(the output at λ₀ and w₀, as the hyper step sees it). Gradients reach the weights that respond, no others."""
         self._graphs.follow(self, False)
         kind = GraphKind("at_rest" if self.method == "delta" else "plain", False)
-        with frozen(parameters_in(self.model).values(), but=responding(self.response, self.model).values()):
+        with frozen(self.named_weights.values(), but=responding(self.response, self.named_weights).values()):
             return self.run(kind, Inputs(inputs, named), finish)
 
     def _run(self, kind: GraphKind, inputs: Inputs, delta: Tensor, condition: Tensor | None,
              finish: Finish = unchanged) -> Any:  # fmt: skip
         self._graphs.follow(self, kind.training)
-        moved = {"delta": self.hparams.checked(delta, "delta", inputs)}
-        if condition is not None:
-            moved["condition"] = self.hparams.checked(condition, "condition", inputs)
+        moves = {"delta": delta} if condition is None else {"delta": delta, "condition": condition}
+        moved = {name: self.hparams.checked(value, name, inputs) for name, value in moves.items()}
         if any(value.dim() > 1 for value in moved.values()):
             self._graphs.locate_examples(self, inputs)
             if batch_size(inputs) == 1 and not self._graphs.per_example(self, inputs):
                 moved = {name: value.flatten() for name, value in moved.items()}  # one example: that of the batch
-        with frozen(() if self.method == "stn" else parameters_in(self.model).values()):
+        with frozen(() if self.method == "stn" else self.named_weights.values()):
             return self.run(kind, inputs, finish, **moved)
 
     def penalty(self, condition: Tensor | None = None) -> Tensor | float:
@@ -292,9 +293,8 @@ class SelfTuningNetwork(Summarized, ModelWrapper):
         """
         if not self.terms.penalties:
             return 0.0
-        delta = condition
-        if condition is not None and self.method == "stn":
+        delta, constant = condition, condition is not None and self.method != "stn"
+        if condition is not None and not constant:
             delta = condition + self.hparams.unconstrained.detach()
-        constant = condition is not None and self.method != "stn"
         strengths, metric = self.hparams(condition), self.decay_metric
         return total_penalty(self.terms.penalties, self.model, self.response, strengths, delta, constant, metric)

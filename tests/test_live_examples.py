@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.losses import joins_examples
+from fxstn.bilevel.perturbation import joins_examples
 
 BATCH, TIME, WIDTH, EXPERTS = 4, 5, 6, 3
 TWO = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxstn.bilevel import distributed, targets
-from fxstn.bilevel.checks import remark_on
+from fxstn.bilevel import targets
 from fxstn.bilevel.counts import Count, Loss, LossValue, as_loss
+from fxstn.bilevel.perturbation import Perturb, inputs_of, perturbation
 from fxstn.bilevel.temporary import eval_mode
-from fxstn.frontends.inputs import Inputs, as_inputs, signature_once
+from fxstn.frontends.inputs import Inputs, signature_once
 from fxstn.ir.containers import leaves, mapped
 from fxstn.ir.input_errors import explained_loss_errors
 from fxstn.network import SelfTuningNetwork
@@ -22,16 +22,8 @@ from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import squared_jacobian, twice_differentiable
 from fxstn.ops.pull_back import through_response
 from fxstn.ops.response import frozen
-from fxstn.ops.synced import BATCH_NORMS
 
 LossFunction = Callable[..., LossValue]  # (output, target), or (output, target, hparams)
-PerturbMode = Literal["auto", "example", "batch", "off"]
-Perturb = PerturbMode | Tensor
-
-
-def inputs_of(stn: SelfTuningNetwork, inputs: object) -> Inputs:
-    """The inputs of a batch: a tuple or list of them by position, a mapping by name, or the one input."""
-    return as_inputs(tuple(inputs) if isinstance(inputs, list) else inputs, stn.model)
 
 
 def takes_hparams(loss_fn: LossFunction) -> bool:
@@ -104,47 +96,6 @@ def _has_gradient(output: object) -> bool:
 def _check_network(stn: object) -> None:
     if not hasattr(stn, "perturbed_output"):  # a compiled network has it, too
         raise TypeError(f"stn must come from fxstn.transform, got {type(stn).__name__}; give transform(model, hparams)")
-
-
-def joins_examples(stn: SelfTuningNetwork) -> bool:
-    """Whether a batch norm normalises by the batch in the response step.
-
-    Statistics of examples with an ε each follow none of them. Θ then learns to undo what they undo where all have the same λ.
-    """
-    graph = stn.graph("train").graph
-    norms = [
-        node
-        for function in BATCH_NORMS
-        for node in graph.find_nodes(op="call_function", target=function)
-        if node.args[5] is True
-    ]
-    return any(stn.recipe.plan.statistics == "batch" or node.args[1] is None for node in norms)  # no running mean
-
-
-def perturbation(
-    stn: SelfTuningNetwork, inputs: object, perturb: Perturb, generator: torch.Generator | None = None
-) -> Tensor:
-    """ε of a step.
-
-    perturb: "example" draws one ε per example, (batch, h), and "batch" one for all examples, (h,). "auto" draws one per example
-        where the network allows, and no batch norm joins the examples. Or ε itself, in one of the two shapes.
-    generator: that all processes have in the same state. Each then takes its share of the rows, every k-th of k processes, as
-        torch's DistributedSampler shares out examples. None: torch's own, for the rows of this process.
-
-    Raises ValueError for anything else.
-    """
-    inputs = inputs_of(stn, inputs)
-    if isinstance(perturb, Tensor):
-        return perturb
-    if perturb not in ("auto", "example", "batch"):
-        raise ValueError(f"perturb={perturb!r} must be 'auto', 'example', 'batch' or a tensor{remark_on(perturb)}")
-    possible = perturb != "batch" and stn.per_example(
-        *inputs.args, **inputs.kwargs
-    )  # says also which λ have one ε alone
-    if perturb == "batch" or (perturb == "auto" and (not possible or joins_examples(stn))):
-        return stn.hparams.sample(1, generator)[0]
-    shares = 1 if generator is None else distributed.processes()
-    return stn.hparams.sample(batch_size(inputs) * shares, generator)[distributed.rank() % shares :: shares]
 
 
 def general_loss(
@@ -280,7 +231,7 @@ def hyper_loss(
         finish = _ValidationLoss(stn, loss_fn, inputs, target, takes_hparams(loss_fn))
         loss = Loss(*stn.output_at_rest(*inputs.args, finish=finish, **inputs.kwargs))
         if loss.data.requires_grad:
-            loss = replace(loss, data=through_response(loss.data, unconstrained, stn.response, stn.model))
+            loss = replace(loss, data=through_response(loss.data, unconstrained, stn.response, stn.named_weights))
         return loss.with_penalties(*stn.hparams.entropy_terms(entropy_weight))
     delta = unconstrained - unconstrained.detach()
     delta = delta if off else delta + perturbation(stn, inputs, perturb)

@@ -19,18 +19,15 @@ from fxstn.bilevel.counts import Loss, LossValue
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.losses import (
     LossFunction,
-    Perturb,
     evaluate_loss,
     general_loss,
     hyper_loss,
-    inputs_of,
-    joins_examples,
-    perturbation,
     response_loss,
     takes_hparams,
     validation_loss,
 )
 from fxstn.bilevel.norm_statistics import recalibrated_norms, value_counts
+from fxstn.bilevel.perturbation import Perturb, inputs_of, joins_examples, perturbation
 from fxstn.bilevel.problem import BilevelProblem, Evaluation
 from fxstn.bilevel.run_settings import OF_NETWORKS, Settings
 from fxstn.bilevel.sequences import CarriedState
@@ -95,7 +92,7 @@ class NetworkProblem(BilevelProblem):
 
     def add_decay(self) -> None:
         if self._decay is not None:
-            add_decay(self.stn.terms.penalties, self.stn.model, self._decay)
+            add_decay(self.stn.terms.penalties, self.stn.named_weights, self._decay)
 
     def response_loss(self, inputs: Any, target: Any) -> Loss:
         """L_T at λ + ε, from the state before the window or, while ε stays, from that of the perturbed network."""

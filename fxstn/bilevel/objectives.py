@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fxstn.bilevel import losses
 from fxstn.bilevel.counts import IGNORED
-from fxstn.bilevel.losses import LossFunction, Perturb
+from fxstn.bilevel.losses import LossFunction
+from fxstn.bilevel.perturbation import Perturb
 from fxstn.network import SelfTuningNetwork
 
 

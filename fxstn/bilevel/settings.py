@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 import torch
 
 from fxstn.bilevel.checks import check_settings, plain_number
-from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.optimizers import OptimizerLike, rmsprop
+from fxstn.bilevel.perturbation import PerturbMode
 from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY
 
 

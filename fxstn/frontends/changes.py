@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
+from itertools import chain
+from operator import attrgetter, call, itemgetter
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +20,7 @@ from fxstn.frontends.module_state import same
 from fxstn.hp.binding import Binding
 from fxstn.ir.containers import INTERNAL
 from fxstn.ir.errors import module_path
+from fxstn.ops.parameters import parameters_in
 from fxstn.ops.response import Response
 
 _ANEW = "transform the model again, with the change made before"
@@ -67,14 +70,14 @@ class ModuleState:
         ]
         self.modules = [record.module for record in self.records]
         self.flags = [record.path not in frozen for record in self.records]
-        self.entries: list[tuple[dict[str, Any], str]] = []
+        self.entries: list[Callable[[], tuple]] = []  # the objects of one container each
         self.containers: list[dict] = []
         for record in self.records:
             module, own = record.module, vars(record.module)
             for container, names in ((own, record.attributes), (module._modules, module._modules),
                                      (module._parameters, module._parameters)):  # fmt: skip
                 self.containers.append(container)
-                self.entries += [(container, name) for name in names]
+                self.entries += [_getter(container, list(names))] if names else []
             self.containers += _hooks_of(module) if hooks else ()
         # Lists and dicts of the model's own; those of torch's modules, which begin with "_", follow from other attributes.
         self.contents = [
@@ -85,11 +88,15 @@ class ModuleState:
         ]
         self.identities = self._identities()
         self.parameters = dict(model.named_parameters())
+        self.named_parameters = parameters_in(model)  # with each name of a shared one
         self.trained = self._trained()
 
     def _identities(self) -> list[int]:
         """Which objects there are. This runs before every step, so it is short."""
-        return [*map(len, self.containers), *[id(container.get(name)) for container, name in self.entries]]
+        try:
+            return [*map(len, self.containers), *map(id, chain.from_iterable(map(call, self.entries)))]
+        except KeyError:  # one is no longer there
+            return []
 
     def _trained(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self.parameters.values()]
@@ -209,6 +216,11 @@ def _attributes(module: nn.Module) -> dict[str, object]:
         for name, value in vars(module).items()
         if name not in INTERNAL and not isinstance(value, ConditionedForward)
     }
+
+
+def _getter(container: Mapping[str, Any], names: Sequence[str]) -> Callable[[], tuple]:
+    """A function that returns the entries of these names, without a loop of Python's. It raises KeyError."""
+    return partial(itemgetter(*names, names[0]), container)  # twice, because of a single one it would return no tuple
 
 
 _hooks_of = attrgetter(*HOOKS)

@@ -23,6 +23,7 @@ from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import own_inputs
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxes
 from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.parameters import parameters_in
 
 MANY = 8  # captures for other sizes, after which a warning says so
 
@@ -113,6 +114,10 @@ class GraphCache:
     def forget_modules(self) -> None:
         """Take the modules as they are at the next step for those of the graphs."""
         self.state = None
+
+    def parameters(self, root: Root) -> Mapping[str, nn.Parameter]:
+        """{name: parameter} of the model, with each name of a shared one, as they were when its modules were last looked at."""
+        return parameters_in(root.get_submodule("model")) if self.state is None else self.state.named_parameters
 
     def _follow_changes(self, root: Root, changes: list[Change], frozen: tuple[str, ...]) -> None:
         """Make graphs for modules that have changed, with these in eval mode."""

@@ -10,6 +10,7 @@ from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.ir.cost import CYCLE, LONGEST_CYCLE, RESPONSE_EVERY, cost_ratio
 from fxstn.ir.coverage import Coverage
+from fxstn.ops.parameters import parameters_in
 from fxstn.ops.response import responding
 
 KINDS = 4  # lines for kinds of hyperparameters
@@ -64,7 +65,7 @@ def _kinds(hyperparameters: Sequence[Hyperparameter]) -> list[str]:
 
 def _responds(model: nn.Module, response: nn.Module) -> list[str]:
     """How many parameters respond, and which do not."""
-    parameters, moved = dict(model.named_parameters()), responding(response, model)
+    parameters, moved = dict(model.named_parameters()), responding(response, parameters_in(model))
     elements, rest = sum(p.numel() for p in parameters.values()), [name for name in parameters if name not in moved]
     moving = sum(p.numel() for p in moved.values())
     share = moving / elements if elements else 0.0

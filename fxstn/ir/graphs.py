@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from typing import Any, cast
 
@@ -32,8 +35,39 @@ def assemble(
     module = kind(nn.Module(), fx.Graph(), class_name=name)
     for child_name, child in root.named_children():
         module.add_module(child_name, child)
+    if kind is fx.GraphModule:
+        graph.on_generate_code(lambda _: partial(_with_each_owner_once, graph))
     module.graph = graph
     return module
+
+
+def _with_each_owner_once(graph: fx.Graph, code: list[str]) -> list[str]:
+    """The code of a graph, where a module is looked up once for all of its parameters and buffers.
+
+    torch looks up `model`, the module and the parameter for each of these, by a function of Python's each time.
+
+    code: pieces, one of which is `name = expression` for a node.
+    """
+    owners = {node.name: str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr")}
+    repeated = {owner for owner, times in Counter(owners.values()).items() if owner and times > 1}
+    names = {owner: f"owner_{number}" for number, owner in enumerate(sorted(repeated))}
+    if not names or any(node.name in names.values() for node in graph.nodes):
+        return code
+    result: list[str] = []
+    known: set[str] = set()
+    for piece in code:
+        match = _READ.fullmatch(piece)
+        owner = owners.get(match["name"], "") if match else ""
+        if match and owner in names:
+            if owner not in known:
+                result.append(f"{names[owner]} = {match['owner']}\n")
+            known.add(owner)
+            piece = f"{match['left']} = {names[owner]}.{match['attribute']}"
+        result.append(piece)
+    return result
+
+
+_READ = re.compile(r"(?P<left>(?P<name>\w+)( : [^=]+)?) = (?P<owner>(self|getattr)\b.*)\.(?P<attribute>\w+)")
 
 
 def model_of(module: fx.GraphModule) -> nn.Module:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxstn.ir.closed import closed_call
@@ -47,9 +48,12 @@ def draws(function: object) -> bool:
     return staging is not None and staging.random
 
 
+_NO_PROXY = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, str))  # what most arguments of most steps are
+
+
 def _proxy_in(values: Iterable[object]) -> fx.Proxy | None:
     for value in values:
-        if type(value) is Tensor:  # as most arguments in most steps
+        if type(value) in _NO_PROXY:
             continue
         if isinstance(value, fx.Proxy):
             return value
@@ -127,7 +131,9 @@ def _staged(staging: Staging, function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        proxy = _proxy_in((*args, *kwargs.values()))
+        proxy = _proxy_in(args)
+        if proxy is None and kwargs:
+            proxy = _proxy_in(kwargs.values())
         if proxy is not None:
             return _emit(proxy, wrapper, args, kwargs)
         if overridable and has_torch_function(args):

@@ -1,4 +1,4 @@
-"""Fused kernels used as tangents. A self-adjoint Jacobian's backward kernel is its own tangent and its own transpose."""
+"""Operations of emitted graphs that belong to no kind of layer: tangents of results and of losses, and of any one operation."""
 
 from __future__ import annotations
 
@@ -16,71 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
 from fxstn.ops import forward_mode
-
-
-class _LinearMap(torch.autograd.Function):
-    """J dx by one kernel, its backward Jᵀ g by another, so that neither needs a derivative of its own."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: Any
-    ) -> Tensor:
-        return kernel(tangent, *saved)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.transpose, *saved = inputs
-        ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
-        ctx.plain = [value for value in saved if not isinstance(value, Tensor)]
-        ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
-        saved = [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
-        return ctx.transpose(grads[0], *saved), None, None, *[None] * len(saved)
-
-
-def differentiates(*values: object) -> bool:
-    """Whether autograd records derivatives in one of several values, or structures of them.
-
-    Of primal values it does where an objective differentiates the network by its inputs (hp.JacobianNorm); the weights are
-    constants while a tangent is computed.
-    """
-    leaves = tree_leaves(values)
-    return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-
-
-def linear_map(
-    transpose: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorator: stage kernel(tangent, *saved), linear in `tangent`, with transpose(cotangent, *saved) as its gradient.
-
-    saved: primal values, the first of which has the tangent's type (autocast may have left another). They are constants,
-        unless autograd records derivatives in them.
-    smooth: what is computed then, as kernel, of operations that can be differentiated again. None for the kernel itself.
-    """
-
-    def decorate(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(kernel)
-        def apply(tangent: Tensor, *saved: Any) -> Tensor:
-            tangent = tangent.to(saved[0].dtype)
-            if differentiates(*saved):
-                return (smooth or kernel)(tangent, *saved)
-            return _LinearMap.apply(tangent, kernel, transpose, *saved)
-
-        apply.__name__ = getattr(kernel, "__name__", str(kernel)).replace("_backward", "_jacobian")
-        apply.__module__ = __name__
-        return staged(apply)
-
-    return decorate
-
-
-def self_adjoint(kernel: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-    """As `linear_map`, for a symmetric kernel: it is its own transpose."""
-    return linear_map(kernel, smooth)(kernel)
+from fxstn.ops.linear_maps import differentiates, self_adjoint
 
 
 @self_adjoint

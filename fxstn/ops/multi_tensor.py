@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
-_FUSED = (torch.float32, torch.float16, torch.bfloat16)  # types for which a rate in float32 is precise enough
+_HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+_FUSED = {"cuda": _HALF_OR_SINGLE, "cpu": (*_HALF_OR_SINGLE, torch.float64)}  # on CUDA the rate is in float32
+_KINDS = attrgetter("device"), attrgetter("dtype"), attrgetter("layout")
 
 
 def add_multiples(tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: Tensor) -> None:
@@ -16,8 +19,8 @@ def add_multiples(tensors: Sequence[Tensor], directions: Sequence[Tensor], facto
     tensors, directions: x and d, of equal shapes, all of one type.
     factor: 0-d, on their device; its value is not waited for.
 
-    On CUDA it is one kernel for many tensors, that of torch's fused SGD: a step of ascent along d, whose rate may be on the
-    device. `torch._foreach_add_` takes the factor from the host only.
+    It is one kernel for many tensors, that of torch's fused SGD: a step of ascent along d, whose rate may be on the device.
+    `torch._foreach_add_` takes the factor from the host only.
     """
     if torch.compiler.is_compiling() or not _fusible([*tensors, *directions], len(tensors)):
         factor = factor.to(tensors[0].dtype)
@@ -25,23 +28,26 @@ def add_multiples(tensors: Sequence[Tensor], directions: Sequence[Tensor], facto
             x.addcmul_(direction, factor)
         return
     read = [direction.data for direction in directions]  # torch counts a write to what the kernel only reads
+    rate = factor.float() if factor.is_cuda else factor
     torch._fused_sgd_(
-        list(tensors), read, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
+        list(tensors), read, [], weight_decay=0.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
         maximize=True, is_first_step=False,
     )  # fmt: skip
 
 
 def _fusible(tensors: Sequence[Tensor], half: int) -> bool:
     """Whether the kernel takes tensors, each of the first half with its partner in the second."""
-    first = tensors[0]
-    alike = all(x.device == first.device and x.dtype == first.dtype and x.layout == torch.strided for x in tensors)
-    if not alike or first.device.type != "cuda" or first.dtype not in _FUSED:
+    devices, dtypes, layouts = (set(map(get, tensors)) for get in _KINDS)  # in every step: without a loop of Python's
+    device, dtype = next(iter(devices)), next(iter(dtypes))
+    if len(devices) + len(dtypes) > 2 or layouts != {torch.strided} or dtype not in _FUSED.get(device.type, ()):
         return False
+    if all(map(Tensor.is_contiguous, tensors)):
+        return True
     pairs = zip(tensors[:half], tensors[half:], strict=True)
-    return all(_both_contiguous(x, d) or (x.stride() == d.stride() and _is_dense(x)) for x, d in pairs)
+    return all(_are_contiguous(x, d) or (x.stride() == d.stride() and _is_dense(x)) for x, d in pairs)
 
 
-def _both_contiguous(x: Tensor, d: Tensor) -> bool:
+def _are_contiguous(x: Tensor, d: Tensor) -> bool:
     return x.is_contiguous() and d.is_contiguous()
 
 

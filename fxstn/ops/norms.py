@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ops.kernels import linear_map, self_adjoint
+from fxstn.ops.linear_maps import linear_map, self_adjoint
 from fxstn.ops.precision import has_autocast, wide
 
 aten = torch.ops.aten

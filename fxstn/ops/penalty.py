@@ -78,13 +78,15 @@ def groups_of(penalties: Sequence[tuple[str, int, int]], parameters: Mapping[str
 
 
 @torch.no_grad()
-def add_decay(penalties: Sequence[tuple[str, int, int]], model: nn.Module, strengths: Tensor) -> None:
+def add_decay(
+    penalties: Sequence[tuple[str, int, int]], parameters: Mapping[str, nn.Parameter], strengths: Tensor
+) -> None:
     """Add the gradient of each penalty at w to that of its parameter, unless it is frozen.
 
     penalties: (parameter name, index of its strength, norm) of each.
+    parameters: of the model, {name: w}.
     strengths: (h,).
     """
-    parameters = parameters_in(model)
     for (index, norm, _), names in groups_of(penalties, parameters).items():
         if weights := [w for w in map(parameters.__getitem__, names) if w.requires_grad]:
             add_to_gradients(weights, strengths[index], norm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fxstn.ops.precision import as_real, widen
-from fxstn.ops.response import ResponseTree, parameters_in, responding, responses_in
+from fxstn.ops.response import ResponseTree, responding, responses_in
 from fxstn.ops.scaled import row_sums, zero_and_one
 
 SMALL = 2**22  # entries: 16 MB of float32
@@ -136,9 +136,8 @@ def pull_back(tree: nn.Module, gradients: Mapping[str, Tensor], parameters: Mapp
     return tree.flat_U.T @ row_products(tree, gradients, directions)
 
 
-def pull_back_gradients(tree: nn.Module, model: nn.Module) -> Tensor:
-    """Θᵀ g, (h,), for the gradients g that the parameters hold."""
-    parameters = parameters_in(model)
+def pull_back_gradients(tree: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Θᵀ g, (h,), for the gradients g that the parameters hold, {name: w} of a model."""
     gradients = {name: parameters[name].grad for name in responses_in(tree)}
     return pull_back(tree, {name: g for name, g in gradients.items() if g is not None}, parameters)
 
@@ -160,15 +159,21 @@ class _ThroughResponse(torch.autograd.Function):
     """The loss itself, with the gradient Θᵀ ∇L in λ, and what it has in λ besides."""
 
     @staticmethod
-    def forward(ctx: Any, unconstrained: Tensor, record: Sequence[Tensor], tree: nn.Module, model: nn.Module) -> Tensor:
+    def forward(
+        ctx: Any,
+        unconstrained: Tensor,
+        record: Sequence[Tensor],
+        tree: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+    ) -> Tensor:
         (loss,) = record  # in a sequence it is no input of this function: its record stays apart
-        ctx.unconstrained, ctx.loss, ctx.tree, ctx.model = unconstrained, loss, tree, model
+        ctx.unconstrained, ctx.loss, ctx.tree, ctx.parameters = unconstrained, loss, tree, parameters
         return loss.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = responding(ctx.tree, ctx.model)
+        parameters = responding(ctx.tree, ctx.parameters)
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         with without_hooks(parameters.values()):
             sources = (ctx.unconstrained, *parameters.values())
@@ -178,7 +183,9 @@ class _ThroughResponse(torch.autograd.Function):
         return result if own is None else result + own, None, None, None
 
 
-def through_response(loss: Tensor, unconstrained: Tensor, tree: nn.Module, model: nn.Module) -> Tensor:
+def through_response(
+    loss: Tensor, unconstrained: Tensor, tree: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Tensor:
     """A loss of the network itself as a function of λ: the weights move by Θ δ, δ = λ − λ₀ = 0.
 
     Its gradient in λ is that of L(f(w₀ + Θδ)), Θᵀ ∇L: the loss's own backward pass and one product. No other gradient is left
@@ -187,8 +194,9 @@ def through_response(loss: Tensor, unconstrained: Tensor, tree: nn.Module, model
     loss: a scalar, whose record leads to the parameters that respond.
     unconstrained: λ, (h,).
     tree: a ResponseTree, over the names of the model's parameters.
+    parameters: these, {name: w}.
     """
-    result: Tensor = _ThroughResponse.apply(unconstrained, [loss], tree, model)
+    result: Tensor = _ThroughResponse.apply(unconstrained, [loss], tree, parameters)
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -96,9 +96,8 @@ def row_scales(tree: nn.Module, delta: Tensor) -> dict[str, Tensor]:
     return {name: scales[response.block] for name, response in responses_in(tree).items()}
 
 
-def responding(tree: nn.Module, model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: w} of the parameters that respond and are trained."""
-    parameters = parameters_in(model)
+def responding(tree: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """{name: w} of the parameters that respond and are trained, of all of a model's."""
     return {name: parameters[name] for name in responses_in(tree) if parameters[name].requires_grad}
 
 
@@ -155,7 +154,7 @@ def align(scale: Tensor, output: Tensor, dim: int, batch_axis: Place = BATCH_FIR
 
     Raises ValueError when the examples of a scale (batch, n) are not there.
     """
-    scale = scale.to(output.dtype)
+    scale = scale if scale.dtype is output.dtype else scale.to(output.dtype)
     shape, single = [1] * output.dim(), scale.shape[-1] == 1
     if not single:
         shape[dim] = scale.shape[-1]

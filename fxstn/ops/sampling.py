@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ops.kernels import linear_map
+from fxstn.ops.linear_maps import linear_map
 
 _MODES, _PADDINGS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.kernels import differentiates
+from fxstn.ops.linear_maps import Context, differentiates
 from fxstn.ops.norms import INPUT_ONLY, alike, layer_norm_jacobian
 from fxstn.ops.precision import low
 from fxstn.ops.response import align
 from fxstn.ops.scaled import channel_sums, scaled_tangent
-
-Context = Any  # of an autograd function: torch's own type lacks what a function keeps in it
 
 
 @staged

@@ -13,7 +13,9 @@ from fxstn.frontends.guards import refuse_wrapped
 from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.interface import Frontend
 from fxstn.hp import Spec
-from fxstn.network import METHODS, SelfTuningNetwork
+from fxstn.network import SelfTuningNetwork
+
+METHODS = ("delta", "centered", "stn")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import operator
 import torch
 import torch.nn.functional as F
 
-from fxstn.ops.kernels import along_channels, self_adjoint, softmax_jacobian
+from fxstn.ops.kernels import along_channels, softmax_jacobian
+from fxstn.ops.linear_maps import self_adjoint
 from fxstn.rules.fallback import fallback
 from fxstn.rules.registry import pointwise, rule
 

@@ -23,7 +23,7 @@ class ParameterRow(NamedTuple):
 
 def parameter_rows(stn: SelfTuningNetwork) -> list[ParameterRow]:
     """A row for each parameter, in their order in the model."""
-    moved, obstacles = set(responding(stn.response, stn.model)), {}
+    moved, obstacles = set(responding(stn.response, stn.named_weights)), {}
     if stn.frontend != "live":  # which has no graph to look into
         obstacles = responses([stn.canonical(training) for training in (True, False)], stn.structured).obstacles
     return [

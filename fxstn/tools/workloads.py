@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.batches import to_device
-from fxstn.bilevel.losses import PerturbMode
 from fxstn.bilevel.objectives import general_loss, hyper_loss, response_loss
 from fxstn.bilevel.optimizers import sgd
+from fxstn.bilevel.perturbation import PerturbMode
 from fxstn.tools.models import build_model
 from fxstn.transform import transform
 
