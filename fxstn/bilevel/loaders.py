@@ -72,6 +72,11 @@ class ResumableLoader:
         yield from self.recent or itertools.islice(new_pass(self.loader), self.recent.maxlen)
 
     @property
+    def last(self) -> object:
+        """The batch that was taken last, also after going on from a state. None: there was none."""
+        return self._last
+
+    @property
     def open(self) -> bool:
         """Whether a pass has begun and is not over."""
         return self._batches is not None

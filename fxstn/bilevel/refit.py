@@ -177,7 +177,8 @@ class Refittable(Run):
         settings: keywords of `BilevelRunner`, in place of those of the run; schedule= has other values than
             `history.outcome()`, and is stretched over the whole length.
 
-        Returns a plain model of the original class. `refit_history` has a row per epoch. Several processes: all must call it.
+        Returns a plain model of the original class, in eval mode. `refit_history` has a row per epoch. Several processes: all
+        must call it.
         Raises ValueError before the first epoch is done, and the errors of `fit`; TypeError for a problem of your own.
         """
         if self._starts is None:

@@ -27,6 +27,7 @@ from fxstn.bilevel.progress import EpochBar, progress_bar
 from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch
 from fxstn.bilevel.run_parts import RunParts
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
+from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
 from fxstn.bilevel.stop import Stop
@@ -261,20 +262,20 @@ class BilevelRunner(Refittable):
         """
         if loader is not None and distributed.processes() == 1:
             check_loader(loader, "loader")
-        with self._tuner.evaluator.evaluating():
-            if loader is None:
-                if self.valid_loader is None:
-                    raise ValueError("the run has no validation data; give evaluate a loader")
-                return self._tuner.evaluator.means(self.valid_loader, "valid_loader")[0]
-            return self._tuner.evaluator.means(loader, "loader")[0]
+        data, name = (self.valid_loader, "valid_loader") if loader is None else (loader, "loader")
+        if data is None:
+            raise ValueError("the run has no validation data; give evaluate a loader")
+        with unchanged_generators(data), self._tuner.evaluator.evaluating():
+            return self._tuner.evaluator.means(data, name)[0]
 
     def best_model(self) -> nn.Module:
-        """A plain model of the original class with the best weights. Raises ValueError before the first epoch is done."""
+        """A plain model of the original class with the best weights, in eval mode. Raises ValueError before the first epoch is
+        done."""
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
         model = self.problem.export()
         model.load_state_dict(self.best["model"])
-        return model
+        return model.eval()
 
     def _fresh_optimizer(self) -> OptimizerLike:
         optimizer, own = self._options.optimizer, self.optimizers["optimizer"]

@@ -159,19 +159,22 @@ class SplitStream(ValidationStream):
     def draw(self) -> tuple[object, bool]:
         seeded_state(self.seed, self._position).set()
         if not self._parts:
-            batch, first = self.loader.next()
-            parts = [batch] if self.size is None else parts_of(batch, self.size)
-            self._parts = [(part, first and number == 0) for number, part in enumerate(parts)]
+            self._parts = self._split(*self.loader.next())
         return self._parts.pop(0)
 
+    def _split(self, batch: object, first: bool) -> list[tuple[object, bool]]:
+        parts = [batch] if self.size is None else parts_of(batch, self.size)
+        return [(part, first and number == 0) for number, part in enumerate(parts)]
+
     def state_dict(self) -> State:
-        """Without the rest of a batch that was split: a resumed run goes on with the next one."""
-        return super().state_dict() | {"loader": self.loader.state_dict()}
+        return super().state_dict() | {"loader": self.loader.state_dict(), "left": len(self._parts)}
 
     def load_state_dict(self, state: State) -> None:
+        """Go on from a state, with the rest of a batch that was split."""
         super().load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
-        self._parts = []
+        left = state["left"]
+        self._parts = self._split(self.loader.last, first=False)[-left:] if left else []
 
 
 def validation_stream(loader: Iterable[object], seed: int, in_order: bool) -> ValidationStream:
@@ -179,7 +182,7 @@ def validation_stream(loader: Iterable[object], seed: int, in_order: bool) -> Va
 
     in_order: whether batches follow each other, as windows of a sequence do.
     """
-    if isinstance(loader, DataLoader) and can_be_redrawn(loader) and not in_order:
+    if isinstance(loader, DataLoader) and can_be_redrawn(loader) and not in_order and takes_each_once(loader):
         return DrawnStream(loader, seed)
     return SplitStream(loader, seed)
 
@@ -197,13 +200,24 @@ def can_be_redrawn(loader: DataLoader) -> bool:
 
 def indices_of(loader: DataLoader) -> list[int]:
     """The examples that a loader yields, in order, each once; those of all processes where it takes a share of them."""
+    return sorted(set(_indices_of_passes(loader, 1)[0]))
+
+
+def takes_each_once(loader: DataLoader) -> bool:
+    """Whether every pass over a loader has the same examples, each once: not with a sampler that weighs or chooses them."""
+    first, second = _indices_of_passes(loader, 2)
+    return len(set(first)) == len(first) and set(first) == set(second)
+
+
+def _indices_of_passes(loader: DataLoader, passes: int) -> list[list[int]]:
+    """The examples of so many passes, one after the other."""
     if isinstance(loader.sampler, DistributedSampler):
-        return list(range(len(loader.sampler.dataset)))  # type: ignore[arg-type]
+        return [list(range(len(loader.sampler.dataset)))] * passes  # type: ignore[arg-type]
     batches: Any = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):  # accelerate's, of which each process takes a share
         batches = batches.batch_sampler
     with unchanged_generators(loader):
-        return sorted({index for batch in batches for index in batch})
+        return [[index for batch in batches for index in batch] for _ in range(passes)]
 
 
 def example_batch(loader: Iterable[object], most: int | None = EXAMPLES) -> Any:

@@ -29,9 +29,10 @@ from fxstn.loops.idle import IdleLoop
 from fxstn.loops.observed import can_be_observed, length_of, observe, restore, unobserved
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
-from fxstn.loops.seen_batches import RememberedBatches, SeenBatches
+from fxstn.loops.remembered import RememberedBatches, batches_to_come
+from fxstn.loops.seen_batches import SeenBatches
 from fxstn.loops.step_hooks import ZeroGradHook, gradient_factor, hook_steps
-from fxstn.loops.tuner_state import load_state, state_of
+from fxstn.loops.tuner_state import load_state, parts_of, state_of
 
 
 class AttachedTuner(RefittableLoop):
@@ -63,7 +64,7 @@ class AttachedTuner(RefittableLoop):
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
         network.decay_metric = self._decay.metric
         self._valid = validation_stream(valid_loader, seed, in_order=False)
-        self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate)
+        self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate, self._batches_to_come)
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
@@ -84,6 +85,9 @@ class AttachedTuner(RefittableLoop):
         for optimizer in self._stepping:
             self._handles += [*hook_steps(optimizer, *hooks), ZeroGradHook(optimizer, self._seen.drop_gradients)]
         self._tuner.begin_epoch()
+
+    def _batches_to_come(self) -> int:
+        return batches_to_come(self._tuner.means.steps, self._seen, self.train_loader, self.epoch_steps)
 
     # What the loop tells
 
@@ -122,15 +126,18 @@ class AttachedTuner(RefittableLoop):
     def end_epoch(self) -> None:
         """Evaluate, limit λ by the generalisation gap, and add a row to the history.
 
-        It happens by itself after each pass over train_loader, and after each `epoch_steps` steps.
+        It happens by itself after each pass over train_loader, and after each `epoch_steps` steps. An epoch has a step of w₀: if
+        there was none since the last one, nothing happens.
         """
         tuner, rows = self._tuner, len(self.history)
+        if not tuner.means.steps:
+            return
         self._rates.end_epoch()
         self._idle.warn_of_eval_mode(tuner.epoch)
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._refresh()  # λ may have gone back
-        self._recent.batches.clear()  # an epoch is evaluated by its own batches, so that a state needs none
+        self._recent.batches.clear()  # an epoch is evaluated by its own batches
         self._seen.late = 0
         tuner.begin_epoch()
         for callback in tuner.settings.callbacks if len(self.history) > rows else ():
@@ -276,23 +283,14 @@ class AttachedTuner(RefittableLoop):
         return state_of(self.stn, list(self.history.names), self._parts())
 
     def _parts(self) -> dict[str, Stateful]:
-        tuner = self._tuner
         assert self._starts is not None
-        return {
-            "updates": tuner.updates,
-            "counters": tuner.counters,
-            "losses": tuner.guard,
-            "means": tuner.means,
-            "stepper": tuner.stepper,
+        own: dict[str, Stateful] = {
             "valid": self._valid,
-            "history": tuner.history,
-            "monitors": tuner.monitors,
-            "limit": tuner.limit,
-            "backtracking": tuner.backtracking,
             "rates": self._rates,
             "seen": self._seen,
-            "starts": self._starts,
+            "recent": self._recent,
         }
+        return parts_of(self._tuner) | own | {"starts": self._starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, and changes nothing, where it is of another format, model or choice of λ."""

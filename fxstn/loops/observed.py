@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import ref
 
 _LISTENER = "_fxstn_listener"
 _CLASS: Any = vars(object)["__class__"]  # a class may have a property of that name, as accelerate's loaders have
@@ -29,15 +31,15 @@ def can_be_observed(loader: object) -> bool:
 
 def _pass(loader: Any, kind: Any) -> Iterator[object]:
     """A pass over a loader, of which its listener hears. kind: the loader's own class."""
-    listener: Listener | None = vars(loader).get(_LISTENER)
-    if listener is None:  # a loader that was made from this one
+    listener = _listener_of(loader)
+    if listener is None:  # a loader that was made from this one, or one that has outlived its tuner
         yield from kind.__iter__(loader)
         return
     of = object()
     listener.begin_pass(of)
     try:
         for batch in kind.__iter__(loader):
-            now = vars(loader).get(_LISTENER)
+            now = _listener_of(loader)
             if now is not listener:  # one may leave within a pass, and another one come
                 listener = now
                 if listener is not None:
@@ -49,7 +51,7 @@ def _pass(loader: Any, kind: Any) -> Iterator[object]:
         if listener is not None:
             listener.leave_pass(of)
         raise
-    if listener is not None and vars(loader).get(_LISTENER) is listener:
+    if listener is not None and _listener_of(loader) is listener:
         listener.end_pass(of)
 
 
@@ -58,17 +60,22 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
 
     Raises ValueError where another listener hears of them.
     """
+    if _listener_of(loader) is not None:
+        gc.collect()  # a tuner that nobody has any more, as after an error in its loop, holds itself
+        if _listener_of(loader) is not None:
+            raise ValueError(
+                "another tuner works with this train_loader; call its detach() first, or make a loader of its own"
+            )
+    restore(loader)
     kind = type(loader)
-    if _LISTENER in vars(loader):
-        raise ValueError("another tuner works with this train_loader; call its detach() first")
 
     def begins(self: Any) -> Any:
-        if (current := vars(self).get(_LISTENER)) is not None:
+        if (current := _listener_of(self)) is not None:
             current.begin_pass(self)
         return kind.__iter__(self)
 
     def following(self: Any) -> object:
-        current = vars(self).get(_LISTENER)
+        current = _listener_of(self)
         try:
             batch = kind.__next__(self)  # type: ignore[attr-defined]
         except StopIteration:
@@ -82,15 +89,39 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
     # an object that is its own iterator has one place, so that all who iterate over it are one pass
     own = hasattr(kind, "__next__")
     methods = {"__iter__": begins, "__next__": following} if own else {"__iter__": lambda self: _pass(self, kind)}
-    names = {"__slots__": (), **methods, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {
+        "__slots__": (),
+        **methods,
+        "__reduce_ex__": _reduced,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
     _CLASS.__set__(loader, type(kind.__name__, (kind,), names))
-    vars(loader)[_LISTENER] = listener
+    vars(loader)[_LISTENER] = ref(listener)
+
+
+def _listener_of(loader: Any) -> Listener | None:
+    """Who hears of the passes over a loader; None: nobody, or nobody any more. The optimizer of its loop keeps it."""
+    reference: Callable[[], Listener | None] | None = vars(loader).get(_LISTENER)
+    return None if reference is None else reference()
 
 
 def restore(loader: Iterable[object]) -> None:
     """Give a loader its class back."""
     if vars(loader).pop(_LISTENER, None) is not None:
         _CLASS.__set__(loader, type(loader).__bases__[0])
+
+
+def _reduced(self: Any, protocol: Any) -> Any:
+    """What pickle and copies make of a loader: one of its own class, that nobody hears of."""
+    own, listener = type(self), vars(self).pop(_LISTENER)
+    _CLASS.__set__(self, own.__bases__[0])
+    try:
+        function, arguments, *rest = self.__reduce_ex__(protocol)
+        return function, arguments, *[dict(part) if isinstance(part, dict) else part for part in rest]
+    finally:
+        _CLASS.__set__(self, own)
+        vars(self)[_LISTENER] = listener
 
 
 @contextmanager

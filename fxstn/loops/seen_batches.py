@@ -1,39 +1,15 @@
-"""The training batches of somebody else's loop: those of the step under way, and those of the last steps."""
+"""The training batches of the step of somebody else's loop that is under way."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fxstn.bilevel.sources import new_pass
 from fxstn.bilevel.state import State
-
-
-class RememberedBatches:
-    """The training batches of the last steps.
-
-    loader: where first ones come from. None: nowhere.
-    count: how many are remembered.
-    """
-
-    def __init__(self, loader: Iterable[object] | None, count: int) -> None:
-        self.loader, self.batches = loader, deque[object](maxlen=count)
-
-    @property
-    def remembers(self) -> bool:
-        return bool(self.batches.maxlen) and bool(self.batches or self.loader is not None)
-
-    def recent_or_first(self) -> Iterator[object]:
-        if self.batches or self.loader is None:
-            yield from self.batches
-        else:
-            yield from islice(new_pass(self.loader), self.batches.maxlen)
 
 
 class GradientMark:
@@ -60,6 +36,7 @@ class SeenBatches:
     A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
     passing: whether a pass over the loader is under way.
+    count: batches of this pass so far.
     most: batches of the largest step.
     late: steps of this epoch outside of a pass, as in a loop that takes batches ahead.
     """
@@ -72,7 +49,7 @@ class SeenBatches:
         ends: Callable[[], None],
     ) -> None:
         self.optimizers, self.begins, self.leaves, self.ends = optimizers, begins, leaves, ends
-        self.passing, self.late, self.most = False, 0, 0
+        self.passing, self.count, self.late, self.most = False, 0, 0, 0
         self._pass: object = None  # the one under way
         self._left = False  # whether the loop has left it
         self._look: tuple[object, object] | None = None  # the last batch of a pass within it, and that pass
@@ -92,7 +69,7 @@ class SeenBatches:
         self.close()
         self.begins()
         self.passing, self._pass, self._left, self._look = True, of, False, None
-        self._idle = self._steps = 0
+        self.count = self._idle = self._steps = 0
         self._now.clear()
 
     def see(self, batch: object, of: object = None) -> None:
@@ -106,6 +83,7 @@ class SeenBatches:
         self._look, self._is_over = None, False
         self._settle()
         self._now.append(batch)
+        self.count += 1
 
     def leave_pass(self, of: object) -> None:
         """The loop has left a pass before its end."""
@@ -199,7 +177,9 @@ class SeenBatches:
         self._mark = GradientMark(self._gradient())
 
     def state_dict(self) -> State:
-        return {"most": self.most}
+        return {"most": self.most, "left": self.left}
 
     def load_state_dict(self, state: State) -> None:
-        self.most = state["most"]
+        """Go on from a state; a pass that the loop had left by then ends when the next one begins."""
+        self.most, self.passing, self._left = state["most"], state["left"], state["left"]
+        self._pass = object() if self.passing else None

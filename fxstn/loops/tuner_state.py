@@ -10,9 +10,25 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel.state import State, Stateful, on_device
+from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
-FORMAT = 4
+FORMAT = 5
+
+
+def parts_of(tuner: Tuner) -> dict[str, Stateful]:
+    """What of the method itself has a state."""
+    return {
+        "updates": tuner.updates,
+        "counters": tuner.counters,
+        "losses": tuner.guard,
+        "means": tuner.means,
+        "stepper": tuner.stepper,
+        "history": tuner.history,
+        "monitors": tuner.monitors,
+        "limit": tuner.limit,
+        "backtracking": tuner.backtracking,
+    }
 
 
 def state_of(stn: SelfTuningNetwork, names: list[str], parts: Mapping[str, Stateful]) -> State:
