@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol, Unpack
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint_manager import RUN_FILE
@@ -23,15 +25,25 @@ from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.records import Scheduler
 from fxstn.bilevel.run import Run
-from fxstn.bilevel.run_settings import Settings, SettingsDict
+from fxstn.bilevel.run_settings import Settings, SettingsDict, text_of
 from fxstn.bilevel.settings import HyperSettings
-from fxstn.bilevel.sources import length_of
+from fxstn.bilevel.sources import checksum, checksum_of_data, length_of
 from fxstn.bilevel.starts import StartWeights
-from fxstn.bilevel.temporary import trained_apart
+from fxstn.bilevel.temporary import trained_apart, training_tensors
 from fxstn.bilevel.tuner import Tuner
+from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import is_number
+from fxstn.network import SelfTuningNetwork
 
 RECIPE_FILE = "refit.json"
+_NAMES = {
+    "epochs": "length",
+    "values": "values",
+    "start": "weights to start from",
+    "data": "data",
+    "settings": "settings",
+}
+_NOT_PLAIN = ("optimizer", "schedulers", "step_schedulers", "schedule", "checkpoints", "callbacks", "progress")
 AVERAGED = 0.05  # share of the steps of a refit that its averages of the weights reach back
 
 
@@ -62,25 +74,30 @@ def refit_settings(settings: Settings, history: History, steps: int, loader: obj
     """The settings of a run which act on w₀, but its optimizer, as keywords for a `BilevelRunner`.
 
     steps: inner steps of the run in all its epochs.
-    loader: of the refit. Schedulers that step with their optimizer are stretched over as many steps as its epochs have.
-    epochs: of the refit.
+    loader: of the refit.
+    epochs: of the refit. Schedulers are stretched over these, so that the refit ends at the rates with which the run did.
 
     Nothing says which epoch of a refit is best, and the weights of one step are noisy. Where the run has no averages of the
     weights, the refit has them, over the last `AVERAGED` of its steps (Polyak & Juditsky 1992; docs/guides/values.md).
     """
     batches, of_run = length_of(loader), steps / len(history)
     per_epoch = math.ceil(batches / settings.accumulate) if batches else of_run
-    ratio, averaged = of_run / per_epoch, AVERAGED * per_epoch * epochs
+    length, averaged = len(history), AVERAGED * per_epoch * epochs
     losses = history["valid_loss"]
 
-    def on_losses(scheduler: Any) -> Scheduler:
-        return OnLosses(scheduler, losses) if isinstance(scheduler, ReduceLROnPlateau) else scheduler
+    def by_epoch(scheduler: Any) -> Scheduler:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return OnLosses(scheduler, losses)
+        return Stretched(scheduler, (length - 1) / max(1, epochs - 1))  # between the first epoch and the last
+
+    def by_step(scheduler: Any) -> Scheduler:
+        return Stretched(scheduler, length * of_run / (epochs * per_epoch))
 
     names = ("execution", "clip_norm", "accumulate", "initial_state", "unpack", "progress")
     return {name: getattr(settings, name) for name in names} | {
         "ema": settings.ema or (1 - 1 / averaged if averaged > 1 else None),
-        "schedulers": of_weights(settings.schedulers, on_losses),
-        "step_schedulers": of_weights(settings.step_schedulers, lambda scheduler: Stretched(scheduler, ratio)),
+        "schedulers": of_weights(settings.schedulers, by_epoch),
+        "step_schedulers": of_weights(settings.step_schedulers, by_step),
         "hyper": HyperSettings(recalibrate=settings.hyper.recalibrate),
     }
 
@@ -94,16 +111,19 @@ def refit_folder(run: Path | None, own: str | Path | None) -> Path | None:
     return run / "refit" if own is None and run is not None else absolute(own, "out_dir")
 
 
-def prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
+def prepare_folder(folder: Path, recipe: Mapping[str, object]) -> None:
     """Note in a folder what is refitted there. Where it was another refit, its files are removed, with a warning.
+
+    recipe: what the refit follows. One that was interrupted goes on where its "epochs" and "values" are the same; one that is
+        "done" has to be the same in everything.
 
     A folder that cannot be written is left to the run, which warns of it. Raises ValueError where the files are no refit's.
     """
-    text, path = json_text({"epochs": epochs, "values": schedule.values}, indent=1) + "\n", folder / RECIPE_FILE
-    lock = FolderLock(folder)
+    path, lock = folder / RECIPE_FILE, FolderLock(folder)
     try:
-        before = path.read_text(encoding="utf-8") if path.is_file() else None
-        if before == text:
+        before = as_recipe(path.read_text(encoding="utf-8")) if path.is_file() else None
+        keys = recipe.keys() if before and before.get("done") else ("epochs", "values")
+        if before is not None and all(before.get(key) == recipe[key] for key in keys):
             return
         lock.acquire()
         files = [file for file in folder.iterdir() if RUN_FILE.fullmatch(file.name)] if folder.is_dir() else []
@@ -114,13 +134,43 @@ def prepare_folder(folder: Path, schedule: Schedule, epochs: int) -> None:
         for file in files:
             file.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        note_recipe(folder, recipe)
     except OSError:
         return
     finally:
         lock.release()
-    if files:
-        warn_caller(f"{folder} had a refit with other values, or of another length: the refit begins anew there")
+    if files and before is not None:
+        other = [_NAMES[key] for key in recipe if before.get(key) != recipe[key]]
+        warn_caller(f"{folder} had a refit with other {' and '.join(other)}: the refit begins anew there")
+
+
+def ingredients(run: RefitRun, loader: Iterable[object], keywords: Mapping[str, object]) -> dict[str, object]:
+    """Checksums of what else a refit depends on.
+
+    run: with the weights that it starts from.
+    keywords: of the run.
+    """
+    texts = {name: text_of(value) for name, value in keywords.items() if name not in _NOT_PLAIN}
+    return {
+        "start": checksum(training_tensors(run.stn.model)),
+        "data": checksum_of_data(loader) if isinstance(loader, DataLoader) else "",
+        "settings": checksum([texts, run.updates.records["optimizer"].initial]),
+    }
+
+
+def note_recipe(folder: Path, recipe: Mapping[str, object]) -> None:
+    """Write what is refitted in a folder, where that can be written."""
+    with suppress(OSError):
+        write_text(folder / RECIPE_FILE, json_text(recipe, indent=1) + "\n")
+
+
+def as_recipe(text: str) -> dict[str, Any]:
+    """What a file says of a refit; {} where it is damaged."""
+    try:
+        result = json.loads(text)
+    except ValueError:
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def end_unevaluated_epoch(tuner: Tuner, losses: dict[str, float]) -> int:
@@ -135,6 +185,8 @@ def end_unevaluated_epoch(tuner: Tuner, losses: dict[str, float]) -> int:
 class RefitRun(Protocol):
     """The run that a refit is: a `BilevelRunner`."""
 
+    stn: SelfTuningNetwork
+    updates: Updates
     out_dir: Path | None
 
     def fit(self, epochs: int) -> History: ...
@@ -192,14 +244,17 @@ class Refittable(Run):
         accumulate = settings.get("accumulate")
         own = tuner.settings if accumulate is None else replace(tuner.settings, accumulate=accumulate)
         keywords = refit_settings(own, self.history, self.steps, train_loader, epochs) | {"schedule": schedule}
-        keywords |= {"optimizer": self._fresh_optimizer(), **self._own_settings(train_loader, accumulate)}
+        keywords |= {"optimizer": self._fresh_optimizer(), **self._own_settings(train_loader, accumulate, epochs)}
         keywords |= {"checkpoints": replace(tuner.settings.checkpoints, out_dir=folder), **settings}
         with tuner.evaluator.statistics.unaffected(), trained_apart(self.stn):
             self._starts.put(fresh)
             with self._refit_run(train_loader, keywords) as run:
+                recipe = {"epochs": epochs, "values": schedule.values} | ingredients(run, train_loader, keywords)
                 if run.out_dir is not None:  # once all settings are known to be right
-                    distributed.in_first_process(partial(prepare_folder, run.out_dir, schedule, epochs))
+                    distributed.in_first_process(partial(prepare_folder, run.out_dir, recipe))
                 self.refit_history = run.fit(epochs)
+                if run.out_dir is not None:
+                    distributed.in_first_process(partial(note_recipe, run.out_dir, recipe | {"done": True}))
                 return run.best_model()
 
     def close_epoch(self) -> None:
@@ -209,10 +264,11 @@ class Refittable(Run):
         """Of w₀, as before its first step."""
         raise NotImplementedError
 
-    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None) -> dict[str, Any]:
+    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None, epochs: int) -> dict[str, Any]:
         """Further settings of w₀, where they are not all among those of the run.
 
         accumulate: what the user wants; None: as in the run.
+        epochs: of the refit.
         """
         return {}
 

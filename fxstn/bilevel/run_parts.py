@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxstn.bilevel import distributed, specs
@@ -75,9 +75,9 @@ class RunParts:
         except ValueError as error:
             raise ValueError(f"{source} has {error}") from error
         self._load({**state, "shared": {**state["shared"], "updates": updates}}, source)
-        theirs = state["settings"]
         changes += remarks
-        changes += [f"{name}={new} (was {theirs[name]})" for name, new in self.settings.items() if new != theirs[name]]
+        pairs = [(name, state["settings"].get(name, "missing"), new) for name, new in self.settings.items()]
+        changes += [f"{name}={new} (was {old})" for name, old, new in pairs if new != old]
         if (changes or remains) and not distributed.rank():
             texts = [f"this run takes anew: {'; '.join(changes)}"] if changes else []
             texts += [f"it keeps {'; '.join(remains)}"] if remains else []
@@ -124,6 +124,14 @@ class RunParts:
             reasons = [reason for name, part in self.local.items() if (reason := part.refusal(own[name]))]
             if reasons := [reason for others in distributed.gather(reasons) for reason in others]:
                 raise ValueError(f"{source} has {reasons[0]}; choose another out_dir, or the same loaders")
+
+
+def operations_of(problem: nn.Module) -> dict[str, object]:
+    """{path: what it is} of torch's own modules: two models with the same tensors may differ in them."""
+    torchs = [
+        (name, module) for name, module in problem.named_modules() if type(module).__module__.startswith("torch.nn")
+    ]
+    return {name.removeprefix("stn."): f"{type(module).__name__}({module.extra_repr()})" for name, module in torchs}
 
 
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:

@@ -174,15 +174,15 @@ class Settings:
         }
 
     def acting(self, loss_fn: str) -> dict[str, object]:
-        """The plain values that training and its result depend on, and the name of the validation loss.
+        """The plain values that training and its result depend on, and the names of the losses.
 
         loss_fn: the name of the training loss.
         """
         own = self.by_path()
         numbers = [name for name, value in Settings().by_path().items() if isinstance(value, (bool, int, float, str))]
         names = ["clip_norm", "ema", "execution.autocast", *(name for name in numbers if name not in AROUND)]
-        loss = loss_fn if self.valid_loss_fn is None else text_of(self.valid_loss_fn)
-        return {name: own[name] for name in names} | {"valid_loss_fn": loss}
+        losses = {"loss_fn": loss_fn, "valid_loss_fn": text_of(self.valid_loss_fn)}
+        return {name: own[name] for name in names} | losses
 
     def texts(self) -> dict[str, str]:
         """The settings for a reader: numbers as they are, functions and objects by name."""

@@ -25,7 +25,7 @@ from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.problem import BilevelProblem, LocalProblemState
 from fxstn.bilevel.progress import EpochBar, progress_bar
 from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch
-from fxstn.bilevel.run_parts import RunParts
+from fxstn.bilevel.run_parts import RunParts, operations_of
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
 from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.starts import StartWeights
@@ -140,8 +140,9 @@ class BilevelRunner(Refittable):
             "averages (ema)": tuner.averages is not None,
             "replay of a schedule": tuner.schedule is not None,
         }
-        own, settings = (tuner.counters, self.history, self._best), self._options.acting(self.settings["loss_fn"])
-        return RunParts(self.problem, self.updates, *own, shared, local, identity, settings)
+        settings = self._options.acting(self.settings["loss_fn"]) | operations_of(self.problem)
+        own = (self.problem, self.updates, tuner.counters, self.history, self._best)
+        return RunParts(*own, shared, local, identity, settings)
 
     # Training
 
@@ -269,8 +270,7 @@ class BilevelRunner(Refittable):
             return self._tuner.evaluator.means(data, name)[0]
 
     def best_model(self) -> nn.Module:
-        """A plain model of the original class with the best weights, in eval mode. Raises ValueError before the first epoch is
-        done."""
+        """A plain model of the original class with the best weights, in eval mode. Raises ValueError before any epoch."""
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
         model = self.problem.export()

@@ -247,6 +247,23 @@ def checksum(batch: object) -> str:
     return total.hexdigest()
 
 
+def checksum_of_data(loader: DataLoader) -> str:
+    """A checksum of some examples of a loader's data set, and of their number; "" where they cannot be read in this process.
+
+    The data set has no random generator of its own.
+    """
+    dataset: Any = loader.dataset
+    with unchanged_generators(loader):
+        GlobalRandomState.seeded(0).set()
+        try:
+            count = len(dataset)
+            return checksum([count, *(dataset[index] for index in sorted({0, count // 2, count - 1}))])
+        except (
+            Exception
+        ):  # of a data set of the user's own: it may raise anything, as where only workers can open its files
+            return ""
+
+
 @contextlib.contextmanager
 def unchanged_generators(loader: object) -> Iterator[None]:
     """Inside, a loader may be read; afterwards the global generators and its own are as they were."""

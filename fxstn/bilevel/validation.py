@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import parts_of
+from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.noise import seed_of_step
-from fxstn.bilevel.sources import generators_of, new_pass, unchanged_generators
+from fxstn.bilevel.sources import checksum_of_data, generators_of, new_pass, unchanged_generators
 from fxstn.bilevel.state import GlobalRandomState, State
 from fxstn.bilevel.workers import batches_of
 
@@ -124,6 +126,10 @@ class DrawnStream(ValidationStream):
         self.loader, self._length = loader, 1
         self._batches: Iterator[object] | None = None
 
+    @cached_property
+    def _data(self) -> str:
+        return checksum_of_data(self.loader)
+
     def draw(self) -> tuple[object, bool]:
         if self._batches is None:
             self._batches = batches_of(self._open())
@@ -143,9 +149,19 @@ class DrawnStream(ValidationStream):
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, generator=generator,
                           pin_memory=loader.pin_memory, **workers)  # type: ignore[arg-type]  # fmt: skip
 
+    def state_dict(self) -> State:
+        return super().state_dict() | {"data": self._data}
+
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         self._batches = None
+        if state["data"] and self._data and state["data"] != self._data:
+            self.__dict__["_data"] = state["data"]  # said once
+            warn_caller(
+                "valid_loader has other data than when the run was saved, or data that depend on what no checkpoint holds: "
+                "losses from here on are not to be compared with those before, and the best epoch may be one of before; "
+                "choose another out_dir for a run on other data"
+            )
 
 
 class SplitStream(ValidationStream):

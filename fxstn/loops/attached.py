@@ -126,8 +126,8 @@ class AttachedTuner(RefittableLoop):
     def end_epoch(self) -> None:
         """Evaluate, limit λ by the generalisation gap, and add a row to the history.
 
-        It happens by itself after each pass over train_loader, and after each `epoch_steps` steps. An epoch has a step of w₀: if
-        there was none since the last one, nothing happens.
+        It happens by itself after each pass over train_loader, and after each `epoch_steps` steps. Without a step of w₀ since
+        then nothing happens.
         """
         tuner, rows = self._tuner, len(self.history)
         if not tuner.means.steps:

@@ -273,11 +273,16 @@ def _only(spec: Spec, paths: Sequence[str]) -> Spec:
 def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> None:
     """Start each coefficient at the decay of the first weight that it is for, where the specs leave the start open."""
     own, space, starts = _own_rates(network, optimizers), network.hparams, dict[str, float]()
+    others: dict[str, tuple[float, str, float]] = {}
     for name, index, _ in network.terms.penalties:
         if (rate := own.get(name)) and space.hyperparameters[index].origin == DECAY:
-            starts.setdefault(space.names[index], rate)
+            start = starts.setdefault(space.names[index], rate)
+            others |= {space.names[index]: (start, name, rate)} if rate != start else {}
     space.hyperparameters = tuple(replace(own, init=starts.get(own.name, own.init)) for own in space.hyperparameters)
     space.set(starts)
+    for number, (start, name, rate) in others.items():
+        warn_caller(f"{number} begins at {start:g}, the weight decay of its first weight; {name} has {rate:g}: give init=, or "
+                    "tune the decay of each group by a spec of its own")  # fmt: skip
 
 
 def _own_rates(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> dict[str, float | None]:

@@ -102,11 +102,11 @@ def _copy(epochs: list[EpochRates]) -> list[EpochRates]:
 
 
 class RatesAgain:
-    """A scheduler by steps: rates as they were at this share of each epoch, and after the last epoch as at its end.
+    """A scheduler by steps: rates as they were at this share of the training, and then as at its end.
 
     optimizer: whose groups are those of the loop.
     epochs: of `SeenRates`.
-    steps: of an epoch, ≥ 1.
+    steps: of the training to come, ≥ 1.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: list[EpochRates], steps: int) -> None:
@@ -115,7 +115,7 @@ class RatesAgain:
         self._set()
 
     def _set(self) -> None:
-        epoch, step = divmod(self.done, self.steps)
+        epoch, step = divmod(self.done * len(self.epochs), self.steps)
         last = epoch >= len(self.epochs)
         now = self.epochs[-1]["rates"][-1] if last else at_share(self.epochs[epoch], step / self.steps)
         for group, rate in zip(self.optimizer.param_groups, now, strict=False):

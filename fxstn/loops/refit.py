@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,7 @@ class RefittableLoop(Refittable):
         pairs = zip(self._stepping, self._groups, strict=True)
         return [without_state(part, [*groups, *options_of(part)[len(groups) :]]) for part, groups in pairs]
 
-    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None) -> dict[str, Any]:
+    def _own_settings(self, train_loader: Iterable[object], accumulate: int | None, epochs: int) -> dict[str, Any]:
         """What is known of the loop: how many batches it accumulates, its precision, its rates."""
         tuner, rates = self._tuner, self._rates
         result: dict[str, Any] = {"accumulate": accumulate or max(1, self._seen.most), "callbacks": ()}
@@ -56,7 +57,8 @@ class RefittableLoop(Refittable):
         if rates.change:
             batches = length_of(train_loader)
             steps = math.ceil(batches / result["accumulate"] if batches else self.steps / len(rates.epochs))
-            result["step_schedulers"] = {"optimizer": lambda optimizer: RatesAgain(optimizer, rates.epochs, steps)}
+            again = partial(RatesAgain, epochs=rates.epochs, steps=steps * epochs)
+            result["step_schedulers"] = {"optimizer": again}
         return result
 
     @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import cast
@@ -25,6 +27,7 @@ from fxstn.hp import (
     WeightDecay,
 )
 from fxstn.hp.binding import Binding, Site
+from fxstn.hp.hyperparameter import CHOSEN
 from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.graphs import model_of
 from fxstn.ir.node_info import info_of
@@ -51,18 +54,22 @@ def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
 
     Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
     """
-    collector = _Collector(module)
-    for spec in _default_specs(module) if specs is None else specs:
+    specs = _default_specs(module) if specs is None else specs
+    collector = _Collector(module, Counter(name for spec in specs if spec.shared for name in spec.numbers))
+    for spec in specs:
         collector.add(spec)
     collector.check_repeated()
     return collector.binding()
 
 
 class _Collector:
-    """What the specs of one binding come to, one spec after the other."""
+    """What the specs of one binding come to, one spec after the other.
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    shared: how many of them share a number of this name. Those of several specs are called by their patterns, too.
+    """
+
+    def __init__(self, module: fx.GraphModule, shared: Mapping[str, int]) -> None:
+        self.module, self.shared = module, shared
         self.hyperparameters: list[Hyperparameter] = []
         self.sites: list[Site] = []
         self.penalties: list[tuple[str, int, int]] = []
@@ -70,13 +77,18 @@ class _Collector:
         self.jacobian: list[tuple[int, int | None]] = []
 
     def add(self, spec: Spec) -> None:
-        first = len(self.hyperparameters)
+        first, at_first = len(self.hyperparameters), dict[str, float]()
+        pattern = " ".join(spec.where) if any(self.shared[name] > 1 for name in spec.numbers) else ""
 
         def indices(path: str, starts: Mapping[str, float] | None = None) -> tuple[int, ...]:
             """Those of λ at one match. The matches of a shared spec have the same."""
             if not spec.shared or len(self.hyperparameters) == first:
                 names = [hyperparameter.name for hyperparameter in self.hyperparameters]
-                self.hyperparameters.extend(spec.hyperparameters(path, starts, names))
+                self.hyperparameters.extend(spec.hyperparameters(pattern if spec.shared else path, starts, names))
+                at_first.update(starts or {})
+            elif starts and at_first and starts != at_first:
+                _warn_of_another_start(spec, path, at_first, starts)
+                at_first.clear()  # said once
             end = len(self.hyperparameters)
             return tuple(range(end - len(spec.numbers), end))
 
@@ -119,6 +131,17 @@ class _Collector:
         specs = tuple(cast(Auxiliary, site.spec) for site in auxiliary)
         terms = LossTerms(tuple(self.penalties), specs, tuple(self.jacobian))
         return Binding(tuple(self.hyperparameters), tuple(self.sites), tuple(self.dropped), tuple(auxiliary), terms)
+
+
+def _warn_of_another_start(spec: Spec, path: str, at_first: Mapping[str, float], starts: Mapping[str, float]) -> None:
+    """Warn where one λ takes the place of strengths that differ, unless the user says where it begins."""
+    other = [name for name in starts if starts[name] != at_first.get(name) and spec.numbers[name].origin != CHOSEN]
+    if other:
+        warnings.warn(
+            f"{spec!r} with shared=True begins at {at_first[other[0]]:g}, as the first module has it; '{path}' has "
+            f"{starts[other[0]]:g}: give init=, or leave shared out",
+            stacklevel=2,
+        )
 
 
 def _default_specs(module: fx.GraphModule) -> list[Spec]:

@@ -53,8 +53,10 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
     except ImportError as error:
         raise ImportError("fxstn.show needs matplotlib: pip install 'fxstn[plot]'") from error
     rows = [(spec, name) for spec in specs for name in spec.numbers]
-    if not rows or columns < 2:
-        raise ValueError(f"fxstn.show needs a spec with numbers and at least 2 columns, got {list(specs)!r}, {columns}")
+    if columns < 2:
+        raise ValueError(f"fxstn.show: columns={columns} must be at least 2, the ends of a range")
+    if not rows:
+        raise ValueError(f"fxstn.show needs a spec with numbers, such as fxstn.hp.Affine(), got {list(specs)!r}")
     figure = Figure(figsize=(1.3 * columns + 1.2, 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for place, (spec, name) in enumerate(rows):
