@@ -135,15 +135,24 @@ def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
 
 def parts_of(batch: Any, size: int) -> list[Any]:
     """A batch in parts of about `size` examples; the batch itself where it is no larger, or where its examples are not
-    rows of tensors that torch's functions on structures find (an object of somebody else's), or of sparse ones (a graph)."""
+    rows of tensors that torch's functions on structures find (an object of somebody else's), or where rows refer to others:
+    in sparse tensors, or by whole numbers that are not one or several for each example (edges of a graph, offsets of bags)."""
     batch = as_dict(batch)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors or any(tensor.layout is not torch.strided for tensor in tensors):
         return [batch]
     examples = batch_size(batch)
+    if listed_examples(batch) is None and any(_refers(tensor, examples) for tensor in tensors):
+        return [batch]
     count = max(1, round(examples / size))
     bounds = [number * examples // count for number in range(count + 1)]
     return [_rows(batch, slice(*pair), examples) for pair in itertools.pairwise(bounds)] if count > 1 else [batch]
+
+
+def _refers(x: Tensor, examples: int) -> bool:
+    """Whether a tensor holds whole numbers whose rows are not those of so many examples."""
+    whole = not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
+    return whole and x.shape[0] != 1 and x.shape[0] % examples != 0
 
 
 def _rows(batch: Any, chosen: slice, examples: int) -> Any:

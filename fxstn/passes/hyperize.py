@@ -181,6 +181,11 @@ def response_modules(model: nn.Module, responding: Responses, hyperparameters: i
         block = blocks[responding.leaders[name]]
         response = Response(parameters[name], responding.fan_ins[name], tree, block, axis, structured)
         owner.add_module(leaf, response)
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            padded = dict(tree.flat_responses).get(f"{path}.weight".lstrip("."))
+            if padded is not None and padded.R is not None:  # torch never trains this row, nor would it R's
+                nn.init.zeros_(padded.R[module.padding_idx].detach())
     return tree
 
 

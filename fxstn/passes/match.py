@@ -202,7 +202,7 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
     if places := _at_input(module, spec, but_indices=isinstance(spec, Dropout)):
         yield "input", places, None
     if isinstance(spec, Dropout):
-        yield from ((path, [place], None) for path, place in stage_ends(module))
+        yield from ((path, places, None) for path, places in stage_ends(module))
 
 
 def _own(module: fx.GraphModule, spec: Spec, path: str, nodes: list[fx.Node]) -> Match:

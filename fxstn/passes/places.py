@@ -94,13 +94,14 @@ def _rule_of(node: fx.Node) -> Rule | None:
 def _outputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
     """(value, number of a module call, path) for every value that a module call returns.
 
-    A recurrent module returns its state, too. Of its values only the first that is used counts.
+    A recurrent module returns its state, too. Of its values only the first that is used counts. Of an operation with several
+    results all that are read count.
     """
     complete: set[int] = set()
     for node in module.graph.nodes:
         for call, path, kind in info_of(node).exits:
             if not issubclass(kind, STATEFUL):
-                yield node, call, path
+                yield from ((value, call, path) for value in _values(node))
             elif call not in complete and node.users:
                 complete.add(call)
                 yield node, call, path
@@ -113,8 +114,8 @@ def places_after(module: fx.GraphModule, path: str) -> list[Place]:
     return [Place(node.name, True, call) for node, call, called in _outputs(module) if called == path]
 
 
-def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, Place]]:
-    """(path, place) at the end of each top-level stage in execution order, the last excepted.
+def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, list[Place]]]:
+    """(path, places) at the end of each top-level stage in execution order, the last excepted.
 
     A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten. The path
     is that of its last module; that of the module with weights where several stages end in one module, a pool say.
@@ -146,7 +147,7 @@ def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, Place]]:
         stages.append((path, last, node))
     for path, last, node in stages:
         shared = sum(other == last for _, other, _ in stages) > 1
-        yield path if shared else last, Place(node.name, True)
+        yield path if shared else last, [Place(value.name, True) for value in _values(node)]
 
 
 def _only_follower(node: fx.Node) -> fx.Node | None:
@@ -157,14 +158,21 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     others = [source for source in user.all_input_nodes if source is not node]
     alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
     follows = user.op == "call_function" and user.args[0] is node and alone
-    return user if follows and not _has_several_results(user) else None
+    elsewhere = (
+        info_of(user).address is not None or info_of(node).address is None
+    )  # not what another run would not have
+    return user if follows and elsewhere and not _has_several_results(user) else None
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """The value of a node; of an operation with several results those of them that are read."""
+    return list(node.users) if node.op == "call_function" and _has_several_results(node) else [node]
 
 
 def _has_several_results(node: fx.Node) -> bool:
-    """Whether an operation returns several tensors, none of which ends a stage."""
-    several = any(
-        len(overload._schema.returns) > 1 or "List" in str(overload._schema.returns[0].type)
-        for overload in overloads(function_of(node))
-        if overload._schema.returns
-    )
-    return several and all(reader.target is operator.getitem for reader in node.users)
+    """Whether an operation returns several tensors, each of which is read for itself, by its place or its name."""
+    returns = [overload._schema.returns for overload in overloads(function_of(node)) if overload._schema.returns]
+    several = any(len(types) > 1 or "List" in str(types[0].type) for types in returns)
+    by_place = [reader.target is operator.getitem and isinstance(reader.args[1], int) for reader in node.users]
+    by_name = [several and reader.target is getattr for reader in node.users]
+    return bool(node.users) and all(map(operator.or_, by_place, by_name))

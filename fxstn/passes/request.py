@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.guards import refuse_wrapped
@@ -124,10 +126,19 @@ def check_hparams(hparams: object) -> None:
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError for what is no model or is transformed already, ValueError for one wrapped for several processes."""
+    """Raises TypeError for what is no model or is transformed already.
+
+    Raises ValueError for one that is wrapped for several processes, or has no weights yet.
+    """
     if not isinstance(model, nn.Module) or isinstance(model, SelfTuningNetwork):
         raise TypeError(
             f"model must be an nn.Module that is not transformed yet, got {model if isinstance(model, type) else type(model)}; "
             "give the plain model, with its weights"
         )
     refuse_wrapped(model)
+    for path, module in model.named_modules():
+        if any(map(is_lazy, chain(module.parameters(recurse=False), module.buffers(recurse=False)))):
+            where = f"module '{path}', a {type(module).__name__}," if path else f"the model, a {type(module).__name__},"
+            raise ValueError(
+                f"{where} has no weights before its first forward: run the model on a batch first, model(*inputs)"
+            )

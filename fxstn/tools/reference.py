@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import arguments_mapped, leaves
 from fxstn.ir.copies import deep_copy
+from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import described
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
@@ -219,6 +220,44 @@ class Reference:
         if not step:
             self.constants = run.collected
         return output
+
+
+class GraphReference:
+    """The output of a network's training graph as a function of a step along `delta`; what it detaches has its value at step 0.
+
+    preserved: of the network's model and the inputs.
+    """
+
+    def __init__(self, network: SelfTuningNetwork, preserved: Preservation, delta: Tensor, seed: int) -> None:
+        self.network, self.preserved, self.delta, self.seed = network, preserved, delta, seed
+        self.constants: list[Tensor] | None = None
+
+    def __call__(self, step: float) -> Tensor:
+        if step and self.constants is None:
+            self(0.0)
+        with self.preserved as values, _Detached(self.constants if step else None) as detached:
+            move_weights(self.network.model, self.network, step * self.delta)
+            torch.manual_seed(self.seed)
+            output = flat(self.network.run(GraphKind("plain", True), values))
+        if not step:
+            self.constants = detached.collected
+        return output
+
+
+class _Detached(TorchFunctionMode):
+    """Inside, torch.detach returns these constants, one after the other. None: what it returns is collected."""
+
+    def __init__(self, constants: Sequence[Tensor] | None) -> None:
+        super().__init__()
+        self.constants = None if constants is None else iter(constants)
+        self.collected: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.detach:
+            return result
+        self.collected.append(result.clone())
+        return result if self.constants is None else next(self.constants).clone()
 
 
 def move_weights(model: nn.Module, network: SelfTuningNetwork, delta: Tensor) -> None:

@@ -17,7 +17,6 @@ from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
 from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import NoResponseError, TransformError
-from fxstn.ir.graph_kind import GraphKind
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
@@ -25,7 +24,7 @@ from fxstn.ops.recurrent import APART
 from fxstn.passes.request import check_model
 from fxstn.tools.doing import doing
 from fxstn.tools.generic_point import generic_copy, randomize_response
-from fxstn.tools.reference import Float64Mode, Reference, as_double, flat, move_weights
+from fxstn.tools.reference import Float64Mode, GraphReference, Reference, as_double, flat
 from fxstn.transform import transform
 
 STEPS = (1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 1e-9, 1e-10)
@@ -260,12 +259,6 @@ def _comparisons(
     def of_original(training: bool, inserting: bool = False) -> Callable[[float], Tensor]:
         return Reference(original, network, inputs, delta, seed, training, inserting)
 
-    def of_graph(step: float) -> Tensor:
-        with preserved as values:
-            move_weights(network.model, network, step * delta)
-            torch.manual_seed(seed)
-            return flat(network.run(GraphKind("plain", True), values))
-
     if not structured:
         scaled = "original model, weights scaled"
         return [Comparison("train", scaled, partial(tangent, plain, True), of_original(True))]
@@ -274,6 +267,7 @@ def _comparisons(
         Comparison("train", "original model", partial(tangent, plain, True), of_original(True)),
     ]
     if inserts:
+        of_graph = GraphReference(network, preserved, delta, seed)
         function = of_original(True, inserting=True) if network.frontend == "live" else of_graph
         comparisons.append(Comparison("train", "training graph", partial(tangent, network, True), function))
     return comparisons

@@ -26,7 +26,7 @@ from fxstn.frontends.live.calls import Call, RunningCall, arithmetic, inlined, n
 from fxstn.frontends.live.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.sites import Address, Position, RuntimeSites
 from fxstn.hp import OPERATIONS
-from fxstn.ir.containers import mapped, tensors_in
+from fxstn.ir.containers import mapped, rebuilt, tensors_in
 from fxstn.ir.errors import operation_name
 from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.staging import staging_of
@@ -256,7 +256,7 @@ class LiveTracer(TorchFunctionMode):
             return self.insert_dropout(result, position.index)
         elements = list(cast(Sequence[object], result))
         elements[position.element] = self.insert_dropout(elements[position.element], position.index)
-        return tuple(elements)
+        return rebuilt(cast(tuple, result), elements)
 
     def drop(self, call: Call, index: int | None) -> object:
         """A dropout of the model's own, at its own rate or, given an index, at λ[index]."""
