@@ -568,7 +568,8 @@ def test_a_loop_over_another_loader_is_told_at_its_first_step() -> None:
 
 def test_two_tuners_of_one_loader_are_refused() -> None:
     model, (loader, valid) = mlp(), loaders()
-    fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid)
+    optimizer = sgd(model)  # keeps the tuner
+    fxstn.tune(model, optimizer, F.cross_entropy, loader, valid)
     with pytest.raises(ValueError, match=r"another tuner"):
         fxstn.tune(other := mlp(), sgd(other), F.cross_entropy, loader, valid)
     assert all("forward" not in vars(module) for module in other.modules())

@@ -85,12 +85,12 @@ def refit_settings(settings: Settings, history: History, steps: int, loader: obj
     length, averaged = len(history), AVERAGED * per_epoch * epochs
     losses = history["valid_loss"]
 
-    def by_epoch(scheduler: Any) -> Scheduler:
+    def by_epoch(scheduler: Scheduler) -> Scheduler:
         if isinstance(scheduler, ReduceLROnPlateau):
             return OnLosses(scheduler, losses)
         return Stretched(scheduler, (length - 1) / max(1, epochs - 1))  # between the first epoch and the last
 
-    def by_step(scheduler: Any) -> Scheduler:
+    def by_step(scheduler: Scheduler) -> Scheduler:
         return Stretched(scheduler, length * of_run / (epochs * per_epoch))
 
     names = ("execution", "clip_norm", "accumulate", "initial_state", "unpack", "progress")

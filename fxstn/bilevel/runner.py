@@ -128,11 +128,10 @@ class BilevelRunner(Refittable):
         tuner = self._tuner
         shared: dict[str, Stateful] = {"limit": tuner.limit, "backtracking": tuner.backtracking}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
-        shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper}
-        shared["statistics"] = tuner.evaluator.statistics
-        own_state = LocalProblemState(self.problem, self.device)
-        local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "problem": own_state}
-        local |= {"means": tuner.means, "tensors": self._epoch_tensors}
+        shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper,
+                   "statistics": tuner.evaluator.statistics}  # fmt: skip
+        local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "means": tuner.means}
+        local |= {"problem": LocalProblemState(self.problem, self.device), "tensors": self._epoch_tensors}
         identity = {
             "hyperparameters": list(self.history.names),
             "method": getattr(self.stn, "method", type(self.problem).__name__),

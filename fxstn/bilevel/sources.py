@@ -10,7 +10,7 @@ import itertools
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, TypeGuard, cast
 
@@ -252,7 +252,7 @@ def checksum_of_data(loader: DataLoader) -> str:
 
     The data set has no random generator of its own.
     """
-    dataset: Any = loader.dataset
+    dataset = cast(Sequence[object], loader.dataset)
     with unchanged_generators(loader):
         GlobalRandomState.seeded(0).set()
         try:

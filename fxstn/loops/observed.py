@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from operator import call
 from typing import Any, Protocol
 from weakref import ref
 
@@ -100,7 +101,7 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
     vars(loader)[_LISTENER] = ref(listener)
 
 
-def _listener_of(loader: Any) -> Listener | None:
+def _listener_of(loader: object) -> Listener | None:
     """Who hears of the passes over a loader; None: nobody, or nobody any more. The optimizer of its loop keeps it."""
     reference: Callable[[], Listener | None] | None = vars(loader).get(_LISTENER)
     return None if reference is None else reference()
@@ -112,13 +113,14 @@ def restore(loader: Iterable[object]) -> None:
         _CLASS.__set__(loader, type(loader).__bases__[0])
 
 
-def _reduced(self: Any, protocol: Any) -> Any:
+def _reduced(self: Any, protocol: int) -> tuple:
     """What pickle and copies make of a loader: one of its own class, that nobody hears of."""
     own, listener = type(self), vars(self).pop(_LISTENER)
     _CLASS.__set__(self, own.__bases__[0])
     try:
         function, arguments, *rest = self.__reduce_ex__(protocol)
-        return function, arguments, *[dict(part) if isinstance(part, dict) else part for part in rest]
+        # by way of `call`, since pickle would compare the class that is made with that of the loader
+        return call, (function, *arguments), *[dict(part) if isinstance(part, dict) else part for part in rest]
     finally:
         _CLASS.__set__(self, own)
         vars(self)[_LISTENER] = listener

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fxstn.ops.linear_maps import Context
 from fxstn.ops.precision import as_real, widen
 from fxstn.ops.response import ResponseTree, responding, responses_in
 from fxstn.ops.scaled import row_sums, zero_and_one
@@ -160,7 +160,7 @@ class _ThroughResponse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         unconstrained: Tensor,
         record: Sequence[Tensor],
         tree: nn.Module,
@@ -172,7 +172,7 @@ class _ThroughResponse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         parameters = responding(ctx.tree, ctx.parameters)
         keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         with without_hooks(parameters.values()):

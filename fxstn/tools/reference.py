@@ -252,7 +252,9 @@ class _Detached(TorchFunctionMode):
         self.constants = None if constants is None else iter(constants)
         self.collected: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is not torch.detach:
             return result
