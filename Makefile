@@ -57,6 +57,7 @@ bench: $(READY)  ## overhead against plain training: resnet18 in three processes
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.augment
 	$(BIN)/python -m benchmarks.language
+	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.distributed --batch-size 64
 	$(BIN)/pip install --quiet betty-ml
 	$(BIN)/python -m benchmarks.peer

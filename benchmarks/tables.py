@@ -24,6 +24,7 @@ from benchmarks import (
     batchnorm,
     controls,
     gpt,
+    host,
     hypergradient,
     kernels,
     norms,
@@ -161,6 +162,10 @@ def statistics_of_norms() -> str:
     return norms.table(json.loads(norms.PATH.read_text()))
 
 
+def hosts() -> str:
+    return host.table(json.loads(host.PATH.read_text()))
+
+
 def noise() -> str:
     return controls.table(json.loads(controls.PATH.read_text()))
 
@@ -272,7 +277,7 @@ TABLES = {
     "tasks": tasks, "hypergradient": hypergradients, "language": language, "ptb": penn_treebank,
     "replay": replayed, "refits": partial(refits.table_of, "lengths"), "recorded": partial(refits.table_of, "recorded"),
     "averages": partial(refits.table_of, "averages"), "controls": noise, "batchnorm": normed,
-    "norms": statistics_of_norms, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
+    "norms": statistics_of_norms, "host": hosts, "gpt": small_gpt, "kernels": launches, "gpu": gpu,
     "purposes": purposes,
     "whole": whole, "starts": starts, "units": units, "cifar": cifar, "classes": classes, "labels": labels,
     **of_worth(), **paper.PARTS, **TEXTS,
