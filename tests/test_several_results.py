@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -164,3 +165,27 @@ def test_a_padding_row_does_not_respond() -> None:
             gradients.append(stn.hparams.unconstrained.grad)
     assert gradients[0].item() == pytest.approx(gradients[1].item(), rel=1e-9)
     assert gradients[2].item() == pytest.approx(gradients[3].item(), rel=1e-9)
+
+
+def test_one_strength_in_place_of_different_ones_is_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.05), nn.Linear(8, 8), nn.Dropout(0.7), nn.Linear(8, 2))
+    with pytest.warns(UserWarning, match=r"begins at 0\.05, as the first module has it; '3' has 0\.7"):
+        fxstn.transform(model, [hp.Dropout(shared=True)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxstn.transform(model, [hp.Dropout(shared=True, init=0.2)])
+        fxstn.transform(model, [hp.Dropout()])
+    groups = [
+        {"params": model[0].parameters(), "weight_decay": 0.05},
+        {"params": model[2].parameters(), "weight_decay": 1e-5},
+    ]
+    optimizer, loader = torch.optim.AdamW(groups), [(torch.randn(4, 8), torch.zeros(4).long())]
+    with pytest.warns(UserWarning, match=r"weight_decay begins at 0\.05, .* 2\.weight has 1e-05"):
+        fxstn.tune(model, optimizer, nn.functional.cross_entropy, loader, loader, [hp.WeightDecay(shared=True)])
+
+
+def test_several_shared_specs_of_one_kind_are_called_by_their_patterns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    stn = fxstn.transform(model, [hp.WeightDecay("0", shared=True), hp.WeightDecay("2", shared=True), hp.Dropout("1")])
+    assert stn.hparams.names == ("0.weight_decay", "2.weight_decay", "1.dropout")
+    assert fxstn.transform(model, [hp.WeightDecay(shared=True)]).hparams.names == ("weight_decay",)

@@ -135,8 +135,8 @@ class _Collector:
 
 def _warn_of_another_start(spec: Spec, path: str, at_first: Mapping[str, float], starts: Mapping[str, float]) -> None:
     """Warn where one λ takes the place of strengths that differ, unless the user says where it begins."""
-    other = [name for name in starts if starts[name] != at_first.get(name) and spec.numbers[name].origin != CHOSEN]
-    if other:
+    free = [name for name in starts.keys() & at_first.keys() if spec.numbers[name].origin != CHOSEN]
+    if other := [name for name in spec.numbers if name in free and starts[name] != at_first[name]]:
         warnings.warn(
             f"{spec!r} with shared=True begins at {at_first[other[0]]:g}, as the first module has it; '{path}' has "
             f"{starts[other[0]]:g}: give init=, or leave shared out",

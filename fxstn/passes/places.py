@@ -158,10 +158,9 @@ def _only_follower(node: fx.Node) -> fx.Node | None:
     others = [source for source in user.all_input_nodes if source is not node]
     alone = all(source.op == "get_attr" or source.target is track_batch for source in others)
     follows = user.op == "call_function" and user.args[0] is node and alone
-    elsewhere = (
-        info_of(user).address is not None or info_of(node).address is None
-    )  # not what another run would not have
-    return user if follows and elsewhere and not _has_several_results(user) else None
+    # a write without gradients, say, is a node of this recording and has no address in other runs
+    lost = info_of(node).address is not None and info_of(user).address is None
+    return user if follows and not lost and not _has_several_results(user) else None
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
