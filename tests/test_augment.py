@@ -431,8 +431,10 @@ def test_show_draws_a_row_for_each_number(tmp_path):
     header = (tmp_path / "grid.png").read_bytes()[:24]
     assert int.from_bytes(header[20:]) > 7 * 80  # the height of seven rows, in pixels
     assert strengths_of(specs[1], "holes", 3) == [[0, 8], [2, 8], [5, 8]]
-    with pytest.raises(ValueError, match="at least 2 columns"):
+    with pytest.raises(ValueError, match="needs a spec with numbers"):
         fxstn.show([], images(2), tmp_path / "none.png")
+    with pytest.raises(ValueError, match="columns=1 must be at least 2"):
+        fxstn.show(specs, images(2), tmp_path / "none.png", columns=1)
 
 
 def test_the_command_that_draws_says_what_there_is(tmp_path, capsys):

@@ -343,7 +343,7 @@ TAKEN = {
     "σ learned": ({}, {"hyper": {"tune_scale": True}}, "hyper.scale_optimizer: begins anew; hyper.tune_scale=True"),
     "σ kept": ({"hyper": {"tune_scale": True}}, {}, "no hyper.scale_optimizer; hyper.tune_scale=False"),
     "float16": ({}, {"execution": {"autocast": torch.float16}}, r"execution\.autocast=torch\.float16 \(was None\)"),
-    "validation": ({}, {"valid_loss_fn": nn.CrossEntropyLoss()}, "valid_loss_fn=CrossEntropyLoss .was cross_entropy"),
+    "validation": ({}, {"valid_loss_fn": nn.CrossEntropyLoss()}, "valid_loss_fn=CrossEntropyLoss .was None"),
     "start": ({}, {"hparams": [hp.Dropout("2", init=0.4)]}, r"keeps the value of 2\.dropout \(init=0\.4 is for a new run\)$"),
     "scale": ({}, {"hparams": [hp.Dropout("2", init=0.3, scale=0.5)]}, r"2\.dropout with scale=0\.5$"),
     "around": ({"metrics": None}, {"callbacks": [fxstn.EarlyStopping(3)], "checkpoints": {"keep": 3, "save_minutes": 1}}, None),

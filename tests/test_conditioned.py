@@ -273,4 +273,5 @@ def test_calls_of_one_module_with_strengths_of_their_own_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"called several times.*shared=True"):
         conditioned(Twice(), inputs_of(ROWS), None)
-    conditioned(Twice(), inputs_of(ROWS), [hp.Dropout(shared=True)])
+    with pytest.warns(UserWarning, match=r"begins at 0\.2, as the first module has it"):
+        conditioned(Twice(), inputs_of(ROWS), [hp.Dropout(shared=True)])

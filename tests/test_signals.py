@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -85,7 +86,8 @@ def train_slowly(out, kind, moment, pipe):
         return function(*arguments)
 
     argument, function = {"training": ("loss_fn", F.cross_entropy), "evaluation": ("metric", fxstn.accuracy)}[moment]
-    make_slow(out, kind, **{argument: lambda output, target: noticed(function, output, target)}).fit(3)
+    named = functools.wraps(function)(lambda output, target: noticed(function, output, target))
+    make_slow(out, kind, **{argument: named}).fit(3)
 
 
 def exit_code(out, kind, moment, number):
