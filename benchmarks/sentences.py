@@ -356,10 +356,10 @@ def tuning_today() -> str:
         return ", ".join(f"{statistics.mean(cell['test'] for cell in cells):.3f}" for cells in of_starts)
 
     return paragraph(f"""
-        **The default of today.** These rows are of an older default. Today's takes smaller steps where a network overfits,
-        which spares the starts that people have (docs/results/worth.md), and makes it slower from far away. On mnist-mlp,
-        measured again, its test losses from the low, middle and high start are {losses(today, "default")}, where those of the table are
-        {losses(then, "default")} and those of untuned training {losses(then, "untuned")}.
+        **The default of today.** These rows are of an older default. Today's takes smaller steps where a network
+        overfits, which spares the starts that people have (docs/results/worth.md), and makes it slower from far away. On
+        mnist-mlp, measured again, its test losses from the low, middle and high start are {losses(today, "default")},
+        where those of the table are {losses(then, "default")} and those of untuned training {losses(then, "untuned")}.
     """)
 
 
