@@ -128,10 +128,10 @@ class RunParts:
 
 def operations_of(problem: nn.Module) -> dict[str, object]:
     """{path: what it is} of torch's own modules: two models with the same tensors may differ in them."""
-    torchs = [
-        (name, module) for name, module in problem.named_modules() if type(module).__module__.startswith("torch.nn")
-    ]
-    return {name.removeprefix("stn."): f"{type(module).__name__}({module.extra_repr()})" for name, module in torchs}
+    network = getattr(problem, "stn", None)
+    root, prefix = (problem, "") if network is None else (network.model, "model.")
+    torchs = [(path, module) for path, module in root.named_modules() if type(module).__module__.startswith("torch.nn")]
+    return {prefix + path: f"{type(module).__name__}({module.extra_repr()})" for path, module in torchs}
 
 
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:
