@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -48,37 +49,44 @@ def gone_on(parts: tuple, *arguments: Any, **settings: Any) -> tuple:
     return parts
 
 
+@functools.cache
+def end(observed: bool, cut: int | None = None) -> tuple[list, list[Tensor]]:
+    """Rows and weights of a loop, which goes on in new objects at a step.
+
+    observed: whether the tuner sees the loader.
+    """
+
+    def new() -> tuple[DataLoader, list, dict]:
+        loader = DataLoader(data(5 * STEPS), 5)
+        return (loader, [loader], {}) if observed else (loader, [None], {"epoch_steps": STEPS})
+
+    loader, arguments, settings = new()
+    parts, done = new_loop(*arguments, **settings), 0
+    while done < 3 * STEPS:
+        for number, (x, y) in enumerate(loader):
+            if number < done % STEPS:
+                continue  # a loop that goes on passes over what it has trained on
+            if done == cut:
+                loader, arguments, settings = new()
+                parts, cut = gone_on(parts, *arguments, **settings), None
+                break
+            model, optimizer, tuner = parts
+            torch.manual_seed(done)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if not observed:
+                tuner.step((x, y))
+            done += 1
+    return without_times(parts[2].history.rows), [weight.detach() for weight in parts[0].parameters()]
+
+
 @pytest.mark.parametrize("cut", [STEPS + 1, STEPS + 4, 2 * STEPS - 3, 2 * STEPS - 1, 2 * STEPS])
 @pytest.mark.parametrize("observed", [False, True])
 def test_a_state_within_an_epoch_goes_on_to_the_same_end(cut: int, observed: bool) -> None:
     """Also in the last steps of an epoch, which is evaluated by statistics of batches before the state."""
 
-    def end(cut: int | None) -> tuple[list, list[Tensor]]:
-        def new() -> tuple[DataLoader, list, dict]:
-            loader = DataLoader(data(5 * STEPS), 5)
-            return (loader, [loader], {}) if observed else (loader, [None], {"epoch_steps": STEPS})
-
-        loader, arguments, settings = new()
-        parts, done = new_loop(*arguments, **settings), 0
-        while done < 3 * STEPS:
-            for number, (x, y) in enumerate(loader):
-                if number < done % STEPS:
-                    continue  # a loop that goes on passes over what it has trained on
-                if done == cut:
-                    loader, arguments, settings = new()
-                    parts, cut = gone_on(parts, *arguments, **settings), None
-                    break
-                model, optimizer, tuner = parts
-                torch.manual_seed(done)
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
-                if not observed:
-                    tuner.step((x, y))
-                done += 1
-        return without_times(parts[2].history.rows), [weight.detach() for weight in parts[0].parameters()]
-
-    (rows, weights), (rows_again, weights_again) = end(None), end(cut)
+    (rows, weights), (rows_again, weights_again) = end(observed), end(observed, cut)
     assert len(rows) == 3
     assert same(rows, rows_again)
     assert all(map(torch.equal, weights, weights_again))
