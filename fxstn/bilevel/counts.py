@@ -13,6 +13,7 @@ from torch import Tensor
 from fxstn.ir.input_errors import is_number
 from fxstn.ir.staging import in_graph
 from fxstn.ops.batch_axis import batch_size
+from fxstn.ops.precision import widen
 
 Count = Tensor | float
 IGNORED = -100  # the class that torch's losses leave out of their mean by default
@@ -104,9 +105,9 @@ def sum_of_means(means: Sequence[Mean], unit: Count) -> tuple[Tensor, Count]:
     if any(isinstance(mean.count, Tensor) for mean in means):
         counts = torch.stack([torch.as_tensor(mean.count, device=values[0].device) for mean in means])
         shares = counts / unit
-        return (without_empty(torch.stack(values), counts) * shares).sum(), shares.sum()
+        return (without_empty(widen(torch.stack(values)), counts) * shares).sum(), shares.sum()
     numbers = [float(mean.count) / float(unit) for mean in means]
-    parts = [value for value, number in zip(values, numbers, strict=True) if number]
+    parts = [widen(value) for value, number in zip(values, numbers, strict=True) if number]
     scaled = (
         torch._foreach_mul(parts, [number for number in numbers if number]) if parts else [torch.zeros_like(values[0])]
     )
@@ -165,7 +166,10 @@ def _counts(loss: Tensor, number: Callable[[], Count]) -> tuple[Count, Count, bo
     if first is None or first.additive:
         return own if first is None else 1.0, own, first is not None
     more = [each.count for each in reductions if each is not first and each.kind == first.kind and not each.additive]
-    return sum(more, first.count), own, False
+    count = sum(more, first.count)
+    if first.kind.startswith("Div") and isinstance(there := number(), Tensor):
+        count = torch.where(there > 0, count, 0.0)  # the user's divisor may be kept from 0, where all is padding
+    return count, own, False
 
 
 @in_graph

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.counts import Mean, without_empty
+from fxstn.bilevel.counts import Mean, positive, without_empty
 from fxstn.bilevel.history import SCALE, Row
 from fxstn.bilevel.outcome import end_signs
 from fxstn.bilevel.state import State
@@ -86,8 +86,11 @@ class LossGuard:
 
         Several processes: all must call it, and note their mean.
         """
-        if distributed.processes() > 1:
-            distributed.average([(loss := loss.copy()).value])
+        if distributed.processes() > 1:  # the mean of all: in one process a batch may be padding alone
+            whole = torch.as_tensor(loss.count, dtype=loss.value.dtype, device=loss.value.device)
+            sums = torch.stack((without_empty(loss.value, whole) * whole, whole))
+            distributed.average([sums])
+            loss = Mean(sums[0] / positive(sums[1]), sums[1])
         self._notes.append((name, loss, time))
         most = EXPLODED * max(1.0, abs(self.first[name])) if name in self.first else math.inf
         return (loss.value.abs() < most).logical_not_()

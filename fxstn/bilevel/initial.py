@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def without_state(optimizer: Optimizer, groups: Sequence[State]) -> Optimizer:
     own = {name: value for name, value in vars(optimizer).items() if name != "step" and "_hooks" not in name}
     vars(result).update(own | {name: without_state(part, options_of(part)) for name, part in inner.items()})
     anew = [
-        {**options, "params": list(group["params"])}
+        {**copy.deepcopy(options), "params": list(group["params"])}  # a rate may be a tensor, which schedulers write to
         for options, group in zip(groups, optimizer.param_groups, strict=True)
     ]
     result.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": anew})

@@ -111,8 +111,9 @@ class ValidationStream(ABC):
         return ""
 
     def restart(self, state: State) -> None:
-        """Go on from where process 0 of another number of processes was."""
+        """Go on from where process 0 of another number of processes was; their batches may have another size."""
         self.load_state_dict(state)
+        self.size = None
 
 
 class DrawnStream(ValidationStream):
