@@ -83,7 +83,8 @@ def tune(
     optimizer: of the model, or several that step together; accelerator.prepare may have wrapped them. Their step hooks run the
         tuner; a step that is left out is none.
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). None: the loss that the model returns.
-    train_loader: the very object that the loop iterates over. None: call `step(batch)` after optimizer.step().
+    train_loader: the very object that the loop iterates over; a list is for a step per batch. None: call `step(batch)` after
+        optimizer.step().
     valid_loader: held-out data. The tuner takes batches of the training size from its data set.
     hparams: as for `fxstn.transform`. hp.WeightDecay() takes over the optimizer's weight_decay, coupled or decoupled as it is
         there, and starts from it; groups without decay stay without, unless no group has any.
