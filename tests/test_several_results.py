@@ -142,15 +142,30 @@ def test_batches_whose_rows_refer_to_others_are_not_split() -> None:
     assert len(parts_of(((x, mask, positions), torch.zeros(100).long()), 10)) == 5
 
 
-def test_a_padding_row_does_not_respond() -> None:
+class Lookup(nn.Module):
+    """An embedding as a function of a parameter."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight, padding_idx=0)
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_padding_row_does_not_respond(functional: bool, trace: str) -> None:
     """torch never trains it; where it is 0, neither does its response move it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(11, 8, padding_idx=0), nn.Flatten(), nn.Linear(56, 2)).double()
+    table: nn.Module = nn.Embedding(11, 8, padding_idx=0)
+    table = Lookup(table.weight.detach()) if functional else table
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(56, 2)).double()
     ids = torch.randint(1, 11, (16, 7))
     ids[:, 3:] = 0
     gradients = []
     for response in ("structured", "scaled"):
-        stn = fxstn.transform(model, [hp.WeightDecay(shared=True)], response=response)
+        stn = fxstn.transform(model, [hp.WeightDecay(shared=True)], response=response, trace=trace, example_inputs=ids)
         stn.hparams.double()
         with torch.no_grad():
             stn.response.flat_U.normal_()

@@ -258,9 +258,7 @@ def checksum_of_data(loader: DataLoader) -> str:
         try:
             count = len(dataset)
             return checksum([count, *(dataset[index] for index in sorted({0, count // 2, count - 1}))])
-        except (
-            Exception
-        ):  # of a data set of the user's own: it may raise anything, as where only workers can open its files
+        except Exception:  # it may raise anything, as where only workers can open its files
             return ""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.coverage import NORMED
 from fxstn.ir.errors import module_path, operation_name
-from fxstn.ir.graphs import add_placeholder, copied, model_of
+from fxstn.ir.graphs import add_placeholder, copied, function_of, model_of
 from fxstn.ir.node_info import RowScales, annotate
 from fxstn.ir.tangents import WHOLE
 from fxstn.ir.vocabulary import DROPOUTS, is_size
@@ -22,6 +22,7 @@ from fxstn.ops.response import Response, ResponseTree, responses_in
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.passes.parameter_uses import NORM_ROLES, ParameterUse, uses_of
 from fxstn.passes.row_structure import Part, Structure, structure_of
+from fxstn.rules import RULES
 
 SCALE_KEEPING = {*DROPOUTS, torch.cat, F.avg_pool2d, F.max_pool2d}  # what a channel is multiplied by passes through
 
@@ -34,12 +35,14 @@ class Responses:
     fan_ins: {name: fan-in}.
     leaders: {name: the first of the parameters that share its scales}.
     obstacles: {name of a parameter that does not respond: the reason}.
+    padding: {name of a table: its row that gets no gradient}.
     """
 
     axes: dict[str, int] = field(default_factory=dict)
     fan_ins: dict[str, int] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
+    padding: dict[str, int] = field(default_factory=dict)
 
 
 def _loses_scale(node: fx.Node) -> bool:
@@ -107,7 +110,17 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool, layers_only: b
     result.axes = {name: result.axes[name] for name in parameters if name in result.axes}
     sizes = {name: 1 if axis == WHOLE else parameters[name].shape[axis] for name, axis in result.axes.items()}
     result.leaders = _leaders([structure for _, structure in of_graphs], result.axes, sizes)
+    rows = {use.parameter: _padding_row(use.node) for own, _ in of_graphs for use in own if use.role == "table"}
+    result.padding = {name: row for name, row in rows.items() if row is not None and name in result.axes}
     return result
+
+
+def _padding_row(lookup: fx.Node) -> int | None:
+    """The row of a table that a lookup leaves without a gradient."""
+    signature = RULES[function_of(lookup)].signature
+    assert signature is not None
+    row = signature.bind(*lookup.args, **lookup.kwargs).arguments.get("padding_idx")
+    return row if isinstance(row, int) else None
 
 
 def _by_axis(uses: Iterable[ParameterUse]) -> dict[str, dict[int, list[ParameterUse]]]:
@@ -181,11 +194,11 @@ def response_modules(model: nn.Module, responding: Responses, hyperparameters: i
         block = blocks[responding.leaders[name]]
         response = Response(parameters[name], responding.fan_ins[name], tree, block, axis, structured)
         owner.add_module(leaf, response)
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            padded = dict(tree.flat_responses).get(f"{path}.weight".lstrip("."))
-            if padded is not None and padded.R is not None:  # torch never trains this row, nor would it R's
-                nn.init.zeros_(padded.R[module.padding_idx].detach())
+    for name, row in responding.padding.items():
+        if (
+            direction := tree.get_submodule(name).R
+        ) is not None:  # torch trains neither this row nor, by the same rule, R's
+            nn.init.zeros_(direction.detach()[row])
     return tree
 
 
