@@ -194,11 +194,9 @@ def response_modules(model: nn.Module, responding: Responses, hyperparameters: i
         block = blocks[responding.leaders[name]]
         response = Response(parameters[name], responding.fan_ins[name], tree, block, axis, structured)
         owner.add_module(leaf, response)
-    for name, row in responding.padding.items():
-        if (
-            direction := tree.get_submodule(name).R
-        ) is not None:  # torch trains neither this row nor, by the same rule, R's
-            nn.init.zeros_(direction.detach()[row])
+    for name, response in tree.flat_responses:
+        if name in responding.padding and response.R is not None:  # torch trains neither this row nor, by its rule, R's
+            nn.init.zeros_(response.R.detach()[responding.padding[name]])
     return tree
 
 
