@@ -118,7 +118,8 @@ def responses(graphs: Sequence[fx.GraphModule], structured: bool, layers_only: b
 def _padding_row(lookup: fx.Node) -> int | None:
     """The row of a table that a lookup leaves without a gradient."""
     signature = RULES[function_of(lookup)].signature
-    assert signature is not None
+    if signature is None or "padding_idx" not in signature.parameters:  # an index, a choice of rows
+        return None
     row = signature.bind(*lookup.args, **lookup.kwargs).arguments.get("padding_idx")
     return row if isinstance(row, int) else None
 
