@@ -87,6 +87,36 @@ def test_plain_numbers_keep_values_and_structures():
     assert plain_numbers(result) is result
 
 
+class MasterWeights(torch.optim.Optimizer):
+    """Plain descent on weights in float64, rounded into their parameters; the sum of gradients lies in a list."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for x in (x for group in self.param_groups for x in group["params"] if x.grad is not None):
+            state = self.state[x]
+            state.setdefault("master", x.double())
+            (total,) = state.setdefault("sum", [torch.zeros_like(x, dtype=torch.float64)])
+            total += x.grad.double() / 3
+            state["master"] -= self.param_groups[0]["lr"] * total
+            x.copy_(state["master"])
+
+
+def test_a_state_wider_than_its_parameters_goes_on_bit_for_bit(tmp_path):
+    """torch casts the state to the type of the parameter on load."""
+    settings = {"hparams": DROPOUT, "optimizer": MasterWeights}
+    whole = make(**settings)
+    whole.fit(3)
+    make(tmp_path, **settings).fit(1)
+    halves = make(tmp_path, **settings)
+    halves.fit(3)
+    states = [run.optimizers["optimizer"].state_dict() for run in (whole, halves)]
+    assert states[0]["state"][0]["master"].dtype == torch.float64
+    assert same(*states)
+
+
 class Stored:
     """A scheduler that has an object in its state."""
 

@@ -19,6 +19,7 @@ from fxstn.bilevel.evidence import (
     update_evidence,
     weight_sum,
 )
+from fxstn.bilevel.state import restore_types
 from fxstn.ir.input_errors import is_number
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
@@ -201,11 +202,7 @@ class SettlingAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on from a state_dict. The averages keep their type, where torch would round them to that of the parameter."""
         super().load_state_dict(state_dict)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [x for group in self.param_groups for x in group["params"]]
-        for key, x in zip(keys, parameters, strict=True):
-            if saved := state_dict["state"].get(key):
-                self.state[x] |= {name: saved[name].to(x.device, copy=True) for name in AVERAGES}
+        restore_types(self, state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 State = dict[str, Any]  # of tensors, numbers, strings, None, and lists, tuples and dicts of them
 T = TypeVar("T")
@@ -46,6 +47,27 @@ def on_device(value: T, device: torch.device) -> T:
     """The value with its tensors on a device."""
     moved: T = tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
     return moved
+
+
+def restore_types(optimizer: Optimizer, state: StateDict) -> None:
+    """Set the tensors of an optimizer's state as they were saved, where torch casts them to the type of their parameter.
+
+    state: has been loaded. Averages and master weights may be wider than a parameter of half precision.
+    """
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    for key, x in zip(keys, parameters, strict=True):
+        loaded, structure = tree_flatten(optimizer.state[x])
+        saved, as_saved = tree_flatten(state["state"].get(key, {}))
+        if structure == as_saved:  # others are built anew by their optimizer
+            right = [_in_type(value, before) for value, before in zip(loaded, saved, strict=True)]
+            optimizer.state[x] = tree_unflatten(right, structure)
+
+
+def _in_type(loaded: object, saved: object) -> object:
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
+        return saved.to(loaded.device, copy=True)
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.plain import plain_numbers
 from fxstn.bilevel.records import SCHEDULES, OptimizerRecord, Scheduler
 from fxstn.bilevel.scaling import LossScaler
-from fxstn.bilevel.state import State, Stateful
+from fxstn.bilevel.state import State, Stateful, restore_types
 from fxstn.ops.multi_tensor import clip_gradients
 
 SchedulerFactories = dict[str, Callable[[Optimizer], Scheduler]] | None
@@ -187,3 +187,5 @@ class Updates:
         for kind, parts in self.parts().items():
             for name, part in parts.items():
                 part.load_state_dict(state[kind][name])
+        for name, optimizer in self.optimizers.items():
+            restore_types(optimizer, state["optimizers"][name])
