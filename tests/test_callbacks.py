@@ -1,5 +1,6 @@
 """Callbacks of other libraries: the same ones for a BilevelRunner and for a loop of the user's own."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -107,3 +108,45 @@ def test_no_callback_is_called_for_a_pass_without_a_row() -> None:
 def test_callbacks_of_a_loop_are_functions() -> None:
     with pytest.raises(TypeError, match=r"callbacks=\[3\] must be a list of functions"):
         tune(0, 3)  # type: ignore[arg-type]
+
+
+class Unfreeze:
+    """Trains a weight from the second epoch on.
+
+    first: whether it is frozen only when `fit` begins.
+    """
+
+    def __init__(self, first: bool) -> None:
+        self.first, self.weights = first, list[torch.Tensor]()
+
+    def on_fit_start(self, runner: Any) -> None:
+        if self.first:
+            runner.stn.model[0].weight.requires_grad_(False)
+
+    def __call__(self, runner: Any) -> None:
+        weight = runner.stn.model[0].weight.requires_grad_(True)
+        self.weights.append(weight.detach().clone())
+
+
+def run_unfreezing(frozen_first: bool) -> list[torch.Tensor]:
+    model, train, valid = model_and_data()
+    stn = fxstn.transform(model, [hp.Dropout()])
+    stn.model[0].weight.requires_grad_(not frozen_first)
+    callback = Unfreeze(not frozen_first)
+    fxstn.BilevelRunner(stn, F.cross_entropy, train, valid, callbacks=[callback], progress=False).fit(3)
+    return callback.weights
+
+
+def test_a_weight_without_an_optimizer_is_named_once_it_is_trained():
+    with pytest.warns(
+        fxstn.RunWarning, match=r"no optimizer steps stn\.model\.0\.weight, .* from epoch 2, step 1 on: freeze"
+    ):
+        first, *_, last = run_unfreezing(frozen_first=True)
+    assert torch.equal(first, last)
+
+
+def test_the_remedy_of_that_warning_trains_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fxstn.RunWarning)
+        first, *_, last = run_unfreezing(frozen_first=False)
+    assert not torch.equal(first, last)

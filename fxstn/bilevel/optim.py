@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from fxstn.bilevel.evidence import (
-    AVERAGES,
     MEAN_MEMORY,
     SQUARE_MEMORY,
     bound_gradient,

@@ -31,7 +31,11 @@ def sgd(parameters: Sequence[nn.Parameter], fused: bool = True) -> Optimizer:
 
     fused: whether a step is one kernel where the device has it, which takes no sparse gradients.
     """
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=fused and _fusible(parameters))
+    optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=fused and _fusible(parameters))
+    if optimizer.defaults["fused"]:  # the kernel takes no weight that joins the others later, without a momentum yet
+        (group,) = optimizer.param_groups
+        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]})
+    return optimizer
 
 
 def adam(parameters: Sequence[nn.Parameter]) -> Optimizer:

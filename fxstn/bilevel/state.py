@@ -56,11 +56,13 @@ def restore_types(optimizer: Optimizer, state: StateDict) -> None:
     """
     keys = [key for group in state["param_groups"] for key in group["params"]]
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
-    for key, x in zip(keys, parameters, strict=True):
+    for x, before in zip(parameters, map(state["state"].get, keys), strict=True):
+        if before is None:
+            continue
         loaded, structure = tree_flatten(optimizer.state[x])
-        saved, as_saved = tree_flatten(state["state"].get(key, {}))
+        saved, as_saved = tree_flatten(before)
         if structure == as_saved:  # others are built anew by their optimizer
-            right = [_in_type(value, before) for value, before in zip(loaded, saved, strict=True)]
+            right = [_in_type(value, other) for value, other in zip(loaded, saved, strict=True)]
             optimizer.state[x] = tree_unflatten(right, structure)
 
 

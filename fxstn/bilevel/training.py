@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.tuner import Tuner
 
@@ -23,6 +24,7 @@ class TrainingLoop:
         accumulate = tuner.settings.accumulate
         self.length = math.ceil(batches / accumulate) if batches else None  # inner steps of an epoch
         self.lengths_differ = distributed.lengths_differ(loader.loader)
+        self._named: set[str] = set()  # weights that a warning has named
 
     @property
     def epochs(self) -> float:
@@ -40,6 +42,7 @@ class TrainingLoop:
         if not tuner.means.steps:
             tuner.begin_epoch()
             self.loader.begin()
+        self._warn_of_unstepped()
         problem.train()
         while batches := self._next_batches():
             self._replay()
@@ -59,6 +62,18 @@ class TrainingLoop:
             self.loader.close()
             return []
         return batches
+
+    def _warn_of_unstepped(self) -> None:
+        """Warn, once for each, of weights that require a gradient and that no optimizer steps."""
+        groups = self.tuner.updates.optimizers["optimizer"].param_groups
+        stepped = {id(weight) for group in groups for weight in group["params"]}
+        without = {id(weight) for weight in self.tuner.problem.general_parameters()} - stepped
+        names = [name for name, weight in self.tuner.problem.named_parameters() if id(weight) in without]
+        if new := [name for name in names if name not in self._named]:
+            self._named.update(new)
+            shown = ", ".join(new[:3]) + ", …" * (len(new) > 3)
+            warn_caller(f"no optimizer steps {shown}, frozen when the runner was made and trained from {self.tuner.time} on: "
+                        "freeze such weights after the runner is made, in a callback's on_fit_start at the latest")  # fmt: skip
 
     def _replay(self) -> None:
         """Set λ to where the schedule, if there is one, has it at the end of this step."""
