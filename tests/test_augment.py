@@ -233,6 +233,67 @@ def test_stochastic_depth_and_drop_connect_have_their_rates_and_means():
     assert weights.max() == pytest.approx(1 / 0.7)
 
 
+def strong(spec, batch):
+    """Strengths of an operation at the upper ends of their ranges."""
+    return [torch.full((batch,), float(number.high)) for number in spec.numbers.values()]
+
+
+@pytest.mark.parametrize("spec", AUGMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_autocast_changes_no_image(spec, dtype):
+    """Half precision has no place for each pixel of a large image."""
+    x, results = images(4, 200, dtype), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(spec.function(x, *strong(spec, 4), **spec.defaults))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], x)
+
+
+@pytest.mark.parametrize("spec", AUGMENTATIONS)
+def test_half_images_are_those_of_float32_rounded(spec):
+    half, results = images(4, 200, torch.bfloat16), []
+    for x in (half.float(), half):
+        torch.manual_seed(0)
+        results.append(spec.function(x, *strong(spec, 4), **spec.defaults))
+    torch.testing.assert_close(results[0].bfloat16(), results[1], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in AUGMENTATIONS if spec not in (hp.GaussianNoise, hp.MixUp)])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 5), (6, 3)])
+def test_what_is_no_batch_of_images_is_refused(spec, shape):
+    """A flip would exchange the examples of a table."""
+    with pytest.raises(
+        ValueError, match=rf"hp\.{spec.__name__} acts on images \(batch, .* got \({shape[0]}, {shape[1]}"
+    ):
+        spec.function(torch.rand(shape), *strong(spec, shape[0]), **spec.defaults)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (lambda: hp.ColorJitter(), (2, 4, 9, 9), r"need images of 1 or 3 channels, .* got \(2, 4, 9, 9\)"),
+        (lambda: hp.Grayscale(), (2, 2, 9, 9), r"need images of 1 or 3 channels, .* got \(2, 2, 9, 9\)"),
+        (lambda: hp.GaussianBlur(), (2, 3, 2, 9), r"kernel_size=\(5, 5\) needs images of more than 2 pixels"),
+        (
+            lambda: hp.Affine(fill=(0.1, 0.2, 0.3)),
+            (2, 1, 9, 9),
+            r"3 values, .* do not fill images of 1 channels; give one",
+        ),
+        (
+            lambda: hp.Erasing(value=(0.1, 0.2)),
+            (2, 3, 9, 9),
+            r"2 values, .* do not fill images of 3 channels; give one",
+        ),
+    ],
+)
+def test_images_that_a_setting_does_not_fit_are_refused(make, shape, message):
+    spec = make()
+    with pytest.raises(ValueError, match=message):
+        spec.function(torch.rand(shape), *strong(spec, shape[0]), **spec.settings)
+
+
 # Strengths: zero, bounds, modules' own
 
 

@@ -1,4 +1,4 @@
-"""Autocast on CUDA, whose kernels want one type where those of the CPU take several."""
+"""Autocast: kernels of CUDA want one type where those of the CPU take several, and gradients stay near those without it."""
 
 from __future__ import annotations
 
@@ -110,6 +110,63 @@ def test_no_kernel_of_cuda_gets_several_types(net):
                 assert backward(loss) > 0
     assert not launches.unlike
     assert sum(launches.seen.values()) > 100
+
+
+class Projected(nn.Module):
+    """An LSTM with a projection, whose product autocast lowers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.head = (
+            nn.LSTM(8, 8, batch_first=True, proj_size=4),
+            nn.Dropout(0.1),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.layer(x)[0].mean(1)))
+
+
+def maps() -> nn.Sequential:
+    """A layer norm over channels and pixels behind a convolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.LayerNorm([4, 6, 6]), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(144, 3)
+    )
+
+
+def encoder() -> nn.Sequential:
+    """Layer norms behind products."""
+    return nn.Sequential(nn.Linear(8, 8), *attention())
+
+
+ON_CPU = NETS | {
+    "projected": (Projected, SEQUENCES, {}, torch.bfloat16),
+    "maps": (maps, IMAGES, {}, torch.bfloat16),
+    "maps, structured": (maps, IMAGES, {"response": "structured"}, torch.bfloat16),
+    "maps, live": (maps, IMAGES, {"trace": "live"}, torch.bfloat16),
+    "encoder": (encoder, SEQUENCES, {}, torch.bfloat16),
+    "encoder, float16": (encoder, SEQUENCES, {}, torch.float16),
+}
+
+
+@pytest.mark.parametrize("net", ON_CPU)
+def test_gradients_of_the_response_are_near_those_without_autocast(net):
+    torch.manual_seed(0)
+    make, shape, options, precision = ON_CPU[net]
+    x, target = torch.randn(shape), torch.arange(4) % 3
+    options = {"hparams": [hp.Dropout(), hp.WeightDecay(shared=True)]} | options
+    stn = fxstn.transform(make(), example_inputs=x, **options).train()
+    parameters = list(stn.response_parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.1)
+    gradients = []
+    for autocast in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=autocast):
+            loss = fxstn.response_loss(stn, F.cross_entropy, x, target, perturb=torch.ones(len(stn.hparams)))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
 def graph_of(stn):

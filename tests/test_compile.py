@@ -122,9 +122,24 @@ class Recurrent(nn.Module):
         return self.out(self.dropout(self.rnn(x)[0].mean(1)))
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN, nn.LSTM])
-def test_a_compiled_response_step_of_a_recurrent_layer_has_the_gradient_of_the_plain_one(kind):
-    stn = fxstn.transform(Recurrent(kind))
+class MaskedEncoder(nn.Module):
+    """Of sequences in which some words are padding."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.encoder(x, src_key_padding_mask=x[..., 0] > 1).mean(1))
+
+
+LAYERS = {kind.__name__: partial(Recurrent, kind) for kind in (nn.GRU, nn.RNN, nn.LSTM)} | {"encoder": MaskedEncoder}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_compiled_response_step_has_the_gradient_of_the_plain_one(layer):
+    stn = fxstn.transform(LAYERS[layer](), example_inputs=torch.randn(6, 5, 4))
     nn.init.normal_(stn.response.flat_U)
     x, target, epsilon = torch.randn(6, 5, 4), torch.arange(6) % 3, torch.randn(6, len(stn.hparams))
     gradients = []

@@ -8,6 +8,7 @@ a uniform draw. At strength 0 images stay as they are, bit for bit. Augmentation
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxstn.hp.checks import FILL, FLAG, NUMBER, SIDES, Check, span
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.ops.color import as_float, gray, jitter, like_before
-from fxstn.ops.constants import constant
+from fxstn.ops.constants import per_channel
 from fxstn.ops.erase import cutout_mask, erasing_mask, over_frames
 from fxstn.ops.noise import by_example, uniform
+from fxstn.ops.precision import without_autocast
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 Fill = tuple[float, ...] | None
 BOTH: Range = (-1.0, 1.0)
+SHARES = span(-1, 1)  # a range, in shares of the strength
 
 
 def spread(ends: Range | None, neutral: float) -> tuple[float, Range]:
@@ -55,6 +59,8 @@ class ColorJitter(Operation):
         "hue": Hyperparameter(0.1, 0, 0.5),
     }
     defaults: Mapping[str, object] = dict.fromkeys(numbers, BOTH)
+    checks: Mapping[str, Check] = dict.fromkeys(numbers, SHARES)
+    images = True
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -87,6 +93,7 @@ class Cutout(Operation):
         "holes": Hyperparameter(1, 0, 5, integer=True),
         "length": Hyperparameter(8, 2, 24, integer=True),
     }
+    images = True
     apply = operator.mul
 
     @staticmethod
@@ -107,6 +114,12 @@ class Erasing(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {"erasing": Hyperparameter(0.1, 0, 1)}
     defaults: Mapping[str, object] = {"area": (0.02, 0.33), "ratio": (0.3, 3.3), "value": (0.0,)}
+    checks: Mapping[str, Check] = {
+        "area": span(0, 1, positive=True),
+        "ratio": span(0, math.inf, positive=True),
+        "value": FILL,
+    }
+    images = True
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -118,7 +131,7 @@ class Erasing(Operation):
     @staticmethod
     def draw(x: Tensor, erasing: Strength, *, area: Range, ratio: Range, value: Fill) -> tuple[Tensor, Tensor]:
         image = x if x.dim() == 4 else x[:, :, 0]  # frames share what is erased, and by what
-        noise = torch.randn_like(as_float(image)) if value is None else constant(value, as_float(x)).view(1, -1, 1, 1)
+        noise = torch.randn_like(as_float(image)) if value is None else per_channel(value, as_float(image))
         mask = erasing_mask(image, by_example(erasing, image), area, ratio)
         return over_frames(mask, x), over_frames(noise.to(x.dtype), x)
 
@@ -147,6 +160,7 @@ class Grayscale(ByChance):
     """
 
     numbers: Mapping[str, Hyperparameter] = {"grayscale": Hyperparameter(0.1, 0, 1)}
+    images = True
 
     @staticmethod
     def apply(x: Tensor, drawn: Tensor) -> Tensor:
@@ -163,6 +177,7 @@ class GaussianNoise(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {"sigma": Hyperparameter(0.1, 0, 0.5)}
     defaults: Mapping[str, object] = {"mean": 0.0, "clip": True}
+    checks: Mapping[str, Check] = {"mean": NUMBER, "clip": FLAG}
 
     @staticmethod
     def draw(x: Tensor, sigma: Strength, *, mean: float, clip: bool) -> Tensor:
@@ -184,6 +199,8 @@ class GaussianBlur(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {"blur": Hyperparameter(1.0, 0, 5)}
     defaults: Mapping[str, object] = {"kernel_size": (5, 5), "shares": (0.0, 1.0)}
+    checks: Mapping[str, Check] = {"kernel_size": SIDES, "shares": span(0, 1)}
+    images = True
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -193,6 +210,9 @@ class GaussianBlur(Operation):
 
     @staticmethod
     def draw(x: Tensor, blur: Strength, *, kernel_size: tuple[int, int], shares: Range) -> tuple[Tensor, ...]:
+        if min(x.shape[-2:]) <= (reach := max(kernel_size) // 2):
+            raise ValueError(f"hp.GaussianBlur: kernel_size={kernel_size} needs images of more than {reach} pixels along each "
+                             f"side, and got {tuple(x.shape)}; give a smaller one")  # fmt: skip
         sigma = (by_example(blur, x) * uniform(x, *shares)).view(-1, 1)
         kernels = []
         for size in kernel_size:
@@ -207,6 +227,7 @@ class GaussianBlur(Operation):
         across, down = (kernel.to(images.dtype).repeat_interleave(channels, 0) for kernel in drawn)
         w, h = kernel_size
         y = F.pad(images, (w // 2, w // 2, h // 2, h // 2), mode="reflect").flatten(0, 1)[None]
-        y = F.conv2d(y, across[:, None, None], groups=batch * channels)
-        y = F.conv2d(y, down[:, None, :, None], groups=batch * channels)
+        with without_autocast(x.device.type):
+            y = F.conv2d(y, across[:, None, None], groups=batch * channels)
+            y = F.conv2d(y, down[:, None, :, None], groups=batch * channels)
         return like_before(y[0].view(x.shape), x)

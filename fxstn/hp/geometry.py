@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from fxstn.hp.augment import BOTH, ByChance, Range, spread
+from fxstn.hp.augment import BOTH, SHARES, ByChance, Range, spread
+from fxstn.hp.checks import FILL, NUMBER, Check, choice, optional, reals
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.moving import Moving
 from fxstn.hp.operation import Settings, Strength
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 Size = tuple[int, int]  # (H, W)
+SAMPLING = {
+    "mode": choice("bilinear", "nearest"), "fill": FILL, "center": optional(reals(2)), "target_fill": NUMBER
+}  # fmt: skip
 
 
 class Flip(Moving, ByChance):
@@ -28,6 +32,7 @@ class Flip(Moving, ByChance):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
+    images = True
     numbers: Mapping[str, Hyperparameter] = {"flip": Hyperparameter(0.5, 0, 1)}
 
     @staticmethod
@@ -48,6 +53,7 @@ class VerticalFlip(Moving, ByChance):
     where, init, low, high, scale, shared, perturb: see `hp.Spec`.
     """
 
+    images = True
     numbers: Mapping[str, Hyperparameter] = {"vertical_flip": Hyperparameter(0.5, 0, 1)}
 
     @staticmethod
@@ -65,6 +71,7 @@ class VerticalFlip(Moving, ByChance):
 class _Mapped(Moving):
     """Base of affine maps. What is drawn are the matrices of `inverse_affine`."""
 
+    images = True
     apply = staticmethod(resample)
 
     @staticmethod
@@ -101,6 +108,13 @@ class Affine(_Mapped):
         "rotation": BOTH, "translate": (1.0, 1.0), "zoom": BOTH, "shear": (*BOTH, 0.0, 0.0), "mode": "bilinear",
         "fill": None, "center": None, "target_fill": 0.0,
     }  # fmt: skip
+    checks: Mapping[str, Check] = {
+        "rotation": SHARES,
+        "translate": reals(2, 0, 1),
+        "zoom": SHARES,
+        "shear": reals(4, -1, 1),
+        **SAMPLING,
+    }
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:
@@ -143,6 +157,7 @@ class Rotation(_Mapped):
     numbers: Mapping[str, Hyperparameter] = {"rotation": Hyperparameter(10, 0, 180)}
     defaults: Mapping[str, object] = {"rotation": BOTH, "mode": "bilinear", "fill": None, "center": None,
                                       "target_fill": 0.0}  # fmt: skip
+    checks: Mapping[str, Check] = {"rotation": SHARES, **SAMPLING}
 
     @classmethod
     def read(cls, module: nn.Module) -> tuple[Mapping[str, float], Settings]:

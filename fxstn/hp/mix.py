@@ -64,6 +64,7 @@ class CutMix(Mixing):
     """
 
     numbers: Mapping[str, Hyperparameter] = {"cutmix": Hyperparameter(1.0, 0, 2)}
+    images = True
 
     @staticmethod
     def draw(x: Tensor, alpha: Strength) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from fxstn.hp.checks import Check
 from fxstn.hp.specs import Choice, Spec
 from fxstn.ir.input_errors import is_number
 from fxstn.ir.staging import staged, staging_of
@@ -44,6 +45,8 @@ class Operation(Spec):
     It may also have:
 
     defaults: settings, which are fixed numbers. `read` takes them from a module, the constructor from the user.
+    checks: {setting: `fxstn.hp.checks` of it}, of what a user gives.
+    images: whether it acts on images (batch, channels, H, W), or clips (batch, channels, T, H, W), and refuses other values.
     inserts: whether, without a pattern, it is inserted at "input" of a model that has no such module.
     examples: None where draw also takes `batch_axis`, and finds the examples there (`fxstn.ops.batch_axis`).
     follows: a function, such as F.embedding, whose results alone are matched, all of them without a pattern. draw gets the
@@ -51,6 +54,8 @@ class Operation(Spec):
     """
 
     defaults: Mapping[str, object] = {}
+    checks: Mapping[str, Check] = {}
+    images: bool = False
     inserts: bool = True
     follows: ClassVar[Callable[..., Any] | None] = None
     draw: ClassVar[Callable[..., Any]]
@@ -63,6 +68,10 @@ class Operation(Spec):
         for name, value in settings.items():
             if name not in self.defaults or (name in self.numbers and is_number(value)):  # meant as a start
                 self.check_arguments({name: value}, self.defaults)
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        for name, (words, is_right) in self.checks.items():
+            if name in settings and not is_right(settings[name]):
+                raise ValueError(f"hp.{type(self).__name__}: {name}={settings[name]!r} must be {words}")
         self.settings = {**self.defaults, **settings}
         super().__init__(*where, init=init, low=low, high=high, scale=scale, shared=shared, perturb=perturb)
 
@@ -74,12 +83,18 @@ class Operation(Spec):
         draw, apply = cls.draw, cls.apply
         of_torch = getattr(apply, "__module__", "") in ("_operator", "torch")  # these have a rule and take no settings
 
+        def draw_checked(x: Any, *strengths: Strength, **settings: object) -> object:
+            if cls.images and x.dim() not in (4, 5):
+                raise ValueError(f"hp.{cls.__name__} acts on images (batch, channels, H, W), or clips (batch, channels, T, H, "
+                                 f"W), and got {tuple(x.shape)}; add the dimensions, or name where images are")  # fmt: skip
+            return draw(x, *strengths, **settings)
+
         def run(x: object, *strengths: Strength, **settings: object) -> Tensor:
-            return apply(x, draw(x, *strengths, **settings), **({} if of_torch else settings))
+            return apply(x, draw_checked(x, *strengths, **settings), **({} if of_torch else settings))
 
         # Functions of this class's own, so that graphs name them and two classes can share an implementation.
         cls.function = staticmethod(staged(overridable=True)(_named(run, kind)))
-        cls.draw = staticmethod(staged(random=True)(_named(draw, f"draw_{kind}")))
+        cls.draw = staticmethod(staged(random=True)(_named(draw_checked, f"draw_{kind}")))
         if not of_torch and staging_of(apply) is None:
             cls.apply = staticmethod(staged(_named(apply, f"apply_{kind}")))
         OPERATIONS[cls.function] = cls

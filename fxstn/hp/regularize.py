@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Never, Unpack, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxstn.hp.checks import FLAG, POSITIVE, Check, whole
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.hp.specs import Choice, Choices, Coefficient, Spec
@@ -81,6 +82,13 @@ class DropBlock(Operation):
     defaults: Mapping[str, object] = {
         "block_size": 7, "gamma_scale": 1.0, "coupled": True, "inside": False, "scaled": True
     }  # fmt: skip
+    checks: Mapping[str, Check] = {
+        "block_size": whole(1),
+        "gamma_scale": POSITIVE,
+        "coupled": FLAG,
+        "inside": FLAG,
+        "scaled": FLAG,
+    }
     apply = operator.mul
 
     @classmethod
@@ -105,6 +113,7 @@ class LockedDropout(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {"locked_dropout": Hyperparameter(0.1, 0, 0.95)}
     defaults: Mapping[str, object] = {"axis": 1}
+    checks: Mapping[str, Check] = {"axis": whole(0)}
     examples = None
     apply = operator.mul
 
@@ -195,13 +204,17 @@ class TemporalDecay(Activity):
     numbers: Mapping[str, Hyperparameter] = {"temporal_decay": Hyperparameter(1e-3, 1e-6, 10, log=True)}
 
     def __init__(self, *where: str, axis: int = 1, **choices: Unpack[Choices]) -> None:
-        if axis < 0:
-            raise ValueError(f"hp.TemporalDecay: axis={axis} must be counted from the front, 0 or more")
+        words, is_right = whole(0)
+        if not is_right(axis):
+            raise ValueError(f"hp.TemporalDecay: axis={axis!r} must be {words}, counted from the front")
         self.axis, self.examples = axis, int(axis == 0)
         super().__init__(*where, **choices)
 
     def measure(self, h: Tensor) -> Tensor:
         """The mean square of the change of each example, (batch,), of what the module puts out, h (batch, time, ...)."""
+        if self.axis >= h.dim():
+            raise ValueError(f"hp.TemporalDecay: axis={self.axis} cannot be that of time in an output of shape "
+                             f"{tuple(h.shape)}; give that of the matched modules' outputs")  # fmt: skip
         change = h.diff(dim=self.axis).movedim(int(self.axis == 0), 0).flatten(1)
         return change.square().sum(1) / max(1, change.shape[1])
 

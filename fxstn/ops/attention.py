@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fxstn.ir.staging import staged
+from fxstn.ir.staging import in_graph, staged
 from fxstn.ops.precision import without_autocast
+
+in_graph(torch._safe_softmax)  # torch.compile does not know it by this name
 
 
 @staged

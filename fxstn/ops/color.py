@@ -29,14 +29,19 @@ def like_before(y: Tensor, x: Tensor) -> Tensor:
     return y.to(x.dtype) if x.is_floating_point() else (y * 255).round().clamp(0, 255).to(x.dtype)
 
 
-def gray(x: Tensor) -> Tensor:
-    """Luma (batch, 1, H, W) of RGB images by ITU-R 601; x itself with one channel. Raises ValueError for other numbers."""
-    if x.shape[1] == 1:
-        return x
-    if x.shape[1] != 3:
+def check_channels(x: Tensor) -> None:
+    """Raises ValueError for images of other numbers of channels than 1 and 3."""
+    if x.shape[1] not in (1, 3):
         raise ValueError(
             f"colour operations need images of 1 or 3 channels, (batch, channels, H, W); got {tuple(x.shape)}"
         )
+
+
+def gray(x: Tensor) -> Tensor:
+    """Luma (batch, 1, H, W) of RGB images by ITU-R 601; x itself with one channel. Raises ValueError for other numbers."""
+    check_channels(x)
+    if x.shape[1] == 1:
+        return x
     r, g, b = x.split(1, 1)
     return torch.add(0.2989 * r, g, alpha=0.587).add_(b, alpha=0.114)
 
@@ -85,6 +90,7 @@ def jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, arrangement
     All three blend with a grey image: black, the mean luma, or the luma of each pixel. So one blend whose weights depend on
     the example does each of them, and the hue of each example is turned once.
     """
+    check_channels(x)
     images = as_float(x)
     result, ramps = torch.empty_like(images), ramps_of_channels(images)
     factor = factors.gather(1, order)

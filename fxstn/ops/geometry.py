@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxstn.ir.staging import staged
-from fxstn.ops.constants import constant
+from fxstn.ops.constants import constant, per_channel
+from fxstn.ops.precision import widen, without_autocast
 
 
 def inverse_affine(
@@ -32,7 +33,7 @@ def inverse_affine(
     d = torch.cos(angle) - c * torch.tan(shear_x)
     linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2) / scale[:, None, None]
     middle = constant(center, linear)
-    moved = middle - (linear @ (middle + translate)[..., None])[..., 0]
+    moved = middle - (linear * (middle + translate)[:, None]).sum(-1)  # no product, which autocast would lower
     return torch.cat([linear, moved[..., None]], -1)
 
 
@@ -79,7 +80,7 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     Returns a tensor in the shape and type of x.
     """
     height, width = x.shape[-2:]
-    images = x.flatten(1, -3) if x.is_floating_point() else x.flatten(1, -3).to(matrices.dtype)
+    images = (widen(x) if x.is_floating_point() else x.to(matrices.dtype)).flatten(1, -3)
     channels = images.shape[1]
     matrices = matrices.to(images.dtype)
     rows, columns = (
@@ -87,15 +88,17 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
     )
     pixels = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width), columns.new_ones(height, width)])
     half = constant((width / 2, height / 2), images)
-    grid = pixels.flatten(1).mT @ (matrices / half[:, None]).mT
+    with without_autocast(x.device.type):  # half precision has no place for each pixel
+        grid = pixels.flatten(1).mT @ (matrices / half[:, None]).mT
     if fill is not None:
         images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
     y = F.grid_sample(images, grid.unflatten(1, (height, width)), mode, "zeros", align_corners=False)
     if fill is not None:  # at the border torchvision weighs the image twice; so do we
         y, inside = y[:, :-1], y[:, -1:]
         inside = (inside >= 0.5).to(y.dtype) if mode == "nearest" else inside
-        outside = constant(fill, y).repeat_interleave(channels // x.shape[1] if len(fill) > 1 else 1).view(1, -1, 1, 1)
+        outside = per_channel(fill, x).to(y.dtype)
+        outside = outside.repeat_interleave(channels // x.shape[1], 1) if len(fill) > 1 else outside
         y = inside * (y - outside) + outside
     still = _is_identity(matrices).view(-1, 1, 1, 1)
     y = y.lerp_(images[:, :channels], still.to(y.dtype)).reshape(x.shape)
-    return y if x.is_floating_point() else y.round().to(x.dtype)
+    return (y if x.is_floating_point() else y.round()).to(x.dtype)

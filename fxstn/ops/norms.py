@@ -71,11 +71,20 @@ def _layer_norm_transpose(
     return aten.native_layer_norm_backward(cotangent, x, shape, mean, inverse_std, weight, None, INPUT_ONLY)[0]
 
 
+def layer_norm_core(tangent: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]) -> Tensor:
+    """The Jacobian of layer norm without a weight, symmetric; in the type of x.
+
+    Without a weight the kernel of the CPU, too, takes one type, that of the statistics.
+    """
+    dtype = mean.dtype if x.is_cpu else x.dtype
+    return _layer_norm_transpose(tangent.to(dtype), x.to(dtype), None, mean, inverse_std, shape).to(x.dtype)
+
+
 @linear_map(_layer_norm_transpose)
 def _layer_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, shape: Sequence[int]
 ) -> Tensor:
-    core = _layer_norm_transpose(tangent, x, None, mean, inverse_std, shape)
+    core = layer_norm_core(tangent, x, mean, inverse_std, shape)
     return core if weight is None else core.mul_(weight)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
+from fxstn.ops.precision import without_autocast
 from fxstn.ops.recurrent import Steps
 
 
@@ -105,14 +106,17 @@ def recurrence_tangent(
     trace: what the layer did.
     """
     lstm = mode == "lstm"
-    dh = torch.zeros_like(trace.previous[0]) if dh is None else dh.to(entering.dtype)
+    dtype = entering.dtype
+    dh = torch.zeros_like(trace.previous[0], dtype=dtype) if dh is None else dh.to(dtype)
     if lstm:
-        state = entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(entering.dtype)
+        state = entering.new_zeros(entering[0, :, 0].shape) if dc is None else dc.to(dtype)
     else:
         state = dh.clone() if torch.compiler.is_compiling() else dh  # torch.compile refuses one tensor as two arguments
     coefficients = (trace.by_hidden, trace.carry, trace.output)
-    weights = [w if w is None else w.to(entering.dtype) for w in (weight_hh, weight_hr)]
+    weights = [w if w is None else w.to(dtype) for w in (weight_hh, weight_hr)]
     constant = not any(value is not None and value.requires_grad for value in (*coefficients, *weights))
     run: Callable[..., tuple[Tensor, Tensor]] = _Recurrence.apply if constant else recurrence
-    dy, last = run(entering, dh, state, projected, *coefficients, *weights)
+    projected = projected if projected is None else projected.to(dtype)
+    with without_autocast(entering.device.type):  # the adjoint, too, has products of one type
+        dy, last = run(entering, dh, state, projected, *coefficients, *weights)
     return (dy, dy[-1], last) if lstm else (dy, dy[-1])

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
 from fxstn.ops.linear_maps import Context, differentiates
-from fxstn.ops.norms import INPUT_ONLY, alike, layer_norm_jacobian
+from fxstn.ops.norms import INPUT_ONLY, alike, layer_norm_core, layer_norm_jacobian
 from fxstn.ops.precision import low
 from fxstn.ops.response import align
 from fxstn.ops.scaled import channel_sums, scaled_tangent
@@ -138,8 +138,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
         ctx: Context, tangent: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, shape: Sequence[int],
         output: Tensor, scale: Tensor, shift: Tensor | None, ends: Tensor | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        kernel = torch.ops.aten.native_layer_norm_backward
-        core = kernel(tangent.to(x.dtype), x, shape, mean, inverse_std, None, None, INPUT_ONLY)[0]
+        core = layer_norm_core(tangent, x, mean, inverse_std, shape)
         ctx.save_for_backward(x, weight, mean, inverse_std, output, scale, ends)
         ctx.shape = shape
         terms = _two_terms(output, scale, shift)
