@@ -108,7 +108,9 @@ PLACES = [[0.5 * t, -0.5 * t, 0.05 * t] for t in range(len(VALID))]
 
 @pytest.mark.parametrize(("train", "place", "halved"), [
     (0.1, [1.5, -3.5, 0.35], [0.5, 1.0, 1.0]),  # held back as well: what rose goes back to the mean of the best three
-    (-0.05, [3.5, -1.5, 0.35], [1.0, 0.5, 1.0]),  # fits better and better: what fell goes back
+    (0.01, [1.5, -3.5, 0.35], [0.5, 1.0, 1.0]),  # its own rise, 0.03, is most of the other's, 0.05
+    (0.005, [3.5, -1.5, 0.35], [1.0, 0.5, 1.0]),  # most of the rise is of the distance between them: what fell goes back
+    (-0.05, [3.5, -1.5, 0.35], [1.0, 0.5, 1.0]),  # fits better and better
 ])  # fmt: skip
 def test_the_training_loss_says_which_moves_to_blame(train, place, halved):
     """Windows of three: the lowest mean before the last three evaluations is that of the third to the fifth, λ₀ = 1.5."""

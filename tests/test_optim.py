@@ -323,7 +323,7 @@ def test_groups_and_parameters_of_several_sizes_are_limited_each_by_its_own_numb
         parameter.grad = -torch.ones_like(parameter)
     optimizer.step()
     moved = torch.cat([parameter.detach().flatten() for parameter in (x, y, z)])
-    expected = (1 - CAUTION * 0.25) * torch.tensor([0.025, 0.1, 0.025, 0.2, 0.05, 0.05])
+    expected = torch.tensor([0.025, 0.1, 0.025, 0.2, 0.05, 0.05])
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=0)
 
 
@@ -463,13 +463,13 @@ def test_a_gradient_that_changes_slowly_is_not_taken_for_a_noisy_one():
     ("gap", "expected"), [(0.25, [-1.0, 0.25, 1.0]), (0.0, [-1.0, 0.0, 1.0]), (None, [-1.0, 1.0, 1.0])]
 )
 def test_steps_that_raise_a_regularisation_are_multiplied_by_the_gaps_share(gap, expected):
-    """Gradients that say down, up and up; the last number does not regularise. All steps are shorter, by the gap."""
+    """Gradients that say down, up and up; the last number does not regularise."""
     x = nn.Parameter(torch.zeros(3))
     optimizer = SettlingAdam([x], lr=0.1, certainty=None)
     set_gap(optimizer, gap, [True, True, False])
     x.grad = torch.tensor([1.0, -1.0, -1.0])
     optimizer.step()
-    assert (x.detach() / 0.1 / (1 - CAUTION * (gap or 0))).tolist() == pytest.approx(expected, abs=1e-5)
+    assert (x.detach() / 0.1).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_optimizer_that_knows_no_gap_is_left_alone():
@@ -481,14 +481,20 @@ def test_an_optimizer_that_knows_no_gap_is_left_alone():
 
 def walk(gradients, gap, certainty, start=0.0, limited=None):
     """How far logits get on gradients (steps, h), from a start on which their place in a range depends; in steps so small that
-    it stays, and in units of these, as the gap has shortened them."""
+    it stays, and in units of these."""
     x = nn.Parameter(torch.full_like(gradients[0], start))
     optimizer = SettlingAdam([x], lr=1e-6, settle=1e12, certainty=certainty, position=torch.sigmoid)
     set_gap(optimizer, gap, [True] * gradients.shape[1] if limited is None else limited)
     for gradient in gradients:
         x.grad = gradient.clone()
         optimizer.step()
-    return (x.detach() - start) / 1e-6 / (1 - CAUTION * (gap or 0))
+    return (x.detach() - start) / 1e-6
+
+
+@pytest.fixture
+def incautious(monkeypatch):
+    """Uncertain steps are not shortened besides."""
+    monkeypatch.setattr(optim, "CAUTION", 0.0)
 
 
 DOWN = torch.rand(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # of one sign, and many sizes
@@ -499,7 +505,9 @@ UP = -DOWN
 @pytest.mark.parametrize(
     ("place", "above", "below"), [(1e-9, 1.0, 0.0), (0.05, 1.0, 0.5), (0.5, 1.0, 1.0), (0.95, 0.5, 1.0), (1 - 1e-9, 0.0, 1.0)]
 )  # fmt: skip
-def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(gap, place, above, below):
+def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_for_all_of_it(
+    incautious, gap, place, above, below
+):
     """Reference: an optimizer without a gap, of the certainty that is left."""
     certainty, start = 20.0, math.log(place / (1 - place))
     assert 0 < walk(UP, None, certainty) < 0.5 * walk(UP, None, 0.0)
@@ -510,7 +518,7 @@ def test_the_gap_says_which_way_less_evidence_is_enough_and_ends_of_ranges_ask_f
 
 
 @pytest.mark.parametrize("gap", [0.3, 0.9])
-def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show(gap):
+def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show(incautious, gap):
     """Sixteen numbers, every second of which goes up; alone none would go far. Reference: as above, one for each number."""
     certainty, limited = 4.0, [True, True, False, False] * 4
     sizes = torch.rand(60, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 8
@@ -522,6 +530,24 @@ def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show(gap)
         share, factor = (1.0, 1.0) if not limited[i] else (1 - gap, gap) if i % 2 else (gap, 1.0)
         expected = factor * walk(gradients, None, certainty * share)[i]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [None, 0.0, 0.3, 1.0])
+def test_the_less_certain_a_step_is_the_shorter_it_gets_where_a_network_overfits(monkeypatch, gap):
+    """The certainty of each step is what it is shorter by than one without noise, where nothing is cautious."""
+    gradients = 0.5 + torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def steps(certainty):
+        places = [walk(gradients[:end], gap, certainty, limited=[False]) for end in range(1, len(gradients) + 1)]
+        return torch.cat(places).diff()
+
+    cautious = steps(0.5)
+    monkeypatch.setattr(optim, "CAUTION", 0.0)
+    plain = steps(0.5)
+    certain = plain / steps(None)
+    assert 0.1 < certain.mean() < 0.5
+    assert certain.max() > 0.8
+    torch.testing.assert_close(cautious, plain * (1 - CAUTION * (gap or 0.0) * (1 - certain)), rtol=1e-6, atol=1e-6)
 
 
 def test_without_a_position_no_number_is_near_an_end():

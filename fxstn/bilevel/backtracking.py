@@ -58,10 +58,11 @@ class Backtracking:
         off: its network would no longer be the one that was evaluated.
 
     The means of `WINDOW` evaluations are compared: the last ones, and those with the lowest validation loss since λ was taken
-    back last. Where the validation loss has risen by more than its noise, the training loss says which moves to blame. If it
-    has risen as well, the network is held back, and what has risen since then did it. If it has fallen, the network
-    overfits, and what has fallen did it. These numbers go back to where they were at the lowest validation loss, and their
-    steps are half as long from then on: a backtracking line search (Armijo 1966), number by number, on what is measured anyway.
+    back last. Where the validation loss has risen by more than its noise, the training loss says which moves to blame. If its
+    own rise is more than half of that, the network is held back, and what has risen since then did it. Else most of the rise is
+    of the distance between the losses: the network overfits, and what has fallen did it. These numbers go back to where they
+    were at the lowest validation loss, and their steps are half as long from then on: a backtracking line search (Armijo 1966),
+    number by number, on what is measured anyway.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, problem: BilevelProblem, on: bool) -> None:
@@ -105,7 +106,7 @@ class Backtracking:
             return [], []
         before = [statistics.fmean(places) for places in zip(*(point.place for point in best), strict=True)]
         moves = [now - then for now, then in zip(points[-1].place, before, strict=True)]
-        sign = 1 if train_rise > 0 else -1
+        sign = 1 if train_rise > valid_rise / 2 else -1
         blame = [
             number
             for number, (move, own) in enumerate(zip(moves, self.regularizing, strict=True))

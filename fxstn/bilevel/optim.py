@@ -24,20 +24,20 @@ from fxstn.ir.input_errors import is_number
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
 
 SHARE = "share"  # in a parameter's state: what is left of the steps of each number, once some were taken back
-# Where a network overfits completely, steps are this much shorter. Then the hypergradient is little more than noise
-# (docs/results/hypergradient.md), and a start that is a usual recipe is not far from what is best.
+# Where a network overfits completely, steps of uncertain gradients are this much shorter. Then the hypergradient is little more
+# than noise (docs/results/hypergradient.md), and a start that is a usual recipe is not far from what is best.
 CAUTION = 0.65
 END = 0.1  # share of a range, at either end, where noise must not drive λ further: a regulariser does little there
 
 
-def falling_rate(first: float, settle: float, steps: float, gap: float | None = None) -> float:
-    """The learning rate after so many steps: first / √(1 + steps / settle), times 1 − CAUTION s at a generalisation gap s.
+def falling_rate(first: float, settle: float, steps: float) -> float:
+    """The learning rate after so many steps: first / √(1 + steps / settle).
 
     λ then travels at most about 2 first √(settle T) in T steps: across its range in the few hyper steps of a short run, and
     it settles in a long one. The length of the run need not be known. (Nemirovski et al. 2009, Sec. 2.2: the rate of stochastic
     gradient descent with averaging falls as 1/√t.)
     """
-    return first / math.sqrt(1 + steps / settle) * (1 - CAUTION * (gap or 0.0))
+    return first / math.sqrt(1 + steps / settle)
 
 
 def needed_certainty(rises: Tensor, gap: float, position: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ def set_gap(optimizer: torch.optim.Optimizer, gap: float | None, regularizing: S
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """The rate of an optimizer's last step, in its first group; before a step, that of the first one.
 
-    It is "lr" of the group, with a `SettlingAdam` lowered by the steps done and by the generalisation gap.
+    It is "lr" of the group, with a `SettlingAdam` lowered by the steps done.
     """
     group = optimizer.param_groups[0]
     if not isinstance(optimizer, SettlingAdam):
         return float(group["lr"])
     steps = max((optimizer.state[x]["step"].item() for x in group["params"] if x in optimizer.state), default=0)
-    return falling_rate(group["lr"], group["settle"], max(steps - 1, 0), group["gap"])
+    return falling_rate(group["lr"], group["settle"], max(steps - 1, 0))
 
 
 def _check_gap(gap: object, name: str) -> None:
@@ -157,8 +157,8 @@ class SettlingAdam(torch.optim.Optimizer):
     gradient that keeps its direction moves x as Adam does. The averages are at least in float32, whatever the parameter is in.
 
     `set_gap` sets a group's "gap" s in [0, 1], and which numbers are "limited" by it. Their rises are multiplied by s, and
-    their steps need the part of the certainty that `needed_certainty` says. All steps are multiplied by 1 − CAUTION s. Without
-    a gap nothing is limited.
+    their steps need the part of the certainty that `needed_certainty` says. All steps are multiplied by 1 − CAUTION s (1 − ρ):
+    what is certain may travel far. Without a gap nothing is limited.
 
     Raises ValueError for lr, settle or certainty out of range, TypeError for an argument of another type.
     """
@@ -235,7 +235,9 @@ class SettlingAdam(torch.optim.Optimizer):
                 gate = noise_gate(evidence, certainty, needed) if certainty is not None else torch.ones_like(decrease)
                 if SHARE in self.state[x]:
                     decrease = decrease * self.state[x][SHARE]
-                rate = falling_rate(group["lr"], group["settle"], evidence.count - 1, gap)
+                if gap:
+                    gate = torch.addcmul(gate * (1 - CAUTION * gap), gate, gate, value=CAUTION * gap)
+                rate = falling_rate(group["lr"], group["settle"], evidence.count - 1)
                 x.addcmul_(decrease, gate, value=-rate * root_v / m)
         return loss
 

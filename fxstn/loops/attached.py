@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
-from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.records import options_of
 from fxstn.bilevel.run_settings import Settings
@@ -26,7 +25,7 @@ from fxstn.frontends.conditioned import ConditionedForward, restore_modules
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.idle import IdleLoop
-from fxstn.loops.observed import can_be_observed, length_of, observe, restore, unobserved
+from fxstn.loops.observed import LoopLoaders, length_of
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.remembered import RememberedBatches, batches_to_come
@@ -74,11 +73,8 @@ class AttachedTuner(RefittableLoop):
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._begun = False  # whether the start has been evaluated, or lies behind
-        self._own: ResumableLoader | None = None  # a pass beside the user's, over a loader that cannot be observed
-        if train_loader is not None and can_be_observed(train_loader):
-            observe(train_loader, self._seen)
-        elif train_loader is not None:
-            self._own = ResumableLoader(train_loader, "train_loader")
+        self._loaders = LoopLoaders(train_loader, self._seen)
+        if train_loader is not None and self._loaders.beside is not None:
             self.epoch_steps = epoch_steps or length_of(train_loader)
         hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
         self._handles: list[RemovableHandle | ZeroGradHook] = []
@@ -189,13 +185,14 @@ class AttachedTuner(RefittableLoop):
             self._due = True
             self._seen.hold()
             return
-        if self._own is not None:
-            self._seen.see(self._own.next()[0])
+        if (beside := self._loaders.beside) is not None:
+            self._seen.see(beside.next()[0])
         if not (batches := self._seen.take()):
             raise ValueError(
                 "the optimizer has stepped, and train_loader has yielded no batch for it: pass the loader that the loop "
-                "iterates over, after accelerator.prepare say; or, also where the loop reads all batches before it trains, "
-                "train_loader=None, and call tuner.step(batch) after each step"
+                "iterates over, after accelerator.prepare say, and another one that it iterates over for a while, as of "
+                "accelerator.skip_first_batches, to tuner.follow(loader); or, also where the loop reads all batches before it "
+                "trains, train_loader=None, and call tuner.step(batch) after each step"
             )
         self._advance(batches)
 
@@ -204,7 +201,7 @@ class AttachedTuner(RefittableLoop):
         tuner = self._tuner
         self._follow_autocast()
         self._recent.batches.extend(batches)
-        with self._in_the_models_mode():
+        with torch.enable_grad(), self._in_the_models_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
             tuner.after_step(prepared, {})
         self._refresh()
@@ -216,7 +213,7 @@ class AttachedTuner(RefittableLoop):
         """Inside, the network is in the mode of the model. A loss that is no number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
-            with unobserved(self.train_loader):
+            with self._loaders.unobserved():
                 yield
         except BadLoss as fault:
             self._report(fault)
@@ -273,8 +270,7 @@ class AttachedTuner(RefittableLoop):
         for handle in self._handles:
             handle.remove()
         restore_modules(self.model)
-        if self.train_loader is not None and self._own is None:
-            restore(self.train_loader)
+        self._loaders.restore()
 
     # State
 

@@ -9,6 +9,8 @@ from operator import call
 from typing import Any, Protocol
 from weakref import ref
 
+from fxstn.bilevel.loaders import ResumableLoader
+
 _LISTENER = "_fxstn_listener"
 _CLASS: Any = vars(object)["__class__"]  # a class may have a property of that name, as accelerate's loaders have
 
@@ -126,16 +128,44 @@ def _reduced(self: Any, protocol: int) -> tuple:
         vars(self)[_LISTENER] = listener
 
 
-@contextmanager
-def unobserved(loader: object) -> Iterator[None]:
-    """Inside, nobody hears of the passes over a loader: they are the tuner's own."""
-    attributes = getattr(loader, "__dict__", {})
-    listener = attributes.pop(_LISTENER, None)
-    try:
-        yield
-    finally:
-        if listener is not None:
-            attributes[_LISTENER] = listener
+class LoopLoaders:
+    """The loaders of a loop. Their passes are seen or, where they cannot be, a pass of one's own goes beside them.
+
+    loader: the loop's first. None: there is none.
+    listener: hears of the passes.
+
+    beside: the pass of one's own. None: there is none.
+    """
+
+    def __init__(self, loader: Iterable[object] | None, listener: Listener) -> None:
+        self.listener, self.seen = listener, list[Iterable[object]]()
+        self.beside: ResumableLoader | None = None
+        if loader is not None and can_be_observed(loader):
+            self.follow(loader)
+        elif loader is not None:
+            self.beside = ResumableLoader(loader, "train_loader")
+
+    def follow(self, loader: Iterable[object]) -> None:
+        """See the passes over a further loader. Raises ValueError where another listener hears of them."""
+        if _listener_of(loader) is not self.listener:
+            observe(loader, self.listener)
+            self.seen.append(loader)
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Inside, nobody hears of the passes: they are the tuner's own."""
+        listeners = [vars(loader).pop(_LISTENER, None) for loader in self.seen]
+        try:
+            yield
+        finally:
+            for loader, listener in zip(self.seen, listeners, strict=True):
+                if listener is not None:
+                    vars(loader)[_LISTENER] = listener
+
+    def restore(self) -> None:
+        """Give the loaders their classes back."""
+        for loader in self.seen:
+            restore(loader)
 
 
 def length_of(loader: Iterable[object]) -> int:

@@ -24,7 +24,7 @@ from fxstn.bilevel.state import State
 from fxstn.bilevel.tuner import Tuner
 from fxstn.frontends.conditioned import original_forwards
 from fxstn.loops.decay import TunedDecay
-from fxstn.loops.observed import unobserved
+from fxstn.loops.observed import LoopLoaders
 from fxstn.loops.rates import RatesAgain, SeenRates
 from fxstn.loops.seen_batches import SeenBatches
 from fxstn.loops.step_hooks import hook_steps
@@ -42,6 +42,7 @@ class RefittableLoop(Refittable):
     _stepping: list[Optimizer]
     _groups: list[list[State]]  # the options of each optimizer's groups when the tuner was made
     _seen: SeenBatches
+    _loaders: LoopLoaders
     _rates: SeenRates
 
     def _fresh_optimizer(self) -> OptimizerLike:
@@ -65,7 +66,7 @@ class RefittableLoop(Refittable):
     def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> Iterator[BilevelRunner]:
         """As for a runner. The optimizers decay the weights, coupled or not, as in the loop, and the loss does not."""
         terms, stn, loss_fn = self.stn.terms, self.stn, self.problem.training_windows.loss_fn
-        with unobserved(self.train_loader), original_forwards(self.model):
+        with self._loaders.unobserved(), original_forwards(self.model):
             stn.terms = replace(terms, penalties=())
             try:
                 run = BilevelRunner(stn, loss_fn, train_loader, None, **settings)

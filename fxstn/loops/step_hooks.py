@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -61,7 +62,8 @@ def hook_steps(
         if changes_weights(optimizer):
             after(optimizer)
 
-    return [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    eager = torch.compiler.disable  # where the user compiles the step, what happens around it is no part of that graph
+    return [optimizer.register_step_pre_hook(eager(before_step)), optimizer.register_step_post_hook(eager(after_step))]
 
 
 class ZeroGradHook:

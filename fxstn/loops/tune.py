@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -24,11 +24,14 @@ from fxstn.loops.attached import AttachedTuner
 from fxstn.loops.checks import check_arguments
 from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
 from fxstn.loops.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
+from fxstn.loops.observed import can_be_observed
 from fxstn.loops.step_hooks import unwrapped_optimizer
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.request import Request, check_model
 from fxstn.passes.take_over import condition_model
 from fxstn.transform import FRONTENDS, network_over
+
+Loader = TypeVar("Loader", bound=Iterable[object])
 
 
 class TuneSettings(TypedDict, total=False):
@@ -46,9 +49,24 @@ class LoopTuner(AttachedTuner):
     """What `fxstn.tune` returns: tunes λ while somebody else trains.
 
     `values()` are the hyperparameters now, `history` has a row for each epoch. `state_dict()` and `load_state_dict(state)` are
-    for the checkpoint of the loop. `report(path)` writes a page, `detach()` leaves a plain model. `step(batch)` and
-    `end_epoch()` are for loops without a train_loader.
+    for the checkpoint of the loop. `report(path)` writes a page, `detach()` leaves a plain model. `follow(loader)` is for loops
+    that have a second one, `step(batch)` and `end_epoch()` for those without a train_loader.
     """
+
+    def follow(self, loader: Loader) -> Loader:
+        """Also see the passes over another loader, until `detach`; returns it.
+
+        loader: what the loop iterates over for a while in place of train_loader, as of accelerator.skip_first_batches.
+
+        Raises ValueError where the tuner has no train_loader that it sees, and for a loader whose passes cannot be seen.
+        """
+        if not self._loaders.seen or not can_be_observed(loader):
+            raise ValueError(
+                f"the passes over a {type(loader).__name__} cannot be seen, or the tuner has no train_loader whose passes are: "
+                "pass train_loader=None to fxstn.tune, and call tuner.step(batch) after each step"
+            )
+        self._loaders.follow(loader)
+        return loader
 
     def report(self, path: str | Path, title: str = "fxstn run") -> None:
         """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`.
