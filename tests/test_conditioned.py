@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fxstn import hp
-from fxstn.frontends.conditioned import condition_modules, restore_modules
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.record import record
+from fxstn.frontends.model_forwards import condition_modules, restore_modules
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.owners import module_sites
 from fxstn.passes.request import Request

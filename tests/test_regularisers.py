@@ -18,11 +18,11 @@ from torchvision import ops
 
 import fxstn
 from fxstn import hp
-from fxstn.frontends.conditioned import restore_modules
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import LOOPS
 from fxstn.frontends.decompositions.recognition import RECOGNISED
 from fxstn.frontends.decompositions.torchvision import RANDOM
+from fxstn.frontends.model_forwards import restore_modules
 from fxstn.ops.drop_block import block_mask, block_multiplier
 
 FRONTENDS = ["fx", "export", "live"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import CodeType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -181,13 +182,23 @@ class ConditionedForward:
     original: its forward before.
     strengths: what these operations read.
     autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
+    owner: who moves λ. None in a copy, whose λ nobody moves.
     """
 
     def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Strengths) -> None:
         self.module, self.sites, self.strengths = module, sites, strengths
         self.autocast: torch.dtype | None = None
+        self.owner: ref[object] | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
         self.own = vars(module).get("forward")
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"owner": None}
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the forward itself, for torch.export."""
+        return self.original.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, sites = self.module, self.sites
@@ -233,52 +244,3 @@ class ConditionedForward:
         elements = list(output)
         elements[leaf] = draw.after(elements[leaf], self.strengths)
         return type(output)(elements)
-
-
-def condition_modules(model: nn.Module, sites: dict[str, ModuleSites], strengths: Tensor) -> None:
-    """Give the modules that own random operations a forward that draws them at λ.
-
-    sites: by module path.
-    strengths: (h,), the values of λ; whoever moves λ writes into it.
-    """
-    shared = Strengths(strengths)
-    for path, own in sites.items():
-        module = model.get_submodule(path)
-        vars(module)["forward"] = ConditionedForward(module, own, shared)
-
-
-def restore_modules(model: nn.Module) -> None:
-    """Give every module its own forward back."""
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, ConditionedForward):
-            _put(module, forward.own)
-
-
-def _put(module: nn.Module, forward: object) -> None:
-    if forward is None:
-        del vars(module)["forward"]
-    else:
-        vars(module)["forward"] = forward
-
-
-@contextmanager
-def original_forwards(model: nn.Module) -> Iterator[None]:
-    """A context in which every module runs its own forward, without torch.compile."""
-    modules = list(model.modules())
-    conditioned = [(module, vars(module).get("forward")) for module in modules]
-    replaced = [(module, forward) for module, forward in conditioned if isinstance(forward, ConditionedForward)]
-    scripted = torch.jit.ScriptModule
-    compiled = [m for m in modules if not isinstance(m, scripted) and m._compiled_call_impl is not None]
-    calls = [module._compiled_call_impl for module in compiled]
-    for module, forward in replaced:
-        _put(module, forward.own)
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, forward in replaced:
-            vars(module)["forward"] = forward
-        for module, call in zip(compiled, calls, strict=True):
-            module._compiled_call_impl = call

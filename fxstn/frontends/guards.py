@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 from torch._library.autograd import make_autograd_impl
 
-from fxstn.frontends.conditioned import original_forwards
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
+from fxstn.frontends.model_forwards import original_forwards
 from fxstn.frontends.module_state import ModuleState, module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 

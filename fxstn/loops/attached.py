@@ -21,7 +21,8 @@ from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import State, Stateful
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
-from fxstn.frontends.conditioned import ConditionedForward, restore_modules
+from fxstn.frontends.conditioned import ConditionedForward
+from fxstn.frontends.model_forwards import restore_modules
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.idle import IdleLoop

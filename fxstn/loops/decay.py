@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fxstn.bilevel.faults import warn_caller
 from fxstn.hp import HyperparameterSpace, Spec, WeightDecay
 from fxstn.hp.hyperparameter import CHOSEN, DECAY
-from fxstn.ir.input_errors import first_line
+from fxstn.ir.input_errors import first_line, is_number
 from fxstn.loops.step_hooks import gradient_factor
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.penalty import add_to_gradients, penalty, penalty_gradients
@@ -152,7 +152,7 @@ class TunedDecay:
         from `exp_avg_sq`. Optimizers without it are treated as D = 1.
         """
         moments = {
-            own.name: (*moment, float(own.group.get("eps", 0.0)))
+            own.name: (*moment, float(eps) if is_number(eps := own.group.get("eps")) else 0.0)
             for own in self.weights
             if own.name in names and (moment := own.second_moment()) is not None
         }

@@ -22,7 +22,7 @@ from fxstn.bilevel.runner import BilevelRunner
 from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.state import State
 from fxstn.bilevel.tuner import Tuner
-from fxstn.frontends.conditioned import original_forwards
+from fxstn.frontends.model_forwards import original_forwards
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.observed import LoopLoaders
 from fxstn.loops.rates import RatesAgain, SeenRates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack
@@ -17,7 +18,7 @@ from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
 from fxstn.bilevel.validation import example_batch
-from fxstn.frontends.conditioned import ConditionedForward, restore_modules
+from fxstn.frontends.model_forwards import are_owned, own_forwards, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.loops.attached import AttachedTuner
@@ -154,10 +155,12 @@ def tune(
     data, seed = (train_loader, valid_loader), distributed.common_seed()
     strengths = condition_model(plain, network, examples)
     try:
-        return LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
+        tuner = LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
     except BaseException:
         restore_modules(plain)
         raise
+    own_forwards(plain, tuner)
+    return tuner
 
 
 def execute(network: SelfTuningNetwork, settings: ExecutionSettings) -> None:
@@ -207,10 +210,13 @@ def _check_loop(
         raise ValueError(
             "optimizer has none of the model's parameters: make it of model.parameters(), of this very model"
         )
-    if any(isinstance(vars(module).get("forward"), ConditionedForward) for module in model.modules()):
-        raise ValueError(
-            "the model is tuned already; call detach() of that tuner first, and copy a model before tune, or after detach()"
-        )
+    if are_owned(model):
+        gc.collect()  # a tuner that nobody has any more, as after an error in its loop, holds itself
+        if are_owned(model):
+            raise ValueError(
+                "the model is tuned already; call detach() of that tuner first, or drop it together with its optimizer"
+            )
+    restore_modules(model)
     if train_loader is not None:
         check_loader(train_loader, "train_loader")
     check_loader(valid_loader, "valid_loader")

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fxstn.frontends.conditioned import condition_modules, restore_modules
 from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.live.record import record
+from fxstn.frontends.model_forwards import condition_modules, restore_modules
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import leaves
 from fxstn.ir.graphs import forked_rng

@@ -1,0 +1,215 @@
+"""fxstn.tune in loops that step in uncommon places, change their loader, fail, or compile and export the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import same, without_times
+from test_tune import QUICK, data, loaders, mlp, sgd, train
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import fxstn
+from fxstn import hp
+
+SPECS = [hp.Dropout(), hp.WeightDecay(shared=True)]
+
+
+def new_loop(make: Any = sgd) -> tuple[nn.Module, Any, Any, DataLoader]:
+    model, (loader, valid) = mlp(0.3), loaders()
+    optimizer = make(model)
+    return model, optimizer, fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, SPECS, **QUICK), loader
+
+
+# Loaders
+
+
+def steps(model: nn.Module, optimizer: Any, batches: Iterable, first: int = 0) -> None:
+    for number, (x, y) in enumerate(batches, first):
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4])
+def test_a_loop_that_goes_on_over_the_rest_of_an_epoch_by_another_loader_ends_alike(cut: int) -> None:
+    """As with accelerator.skip_first_batches: a new loader yields what is left of the epoch."""
+    model, optimizer, tuner, loader = new_loop()
+    for _ in range(3):
+        steps(model, optimizer, loader)
+    parts = [*new_loop()]
+    steps(*parts[:2], parts[3])
+    under_way = iter(parts[3])  # the state is of amid the pass
+    steps(*parts[:2], itertools.islice(under_way, cut))
+    saved = [copy.deepcopy(part.state_dict()) for part in parts[:3]]
+    again = new_loop()
+    for part, state in zip(again, saved, strict=False):
+        part.load_state_dict(state)
+    other, other_optimizer, other_tuner, other_loader = again
+    rest = DataLoader(Subset(other_loader.dataset, range(cut * 12, 60)), 12)
+    steps(other, other_optimizer, other_tuner.follow(rest), cut)
+    steps(other, other_optimizer, other_loader)
+    assert len(other_tuner.history) == 3
+    assert same(without_times(tuner.history.rows), without_times(other_tuner.history.rows))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    other_tuner.detach()
+    assert type(rest) is DataLoader
+
+
+def test_the_error_of_another_loader_names_the_remedy_and_it_works() -> None:
+    model, optimizer, tuner, _ = new_loop()
+    other = DataLoader(data(60), 12)
+    with pytest.raises(ValueError, match=r"has yielded no batch .* to tuner\.follow\(loader\)"):
+        train(model, optimizer, other)
+    assert tuner.follow(other) is other
+    train(model, optimizer, other)
+    assert len(tuner.history) == 1
+
+
+def test_only_passes_that_can_be_seen_are_followed() -> None:
+    model, optimizer, tuner, _ = new_loop()
+    with pytest.raises(ValueError, match=r"passes over a list cannot be seen.*tuner\.step\(batch\)"):
+        tuner.follow([data(60).tensors])
+    tuner.detach()
+    told = fxstn.tune(model, optimizer, F.cross_entropy, None, loaders()[1], epoch_steps=5)
+    with pytest.raises(ValueError, match=r"has no train_loader whose passes are"):
+        told.follow(DataLoader(data(60), 12))
+
+
+# Steps
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Minimises at the worst point near by (Foret et al. 2021, arXiv 2010.01412): the second step is one of `inner`."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.before = inner, list[Tensor]()
+
+    @torch.no_grad()
+    def first(self) -> None:
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        self.before = [weight.clone() for weight in weights]
+        for weight in weights:
+            weight += 0.05 * weight.grad / weight.grad.norm().clamp_min(1e-12)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second(self) -> None:
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for weight, before in zip(weights, self.before, strict=True):
+            weight.copy_(before)
+        self.inner.step()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_step_within_no_grad_tunes_as_one_outside(enabled: bool) -> None:
+    def values(enabled: bool) -> dict[str, float]:
+        model, optimizer, tuner, loader = new_loop()
+        if enabled:
+            optimizer.step = torch.enable_grad()(optimizer.step)
+        sharpness = Sharpness(optimizer)
+        for number, (x, y) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader, 4))):
+            torch.manual_seed(number)
+            sharpness.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            sharpness.first()
+            F.cross_entropy(model(x), y).backward()
+            sharpness.second()
+        assert len(tuner.history) == 4
+        return tuner.values()
+
+    reference = values(True)
+    assert values(enabled) == reference != new_loop()[2].values()
+
+
+def test_optimizers_that_step_in_the_backward_pass_tune() -> None:
+    """One for each weight, as in PyTorch's tutorial on memory."""
+
+    def make(model: nn.Module) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD([weight], lr=0.05) for weight in model.parameters()]
+
+    model, optimizers, tuner, loader = new_loop(make)
+    before = tuner.values()
+    for weight, optimizer in zip(model.parameters(), optimizers, strict=True):
+
+        def step(weight: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        weight.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+    assert tuner.steps == 15
+    assert len(tuner.history) == 3
+    assert tuner.values() != before
+
+
+def test_a_compiled_step_tunes_as_a_plain_one() -> None:
+    results = []
+    for compiled in (False, True):
+        model, optimizer, tuner, loader = new_loop()
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number, (x, y) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader, 2))):
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            step()
+        results.append((tuner.steps, tuner.values()))
+    assert results[0][0] == results[1][0] == 10
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
+
+
+# Models
+
+
+def fail(model: nn.Module, loader: DataLoader, valid: DataLoader) -> None:
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, SPECS)
+    steps(model, optimizer, itertools.islice(loader, 2))
+    raise KeyboardInterrupt(tuner.values())
+
+
+def test_a_model_whose_tuner_is_lost_is_tuned_anew() -> None:
+    model, (loader, valid) = mlp(0.3), loaders()
+    with pytest.raises(KeyboardInterrupt):
+        fail(model, loader, valid)
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, SPECS, **QUICK)
+    train(model, optimizer, loader, 2)
+    assert len(tuner.history) == 2
+    tuner.detach()
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_copy_of_a_tuned_model_is_tuned_by_its_own_tuner() -> None:
+    model, optimizer, tuner, loader = new_loop()
+    train(model, optimizer, loader)
+    twin, (other_loader, valid) = copy.deepcopy(model), loaders()
+    other_optimizer = sgd(twin)
+    other = fxstn.tune(twin, other_optimizer, F.cross_entropy, other_loader, valid, SPECS, **QUICK)
+    before, start = tuner.values(), other.values()
+    train(twin, other_optimizer, other_loader, 2)
+    assert tuner.values() == before
+    assert other.values() != start
+    train(model, optimizer, loader)
+    assert (len(tuner.history), len(other.history)) == (2, 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_is_exported_while_it_is_tuned(strict: bool) -> None:
+    model, optimizer, _, loader = new_loop()
+    train(model, optimizer, loader)
+    model.eval()
+    x = torch.randn(4, 8)
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), model(x))
