@@ -124,6 +124,7 @@ def tune(
     plain, optimizers = unwrapped(model), [unwrapped_optimizer(part) for part in parts]
     check_model(plain)
     _check_loop(plain, optimizers, train_loader, valid_loader)
+    restore_modules(plain)  # of a tuner that nobody has any more
     forward = forward or (own_loss if loss_fn is None else default_forward)
     reader = BatchReader(forward, plain)
     loader = valid_loader if train_loader is None else train_loader
@@ -216,7 +217,6 @@ def _check_loop(
             raise ValueError(
                 "the model is tuned already; call detach() of that tuner first, or drop it together with its optimizer"
             )
-    restore_modules(model)
     if train_loader is not None:
         check_loader(train_loader, "train_loader")
     check_loader(valid_loader, "valid_loader")
