@@ -134,7 +134,22 @@ class MaskedEncoder(nn.Module):
         return self.out(self.encoder(x, src_key_padding_mask=x[..., 0] > 1).mean(1))
 
 
-LAYERS = {kind.__name__: partial(Recurrent, kind) for kind in (nn.GRU, nn.RNN, nn.LSTM)} | {"encoder": MaskedEncoder}
+class OwnLoss(nn.Module):
+    """A network that computes a loss, whose tangent is its own backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.dropout, self.out = nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.out(self.dropout(self.body(x).relu()).mean(1))
+        return y + F.smooth_l1_loss(y, x[:, :3, 0])
+
+
+LAYERS = {kind.__name__: partial(Recurrent, kind) for kind in (nn.GRU, nn.RNN, nn.LSTM)} | {
+    "encoder": MaskedEncoder,
+    "loss": OwnLoss,
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -150,7 +150,7 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
         return y if again else y.detach(), functools.reduce(operator.add, terms)
 
     loss.__name__ = f"loss_{getattr(function, '__name__', 'node')}"
-    return staged(loss)
+    return staged(compiled=False)(loss)  # torch.compile does not follow a backward pass within a graph
 
 
 @dataclass(frozen=True)
