@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxstn.hp.checks import FILL, FLAG, NUMBER, SIDES, Check, span
+from fxstn.hp.checks import FILL, FLAG, NUMBER, ODD_SIDES, Check, span
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.hp.operation import Operation, Settings, Strength, WithProbability
 from fxstn.ops.color import as_float, gray, jitter, like_before
@@ -199,7 +199,7 @@ class GaussianBlur(Operation):
 
     numbers: Mapping[str, Hyperparameter] = {"blur": Hyperparameter(1.0, 0, 5)}
     defaults: Mapping[str, object] = {"kernel_size": (5, 5), "shares": (0.0, 1.0)}
-    checks: Mapping[str, Check] = {"kernel_size": SIDES, "shares": span(0, 1)}
+    checks: Mapping[str, Check] = {"kernel_size": ODD_SIDES, "shares": span(0, 1)}
     images = True
 
     @classmethod

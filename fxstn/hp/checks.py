@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from fxstn.ir.input_errors import is_number
 
-Check = tuple[str, Callable[[object], bool]]
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def reals(count: int | None = None, low: float = -math.inf, high: float = math.inf) -> Check:
@@ -16,12 +21,10 @@ def reals(count: int | None = None, low: float = -math.inf, high: float = math.i
     count: how many. None: one or more.
     """
     ends = "" if low == -high == -math.inf else f" in [{low:g}, {high:g}]"
-
-    def is_right(value: object) -> bool:
-        right = isinstance(value, tuple) and (len(value) == count if count else len(value) > 0)
-        return right and all(is_number(x) and math.isfinite(x) and low <= x <= high for x in value)  # type: ignore[attr-defined]
-
-    return f"a tuple of {count or 'one or more'} numbers{ends}", is_right
+    return f"a tuple of {count or 'one or more'} numbers{ends}", lambda value: (
+        isinstance(value, tuple) and len(value) == (count or max(1, len(value)))
+        and all(_is_finite(x) and low <= x <= high for x in value)
+    )  # fmt: skip
 
 
 def span(low: float, high: float, positive: bool = False) -> Check:
@@ -31,11 +34,7 @@ def span(low: float, high: float, positive: bool = False) -> Check:
     """
     _, is_pair = reals(2, low, high)
     words = f"a range (a, b) with {'0 < a' if positive else f'{low:g} ≤ a'} ≤ b" + f" ≤ {high:g}" * math.isfinite(high)
-
-    def is_right(value: object) -> bool:
-        return is_pair(value) and value[0] <= value[1] and not (positive and value[0] <= 0)  # type: ignore[index]
-
-    return words, is_right
+    return words, lambda value: is_pair(value) and value[0] <= value[1] and (value[0] > 0 or not positive)
 
 
 def whole(low: int) -> Check:
@@ -53,15 +52,10 @@ def optional(check: Check) -> Check:
     return f"{words}, or None", lambda value: value is None or is_right(value)
 
 
-NUMBER: Check = "a finite number", lambda value: is_number(value) and math.isfinite(value)
-POSITIVE: Check = "a finite number above 0", lambda value: is_number(value) and 0 < value < math.inf
+NUMBER: Check = "a finite number", _is_finite
+POSITIVE: Check = "a finite number above 0", lambda value: _is_finite(value) and value > 0
 FLAG: Check = "True or False", lambda value: isinstance(value, bool)
-SIDES: Check = (
-    "a tuple (width, height) of odd numbers",
-    lambda value: (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(type(side) is int and side > 0 and side % 2 for side in value)
-    ),
-)
+ODD_SIDES: Check = "a tuple (width, height) of odd numbers", lambda value: (
+    reals(2, 1)[1](value) and all(type(side) is int and side % 2 for side in value)
+)  # fmt: skip
 FILL = optional(reals())
