@@ -120,7 +120,7 @@ TASKS = {
         partial(_grey, "fashion-mnist", 5000, 2000), lambda train: SimpleCNN(),
         lambda start: [
             hp.Dropout("input", "3", "7", "11", init=start),
-            hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
+            hp.Cutout("input", init={"holes": round(5 * start), "length": round(2 + 22 * start)}),
         ],
         F.cross_entropy, partial(torch.optim.SGD, lr=1e-2, momentum=0.9), 20,
     ),
@@ -130,7 +130,7 @@ TASKS = {
         lambda start: [  # the paper's 19
             hp.ColorJitter("input", init={name: n.high * start for name, n in hp.ColorJitter.numbers.items()}),
             hp.Affine("input", init={name: n.high * start for name, n in hp.Affine.numbers.items()}),
-            hp.Cutout("input", init={"holes": 5 * start, "length": 2 + 22 * start}),
+            hp.Cutout("input", init={"holes": round(5 * start), "length": round(2 + 22 * start)}),
             hp.Dropout("input", "1.layer?.?", init=start),
         ],
         F.cross_entropy, partial(torch.optim.SGD, lr=3e-2, momentum=0.9), 20,

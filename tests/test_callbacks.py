@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,20 @@ def test_a_trial_gets_each_epoch_and_ends_where_it_is_pruned(loop: Callable) -> 
     for trial, history in zip(study.trials, histories, strict=True):
         expected = {int(row["epoch"]): row["valid_loss"] for row in history}
         assert trial.intermediate_values == pytest.approx(expected)
+
+
+def test_a_trial_is_not_told_what_a_row_does_not_have() -> None:
+    optuna = pytest.importorskip("optuna", reason="needs the extra fxstn[optuna]")
+    trial = optuna.create_study().ask()
+    rows = [{"epoch": 1, "valid_loss": 1.0}, {"epoch": 2, "valid_loss": 0.5, "clean_train_loss": 0.25}]
+    history = fxstn.History(("fc.dropout",), [])
+    report, wrong = report_to(trial, "clean_train_loss"), report_to(trial, "acuracy")
+    for row in rows:
+        history.rows.append(row)
+        report(SimpleNamespace(history=history))
+    assert trial.study.get_trials()[0].intermediate_values == {2: 0.25}
+    with pytest.raises(KeyError, match="no column 'acuracy'; it has valid_loss"):
+        wrong(SimpleNamespace(history=history))
 
 
 def test_tensorboard_shows_a_loop_of_ones_own(tmp_path: Any) -> None:

@@ -108,7 +108,9 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path, monkeypat
     [
         (["train.py", "--lr", "0.1"], "python train.py --lr 0.1"),
         (["/opt/fxstn/__main__.py", "tune"], "fxstn tune"),
-        (["/opt/ipykernel_launcher.py", "-f", "kernel.json"], "The run was started from a notebook."),
+        (["/opt/ipykernel_launcher.py", "-f", "kernel.json"], "No command started the run"),
+        (["/opt/colab_kernel_launcher.py", "-f", "kernel.json"], "No command started the run"),
+        (["-"], "No command started the run"),
     ],
 )
 def test_a_report_says_how_the_run_was_started(words, shown, monkeypatch):
@@ -302,6 +304,25 @@ def test_panels_of_a_history():
     assert shown["dropout"].lines["2"][0] == pytest.approx(0.3)
     assert len(shown["dropout"].lines["2"]) == 3
     assert list(shown["diagnostics"].lines) == ["response norm", "linearization error"]
+
+
+def test_no_line_of_a_panel_takes_the_place_of_another():
+    """A shared number has the name of its kind, and a module may have it, too."""
+    groups = {"hyperparameter": {"dropout": [0.1, 0.2], "dropout.dropout": [0.3, 0.4]}}
+    (_, panel) = plots.panels(groups, {})
+    assert {label: line[1:] for label, line in panel.lines.items()} == groups["hyperparameter"]
+    assert panel.names == {"dropout": "dropout", "dropout.dropout": "dropout.dropout"}
+
+
+@with_plots
+@pytest.mark.parametrize("name", ["new/folder/curves.png", "curves", "new/curves.svg"])
+def test_a_picture_lies_where_it_was_asked_for(name, tmp_path):
+    runner = make()
+    runner.fit(1)
+    runner.history.plot(tmp_path / name)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    beginning = (tmp_path / name).read_bytes()[:8]
+    assert beginning[1:4] == b"PNG" if not name.endswith("svg") else beginning.startswith(b"<?xml")
 
 
 @with_plots

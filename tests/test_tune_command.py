@@ -175,6 +175,42 @@ def test_the_exit_status_says_how_a_command_ended(end, monkeypatch, capsys):
     assert text in capsys.readouterr().err
 
 
+def test_ctrl_c_while_pytorch_loads_is_one_sentence(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "fxstn.tools.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fxstn.tools.commands")
+    monkeypatch.delattr(sys.modules["fxstn.tools"], "commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert cli.main(["explain", "resnet18"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "fxstn explain: interrupted\n"
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(monkeypatch, capfd):
+    def fail(args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    redirected = []
+    monkeypatch.setitem(commands.COMMANDS, "explain", fail)
+    monkeypatch.setattr(commands.os, "dup2", lambda source, target: redirected.append(target))
+    assert cli.main(["explain", "resnet18"]) == 128 + signal.SIGPIPE
+    assert redirected == [sys.stdout.fileno()]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "1.5"])
+@pytest.mark.parametrize("command", [["tune"], ["verify", "resnet18"], ["show"]])
+def test_a_seed_that_is_none_is_refused_by_its_option(command, seed, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, "--seed", seed])
+    assert end.value.code == 2
+    assert re.search(
+        rf"argument --seed: '{seed}' must be (a whole number, 0 or more|below 4294967296)", capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(("spoiled", "status"), [("train", 2), ("later", 1)])
 def test_data_that_fail_before_the_first_step_are_a_wrong_call_and_later_a_failed_run(
     spoiled, status, monkeypatch, tmp_path, capsys
@@ -211,10 +247,10 @@ def test_the_bar_of_a_run_moves_within_an_epoch_and_goes_back():
         bar.move_to(0.4)
         bar.move_to(0.25)
         assert "| 0.25/2 epochs [" in str(bar)
-        row = {"epoch": 1, "train_loss": 1.0, "valid_loss": 2.0, "fc.dropout": 0.1}
-        bar.end_epoch(History(("fc.dropout",), [row]), ())
+        row = {"epoch": 1, "train_loss": 1.0, "valid_loss": 2.0, "train.dropout": 0.1, "train.weight_decay": 0.2}
+        bar.end_epoch(History(("train.dropout", "train.weight_decay"), [row]), ())
         assert "1.00/2" in str(bar)
-        assert "train=1, valid=2, fc=0.1" in str(bar)
+        assert "train=1, valid=2, train.dropout=0.1, train.weight_decay=0.2" in str(bar)
 
 
 def test_a_refit_is_named_before_its_bar(monkeypatch):

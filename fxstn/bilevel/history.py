@@ -14,7 +14,7 @@ from pathlib import Path
 from fxstn.bilevel.files import json_text, write_text
 from fxstn.bilevel.outcome import Outcome, still_moves, value_and_spread
 from fxstn.bilevel.plain import plain_numbers
-from fxstn.bilevel.plots import Groups, figure_of, panels
+from fxstn.bilevel.plots import Groups, figure_of, panels, save_figure
 from fxstn.bilevel.state import State
 from fxstn.hp.hyperparameter import Hyperparameter
 from fxstn.ir.input_errors import as_file, as_path, is_number
@@ -283,7 +283,7 @@ class History:
         """
         best, shown = int(self.best()["epoch"]), panels(self.groups(), self.start)
         figure = figure_of(shown, best, "History.plot", columns=min(len(shown), 2 if len(shown) <= 4 else 3))
-        figure.savefig(as_file(path, "History.plot"), dpi=110)
+        save_figure(figure, as_file(path, "History.plot"), dpi=110)
 
     def state_dict(self) -> State:
         """What `load_state_dict` goes on from."""

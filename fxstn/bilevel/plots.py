@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def panels(groups: Groups, start: dict[str, float]) -> list[Panel]:
     for kind, lines in kinds.items():
         title = kind.replace("_", " ") if len(lines) > 1 else next(iter(lines))
         names = {name.removesuffix(f".{kind}"): name for name in lines}
+        names = names if len(names) == len(lines) else {name: name for name in lines}  # "dropout" and "dropout.dropout"
         result.append(Panel(title, {label: lines[name] for label, name in names.items()}, "schedule", names))
     scales = {name.partition(":")[2]: line for name, line in groups.get("scale", {}).items()}
     if any(value != line[0] for line in scales.values() for value in line):
@@ -79,6 +81,12 @@ def figure_class(what: str) -> type[Figure]:
     except ImportError as error:
         raise ImportError(f"{what} needs matplotlib: pip install 'fxstn[plot]'") from error
     return Figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write an image in the format of its suffix, PNG without one. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, format=path.suffix[1:] or "png")
 
 
 def _draw_lines(axis: Axes, panel: Panel, many: bool) -> dict[str, Line2D]:

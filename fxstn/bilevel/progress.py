@@ -22,7 +22,7 @@ class EpochBar(tqdm):
     def end_epoch(self, history: History, columns: Iterable[str]) -> None:
         """Show losses, columns and a few λ of the last row."""
         row = history.rows[-1]
-        few = [(name.rpartition(".")[0] or name, row[name]) for name in history.names[:3]]
+        few = [(name, row[name]) for name in history.names[:3]]
         losses = [(name, row[f"{name}_loss"]) for name in ("train", "valid") if f"{name}_loss" in row]
         numbers = (*losses, *((name, row[name]) for name in columns), *few)
         self.set_postfix({name: f"{value:.4g}" for name, value in numbers}, refresh=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fxstn.tools.choices import DATA_SETS, VARIANTS
-from fxstn.tools.status import STATUSES
+from fxstn.tools.status import SIGNALLED, STATUSES
 
 OWN = "a torchvision model, or package.module:function, in the current folder too"
 MODEL = f"{OWN}, that takes num_classes"
@@ -35,6 +36,13 @@ def _several(text: str) -> int:
     number = _count(text)
     if number < 2:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 2 or more: norms of batches need them")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = _count(text, 0)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below {2**32}")
     return number
 
 
@@ -73,7 +81,7 @@ def _add_tune(command: argparse.ArgumentParser) -> None:
     add("--lr", type=_rate, default=1e-2,
         help="learning rate of the weights, by SGD with momentum 0.9; with --paper, of the response too")  # fmt: skip
     add("--patience", type=_count, metavar="N", help="stop after that many epochs without improvement")
-    add("--seed", type=int, default=0, help="random seed of the split, the weights and all noise")
+    add("--seed", type=_seed, default=0, help="random seed of the split, the weights and all noise")
     add("--device", default="cpu", help="cpu or cuda")
     add = command.add_argument_group("tuning").add_argument
     add("--weight-decay", default="shared", choices=("shared", "layers", "none"),
@@ -126,7 +134,7 @@ def _add_show(command: argparse.ArgumentParser) -> None:
                          "Cutout)")  # fmt: skip
     command.add_argument("--image-size", type=_count, default=96, help="pixels")
     command.add_argument("--columns", type=_count, default=7, help="strengths from low to high")
-    command.add_argument("--seed", type=int, default=0, help="random seed of the draws, one in each row")
+    command.add_argument("--seed", type=_seed, default=0, help="random seed of the draws, one in each row")
     command.add_argument("--out", default="augmentations.png", metavar="FILE", help="image to write")
 
 
@@ -135,7 +143,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=_several, default=4, help="examples, at least 2")
     command.add_argument("--image-size", type=_count, default=32, help="pixels")
     command.add_argument("--num-classes", type=_count, default=10, help="number of classes of the model")
-    command.add_argument("--seed", type=int, default=0, help="random seed of weights and input")
+    command.add_argument("--seed", type=_seed, default=0, help="random seed of weights and input")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -223,6 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     from fxstn.tools.doing import doing
 
-    with doing("loading PyTorch"):
-        from fxstn.tools import commands  # takes seconds, which --help and a wrong option do without
+    try:
+        with doing("loading PyTorch"):
+            from fxstn.tools import commands  # takes seconds, which --help and a wrong option do without
+    except KeyboardInterrupt:
+        print(f"fxstn {args.command}: interrupted", file=sys.stderr)
+        return SIGNALLED + signal.SIGINT
     return commands.run(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 
@@ -83,7 +84,12 @@ def _text_of(error: Exception) -> str:
 def run(args: argparse.Namespace) -> int:
     """Runs a command and returns its exit status. Errors that a user can mend are printed without a traceback."""
     try:
-        return COMMANDS[args.command](args)
+        status = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads has enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGNALLED + signal.SIGPIPE
     except RunFailed as error:
         status, text = FAILED, _text_of(error)
     except torch.OutOfMemoryError as error:

@@ -100,7 +100,7 @@ def _command() -> str:
     """What was typed in the shell; "" where there is nothing of the kind, as in a notebook."""
     program, *words = sys.argv
     path = Path(program)
-    if not program or path.name.startswith("ipykernel") or program == "-c":
+    if program in ("", "-", "-c") or path.name.startswith(("ipykernel", "colab_kernel")):
         return ""
     if path.name == "fxstn" or path.parts[-2:] == ("fxstn", "__main__.py"):
         return shlex.join(["fxstn", *words])
@@ -116,7 +116,11 @@ def _code(text: str) -> str:
 def repeat_section(runner: Run) -> str:
     """Command, versions and seeds; the values, to copy."""
     command = _command()
-    code = _code(command) if command else "<p>The run was started from a notebook.</p>"
+    code = (
+        _code(command)
+        if command
+        else "<p>No command started the run: it is of a notebook, or of an interactive Python.</p>"
+    )
     values = json.dumps(runner.history.outcome().values, indent=1, ensure_ascii=False)
     replay = ("<p><code>runner.refit(loader)</code> trains anew at these values; so does a run with "
               "<code>schedule=fxstn.Schedule({name: [value]})</code>.</p>")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxstn.bilevel.plots import save_figure
 from fxstn.hp import Mixing, Operation
 from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import as_file
@@ -69,4 +70,4 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{values[index]:.3g}", fontsize=8, pad=2)
         axes[place][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    figure.savefig(as_file(path, "fxstn.show"), dpi=75)
+    save_figure(figure, as_file(path, "fxstn.show"), dpi=75)
