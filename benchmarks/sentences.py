@@ -347,22 +347,6 @@ def tuning_time() -> str:
     """)
 
 
-def tuning_today() -> str:
-    """Of the task that was measured again with the default as it is."""
-    today, then = read("today-mnist-mlp"), json.loads(tuned.path_of("mnist-mlp").read_text())
-
-    def losses(cells: dict[str, Any], method: str) -> str:
-        of_starts = [tuned.cells_of(cells, method, start).values() for start in tuned.STARTS]
-        return ", ".join(f"{statistics.mean(cell['test'] for cell in cells):.3f}" for cells in of_starts)
-
-    return paragraph(f"""
-        **The default of today.** These rows are of an older default. Today's takes smaller steps where a network
-        overfits, which spares the starts that people have (docs/results/worth.md), and makes it slower from far away. On
-        mnist-mlp, measured again, its test losses from the low, middle and high start are {losses(today, "default")},
-        where those of the table are {losses(then, "default")} and those of untuned training {losses(then, "untuned")}.
-    """)
-
-
 def gpt() -> str:
     results = read("gpt")
     losses: dict[str, list[float]] = {"fixed": [], "from": []}
@@ -571,7 +555,7 @@ def detector() -> str:
 
 TEXTS: dict[str, Callable[[], str]] = {
     "worth-summary": worth_summary, "worth-state": worth_state, "equal-time": equal_time, "tuned-run": tuned_run,
-    "networks": networks, "tuning-today": tuning_today,
+    "networks": networks,
     "launches": launches, "gpu-steps": on_a_gpu, "rest-of-launches": rest_of_launches,
     "whole-runs": whole_runs, "tuning-outcome": tuning_outcome, "limits": limits, "certainty": certainty,
     "every-step": every_step, "tuning-time": tuning_time, "gpt-losses": gpt, "retraining": retraining,
