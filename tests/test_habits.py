@@ -174,7 +174,7 @@ def test_the_bar_shows_losses_and_some_hyperparameters(capsys):
     make(progress=True).fit(2)
     shown = capsys.readouterr().err
     assert "valid=" in shown
-    assert "2=0." in shown
+    assert "2.dropout=0." in shown
     make().fit(1)
     assert capsys.readouterr().err == ""
 

@@ -211,7 +211,10 @@ class TemporalDecay(Activity):
         super().__init__(*where, **choices)
 
     def measure(self, h: Tensor) -> Tensor:
-        """The mean square of the change of each example, (batch,), of what the module puts out, h (batch, time, ...)."""
+        """The mean square of the change of each example, (batch,), of what the module puts out, h (batch, time, ...).
+
+        Raises ValueError where h has no such axis.
+        """
         if self.axis >= h.dim():
             raise ValueError(f"hp.TemporalDecay: axis={self.axis} cannot be that of time in an output of shape "
                              f"{tuple(h.shape)}; give that of the matched modules' outputs")  # fmt: skip

@@ -44,6 +44,8 @@ class AttachedTuner(RefittableLoop):
     data: (train_loader, valid_loader). The first yields the batches that the loop trains on; None: `step` gets them.
     strengths: (h,), what the model's forward reads.
     epoch_steps: optimizer steps from one evaluation to the next. None: those of a pass over train_loader.
+
+    loaders: of the loop, whose passes it sees.
     """
 
     def __init__(
@@ -74,8 +76,8 @@ class AttachedTuner(RefittableLoop):
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
         self._begun = False  # whether the start has been evaluated, or lies behind
-        self._loaders = LoopLoaders(train_loader, self._seen)
-        if train_loader is not None and self._loaders.beside is not None:
+        self.loaders = LoopLoaders(train_loader, self._seen)
+        if train_loader is not None and self.loaders.beside is not None:
             self.epoch_steps = epoch_steps or length_of(train_loader)
         hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
         self._handles: list[RemovableHandle | ZeroGradHook] = []
@@ -186,7 +188,7 @@ class AttachedTuner(RefittableLoop):
             self._due = True
             self._seen.hold()
             return
-        if (beside := self._loaders.beside) is not None:
+        if (beside := self.loaders.beside) is not None:
             self._seen.see(beside.next()[0])
         if not (batches := self._seen.take()):
             raise ValueError(
@@ -214,7 +216,7 @@ class AttachedTuner(RefittableLoop):
         """Inside, the network is in the mode of the model. A loss that is no number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
-            with self._loaders.unobserved():
+            with self.loaders.unobserved():
                 yield
         except BadLoss as fault:
             self._report(fault)
@@ -271,7 +273,7 @@ class AttachedTuner(RefittableLoop):
         for handle in self._handles:
             handle.remove()
         restore_modules(self.model)
-        self._loaders.restore()
+        self.loaders.restore()
 
     # State
 

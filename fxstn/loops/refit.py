@@ -42,7 +42,7 @@ class RefittableLoop(Refittable):
     _stepping: list[Optimizer]
     _groups: list[list[State]]  # the options of each optimizer's groups when the tuner was made
     _seen: SeenBatches
-    _loaders: LoopLoaders
+    loaders: LoopLoaders
     _rates: SeenRates
 
     def _fresh_optimizer(self) -> OptimizerLike:
@@ -66,7 +66,7 @@ class RefittableLoop(Refittable):
     def _refit_run(self, train_loader: Iterable[object], settings: dict[str, Any]) -> Iterator[BilevelRunner]:
         """As for a runner. The optimizers decay the weights, coupled or not, as in the loop, and the loss does not."""
         terms, stn, loss_fn = self.stn.terms, self.stn, self.problem.training_windows.loss_fn
-        with self._loaders.unobserved(), original_forwards(self.model):
+        with self.loaders.unobserved(), original_forwards(self.model):
             stn.terms = replace(terms, penalties=())
             try:
                 run = BilevelRunner(stn, loss_fn, train_loader, None, **settings)

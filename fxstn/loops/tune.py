@@ -61,12 +61,12 @@ class LoopTuner(AttachedTuner):
 
         Raises ValueError where the tuner has no train_loader that it sees, and for a loader whose passes cannot be seen.
         """
-        if not self._loaders.seen or not can_be_observed(loader):
+        if not self.loaders.seen or not can_be_observed(loader):
             raise ValueError(
                 f"the passes over a {type(loader).__name__} cannot be seen, or the tuner has no train_loader whose passes are: "
                 "pass train_loader=None to fxstn.tune, and call tuner.step(batch) after each step"
             )
-        self._loaders.follow(loader)
+        self.loaders.follow(loader)
         return loader
 
     def report(self, path: str | Path, title: str = "fxstn run") -> None:
