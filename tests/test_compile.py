@@ -152,7 +152,9 @@ LAYERS = {kind.__name__: partial(Recurrent, kind) for kind in (nn.GRU, nn.RNN, n
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", [pytest.param(name, marks=[pytest.mark.nightly] * (name in ("GRU", "RNN"))) for name in LAYERS]
+)
 def test_a_compiled_response_step_has_the_gradient_of_the_plain_one(layer):
     stn = fxstn.transform(LAYERS[layer](), example_inputs=torch.randn(6, 5, 4))
     nn.init.normal_(stn.response.flat_U)

@@ -535,7 +535,7 @@ def test_each_number_needs_a_certainty_of_its_own_of_what_all_together_show(inca
 @pytest.mark.parametrize("gap", [None, 0.0, 0.3, 1.0])
 def test_the_less_certain_a_step_is_the_shorter_it_gets_where_a_network_overfits(monkeypatch, gap):
     """The certainty of each step is what it is shorter by than one without noise, where nothing is cautious."""
-    gradients = 0.5 + torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = 0.5 + torch.randn(40, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def steps(certainty):
         places = [walk(gradients[:end], gap, certainty, limited=[False]) for end in range(1, len(gradients) + 1)]
@@ -546,7 +546,7 @@ def test_the_less_certain_a_step_is_the_shorter_it_gets_where_a_network_overfits
     plain = steps(0.5)
     certain = plain / steps(None)
     assert 0.1 < certain.mean() < 0.5
-    assert certain.max() > 0.8
+    assert certain.max() > 0.75
     torch.testing.assert_close(cautious, plain * (1 - CAUTION * (gap or 0.0) * (1 - certain)), rtol=1e-6, atol=1e-6)
 
 
