@@ -75,11 +75,11 @@ def test_the_error_of_another_loader_names_the_remedy_and_it_works() -> None:
 
 def test_only_passes_that_can_be_seen_are_followed() -> None:
     model, optimizer, tuner, _ = new_loop()
-    with pytest.raises(ValueError, match=r"passes over a list cannot be seen.*tuner\.step\(batch\)"):
+    with pytest.raises(ValueError, match=r"passes over a list cannot be seen; give a loader.*tuner\.step\(batch\)"):
         tuner.follow([data(60).tensors])
     tuner.detach()
     told = fxstn.tune(model, optimizer, F.cross_entropy, None, loaders()[1], epoch_steps=5)
-    with pytest.raises(ValueError, match=r"has no train_loader whose passes are"):
+    with pytest.raises(ValueError, match=r"sees the passes of no train_loader; call tuner\.step"):
         told.follow(DataLoader(data(60), 12))
 
 
@@ -109,8 +109,7 @@ class Sharpness(torch.optim.Optimizer):
         self.inner.step()
 
 
-@pytest.mark.parametrize("enabled", [False, True])
-def test_a_step_within_no_grad_tunes_as_one_outside(enabled: bool) -> None:
+def test_a_step_within_no_grad_tunes_as_one_outside() -> None:
     def values(enabled: bool) -> dict[str, float]:
         model, optimizer, tuner, loader = new_loop()
         if enabled:
@@ -126,8 +125,7 @@ def test_a_step_within_no_grad_tunes_as_one_outside(enabled: bool) -> None:
         assert len(tuner.history) == 4
         return tuner.values()
 
-    reference = values(True)
-    assert values(enabled) == reference != new_loop()[2].values()
+    assert values(False) == values(True) != new_loop()[2].values()
 
 
 def test_optimizers_that_step_in_the_backward_pass_tune() -> None:

@@ -30,13 +30,13 @@ def conditioned_forwards(model: nn.Module) -> list[ConditionedForward]:
     return [forward for forward in forwards if isinstance(forward, ConditionedForward)]
 
 
-def own_forwards(model: nn.Module, owner: object) -> None:
+def note_owner(model: nn.Module, owner: object) -> None:
     """Note who moves λ of a model's conditioned forwards."""
     for forward in conditioned_forwards(model):
         forward.owner = ref(owner)
 
 
-def are_owned(model: nn.Module) -> bool:
+def has_owner(model: nn.Module) -> bool:
     """Whether somebody still moves λ of any conditioned forward of a model."""
     return any(forward.owner is not None and forward.owner() is not None for forward in conditioned_forwards(model))
 
@@ -58,19 +58,17 @@ def _put(module: nn.Module, forward: object) -> None:
 def original_forwards(model: nn.Module) -> Iterator[None]:
     """A context in which every module runs its own forward, without torch.compile."""
     modules = list(model.modules())
-    conditioned = [(module, vars(module).get("forward")) for module in modules]
-    replaced = [(module, forward) for module, forward in conditioned if isinstance(forward, ConditionedForward)]
+    conditioned = conditioned_forwards(model)
     scripted = torch.jit.ScriptModule
     compiled = [m for m in modules if not isinstance(m, scripted) and m._compiled_call_impl is not None]
     calls = [module._compiled_call_impl for module in compiled]
-    for module, forward in replaced:
-        _put(module, forward.own)
+    restore_modules(model)
     for module in compiled:
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, forward in replaced:
-            vars(module)["forward"] = forward
+        for forward in conditioned:
+            vars(forward.module)["forward"] = forward
         for module, call in zip(compiled, calls, strict=True):
             module._compiled_call_impl = call

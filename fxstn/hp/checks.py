@@ -22,7 +22,7 @@ def reals(count: int | None = None, low: float = -math.inf, high: float = math.i
     """
     ends = "" if low == -high == -math.inf else f" in [{low:g}, {high:g}]"
     return f"a tuple of {count or 'one or more'} numbers{ends}", lambda value: (
-        isinstance(value, tuple) and len(value) == (count or max(1, len(value)))
+        isinstance(value, tuple) and (len(value) == count if count else len(value) > 0)
         and all(_is_finite(x) and low <= x <= high for x in value)
     )  # fmt: skip
 

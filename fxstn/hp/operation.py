@@ -83,18 +83,18 @@ class Operation(Spec):
         draw, apply = cls.draw, cls.apply
         of_torch = getattr(apply, "__module__", "") in ("_operator", "torch")  # these have a rule and take no settings
 
-        def draw_checked(x: Any, *strengths: Strength, **settings: object) -> object:
+        def check_and_draw(x: Any, *strengths: Strength, **settings: object) -> object:
             if cls.images and x.dim() not in (4, 5):
                 raise ValueError(f"hp.{cls.__name__} acts on images (batch, channels, H, W), or clips (batch, channels, T, H, "
                                  f"W), and got {tuple(x.shape)}; add the dimensions, or name where images are")  # fmt: skip
             return draw(x, *strengths, **settings)
 
         def run(x: object, *strengths: Strength, **settings: object) -> Tensor:
-            return apply(x, draw_checked(x, *strengths, **settings), **({} if of_torch else settings))
+            return apply(x, check_and_draw(x, *strengths, **settings), **({} if of_torch else settings))
 
         # Functions of this class's own, so that graphs name them and two classes can share an implementation.
         cls.function = staticmethod(staged(overridable=True)(_named(run, kind)))
-        cls.draw = staticmethod(staged(random=True)(_named(draw_checked, f"draw_{kind}")))
+        cls.draw = staticmethod(staged(random=True)(_named(check_and_draw, f"draw_{kind}")))
         if not of_torch and staging_of(apply) is None:
             cls.apply = staticmethod(staged(_named(apply, f"apply_{kind}")))
         OPERATIONS[cls.function] = cls

@@ -18,7 +18,7 @@ from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
 from fxstn.bilevel.validation import example_batch
-from fxstn.frontends.model_forwards import are_owned, own_forwards, restore_modules
+from fxstn.frontends.model_forwards import has_owner, note_owner, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.loops.attached import AttachedTuner
@@ -61,11 +61,12 @@ class LoopTuner(AttachedTuner):
 
         Raises ValueError where the tuner has no train_loader that it sees, and for a loader whose passes cannot be seen.
         """
-        if not self.loaders.seen or not can_be_observed(loader):
-            raise ValueError(
-                f"the passes over a {type(loader).__name__} cannot be seen, or the tuner has no train_loader whose passes are: "
-                "pass train_loader=None to fxstn.tune, and call tuner.step(batch) after each step"
-            )
+        remedy = "call tuner.step(batch) after each step"
+        if not self.loaders.seen:
+            raise ValueError(f"follow: the tuner sees the passes of no train_loader; {remedy}, with train_loader=None")
+        if not can_be_observed(loader):
+            raise ValueError(f"follow: the passes over a {type(loader).__name__} cannot be seen; give a loader, such as a "
+                             f"DataLoader; or {remedy}, with train_loader=None")  # fmt: skip
         self.loaders.follow(loader)
         return loader
 
@@ -160,7 +161,7 @@ def tune(
     except BaseException:
         restore_modules(plain)
         raise
-    own_forwards(plain, tuner)
+    note_owner(plain, tuner)
     return tuner
 
 
@@ -211,9 +212,9 @@ def _check_loop(
         raise ValueError(
             "optimizer has none of the model's parameters: make it of model.parameters(), of this very model"
         )
-    if are_owned(model):
+    if has_owner(model):
         gc.collect()  # a tuner that nobody has any more, as after an error in its loop, holds itself
-        if are_owned(model):
+        if has_owner(model):
             raise ValueError(
                 "the model is tuned already; call detach() of that tuner first, or drop it together with its optimizer"
             )
