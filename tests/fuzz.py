@@ -18,7 +18,6 @@ import numpy
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from nets import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +25,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.settings import GROUPS
+from tests.nets import mlp
 
 PACKAGE = str(Path(fxstn.__file__).parent)
 X, Y = torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3

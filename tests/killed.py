@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from runs import same, without_times
-from scenarios import Scenario
 
 from fxstn.bilevel.checkpoint import load_checkpoint
+from tests.runs import same, without_times
+from tests.scenarios import Scenario
 
 SAID = "does not end as it would have ended"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")  # which imports torch and fxstn once, not in every process
-CONTEXT.set_forkserver_preload(["fxstn", "tests.test_distributed"])
+PRELOADED = "tests.test_distributed"  # a name that cannot be imported is left out in silence
+CONTEXT.set_forkserver_preload([PRELOADED])
 
 
 UNCONNECTED = "Unconnected"  # what a process says whose group gloo could not make
@@ -44,6 +46,11 @@ def _begin(function, rank, world, file, pipe, arguments):
     except BaseException as error:
         pipe.send_bytes(pickle.dumps(((rank, type(error).__name__, traceback.format_exc()), None)))
     dist.destroy_process_group()
+
+
+def has_preloaded(rank):
+    """Whether this process has what the server should have imported for it."""
+    return PRELOADED in sys.modules
 
 
 def run(world, function, *arguments, seconds=120):

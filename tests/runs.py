@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from nets import mlp
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.settings import GROUPS
+from tests.nets import mlp
 
 STARTS = [hp.Dropout("2", "5", init=0.3), hp.WeightDecay(shared=True)]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from nets import mlp
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -29,6 +28,7 @@ from torch.utils.data import (
 
 import fxstn
 from fxstn import hp
+from tests.nets import mlp
 
 Pair = tuple[Tensor, Tensor]
 

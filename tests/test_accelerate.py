@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run
-from test_tune import QUICK, data, mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
 from fxstn import HyperSettings, hp
+from tests.processes import run
+from tests.test_tune import QUICK, data, mlp
 
 pytest.importorskip("accelerate", reason="accelerate comes with the extra fxstn[accelerate]")
 

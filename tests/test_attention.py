@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 D, HEADS = 8, 2

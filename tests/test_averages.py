@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tune import data, mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from fxstn.bilevel.counts import Mean, as_loss
 from fxstn.bilevel.faults import LossGuard
 from fxstn.bilevel.running_means import RunningMeans
 from fxstn.bilevel.validation import SplitStream
+from tests.test_tune import data, mlp
 
 
 @pytest.mark.parametrize("counts", [[3.0, 3.0], [1.0, 2.0], [torch.tensor(1.0), torch.tensor(2.0)]])

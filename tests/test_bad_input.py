@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, mlp
-from runs import grouped
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -23,6 +21,8 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import FORMAT
 from fxstn.tools import cli, data, text
+from tests.nets import SmallConv, mlp
+from tests.runs import grouped
 
 PACKAGE = str(Path(fxstn.__file__).parent)
 X, Y = torch.randn(24, 6), torch.arange(24) % 3

@@ -11,12 +11,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, randomize_response
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.temporary import eval_mode
+from tests.nets import SmallConv, randomize_response
 
 
 class Net(nn.Module):

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
-from runs import make, same, without_times
 from torch import nn
 from torch.optim import SGD
 from torch.optim import lr_scheduler as schedules
@@ -25,6 +23,8 @@ from fxstn import hp
 from fxstn.bilevel.backtracking import Point
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.plain import check_readable, plain_numbers
+from tests.nets import randomize_response
+from tests.runs import make, same, without_times
 
 # What a file holds
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import make, without_times
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -19,6 +18,7 @@ from torch._dynamo.utils import counters
 import fxstn
 from fxstn.bilevel.counts import as_loss
 from fxstn.ir.staging import functions_in_graph
+from tests.runs import make, without_times
 
 
 @pytest.fixture(autouse=True)

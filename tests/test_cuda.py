@@ -8,12 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, randomize_response
-from processes import run
-from runs import dataset, make, without_times
-from test_kernels import AUGMENTATIONS, augmented, group_norms, vision_transformer
-from test_rules import NAMES, VARYING, Prepared, check_rule
-from test_tune import QUICK, loaders, mlp, sgd
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -24,6 +18,12 @@ from benchmarks.kernels import cycle
 from fxstn import hp
 from fxstn.ir.tangents import ZERO
 from fxstn.rules import apply_rule
+from tests.nets import SmallConv, randomize_response
+from tests.processes import run
+from tests.runs import dataset, make, without_times
+from tests.test_kernels import AUGMENTATIONS, augmented, group_norms, vision_transformer
+from tests.test_rules import NAMES, VARYING, Prepared, check_rule
+from tests.test_tune import QUICK, loaders, mlp, sgd
 
 pytestmark = [
     pytest.mark.cuda,

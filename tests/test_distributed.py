@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runs import grouped
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
@@ -27,7 +26,8 @@ from fxstn import hp
 from fxstn.bilevel import distributed
 from fxstn.ops.synced import synced_batch_norm
 from tests.nets import SmallConv, mlp, randomize_response
-from tests.processes import Failed, run
+from tests.processes import Failed, has_preloaded, run
+from tests.runs import grouped
 
 EXAMPLES = 8
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
@@ -586,6 +586,10 @@ def stuck(rank):
     if rank:
         dist.barrier()
     time.sleep(60)
+
+
+def test_a_process_of_a_group_imports_nothing_anew():
+    assert run(1, has_preloaded) == [True]
 
 
 def averaged(rank):

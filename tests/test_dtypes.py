@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, randomize_response
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,6 +14,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.ops.noise import weight_mask
+from tests.nets import SmallConv, randomize_response
 
 HALVES = [torch.bfloat16, torch.float16]
 DECAY = [hp.WeightDecay(shared=True)]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, FALLBACK_CASES, ZERO_CASES, Case
-from nets import randomize_response
-from test_rules import Prepared, name
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +16,9 @@ from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.effects import is_pure, is_random, shared_arguments
 from fxstn.passes.simplify import simplify
 from fxstn.rules import RULES
+from tests.cases import CASES, FALLBACK_CASES, ZERO_CASES, Case
+from tests.nets import randomize_response
+from tests.test_rules import Prepared, name
 
 ALL_CASES = [case for case in (*CASES, *ZERO_CASES, *FALLBACK_CASES) if case.function is not torch.Tensor.cuda]
 CALLS: list[str] = []

@@ -17,7 +17,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Double, mlp, randomize_response
 from torch import nn
 from torch._ops import OpOverloadPacket
 
@@ -26,6 +25,7 @@ from fxstn import hp
 from fxstn.ir.errors import ExplainedError
 from fxstn.ops.response import responses_in
 from fxstn.rules import RULES
+from tests.nets import Double, mlp, randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 

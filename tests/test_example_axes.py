@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.ir.tangents import BATCH_FIRST, SHARED
+from tests.nets import randomize_response
 
 LENGTH = 5
 

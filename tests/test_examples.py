@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import grouped, without_times
 from torch import nn
 
 import fxstn
 from examples import class_weights, detection, label_noise, own_loop
 from fxstn import hp
+from tests.runs import grouped, without_times
 
 SMALL = SimpleNamespace(train_size=200, valid_size=50, noise=0.4, eta=0.15, lr=0.02, hyper_lr=0.1)
 

@@ -12,7 +12,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Double, SmallConv, randomize_response
 from torch import nn
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
@@ -25,6 +24,7 @@ from fxstn.ir.node_info import info_of
 from fxstn.ops.noise import dropout_mask, track_batch
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.simplify import simplify
+from tests.nets import Double, SmallConv, randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0)]
 

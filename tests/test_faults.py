@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import dataset, make, same, without_times
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxstn
@@ -23,6 +22,7 @@ from fxstn import hp
 from fxstn.bilevel.checkpoint import DamagedError, latest_checkpoint, load_checkpoint, save_checkpoint
 from fxstn.bilevel.faults import PERSISTENT, Monitors
 from fxstn.bilevel.loaders import ResumableLoader
+from tests.runs import dataset, make, same, without_times
 
 # Signals
 

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import fxstn
 from fxstn import hp
+from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0)]
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import make, without_times
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import DamagedError, load_checkpoint, save_checkpoint
 from fxstn.tools import measure
+from tests.runs import make, without_times
 
 with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")
 ODD = ("a,b", 'say "so"', "two\nlines", "=1+2", "_private", "$x$", "$\\frac", "λ → σ", "")

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from nets import randomize_response
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
 from fxstn.ir.containers import attributes
+from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0.0, 1.0), hp.Scalar("b", 0.5, 0.0, 1.0)]
 

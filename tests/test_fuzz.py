@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import committed, everything, mistakes, outcome
 from hypothesis import HealthCheck, example, given, settings
-from programs import LAWS, Program, draw, failure, smaller
 
 from fxstn import Schedule
 from fxstn.rules import RULES, Rule
+from tests.fuzz import committed, everything, mistakes, outcome
+from tests.programs import LAWS, Program, draw, failure, smaller
 
 
 def commit(mistake):

@@ -11,14 +11,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from runs import STARTS, dataset, make, without_times
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import Schedule, hp
 from fxstn.bilevel.optim import learning_rate
+from tests.nets import mlp
+from tests.runs import STARTS, dataset, make, without_times
 
 
 def in_order(batch: int, **settings) -> fxstn.BilevelRunner:

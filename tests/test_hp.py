@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import SmallConv, mlp
 from torch import nn
 from torchvision.transforms import v2
 
@@ -19,6 +18,7 @@ import fxstn
 from fxstn import hp
 from fxstn.hp import Hyperparameter, HyperparameterSpace
 from fxstn.ops.noise import keep_rates
+from tests.nets import SmallConv, mlp
 
 SPACE = [
     Hyperparameter(0.05, 0.0, 0.95, name="rate"),

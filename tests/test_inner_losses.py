@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.ir.graphs import forked_rng
+from tests.nets import randomize_response
 
 
 def one_hot(y):

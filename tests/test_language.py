@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
-from runs import grouped
 from torch import nn
 from torch.func import functional_call
 
@@ -21,6 +19,8 @@ import fxstn
 from fxstn import CarriedState, hp
 from fxstn.bilevel import network_problem
 from fxstn.tools import text
+from tests.nets import randomize_response
+from tests.runs import grouped
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, WIDTH = 11, 6

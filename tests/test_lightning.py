@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tune import QUICK, data, mlp
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Subset, TensorDataset
 
 import fxstn
 from fxstn import HyperSettings, hp
+from tests.test_tune import QUICK, data, mlp
 
 L = pytest.importorskip("lightning.pytorch", reason="Lightning comes with the extra fxstn[lightning]")
 

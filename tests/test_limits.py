@@ -8,8 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from runs import STARTS, dataset, grouped, make, same, without_times
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +15,8 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.optim import SettlingAdam, set_gap
+from tests.nets import mlp
+from tests.runs import STARTS, dataset, grouped, make, same, without_times
 
 
 def gap(runner: fxstn.BilevelRunner) -> float | None:

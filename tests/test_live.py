@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +25,7 @@ from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.regions import region_shift
 from fxstn.rules import RULES, Rule, apply_rule
+from tests.nets import Classifier, SmallConv, mlp, randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.perturbation import joins_examples
+from tests.nets import mlp, randomize_response
 
 BATCH, TIME, WIDTH, EXPERTS = 4, 5, 6, 3
 TWO = [hp.Scalar("a", 0.5, 0, 1), hp.Scalar("b", 0.5, 0, 1)]

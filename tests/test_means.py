@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import grouped, make
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.counts import as_loss
+from tests.runs import grouped, make
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0])
 

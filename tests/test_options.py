@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from nets import SmallConv, mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
 
@@ -18,6 +17,7 @@ from benchmarks.overhead import NETWORKS
 from fxstn import hp
 from fxstn.passes.recompute import Recomputed
 from fxstn.tools.models import build_model
+from tests.nets import SmallConv, mlp, randomize_response
 
 HPARAMS = [hp.Dropout("bn1", init=0.3), hp.WeightDecay()]
 

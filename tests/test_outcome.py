@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from runs import dataset, make
 from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn.bilevel.outcome import end_signs
 from fxstn.hp import HyperparameterSpace
 from fxstn.hp.hyperparameter import Hyperparameter
+from tests.nets import mlp
+from tests.runs import dataset, make
 
 RATE = Hyperparameter(0.1, 0.0, 0.95, name="rate")
 DECAY = Hyperparameter(1e-3, 1e-6, 1e-1, log=True, name="decay")

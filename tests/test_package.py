@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowest import lowest, requirements
+
+from tests.lowest import lowest, requirements
 
 ROOT = Path(__file__).parents[1]
 FILES = ("pyproject.toml", "README.md", "LICENSE")

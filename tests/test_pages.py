@@ -13,11 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cases
 import pytest
 import torch
-from registered import tables_restored
-from test_rules import check_rule
 from torch import fx, nn
 from torchvision.transforms import v2
 
@@ -31,6 +28,9 @@ from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
 from fxstn.passes.simplify import simplify
 from fxstn.rules import RULES, apply_rule
+from tests import cases
+from tests.registered import tables_restored
+from tests.test_rules import check_rule
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

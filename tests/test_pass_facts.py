@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Classifier, SmallConv, mlp
 from torch import fx, nn
 
 import fxstn
@@ -32,6 +31,7 @@ from fxstn.passes.canonicalize import canonicalize, drop_handed_through
 from fxstn.passes.invariants import FACTS, check
 from fxstn.passes.recompute import recompute as recompute_pass
 from fxstn.transform import PIPELINES
+from tests.nets import Classifier, SmallConv, mlp
 
 FOLDER = Path(inspect.getfile(canonicalize)).parent
 

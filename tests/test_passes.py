@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Classifier, SmallConv, mlp
 from torch import fx, nn
 from torchvision import models
 
@@ -22,6 +21,7 @@ from fxstn.ops.noise import dropout_mask, weight_mask
 from fxstn.ops.response import responses_in
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.simplify import simplify
+from tests.nets import Classifier, SmallConv, mlp
 
 
 def test_parameter_names_and_node_names_survive_the_passes():

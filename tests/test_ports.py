@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from runs import same, without_times
 
 import fxstn
 from fxstn import HyperSettings, ResponseSettings
 from tests import ports
+from tests.runs import same, without_times
 
 VARIANTS = {  # options, and how many rows the history has then
     "mnist": 2,

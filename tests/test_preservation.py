@@ -9,7 +9,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
@@ -19,6 +18,7 @@ import fxstn
 from fxstn import hp
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import attributes, reachable
+from tests.nets import mlp
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 

@@ -9,7 +9,6 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import grouped, same, without_times
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +19,7 @@ from benchmarks.norms import averaged as by_torch
 from benchmarks.norms import norms_of
 from fxstn import hp
 from fxstn.bilevel.norm_statistics import recalibrated_norms
+from tests.runs import grouped, same, without_times
 
 
 class Net(nn.Sequential):

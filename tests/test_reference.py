@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from docstrings import entries, lacks, methods, report
 
 import fxstn
 from fxstn import hp
+from tests.docstrings import entries, lacks, methods, report
 
 ROOT = Path(__file__).parents[1]
 SHOWN = Counter(

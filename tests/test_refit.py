@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SmallConv, mlp
-from runs import dataset, make, same
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,6 +19,8 @@ import fxstn
 from fxstn import Schedule, hp
 from fxstn.bilevel.state import random_state
 from fxstn.loops.rates import RatesAgain, SeenRates, at_share
+from tests.nets import SmallConv, mlp
+from tests.runs import dataset, make, same
 
 EVERYTHING = dataset(70, 0)
 DECAY = [hp.WeightDecay(shared=True, init=0.02)]

@@ -11,8 +11,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conditioned import conditioned
-from test_drop_path import DropPath
 from torch import nn
 from torchvision import ops
 
@@ -24,6 +22,8 @@ from fxstn.frontends.decompositions.recognition import RECOGNISED
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.frontends.model_forwards import restore_modules
 from fxstn.ops.drop_block import block_mask, block_multiplier
+from tests.test_conditioned import conditioned
+from tests.test_drop_path import DropPath
 
 FRONTENDS = ["fx", "export", "live"]
 

@@ -14,8 +14,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from test_runner import make, without_times
 
 import fxstn
 from fxstn import hp
@@ -24,6 +22,8 @@ from fxstn.bilevel.faults import Monitors
 from fxstn.bilevel.plots import Panel
 from fxstn.tools.charts import Scale, chart
 from fxstn.tools.report_setup import repeat_section
+from tests.nets import mlp
+from tests.test_runner import make, without_times
 
 VOID = ("meta", "img", "br", "link", "input")
 with_plots = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra fxstn[plot]")

@@ -16,9 +16,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from runs import dataset, grouped, same
-from scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 import fxstn
@@ -33,6 +30,9 @@ from fxstn.bilevel.sources import (
     set_generator_state,
 )
 from fxstn.bilevel.state import GlobalRandomState
+from tests.nets import mlp
+from tests.runs import dataset, grouped, same
+from tests.scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
 
 HERE = Path(__file__).resolve().parent
 

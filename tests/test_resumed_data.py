@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import same, without_times
-from test_tune import data, loaders, mlp, sgd
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
@@ -22,6 +20,8 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.validation import DrawnStream, SplitStream, validation_stream
 from fxstn.loops.remembered import is_plain
+from tests.runs import same, without_times
+from tests.test_tune import data, loaders, mlp, sgd
 
 STEPS = 12  # of an epoch of the loops below; statistics are of ten batches
 

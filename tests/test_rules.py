@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import ALIGNED, CASES, FALLBACK_CASES, SPECIAL, ZERO_CASES, Case, X
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -24,6 +23,7 @@ from fxstn.ir.errors import operation_name
 from fxstn.ir.tangents import ZERO, all_zero
 from fxstn.rules import RULES, NoRule, apply_rule
 from fxstn.rules.registry import register
+from tests.cases import ALIGNED, CASES, FALLBACK_CASES, SPECIAL, ZERO_CASES, Case, X
 
 DISTANCE = 1e-2  # of random points from a kink
 LENGTHS_ON_THE_CPU = {torch._pack_padded_sequence, torch._pad_packed_sequence}

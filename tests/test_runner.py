@@ -19,8 +19,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, randomize_response, tiny_conv
-from runs import dataset, grouped, make, same, without_times
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
@@ -33,6 +31,8 @@ from fxstn.bilevel.settings import GROUPS
 from fxstn.tools import cli, data
 from fxstn.tools.bench import bench
 from fxstn.tools.workloads import Setup
+from tests.nets import mlp, randomize_response, tiny_conv
+from tests.runs import dataset, grouped, make, same, without_times
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])

@@ -8,9 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
-from runs import dataset, grouped, make, same, without_times
-from test_language import make as windows
 from torch import nn
 from torch.optim import SGD, Adam, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +17,9 @@ from fxstn import hp
 from fxstn.bilevel.scaling import MOST_OVERFLOWS, LossScaler
 from fxstn.bilevel.sequences import CarriedState
 from fxstn.ir.input_errors import explanation
+from tests.nets import randomize_response
+from tests.runs import dataset, grouped, make, same, without_times
+from tests.test_language import make as windows
 
 CPU = torch.device("cpu")
 OVERFLOW, NO_NUMBER = 1e30, math.nan  # factors of a loss: its gradient is beyond float16; it is itself no number

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from nets import mlp
-from runs import dataset, make
-from test_outcome import DECAY, RATE, history
 from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn.hp import HyperparameterSpace
 from fxstn.hp.hyperparameter import Hyperparameter
+from tests.nets import mlp
+from tests.runs import dataset, make
+from tests.test_outcome import DECAY, RATE, history
 
 
 @pytest.mark.parametrize("value", [3.0, 5.0, 0.95, 0.3, 1e-7])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,6 +14,7 @@ from fxstn.ir.staging import draws
 from fxstn.ir.tangents import BatchAxis
 from fxstn.ops.noise import locked_mask, word_mask
 from fxstn.tools.commands import AUGMENTATIONS
+from tests.nets import randomize_response
 
 WORDS, BATCH, TIME, FEATURES = 12, 4, 5, 6
 

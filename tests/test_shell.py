@@ -12,12 +12,12 @@ from types import FunctionType
 
 import pytest
 import torch
-from nets import mlp
 
 import fxstn
 from fxstn.tools import cli
 from fxstn.tools.lazy import LazyPackage
 from fxstn.tools.models import build_model
+from tests.nets import mlp
 
 
 def python(code: str, *words: object) -> str:

@@ -14,9 +14,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from processes import CONTEXT
-from runs import make, without_times
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import fxstn
@@ -24,6 +21,9 @@ from fxstn import hp
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.lock import NAME, FolderLock
 from fxstn.bilevel.plain import check_readable
+from tests.nets import mlp
+from tests.processes import CONTEXT
+from tests.runs import make, without_times
 
 
 class Slow(Dataset):

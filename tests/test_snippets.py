@@ -7,11 +7,12 @@ from pathlib import Path
 from unittest import SkipTest
 
 import pytest
-from registered import tables_restored
 from sybil import Document, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
+
+from tests.registered import tables_restored
 
 ROOT = Path(__file__).parents[1]
 PAGES = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT), patterns=["*.md"])

@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
-from runs import grouped
 from torch import nn
 from torch.optim import SGD, Adam, SparseAdam
 
@@ -16,6 +14,8 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.combined import CombinedOptimizer
 from fxstn.ops.multi_tensor import clip_gradients
+from tests.nets import randomize_response
+from tests.runs import grouped
 
 WORDS, TARGET = torch.randint(0, 20, (16, 4), generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 BATCHES = [(WORDS[i : i + 4], TARGET[i : i + 4]) for i in range(0, 16, 4)]

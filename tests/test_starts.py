@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp
-from runs import dataset
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 from torchvision import ops
@@ -21,6 +19,8 @@ from fxstn.frontends.inputs import InputSpec
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import canonical_graphs
+from tests.nets import mlp
+from tests.runs import dataset
 
 IMAGES = torch.rand(2, 3, 12, 12)
 

@@ -10,7 +10,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
 
@@ -23,6 +22,7 @@ from fxstn.frontends.inputs import Inputs
 from fxstn.ops import noise
 from fxstn.ops.noise import alpha_dropout_coefficients, by_example, dropout_mask, keep_rates
 from fxstn.tools.reference import ReferenceRun, strengths_of
+from tests.nets import Classifier, SmallConv, mlp, randomize_response
 
 
 def grads(parameters):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
@@ -13,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import fxstn
 from fxstn import hp
 from fxstn.ir.tangents import WHOLE
+from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 

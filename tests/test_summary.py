@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from nets import mlp
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.cadence import Cadence, Counters, steps_of_run
 from fxstn.ir.cost import cost_ratio
+from tests.nets import mlp
 
 
 def test_a_network_prints_what_it_tunes_and_what_responds():

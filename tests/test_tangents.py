@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Classifier, SmallConv, mlp, randomize_response
 from torch import nn
 from torch.func import functional_call
 from torchvision import models
@@ -26,6 +25,7 @@ from fxstn.ops.scaled import bias_shift, scaled_tangent, scales_and_shifts
 from fxstn.ops.sums import add_product, scaled_layer_norm, scaled_product
 from fxstn.rules import RULES
 from fxstn.rules.registry import Rule
+from tests.nets import Classifier, SmallConv, mlp, randomize_response
 
 
 def bottleneck_net() -> nn.Module:

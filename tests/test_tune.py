@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Optimizer
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxstn
 from fxstn import ExecutionSettings, HyperSettings, ResponseSettings, hp
+from tests.processes import run
 
 QUICK = {"response": ResponseSettings(every=1), "hyper": HyperSettings(train_steps=2)}
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nets import tiny_conv
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -20,6 +19,7 @@ from fxstn.bilevel.history import History
 from fxstn.tools import cli, commands
 from fxstn.tools.status import RunFailed
 from fxstn.tools.tuning_data import DataRequest, load_tuning_data
+from tests.nets import tiny_conv
 
 torch_images, torch_classes = torch.randn(20, 3, 8, 8), torch.arange(20) % 4
 ALL = TensorDataset(torch_images, torch_classes)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tune import QUICK, data, loaders, mlp, sgd, train
 from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
 from fxstn.loops.step_module import module_of_step
+from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
 
 
 def tuned(loader: Any, valid: Any) -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import same, without_times
-from test_tune import QUICK, data, loaders, mlp, sgd, train
-from test_tune_loops import Attributes, tuned
 from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
 from fxstn.loops.decay import is_decoupled
+from tests.runs import same, without_times
+from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
+from tests.test_tune_loops import Attributes, tuned
 
 # What a step is made of
 

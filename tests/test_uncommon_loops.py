@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import same, without_times
-from test_tune import QUICK, data, loaders, mlp, sgd, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import fxstn
 from fxstn import hp
+from tests.runs import same, without_times
+from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
 
 SPECS = [hp.Dropout(), hp.WeightDecay(shared=True)]
 

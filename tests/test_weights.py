@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import randomize_response
 from torch import nn
 from torch.func import functional_call
 
 import fxstn
 from fxstn import hp
 from fxstn.tools.verify import relative_error
+from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import make, same, without_times
 
 import fxstn
 from fxstn.bilevel import checkpoint_manager
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.writer import BackgroundWriter
+from tests.runs import make, same, without_times
 
 
 @pytest.fixture
