@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 
 def killed(folder: Path, kills: int, epochs: int, seeds: Iterable[int]) -> list[dict]:
     """What became of the scenarios of these seeds (tests/killed.py)."""
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     numbers = map(str, (kills, epochs, *seeds))
     done = subprocess.run(
         [sys.executable, str(HERE / "killed.py"), str(folder), *numbers],
