@@ -78,6 +78,12 @@ def test_colour_equals_torchvision_in_every_order(dtype, tolerance):
         assert (found[i].double() - expected.double()).abs().max() <= tolerance
 
 
+def test_a_mode_may_be_a_member_of_torchvisions():
+    assert hp.Affine(mode=v2.InterpolationMode.NEAREST).settings == hp.Affine(mode="nearest").settings
+    with pytest.raises(ValueError, match=r"mode='bicubic' must be one of"):
+        hp.Affine(mode=v2.InterpolationMode.BICUBIC)
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("fill", [None, (0.0,), (0.3, 0.6, 0.9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

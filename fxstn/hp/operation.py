@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Operation(Spec):
         for name, value in settings.items():
             if name not in self.defaults or (name in self.numbers and is_number(value)):  # meant as a start
                 self.check_arguments({name: value}, self.defaults)
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        settings = {name: _plain(value) for name, value in settings.items()}
         for name, (words, is_right) in self.checks.items():
             if name in settings and not is_right(settings[name]):
                 raise ValueError(f"hp.{type(self).__name__}: {name}={settings[name]!r} must be {words}")
@@ -113,6 +114,13 @@ class Operation(Spec):
         starts, settings = cls.read(module)
         strengths = [starts.get(name, 0.0) for name in cls.numbers]
         return cls.function(x, *strengths, **{**cls.defaults, **settings})
+
+
+def _plain(value: object) -> object:
+    """A setting as operations take it: a tuple in place of a list, the text of a member such as InterpolationMode.NEAREST."""
+    if isinstance(value, Enum):
+        return value.value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _named(function: Callable[P, R], name: str) -> Callable[P, R]:
