@@ -107,7 +107,7 @@ class Measured:
 
         def inner_with_pull_back() -> None:
             inner(tunes=True)
-            stepper.training_hypergradients.clear()
+            stepper.forget_notes()
 
         return {
             "plain": self.step_plainly, "inner": partial(inner, tunes=False), PULL_BACK: inner_with_pull_back,

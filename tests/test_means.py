@@ -13,7 +13,7 @@ from torch import nn
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.counts import as_loss
-from tests.runs import grouped, make
+from tests.runs import dataset, grouped, make
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0])
 
@@ -175,6 +175,57 @@ def test_a_sum_of_training_batches_is_compared_with_one_of_as_many_validation_en
     x, y = joined(parts[:2])
     mean = F.cross_entropy(runner.stn.model(x), y).item()
     assert row["clean_train_loss"] == pytest.approx(45 * mean, rel=1e-5)
+
+
+def values_of_a_run(reduction, settings):
+    """λ after each epoch, of a runner; the rate of the weights makes up for a loss that is a sum."""
+    x, y = (part.double() if part.is_floating_point() else part for part in dataset(60, 0).tensors)
+    train, valid = (list(zip(x[rows].split(size), y[rows].split(size), strict=True)) for rows, size in
+                    ((slice(40), 8 // settings.get("accumulate", 1)), (slice(40, 60), settings.pop("valid", 8))))  # fmt: skip
+    rate = 0.3 if reduction == "mean" else 0.3 / 8
+    runner = fxstn.BilevelRunner(
+        network([hp.Dropout(init=0.3)]).double(), partial(F.cross_entropy, reduction=reduction), train, valid,
+        optimizer=partial(torch.optim.SGD, lr=rate), progress=False, **grouped(settings),
+    )  # fmt: skip
+    return runner.fit(12).schedule().values
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"valid": 3}, {"accumulate": 4}, {"hyper": {"fraction": 0.3}}], ids=lambda settings: str(settings)
+)
+@pytest.mark.filterwarnings("ignore:.*still learns fast")
+def test_a_sum_moves_lambda_as_the_mean_does(settings):
+    torch.manual_seed(0)
+    mean = values_of_a_run("mean", dict(settings))
+    torch.manual_seed(0)
+    total = values_of_a_run("sum", dict(settings))
+    (values,), (others,) = mean.values(), total.values()
+    assert max(values) - min(values) > 0.05
+    torch.testing.assert_close(others, values, rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*still learns fast")
+def test_a_sum_moves_lambda_as_the_mean_does_in_a_loop_that_accumulates():
+    def values(reduction):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)).double()
+        x, y = (part.double() if part.is_floating_point() else part for part in dataset(60, 0).tensors)
+        train, valid = list(zip(x[:40].split(2), y[:40].split(2), strict=True)), [(x[40:], y[40:])]
+        loss_fn, share = partial(F.cross_entropy, reduction=reduction), 4 if reduction == "mean" else 1
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3 if reduction == "mean" else 0.3 / 8)
+        tuner = fxstn.tune(model, optimizer, loss_fn, None, valid, [hp.Dropout()], epoch_steps=5)
+        for number, batch in enumerate(train * 12):
+            (loss_fn(model(batch[0]), batch[1]) / share).backward()
+            if number % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+            tuner.step(batch)
+        tuner.detach()
+        return next(iter(tuner.history.schedule().values.values()))
+
+    mean, total = values("mean"), values("sum")
+    assert max(mean) - min(mean) > 0.05
+    torch.testing.assert_close(total, mean, rtol=1e-4, atol=0)
 
 
 def test_batches_of_padding_alone_count_for_nothing():

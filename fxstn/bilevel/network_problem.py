@@ -59,7 +59,7 @@ class NetworkProblem(BilevelProblem):
                 "one perturbation per batch: give perturb='auto', also instead of fxstn.PAPER's; stn.rejected says why"
             )
         self.response_fraction, self.response_widening = settings.response.fraction, settings.response.widening
-        self.response_windows, self.hyper_fraction = settings.response.windows, settings.hyper.fraction
+        self.response_windows = settings.response.windows
         self._least = 2 if self._norms_of_batch() else 1  # examples of a part of a batch
         self._windows = self._seed = 0  # windows that the response step has seen in this pass; seed of the step
         self._epsilon: Tensor | None = None
@@ -132,7 +132,6 @@ class NetworkProblem(BilevelProblem):
 
     def hyper_loss(self, inputs: Any, target: Any) -> Loss:
         carried = self.validation_windows
-        inputs, target = first_part((inputs, target), self.hyper_fraction, self._least)
         inputs = carried.inputs(inputs)
         perturb: Perturb = perturbation(self.stn, inputs, self.perturb, self._generator) if self.tune_scale else "off"
         loss = hyper_loss(self.stn, carried.loss, inputs, target, entropy_weight=self.entropy_weight, perturb=perturb)

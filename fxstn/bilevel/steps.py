@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
-from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, either, positive, without_empty
+from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, either, entries, positive, without_empty
 from fxstn.bilevel.faults import BadLoss, LossGuard
 from fxstn.bilevel.noise import own_generators, seed_of_step
 from fxstn.bilevel.optim import SettlingAdam, set_gap
@@ -32,8 +32,9 @@ class Stepper:
     precision: makes a context for the forward of a loss.
     seed: of the noise of response and hyper steps, which draw from generators of their own.
 
-    `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step. `replays`: whether steps may run as CUDA
-    graphs, which write over the gradients of the step before.
+    `training_hypergradients` are Θᵀ∇L_T of the inner steps since the last hyper step, and `noted_entries` the numbers of target
+    entries that they are of, where losses are sums. `replays`: whether steps may run as CUDA graphs, which write over the
+    gradients of the step before.
 
     Every step raises ValueError (TypeError) where the model or its loss cannot take a batch, and where the loss has no
     gradient; RuntimeError where it has gradients for parameters that another step learns; BadLoss.
@@ -52,7 +53,9 @@ class Stepper:
         self.problem, self.updates, self.guard, self.prepare = problem, updates, guard, prepare
         self.correction, self.precision, self.seed = correction, precision, seed
         self.training_hypergradients: list[Tensor] = []
+        self.noted_entries: list[Count] = []
         self.replays = False
+        self._additive: bool | None = None  # whether losses are sums; None: no loss was seen yet
         self._draws = 0  # response and hyper steps done
 
     def inner(self, batches: Sequence[Batch], tunes: bool) -> Mean | None:
@@ -66,6 +69,7 @@ class Stepper:
             return None
         self.problem.add_decay()
         self.note_gradient(tunes)
+        self.note_entries(batches)
         self.updates.step(*names)
         return loss
 
@@ -77,6 +81,19 @@ class Stepper:
         if self.correction and tunes:
             gradient = self.problem.training_hypergradient()
             self.training_hypergradients += [gradient] if gradient is not None else []
+
+    def note_entries(self, batches: Sequence[Batch]) -> None:
+        """Note how many target entries the gradient noted last is of, unless losses are means.
+
+        batches: of its step.
+        """
+        if self._additive is not False and len(self.noted_entries) < len(self.training_hypergradients):
+            self.noted_entries.append(sum(entries(*batch) for batch in batches))
+
+    def forget_notes(self) -> None:
+        """A hyper step has read what was noted."""
+        self.training_hypergradients.clear()
+        self.noted_entries.clear()
 
     def response(self, batches: Sequence[Batch]) -> Mean | None:
         """Step Θ; returns the loss. None where the gradient overflowed: nothing has changed."""
@@ -96,12 +113,25 @@ class Stepper:
             return None
         self._draws += 1
         self._leave_out_bad(loss, names)
-        if self.training_hypergradients:
+        noted = self.training_hypergradients
+        if self._additive:  # sums over batches of other sizes: per entry, they are as means
+            own, *counts = self._mean_entries(batch)
+            torch._foreach_div_(self.updates.gradients(names), own)
+            noted = [gradient / count for gradient, count in zip(noted, counts, strict=True)]
+        if noted:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
-            parameter.grad.sub_(torch.stack(self.training_hypergradients).mean(0), alpha=self.correction)
+            parameter.grad.sub_(torch.stack(noted).mean(0), alpha=self.correction)
         self.updates.step(*names)
         return loss
+
+    def _mean_entries(self, batch: Batch) -> Iterable[Tensor]:
+        """The numbers of target entries, means over processes: of this batch, and of each noted gradient."""
+        numbers = [
+            torch.as_tensor(number, device=self.prepare.device) for number in (entries(*batch), *self.noted_entries)
+        ]
+        distributed.average([counts := torch.stack(numbers).to(torch.get_default_dtype())])
+        return counts.clamp_(min=1).unbind()
 
     def _leave_out_bad(self, loss: Mean, names: Sequence[str]) -> None:
         """Note the loss of a hyper step for the guard, and set its gradient to zero where it is a bad one.
@@ -185,6 +215,7 @@ class Stepper:
         with self.precision(), explained_errors(batch, self.prepare.place, self.problem):
             loss = as_loss(objective(*batch), *batch, objective.__name__)
             total = loss.total(batches * distributed.processes())
+            self._additive = bool(loss.additive) if self._additive is None else self._additive
         if not total.requires_grad:
             raise ValueError(f"{self.prepare.place}: {objective.__name__} has no gradient; what the model puts out must "
                              "depend on its trainable parameters, without .detach(), no_grad or all of them "
@@ -192,11 +223,15 @@ class Stepper:
         return loss, total
 
     def state_dict(self) -> State:
-        noted = list(self.training_hypergradients)
-        return {"training_hypergradients": noted, "seed": self.seed, "draws": self._draws}
+        noted = {
+            "training_hypergradients": list(self.training_hypergradients),
+            "noted_entries": list(self.noted_entries),
+        }
+        return {**noted, "seed": self.seed, "draws": self._draws}
 
     def load_state_dict(self, state: State) -> None:
         self.training_hypergradients = list(on_device(state["training_hypergradients"], self.prepare.device))
+        self.noted_entries = list(on_device(state["noted_entries"], self.prepare.device))
         self.seed, self._draws = state["seed"], state["draws"]
 
 

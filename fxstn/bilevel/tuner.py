@@ -13,7 +13,7 @@ import torch
 from fxstn.bilevel import distributed
 from fxstn.bilevel.allowance import LEAST, Allowance
 from fxstn.bilevel.backtracking import Backtracking
-from fxstn.bilevel.batches import Batch, BatchPreparer, unpack_of
+from fxstn.bilevel.batches import Batch, BatchPreparer, first_part, unpack_of
 from fxstn.bilevel.cadence import Cadence, Counters
 from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
@@ -201,7 +201,7 @@ class Tuner:
                 while self.stepper.hyper(self._valid_batch(time)) is None:
                     pass  # its gradient overflowed: the next batch, at half the scale
                 self.counters.hyper_steps += 1
-            self.stepper.training_hypergradients.clear()
+            self.stepper.forget_notes()
             self.guard.check_now_and_then(self.counters.steps, dict, time)
         return cycle_over
 
@@ -294,7 +294,7 @@ class Tuner:
             with self.precision(), explained_errors(pair, self.prepare.place, self.problem):
                 norm = self.problem.norm_without_statistics(pair[0])
             if not norm:
-                return pair
+                return first_part(pair, self.settings.hyper.fraction, least=2)
         raise ValueError(f"{self.prepare.place} has one example, as the one before, and the batch norm {norm!r} has one value "
                          "per channel to normalise by: give valid_loader a batch_size of 2 or more, or use "
                          "transform(..., statistics='running')")  # fmt: skip

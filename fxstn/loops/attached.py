@@ -206,6 +206,7 @@ class AttachedTuner(RefittableLoop):
         self._recent.batches.extend(batches)
         with torch.enable_grad(), self._in_the_models_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
+            tuner.stepper.note_entries(prepared)
             tuner.after_step(prepared, {})
         self._refresh()
         if self.epoch_steps is not None and tuner.means.steps >= self.epoch_steps:

@@ -13,7 +13,7 @@ from fxstn.bilevel.state import State, Stateful, on_device
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
-FORMAT = 5
+FORMAT = 6
 
 
 def parts_of(tuner: Tuner) -> dict[str, Stateful]:
