@@ -68,12 +68,28 @@ class Language(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self) -> None:
+    """Two regions that are run again in the backward pass.
+
+    drops: whether they have dropouts, of a module and of functions. Else transform adds some after functions.
+    """
+
+    def __init__(self, drops: bool = True) -> None:
         super().__init__()
-        self.body, self.out = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.3)), nn.Linear(8, 4)
+        self.a, self.b, self.out, self.dropout = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4), nn.Dropout(0.3)
+        self.drops, self.reentrant = drops, False
+
+    def first(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return F.dropout(self.dropout(x), 0.2, self.training) if self.drops else x
+
+    def second(self, x: Tensor) -> Tensor:
+        x = F.relu(self.b(x))
+        return F.dropout(x, 0.1, self.training) if self.drops else x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(checkpoint(self.body, x, use_reentrant=False))
+        for region in (self.first, self.second):
+            x = checkpoint(region, x, use_reentrant=self.reentrant)
+        return self.out(x)
 
 
 def swin() -> nn.Module:
@@ -169,20 +185,33 @@ def test_the_models_own_forward_equals_the_networks_graph(case: str, trace: str)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-def test_gradients_of_a_recomputed_forward_see_the_same_masks() -> None:
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # where there is no backward pass
+@pytest.mark.parametrize("drops", [True, False], ids=["own", "added"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_a_recomputed_forward_see_the_same_masks(reentrant: bool, drops: bool) -> None:
+    """The witness is a central difference of the forward itself, with the same noise."""
     torch.manual_seed(0)
-    model, x = Checkpointed(), inputs_of(ROWS)
-    plain = copy.deepcopy(model)
-    conditioned(model, x, None, "live")
-    torch.manual_seed(1)
-    model(x).square().sum().backward()
-    torch.manual_seed(1)
-    twin = copy.deepcopy(plain)
-    conditioned(twin, x, None, "live")
-    twin.forward = lambda x: twin.out(twin.body(x))  # type: ignore[method-assign]
-    twin(x).square().sum().backward()
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+    model, x = Checkpointed(drops).double(), inputs_of(ROWS).double().requires_grad_()
+    _, strengths = conditioned(model, x, None, "live" if drops else "fx")
+    assert len(strengths) == 3
+    model.reentrant = reentrant
+    strengths.copy_(torch.linspace(0.4, 0.7, len(strengths)))
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)
+        return model(x).square().sum()
+
+    loss().backward()
+    for weight in model.parameters():
+        direction = torch.randn_like(weight)
+        with torch.no_grad():
+            weight.add_(direction, alpha=1e-6)
+            above = loss()
+            weight.sub_(direction, alpha=2e-6)
+            below = loss()
+            weight.add_(direction, alpha=1e-6)
+        slope = (weight.grad * direction).sum()
+        torch.testing.assert_close(slope, (above - below) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
 def test_eval_mode_restoration_copies_and_signatures() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType
@@ -18,8 +19,9 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from fxstn.frontends.checkpoints import reruns
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import LayerLoop, with_residual
 from fxstn.hp.operation import Operation
@@ -112,6 +114,12 @@ class SiteMode(TorchFunctionMode):
         self.dropouts = 0
         self.counts: Counter[Any] = Counter()
 
+    def copy(self) -> SiteMode:
+        """One that goes on from here."""
+        mode = SiteMode(self.sites, self.strengths)
+        mode.dropouts, mode.counts = self.dropouts, self.counts.copy()
+        return mode
+
     def __torch_function__(
         self,
         original: Callable[..., Any],
@@ -161,6 +169,21 @@ class SiteMode(TorchFunctionMode):
         for draw in self.sites.results.get((name, number), ()):
             result = draw.after(result, self.strengths)
         return result
+
+
+def resumed(run: Callable[..., object]) -> Callable[..., object]:
+    """The same function, which draws at λ from where this call is whenever it runs, also when the modes of now are over."""
+    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, SiteMode)]
+    places = [mode.copy() for mode in modes]
+
+    def run_again(*args: object, **kwargs: object) -> object:
+        active = _get_current_function_mode_stack()
+        with ExitStack() as stack:
+            for place in places if not any(mode in active for mode in modes) else ():
+                stack.enter_context(place.copy())
+            return run(*args, **kwargs)
+
+    return run_again
 
 
 def dropped(x: Tensor, strengths: Strengths, index: int, kind: Callable[..., Any], in_place: bool) -> Tensor:
@@ -227,7 +250,8 @@ class ConditionedForward:
         if not self.sites.inside:
             return self.original(*args, **kwargs)
         run = DECOMPOSITIONS.get(type(self.module))
-        with SiteMode(self.sites, self.strengths):
+        compiled = torch.compiler.is_compiling()  # a region's second forward is part of the graph
+        with SiteMode(self.sites, self.strengths), nullcontext() if compiled else reruns(resumed):
             return self.original(*args, **kwargs) if run is None else run(self.module, *args, **kwargs)
 
     def _drawn_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
