@@ -211,3 +211,39 @@ def test_a_model_is_exported_while_it_is_tuned(strict: bool) -> None:
     x = torch.randn(4, 8)
     exported = torch.export.export(model, (x,), strict=strict).module()
     torch.testing.assert_close(exported(x), model(x))
+
+
+# Weights that no optimizer steps
+
+
+def head_alone(frozen: bool) -> tuple[nn.Module, Any, DataLoader]:
+    """The loop has trained the last layer alone, for four epochs."""
+    model, (loader, valid) = mlp(0.3), loaders()
+    model[0].requires_grad_(not frozen)
+    model[3].requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model[6].parameters(), lr=0.05, momentum=0.9)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, SPECS, **QUICK)
+    train(model, optimizer, loader, 4)
+    return model, (optimizer, tuner), loader
+
+
+def test_weights_that_no_optimizer_steps_are_constants_as_frozen_ones_are() -> None:
+    (left_out, (_, tuner), _), (frozen, (_, other), _) = head_alone(False), head_alone(True)
+    assert tuner.values() != tuner.history.start
+    for row, expected in zip(without_times(tuner.history.rows), without_times(other.history.rows), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(left_out.state_dict(), frozen.state_dict())
+    moved = tuner.stn.best_response(torch.ones(3))
+    assert [name for name, weight in left_out.named_parameters() if not torch.equal(moved[name], weight)] == [
+        "6.weight",
+        "6.bias",
+    ]
+    assert all(weight.requires_grad for weight in left_out.parameters())
+
+
+def test_weights_respond_from_when_an_optimizer_steps_them_on() -> None:
+    model, (optimizer, tuner), loader = head_alone(False)
+    optimizer.add_param_group({"params": list(model[:6].parameters())})
+    train(model, optimizer, loader, 2)
+    moved = tuner.stn.best_response(torch.ones(3))
+    assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())

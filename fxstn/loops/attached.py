@@ -33,6 +33,7 @@ from fxstn.loops.remembered import RememberedBatches, batches_to_come
 from fxstn.loops.seen_batches import SeenBatches
 from fxstn.loops.step_hooks import ZeroGradHook, gradient_factor, hook_steps
 from fxstn.loops.tuner_state import load_state, parts_of, state_of
+from fxstn.ops.response import frozen
 
 
 class AttachedTuner(RefittableLoop):
@@ -214,10 +215,11 @@ class AttachedTuner(RefittableLoop):
 
     @contextmanager
     def _in_the_models_mode(self) -> Iterator[None]:
-        """Inside, the network is in the mode of the model. A loss that is no number ends this, with a warning."""
+        """Inside, the network is in the mode of the model, and weights that the loop does not train are constants. A loss that is
+        no number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
-            with self.loaders.unobserved():
+            with self.loaders.unobserved(), frozen(self._idle.unstepped()):
                 yield
         except BadLoss as fault:
             self._report(fault)
