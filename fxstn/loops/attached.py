@@ -215,8 +215,8 @@ class AttachedTuner(RefittableLoop):
 
     @contextmanager
     def _in_the_models_mode(self) -> Iterator[None]:
-        """Inside, the network is in the mode of the model, and weights that the loop does not train are constants. A loss that is
-        no number ends this, with a warning."""
+        """Inside, the network is in the mode of the model, and weights without an optimizer are constants. A loss that is no
+        number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
             with self.loaders.unobserved(), frozen(self._idle.unstepped()):

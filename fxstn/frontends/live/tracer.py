@@ -18,12 +18,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
+from fxstn.frontends.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
 from fxstn.frontends.decompositions.torchvision import random_modules
 from fxstn.frontends.inputs import Inputs, in_order
 from fxstn.frontends.live.calls import Call, RunningCall, arithmetic, inlined, named_values
-from fxstn.frontends.checkpoints import runs_again, without_checkpoints
 from fxstn.frontends.live.sites import Address, Position, RuntimeSites
 from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import mapped, rebuilt, tensors_in
