@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -247,3 +247,67 @@ def test_weights_respond_from_when_an_optimizer_steps_them_on() -> None:
     train(model, optimizer, loader, 2)
     moved = tuner.stn.best_response(torch.ones(3))
     assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())
+
+
+# Outputs with logits
+
+
+class Scores(NamedTuple):
+    logits: Tensor
+    value: Tensor
+
+
+class WithValue(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.body, self.value, self.kind = mlp(0.3), nn.Linear(8, 1), kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(logits=self.body(x), value=self.value(x))
+
+
+def of_rows(output: Any, target: Tensor) -> Tensor:
+    """Of rows 0 and 1 of logits it would be a number, too."""
+    return (output[0] - F.one_hot(target, 3)).square().mean() + 0.1 * output[1].square().mean()
+
+
+def logits_of(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output.logits
+
+
+def train_with_value(kind: type, loss_fn: Any) -> tuple[nn.Module, Any, DataLoader]:
+    torch.manual_seed(0)
+    model, (loader, valid) = WithValue(kind), loaders()
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, loss_fn, loader, valid, SPECS, **QUICK)
+    for x, y in itertools.chain(loader, loader):
+        optimizer.zero_grad()
+        F.cross_entropy(logits_of(model(x)), y).backward()
+        optimizer.step()
+    return model, tuner, valid
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss_fn", "takes_logits"),
+    [
+        (Scores, of_rows, False),
+        (Scores, lambda output, y: F.cross_entropy(output.logits, y) + output.value.square().mean(), False),
+        (dict, lambda output, y: F.cross_entropy(output["logits"], y) + output["value"].square().mean(), False),
+        (Scores, F.cross_entropy, True),
+        (dict, fxstn.cross_entropy, True),
+    ],
+    ids=["by number", "by attribute", "by key", "logits", "logits and hparams"],
+)
+def test_a_loss_gets_the_output_of_the_model_or_else_its_logits(kind: type, loss_fn: Any, takes_logits: bool) -> None:
+    model, tuner, valid = train_with_value(kind, loss_fn)
+    x, y = valid.dataset.tensors
+    output = model.eval()(x)
+    expected = loss_fn(logits_of(output) if takes_logits else output, y).item()
+    assert tuner.values() != tuner.history.start
+    assert tuner.history.rows[-1]["valid_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_takes_neither_names_both_reasons() -> None:
+    both = r"a Scores \(AttributeError: .*scores.*\), nor its logits \(AttributeError.*give forward="
+    with pytest.raises(TypeError, match=both):
+        train_with_value(Scores, lambda output, y: output.scores.mean())

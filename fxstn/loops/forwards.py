@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel.batches import as_dict
 from fxstn.bilevel.counts import LossValue
+from fxstn.bilevel.evaluation import LOSS_ERRORS
 from fxstn.bilevel.losses import LossFunction, takes_hparams
 from fxstn.bilevel.targets import of_batch, refuse_moves
 from fxstn.frontends.inputs import Inputs
+from fxstn.ir.input_errors import first_line
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]  # (model, batch) → (output, target)
 
@@ -22,11 +25,10 @@ def default_forward(model: Any, batch: Any) -> tuple[Any, Any]:
 
     inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
-    A model with a method `unpack_batch` (fxstn.DetectionLosses) splits the batch itself. Of an output with `logits`, such as a
-    ModelOutput of Hugging Face, it takes these. Raises TypeError for another batch.
+    A model with a method `unpack_batch` (fxstn.DetectionLosses) splits the batch itself. Raises TypeError for another batch.
     """
     inputs, target = getattr(model, "unpack_batch", split_batch)(batch)
-    return logits_of(_called(model, inputs)), target
+    return _called(model, inputs), target
 
 
 def own_loss(model: Any, batch: Any) -> tuple[Any, Any]:
@@ -61,6 +63,45 @@ def logits_of(output: Any) -> Any:
     """The logits of an output that has them by name; else the output itself."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return output if logits is None else logits
+
+
+class LossOfOutput:
+    """A loss of a model's output. Where it does not take that, it gets its `logits`, as of a ModelOutput of Hugging Face.
+
+    loss_fn: loss_fn(output, target) → loss. The first call for a type of outputs shows what it takes.
+
+    Raises TypeError where it takes neither.
+    """
+
+    def __init__(self, loss_fn: LossFunction) -> None:
+        self.loss_fn = loss_fn
+        self._takes_logits: dict[type, bool] = {}
+
+    def __call__(self, output: object, target: object, **hparams: object) -> LossValue:
+        logits, kind = logits_of(output), type(output)
+        if logits is output:
+            return self.loss_fn(output, target, **hparams)
+        if kind in self._takes_logits or torch.compiler.is_compiling():  # which follows no error
+            return self.loss_fn(logits if self._takes_logits.get(kind, True) else output, target, **hparams)
+        try:
+            loss = self.loss_fn(output, target, **hparams)
+            self._takes_logits[kind] = False
+        except LOSS_ERRORS as error:
+            loss = self._of_logits(logits, target, kind, error, hparams)
+            self._takes_logits[kind] = True
+        return loss
+
+    def _of_logits(
+        self, logits: object, target: object, kind: type, error: Exception, hparams: dict[str, object]
+    ) -> LossValue:
+        try:
+            return self.loss_fn(logits, target, **hparams)
+        except LOSS_ERRORS as other:
+            whole, part = (f"({type(each).__name__}: {first_line(each)})" for each in (error, other))
+            raise TypeError(
+                f"loss_fn takes neither the model's output, a {kind.__name__} {whole}, nor its logits {part}; give forward=, "
+                "a function (model, batch) → (output, target), whose output loss_fn takes"
+            ) from error
 
 
 def loss_in(output: Any) -> Any:
@@ -153,13 +194,14 @@ def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) ->
     """The loss as a function of what the model returns, and of the batch."""
     if loss_fn is None:
         return of_batch(lambda output, batch: forward(_Replay(model, output), batch)[0])
+    loss = LossOfOutput(loss_fn)
     if takes_hparams(loss_fn):
 
         def with_hparams(output: Any, batch: Any, hparams: dict[str, Tensor] | None = None) -> LossValue:
-            return loss_fn(*_pair(forward(_Replay(model, output), batch)), hparams=hparams)
+            return loss(*_pair(forward(_Replay(model, output), batch)), hparams=hparams)
 
         return of_batch(with_hparams)
-    return of_batch(lambda output, batch: loss_fn(*_pair(forward(_Replay(model, output), batch))))
+    return of_batch(lambda output, batch: loss(*_pair(forward(_Replay(model, output), batch))))
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
