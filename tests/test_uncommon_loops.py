@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import fxstn
 from fxstn import hp
+from fxstn.loops import idle
 from tests.runs import same, without_times
 from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
 
@@ -71,6 +73,38 @@ def test_the_error_of_another_loader_names_the_remedy_and_it_works() -> None:
     assert tuner.follow(other) is other
     train(model, optimizer, other)
     assert len(tuner.history) == 1
+
+
+def test_the_last_epoch_counts_though_the_loop_still_holds_its_iterator() -> None:
+    model, optimizer, tuner, loader = new_loop()
+    for _ in range(2):
+        batches = iter(loader)
+        for _ in range(len(loader)):
+            steps(model, optimizer, [next(batches)])
+    tuner.detach()
+    assert len(tuner.history) == 2
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.cycle(data(60))
+
+
+@pytest.mark.parametrize("epoch_steps", [None, 4])
+def test_a_pass_without_an_end_is_told(monkeypatch: pytest.MonkeyPatch, epoch_steps: int | None) -> None:
+    monkeypatch.setattr(idle, "MANY", 8)
+    model, loader = mlp(0.3), DataLoader(Endless(), 12)
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, loaders()[1], SPECS, epoch_steps=epoch_steps, **QUICK)
+    known = (
+        nullcontext()
+        if epoch_steps
+        else pytest.warns(UserWarning, match=r"8 steps are done, and no pass .*epoch_steps=")
+    )
+    with known as warned:
+        steps(model, optimizer, itertools.islice(loader, 20))
+    assert len(tuner.history) == (5 if epoch_steps else 0)
+    assert warned is None or len(warned) == 1
 
 
 def test_only_passes_that_can_be_seen_are_followed() -> None:

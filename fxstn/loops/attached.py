@@ -16,17 +16,17 @@ from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.records import options_of
 from fxstn.bilevel.run_settings import Settings
-from fxstn.bilevel.scaling import LossScaler
+from fxstn.bilevel.sources import length_of
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import State, Stateful
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
-from fxstn.frontends.conditioned import ConditionedForward
 from fxstn.frontends.model_forwards import restore_modules
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.idle import IdleLoop
-from fxstn.loops.observed import LoopLoaders, length_of
+from fxstn.loops.observed import LoopLoaders, known_length
+from fxstn.loops.precision import follow_autocast
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.remembered import RememberedBatches, batches_to_come
@@ -79,7 +79,7 @@ class AttachedTuner(RefittableLoop):
         self._begun = False  # whether the start has been evaluated, or lies behind
         self.loaders = LoopLoaders(train_loader, self._seen)
         if train_loader is not None and self.loaders.beside is not None:
-            self.epoch_steps = epoch_steps or length_of(train_loader)
+            self.epoch_steps = epoch_steps or known_length(train_loader)
         hooks = (self._before_step, self._after_step, self._decay.added_loss)  # last: a tuner that fails leaves none
         self._handles: list[RemovableHandle | ZeroGradHook] = []
         for optimizer in self._stepping:
@@ -96,8 +96,9 @@ class AttachedTuner(RefittableLoop):
         self._seen.end_pass()
 
     def close_epoch(self) -> None:
-        """End an epoch whose pass over train_loader the loop has left, as `detach`, `report` and `refit` do."""
-        if self._seen.left:
+        """End an epoch whose pass over train_loader the loop has left, or has had to its last batch, as `detach`, `report` and
+        `refit` do."""
+        if self._seen.left or self._seen.count == length_of(self.train_loader):
             self._seen.close()
 
     def _end_pass(self) -> None:
@@ -203,7 +204,7 @@ class AttachedTuner(RefittableLoop):
     def _advance(self, batches: list[object]) -> None:
         """Do what is due after a step of w₀ on these batches."""
         tuner = self._tuner
-        self._follow_autocast()
+        follow_autocast(tuner, self.model)
         self._recent.batches.extend(batches)
         with torch.enable_grad(), self._in_the_models_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
@@ -212,6 +213,8 @@ class AttachedTuner(RefittableLoop):
         self._refresh()
         if self.epoch_steps is not None and tuner.means.steps >= self.epoch_steps:
             self.end_epoch()
+        elif self.train_loader is not None and not len(self.history) and length_of(self.train_loader) is None:
+            self._idle.warn_of_no_evaluation(tuner.means.steps)
 
     @contextmanager
     def _in_the_models_mode(self) -> Iterator[None]:
@@ -223,16 +226,6 @@ class AttachedTuner(RefittableLoop):
                 yield
         except BadLoss as fault:
             self._report(fault)
-
-    def _follow_autocast(self) -> None:
-        """Use the precision of the model's last training forward, unless the settings name one."""
-        forward = vars(self.model).get("forward")
-        tuner = self._tuner
-        if tuner.settings.execution.autocast is None and isinstance(forward, ConditionedForward):
-            tuner.autocast = forward.autocast
-            if tuner.autocast is torch.float16 and not tuner.updates.scalers["hyper_loss"].enabled:
-                names = list(tuner.updates.scalers)
-                tuner.updates.scalers = {name: LossScaler(self.device, True) for name in names}
 
     def _report(self, fault: BadLoss) -> None:
         """Go on after a loss that is no number: warn, and halve the rates that it calls too high."""

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from fxstn.bilevel.faults import warn_caller
 from fxstn.network import SelfTuningNetwork
 
+MANY = 500  # steps of a loop, in which an evaluation would have come where it knows of the tuner
+
 
 class IdleLoop:
     """Watches what a loop does with a model.
@@ -77,6 +79,16 @@ class IdleLoop:
                 "another",
                 "the weights have changed in a pass over train_loader, and no optimizer that fxstn.tune knows has stepped: "
                 "nothing is tuned; give tune the optimizer that steps",
+            )
+
+    def warn_of_no_evaluation(self, steps: int) -> None:
+        """Warn where so many steps were done before a first evaluation, and nobody knows when it will come."""
+        if steps == MANY:
+            self._warn(
+                "no evaluation",
+                f"{MANY} steps are done, and no pass over the training data has ended: nothing was evaluated so far, and no "
+                "regularisation rises before that; where a pass has no end, give fxstn.tune epoch_steps=, the steps from one "
+                "evaluation to the next",
             )
 
     def warn_of_eval_mode(self, epoch: int) -> None:

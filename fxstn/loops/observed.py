@@ -168,7 +168,7 @@ class LoopLoaders:
             restore(loader)
 
 
-def length_of(loader: Iterable[object]) -> int:
+def known_length(loader: Iterable[object]) -> int:
     """The number of batches of a loader whose passes cannot be seen. Raises ValueError where it does not tell."""
     if not isinstance(loader, Sized):
         raise ValueError(
