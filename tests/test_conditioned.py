@@ -36,6 +36,12 @@ class FunctionalDropout(nn.Module):
         return self.c(torch.relu(self.b(x)))
 
 
+class AtenDropout(FunctionalDropout):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.aten.dropout(torch.relu(self.a(x)), self.p, self.training)
+        return self.c(torch.ops.aten.dropout.default(torch.relu(self.b(x)), 0.4, self.training))
+
+
 class FunctionalStages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +127,7 @@ AUGMENTED = [hp.Dropout(), hp.Affine(), hp.Cutout(), hp.WeightDecay()]
 CASES = {
     "resnet18": (torchvision.models.resnet18, IMAGES, None, ("fx",)),  # a ReLU is called twice in each block
     "functional dropout": (FunctionalDropout, ROWS, None, EVERYWHERE),
+    "dropout of aten": (AtenDropout, ROWS, None, ("fx", "live")),
     "functional stages": (FunctionalStages, IMAGES, None, EVERYWHERE),
     "augmented": (FunctionalStages, IMAGES, AUGMENTED, GRAPHS),
     "attention": (Attention, SEQUENCES, None, ("export", "live")),

@@ -19,6 +19,7 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fxstn.frontends.checkpoints import reruns
@@ -35,14 +36,13 @@ from fxstn.ops.noise import Strengths, alpha_dropout_coefficients, dropout_mask
 
 def _spellings() -> dict[Any, Spelled]:
     """{function of torch: a call of it in the canonical spelling}, of all that are dropout."""
-    result: dict[Any, Spelled] = {}
-    for module in (torch, F):
-        for name in filter(lambda name: "dropout" in name and not name.startswith("_"), dir(module)):
-            function = getattr(module, name)
-            spelled = respell(function, (torch.empty(0), 0.5, True), {})
-            if spelled.function in DROPOUTS:
-                result[function] = spelled
-    return result
+    names = {name for module in (torch, F) for name in dir(module) if "dropout" in name and not name.startswith("_")}
+    functions = [
+        getattr(module, name) for module in (torch, F, torch.ops.aten) for name in names if hasattr(module, name)
+    ]
+    functions += [packet.default for packet in functions if isinstance(packet, OpOverloadPacket)]
+    spelled = {function: respell(function, (torch.empty(0), 0.5, True), {}) for function in functions}
+    return {function: spelling for function, spelling in spelled.items() if spelling.function in DROPOUTS}
 
 
 _SPELLINGS = _spellings()
