@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
     headers = [f"mean of {args.seeds} seeds", "test accuracy", "weight of the common class", "of the rare class"]
     print(tabulate(means, headers, floatfmt=".3f"))
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
     rows = [[n, results["start kept"][0][n], *(run[n] for run in results["tuned"])] for n in names]
     print(tabulate(rows, ["", "start", *(f"seed {seed}" for seed in range(args.seeds))], floatfmt=".3g"))
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     return results
 

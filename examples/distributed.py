@@ -12,6 +12,8 @@ import fxstn
 from fxstn import hp
 from fxstn.tools import data
 
+if "LOCAL_WORLD_SIZE" not in os.environ:
+    raise SystemExit(f"start it as {__doc__.partition(': ')[2]}")
 cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
 if cuda:

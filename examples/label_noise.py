@@ -147,6 +147,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[list[float]]]:
         f"{args.epochs} epochs, {time.perf_counter() - start:.0f} s in all; the area tells right labels from wrong ones"
     )
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     return found
 

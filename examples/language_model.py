@@ -137,7 +137,7 @@ def main() -> None:
     runner.stn.model.load_state_dict(runner.best["model"])
     result = {
         "method": args.method, "seed": args.seed, "epochs": len(runner.history), "best_epoch": best["epoch"],
-        "seconds": round(sum(runner.history["seconds"])), "valid_perplexity": best["perplexity"],
+        "seconds": round(sum(runner.history["seconds"])), "valid_perplexity": math.exp(best["valid_loss"]),
         "test_perplexity": math.exp(runner.evaluate(test)["valid_loss"]),
         "found": {name: float(f"{best[name]:.4g}") for name in runner.stn.hparams.names}, "history": runner.history.rows,
     }  # fmt: skip

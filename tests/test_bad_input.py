@@ -84,7 +84,7 @@ def command(*words):
 
 
 def tune(*words):
-    return command("tune", "--epochs", "1", "--model", "nets:tiny_conv", "--out", "@out", *words)
+    return command("tune", "--epochs", "1", "--model", "tests.nets:tiny_conv", "--out", "@out", *words)
 
 
 # Arguments of the runner
@@ -857,13 +857,13 @@ row(
     "CLI module unknown",
     r"model 'nowhere:net' cannot be built: No module named 'nowhere'; name a function that can be",
 )(command("explain", "nowhere:net"))
-row("CLI function unknown", r"model 'nets:net' cannot be built: .*no attribute 'net'; name a function that can be")(
-    command("explain", "nets:net")
-)
+row(
+    "CLI function unknown", r"model 'tests.nets:net' cannot be built: .*no attribute 'net'; name a function that can be"
+)(command("explain", "tests.nets:net"))
 row(
     "CLI function without num_classes",
-    r"model 'nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",
-)(command("tune", "--model", "nets:mlp", "--out", "@out"))
+    r"model 'tests.nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",
+)(command("tune", "--model", "tests.nets:mlp", "--out", "@out"))
 row("CLI function that makes no model", r"model '.*:not_a_model' must return an nn\.Module, it returns int")(
     command("explain", f"{__name__}:not_a_model")
 )
@@ -873,7 +873,7 @@ row("CLI data unknown", r"--data 'imagenet' is neither one of digits, .*, nor a 
 row("CLI epochs negative", "argument --epochs: '-1' must be a whole number, 1 or more")(tune("--epochs", "-1"))
 row("CLI batch size zero", "argument --batch-size: '0' must be a whole number, 1 or more")(tune("--batch-size", "0"))
 row("CLI verify on one example", "argument --batch-size: '1' must be a whole number, 2 or more")(
-    command("verify", "nets:tiny_conv", "--batch-size", "1")
+    command("verify", "tests.nets:tiny_conv", "--batch-size", "1")
 )
 row("CLI rate negative", "argument --lr: '-0.1' must be a positive number")(tune("--lr", "-0.1"))
 row("CLI rate no number", "argument --hyper-lr: 'fast' must be a positive number")(tune("--hyper-lr", "fast"))
@@ -884,16 +884,16 @@ row(
     r"step 1: the model cannot take inputs float32 \(64, 3, 2, 2\): .*; give inputs of the .*shapes",
 )(tune("--image-size", "2"))
 row("CLI bench of something else", "argument --tuned: 'depth' must be a whole number, 1 or more")(
-    command("bench", "nets:tiny_conv", "--tuned", "depth")
+    command("bench", "tests.nets:tiny_conv", "--tuned", "depth")
 )
 row(
     "CLI bench on images too small",
-    r"plain training of nets:tiny_conv fails on 2 images of 2 pixels: .*; choose others",
-)(command("bench", "nets:tiny_conv", "--batch-size", "2", "--image-size", "2", "--variants", "plain", "--memory"))
+    r"plain training of tests.nets:tiny_conv fails on 2 images of 2 pixels: .*; choose others",
+)(command("bench", "tests.nets:tiny_conv", "--batch-size", "2", "--image-size", "2", "--variants", "plain", "--memory"))
 row(
     "CLI verify on images too small",
     r"inputs: the model cannot take inputs float64 \(4, 3, 2, 2\): .*; give inputs of the",
-)(command("verify", "nets:tiny_conv", "--image-size", "2"))
+)(command("verify", "tests.nets:tiny_conv", "--image-size", "2"))
 row("CLI augmentation unknown", "'Blur' is no augmentation; there are ColorJitter")(command("show", "Blur"))
 
 

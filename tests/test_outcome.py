@@ -200,7 +200,9 @@ def test_a_run_worse_than_its_start_hands_out_the_start(tmp_path: object) -> Non
     with pytest.warns(fxstn.RunWarning, match=r"no epoch has a validation loss below that of the start"):
         run = runner.fit(3)
     assert run.start_loss is not None
-    assert run.start_loss < run.best()["valid_loss"]
+    assert run.start_loss < min(run["valid_loss"])
+    assert run.best() == {"epoch": 0, "valid_loss": run.start_loss} | run.start
+    assert run.schedule(best=True).values == {"2.dropout": [run.start["2.dropout"]]}
     for one, other in zip(runner.best_model().parameters(), network.parameters(), strict=True):
         assert torch.equal(one, other)
     assert torch.load(f"{tmp_path}/best.pt", weights_only=True)["epoch"] == 0

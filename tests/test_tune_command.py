@@ -73,7 +73,19 @@ def classes_of(loader):
 
 def test_tune_trains_on_a_folder_and_refits_it_quietly(folder, tmp_path, capsys):
     data = folder({f"{part}/{name}": 4 for part in ("train", "val", "test") for name in ("cat", "dog")})
-    words = ["tune", "--model", "nets:tiny_conv", "--data", data, "--image-size", 8, "--batch-size", 4, "--epochs", 1]
+    words = [
+        "tune",
+        "--model",
+        "tests.nets:tiny_conv",
+        "--data",
+        data,
+        "--image-size",
+        8,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+    ]
     assert cli.main([*map(str, words), "--refit", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no progress bar where nobody looks
@@ -85,6 +97,18 @@ def test_tune_trains_on_a_folder_and_refits_it_quietly(folder, tmp_path, capsys)
     ):
         assert text in printed.out
     tiny_conv(2).load_state_dict(torch.load(tmp_path / "out" / "refit" / "weights.pt", weights_only=True))
+
+
+def test_a_run_that_no_epoch_makes_better_than_its_start_says_so_everywhere(folder, tmp_path, capsys):
+    data = folder({f"{part}/{name}": 4 for part in ("train", "val") for name in ("cat", "dog")})
+    words = ["tune", "--model", "tests.nets:tiny_conv", "--data", data, "--image-size", 8, "--batch-size", 4, "--epochs", 1]
+    assert cli.main([*map(str, words), "--lr", "30", "--out", str(tmp_path / "out")]) == 0
+    best = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
+    assert best["epoch"] == 0
+    assert f"best epoch 0: validation loss {best['valid_loss']:.4f}, that of the start" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "0, the start" in page
+    assert "before the first step, the best" in page
 
 
 def test_a_folder_without_a_split_is_held_out_class_by_class(folder):
@@ -218,7 +242,7 @@ def test_data_that_fail_before_the_first_step_are_a_wrong_call_and_later_a_faile
     good, wrong = ALL[:4], (ALL[4:8][0][:, :1], ALL[4:8][1])
     parts = ([wrong, good], [good]) if spoiled == "train" else ([good, wrong], [good])
     monkeypatch.setitem(sys.modules, "data_of_mine", SimpleNamespace(load=lambda: parts))
-    words = ["--model", "nets:tiny_conv", "--data", "data_of_mine:load", "--num-classes", "4", "--epochs", "1"]
+    words = ["--model", "tests.nets:tiny_conv", "--data", "data_of_mine:load", "--num-classes", "4", "--epochs", "1"]
     assert cli.main(["tune", *words, "--out", str(tmp_path)]) == status
     assert "cannot take inputs float32 (4, 1, 8, 8)" in capsys.readouterr().err
 

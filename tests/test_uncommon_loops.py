@@ -283,6 +283,25 @@ def test_weights_respond_from_when_an_optimizer_steps_them_on() -> None:
     assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())
 
 
+# Numbers of the loss
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loop_whose_loss_does_not_read_a_number_of_the_loss_is_told(reads: bool) -> None:
+    model, (loader, valid) = mlp(0.3), loaders()
+    optimizer, specs = sgd(model), [hp.LabelSmoothing(), hp.Dropout()]
+    tuner = fxstn.tune(model, optimizer, fxstn.cross_entropy, loader, valid, specs, **QUICK)
+    told = r"label_smoothing: .*own loss has not.*tuner\.strengths\(examples\)"
+    with nullcontext() if reads else pytest.warns(UserWarning, match=told) as warned:
+        for x, y in itertools.chain(loader, loader):
+            optimizer.zero_grad()
+            fxstn.cross_entropy(model(x), y, tuner.strengths(len(x)) if reads else None).backward()
+            optimizer.step()
+        tuner.detach()
+    assert len(tuner.history) == 2
+    assert warned is None or len(warned) == 1
+
+
 # Outputs with logits
 
 

@@ -180,7 +180,11 @@ class History:
         return [row.get(column, math.nan) for row in self.rows]
 
     def best(self) -> Row:
-        """The row with the lowest validation loss. Raises ValueError on an empty history, or on one without such losses."""
+        """The row with the lowest validation loss. Where no epoch is better than the start, it is that of the start: epoch 0,
+        the loss before training, and the values.
+
+        Raises ValueError on an empty history, or on one without such losses.
+        """
         if not self.rows:
             raise ValueError(
                 "the history is empty: no epoch is done yet; call fit first, or go on with your loop; without a "
@@ -190,7 +194,10 @@ class History:
             raise ValueError(
                 "no epoch is the best one: the run has no validation data, as a refit; its last epoch counts"
             )
-        return min(evaluated, key=lambda row: (math.isnan(row["valid_loss"]), row["valid_loss"]))
+        best = min(evaluated, key=lambda row: (math.isnan(row["valid_loss"]), row["valid_loss"]))
+        if self.start_loss is not None and not best["valid_loss"] < self.start_loss:
+            return {"epoch": 0, "valid_loss": self.start_loss, **self.start}
+        return best
 
     def best_values(self) -> dict[str, float]:
         """{name: value} that the run has come to, as `outcome` has them. Raises ValueError on an empty history.
@@ -201,10 +208,7 @@ class History:
 
     def outcome(self) -> Outcome:
         """What the run has come to: the values that `refit` takes. Raises ValueError on an empty history."""
-        best = self.best()
-        epoch = int(best["epoch"])
-        if self.start_loss is not None and not best["valid_loss"] < self.start_loss:
-            epoch = 0
+        epoch = int(self.best()["epoch"])
         rows = self.rows[epoch // 2 : epoch] or [self.start]
         pairs = {name: value_and_spread([row[name] for row in rows], self.numbers.get(name)) for name in self.names}
         values, spread = ({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))

@@ -135,6 +135,7 @@ class AttachedTuner(RefittableLoop):
             return
         self._rates.end_epoch()
         self._idle.warn_of_eval_mode(tuner.epoch)
+        self._idle.warn_of_unread()
         with self._in_the_models_mode():
             tuner.end_epoch(self.valid_loader)
         self._refresh()  # λ may have gone back
@@ -256,6 +257,7 @@ class AttachedTuner(RefittableLoop):
         """
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"strengths: examples={examples!r} must be the number of examples in the batch, 1 or more")
+        self._idle.reads = True
         return self.stn.hparams.named(self._strengths.expand(examples, -1))
 
     def detach(self) -> None:

@@ -22,7 +22,10 @@ class IdleLoop:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], network: SelfTuningNetwork) -> None:
         self.model, self.optimizers = model, optimizers
-        self._draws = bool(network.recipe.plan.binding.sites)
+        binding = network.recipe.plan.binding
+        self._draws = bool(binding.sites)
+        self._of_loss = [name for name, own in zip(network.hparams.names, binding.uses(), strict=True) if not own]
+        self.reads = False  # whether the loop has asked for strengths, which its own loss reads
         self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
@@ -89,6 +92,16 @@ class IdleLoop:
                 f"{MANY} steps are done, and no pass over the training data has ended: nothing was evaluated so far, and no "
                 "regularisation rises before that; where a pass has no end, give fxstn.tune epoch_steps=, the steps from one "
                 "evaluation to the next",
+            )
+
+    def warn_of_unread(self) -> None:
+        """Warn of numbers of the loss that the loop has trained without."""
+        if self._of_loss and not self.reads:
+            self._warn(
+                "unread",
+                f"{', '.join(self._of_loss)}: the tuner's loss reads it, and the loop's own loss has not, so that the weights "
+                "train without it; compute the loss of the loop with tuner.strengths(examples), as by "
+                "fxstn.cross_entropy(output, target, tuner.strengths(len(target)))",
             )
 
     def warn_of_eval_mode(self, epoch: int) -> None:

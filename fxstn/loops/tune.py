@@ -103,6 +103,8 @@ def tune(
     optimizer: of the model, or several that step together; accelerator.prepare may have wrapped them. Their step hooks run the
         tuner; a step that is left out is none.
     loss_fn: loss_fn(output, target) → scalar, the mean over the batch, or (sum, count). None: the loss that the model returns.
+        One with an argument `hparams` reads numbers of the loss, such as hp.LabelSmoothing(): the loop's own loss then gets
+        `tuner.strengths(examples)`, too.
     train_loader: the very object that the loop iterates over; a list is for a step per batch. None: call `step(batch)` after
         optimizer.step().
     valid_loader: held-out data. The tuner takes batches of the training size from its data set.
@@ -116,7 +118,8 @@ def tune(
         functions of the tuner, called after each row; trace and statistics as for `fxstn.transform`.
 
     Several processes: all must call it; the tuner averages what is its own. Raises TransformError, ValueError and TypeError as
-    transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp).
+    transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp, hp.CutMix,
+    hp.ActivationDecay, hp.TemporalDecay, hp.JacobianNorm).
     """
     check_keywords("tune", settings, list(TuneSettings.__annotations__))
     functions = {"loss_fn": loss_fn, "valid_loss_fn": valid_loss_fn, "forward": forward}

@@ -74,7 +74,8 @@ def write_report(
 
 def _headline(runner: Run) -> str:
     best, times = runner.history.best(), [row["seconds"] for row in runner.history]
-    shown = [("best epoch", f"{best['epoch']} of {len(times)}"), ("validation loss", number(best["valid_loss"]))]
+    which = f"{best['epoch']} of {len(times)}" if best["epoch"] else "0, the start"
+    shown = [("best epoch", which), ("validation loss", number(best["valid_loss"]))]
     if runner.history.start_loss is not None:
         shown.append(("loss before training", number(runner.history.start_loss)))
     shown += [(name, number(best[name])) for name in runner.metrics if name in best]
@@ -176,8 +177,9 @@ def _against_start(runner: Run) -> str:
     heads = ["", *(name.replace("_", " ").replace("valid loss", "validation loss") for name in columns)]
     rows: list[list[object]] = []
     if history.start_loss is not None:
-        rows.append(["before the first step", history.start_loss, *[math.nan] * (len(columns) - 1)])
-    named = {"epoch 1": history.rows[0], f"epoch {best['epoch']}, the best": best}
+        first = "before the first step" + ", the best" * (best["epoch"] == 0)
+        rows.append([first, history.start_loss, *[math.nan] * (len(columns) - 1)])
+    named = {"epoch 1": history.rows[0]} | ({f"epoch {best['epoch']}, the best": best} if best["epoch"] else {})
     named |= {f"epoch {len(history)}, the last": history.rows[-1]} if best["epoch"] != len(history) else {}
     rows += [[name, *(float(row.get(column, math.nan)) for column in columns)] for name, row in named.items()]
     note = ("<p>The clean training loss is that of training batches without dropout and augmentation; what the validation loss "

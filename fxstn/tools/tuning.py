@@ -177,7 +177,8 @@ def run_tune(args: argparse.Namespace) -> int:
     with doing("writing the report"):
         files = _write_results(runner, out, f"fxstn tune {args.model} on {args.data}")
     best, last = history.best(), history.rows[-1]
-    print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, accuracy {best['accuracy']:.3f}")
+    score = f"accuracy {best['accuracy']:.3f}" if best["epoch"] else "that of the start, which no epoch is better than"
+    print(f"best epoch {best['epoch']}: validation loss {best['valid_loss']:.4f}, {score}")
     if data.test is not None:
         with doing("evaluating the test data"):
             tests = runner.evaluate(data.test)
