@@ -98,6 +98,56 @@ class Checkpointed(nn.Module):
         return self.out(x)
 
 
+class SharedModules(nn.Module):
+    """One activation and one pool behind two convolutions; a cell that is called three times.
+
+    regions: whether the convolutions are run again in the backward pass.
+    """
+
+    def __init__(self, regions: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.act, self.pool = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.AvgPool2d(2)
+        self.cell, self.head, self.regions = nn.Linear(16, 16), nn.Linear(16, 5), regions
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+
+            def region(x: Tensor, layer: nn.Module = layer) -> Tensor:
+                return self.pool(self.act(layer(x)))
+
+            x = checkpoint(region, x, use_reentrant=False) if self.regions else region(x)
+        x = x.flatten(1)
+        for _ in range(3):
+            x = x + self.cell(x)
+        return self.head(x)
+
+
+class Pair(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.layer, self.first = nn.Linear(8, 8), first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x)
+        return (y, y.square().sum()) if self.first else (y.tanh(), y.sin())
+
+
+class Pairs(nn.Module):
+    """Stages that return a value and a number, two values in another order than they are made in, and one that is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.attention = Pair(True), Pair(False), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, loss = self.a(x)
+        y, z = self.b(x)
+        y, z = y[:, None], z[:, None]
+        x = self.attention(y, z, y)[0][:, 0]
+        return self.head(x) + loss
+
+
 def swin() -> nn.Module:
     return torchvision.models.swin_transformer.SwinTransformer(
         [2, 2], 8, [1, 1], [2, 2], [2, 2], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.2, num_classes=3
@@ -128,6 +178,9 @@ CASES = {
     "resnet18": (torchvision.models.resnet18, IMAGES, None, ("fx",)),  # a ReLU is called twice in each block
     "functional dropout": (FunctionalDropout, ROWS, None, EVERYWHERE),
     "dropout of aten": (AtenDropout, ROWS, None, ("fx", "live")),
+    "shared modules": (SharedModules, IMAGES, None, EVERYWHERE),
+    "pairs": (Pairs, ROWS, None, ("fx", "live")),
+    "pairs by name": (Pairs, ROWS, [hp.Dropout("a", "b", "attention")], ("fx", "live")),
     "functional stages": (FunctionalStages, IMAGES, None, EVERYWHERE),
     "augmented": (FunctionalStages, IMAGES, AUGMENTED, GRAPHS),
     "attention": (Attention, SEQUENCES, None, ("export", "live")),
@@ -192,17 +245,8 @@ def test_the_models_own_forward_equals_the_networks_graph(case: str, trace: str)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # where there is no backward pass
-@pytest.mark.parametrize("drops", [True, False], ids=["own", "added"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_of_a_recomputed_forward_see_the_same_masks(reentrant: bool, drops: bool) -> None:
-    """The witness is a central difference of the forward itself, with the same noise."""
-    torch.manual_seed(0)
-    model, x = Checkpointed(drops).double(), inputs_of(ROWS).double().requires_grad_()
-    _, strengths = conditioned(model, x, None, "live" if drops else "fx")
-    assert len(strengths) == 3
-    model.reentrant = reentrant
-    strengths.copy_(torch.linspace(0.4, 0.7, len(strengths)))
+def check_slopes(model: nn.Module, x: Tensor) -> None:
+    """The gradients of a forward, against central differences of that forward, with the same noise."""
 
     def loss() -> Tensor:
         torch.manual_seed(1)
@@ -219,6 +263,28 @@ def test_gradients_of_a_recomputed_forward_see_the_same_masks(reentrant: bool, d
             weight.add_(direction, alpha=1e-6)
         slope = (weight.grad * direction).sum()
         torch.testing.assert_close(slope, (above - below) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # where there is no backward pass
+@pytest.mark.parametrize("drops", [True, False], ids=["own", "added"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_a_recomputed_forward_see_the_same_masks(reentrant: bool, drops: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Checkpointed(drops).double(), inputs_of(ROWS).double().requires_grad_()
+    _, strengths = conditioned(model, x, None, "live" if drops else "fx")
+    assert len(strengths) == 3
+    model.reentrant = reentrant
+    strengths.copy_(torch.linspace(0.4, 0.7, len(strengths)))
+    check_slopes(model, x)
+
+
+def test_gradients_of_a_recomputed_forward_know_which_call_of_a_module_they_are_of() -> None:
+    torch.manual_seed(0)
+    model, x = SharedModules().double(), inputs_of(IMAGES).double()
+    _, strengths = conditioned(model, x, None, "fx")
+    model.regions = True
+    strengths.copy_(torch.linspace(0.1, 0.7, len(strengths)))
+    check_slopes(model, x)
 
 
 def test_eval_mode_restoration_copies_and_signatures() -> None:

@@ -101,7 +101,19 @@ def test_tune_trains_on_a_folder_and_refits_it_quietly(folder, tmp_path, capsys)
 
 def test_a_run_that_no_epoch_makes_better_than_its_start_says_so_everywhere(folder, tmp_path, capsys):
     data = folder({f"{part}/{name}": 4 for part in ("train", "val") for name in ("cat", "dog")})
-    words = ["tune", "--model", "tests.nets:tiny_conv", "--data", data, "--image-size", 8, "--batch-size", 4, "--epochs", 1]
+    words = [
+        "tune",
+        "--model",
+        "tests.nets:tiny_conv",
+        "--data",
+        data,
+        "--image-size",
+        8,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+    ]
     assert cli.main([*map(str, words), "--lr", "30", "--out", str(tmp_path / "out")]) == 0
     best = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
     assert best["epoch"] == 0

@@ -7,196 +7,24 @@ network's graphs are made, the original runs.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import CodeType
 from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._ops import OpOverloadPacket
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import nn
 
 from fxstn.frontends.checkpoints import reruns
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.decompositions.layer_drop import LayerLoop, with_residual
-from fxstn.hp.operation import Operation
+from fxstn.frontends.decompositions.layer_drop import with_residual
+from fxstn.frontends.site_mode import Draw, ModuleSites, SiteMode, resumed
 from fxstn.ir.containers import mapped
-from fxstn.ir.errors import operation_name
-from fxstn.ir.signatures import Spelled
-from fxstn.ir.spelling import Unspellable, respell
-from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL
-from fxstn.ops.noise import Strengths, alpha_dropout_coefficients, dropout_mask
-
-
-def _spellings() -> dict[Any, Spelled]:
-    """{function of torch: a call of it in the canonical spelling}, of all that are dropout."""
-    names = {name for module in (torch, F) for name in dir(module) if "dropout" in name and not name.startswith("_")}
-    functions = [
-        getattr(module, name) for module in (torch, F, torch.ops.aten) for name in names if hasattr(module, name)
-    ]
-    functions += [packet.default for packet in functions if isinstance(packet, OpOverloadPacket)]
-    spelled = {function: respell(function, (torch.empty(0), 0.5, True), {}) for function in functions}
-    return {function: spelling for function, spelling in spelled.items() if spelling.function in DROPOUTS}
-
-
-_SPELLINGS = _spellings()
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A random operation at λ.
-
-    indices: which numbers of λ its strengths are.
-    function: of an `hp.Operation`: (x, *strengths, **settings) → y. None: dropout.
-    """
-
-    indices: tuple[int, ...]
-    function: Callable[..., Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def after(self, value: object, strengths: Strengths) -> object:
-        """A structure of values with this operation after each; what is not floating point stays as it is."""
-
-        def leaf(x: object) -> object:
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                return x
-            own = [strengths[index] for index in self.indices]
-            if self.function is not None:
-                return self.function(x, *own, **self.settings)
-            return x * dropout_mask(x, own[0], keep_rate=strengths.keep_rate(self.indices[0]))
-
-        return mapped(leaf, value)
-
-
-@dataclass
-class ModuleSites:
-    """What a module owns.
-
-    dropouts: {which of its dropouts, in the order of calls: index into λ}.
-    results: {(operation, which of its calls): what is drawn after it}, in the order in which it acts.
-    lookups: {(operation, which of its calls): what is drawn from its arguments}.
-    whole: the module itself is this operation.
-    residual: what is drawn on what the module adds to its input.
-    loop: how the module skips layers at random; it skips none, because their residuals are drawn.
-    root: whether this is the model itself.
-    inputs: {name of an argument: what is drawn after it}, of the model itself.
-    exits: what is drawn after the output, by leaf; None for all leaves.
-    """
-
-    dropouts: dict[int, int] = field(default_factory=dict)
-    results: dict[tuple[str, int], list[Draw]] = field(default_factory=dict)
-    lookups: dict[tuple[Any, int], tuple[type[Operation], Draw]] = field(default_factory=dict)
-    whole: Draw | None = None
-    residual: Draw | None = None
-    loop: LayerLoop | None = None
-    root: bool = False
-    inputs: dict[str, list[Draw]] = field(default_factory=dict)
-    exits: list[tuple[int | None, Draw]] = field(default_factory=list)
-
-    @property
-    def inside(self) -> bool:
-        """Whether operations within the forward read λ."""
-        return bool(self.dropouts or self.results or self.lookups)
-
-
-class SiteMode(TorchFunctionMode):
-    """Draws the random operations of one call of a module at λ."""
-
-    def __init__(self, sites: ModuleSites, strengths: Strengths) -> None:
-        super().__init__()
-        self.sites, self.strengths = sites, strengths
-        self.dropouts = 0
-        self.counts: Counter[Any] = Counter()
-
-    def copy(self) -> SiteMode:
-        """One that goes on from here."""
-        mode = SiteMode(self.sites, self.strengths)
-        mode.dropouts, mode.counts = self.dropouts, self.counts.copy()
-        return mode
-
-    def __torch_function__(
-        self,
-        original: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if original in _SPELLINGS:
-            return self.drop(original, args, kwargs)
-        if original in DECOMPOSITIONS:
-            with self:
-                result = DECOMPOSITIONS[original](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = original(*args, **kwargs)
-        return self.after(original, args, kwargs, result) if self.sites.results or self.sites.lookups else result
-
-    def drop(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A dropout of the model, at λ where it has a site."""
-        x = args[0] if args else kwargs["input"]
-        training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
-        if not training:
-            return original(*args, **kwargs)
-        index = self.sites.dropouts.get(self.dropouts)
-        self.dropouts += 1
-        if index is None:
-            return original(*args, **kwargs)
-        spelled = _SPELLINGS[original]
-        in_place = spelled.in_place or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
-        return dropped(x, self.strengths, index, spelled.function, in_place)
-
-    def after(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
-        """The result of another operation, with what is drawn after it."""
-        try:
-            spelled = respell(original, args, kwargs)
-        except Unspellable:
-            return result
-        name = operation_name(spelled.function)
-        number = self.counts[name]
-        self.counts[name] += 1
-        if (lookup := self.sites.lookups.get((name, number))) is not None:
-            operation, draw = lookup
-            strengths = [self.strengths[index] for index in draw.indices]
-            noise = operation.draw(tuple(spelled.args), *strengths, **draw.settings)
-            result = operation.apply(result, noise)
-        for draw in self.sites.results.get((name, number), ()):
-            result = draw.after(result, self.strengths)
-        return result
-
-
-def resumed(run: Callable[..., object]) -> Callable[..., object]:
-    """The same function, which draws at λ from where this call is whenever it runs, also when the modes of now are over."""
-    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, SiteMode)]
-    places = [mode.copy() for mode in modes]
-
-    def run_again(*args: object, **kwargs: object) -> object:
-        active = _get_current_function_mode_stack()
-        with ExitStack() as stack:
-            for place in places if not any(mode in active for mode in modes) else ():
-                stack.enter_context(place.copy())
-            return run(*args, **kwargs)
-
-    return run_again
-
-
-def dropped(x: Tensor, strengths: Strengths, index: int, kind: Callable[..., Any], in_place: bool) -> Tensor:
-    """Dropout of one kind, at strengths[index], as the network's graphs compute it: from explicit noise.
-
-    kind: one of `DROPOUTS`.
-    """
-    p, spatial = strengths[index], SPATIAL.get(kind, 0)
-    if kind in ALPHA:
-        multiplier, shift = alpha_dropout_coefficients(x, p, spatial)
-        return x.mul_(multiplier).add_(shift) if in_place else x * multiplier + shift
-    mask = dropout_mask(x, p, spatial, keep_rate=strengths.keep_rate(index))
-    return x.mul_(mask) if in_place else x * mask
+from fxstn.ops.noise import Strengths
 
 
 class ConditionedForward:
@@ -233,6 +61,7 @@ class ConditionedForward:
         if sites.root:
             device = self.strengths.values.device.type
             self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            self.strengths.calls = Counter()
         if sites.inputs:
             args, kwargs = self._drawn_inputs(args, kwargs)
         if sites.loop is None:
@@ -242,16 +71,27 @@ class ConditionedForward:
                 output = self._original_output(args, kwargs)
         if (draw := sites.residual) is not None:
             output = with_residual((args, kwargs), output, partial(draw.after, strengths=self.strengths))
-        for leaf, draw in sites.exits:
+        for leaf, draw in (*sites.exits, *self._exits_of_call()):
             output = self._drawn_output(output, leaf, draw)
         return output
+
+    def _exits_of_call(self) -> Sequence[tuple[int | None, Draw]]:
+        """What is drawn after this call alone."""
+        if not self.sites.exits_of_calls:
+            return ()
+        calls, name = self.strengths.calls, id(self.sites)
+        calls[name] += 1
+        return self.sites.exits_of_calls.get(calls[name] - 1, ())
 
     def _original_output(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.sites.inside:
             return self.original(*args, **kwargs)
         run = DECOMPOSITIONS.get(type(self.module))
-        compiled = torch.compiler.is_compiling()  # a region's second forward is part of the graph
-        with SiteMode(self.sites, self.strengths), nullcontext() if compiled else reruns(resumed):
+        with ExitStack() as stack:
+            stack.enter_context(mode := SiteMode(self.sites, self.strengths))
+            if not torch.compiler.is_compiling():  # there a region's second forward is part of the graph
+                stack.enter_context(reruns(resumed))
+                stack.enter_context(mode.own_calls())
             return self.original(*args, **kwargs) if run is None else run(self.module, *args, **kwargs)
 
     def _drawn_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -262,9 +102,10 @@ class ConditionedForward:
                     bound.arguments[name] = draw.after(bound.arguments[name], self.strengths)
         return bound.args, bound.kwargs
 
-    def _drawn_output(self, output: Any, leaf: int | None, draw: Draw) -> Any:
-        if leaf is None or isinstance(output, Tensor):
-            return draw.after(output, self.strengths)
-        elements = list(output)
-        elements[leaf] = draw.after(elements[leaf], self.strengths)
-        return type(output)(elements)
+    def _drawn_output(self, output: object, leaf: int | None, draw: Draw) -> object:
+        numbers = itertools.count()
+
+        def drawn(x: object) -> object:
+            return draw.after(x, self.strengths) if leaf in (None, next(numbers)) else x
+
+        return mapped(drawn, output)

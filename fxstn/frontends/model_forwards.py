@@ -9,7 +9,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from fxstn.frontends.conditioned import ConditionedForward, ModuleSites
+from fxstn.frontends.conditioned import ConditionedForward
+from fxstn.frontends.site_mode import ModuleSites
 from fxstn.ops.noise import Strengths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -214,19 +215,25 @@ class _Tracer(fx.Tracer):
         entered = {id(proxy.node) for proxy in proxies_in((args, kwargs))}
         training = module.training if self.is_leaf_module(module, path) else None
 
+        positions = itertools.count()
+
         def marked(value: Any) -> Any:
-            return self._exit_of(call, value, entered, training) if isinstance(value, fx.Proxy) else value
+            position = next(positions)
+            return self._exit_of(call, value, position, entered, training) if isinstance(value, fx.Proxy) else value
 
         output = mapped(marked, output, fx.Proxy)
         self.calls.pop()
         return output
 
-    def _exit_of(self, call: ModuleCall, value: fx.Proxy, entered: set[int], training: bool | None) -> fx.Proxy:
+    def _exit_of(
+        self, call: ModuleCall, value: fx.Proxy, position: int, entered: set[int], training: bool | None
+    ) -> fx.Proxy:
         """The value that leaves a module call, marked as such. A value that is handed through gets a node of its own."""
         if id(value.node) in entered:
             value = self.create_proxy("call_function", torch.clone, (value,), {})
             annotate(value.node, handed_through=True)
-        annotate(value.node, exits=(*info_of(value.node).exits, call))
+        info = info_of(value.node)
+        annotate(value.node, exits=(*info.exits, call), positions={**info.positions, call.number: position})
         if training is not None:
             annotate(value.node, training=training)
         return value

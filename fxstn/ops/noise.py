@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -51,13 +52,16 @@ def _keep_rates(p: Tensor) -> Tensor:
 
 
 class Strengths:
-    """What random operations read.
+    """What random operations of a model read.
 
     values: (h,), of λ; whoever moves λ writes into it.
+
+    `calls` counts the calls of modules in the forward under way, where these have strengths of their own.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self.calls: Counter[int] = Counter()
 
     def __getitem__(self, index: int) -> Tensor:
         return self.values[index]
@@ -84,10 +88,12 @@ def dropout_mask(
     batch_axis: where the examples are in x.
     keep_rate: `keep_rates(p)`, where a graph has it; None: it is computed here.
 
-    Returns a tensor that broadcasts with x, or 1 where x is not floating point: there is nothing to drop in indices.
+    Returns a tensor that broadcasts with x, or 1 where there is nothing to drop: in indices, in a single number such as a loss.
     Raises ValueError when p has a rate per example but x has another number of examples.
     """
-    return _inverted(x, _mask_shape(x, spatial), p, batch_axis, keep_rate) if x.is_floating_point() else 1
+    if not x.is_floating_point() or not x.dim():
+        return 1
+    return _inverted(x, _mask_shape(x, spatial), p, batch_axis, keep_rate)
 
 
 def _mask_shape(x: Tensor, spatial: int) -> tuple[int, ...]:

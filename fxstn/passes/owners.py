@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from fxstn.frontends.conditioned import Draw, ModuleSites
 from fxstn.frontends.decompositions.layer_drop import LOOPS
 from fxstn.frontends.decompositions.recurrent import STATEFUL
+from fxstn.frontends.site_mode import Draw, ModuleSites
 from fxstn.hp import OPERATIONS, Activity, Dropout, LayerDrop, Mixing, Operation
 from fxstn.hp.binding import Binding, Site
 from fxstn.hp.terms import Auxiliary
@@ -130,14 +130,24 @@ class _Owners:
             return
         exits = [call for call in info_of(node).exits if call.path and self._acts_after(call, site)]
         if exits:
-            leaf = 0 if issubclass(exits[-1].kind, STATEFUL) else None
-            self._append(self.owner(exits[-1].path).exits, (leaf, draw))
+            call = exits[-1]
+            leaf = 0 if issubclass(call.kind, STATEFUL) else info_of(node).positions.get(call.number)
+            self._append(self.owner(call.path).exits, (leaf, draw))
         elif not site.path and node in output_of(self.graph).all_input_nodes:
             self._append(self.owner("").exits, (None, draw))
+        elif site.outside is None and (exits := [call for call in info_of(node).exits if call.path]):
+            call = exits[-1]
+            number = sorted(self.calls[call.path]).index(call.number)
+            leaf = info_of(node).positions.get(call.number)
+            self.owner(call.path).exits_of_calls.setdefault(number, []).append((leaf, draw))
+            self.owner("").counts = True
         else:
             call = self.call_of(node)
             if len(self.calls.get(call.path, ())) > 1:
-                self._put({0: None}, 0, draw, site)
+                raise ValueError(
+                    f"{type(spec).__name__} at {site.path!r} acts within module {call.path!r}, which is called several times; "
+                    f"name a module that is called there alone, or use {_ELSEWHERE}"
+                )
             self._append(self.owner(call.path).results.setdefault(self.orders[node.name], []), draw)
 
     def _acts_after(self, call: ModuleCall, site: Site) -> bool:

@@ -94,14 +94,14 @@ def _rule_of(node: fx.Node) -> Rule | None:
 def _outputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int, str]]:
     """(value, number of a module call, path) for every value that a module call returns.
 
-    A recurrent module returns its state, too. Of its values only the first that is used counts. Of an operation with several
-    results all that are read count.
+    A recurrent module returns its state, too. Of its values only the first that is used counts. Of others all that are read
+    count.
     """
     complete: set[int] = set()
     for node in module.graph.nodes:
         for call, path, kind in info_of(node).exits:
             if not issubclass(kind, STATEFUL):
-                yield from ((value, call, path) for value in _values(node))
+                yield from ((value, call, path) for value in _values(node) if value.users)
             elif call not in complete and node.users:
                 complete.add(call)
                 yield node, call, path
@@ -118,7 +118,8 @@ def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, list[Place]]]:
     """(path, places) at the end of each top-level stage in execution order, the last excepted.
 
     A stage is a top-level module with weights and what follows it without any: norm, activation, pooling, flatten. The path
-    is that of its last module; that of the module with weights where several stages end in one module, a pool say.
+    is that of its last module; that of the module with weights where several stages end in one module, a pool say. A module
+    that is called several times, or returns several values, ends with all of them.
     """
     root, prefix = model_of(module), ""
     while len(children := dict(root.named_children())) == 1 and not list(root.parameters(recurse=False)):
@@ -133,21 +134,26 @@ def stage_ends(module: fx.GraphModule) -> Iterator[tuple[str, list[Place]]]:
     def stage_of(node: fx.Node) -> str | None:
         return next((path for _, path, _ in info_of(node).scope if path in weighted), None)
 
-    ends: dict[str, fx.Node] = {}
-    for node, _, path in _outputs(module):
+    ends: dict[str, dict[int, list[fx.Node]]] = {}  # values by call, in the order of the last call of each path
+    for node, call, path in _outputs(module):
         if path in weighted:
-            ends.pop(path, None)
-            ends[path] = node
-    stages: list[tuple[str, str, fx.Node]] = []
-    for path, node in list(ends.items())[:-1]:
-        last = path
+            values = ends.pop(path, {})
+            values.setdefault(call, []).append(node)
+            ends[path] = values
+    stages: list[tuple[str, str, list[Place]]] = []
+    for path, calls in list(ends.items())[:-1]:
+        last, nodes = path, [node for values in calls.values() for node in values]
+        if len(nodes) > 1:  # as `places_after`
+            stages.append((path, path, [Place(node.name, True, call) for call in calls for node in calls[call]]))
+            continue
+        (node,) = nodes
         while (follower := _only_follower(node)) is not None and stage_of(follower) is None:
             node = follower
             last = next((p for _, p, _ in info_of(node).exits if p), last)
-        stages.append((path, last, node))
-    for path, last, node in stages:
+        stages.append((path, last, [Place(value.name, True) for value in _values(node)]))
+    for path, last, places in stages:
         shared = sum(other == last for _, other, _ in stages) > 1
-        yield path if shared else last, [Place(value.name, True) for value in _values(node)]
+        yield path if shared else last, places
 
 
 def _only_follower(node: fx.Node) -> fx.Node | None:
