@@ -221,3 +221,65 @@ def test_an_operation_that_fails_without_values_leaves_autograd_as_it_was():
     torch.testing.assert_close(stn.pushforward(x, delta=delta)[1], (moved[0] - moved[1]) / 2e-6, rtol=1e-6, atol=1e-8)
     net(x).sum().backward()
     assert torch.func.jvp(torch.sin, (x,), (x,))[1].equal(x * x.cos())
+
+
+# Functions that close over modules
+
+
+class Closures(nn.Module):
+    """As minGPT's block: functions that read modules of the model, themselves and by another one, one of them in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.out, self.drop = (
+            nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 6)]),
+            nn.Linear(6, 2),
+            nn.Dropout(0.1),
+        )
+        mlp = self.mlp
+
+        def hidden(x):
+            return torch.tanh(mlp[0](x))
+
+        self.mlpf, self.functions = lambda x: self.drop(mlp[1](hidden(x))), [lambda x: self.out(x)]
+
+    def forward(self, x):
+        return self.functions[0](x + self.mlpf(x))
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_functions_of_a_model_read_the_modules_of_its_copy(trace):
+    torch.manual_seed(0)
+    model, x = Closures(), torch.randn(4, 6)
+    expected = model.eval()(x)
+    stn = fxstn.transform(model, example_inputs=x, trace=trace)
+    assert list(stn.hparams.names) == ["drop.dropout"]
+    assert fxstn.verify(model, x).ok
+    stn.train()(x).square().sum().backward()
+    assert all(weight.grad is not None for weight in stn.model.parameters())
+    assert all(weight.grad is None for weight in model.parameters())
+    torch.testing.assert_close(stn.eval()(x), expected)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    torch.testing.assert_close(stn(x), expected)
+    torch.testing.assert_close(stn.export()(x), expected)
+
+
+OUTSIDE = nn.Linear(6, 6)
+
+
+class ReadsOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(OUTSIDE(x)))
+
+
+def test_a_parameter_that_the_model_does_not_hold_is_refused():
+    with pytest.raises(
+        fxstn.TransformError, match=r"export: a parameter of shape \(6, 6\) that no module of the model holds"
+    ):
+        fxstn.transform(ReadsOutside(), example_inputs=torch.randn(4, 6))

@@ -302,6 +302,29 @@ def test_a_loop_whose_loss_does_not_read_a_number_of_the_loss_is_told(reads: boo
     assert warned is None or len(warned) == 1
 
 
+# Derivatives within the forward
+
+
+class Force(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).square().sum(), x, create_graph=True)[0][:, :3]
+
+
+def test_a_forward_that_takes_derivatives_is_tuned() -> None:
+    torch.manual_seed(0)
+    model, (loader, valid) = Force(), loaders()
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, **QUICK)
+    train(model, optimizer, loader, 2)
+    assert len(tuner.history) == 2
+    assert tuner.values() != tuner.history.start
+
+
 # Outputs with logits
 
 

@@ -145,7 +145,7 @@ def _exported(
                 if isinstance(norm, _BatchNorm) and norm.momentum is None:  # its average reads the counter's value
                     stack.enter_context(mock.patch.object(norm, "momentum", 0.0))
             sizes = tree_map(partial(_dynamic, every=every, batch=batch_size(arguments)), arguments)
-            marker = stack.enter_context(OperationMarker())
+            marker = stack.enter_context(OperationMarker(model.parameters()))
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=sizes, strict=False)
         if unsupported.problems:
             raise TransformError(unsupported.problems)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fxstn.frontends.guards import UnsupportedError
 from fxstn.hp import OPERATIONS
@@ -35,14 +36,18 @@ def _(x: Tensor, number: int) -> Tensor:
 class OperationMarker(TorchFunctionMode):
     """Inside, `random_operation` stands for each call of a random operation.
 
+    parameters: of the model.
+
     calls: these calls, by number.
 
-    Raises UnsupportedError for an assignment of .data, which export does not see.
+    Raises UnsupportedError for an assignment of .data, which export does not see, and for a parameter that the model does not
+    have, which export takes for a constant.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()
         self.calls: list[RandomCall] = []
+        self._own = {id(parameter) for parameter in parameters}
 
     def __torch_function__(
         self, function: Callable[..., object], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -50,6 +55,12 @@ class OperationMarker(TorchFunctionMode):
         if function == getattr(Tensor.data, "__set__"):  # noqa: B009
             what = "the forward assigns .data of a tensor, which a traced graph would lose,"
             raise UnsupportedError("", what, "compute another tensor in its place")
+        for value in tree_leaves((args, kwargs)):  # the model's own are fake here, of another type
+            if (
+                type(value) is nn.Parameter and value.requires_grad and id(value) not in self._own
+            ):  # a fake one has its own type
+                what = f"a parameter of shape {tuple(value.shape)} that no module of the model holds, and that would not train,"
+                raise UnsupportedError("", what, "keep it, or its module, as an attribute of a module of the model")
         if function not in OPERATIONS:
             return function(*args, **(kwargs or {}))
         self.calls.append(RandomCall(function, args[1:], kwargs or {}))

@@ -70,15 +70,15 @@ def check_inputs(model: nn.Module, frozen: Collection[str], inputs: Inputs) -> N
             run_once(model, stand_ins)
 
 
-def run_once(model: nn.Module, inputs: Inputs) -> None:
-    """One forward, with gradients where the model can have them.
+def run_once(forward: Callable[..., object], inputs: Inputs) -> object:
+    """The output of a forward, with gradients where the model can have them.
 
     A forward that takes derivatives itself needs them. torchvision's ColorJitter behind a layer writes into views and cannot
     have them; transform takes it over.
     """
     try:
         with torch.enable_grad():
-            model(*inputs.args, **inputs.kwargs)
+            return forward(*inputs.args, **inputs.kwargs)
     except RuntimeError:
         with torch.no_grad():
-            model(*inputs.args, **inputs.kwargs)
+            return forward(*inputs.args, **inputs.kwargs)

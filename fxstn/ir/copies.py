@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 
@@ -29,6 +32,36 @@ class _Detached(TorchFunctionMode):
 
 
 def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
-    """copy.deepcopy, also of what keeps values of a forward, such as a module with `self.h = h`: without their graphs."""
+    """copy.deepcopy, also of what keeps values of a forward, such as a module with `self.h = h`: without their graphs.
+
+    Functions that the modules of a copy keep, such as `self.f = lambda x: m(x)`, read the copies of what they close over.
+    """
+    copies = {} if memo is None else memo
     with _Detached():
-        return copy.deepcopy(value, memo)
+        result = copy.deepcopy(value, copies)
+    if isinstance(result, nn.Module):
+        for module in result.modules():
+            for name, attribute in vars(module).items():
+                if isinstance(attribute, FunctionType) or (type(attribute) in (list, tuple, dict) and name[0] != "_"):
+                    vars(module)[name] = tree_map(lambda leaf: _rebound(leaf, copies), attribute)
+    return result
+
+
+def _rebound(function: object, copies: dict[int, Any]) -> object:
+    """A function over the copies of what it closes over; anything else as it is.
+
+    copies: {id of an object: its copy}; functions are added.
+    """
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return function
+    if id(function) not in copies:
+        cells = tuple(CellType() for _ in function.__closure__)
+        result = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+        result.__kwdefaults__, result.__qualname__ = function.__kwdefaults__, function.__qualname__
+        result.__dict__.update(function.__dict__)
+        copies[id(function)] = result
+        for cell, before in zip(cells, function.__closure__, strict=True):
+            with suppress(ValueError):  # an empty cell
+                content = before.cell_contents
+                cell.cell_contents = copies.get(id(content), _rebound(content, copies))
+    return copies[id(function)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxstn.frontends.inputs import Inputs, as_inputs
 from fxstn.frontends.live.record import record
 from fxstn.frontends.model_forwards import condition_modules, restore_modules
+from fxstn.frontends.original import run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import leaves
 from fxstn.ir.graphs import forked_rng
@@ -57,10 +58,14 @@ def _in_train_mode(model: nn.Module, frozen: Sequence[str], *args: object, **kwa
 
 def _seeded(preserved: Preservation[Inputs], run: Callable[..., object], seed: int) -> list[Tensor]:
     """The floating point values that a forward returns when its noise has this seed."""
-    with preserved as inputs, forked_rng(), torch.no_grad():
+
+    def forward(*args: object, **kwargs: object) -> object:
         torch.manual_seed(seed)
-        output = run(*inputs.args, **inputs.kwargs)
-    return [x for x in leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+        return run(*args, **kwargs)
+
+    with preserved as inputs, forked_rng():
+        output = run_once(forward, inputs)
+    return [x.detach() for x in leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _close(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
