@@ -196,3 +196,25 @@ def test_only_what_has_no_response_is_left_out(monkeypatch):
     monkeypatch.setattr("fxstn.tools.verify.transform", fails)
     with pytest.raises(ValueError, match="of the default response"):
         fxstn.verify(nn.Linear(6, 6), x, hparams=SCALAR)
+
+
+class InitialState(nn.Module):
+    """A state as everybody writes it, and a result that is filled in."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.out = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = self.cells(x, torch.zeros(1, x.size(0), 5))[0]
+        result = torch.zeros(x.size(0), x.size(1), 7)
+        result[..., :5] = h
+        return self.out(result[..., :5] @ torch.ones(5, 5).tril())
+
+
+def test_tensors_of_no_named_type_are_float64_like_the_rest():
+    before = torch.get_default_dtype()
+    result = fxstn.verify(InitialState(), torch.randn(4, 3, 6))
+    assert result.ok
+    assert result.max_error < 1e-7
+    assert torch.get_default_dtype() is before
