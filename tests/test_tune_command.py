@@ -71,22 +71,17 @@ def classes_of(loader):
     return sorted(torch.cat([y for _, y in loader]).tolist())
 
 
+def tune_on(data, out, *more):
+    """The exit status of an epoch on a folder of small images."""
+    sizes = ("--image-size", 8, "--batch-size", 4, "--epochs", 1)
+    return cli.main(
+        [*map(str, ("tune", "--model", "tests.nets:tiny_conv", "--data", data, *sizes, "--out", out)), *more]
+    )
+
+
 def test_tune_trains_on_a_folder_and_refits_it_quietly(folder, tmp_path, capsys):
     data = folder({f"{part}/{name}": 4 for part in ("train", "val", "test") for name in ("cat", "dog")})
-    words = [
-        "tune",
-        "--model",
-        "tests.nets:tiny_conv",
-        "--data",
-        data,
-        "--image-size",
-        8,
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-    ]
-    assert cli.main([*map(str, words), "--refit", "--out", str(tmp_path / "out")]) == 0
+    assert tune_on(data, tmp_path / "out", "--refit") == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no progress bar where nobody looks
     for text in (
@@ -101,20 +96,7 @@ def test_tune_trains_on_a_folder_and_refits_it_quietly(folder, tmp_path, capsys)
 
 def test_a_run_that_no_epoch_makes_better_than_its_start_says_so_everywhere(folder, tmp_path, capsys):
     data = folder({f"{part}/{name}": 4 for part in ("train", "val") for name in ("cat", "dog")})
-    words = [
-        "tune",
-        "--model",
-        "tests.nets:tiny_conv",
-        "--data",
-        data,
-        "--image-size",
-        8,
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-    ]
-    assert cli.main([*map(str, words), "--lr", "30", "--out", str(tmp_path / "out")]) == 0
+    assert tune_on(data, tmp_path / "out", "--lr", "30") == 0
     best = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
     assert best["epoch"] == 0
     assert f"best epoch 0: validation loss {best['valid_loss']:.4f}, that of the start" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from torch import nn
 from fxstn.frontends.checkpoints import reruns
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import with_residual
-from fxstn.frontends.site_mode import Draw, ModuleSites, SiteMode, resumed
+from fxstn.frontends.site_mode import Draw, ModuleSites, SiteMode, resume
 from fxstn.ir.containers import mapped
 from fxstn.ops.noise import Strengths
 
@@ -90,7 +90,7 @@ class ConditionedForward:
         with ExitStack() as stack:
             stack.enter_context(mode := SiteMode(self.sites, self.strengths))
             if not torch.compiler.is_compiling():  # there a region's second forward is part of the graph
-                stack.enter_context(reruns(resumed))
+                stack.enter_context(reruns(resume))
                 stack.enter_context(mode.own_calls())
             return self.original(*args, **kwargs) if run is None else run(self.module, *args, **kwargs)
 

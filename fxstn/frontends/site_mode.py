@@ -189,7 +189,7 @@ class SiteMode(TorchFunctionMode):
         return result
 
 
-def resumed(run: Callable[..., object]) -> Callable[..., object]:
+def resume(run: Callable[..., object]) -> Callable[..., object]:
     """The same function, which draws at λ from where this call is whenever it runs, also when the modes of now are over."""
     modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, SiteMode)]
     places = [(mode.copy(), mode.strengths.calls.copy()) for mode in modes]

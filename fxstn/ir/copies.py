@@ -43,11 +43,11 @@ def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
         for module in result.modules():
             for name, attribute in vars(module).items():
                 if isinstance(attribute, FunctionType) or (type(attribute) in (list, tuple, dict) and name[0] != "_"):
-                    vars(module)[name] = tree_map(lambda leaf: _rebound(leaf, copies), attribute)
+                    vars(module)[name] = tree_map(lambda leaf: _rebind(leaf, copies), attribute)
     return result
 
 
-def _rebound(function: object, copies: dict[int, Any]) -> object:
+def _rebind(function: object, copies: dict[int, Any]) -> object:
     """A function over the copies of what it closes over; anything else as it is.
 
     copies: {id of an object: its copy}; functions are added.
@@ -63,5 +63,5 @@ def _rebound(function: object, copies: dict[int, Any]) -> object:
         for cell, before in zip(cells, function.__closure__, strict=True):
             with suppress(ValueError):  # an empty cell
                 content = before.cell_contents
-                cell.cell_contents = copies.get(id(content), _rebound(content, copies))
+                cell.cell_contents = copies.get(id(content), _rebind(content, copies))
     return copies[id(function)]

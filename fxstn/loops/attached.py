@@ -223,7 +223,7 @@ class AttachedTuner(RefittableLoop):
         number ends this, with a warning."""
         self.stn.training = self.model.training
         try:
-            with self.loaders.unobserved(), frozen(self._idle.unstepped()):
+            with self.loaders.unobserved(), frozen(self._idle.constant_weights()):
                 yield
         except BadLoss as fault:
             self._report(fault)

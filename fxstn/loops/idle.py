@@ -30,8 +30,8 @@ class IdleLoop:
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
         self._warned: set[str] = set()  # what was warned of
-        self._sizes: list[int] = []  # of the groups of the optimizers, for which `_unstepped` holds
-        self._unstepped: list[nn.Parameter] = []
+        self._sizes: list[int] = []  # of the groups of the optimizers, for which `_constants` holds
+        self._constants: list[nn.Parameter] = []
 
     def _writes(self) -> int:
         """How often weights were written to."""
@@ -42,14 +42,14 @@ class IdleLoop:
             self._warned.add(what)
             warn_caller(text)
 
-    def unstepped(self) -> list[nn.Parameter]:
+    def constant_weights(self) -> list[nn.Parameter]:
         """The weights that no optimizer steps: constants, whether they require a gradient or not."""
         groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
         if (sizes := [len(group) for group in groups]) != self._sizes:  # a group was added, say
             stepped = {id(parameter) for group in groups for parameter in group}
             self._sizes = sizes
-            self._unstepped = [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
-        return self._unstepped
+            self._constants = [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
+        return self._constants
 
     def begin_pass(self) -> None:
         """A pass over the training data begins."""

@@ -159,7 +159,7 @@ def verify(
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
     examples = call if example_inputs is None else mapped(_detached_double, as_inputs(example_inputs, model))
-    with forked_rng(), _doubles_made(), doing("verify") as line, warnings.catch_warnings():
+    with forked_rng(), _default_float64(), doing("verify") as line, warnings.catch_warnings():
         warnings.filterwarnings("ignore", APART)  # weights that a difference has moved
         for seed in range(seeds):
             line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")
@@ -180,7 +180,7 @@ def verify(
 
 
 @contextmanager
-def _doubles_made() -> Iterator[None]:
+def _default_float64() -> Iterator[None]:
     """Inside, a tensor whose type nobody names is float64, such as an initial state torch.zeros(layers, batch, n)."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
