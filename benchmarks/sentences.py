@@ -478,8 +478,7 @@ def paper_cifar() -> str:
         One seed. Random search ends at {random:.3f}: with 19 strengths from the whole ranges hardly a draw lets a network
         learn anything in 15 epochs. The start kept ends at {kept:.3f}, Δ-STN with the paper's settings at {delta:.3f},
         and with the defaults at {ours:.3f}. The paper's settings have time for eight epochs, five of them warm-up, so λ
-        hardly moves. One seed does not tell how much of the gain is luck. Longer runs gain from all three starts, in both
-        seeds ([Against searches](tuning.md)).
+        hardly moves. One seed does not tell how much of the gain is luck. [Against searches](tuning.md) has longer runs.
     """)
 
 
