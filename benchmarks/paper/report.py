@@ -26,6 +26,8 @@ LABELS = {
 }  # fmt: skip
 COLOURS = dict(zip(METHODS, ("0.6", "C7", "C5", "C1", "C0", "k", "C3"), strict=True))
 LARGEST = {"length": 24, "holes": 5, "rotation": 45, "shear": 45}  # of strengths that are no shares already
+APART = "naval-propulsion-plant"  # whose features are nearly collinear
+WORDS = {"l2": "weight decay", "dropout": "input dropout", "network": "Jacobian norm"}
 Cell = dict[str, Any]
 
 
@@ -164,23 +166,41 @@ def _by_setting(results: dict[str, Any]) -> dict[tuple[str, str, str], list[Cell
     return found
 
 
+def _excess(runs: Sequence[Cell]) -> str:
+    """Median and largest excess validation loss, in per cent."""
+    shares = [100 * run["excess"] for run in runs]
+    return f"{statistics.median(shares):.2f} ({max(shares):.2f})"
+
+
 def linear_table(kind: str) -> str:
-    """A line for each set: the largest and the median excess validation loss in per cent, over starts and seeds, by method."""
+    """A line for each set: the median and the largest excess validation loss at σ = 1, over starts and seeds, by method."""
     found = _by_setting(read(FOLDER / f"linear-{kind}.json"))
-    columns = sorted(
-        {(method, scale) for _, method, scale in found}, key=lambda c: (linear.METHODS.index(c[0]), float(c[1]))
-    )
     lines = []
     for name in dict.fromkeys(key[0] for key in found):
-        cells = [found.get((name, *column), []) for column in columns]
-        shown = [
-            f"{100 * statistics.median(c['excess'] for c in runs):.2f} ({100 * max(c['excess'] for c in runs):.2f})"
-            if runs
-            else ""
-            for runs in cells
-        ]
-        lines.append([name, *shown, max(map(len, cells))])
-    heads = ["set", *(f"{LABELS[method]}, σ = {float(scale):g}" for method, scale in columns), "runs of each"]
+        cells = [found[name, method, "1.0"] for method in linear.METHODS]
+        lines.append([name, *map(_excess, cells), max(map(len, cells))])
+    heads = ["set", *(f"{LABELS[method]}, σ = 1" for method in linear.METHODS), "runs of each"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def scales_table() -> str:
+    """A line for each problem that was run at other σ: the excess by method, over all sets but `APART`, starts and seeds."""
+    lines = []
+    for kind in linear.KINDS:
+        found = _by_setting(read(FOLDER / f"linear-{kind}.json"))
+        scales = sorted({scale for _, _, scale in found}, key=float)
+        for scale in scales if len(scales) > 1 else ():
+            cells = [
+                [
+                    run
+                    for (name, m, s), runs in found.items()
+                    if name != APART and (m, s) == (method, scale)
+                    for run in runs
+                ]
+                for method in linear.METHODS
+            ]
+            lines.append([WORDS[kind], f"{float(scale):g}", *map(_excess, cells), max(map(len, cells))])
+    heads = ["problem", "σ", *(LABELS[method] for method in linear.METHODS), "runs of each"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
@@ -280,6 +300,7 @@ def _robustness_part(row: str) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     **{f"linear-{kind}": partial(_linear_part, kind) for kind in linear.KINDS},
+    "linear-scales": scales_table,
     "inert": _inert_part,
     **{f"{budget}-{row}": partial(_row_part, row, budget) for budget in ("small", "full") for row in ROWS},
     "robustness": partial(_robustness_part, "fmnist"),
