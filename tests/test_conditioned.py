@@ -13,9 +13,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
+import fxstn
 from fxstn import hp
+from fxstn.frontends import site_mode
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.live.record import record
 from fxstn.frontends.model_forwards import condition_modules, restore_modules
@@ -148,6 +151,18 @@ class Pairs(nn.Module):
         return self.head(x) + loss
 
 
+class Packed(nn.Module):
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(10, 8), nn.Linear(8, 4)
+        self.lstm = nn.LSTM(8, 8, 2, dropout=dropout, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([5, 3, 4, 1])
+        sequence = pack_padded_sequence(self.table(x), lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.lstm(sequence)[1][0][-1])
+
+
 def swin() -> nn.Module:
     return torchvision.models.swin_transformer.SwinTransformer(
         [2, 2], 8, [1, 1], [2, 2], [2, 2], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.2, num_classes=3
@@ -178,6 +193,7 @@ CASES = {
     "resnet18": (torchvision.models.resnet18, IMAGES, None, ("fx",)),  # a ReLU is called twice in each block
     "functional dropout": (FunctionalDropout, ROWS, None, EVERYWHERE),
     "dropout of aten": (AtenDropout, ROWS, None, ("fx", "live")),
+    "packed": (Packed, WORDS, None, ("live",)),
     "shared modules": (SharedModules, IMAGES, None, EVERYWHERE),
     "pairs": (Pairs, ROWS, None, ("fx", "live")),
     "pairs by name": (Pairs, ROWS, [hp.Dropout("a", "b", "attention")], ("fx", "live")),
@@ -278,6 +294,65 @@ def test_gradients_of_a_recomputed_forward_see_the_same_masks(reentrant: bool, d
     check_slopes(model, x)
 
 
+class OwnDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = 0.4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full_like(x, 1 - self.p)) / (1 - self.p) if self.training else x
+
+
+class Places(nn.Module):
+    """A dropout written by hand, in a list that is no module, made in the forward, or a function."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.layer, self.out, self.place = nn.Linear(8, 400), nn.Linear(400, 4), place
+        self.drops, self.seen = [nn.Dropout(0.4)], None
+        if place == "own":
+            self.own = OwnDropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        if self.place == "own":
+            h = self.own(h)
+        elif self.place == "list":
+            h = self.drops[0].train(self.training)(h)
+        elif self.place == "forward":
+            h = nn.Dropout(0.4).train(self.training)(h)
+        else:
+            h = F.dropout(h, 0.4, self.training)
+        self.seen = h.detach()
+        return self.out(h)
+
+
+@pytest.mark.parametrize("place", ["own", "list", "forward"])
+def test_a_dropout_is_at_lambda_wherever_the_model_has_it(place: str) -> None:
+    torch.manual_seed(0)
+    model, x = Places(place), torch.randn(16, 8)
+    valid = [(x, torch.zeros(16, dtype=torch.long))]
+    tuner = fxstn.tune(
+        model, torch.optim.SGD(model.parameters(), 0.1), F.cross_entropy, None, valid, [hp.Dropout(init=0.8)]
+    )
+    model.train()(x)
+    assert (model.seen == 0).float().mean().item() == pytest.approx(0.8, abs=0.05)
+    tuner.detach()
+    model(x)
+    assert (model.seen == 0).float().mean().item() == pytest.approx(0.4, abs=0.05)
+
+
+def test_a_dropout_that_cannot_be_drawn_at_lambda_is_refused_and_the_model_left_as_it_was(monkeypatch) -> None:
+    monkeypatch.setattr(site_mode, "_SPELLINGS", {})  # as in code that torch's functions do not see
+    model, x = Places("function"), torch.randn(16, 8)
+    optimizer, valid = torch.optim.SGD(model.parameters(), 0.1), [(x, torch.zeros(16, dtype=torch.long))]
+    with pytest.raises(
+        ValueError, match=r"draws random numbers at rates of its own where its network draws at tuned ones"
+    ):
+        fxstn.tune(model, optimizer, F.cross_entropy, None, valid, [hp.Dropout(init=0.8)])
+    assert "forward" not in vars(model)
+
+
 def test_gradients_of_a_recomputed_forward_know_which_call_of_a_module_they_are_of() -> None:
     torch.manual_seed(0)
     model, x = SharedModules().double(), inputs_of(IMAGES).double()
@@ -285,6 +360,19 @@ def test_gradients_of_a_recomputed_forward_know_which_call_of_a_module_they_are_
     model.regions = True
     strengths.copy_(torch.linspace(0.1, 0.7, len(strengths)))
     check_slopes(model, x)
+
+
+def test_what_is_dropped_of_a_packed_sequence_is_what_the_forward_reads() -> None:
+    """The state: the graph has another kernel, so that the last digit may differ."""
+    torch.manual_seed(0)
+    model, x = Packed(0.0), inputs_of(WORDS)
+    network, strengths = conditioned(model, x, [hp.Dropout("table", "lstm")], "live")
+    network.hparams.set(dict.fromkeys(network.hparams.names, 0.5))
+    strengths.copy_(network.hparams())
+    torch.manual_seed(1)
+    expected = network.conditioned_output(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_eval_mode_restoration_copies_and_signatures() -> None:

@@ -18,6 +18,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxstn.frontends.checkpoints import reruns
 from fxstn.frontends.decompositions import DECOMPOSITIONS
@@ -62,6 +63,8 @@ class ConditionedForward:
             device = self.strengths.values.device.type
             self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             self.strengths.calls = Counter()
+            if not torch.compiler.is_compiling() and not self.strengths.modules:
+                self.strengths.modules = set(map(id, module.modules()))
         if sites.inputs:
             args, kwargs = self._drawn_inputs(args, kwargs)
         if sites.loop is None:
@@ -86,7 +89,8 @@ class ConditionedForward:
     def _original_output(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.sites.inside:
             return self.original(*args, **kwargs)
-        run = DECOMPOSITIONS.get(type(self.module))
+        packed = any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values()))
+        run = None if packed else DECOMPOSITIONS.get(type(self.module))  # there torch.lstm and the like are decomposed
         with ExitStack() as stack:
             stack.enter_context(mode := SiteMode(self.sites, self.strengths))
             if not torch.compiler.is_compiling():  # there a region's second forward is part of the graph

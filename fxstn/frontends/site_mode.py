@@ -118,11 +118,15 @@ class SiteMode(TorchFunctionMode):
 
     @contextmanager
     def own_calls(self) -> Iterator[None]:
-        """Inside, `depth` is the number of module calls under way within the one whose operations these are."""
+        """Inside, `depth` is the number of module calls under way within the one whose operations these are.
+
+        A module that the model does not hold, as one made in the forward, is part of the forward that calls it.
+        """
 
         def change(by: int) -> Callable[..., None]:
             def hook(module: nn.Module, *values: object) -> None:
-                self.depth += by
+                if id(module) in self.strengths.modules:
+                    self.depth += by
 
             return hook
 

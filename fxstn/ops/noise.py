@@ -56,12 +56,17 @@ class Strengths:
 
     values: (h,), of λ; whoever moves λ writes into it.
 
-    `calls` counts the calls of modules in the forward under way, where these have strengths of their own.
+    `calls` counts the calls of modules in the forward under way, where these have strengths of their own. `modules` are the ids
+    of those that the model holds, from its first forward on.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.calls: Counter[int] = Counter()
+        self.modules: set[int] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"values": self.values, "calls": Counter(), "modules": set()}  # a copy has other modules
 
     def __getitem__(self, index: int) -> Tensor:
         return self.values[index]

@@ -131,7 +131,7 @@ class _Owners:
         exits = [call for call in info_of(node).exits if call.path and self._acts_after(call, site)]
         if exits:
             call = exits[-1]
-            leaf = 0 if issubclass(call.kind, STATEFUL) else info_of(node).positions.get(call.number)
+            leaf = info_of(node).positions.get(call.number, 0 if issubclass(call.kind, STATEFUL) else None)
             self._append(self.owner(call.path).exits, (leaf, draw))
         elif not site.path and node in output_of(self.graph).all_input_nodes:
             self._append(self.owner("").exits, (None, draw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,38 @@ def condition_model(model: nn.Module, network: SelfTuningNetwork, examples: obje
     rewritable = network.recipe.frontend.rewritable
     graph = network.canonical(True).graph if rewritable else record(model, True, plan.frozen, inputs).graph
     condition_modules(model, module_sites(graph, plan.binding), strengths)
-    own, of_graph = partial(_in_train_mode, model, plan.frozen), network.conditioned_output
-    preserved = Preservation(model, inputs)
-    results = [_seeded(preserved, run, 0) for run in (own, lambda *args, **kwargs: of_graph(*args, **kwargs)[0])]
-    if not _close(*results):
-        strengths.zero_()
-        random = not _close(*(_seeded(preserved, own, seed) for seed in (1, 2)))  # whatever λ is
-        strengths.copy_(network.hparams())
-        if not random:
-            restore_modules(model)
-            raise ValueError("with tuned strengths the model's own forward computes something else than the network that was "
-                             "made of it; use fxstn.transform with BilevelRunner, and report the model")  # fmt: skip
+    try:
+        _compare(model, network, strengths, inputs)
+    except BaseException:
+        restore_modules(model)
+        raise
     return strengths
+
+
+def _compare(model: nn.Module, network: SelfTuningNetwork, strengths: Tensor, inputs: Inputs) -> None:
+    """Raises ValueError where a model's forward and its network's graph differ, but for noise that both draw whatever λ is."""
+    own = partial(_in_train_mode, model, network.recipe.plan.frozen)
+    preserved = Preservation(model, inputs)
+
+    def of_graph(*args: object, **kwargs: Any) -> object:
+        return network.conditioned_output(*args, **kwargs)[0]
+
+    if _close(*(_seeded(preserved, run, 0) for run in (own, of_graph))):
+        return
+    point = network.hparams.unconstrained.detach().clone()
+    with torch.no_grad():
+        strengths.zero_()
+        network.hparams.set({number.name: number.low for number in network.hparams.hyperparameters})
+        noise = [not _close(*(_seeded(preserved, run, seed) for seed in (1, 2))) for run in (own, of_graph)]
+        network.hparams.unconstrained.copy_(point)
+        strengths.copy_(network.hparams())
+    elsewhere = "use fxstn.transform with BilevelRunner"
+    if noise == [True, False]:
+        raise ValueError("the model draws random numbers at rates of its own where its network draws at tuned ones, as in code "
+                         f"that torch's functions do not see; draw them in a module of the model, or {elsewhere}")  # fmt: skip
+    if not all(noise):
+        raise ValueError("with tuned strengths the model's own forward computes something else than the network that was made "
+                         f"of it; {elsewhere}, and report the model")  # fmt: skip
 
 
 def _in_train_mode(model: nn.Module, frozen: Sequence[str], *args: object, **kwargs: object) -> object:

@@ -54,7 +54,7 @@ def recognise_dropout(model: nn.Module) -> None:
 
 def _possible_settings(module: nn.Module) -> list[Settings]:
     """The settings of a module for each of its numbers that may be the probability."""
-    own = {name: value for name, value in vars(module).items() if name not in INTERNAL}
+    own = {name: value for name, value in vars(module).items() if name not in INTERNAL and name != "forward"}
     numbers = [name for name, value in own.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     likely = [
         name for name in numbers if len(numbers) == 1 or isinstance(own[name], float) or _LIKELY & set(name.split("_"))
