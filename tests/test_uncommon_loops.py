@@ -325,6 +325,32 @@ def test_a_forward_that_takes_derivatives_is_tuned() -> None:
     assert tuner.values() != tuner.history.start
 
 
+# Forwards that a graph holds in another way
+
+
+class Frames(nn.Module):
+    """A network for each frame, and the last state of a recurrent one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frame, self.cells, self.out = nn.Linear(2, 6), nn.GRU(6, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 4, 2)
+        frames = torch.stack([torch.tanh(self.frame(x[:, t])) for t in range(x.size(1))], 1)
+        return self.out(self.cells(frames)[0][:, -1])
+
+
+def test_a_forward_that_differs_from_its_exported_graph_is_followed_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, (loader, valid) = Frames(), loaders()
+    optimizer = sgd(model)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, **QUICK)
+    assert tuner.stn.frontend == "live"
+    train(model, optimizer, loader, 2)
+    assert tuner.values() != tuner.history.start
+
+
 # Outputs with logits
 
 

@@ -29,7 +29,7 @@ from fxstn.loops.observed import can_be_observed
 from fxstn.loops.step_hooks import unwrapped_optimizer
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.request import Request, check_model
-from fxstn.passes.take_over import condition_model
+from fxstn.passes.take_over import ForwardDiffersError, condition_model
 from fxstn.transform import FRONTENDS, network_over
 
 Loader = TypeVar("Loader", bound=Iterable[object])
@@ -158,7 +158,16 @@ def tune(
     check_synced_norms(network)
     distributed.share((*network.response.parameters(), *network.hparams.parameters()))
     data, seed = (train_loader, valid_loader), distributed.common_seed()
-    strengths = condition_model(plain, network, examples)
+    try:
+        strengths = condition_model(plain, network, examples)
+    except ForwardDiffersError:
+        if trace != "auto" or not network.recipe.frontend.rewritable:
+            raise
+        options_of_live: TuneSettings = {**settings, "trace": "live"}  # which follows the very calls of the forward
+        return tune(
+            model, optimizer, loss_fn, train_loader, valid_loader, hparams, forward=forward, valid_loss_fn=valid_loss_fn,
+            example_inputs=example_inputs, epoch_steps=epoch_steps, **options_of_live,
+        )  # fmt: skip
     try:
         tuner = LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
     except BaseException:

@@ -20,12 +20,16 @@ from fxstn.network import SelfTuningNetwork
 from fxstn.passes.owners import module_sites
 
 
+class ForwardDiffersError(ValueError):
+    """A model's own forward, at tuned strengths, computes something else than the network that was made of it."""
+
+
 def condition_model(model: nn.Module, network: SelfTuningNetwork, examples: object) -> Tensor:
     """Let the model of a network draw at λ; returns the values that it reads.
 
     examples: inputs of the model.
 
-    Raises ValueError where its own forward would then compute something else than the network's graph.
+    Raises ForwardDiffersError where its own forward would then compute something else than the network's graph.
     """
     inputs = as_inputs(examples, model)
     plan, strengths = network.recipe.plan, network.hparams().clone()
@@ -41,7 +45,7 @@ def condition_model(model: nn.Module, network: SelfTuningNetwork, examples: obje
 
 
 def _compare(model: nn.Module, network: SelfTuningNetwork, strengths: Tensor, inputs: Inputs) -> None:
-    """Raises ValueError where a model's forward and its network's graph differ, but for noise that both draw whatever λ is."""
+    """Raises ForwardDiffersError where a model's forward and its network's graph differ, but for noise that both draw at any λ."""
     own = partial(_in_train_mode, model, network.recipe.plan.frozen)
     preserved = Preservation(model, inputs)
 
@@ -59,11 +63,15 @@ def _compare(model: nn.Module, network: SelfTuningNetwork, strengths: Tensor, in
         strengths.copy_(network.hparams())
     elsewhere = "use fxstn.transform with BilevelRunner"
     if noise == [True, False]:
-        raise ValueError("the model draws random numbers at rates of its own where its network draws at tuned ones, as in code "
-                         f"that torch's functions do not see; draw them in a module of the model, or {elsewhere}")  # fmt: skip
+        raise ForwardDiffersError(
+            "the model draws random numbers at rates of its own where its network draws at tuned ones, as in code that torch's "
+            f"functions do not see; draw them in a module of the model, or {elsewhere}"
+        )
     if not all(noise):
-        raise ValueError("with tuned strengths the model's own forward computes something else than the network that was made "
-                         f"of it; {elsewhere}, and report the model")  # fmt: skip
+        raise ForwardDiffersError(
+            "with tuned strengths the model's own forward computes something else than the network that was made of it; "
+            f"{elsewhere}, and report the model"
+        )
 
 
 def _in_train_mode(model: nn.Module, frozen: Sequence[str], *args: object, **kwargs: object) -> object:
