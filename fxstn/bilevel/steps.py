@@ -115,7 +115,7 @@ class Stepper:
         self._leave_out_bad(loss, names)
         noted = self.training_hypergradients
         if self._additive:  # sums over batches of other sizes: per entry, they are as means
-            own, *counts = self._mean_entries(batch)
+            own, *counts = self._entries_of_all(batch)
             torch._foreach_div_(self.updates.gradients(names), own)
             noted = [gradient / count for gradient, count in zip(noted, counts, strict=True)]
         if noted:
@@ -125,13 +125,13 @@ class Stepper:
         self.updates.step(*names)
         return loss
 
-    def _mean_entries(self, batch: Batch) -> Iterable[Tensor]:
-        """The numbers of target entries, means over processes: of this batch, and of each noted gradient."""
+    def _entries_of_all(self, batch: Batch) -> Iterable[Tensor]:
+        """The numbers of target entries in all processes: of this batch, and of each noted gradient."""
         numbers = [
             torch.as_tensor(number, device=self.prepare.device) for number in (entries(*batch), *self.noted_entries)
         ]
         distributed.average([counts := torch.stack(numbers).to(torch.get_default_dtype())])
-        return counts.clamp_(min=1).unbind()
+        return counts.mul_(distributed.processes()).clamp_(min=1).unbind()
 
     def _leave_out_bad(self, loss: Mean, names: Sequence[str]) -> None:
         """Note the loss of a hyper step for the guard, and set its gradient to zero where it is a bad one.

@@ -45,7 +45,7 @@ def condition_model(model: nn.Module, network: SelfTuningNetwork, examples: obje
 
 
 def _compare(model: nn.Module, network: SelfTuningNetwork, strengths: Tensor, inputs: Inputs) -> None:
-    """Raises ForwardDiffersError where a model's forward and its network's graph differ, but for noise that both draw at any λ."""
+    """Raises ForwardDiffersError where a model's forward and its network's graph differ, but for noise that both have."""
     own = partial(_in_train_mode, model, network.recipe.plan.frozen)
     preserved = Preservation(model, inputs)
 
