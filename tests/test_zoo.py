@@ -11,8 +11,8 @@ from benchmarks import zoo
 
 pytestmark = pytest.mark.slow
 
-WHOLE = ["googlenet", "lraspp_mobilenet_v3_large", "resnet18", "squeezenet1_0"]
-SHORTENED = ["vit_b_16", "swin_t", "convnext_tiny"]
+WHOLE = ["lraspp_mobilenet_v3_large", "resnet18", "squeezenet1_0"]
+SHORTENED = ["vit_b_16", "convnext_tiny"]
 LIVE = ["raft_small"]  # small detectors, and optical flow by day: test_detection.py
 
 
