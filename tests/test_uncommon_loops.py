@@ -302,6 +302,15 @@ def test_a_loop_whose_loss_does_not_read_a_number_of_the_loss_is_told(reads: boo
     assert warned is None or len(warned) == 1
 
 
+def test_a_control_that_no_loss_reads_is_not_asked_of_the_loop() -> None:
+    model, (loader, valid) = mlp(0.3), loaders()
+    optimizer, specs = sgd(model), [hp.Scalar("control", 0.5, 0, 1), hp.Dropout()]
+    with pytest.warns(UserWarning, match="nothing reads control"):
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, valid, specs, **QUICK)
+    train(model, optimizer, loader, 2)  # any other warning is an error
+    assert len(tuner.history) == 2
+
+
 # Derivatives within the forward
 
 

@@ -56,9 +56,7 @@ class OperationMarker(TorchFunctionMode):
             what = "the forward assigns .data of a tensor, which a traced graph would lose,"
             raise UnsupportedError("", what, "compute another tensor in its place")
         for value in tree_leaves((args, kwargs)):  # the model's own are fake here, of another type
-            if (
-                type(value) is nn.Parameter and value.requires_grad and id(value) not in self._own
-            ):  # a fake one has its own type
+            if type(value) is nn.Parameter and value.requires_grad and id(value) not in self._own:
                 what = f"a parameter of shape {tuple(value.shape)} that no module of the model holds, and that would not train,"
                 raise UnsupportedError("", what, "keep it, or its module, as an attribute of a module of the model")
         if function not in OPERATIONS:

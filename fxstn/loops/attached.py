@@ -71,7 +71,7 @@ class AttachedTuner(RefittableLoop):
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
-        self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, network)
+        self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
         self._seen = SeenBatches(optimizers, self._idle.begin_pass, self._idle.leave_pass, self._end_pass)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way

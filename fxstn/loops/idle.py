@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel.faults import warn_caller
-from fxstn.network import SelfTuningNetwork
+from fxstn.bilevel.losses import takes_hparams
+from fxstn.bilevel.network_problem import NetworkProblem
 
 MANY = 500  # steps of a loop, in which an evaluation would have come where it knows of the tuner
 
@@ -17,21 +19,19 @@ class IdleLoop:
     """Watches what a loop does with a model.
 
     optimizers: those that the tuner knows.
-    network: of the model.
+    problem: over the network of the model.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], network: SelfTuningNetwork) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], problem: NetworkProblem) -> None:
         self.model, self.optimizers = model, optimizers
-        binding = network.recipe.plan.binding
-        self._draws = bool(binding.sites)
-        self._of_loss = [name for name, own in zip(network.hparams.names, binding.uses(), strict=True) if not own]
+        binding, names = problem.stn.recipe.plan.binding, problem.stn.hparams.names
+        self._draws, reads = bool(binding.sites), takes_hparams(problem.training_windows.loss_fn)
+        self._of_loss = [name for name, own in zip(names, binding.uses(), strict=True) if reads and not own]
         self.reads = False  # whether the loop has asked for strengths, which its own loss reads
         self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
         self._warned: set[str] = set()  # what was warned of
-        self._sizes: list[int] = []  # of the groups of the optimizers, for which `_constants` holds
-        self._constants: list[nn.Parameter] = []
 
     def _writes(self) -> int:
         """How often weights were written to."""
@@ -44,12 +44,9 @@ class IdleLoop:
 
     def constant_weights(self) -> list[nn.Parameter]:
         """The weights that no optimizer steps: constants, whether they require a gradient or not."""
-        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        if (sizes := [len(group) for group in groups]) != self._sizes:  # a group was added, say
-            stepped = {id(parameter) for group in groups for parameter in group}
-            self._sizes = sizes
-            self._constants = [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
-        return self._constants
+        groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers)
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in stepped]
 
     def begin_pass(self) -> None:
         """A pass over the training data begins."""
