@@ -81,6 +81,20 @@ def experts_add_to_rows(net, x):
 
 
 @body
+def experts_of_whole_examples_by_pairs_of_indices(net, x):
+    """Each expert has another number of rows, one of them as many as there are examples."""
+    h = net.enter(x).mean(1)
+    weights, chosen = net.gate(h).softmax(-1).topk(2)
+    y = torch.zeros(h.shape, dtype=h.dtype)
+    for number, expert in enumerate(net.experts):
+        rows, ranks = torch.where(chosen == number)
+        y[rows] += weights[rows, ranks, None] * expert(h[rows])
+    rows, ranks = torch.where(torch.arange(2) == (torch.arange(len(h))[:, None] + 1) % 2)
+    y[rows.flip(0)] += weights[rows.flip(0), ranks.flip(0), None] * net.experts[0](h[rows.flip(0)])
+    return net.leave(h + y)
+
+
+@body
 def stacked_experts_of_a_loop(net, x):
     h, flat, weights, chosen = tokens(net, x)
     y = torch.zeros_like(flat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch._C import DispatchKey
@@ -49,6 +49,16 @@ def _writes_out(overload: OpOverload) -> bool:
 def is_seeded(function: Function) -> bool:
     """Whether torch tags an operation as one that may draw random numbers."""
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads(function))
+
+
+def depends_on_values(function: Function, args: Sequence[object]) -> bool:
+    """Whether the size of a result depends on values, as that of a list of places does.
+
+    Torch tags such operations. torch.where of a mask alone is composed of one.
+    """
+    known = overloads(function)
+    tagged = bool(known) and all(torch.Tag.dynamic_output_shape in overload.tags for overload in known)
+    return tagged or (function is torch.where and len(args) == 1)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ class AxisUse:
     dim: int
     partner: Path | None = None
     vector: Path | None = None
+
+    def dimension(self, args: tuple) -> int:
+        """The dimension of the axis in a result, which is one less from the end beside a vector.
+
+        args: of the operation, with values.
+        """
+        vector: Any = args
+        for position in self.vector or ():
+            vector = vector[position]
+        return self.dim + (self.vector is not None and vector.dim() == 1 and self.dim < 0)
 
 
 Finder = Callable[[tuple, Path, int, int], AxisUse | None]  # (arguments, path, axis, rank of the operand)

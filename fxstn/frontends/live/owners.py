@@ -27,10 +27,11 @@ from fxstn.frontends.live.ratios import (
     rows_of,
 )
 from fxstn.ir.containers import tensors_in
+from fxstn.ir.facts import depends_on_values
 from fxstn.ir.tangents import FREE, JOINED, UNOWNED, BatchAxis, Owners, Place
 from fxstn.ops.synced import BATCH_NORMS
 from fxstn.rules import RULES
-from fxstn.rules.operand_axes import AxisUse, axis_use
+from fxstn.rules.operand_axes import axis_use
 
 ENTRYWISE = {torch.where, torch.masked_fill}  # besides those whose rules say so
 KEEPS = {torch.clone, torch.detach, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half,
@@ -95,10 +96,13 @@ class Locator:
     def owners(
         self, function: Callable[..., Any], args: tuple, kwargs: dict, operands: Sequence[Operand]
     ) -> list | str | None:
-        """Owners of each tensor that an operation returns; None where it depends on no example.
+        """Owners of each tensor that an operation returns; None where it depends on no example, or lists places.
 
         Raises LookupError where it varies and that is not known.
         """
+        rule = RULES.get(function)
+        if depends_on_values(function, args) and (rule is None or rule.kind == "zero" or function is torch.where):
+            return None  # as many rows as the batch has would be by chance
         labelled = [
             o for o in operands if o.owners is not None and (o.varies or is_real(o.value) or not self.joins(o.owners))
         ]
@@ -157,7 +161,7 @@ class Locator:
             dims: list[int | None] = [None] * len(shape)
             for axis, use in zip(axes, uses, strict=True):
                 assert use is not None
-                dims[axis] = dimension(use, args) % rank
+                dims[axis] = use.dimension(args) % rank
             results.append(self.move(operand.owners, dims, rank))
         return self.join(results, results[0].numbers.dim())
 
@@ -243,8 +247,8 @@ class Locator:
         single = isinstance(y, Tensor)
         if single and not kwargs and isinstance(path[0], int):
             use = axis_use(function, args, path, axis, value.dim())
-            if use is not None and use.partner is None and y.shape[dimension(use, args) % y.dim()] == value.shape[axis]:
-                return [(dimension(use, args) % y.dim(), None)]
+            if use is not None and use.partner is None and y.shape[use.dimension(args) % y.dim()] == value.shape[axis]:
+                return [(use.dimension(args) % y.dim(), None)]
         key = ("rows", function, argument_key((args, kwargs), lambda x: (x.shape, x.dtype)), path, axis)
         if key not in self.known:
             rows = torch.arange(value.shape[axis], device=value.device)
@@ -273,14 +277,6 @@ class Unlocated(ValueError):
             f"{f'module {path!r}' if path else 'the model'}: one perturbation per example is refused, because {reason}; pass "
             "delta and condition of shape (h,), or perturb='batch' to the losses and the runner"
         )
-
-
-def dimension(use: AxisUse, args: tuple) -> int:
-    """The dimension of an axis in a result, which is one less from the end beside a vector."""
-    vector: Structure = args
-    for position in use.vector or ():
-        vector = vector[position]
-    return use.dim + (use.vector is not None and vector.dim() == 1 and use.dim < 0)
 
 
 def _both(first: Owners, other: Owners) -> Owners:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxstn.frontends.live.duals import Duals, RuleResult
 from fxstn.frontends.live.links import Step
-from fxstn.frontends.live.owners import ENTRYWISE, Locator, Unlocated, dimension
+from fxstn.frontends.live.owners import ENTRYWISE, Locator, Unlocated
 from fxstn.frontends.live.ratios import Operand, Structure
 from fxstn.ir.containers import arguments_mapped, tensors_in
 from fxstn.ir.errors import operation_name
@@ -194,14 +194,14 @@ class SharedOperation:
         if use is None:
             return lambda: self._picked(operand, _rows_of_part(part), results)
         if use.partner is None:
-            return lambda: _scaled(self.apply({operand.path: part.response})[1], part, dimension(use, self.args), place)
+            return lambda: _scaled(self.apply({operand.path: part.response})[1], part, use.dimension(self.args), place)
         other = next((o for o in self.operands if o.path == use.partner), None)
         own = None if other is None else other.owners
         if other is None or own is None or self.locator.joins(own):
             return lambda: self._picked(operand, _rows_of_part(part), results)
 
         def with_partner() -> Any:
-            rows = _scaled(self.value(other), part, dimension(use, self.args), self.locator.place(own))
+            rows = _scaled(self.value(other), part, use.dimension(self.args), self.locator.place(own))
             return self.apply({operand.path: part.response}, _with(self.args, other.path, rows))[1]
 
         return with_partner
