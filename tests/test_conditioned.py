@@ -54,6 +54,34 @@ class FunctionalStages(nn.Module):
         return self.c(torch.flatten(F.relu(self.b(F.relu(self.a(x)))), 1))
 
 
+class SharedEncoder(nn.Module):
+    """One encoder of functions, of a recurrence and of attention, for both halves of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            FunctionalDropout(), nn.Linear(4, 8), nn.LSTM(8, 8, 3, dropout=0.3, batch_first=True)
+        )
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.encoder(x[..., :8])[0], self.encoder(x[..., 8:])[0]
+        return self.attention(torch.cat([y, z], -1)) - self.attention(torch.cat([z, y], -1))
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for step in x.unbind(1):
+            state = F.dropout(self.cell(step + state), 0.2, self.training)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -197,6 +225,7 @@ CASES = {
     "shared modules": (SharedModules, IMAGES, None, EVERYWHERE),
     "pairs": (Pairs, ROWS, None, ("fx", "live")),
     "pairs by name": (Pairs, ROWS, [hp.Dropout("a", "b", "attention")], ("fx", "live")),
+    "shared encoder": (SharedEncoder, SEQUENCES, None, ("export", "live")),
     "functional stages": (FunctionalStages, IMAGES, None, EVERYWHERE),
     "augmented": (FunctionalStages, IMAGES, AUGMENTED, GRAPHS),
     "attention": (Attention, SEQUENCES, None, ("export", "live")),
@@ -452,16 +481,28 @@ def test_a_dropout_that_is_not_tuned_stays_torchs_own() -> None:
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == ["", "4"]
 
 
-def test_calls_of_one_module_with_strengths_of_their_own_are_refused() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.out = FunctionalDropout(), nn.Linear(4, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(self.out(self.body(x)))
-
-    with pytest.raises(ValueError, match=r"called several times.*shared=True"):
-        conditioned(Twice(), inputs_of(ROWS), None)
+@pytest.mark.parametrize("trace", ["export", "live"])
+def test_functions_in_a_module_have_one_strength_for_all_its_calls(trace: str) -> None:
+    network, _ = conditioned(SharedEncoder(), inputs_of(SEQUENCES), None, trace)
+    assert network.hparams.values() == pytest.approx({
+        "encoder.0.dropout": 0.2, "encoder.0.dropout_1": 0.4, "encoder.2.dropout": 0.3, "encoder.2.dropout_1": 0.3,
+        "attention.dropout_1": 0.3, "attention.dropout": 0.1,
+    })  # fmt: skip
     with pytest.warns(UserWarning, match=r"begins at 0\.2, as the first module has it"):
-        conditioned(Twice(), inputs_of(ROWS), [hp.Dropout(shared=True)])
+        conditioned(SharedEncoder(), inputs_of(SEQUENCES), [hp.Dropout(shared=True)], trace)
+
+
+@pytest.mark.parametrize(
+    ("specs", "rates"),
+    [([hp.Dropout()], [0.3, 0.5, 0.8, 0.8, 0.8]), ([hp.Dropout("dropout_1")], [0.2, 0.5, 0.2, 0.2, 0.2])],
+    ids=["all", "one"],
+)
+def test_a_longer_loop_goes_on_as_its_last_step(specs: list, rates: list[float]) -> None:
+    torch.manual_seed(0)
+    model, x = Steps(), torch.rand(128, 5, 16)
+    network, strengths = conditioned(model, x[:, :3], specs, "live")
+    rates_by_name = {"dropout": 0.3, "dropout_1": 0.5, "dropout_2": 0.8}
+    network.hparams.set({name: rates_by_name[name] for name in network.hparams.names})
+    strengths.copy_(network.hparams())
+    for output in (model(x), network.conditioned_output(x)[0]):
+        torch.testing.assert_close((output == 0).float().mean((0, 2)), torch.tensor(rates), rtol=0, atol=0.05)

@@ -84,7 +84,7 @@ class ConditionedForward:
             return ()
         calls, name = self.strengths.calls, id(self.sites)
         calls[name] += 1
-        return self.sites.exits_of_calls.get(calls[name] - 1, ())
+        return self.sites.exits_of_calls[: calls[name]][-1]
 
     def _original_output(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.sites.inside:

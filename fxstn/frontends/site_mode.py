@@ -71,6 +71,7 @@ class ModuleSites:
     """What a module owns.
 
     dropouts: {which of its dropouts, in the order of calls: index into λ}.
+    count: number of its dropouts. A call that has more, as a loop of more steps, goes on as with the last one.
     results: {(operation, which of its calls): what is drawn after it}, in the order in which it acts.
     lookups: {(operation, which of its calls): what is drawn from its arguments}.
     whole: the module itself is this operation.
@@ -79,11 +80,13 @@ class ModuleSites:
     root: whether this is the model itself.
     inputs: {name of an argument: what is drawn after it}, of the model itself.
     exits: what is drawn after the output, by leaf; None for all leaves.
-    exits_of_calls: {which of its calls in a forward of the model: what is drawn after the output of that call alone}.
+    exits_of_calls: for each of its calls in a forward of the model, what is drawn after the output of that call alone. Further
+        calls are as the last one. Empty where nothing is.
     counts: whether the calls of modules are counted, in a forward of the model itself.
     """
 
     dropouts: dict[int, int] = field(default_factory=dict)
+    count: int = 0
     results: dict[tuple[str, int], list[Draw]] = field(default_factory=dict)
     lookups: dict[tuple[Any, int], tuple[type[Operation], Draw]] = field(default_factory=dict)
     whole: Draw | None = None
@@ -92,7 +95,7 @@ class ModuleSites:
     root: bool = False
     inputs: dict[str, list[Draw]] = field(default_factory=dict)
     exits: list[tuple[int | None, Draw]] = field(default_factory=list)
-    exits_of_calls: dict[int, list[tuple[int | None, Draw]]] = field(default_factory=dict)
+    exits_of_calls: list[list[tuple[int | None, Draw]]] = field(default_factory=list)
     counts: bool = False
 
     @property
@@ -166,7 +169,7 @@ class SiteMode(TorchFunctionMode):
         training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
         if not training:
             return original(*args, **kwargs)
-        index = self.sites.dropouts.get(self.dropouts)
+        index = self.sites.dropouts.get(min(self.dropouts, self.sites.count - 1))
         self.dropouts += 1
         if index is None:
             return original(*args, **kwargs)

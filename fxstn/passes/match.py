@@ -6,7 +6,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import count
 from typing import cast
 
 from torch import fx
@@ -28,17 +28,17 @@ from fxstn.hp import (
 )
 from fxstn.hp.binding import Binding, Site
 from fxstn.hp.hyperparameter import CHOSEN
-from fxstn.ir.errors import module_path, operation_name
+from fxstn.ir.errors import operation_name
 from fxstn.ir.graphs import model_of
-from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.passes.parameter_uses import layer_weights
 from fxstn.passes.places import (
+    Ordinal,
     Place,
     input_places,
     is_module,
+    ordinals,
     own_strengths,
-    path_of_call,
     places_after,
     results_of,
     stage_ends,
@@ -239,19 +239,20 @@ def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
 def _existing(module: fx.GraphModule, spec: Spec) -> dict[str, list[fx.Node]]:
     """The operations of the model that the spec can take over, by path.
 
-    A functional dropout in the module 'a' is at 'a.node', the node's name. One that is the output of 'a', and so called like
-    it, is at 'a.dropout'.
+    Functional dropouts in the module 'a' are at 'a.dropout', 'a.dropout_1' and so on, for all calls of 'a'.
     """
-    nodes_at: dict[str, list[fx.Node]] = {}
     modules = {name for name, _ in model_of(module).named_modules()}
-    for node in module.graph.nodes:
-        own = node.target in DROPOUTS if isinstance(spec, Dropout) else OPERATIONS.get(node.target) is type(spec)
-        if node.op == "call_function" and own:
-            path = module_path(node)
-            if not is_module(node):
-                path = path_of_call(node, "dropout" if info_of(node).exits else node.name)
-                names = chain([path], (f"{path}_{i}" for i in count(1)))
-                path = next(name for name in names if name not in modules and name not in nodes_at)
+    nodes_at: dict[str, list[fx.Node]] = {}
+    paths: dict[Ordinal, str] = {}
+    for node, ordinal in ordinals(module.graph).items():
+        if node.target in DROPOUTS if isinstance(spec, Dropout) else OPERATIONS.get(node.target) is type(spec):
+            if is_module(node):
+                path = ordinal.path
+            elif ordinal in paths:
+                path = paths[ordinal]
+            else:
+                later = (ordinal._replace(number=number).name() for number in count(ordinal.number))
+                paths[ordinal] = path = next(name for name in later if name not in modules and name not in nodes_at)
             nodes_at.setdefault(path, []).append(node)
     return nodes_at
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from torch import fx
 
@@ -13,10 +12,10 @@ from fxstn.frontends.site_mode import Draw, ModuleSites
 from fxstn.hp import OPERATIONS, Activity, Dropout, LayerDrop, Mixing, Operation
 from fxstn.hp.binding import Binding, Site
 from fxstn.hp.terms import Auxiliary
-from fxstn.ir.errors import operation_name
 from fxstn.ir.graphs import function_of, output_of
 from fxstn.ir.node_info import ModuleCall, info_of
-from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
+from fxstn.ir.vocabulary import DROPOUTS
+from fxstn.passes.places import ordinals
 
 _ROOT = ModuleCall(0, "", type(None))
 _ELSEWHERE = "fxstn.transform with BilevelRunner"
@@ -27,8 +26,7 @@ def module_sites(graph: fx.Graph, binding: Binding) -> dict[str, ModuleSites]:
 
     graph: canonical, of train mode, which the binding was made for.
 
-    Raises ValueError for what only a graph can do: masks of weights, values that enter the loss, mixed targets, several
-    strengths for the calls of one module.
+    Raises ValueError for what only a graph can do: masks of weights, values that enter the loss, mixed targets.
     """
     _refuse(binding)
     owners = _Owners(graph)
@@ -58,21 +56,12 @@ class _Owners:
         self.graph = graph
         self.nodes = {node.name: node for node in graph.nodes}
         self.sites = {"": ModuleSites(root=True)}
-        self.orders: dict[str, tuple[str, int]] = {}  # {node: (operation, which of its calls in one module call)}
+        self.ordinals = ordinals(graph)
         self.calls: dict[str, set[int]] = {}  # {module path: its calls}
-        counts: dict[int, Counter[str]] = {}
         for node in graph.nodes:
             for call in info_of(node).scope:
                 self.calls.setdefault(call.path, set()).add(call.number)
-            if node.op != "call_function":
-                continue
-            is_dropout = node.target in DROPOUTS
-            if is_dropout and not dropout_settings(node)[1]:
-                continue
-            name = "dropout" if is_dropout else operation_name(node.target)
-            count = counts.setdefault(self.call_of(node).number, Counter())
-            self.orders[node.name] = name, count[name]
-            count[name] += 1
+        self.counts = Counter(ordinal.path for ordinal in set(self.ordinals.values()) if ordinal.operation == "dropout")
 
     def call_of(self, node: fx.Node) -> ModuleCall:
         """The innermost module call that makes a node."""
@@ -82,20 +71,13 @@ class _Owners:
     def owner(self, path: str) -> ModuleSites:
         return self.sites.setdefault(path, ModuleSites())
 
-    def _put(self, table: dict, key: Any, value: Any, site: Site) -> None:
-        """Enter what happens at one call. Raises ValueError where another call of the module does something else."""
-        if table.setdefault(key, value) != value:
-            raise ValueError(
-                f"{type(site.spec).__name__} at {site.path!r}: the module is called several times, each with a strength of its "
-                f"own; give shared=True, a module for each call, or use {_ELSEWHERE}"
-            )
-
     def take_over(self, site: Site) -> None:
         """A random operation that the model has."""
         node, call = self.nodes[site.node], self.call_of(self.nodes[site.node])
         own = self.owner(call.path)
         if node.target in DROPOUTS:
-            self._put(own.dropouts, self.orders[node.name][1], site.index, site)
+            own.dropouts[self.ordinals[node].number] = site.index
+            own.count = self.counts[call.path]
             return
         draw = Draw(site.indices, function_of(node), dict(node.kwargs))
         if isinstance(site.spec, LayerDrop):
@@ -109,8 +91,6 @@ class _Owners:
                 f"{type(site.spec).__name__} at {site.path!r} is not a module alone; put it into nn.Sequential, or use "
                 f"{_ELSEWHERE}"
             )
-        if own.whole not in (None, draw):
-            self._put({0: own.whole}, 0, draw, site)
         own.whole = draw
 
     def insert(self, site: Site) -> None:
@@ -121,7 +101,7 @@ class _Owners:
             draw = Draw(site.indices, spec.function, dict(spec.settings))
             if spec.follows is not None:
                 call = self.call_of(node)
-                self._put(self.owner(call.path).lookups, self.orders[node.name], (type(spec), draw), site)
+                self.owner(call.path).lookups[self.ordinals[node][1:]] = type(spec), draw
                 return
         else:
             assert isinstance(spec, Dropout)
@@ -137,9 +117,11 @@ class _Owners:
             self._append(self.owner("").exits, (None, draw))
         elif site.outside is None and (exits := [call for call in info_of(node).exits if call.path]):
             call = exits[-1]
-            number = sorted(self.calls[call.path]).index(call.number)
-            leaf = info_of(node).positions.get(call.number)
-            self.owner(call.path).exits_of_calls.setdefault(number, []).append((leaf, draw))
+            calls = sorted(self.calls[call.path])
+            of_calls = self.owner(call.path).exits_of_calls
+            if not of_calls:
+                of_calls.extend([] for _ in calls)
+            of_calls[calls.index(call.number)].append((info_of(node).positions.get(call.number), draw))
             self.owner("").counts = True
         else:
             call = self.call_of(node)
@@ -148,7 +130,7 @@ class _Owners:
                     f"{type(spec).__name__} at {site.path!r} acts within module {call.path!r}, which is called several times; "
                     f"name a module that is called there alone, or use {_ELSEWHERE}"
                 )
-            self._append(self.owner(call.path).results.setdefault(self.orders[node.name], []), draw)
+            self._append(self.owner(call.path).results.setdefault(self.ordinals[node][1:], []), draw)
 
     def _acts_after(self, call: ModuleCall, site: Site) -> bool:
         """Whether an operation after the output of a module call is that of the site."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxstn.frontends.decompositions.recurrent import STATEFUL
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.hp import OPERATIONS
-from fxstn.ir.errors import module_path
+from fxstn.ir.errors import module_path, operation_name
 from fxstn.ir.facts import overloads
 from fxstn.ir.graphs import function_of, model_of, output_of, placeholders
 from fxstn.ir.node_info import info_of
@@ -46,19 +47,45 @@ def own_strengths(node: fx.Node) -> tuple:
     return node.args[1:2] if node.target in DROPOUTS else node.args[1:]
 
 
-def path_of_call(node: fx.Node, name: str) -> str:
-    """What patterns are matched against for a functional call inside a module."""
-    return f"{module_path(node)}.{name}".lstrip(".")
+class Ordinal(NamedTuple):
+    """Which operation of its module a node is: the same for every call of the module.
+
+    path: of the innermost module.
+    operation: its name, "dropout" for every kind of dropout.
+    number: which of its calls in one call of the module.
+    """
+
+    path: str
+    operation: str
+    number: int
+
+    def name(self) -> str:
+        """What patterns are matched against: 'path.dropout', 'path.dropout_1', …"""
+        numbered = f"{self.operation}_{self.number}" if self.number else self.operation
+        return f"{self.path}.{numbered}".lstrip(".")
+
+
+def ordinals(graph: fx.Graph) -> dict[fx.Node, Ordinal]:
+    """The ordinal of every operation of a canonical graph."""
+    result: dict[fx.Node, Ordinal] = {}
+    counts: Counter[tuple[int, str]] = Counter()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            scope = info_of(node).scope
+            operation = "dropout" if node.target in DROPOUTS else operation_name(node.target)
+            key = (scope[-1].number if scope else 0, operation)
+            result[node] = Ordinal(module_path(node), operation, counts[key])
+            counts[key] += 1
+    return result
 
 
 def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
-    """Where a function is called, by the module whose output is its result; by 'path.node' where it is not."""
+    """Where a function is called, by the module whose output is its result; by its ordinal's name where it is not."""
     nodes_at: dict[str, list[fx.Node]] = {}
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is function:
-            path = module_path(node)
-            ends = any(call.path == path for call in info_of(node).exits)
-            nodes_at.setdefault(path if ends else path_of_call(node, node.name), []).append(node)
+    for node, ordinal in ordinals(module.graph).items():
+        if node.target is function:
+            ends = any(call.path == ordinal.path for call in info_of(node).exits)
+            nodes_at.setdefault(ordinal.path if ends else ordinal.name(), []).append(node)
     return nodes_at
 
 

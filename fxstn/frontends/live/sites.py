@@ -39,6 +39,7 @@ class RuntimeSites:
     own: dropouts and random operations of the model, by address and by number of the module's call.
     insertions: results of operations that get a dropout, likewise.
     last: {module path: number of its last call that was recorded}.
+    orders: {(module path, operation): the last of its calls within one call of the module that was recorded}.
     """
 
     arguments: dict[str, int] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class RuntimeSites:
     own: dict[Address, dict[int, Position]] = field(default_factory=dict)
     insertions: dict[Address, dict[int, Position]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
+    orders: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def operations(self) -> set[str]:
         """Names of the operations at which λ is read."""
@@ -57,12 +59,13 @@ class Addresses:
     """Where the nodes of a recorded graph are in other runs.
 
     nodes: {name: address}, as `NodeInfo` has it, of the nodes that sites name.
-    last: {module path: number of its last call}, from 0.
+    last, orders: as `RuntimeSites` has them, from 0.
     positions: {(node, number of a module call): which leaf of the call's output the node is}.
     """
 
     nodes: Mapping[str, tuple] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)
+    orders: Mapping[tuple[str, str], int] = field(default_factory=dict)
     positions: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
 
@@ -74,9 +77,12 @@ def find_addresses(graph: fx.Graph, binding: Binding) -> Addresses:
     names = {site.node for site in binding.sites}
     nodes = {node.name: address for node in graph.nodes if (address := info_of(node).address) is not None}
     last: dict[str, int] = {}
+    orders: dict[tuple[str, str], int] = {}
     for kind, path, *rest in nodes.values():
         if kind == "operation":
-            last[path] = max(last.get(path, 0), rest[2])
+            operation, order, occurrence, _ = rest
+            last[path] = max(last.get(path, 0), occurrence)
+            orders[path, operation] = max(orders.get((path, operation), 0), order)
     chosen = {name: nodes[name] for name in names}
     positions = {
         (node.name, number): leaf
@@ -84,8 +90,10 @@ def find_addresses(graph: fx.Graph, binding: Binding) -> Addresses:
         if node.name in names
         for number, leaf in info_of(node).positions.items()
     }
-    paths = [path for kind, path, *_ in chosen.values() if kind == "operation"]
-    return Addresses(chosen, {path: last[path] for path in paths}, positions)
+    places = [(path, rest[0]) for kind, path, *rest in chosen.values() if kind == "operation"]
+    return Addresses(
+        chosen, {path: last[path] for path, _ in places}, {place: orders[place] for place in places}, positions
+    )
 
 
 def runtime_sites(binding: Binding, addresses: Addresses) -> RuntimeSites:
@@ -107,4 +115,5 @@ def runtime_sites(binding: Binding, addresses: Addresses) -> RuntimeSites:
             group = result.insertions if site.insert else result.own
             group.setdefault((path, operation, order), {})[occurrence] = Position(site.indices, element)
             result.last[path] = addresses.last[path]
+            result.orders[path, operation] = addresses.orders[path, operation]
     return result

@@ -223,8 +223,9 @@ class LiveTracer(TorchFunctionMode):
         return None
 
     def _position(self, sites: Mapping[Address, Mapping[int, Position]], call: Call, operation: str) -> Position | None:
-        """Which λ is read here. A module called more often than when it was recorded goes on as in its last call."""
-        positions = sites.get((self.path, operation, call.order))
+        """Which λ is read here. What is called more often than when it was recorded goes on as in its last call."""
+        order = min(call.order, self.sites.orders.get((self.path, operation), call.order))
+        positions = sites.get((self.path, operation, order))
         if positions is None:
             return None
         return positions.get(min(self.calls[-1].occurrence, self.sites.last[self.path]))
