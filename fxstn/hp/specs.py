@@ -16,17 +16,8 @@ from fxstn.ir.input_errors import is_number
 
 Choice = float | Mapping[str, float] | None
 _STARTS = (
-    "p",
-    "prob",
-    "probability",
-    "rate",
-    "strength",
-    "value",
-    "lam",
-    "coefficient",
-    "weight",
-    "smoothing",
-)  # called init here
+    "p", "prob", "probability", "rate", "strength", "value", "lam", "coefficient", "weight", "smoothing",
+)  # called init here  # fmt: skip
 _NOT_KEYWORDS = ("where", "unknown", "choices", "settings")
 
 

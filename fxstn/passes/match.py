@@ -29,7 +29,7 @@ from fxstn.hp import (
 from fxstn.hp.binding import Binding, Site
 from fxstn.hp.hyperparameter import CHOSEN
 from fxstn.ir.errors import operation_name
-from fxstn.ir.graphs import model_of
+from fxstn.ir.graphs import function_of, model_of
 from fxstn.ir.vocabulary import DROPOUTS
 from fxstn.passes.parameter_uses import layer_weights
 from fxstn.passes.places import (
@@ -245,7 +245,7 @@ def _existing(module: fx.GraphModule, spec: Spec) -> dict[str, list[fx.Node]]:
     nodes_at: dict[str, list[fx.Node]] = {}
     paths: dict[Ordinal, str] = {}
     for node, ordinal in ordinals(module.graph).items():
-        if node.target in DROPOUTS if isinstance(spec, Dropout) else OPERATIONS.get(node.target) is type(spec):
+        if node.target in DROPOUTS if isinstance(spec, Dropout) else OPERATIONS.get(function_of(node)) is type(spec):
             if is_module(node):
                 path = ordinal.path
             elif ordinal in paths:
