@@ -191,6 +191,19 @@ class Packed(nn.Module):
         return self.out(self.lstm(sequence)[1][0][-1])
 
 
+class OneOfSeveral(nn.Module):
+    """Takes a result of topk, and of max along a dimension, before a slice after which a stage ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.topk(4)[0] + x.max(1, keepdim=True)[0] + x.abs().max()
+        y = self.a(x)[..., :4]
+        return self.b(largest + y)
+
+
 def swin() -> nn.Module:
     return torchvision.models.swin_transformer.SwinTransformer(
         [2, 2], 8, [1, 1], [2, 2], [2, 2], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.2, num_classes=3
@@ -222,6 +235,7 @@ CASES = {
     "functional dropout": (FunctionalDropout, ROWS, None, EVERYWHERE),
     "dropout of aten": (AtenDropout, ROWS, None, ("fx", "live")),
     "packed": (Packed, WORDS, None, ("live",)),
+    "one of several": (OneOfSeveral, ROWS, None, EVERYWHERE),
     "shared modules": (SharedModules, IMAGES, None, EVERYWHERE),
     "pairs": (Pairs, ROWS, None, ("fx", "live")),
     "pairs by name": (Pairs, ROWS, [hp.Dropout("a", "b", "attention")], ("fx", "live")),
@@ -391,11 +405,12 @@ def test_gradients_of_a_recomputed_forward_know_which_call_of_a_module_they_are_
     check_slopes(model, x)
 
 
-def test_what_is_dropped_of_a_packed_sequence_is_what_the_forward_reads() -> None:
+@pytest.mark.parametrize("specs", [None, [hp.Dropout("table", "lstm")]], ids=["default", "by name"])
+def test_what_is_dropped_of_a_packed_sequence_is_what_the_forward_reads(specs: list | None) -> None:
     """The state: the graph has another kernel, so that the last digit may differ."""
     torch.manual_seed(0)
     model, x = Packed(0.0), inputs_of(WORDS)
-    network, strengths = conditioned(model, x, [hp.Dropout("table", "lstm")], "live")
+    network, strengths = conditioned(model, x, specs, "live")
     network.hparams.set(dict.fromkeys(network.hparams.names, 0.5))
     strengths.copy_(network.hparams())
     torch.manual_seed(1)

@@ -40,6 +40,18 @@ class Functional(nn.Module):
         return self.head(F.dropout(self.inner(x), 0.2, self.training))
 
 
+class Text(nn.Module):
+    """Words and what is no index, but integers, too: how many of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        counted = torch.arange(words.shape[1]) < lengths[:, None]
+        return self.head((self.table(words) * counted[..., None]).sum(1))
+
+
 class Residual(nn.Module):
     """A branch that some examples skip."""
 
@@ -229,3 +241,13 @@ def test_a_model_may_call_a_top_level_module_twice(trace: str) -> None:
         fxstn.response_loss(network, F.cross_entropy, IMAGES, torch.tensor([0, 1])).backward()
         fxstn.hyper_loss(network, F.cross_entropy, IMAGES, torch.tensor([0, 1])).backward()
         assert network.hparams.unconstrained.grad is not None
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_nothing_is_inserted_after_inputs_of_integers(trace: str) -> None:
+    words = torch.randint(9, (4, 5))
+    examples = (words, torch.tensor([5, 2, 3, 1]))
+    stn = fxstn.transform(Text(), example_inputs=examples, trace=trace)
+    assert stn.hparams.names == ("table.dropout",)
+    with pytest.raises(ValueError, match=r"no input holds floating point numbers.*an embedding"):
+        fxstn.transform(Text(), [hp.Dropout("input")], example_inputs=examples, trace=trace)

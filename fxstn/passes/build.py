@@ -11,13 +11,14 @@ from torch import fx, nn
 from fxstn.frontends.decompositions.layer_drop import loops_of
 from fxstn.frontends.decompositions.torchvision import AUGMENTING
 from fxstn.frontends.guards import frozen_modules
-from fxstn.frontends.inputs import Inputs, InputSpec, inputs_of_graph
+from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of, inputs_of_graph
 from fxstn.frontends.interface import Frontend, Pass, Plan
 from fxstn.frontends.meta_run import runs_on_meta
 from fxstn.frontends.preservation import Preservation
 from fxstn.frontends.region import unchanged
 from fxstn.frontends.selection import errors_as_diagnostics
 from fxstn.hp import HyperparameterSpace
+from fxstn.ir.containers import tensors_in
 from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import NoResponseError, TransformError
 from fxstn.ir.graph_kind import graph_kind
@@ -45,7 +46,7 @@ def build_network(
     frozen, inputs = tuple(sorted(frozen_modules(model))), request.inputs_of(model)
     frontend = kind(InputSpec.of(model, inputs))
     graphs = canonical_graphs(frontend, model, frozen, inputs)
-    binding = bind(graphs[0], request.hparams)
+    binding = bind(graphs[0], request.hparams, integer_inputs(model, inputs))
     frontend = frontend.bind(graphs, binding)
     space = HyperparameterSpace(binding.hyperparameters)
     constant = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
@@ -72,6 +73,15 @@ def build_network(
             continue
         break
     return network
+
+
+def integer_inputs(model: nn.Module, inputs: Inputs | None) -> set[str]:
+    """The names of the inputs that hold tensors, and none of floating point; none where there are no example inputs."""
+    values = arguments_of(model, inputs) if inputs is not None else {}
+    tensors = {name: list(tensors_in(value)) for name, value in values.items()}
+    return {
+        name for name, own in tensors.items() if own and not any(x.is_floating_point() or x.is_complex() for x in own)
+    }
 
 
 def responding_parameters(graphs: Sequence[Any], structured: bool, layers_only: bool) -> Responses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import cast
 
@@ -47,15 +47,17 @@ from fxstn.passes.places import (
 Match = tuple[str, list[Place], Mapping[str, float] | None]
 
 
-def bind(module: fx.GraphModule, specs: Sequence[Spec] | None) -> Binding:
+def bind(module: fx.GraphModule, specs: Sequence[Spec] | None, integers: Collection[str] = ()) -> Binding:
     """Match specs with a canonical training graph.
 
     specs: None asks for every random operation of the model, or else for dropout at the ends of its stages.
+    integers: names of the inputs that are known to hold no floating point numbers.
 
     Raises ValueError for a pattern that matches nothing, a module that is never called, a site asked for twice.
     """
     specs = _default_specs(module) if specs is None else specs
-    collector = _Collector(module, Counter(name for spec in specs if spec.shared for name in spec.numbers))
+    shared = Counter(name for spec in specs if spec.shared for name in spec.numbers)
+    collector = _Collector(module, shared, integers)
     for spec in specs:
         collector.add(spec)
     collector.check_repeated()
@@ -66,10 +68,11 @@ class _Collector:
     """What the specs of one binding come to, one spec after the other.
 
     shared: how many of them share a number of this name. Those of several specs are called by their patterns, too.
+    integers: of `bind`.
     """
 
-    def __init__(self, module: fx.GraphModule, shared: Mapping[str, int]) -> None:
-        self.module, self.shared = module, shared
+    def __init__(self, module: fx.GraphModule, shared: Mapping[str, int], integers: Collection[str]) -> None:
+        self.module, self.shared, self.integers = module, shared, integers
         self.hyperparameters: list[Hyperparameter] = []
         self.sites: list[Site] = []
         self.penalties: list[tuple[str, int, int]] = []
@@ -94,7 +97,7 @@ class _Collector:
 
         match spec:
             case Dropout() | Operation() | Activity():
-                for path, places, starts in _matches(self.module, spec):
+                for path, places, starts in _matches(self.module, spec, self.integers):
                     own = indices(path, starts)
                     self.sites += [Site(own, path, place.node, spec, place.insert, place.outside) for place in places]
             case WeightDecay():
@@ -169,14 +172,14 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
             yield path, [path]
 
 
-def _matches(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
+def _matches(module: fx.GraphModule, spec: Spec, integers: Collection[str]) -> Iterator[Match]:
     """(path, its places, starts or None for the spec's own) for each match of one spec."""
     if isinstance(spec, Operation) and spec.follows:
         yield from _matching_results(module, spec)
     elif spec.where:
-        yield from _matching_patterns(module, spec)
+        yield from _matching_patterns(module, spec, integers)
     else:
-        yield from _matches_by_default(module, spec)
+        yield from _matches_by_default(module, spec, integers)
 
 
 def _matching_results(module: fx.GraphModule, spec: Operation) -> Iterator[Match]:
@@ -190,7 +193,7 @@ def _matching_results(module: fx.GraphModule, spec: Operation) -> Iterator[Match
         yield path, [Place(node.name, True) for node in results[path]], None
 
 
-def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
+def _matches_by_default(module: fx.GraphModule, spec: Spec, integers: Collection[str]) -> Iterator[Match]:
     """Operations of the spec's kind that the model has, at their own strengths; where it has none, the usual places."""
     existing = _existing(module, spec)
     for path, nodes in existing.items():
@@ -199,7 +202,7 @@ def _matches_by_default(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
         return
     if not _inserts(spec):
         raise ValueError(f"{spec!r}: the model has no such operation, and none is inserted")
-    if places := _at_input(module, spec, but_indices=isinstance(spec, Dropout)):
+    if places := _at_input(module, spec, integers, but_indices=isinstance(spec, Dropout)):
         yield "input", places, None
     if isinstance(spec, Dropout):
         yield from ((path, places, None) for path, places in stage_ends(module))
@@ -219,7 +222,7 @@ def _number(module: fx.GraphModule, strength: Argument) -> float | None:
     return float(cast(float, strength))
 
 
-def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
+def _matching_patterns(module: fx.GraphModule, spec: Spec, integers: Collection[str]) -> Iterator[Match]:
     """Operations of the spec's kind that a pattern matches; after other modules one is inserted, the outermost only."""
     existing = _existing(module, spec)
     modules = ["input", *(name for name, _ in model_of(module).named_modules())] if _inserts(spec) else []
@@ -227,7 +230,10 @@ def _matching_patterns(module: fx.GraphModule, spec: Spec) -> Iterator[Match]:
     to_insert = [path for path in matched if path not in existing and path != "input"]
     for path in matched:
         if path == "input":
-            yield path, _at_input(module, spec), None
+            if not (places := _at_input(module, spec, integers)):
+                raise ValueError(f"{spec!r}: no input holds floating point numbers, and it acts on nothing else; name a "
+                                 "module, such as an embedding")  # fmt: skip
+            yield path, places, None
         elif path in existing:
             yield _own(module, spec, path, existing[path])
         elif not any(_contains(other, path) for other in to_insert):
@@ -261,9 +267,9 @@ def _inserts(spec: Spec) -> bool:
     return getattr(spec, "inserts", True)
 
 
-def _at_input(module: fx.GraphModule, spec: Spec, but_indices: bool = False) -> list[Place]:
+def _at_input(module: fx.GraphModule, spec: Spec, integers: Collection[str], but_indices: bool = False) -> list[Place]:
     """All inputs are dropped from, and the first is augmented."""
-    return input_places(module, but_indices)[: None if isinstance(spec, Dropout) else 1]
+    return input_places(module, integers, but_indices)[: None if isinstance(spec, Dropout) else 1]
 
 
 def _contains(outer: str, inner: str) -> bool:

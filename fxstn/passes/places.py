@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from torch import fx
@@ -66,17 +66,31 @@ class Ordinal(NamedTuple):
 
 
 def ordinals(graph: fx.Graph) -> dict[fx.Node, Ordinal]:
-    """The ordinal of every operation of a canonical graph."""
+    """The ordinal of every operation of a canonical graph. To take one of several results is none.
+
+    In a live recording, which lacks operations, an operation that is no dropout knows its number itself.
+    """
     result: dict[fx.Node, Ordinal] = {}
     counts: Counter[tuple[int, str]] = Counter()
     for node in graph.nodes:
-        if node.op == "call_function":
-            scope = info_of(node).scope
-            operation = "dropout" if node.target in DROPOUTS else operation_name(node.target)
-            key = (scope[-1].number if scope else 0, operation)
-            result[node] = Ordinal(module_path(node), operation, counts[key])
-            counts[key] += 1
+        if node.op != "call_function" or _takes_one_of_several(node):
+            continue
+        scope, address = info_of(node).scope, info_of(node).address
+        operation = "dropout" if node.target in DROPOUTS else operation_name(node.target)
+        key = (scope[-1].number if scope else 0, operation)
+        number, counts[key] = counts[key], counts[key] + 1
+        if address is not None and address[0] == "operation" and operation != "dropout":
+            number = address[3]
+        result[node] = Ordinal(module_path(node), operation, number)
     return result
+
+
+def _takes_one_of_several(node: fx.Node) -> bool:
+    """Whether a node is one of several results of the operation before it."""
+    address = info_of(node).address
+    if address is not None and address[0] == "operation":
+        return address[-1] is not None
+    return node.target is operator.getitem and _returns_several(node.args[0])
 
 
 def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.Node]]:
@@ -89,13 +103,20 @@ def results_of(module: fx.GraphModule, function: Callable) -> dict[str, list[fx.
     return nodes_at
 
 
-def input_places(module: fx.GraphModule, but_indices: bool = False) -> list[Place]:
+def input_places(module: fx.GraphModule, integers: Collection[str], but_indices: bool = False) -> list[Place]:
     """Places after the inputs.
 
-    but_indices: leave out the inputs that are looked up in a table. Nothing can be dropped there.
+    integers: names of inputs to leave out, because they hold no floating point numbers: nothing can act there.
+    but_indices: leave out the inputs that are looked up in a table, too.
     """
-    inputs = [node for node in placeholders(module.graph) if not node.args]
+    inputs = [node for node in placeholders(module.graph) if not node.args and _argument(node) not in integers]
     return [Place(node.name, True) for node in inputs if not (but_indices and _has_indices(node))]
+
+
+def _argument(node: fx.Node) -> str:
+    """The name of the argument that a placeholder stands for, or holds a part of."""
+    address = info_of(node).address
+    return str(address[1]) if address is not None else str(node.target).lstrip("*")
 
 
 def _has_indices(node: fx.Node) -> bool:
@@ -201,10 +222,19 @@ def _values(node: fx.Node) -> list[fx.Node]:
     return list(node.users) if node.op == "call_function" and _has_several_results(node) else [node]
 
 
+def _returns_several(value: object) -> bool:
+    """Whether the schemas of an operation say that it returns several values, as torch.max does along a dimension."""
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    schemas = [overload._schema for overload in overloads(function_of(value)) if overload._schema.returns]
+    several = [len(schema.returns) > 1 or "List" in str(schema.returns[0].type) for schema in schemas]
+    along = "dim" in value.kwargs or any(isinstance(x, int) for x in value.args[1:2])
+    return any(several) and (all(several) or along)
+
+
 def _has_several_results(node: fx.Node) -> bool:
     """Whether an operation returns several tensors, each of which is read for itself, by its place or its name."""
-    returns = [overload._schema.returns for overload in overloads(function_of(node)) if overload._schema.returns]
-    several = any(len(types) > 1 or "List" in str(types[0].type) for types in returns)
+    several = _returns_several(node)
     by_place = [reader.target is operator.getitem and isinstance(reader.args[1], int) for reader in node.users]
     by_name = [several and reader.target is getattr for reader in node.users]
     return bool(node.users) and all(map(operator.or_, by_place, by_name))
