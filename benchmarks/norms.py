@@ -39,14 +39,16 @@ def norms_of(network: nn.Module) -> list[_BatchNorm]:
 
 
 def averaged(network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-    """A copy with the averages that torch makes of these batches, without dropout."""
-    network = copy.deepcopy(network).eval()
+    """A copy with the averages that torch makes of these batches by their sizes, without dropout."""
+    network, examples = copy.deepcopy(network).eval(), 0
     for norm in norms_of(network):
         norm.reset_running_stats()
-        norm.momentum = None
         norm.train()
     with torch.no_grad():
         for x in batches:
+            examples += len(x)
+            for norm in norms_of(network):
+                norm.momentum = len(x) / examples
             network(x)
     return network.eval()
 

@@ -170,9 +170,9 @@ def test_norms_that_see_nothing_or_one_value_keep_theirs():
             assert torch.equal(norm.running_var, torch.ones(3))
 
 
-def make(model: nn.Module, specs: list[hp.Spec], out=None, **settings) -> fxstn.BilevelRunner:
+def make(model: nn.Module, specs: list[hp.Spec], out=None, train: int = 48, **settings) -> fxstn.BilevelRunner:
     torch.manual_seed(0)
-    loaders = DataLoader(images(48, 0), 8, shuffle=True), DataLoader(images(24, 1), 24)
+    loaders = DataLoader(images(train, 0), 8, shuffle=True), DataLoader(images(24, 1), 24)
     stn = fxstn.transform(model, specs)
     return fxstn.BilevelRunner(
         stn, F.cross_entropy, *loaders, **grouped(settings, checkpoints={"out_dir": out}, progress=False)
@@ -208,6 +208,23 @@ def test_a_run_evaluates_and_keeps_the_network_with_statistics_of_its_last_batch
         assert F.cross_entropy(best.eval()(x), y).item() == pytest.approx(loss, rel=1e-5)
         assert F.cross_entropy(net.eval()(x), y).item() != pytest.approx(loss, rel=1e-4)
     assert runner.evaluate()["valid_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("rest", [0, 2])
+def test_the_rest_of_a_pass_takes_no_whole_batch_s_place(rest):
+    """An evaluation of so short an epoch has four batches for its statistics, and three for the loss of training."""
+    runner = make(Net(), [hp.Dropout("6")], train=80 + rest)
+    sizes = []
+
+    def note(module, inputs):
+        if not module.training:
+            sizes.append(len(inputs[0]))
+
+    runner.stn.model[0].register_forward_pre_hook(note)
+    runner.fit(1)
+    more, validation = [rest] * (rest > 0), [24]
+    expected = [*validation, *[8] * 4, *more, *validation, *[8] * 3, *more]  # the first before training
+    assert sizes[: len(expected)] == expected
 
 
 def test_without_recalibration_it_is_the_network_as_it_is():

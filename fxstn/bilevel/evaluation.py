@@ -176,10 +176,20 @@ class Evaluator:
         for batch in self._last(count):
             yield self.prepare(batch, "train_loader", "recalibration")
 
-    def _last(self, count: int | None) -> list[object]:
-        """The last ones of the recent batches, so many; all for None."""
+    def _last(self, count: int | None) -> Iterator[object]:
+        """The last ones of the recent batches, so many, with the rest that a pass may have left besides; all for None."""
         batches = list(self.train.recent_or_first())
-        return batches if count is None else batches[max(0, len(batches) - count) :]
+        if count is not None and len(batches) > count:
+            before, last = map(self._examples, batches[-2:])
+            batches = batches[-count - (last < before) :]
+        yield from batches
+
+    def _examples(self, batch: object) -> int:
+        """How many a training batch has; 0 where that is not known, as in a problem of the user's own."""
+        try:
+            return batch_size(self.prepare(batch, "train_loader", "evaluation")[0])
+        except ValueError:
+            return 0
 
     def means(self, loader: Iterable[object], name: str) -> tuple[dict[str, float], Batch | None]:
         """ "valid_loss" and the metrics, over all batches of a loader as over one; and this process's first batch.

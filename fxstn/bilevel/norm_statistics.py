@@ -21,40 +21,38 @@ from fxstn.ops.precision import widen
 class _Samples:
     """Mean and unbiased variance of each channel, of some batches: of each the mean over the calls of a norm.
 
-    A call that overflows counts for nothing. `calls` says how many of a batch count; the host does not wait to know.
+    A batch weighs as much as it has values per channel, so that the rest at the end of a pass says little. A call that
+    overflows counts for nothing: `weights` has the values of the others, and the host does not wait to know.
     """
 
     def __init__(self) -> None:
-        self.calls: dict[int, Tensor] = {}  # by the number of the batch
+        self.weights: dict[int, Tensor] = {}  # by the number of the batch
         self.sums: dict[int, Tensor] = {}  # (2, channels)
 
-    def add(self, statistics: Tensor, batch: int) -> None:
-        """Count a call. statistics: (2, channels). batch: its number."""
+    def add(self, statistics: Tensor, values: int, batch: int) -> None:
+        """Count a call. statistics: (2, channels), of so many values. batch: its number."""
         finite = torch.isfinite(statistics).all()
         for sums, value in (
-            (self.calls, finite.to(statistics.dtype)),
-            (self.sums, torch.where(finite, statistics, 0.0)),
+            (self.weights, finite.to(statistics.dtype) * values),
+            (self.sums, torch.where(finite, statistics * values, 0.0)),
         ):
             sums[batch] = sums[batch] + value if batch in sums else value
 
     def average(self) -> Tensor:
         """Over the batches, (2, channels). NaN where no call counts."""
-        counts = torch.stack([*self.calls.values()]).clamp(max=1)
-        return self._means().sum(0) / counts.sum()
+        return torch.stack([*self.sums.values()]).sum(0) / torch.stack([*self.weights.values()]).sum()
 
     def noise(self, average: Tensor, units: Tensor) -> Tensor:
         """The variance of the average, by the scatter of the batches, (2, channels). 0 for one batch, which does not say it.
 
         average, units: (2, channels), what it is about and in units of what.
-        """
-        counts = torch.stack([*self.calls.values()]).clamp(max=1)
-        number = counts.sum()
-        scatter = ((self._means() - average) / units).square().mul(counts[:, None, None]).sum(0)
-        return scatter / (number * (number - 1)).clamp_min(1)
 
-    def _means(self) -> Tensor:
-        """(batches, 2, channels), 0 for a batch that does not count."""
-        return torch.stack([*self.sums.values()]) / torch.stack([*self.calls.values()]).clamp_min(1)[:, None, None]
+        The statistics of a batch have a variance that is inverse to its weight.
+        """
+        weights = torch.stack([*self.weights.values()])
+        means = torch.stack([*self.sums.values()]) / weights.clamp_min(1)[:, None, None]
+        scatter = ((means - average) / units).square().mul(weights[:, None, None]).sum(0)
+        return scatter / (weights.sum() * (weights.count_nonzero() - 1).clamp_min(1)).clamp_min(1)
 
 
 class _BatchStatistics(TorchFunctionMode):
@@ -91,7 +89,7 @@ class _BatchStatistics(TorchFunctionMode):
         if values == 1:
             return func(*args, **(kwargs or {}))
         result, statistics = _norm_by_batch(*args, **(kwargs or {}))
-        self.samples[norm].add(statistics, self._batch)
+        self.samples[norm].add(statistics, values, self._batch)
         return result
 
 
@@ -158,7 +156,7 @@ class _Statistics:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         running = widen(torch.stack([norm.running_mean, norm.running_var]))
-        if not samples.calls:
+        if not samples.weights:
             return cls(running, running.clone(), torch.zeros_like(running))
         sampled = samples.average()
         return cls(running, sampled, samples.noise(sampled, _units(running, sampled, norm.eps)))

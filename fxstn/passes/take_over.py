@@ -61,7 +61,8 @@ def _compare(model: nn.Module, network: SelfTuningNetwork, strengths: Tensor, in
         noise = [not _close(*(_seeded(preserved, run, seed) for seed in (1, 2))) for run in (own, of_graph)]
         network.hparams.unconstrained.copy_(point)
         strengths.copy_(network.hparams())
-    elsewhere = "use fxstn.transform with BilevelRunner"
+    live = 'give trace="live", or ' if network.recipe.frontend.rewritable else ""
+    elsewhere = f"{live}use fxstn.transform with BilevelRunner"
     if noise == [True, False]:
         raise ForwardDiffersError(
             "the model draws random numbers at rates of its own where its network draws at tuned ones, as in code that torch's "
