@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
@@ -228,3 +232,60 @@ def test_penalties_of_a_batch_are_those_of_the_weights_of_each_example(
     for gradient, other in zip(ours, expected, strict=True):
         assert (gradient is None) == (other is None) or not other.any()
         assert gradient is None or (gradient - other).norm() <= 1e-9 * other.norm()
+
+
+class Factors(nn.Module):
+    """Matrix factorisation, with biases by user."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(7, 4, sparse=sparse), nn.Embedding(9, 4, sparse=sparse)
+        self.biases = nn.Embedding(7, 1, sparse=sparse)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        return (self.users(users) * self.items(items)).sum(1) + self.biases(users)[:, 0]
+
+
+def ratings() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.randint(size, (40,), generator=generator) for size in (7, 9)]
+    data = [((user, item), torch.randn((), generator=generator)) for user, item in zip(*numbers, strict=True)]
+    return DataLoader(data, 8)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_embeddings_that_a_pattern_names_have_weight_decay_as_an_optimizer_has_it(sparse: bool) -> None:
+    torch.manual_seed(0)
+    model = Factors(sparse)
+    twin = copy.deepcopy(model)
+    stn = fxstn.transform(
+        model, [hp.WeightDecay("users", "items.weight", init=0.03)], example_inputs=tuple(next(iter(ratings()))[0])
+    )
+    assert stn.hparams.names == ("users.weight_decay", "items.weight.weight_decay")
+    runner = fxstn.BilevelRunner(
+        stn, half_square, ratings(), ratings(), optimizer=partial(torch.optim.SGD, lr=0.1),
+        hyper=fxstn.HyperSettings(warmup_epochs=2), progress=False,
+    )  # fmt: skip
+    runner.fit(2)
+    decayed = [
+        {"params": [twin.users.weight, twin.items.weight], "weight_decay": 0.03},
+        {"params": [twin.biases.weight]},
+    ]
+    optimizer = torch.optim.SGD(decayed, lr=0.1)
+    for _ in range(2):
+        for inputs, target in ratings():
+            optimizer.zero_grad()
+            half_square(twin(*inputs), target).backward()
+            for parameter in twin.parameters():
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.to_dense()  # SGD has no decay of sparse gradients
+            optimizer.step()
+    for ours, theirs in zip(stn.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_of_embeddings_alone_says_that_they_need_their_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"'\*' matches nothing.*embeddings need a whole name: 'users', 'items', 'biases'"
+    ):
+        fxstn.transform(Factors(), [hp.WeightDecay()])

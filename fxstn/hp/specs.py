@@ -169,7 +169,7 @@ class Spec:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 shown = ", ".join(repr(name) if name else "'' (the whole model)" for name in close)
-                nearest = f"nearest module names: {shown}" if close else "the model has none of these"
+                nearest = f"nearest module names: {shown}" if close else "no other module could be tuned"
                 raise ValueError(
                     f"hp.{type(self).__name__}: the pattern {pattern!r} matches nothing it could tune{what}; {nearest}. "
                     "A pattern is a whole name, or has wildcards of fnmatch: 'a*' matches 'a' and 'a.b.c'"
@@ -217,8 +217,8 @@ class WeightDecay(Coefficient):
         does not match the layer of that weight.
     norm: 2, or 1 for λ ‖w‖₁.
 
-    It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all. The
-    training loss gets the penalty in closed form, without weights per example.
+    It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all. Embeddings
+    need a pattern that is their whole name. The training loss gets the penalty in closed form, without weights per example.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(5e-4, 1e-7, 1e-1, log=True)}

@@ -158,13 +158,18 @@ def _default_specs(module: fx.GraphModule) -> list[Spec]:
 def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str]]]:
     """(path, its weights) for each match of one spec.
 
-    A match is a layer, or one weight of a layer that does not match itself.
+    A match is a layer, or one weight of a layer that does not match itself. Embeddings have weight decay where a pattern is
+    their whole name.
     """
+    tables = layer_weights(module, "table") if isinstance(spec, WeightDecay) else []
+    named = [name for name in tables if not {name, name.rpartition(".")[0]}.isdisjoint(spec.where)]
     layers: dict[str, list[str]] = {}
-    for name in layer_weights(module):
+    for name in (*layer_weights(module), *named):
         layers.setdefault(name.rpartition(".")[0], []).append(name)
     paths = [path for layer, names in layers.items() for path in (layer, *names)]
-    matched = spec.match(paths) if spec.where else list(layers)
+    names = ", ".join(repr(name.rpartition(".")[0] or name) for name in tables)
+    what = f" (embeddings need a whole name: {names})" if tables else ""
+    matched = spec.match(paths, what) if spec.where else list(layers)
     for path in matched:
         if path in layers:
             yield path, layers[path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import fx
 from torch.fx.node import Argument
@@ -120,12 +121,12 @@ def role_at(user: fx.Node, path: Path | None, rank: int) -> ParameterRole | None
     return None if reads is None or (reads.role in ("weight", "table") and rank < 2) else reads
 
 
-def layer_weights(module: fx.GraphModule) -> list[str]:
-    """Names of the parameters that are (part of) the weight of a layer, in execution order."""
+def layer_weights(module: fx.GraphModule, role: Literal["weight", "table"] = "weight") -> list[str]:
+    """Names of the parameters that are (part of) the weight of a layer, or the table of an embedding, in execution order."""
     model = model_of(module)
     axes = {name: range(p.dim()) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     uses, _ = uses_of(module, axes)
-    weights = {use.parameter for use in uses if use.role == "weight"}
+    weights = {use.parameter for use in uses if use.role == role}
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     executed = [str(node.target).removeprefix("model.") for node in module.graph.nodes if node.op == "get_attr"]
     first = {name: i for i, name in reversed(list(enumerate(executed)))}
