@@ -217,8 +217,9 @@ class WeightDecay(Coefficient):
         does not match the layer of that weight.
     norm: 2, or 1 for λ ‖w‖₁.
 
-    It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all. Embeddings
-    need a pattern that is their whole name. The training loss gets the penalty in closed form, without weights per example.
+    It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all.
+    Embeddings need a pattern that is their whole name. The training loss gets the penalty in closed form, without weights per
+    example.
     """
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(5e-4, 1e-7, 1e-1, log=True)}
