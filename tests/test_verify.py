@@ -89,6 +89,10 @@ CONSTANTS = {
         lambda net, x: net.a(x).softmax(1) + net.b(x) - net.b(x).detach(),
         ("fx", "export", "live"),
     ),
+    "straight through within a function": (
+        lambda net, x: net.b(F.gumbel_softmax(net.a(x), hard=True)),
+        ("fx", "live"),
+    ),
     "data": (lambda net, x: net.a(x) * net.b(x).data.tanh(), ("fx", "live")),
     "no_grad": (without_gradients, ("export", "live")),
     "written in no_grad": (written_without_gradients, ("live",)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.guards import mode_of
 from fxstn.frontends.inputs import Inputs
-from fxstn.frontends.live.calls import Call, mutated
+from fxstn.frontends.live.calls import Call, inlined, mutated
 from fxstn.frontends.live.frontend import Live
 from fxstn.frontends.live.sites import RuntimeSites, runtime_sites
 from fxstn.frontends.live.tracer import LiveTracer
@@ -29,6 +30,7 @@ from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import described
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
 from fxstn.network import SelfTuningNetwork
+from fxstn.rules import RULES
 
 Value = TypeVar("Value")
 
@@ -137,6 +139,13 @@ class ReferenceRun(LiveTracer):
         return super().operate(call, indices if self.dropouts is None else next(self.operations, None))
 
     def apply(self, call: Call) -> object:
+        if (body := _body_that_draws(call.original)) is not None:
+            self.inside_operation = True
+            try:
+                with self:
+                    return body(*call.args, **call.kwargs)
+            finally:
+                self.inside_operation = False
         changed, result = mutated(call), call.run()
         if not (self.disabled() or call.function is torch.detach):
             return result
@@ -155,6 +164,12 @@ class ReferenceRun(LiveTracer):
             return x
         constant = next(self.constants)
         return x if torch.equal(x, constant) else constant.clone()
+
+
+def _body_that_draws(function: Callable[..., object]) -> Callable[..., object] | None:
+    """The body of a function of Python that draws and has a rule, as F.gumbel_softmax, which detaches within; None for others."""
+    rule = RULES.get(function)
+    return inlined(function) if rule is not None and rule.random and isinstance(function, FunctionType) else None
 
 
 def _draws(call: Call) -> bool:
@@ -255,8 +270,11 @@ class _Detached(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if (body := _body_that_draws(func)) is not None:
+            with self:
+                return body(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func is not torch.detach:
+        if func not in (torch.detach, Tensor.detach):
             return result
         self.collected.append(result.clone())
         return result if self.constants is None else next(self.constants).clone()
