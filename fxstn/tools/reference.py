@@ -167,7 +167,7 @@ class ReferenceRun(LiveTracer):
 
 
 def _body_that_draws(function: Callable[..., object]) -> Callable[..., object] | None:
-    """The body of a function of Python that draws and has a rule, as F.gumbel_softmax, which detaches within; None for others."""
+    """The body of a function of Python that draws and has a rule, as F.gumbel_softmax has, which detaches within; else None."""
     rule = RULES.get(function)
     return inlined(function) if rule is not None and rule.random and isinstance(function, FunctionType) else None
 
