@@ -252,9 +252,10 @@ class GraphCache:
                 self.recipe.frontend
             )  # as it is, a forward is perturbed by batch where weights are moved in its place
             if places and (frontend.rewritable or (root.method == "delta" and not frontend.derivatives)):
+                others = f" and {len(places) - 1} more" if len(places) > 1 else ""
                 warnings.warn(
-                    f"one ε for the whole batch, not one per example, which makes λ noisier: refused at {next(iter(places))}; "
-                    f"fxstn.explain(stn, example_inputs=...) lists all of {len(places)}",
+                    f"one ε for the whole batch, not one per example, which makes λ noisier: refused at {next(iter(places))}"
+                    f"{others}; fxstn.explain(stn, example_inputs=...) lists them",
                     stacklevel=4,
                 )
         return self._per_example
