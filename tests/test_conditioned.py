@@ -500,8 +500,8 @@ def test_a_dropout_that_is_not_tuned_stays_torchs_own() -> None:
 def test_functions_in_a_module_have_one_strength_for_all_its_calls(trace: str) -> None:
     network, _ = conditioned(SharedEncoder(), inputs_of(SEQUENCES), None, trace)
     assert network.hparams.values() == pytest.approx({
-        "encoder.0.dropout": 0.2, "encoder.0.dropout_1": 0.4, "encoder.2.dropout": 0.3, "encoder.2.dropout_1": 0.3,
-        "attention.dropout_1": 0.3, "attention.dropout": 0.1,
+        "encoder.0.dropout": 0.2, "encoder.0.dropout_1.dropout": 0.4, "encoder.2.dropout": 0.3,
+        "encoder.2.dropout_1.dropout": 0.3, "attention.dropout_1.dropout": 0.3, "attention.dropout": 0.1,
     })  # fmt: skip
     with pytest.warns(UserWarning, match=r"begins at 0\.2, as the first module has it"):
         conditioned(SharedEncoder(), inputs_of(SEQUENCES), [hp.Dropout(shared=True)], trace)
@@ -516,7 +516,7 @@ def test_a_longer_loop_goes_on_as_its_last_step(specs: list, rates: list[float])
     torch.manual_seed(0)
     model, x = Steps(), torch.rand(128, 5, 16)
     network, strengths = conditioned(model, x[:, :3], specs, "live")
-    rates_by_name = {"dropout": 0.3, "dropout_1": 0.5, "dropout_2": 0.8}
+    rates_by_name = {"dropout": 0.3, "dropout_1.dropout": 0.5, "dropout_2.dropout": 0.8}
     network.hparams.set({name: rates_by_name[name] for name in network.hparams.names})
     strengths.copy_(network.hparams())
     for output in (model(x), network.conditioned_output(x)[0]):

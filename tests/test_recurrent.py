@@ -216,7 +216,7 @@ def test_dropout_between_layers_is_tuned():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.LSTM(INPUTS, WIDTH, 3, dropout=0.3, batch_first=True)), torch.randn(BATCH, TIME, INPUTS)
     stn = fxstn.transform(model)
-    assert stn.hparams.names == ("0.dropout", "0.dropout_1")
+    assert stn.hparams.names == ("0.dropout", "0.dropout_1.dropout")
     assert list(stn.hparams.values().values()) == pytest.approx([0.3, 0.3])
     torch.manual_seed(1)
     y, _ = stn(x)

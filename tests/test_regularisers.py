@@ -104,9 +104,9 @@ def test_calls_of_a_function_are_numbered_within_their_module(trace):
     net, x = nn.Sequential(nn.Sequential(Ends(0.1)), Ends(0.2), nn.Linear(6, 2)), torch.randn(4, 6)
     stn = fxstn.transform(net, trace=trace, example_inputs=x)
     assert list(stn.hparams.values().values()) == pytest.approx([0.1, 0.1, 0.2, 0.2])
-    assert stn.hparams.names == ("0.0.dropout", "0.0.dropout_1", "1.dropout", "1.dropout_1")
+    assert stn.hparams.names == ("0.0.dropout", "0.0.dropout_1.dropout", "1.dropout", "1.dropout_1.dropout")
     chosen = fxstn.transform(net, [hp.Dropout("1.dropout*", init=0.3)], trace=trace, example_inputs=x)
-    assert chosen.hparams.values() == pytest.approx({"1.dropout": 0.3, "1.dropout_1": 0.3})
+    assert chosen.hparams.values() == pytest.approx({"1.dropout": 0.3, "1.dropout_1.dropout": 0.3})
 
 
 def test_a_pattern_may_match_a_module_and_the_dropout_in_it():

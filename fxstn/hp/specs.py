@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import inspect
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Never, TypedDict
@@ -144,14 +143,14 @@ class Spec:
     ) -> list[Hyperparameter]:
         """The hyperparameters at one match.
 
-        They are called 'path.name', but 'name' at the root, and 'path' where it ends in the name, numbered or not.
+        They are called 'path.name', but 'name' at the root, and 'path' where it ends in the name.
         path: of the match; of a shared spec "", or its patterns where another one shares a number of this name.
         starts: a module's own strengths by name. They stand where the user gives no init, unless all are 0, so that it is off.
         others: names that are in use, by a dropout after the module 'a' for one at 'a.dropout'.
         """
         result = []
         for kind, number in self.numbers.items():
-            ends = re.fullmatch(rf"{kind}(_\d+)?", path.rpartition(".")[2]) and path not in others
+            ends = path.rpartition(".")[2] == kind and path not in others
             name = kind if not path else path if ends else f"{path}.{kind}"
             if number.origin != CHOSEN:
                 start, origin = (starts[kind], OWN) if starts and any(starts.values()) else (number.init, number.origin)
