@@ -168,7 +168,8 @@ class Spec:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 shown = ", ".join(repr(name) if name else "'' (the whole model)" for name in close)
-                nearest = f"nearest module names: {shown}" if close else "no other module could be tuned"
+                others = "no others" if what else "none of these"
+                nearest = f"nearest module names: {shown}" if close else f"the model has {others}"
                 raise ValueError(
                     f"hp.{type(self).__name__}: the pattern {pattern!r} matches nothing it could tune{what}; {nearest}. "
                     "A pattern is a whole name, or has wildcards of fnmatch: 'a*' matches 'a' and 'a.b.c'"

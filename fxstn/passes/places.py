@@ -61,8 +61,8 @@ class Ordinal(NamedTuple):
 
     def name(self) -> str:
         """What patterns are matched against: 'path.dropout', 'path.dropout_1', …"""
-        numbered = f"{self.operation}_{self.number}" if self.number else self.operation
-        return f"{self.path}.{numbered}".lstrip(".")
+        name = self.operation.rpartition(".")[2]
+        return f"{self.path}.{name}_{self.number}".lstrip(".") if self.number else f"{self.path}.{name}".lstrip(".")
 
 
 def ordinals(graph: fx.Graph) -> dict[fx.Node, Ordinal]:
