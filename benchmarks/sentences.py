@@ -273,18 +273,6 @@ def _difference(task: str, one: str, other: str) -> list[float]:
     return found
 
 
-def _times(task: str, method: str, other: str) -> float:
-    """Time of one method over that of another: medians over starts of the ratio in the same seed."""
-    results = read(f"tuning-{task}")
-    pairs = [
-        (cell, tuned.cells_of(results, other, start)[seed])
-        for start in tuned.STARTS
-        for seed, cell in tuned.cells_of(results, method, start).items()
-        if seed in tuned.cells_of(results, other, start)
-    ]
-    return statistics.median(tuned.seconds_of(a) / tuned.seconds_of(b) for a, b in pairs)
-
-
 def tuning_outcome() -> str:
     """On how many tasks and starts a run ends below what a search finds in its time."""
     below = starts = 0
@@ -332,18 +320,9 @@ def certainty() -> str:
 def every_step() -> str:
     tasks = [task for task in tuning.TASKS if _cells(task, "every-step")]
     return paragraph(f"""
-        **A response step every fourth time or every time.** "every-step" takes
-        {span(_times(task, "every-step", "default") for task in tasks)} times as long as the default. Its validation loss
+        **A response step every fourth time or every time.** The validation loss of "every-step", which takes longer,
         differs by {span((d for task in tasks for d in _difference(task, "every-step", "default")), 3)} from the
         default's.
-    """)
-
-
-def tuning_time() -> str:
-    ratios = {task: _times(task, "default", "untuned") for task in tuning.TASKS}
-    shown = ", ".join(f"{ratio:.1f} on {task}" for task, ratio in sorted(ratios.items(), key=lambda pair: pair[1]))
-    return paragraph(f"""
-        **Time.** A default run takes this many times as long as untuned training, with one thread: {shown}.
     """)
 
 
@@ -554,7 +533,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "networks": networks,
     "launches": launches, "gpu-steps": on_a_gpu, "rest-of-launches": rest_of_launches,
     "whole-runs": whole_runs, "tuning-outcome": tuning_outcome, "limits": limits, "certainty": certainty,
-    "every-step": every_step, "tuning-time": tuning_time, "gpt-losses": gpt, "retraining": retraining,
+    "every-step": every_step, "gpt-losses": gpt, "retraining": retraining,
     "batch-norms": batch_norms, "noise": noise, "linear-regression": linear_regression,
     "paper-mnist": paper_mnist, "paper-fmnist": paper_fmnist,
     "paper-cifar": paper_cifar, "paper-alexnet": functools.partial(paper_plain_network, "cifar10-alexnet"),
