@@ -22,19 +22,22 @@ class _Samples:
     """Mean and unbiased variance of each channel, of some batches: of each the mean over the calls of a norm.
 
     A batch weighs as much as it has values per channel, so that the rest at the end of a pass says little. A call that
-    overflows counts for nothing: `weights` has the values of the others, and the host does not wait to know.
+    overflows counts for nothing: `weights` has the values of the others, in units of those of the first call, and the host does
+    not wait to know.
     """
 
     def __init__(self) -> None:
+        self.unit = 0  # values per channel of the first call
         self.weights: dict[int, Tensor] = {}  # by the number of the batch
         self.sums: dict[int, Tensor] = {}  # (2, channels)
 
     def add(self, statistics: Tensor, values: int, batch: int) -> None:
         """Count a call. statistics: (2, channels), of so many values. batch: its number."""
-        finite = torch.isfinite(statistics).all()
+        self.unit = self.unit or values
+        finite, weight = torch.isfinite(statistics).all(), values / self.unit
         for sums, value in (
-            (self.weights, finite.to(statistics.dtype) * values),
-            (self.sums, torch.where(finite, statistics * values, 0.0)),
+            (self.weights, finite.to(statistics.dtype) * weight),
+            (self.sums, torch.where(finite, statistics * weight, 0.0)),
         ):
             sums[batch] = sums[batch] + value if batch in sums else value
 
@@ -50,9 +53,9 @@ class _Samples:
         The statistics of a batch have a variance that is inverse to its weight.
         """
         weights = torch.stack([*self.weights.values()])
-        means = torch.stack([*self.sums.values()]) / weights.clamp_min(1)[:, None, None]
+        means = torch.stack([*self.sums.values()]) / torch.where(weights == 0, 1, weights)[:, None, None]
         scatter = ((means - average) / units).square().mul(weights[:, None, None]).sum(0)
-        return scatter / (weights.sum() * (weights.count_nonzero() - 1).clamp_min(1)).clamp_min(1)
+        return scatter / torch.where(weights.sum() == 0, 1, weights.sum() * (weights.count_nonzero() - 1).clamp_min(1))
 
 
 class _BatchStatistics(TorchFunctionMode):
