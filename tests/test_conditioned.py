@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
@@ -521,3 +522,31 @@ def test_a_longer_loop_goes_on_as_its_last_step(specs: list, rates: list[float])
     strengths.copy_(network.hparams())
     for output in (model(x), network.conditioned_output(x)[0]):
         torch.testing.assert_close((output == 0).float().mean((0, 2)), torch.tensor(rates), rtol=0, atol=0.05)
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).split(4, 1)
+
+
+class FirstHalf(nn.Module):
+    """A stage that returns several results of one function, of which one is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves, self.out = Halves(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.halves(x)[0])
+
+
+def test_one_of_several_results_of_a_stage_is_tuned_where_a_frontend_follows_it() -> None:
+    model = FirstHalf()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train, valid = (DataLoader([(torch.rand(8), 0)] * 8, 4) for _ in range(2))
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, train, valid)
+    assert (tuner.stn.frontend, list(tuner.values())) == ("live", ["input.dropout", "halves.dropout"])

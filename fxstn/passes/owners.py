@@ -130,7 +130,9 @@ class _Owners:
                     f"{type(spec).__name__} at {site.path!r} acts within module {call.path!r}, which is called several times; "
                     f"name a module that is called there alone, or use {_ELSEWHERE}"
                 )
-            self._append(self.owner(call.path).results.setdefault(self.ordinals[node][1:], []), draw)
+            # one of several results is no call of a forward: nothing is drawn there, and the comparison with the graph sees it
+            if node in self.ordinals:
+                self._append(self.owner(call.path).results.setdefault(self.ordinals[node][1:], []), draw)
 
     def _acts_after(self, call: ModuleCall, site: Site) -> bool:
         """Whether an operation after the output of a module call is that of the site."""
