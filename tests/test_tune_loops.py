@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import fxstn
 from fxstn import hp
 from fxstn.loops.step_module import module_of_step
+from tests.runs import same, without_times
 from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
 
 
@@ -45,6 +46,61 @@ def test_a_run_that_goes_on_amid_an_epoch_ends_that_epoch_once(tmp_path: Any) ->
         if number >= 2:
             train(model, optimizer, [batch])
     assert (tuner.steps, len(tuner.history)) == (10, 2)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_loop_over_a_list_goes_on_within_an_epoch_as_if_it_had_never_stopped(stop: int) -> None:
+    """The tuner's own pass beside a list, whose passes cannot be seen, goes on where it was."""
+    batches, (_, valid) = list(loaders()[0]), loaders()
+
+    def ended(resumed: bool) -> list[dict[str, float]]:
+        model, optimizer, tuner = tuned(batches, valid)
+        for number in range(2 * len(batches)):
+            if resumed and number == stop:
+                states = copy.deepcopy([part.state_dict() for part in (model, optimizer, tuner)])
+                tuner.detach()
+                model, optimizer, tuner = tuned(batches, valid)
+                for part, state in zip((model, optimizer, tuner), states, strict=True):
+                    part.load_state_dict(state)
+            torch.manual_seed(number)
+            train(model, optimizer, [batches[number % len(batches)]])
+        tuner.detach()
+        return without_times(tuner.history.rows)
+
+    assert same(ended(True), ended(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_epoch_whose_last_step_lies_behind_is_evaluated_in_the_precision_of_the_loop(dtype: torch.dtype) -> None:
+    """A resumed loop, which skips all of its batches, ends it before its first forward, which would say so; the scales of
+    losses in float16 go on, too."""
+
+    def ended(resumed: bool) -> tuple[list[dict[str, float]], list[float]]:
+        loader, valid = loaders()
+        model, optimizer, tuner = tuned(loader, valid)
+        for epoch in range(2):
+            torch.manual_seed(epoch)
+            for number, (x, y) in enumerate(loader, 1):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype):
+                    loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                if resumed and not epoch and number == len(loader):
+                    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, tuner)])
+            if resumed and not epoch:
+                tuner.detach()
+                model, optimizer, tuner = tuned(loader, valid)
+                for part, state in zip((model, optimizer, tuner), states, strict=True):
+                    part.load_state_dict(state)
+                torch.manual_seed(epoch)
+                assert len(list(loader)) == len(loader)
+        tuner.close_epoch()
+        return without_times(tuner.history.rows), [scaler.get_scale() for scaler in tuner.updates.scalers.values()]
+
+    (rows, scales), (expected, their_scales) = ended(True), ended(False)
+    assert same(rows, expected)
+    assert scales == their_scales
 
 
 def test_a_run_whose_state_is_the_end_of_a_pass_is_evaluated_on_first_batches() -> None:

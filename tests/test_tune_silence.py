@@ -207,15 +207,6 @@ def test_a_tuner_that_leaves_amid_an_epoch_does_not_evaluate_it() -> None:
 # What goes wrong in silence
 
 
-def test_an_optimizer_that_never_steps_is_told() -> None:
-    loader, valid = loaders()
-    model, other = mlp(), torch.nn.Linear(2, 2)
-    first, second = sgd(model), sgd(other)
-    fxstn.tune(model, [first, second], F.cross_entropy, loader, valid)
-    with pytest.warns(UserWarning, match=r"optimizer\[1\] of fxstn.tune has not stepped in it"):
-        train(model, first, loader)
-
-
 def test_steps_of_an_optimizer_that_the_tuner_does_not_know_are_told_once() -> None:
     loader, valid = loaders()
     model, _, tuner = tuned(loader, valid)

@@ -121,7 +121,8 @@ class Stepper:
         if noted:
             (parameter,) = self.problem.hyper_parameters()
             assert parameter.grad is not None
-            parameter.grad.sub_(torch.stack(noted).mean(0), alpha=self.correction)
+            gradients = torch.stack(noted).nan_to_num_(0.0, 0.0, 0.0)  # a step may leave out weights that overflowed
+            parameter.grad.sub_(gradients.mean(0), alpha=self.correction)
         self.updates.step(*names)
         return loss
 

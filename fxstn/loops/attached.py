@@ -26,7 +26,7 @@ from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.idle import IdleLoop
 from fxstn.loops.observed import LoopLoaders, known_length
-from fxstn.loops.precision import follow_autocast
+from fxstn.loops.precision import FollowedPrecision
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.remembered import RememberedBatches, batches_to_come
@@ -41,7 +41,7 @@ class AttachedTuner(RefittableLoop):
 
     model: the user's, whose forward draws at λ.
     problem: over a network that shares the model's modules.
-    optimizers: of the model. A step of w₀ is one of each.
+    optimizers: of the model. A step of w₀ is one of each, or of those that step before the next batch.
     data: (train_loader, valid_loader). The first yields the batches that the loop trains on; None: `step` gets them.
     strengths: (h,), what the model's forward reads.
     epoch_steps: optimizer steps from one evaluation to the next. None: those of a pass over train_loader.
@@ -72,7 +72,9 @@ class AttachedTuner(RefittableLoop):
         self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
-        self._seen = SeenBatches(optimizers, self._idle.begin_pass, self._idle.leave_pass, self._end_pass)
+        passes = self._idle.begin_pass, self._idle.leave_pass, self._end_pass
+        self._seen = SeenBatches(optimizers, *passes, self._end_step)
+        self._precision = FollowedPrecision(self._tuner, model)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
@@ -96,8 +98,7 @@ class AttachedTuner(RefittableLoop):
         self._seen.end_pass()
 
     def close_epoch(self) -> None:
-        """End an epoch whose pass over train_loader the loop has left, or has had to its last batch, as `detach`, `report` and
-        `refit` do."""
+        """End an epoch whose pass over train_loader the loop has left, or has had to its last batch."""
         if self._seen.left or self._seen.count == length_of(self.train_loader):
             self._seen.close()
 
@@ -106,7 +107,7 @@ class AttachedTuner(RefittableLoop):
         if steps and self.epoch_steps is None:
             self.end_epoch()
         elif not steps:
-            self._idle.warn_of_other_steps(self._stepped)
+            self._idle.warn_of_other_steps()
 
     def step(self, batch: object) -> None:
         """Do what is due after a step of w₀; to be called after optimizer.step() where there is no train_loader.
@@ -120,6 +121,7 @@ class AttachedTuner(RefittableLoop):
             raise ValueError(
                 "the tuner sees the batches of train_loader itself: leave out step(batch), or pass train_loader=None"
             )
+        self._end_step()
         if batches := self._seen.tell(batch, self._due):
             self._due = False
             self._advance(batches)
@@ -158,6 +160,8 @@ class AttachedTuner(RefittableLoop):
     # Hooks of the optimizers
 
     def _before_step(self, optimizer: Optimizer, first: bool) -> None:
+        if first and id(optimizer) in self._stepped:
+            self._end_step()
         if first and not self._stepped:
             check_place(self.model, self._place)
             self._evaluate_start()
@@ -184,7 +188,12 @@ class AttachedTuner(RefittableLoop):
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepped.add(id(optimizer))
-        if len(self._stepped) < len(self._stepping):
+        if len(self._stepped) == len(self._stepping):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """End the step of w₀ under way, if there is one. A GradScaler leaves out optimizers whose gradients overflowed."""
+        if not self._stepped:
             return
         self._stepped.clear()
         if self.train_loader is None:
@@ -205,7 +214,7 @@ class AttachedTuner(RefittableLoop):
     def _advance(self, batches: list[object]) -> None:
         """Do what is due after a step of w₀ on these batches."""
         tuner = self._tuner
-        follow_autocast(tuner, self.model)
+        self._precision.follow()
         self._recent.batches.extend(batches)
         with torch.enable_grad(), self._in_the_models_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
@@ -277,17 +286,13 @@ class AttachedTuner(RefittableLoop):
 
     def state_dict(self) -> State:
         """Everything that a tuner goes on from: Θ, λ, σ, their optimizers, counters, places, history. Nothing of the model."""
+        self._end_step()
         return state_of(self.stn, list(self.history.names), self._parts())
 
     def _parts(self) -> dict[str, Stateful]:
         assert self._starts is not None
-        own: dict[str, Stateful] = {
-            "valid": self._valid,
-            "rates": self._rates,
-            "seen": self._seen,
-            "recent": self._recent,
-        }
-        return parts_of(self._tuner) | own | {"starts": self._starts}
+        own = dict[str, Stateful](valid=self._valid, rates=self._rates, seen=self._seen, recent=self._recent)
+        return parts_of(self._tuner, self._precision) | own | {"loaders": self.loaders, "starts": self._starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, and changes nothing, where it is of another format, model or choice of λ."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -60,21 +60,9 @@ class IdleLoop:
         """A step of the optimizers that the tuner knows is under way."""
         self._steps, self._trains = True, self._trains or self.model.training
 
-    def warn_of_other_steps(self, stepped: Collection[int]) -> None:
-        """Warn where weights were written to in a pass without a step that counts.
-
-        stepped: ids of the optimizers that have stepped.
-        """
-        if not self._changes or (self._steps and not stepped):
-            return
-        still = [number for number, optimizer in enumerate(self.optimizers) if id(optimizer) not in stepped]
-        if len(still) < len(self.optimizers):
-            self._warn(
-                "one still",
-                f"a pass over train_loader is over, and optimizer[{still[0]}] of fxstn.tune has not stepped in it: nothing is "
-                "tuned until all have; give tune those alone that step together",
-            )
-        else:
+    def warn_of_other_steps(self) -> None:
+        """Warn where weights were written to in a pass without a step of an optimizer that the tuner knows."""
+        if self._changes and not self._steps:
             self._warn(
                 "another",
                 "the weights have changed in a pass over train_loader, and no optimizer that fxstn.tune knows has stepped: "

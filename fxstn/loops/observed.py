@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from weakref import ref
 
 from fxstn.bilevel.loaders import ResumableLoader
+from fxstn.bilevel.state import State
 
 _LISTENER = "_fxstn_listener"
 _CLASS: Any = vars(object)["__class__"]  # a class may have a property of that name, as accelerate's loaders have
@@ -131,6 +132,8 @@ def _reduced(self: Any, protocol: int) -> tuple:
 class LoopLoaders:
     """The loaders of a loop. Their passes are seen or, where they cannot be, a pass of one's own goes beside them.
 
+    A part with a state: where that pass is.
+
     loader: the loop's first. None: there is none.
     listener: hears of the passes.
 
@@ -166,6 +169,13 @@ class LoopLoaders:
         """Give the loaders their classes back."""
         for loader in self.seen:
             restore(loader)
+
+    def state_dict(self) -> State:
+        return {"beside": None if self.beside is None else self.beside.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        if self.beside is not None and state["beside"] is not None:
+            self.beside.load_state_dict(state["beside"])
 
 
 def known_length(loader: Iterable[object]) -> int:

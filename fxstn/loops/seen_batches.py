@@ -32,6 +32,7 @@ class SeenBatches:
     optimizers: of the loop. Their gradients say which batches a step is made of: not those that the loop passes over, or whose
         gradients it drops.
     begins, leaves, ends: functions, called when a pass begins, when the loop leaves it, and when it counts as over.
+    ends_step: function, called before the next batch, and at the end of a pass: the loop is done with the steps on what it had.
 
     A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
@@ -47,8 +48,10 @@ class SeenBatches:
         begins: Callable[[], None],
         leaves: Callable[[], None],
         ends: Callable[[], None],
+        ends_step: Callable[[], None],
     ) -> None:
         self.optimizers, self.begins, self.leaves, self.ends = optimizers, begins, leaves, ends
+        self.ends_step = ends_step
         self.passing, self.count, self.late, self.most = False, 0, 0, 0
         self._pass: object = None  # the one under way
         self._left = False  # whether the loop has left it
@@ -78,6 +81,7 @@ class SeenBatches:
         if self.passing and of is not self._pass:
             self._look = batch, of
             return
+        self.ends_step()
         if not self.passing:
             self.passing, self._pass, self._left = True, of, False
         self._look, self._is_over = None, False
@@ -103,6 +107,7 @@ class SeenBatches:
         """End a pass that the loop has left, or is about to begin anew."""
         if self.passing:
             self.leave_pass(self._pass)
+            self.ends_step()
             self.passing, self._pass = False, None
             self.ends()
 

@@ -13,12 +13,13 @@ from fxstn.bilevel.state import State, Stateful, on_device
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
-FORMAT = 6
+FORMAT = 7
 
 
-def parts_of(tuner: Tuner) -> dict[str, Stateful]:
-    """What of the method itself has a state."""
+def parts_of(tuner: Tuner, precision: Stateful) -> dict[str, Stateful]:
+    """What of the method itself has a state. precision: the scales of losses follow it."""
     return {
+        "precision": precision,
         "updates": tuner.updates,
         "counters": tuner.counters,
         "losses": tuner.guard,
