@@ -38,6 +38,7 @@ from fxstn.bilevel.run_settings import settings_of
 from fxstn.bilevel.settings import PAPER
 from fxstn.bilevel.training import TrainingLoop
 from fxstn.bilevel.tuner import Tuner
+from fxstn.ir.cost import RAMP
 from fxstn.loops.checks import place_of
 from fxstn.tools.bench import LONG, SHORT, plain_baseline
 from fxstn.tools.models import build_model
@@ -171,7 +172,7 @@ def cycle(
 ) -> tuple[Batches, TrainingLoop]:
     """The training loop of a runner over a pass that is a cycle: inner steps until the schedule repeats itself.
 
-    stn: on its device. Optimizers have their state.
+    stn: on its device. Optimizers have their state, and the first steps, in which response steps become rarer, lie behind.
     x, target: of a batch there.
     settings: of `BilevelRunner`.
     """
@@ -181,6 +182,7 @@ def cycle(
     for step in (partial(tuner.stepper.inner, tunes=False), tuner.stepper.response):
         step([(x, target)])
     tuner.stepper.hyper((x, target))
+    tuner.counters.steps = RAMP * options.response.every
     tuner.begin_epoch()
     return batches, TrainingLoop(tuner, batches, batches.left)
 
@@ -222,6 +224,7 @@ def count_loop(model: nn.Module, optimizer: torch.optim.Optimizer, specs: Sequen
     for part in (tuner, method, method.prepare, method.means, method.guard):
         part.device = x.device
     method.valid, tuner._place = batches, place_of(model)
+    method.counters.steps = RAMP * fxstn.ResponseSettings.every  # no longer as often as in the first steps
     label_steps(launches, method.stepper)
     period = math.lcm(fxstn.ResponseSettings.every, fxstn.HyperSettings.train_steps)
     with launches:
@@ -348,7 +351,7 @@ def table(entries: dict[str, Any]) -> str:
         cells.append([name, " / ".join(steps), launches, *ratios])
     headers = [
         "network, batch × image, what is tuned", "launches of an inner step / its Θᵀg / a response / a hyper step",
-        "per inner step: plain → default's first cycle → its first 1,000 → 10,000 steps → paper's",
+        "per inner step: plain → a cycle of the default → its first 1,000 → 10,000 steps → paper's",
         "default / plain, 1,000 steps: eager / graphs / fused", "10,000 steps", "paper's / plain",
     ]  # fmt: skip
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)

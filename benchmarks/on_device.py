@@ -236,7 +236,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
         ])  # fmt: skip
     headers = [
         "network, batch × image, what is tuned", "plain, ms", "default, ms", "default / plain, 1,000 steps", "10,000 steps",
-        "plain, ms of the device", "default / plain, of the device", "kernels, first cycle", "memory",
+        "plain, ms of the device", "default / plain, of the device", "kernels, a cycle", "memory",
     ]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 

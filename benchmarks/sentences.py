@@ -188,7 +188,7 @@ def launches() -> str:
     plain, default = measured["plain"]["launches"], measured["default"]["launches"]
     return paragraph(f"""
         So an inner step of resnet18 launches {plain:.0f} kernels in plain training, and {default:.0f} with its share of
-        the response and hyper steps of a run's first cycle.
+        the response and hyper steps once these have become regular.
     """)
 
 

@@ -45,7 +45,7 @@ def augmented() -> nn.Module:
 BOTH = [hp.Dropout(), hp.WeightDecay(shared=True)]
 AUGMENTATIONS = [hp.ColorJitter(), hp.Affine(), hp.Cutout(), hp.Erasing(), hp.Flip(), hp.VerticalFlip(), hp.Grayscale(),
                  hp.GaussianNoise(), hp.GaussianBlur(), hp.MixUp(), hp.CutMix()]  # fmt: skip
-# (network, what is tuned, most kernels per inner step of the first cycle of the default schedule).
+# (network, what is tuned, most kernels per inner step of a cycle of the default schedule).
 NETWORKS = {
     "resnet18": (partial(resnet18, num_classes=10), BOTH, 331),
     "mlp": (partial(three_layers, 10), BOTH, 88),

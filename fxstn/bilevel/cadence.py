@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fxstn.bilevel.optim import SettlingAdam
 from fxstn.bilevel.settings import HyperSettings, ResponseSettings
 from fxstn.bilevel.state import State
+from fxstn.ir.cost import RAMP
 
 
 @dataclass
@@ -50,6 +51,9 @@ class Cadence:
     inner steps: a λ that moves less has less to ask of Θ and of the validation data. In its first steps, in which it crosses
     its range, they stay as they are. S inner steps bring about S^⅔ hyper steps, so the share of the time that tuning takes
     falls as S^-⅓. With an optimizer whose rate does not fall by itself, intervals do not grow.
+
+    Response steps begin at every inner step and become rarer by one step after each `RAMP` inner steps: Θ has everything to
+    learn at first, where λ moves furthest.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class Cadence:
     @property
     def response_interval(self) -> int:
         """Inner steps from the last response step to the next. Windows that share ε need one at each."""
-        return 1 if self.response.windows > 1 else round(self.response.every * self._slowness())
+        if self.response.windows > 1:
+            return 1
+        return min(1 + self.counters.steps // RAMP, round(self.response.every * self._slowness()))
 
     @property
     def ends_cycle_soon(self) -> bool:

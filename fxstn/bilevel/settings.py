@@ -64,7 +64,8 @@ class ResponseSettings(SettingsGroup):
 
     optimizer: of Θ: a factory, an optimizer that holds exactly its parameters, or a list of optimizers that do together.
         Default: Adam, lr 1e-2; for a structured response that of w₀.
-    every: ≥ 1, number of inner steps from one response step to the next, at first; it grows as a cycle does
+    every: ≥ 1, number of inner steps from one response step to the next. A run begins with a response step at every inner step,
+        and they become rarer by one step after each 16 inner steps, until there are `every`. Later this grows as a cycle does
         (`HyperSettings`, longest_cycle). Each step is unbiased; with a larger number Θ moves less often. Default: 4.
     fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the statistics of
         batch norms. Default: 1.0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 GENERAL, RESPONSE, HYPER = 3, 5, 4  # forwards: an inner step (backward is two), a response step, a hyper step
 RESPONSE_EVERY, CYCLE, LONGEST_CYCLE = 4, 5, 40  # inner steps: from a response step to the next, and of a cycle
+RAMP = 16  # inner steps at the start of a run after which response steps become rarer by one step
 
 
 def cost_ratio(steps: float, responses: float, hypers: float, fraction: float = 1.0) -> float:
