@@ -26,6 +26,7 @@ from fxstn.passes.counters import join_counters
 from fxstn.passes.hyperize import hyperize
 from fxstn.passes.join_shifts import join_shifts
 from fxstn.passes.join_terms import join_terms
+from fxstn.passes.keep_precision import keep_precision
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lower_weights import lower_weights
 from fxstn.passes.output_types import restore_types
@@ -40,14 +41,14 @@ FRONTENDS: tuple[type[Frontend], ...] = (Symbolic, Export, Live)
 
 # What makes each graph from the canonical one, by the objective that it serves (`fxstn.ir.graph_kind.GraphKind`).
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
-    "plain": (condition, restore_types, simplify, join_counters),
-    "general": (condition, restore_types, simplify, join_counters),
-    "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify),
+    "plain": (condition, restore_types, simplify, keep_precision, join_counters),
+    "general": (condition, restore_types, simplify, keep_precision, join_counters),
+    "pushforward": (condition, hyperize, hold_statistics, pushforward, restore_types, simplify, keep_precision),
     "linearized": (condition, choose_statistics, hyperize, hold_statistics, linearized, join_shifts, lower_weights,
-                   join_terms, restore_types, simplify, recompute_pass),
-    "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, recompute_pass),
-    "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify),
-    "trained": (condition, hyperize, perturbed, restore_types, simplify, join_counters),
+                   join_terms, restore_types, simplify, keep_precision, recompute_pass),
+    "at_rest": (condition, choose_statistics, hold_statistics, restore_types, simplify, keep_precision, recompute_pass),
+    "perturbed": (condition, hyperize, hold_statistics, perturbed, restore_types, simplify, keep_precision),
+    "trained": (condition, hyperize, perturbed, restore_types, simplify, keep_precision, join_counters),
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def written_then_compared(h):
 
 
 class Cut(nn.Module):
-    """A user's function whose result nobody reads writes into the input; the last layer runs without autocast."""
+    """A user's function whose result nobody reads writes into the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,8 +130,7 @@ class Cut(nn.Module):
     def forward(self, x):
         x = x.clone()
         cut(x)
-        with torch.autocast("cpu", enabled=False):
-            return self.head(self.drop(self.layer(x).tanh()))
+        return self.head(self.drop(self.layer(x).tanh()))
 
 
 def test_what_has_an_effect_that_nobody_reads_stays_in_the_graph_of_every_step():
@@ -140,8 +139,6 @@ def test_what_has_an_effect_that_nobody_reads_stays_in_the_graph_of_every_step()
     outputs = [stn.perturbed_output(x, delta=delta)[0], stn.output_at_rest(x), stn.pushforward(x, delta=delta)[0]]
     for output in outputs:
         torch.testing.assert_close(output, stn.model(x))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="switches autocast off"):
-        stn.perturbed_output(x, delta=delta)
 
 
 def test_values_that_a_users_function_may_write_into_are_not_merged():

@@ -16,6 +16,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.scaling import MOST_OVERFLOWS, LossScaler
 from fxstn.bilevel.sequences import CarriedState
+from fxstn.ir.cost import RAMP
 from fxstn.ir.input_errors import explanation
 from tests.nets import randomize_response
 from tests.runs import dataset, grouped, make, same, without_times
@@ -147,10 +148,11 @@ def test_a_warm_up_has_not_begun_while_all_steps_overflow():
 def test_a_response_step_and_a_hyper_step_that_overflow_are_still_due():
     """Of Θ on the next batch; of λ on the next validation batch, before training goes on."""
     runner = build(6, response={"every": 3}, hyper={"valid_steps": 2})  # steps of Θ: 3, 6; of λ: two after 2, 4, 6
+    runner._tuner.counters.steps = RAMP * 3
     overflowing(runner, "response_loss", {0, 1})
     overflowing(runner, "hyper_loss", {1, 2, 5})
     runner.fit(1)
-    assert (runner.steps, runner.response_steps, runner.hyper_steps) == (6, 2, 6)
+    assert (runner.steps, runner.response_steps, runner.hyper_steps) == (RAMP * 3 + 6, 2, 6)
     scales = {name: scaler.get_scale() for name, scaler in runner.updates.scalers.items()}
     assert scales == {"train_loss": 8192.0, "response_loss": 2048.0, "hyper_loss": 1024.0}
 

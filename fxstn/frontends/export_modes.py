@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from unittest import mock
 
 import torch
@@ -73,8 +72,8 @@ def _run(
     with ExitStack() as stack:
         for flag in ("_is_compiling_flag", "_is_exporting_flag"):
             stack.enter_context(mock.patch.object(torch.compiler, flag, True))
-        unsupported, region = ProblemCollector(lambda: ""), partial(recorder.events.append, "full precision")
-        stack.enter_context(guarded_capture(model, training, frozen, "torch.export", unsupported, region))
+        unsupported = ProblemCollector(lambda: "")
+        stack.enter_context(guarded_capture(model, training, frozen, "torch.export", unsupported, recorder.regions))
         stack.enter_context(forked_rng())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_reparametrize_module(model, dict(tensors), stack_weights=True))
@@ -89,12 +88,13 @@ class _Recorder(TorchFunctionMode):
 
     events: what happened, in order; equal for two runs that do the same.
     drops: whether a dropout acted.
+    regions: types of device whose autocast is off now.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names, self.alive = dict(names), list[Tensor]()
-        self.events, self.drops = list[object](), False
+        self.events, self.drops, self.regions = list[object](), False, list[str]()
         logged = {name: self._logged(name) for name in (f"__{operation}__" for operation in _ARITHMETIC)}
         self.size: type[int] = type("Size", (int,), logged | {"__hash__": int.__hash__})
 
@@ -107,7 +107,7 @@ class _Recorder(TorchFunctionMode):
         self.drops |= any(value != off for value, off in flags.values())
         shown = [None if i in flags else arg for i, arg in enumerate(args)]
         named = {key: None if key in flags else value for key, value in kwargs.items()}
-        self.events.append((function, self.shown((shown, named)), torch.is_grad_enabled()))
+        self.events.append((function, self.shown((shown, named)), torch.is_grad_enabled(), *self.regions))
         if flags and isinstance(result, Tensor) and id(result) in self.names:
             result = result.view_as(result)  # a dropout that does not act hands its input through
         for leaf in tree_flatten(result)[0]:

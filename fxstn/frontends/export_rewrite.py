@@ -22,7 +22,6 @@ from fxstn.ir.errors import source_of
 from fxstn.ir.graphs import assemble, complete_defaults
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.output_types import OutputTypes
-from fxstn.ops.inputs import require_full_precision
 
 aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain")  # of what the guards and the inputs' sizes say already
@@ -42,7 +41,8 @@ def graph_of(
     operations: the calls of random operations, by their number in the program.
 
     Parameters, buffers and constants become nodes where they are read, counted batches and batch norms one operation,
-    no_grad regions detached results. Raises UnsupportedError for what the graph cannot express.
+    no_grad regions detached results; regions without autocast are marked. Raises UnsupportedError for what the graph cannot
+    express.
     """
     return _Rewriter(program, model, types, operations).run(arguments)
 
@@ -67,6 +67,7 @@ class _Rewriter:
         self.attribute_nodes: dict[tuple[str, Scope], fx.Node] = {}
         self.calls: dict[str, ModuleCall] = {}
         self.tensors: list[fx.Node] = []
+        self.regions: list[str | None] = []
         first = {module: name for name, module in model.named_modules()}
         self.paths = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
 
@@ -149,7 +150,8 @@ class _Rewriter:
             args = (args[0], *strengths)
         new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         new.meta = {"stack_trace": node.meta.get("stack_trace")}
-        annotate(new, scope=scope, handed_through=handed_through)
+        regions = tuple(dict.fromkeys(self.regions))
+        annotate(new, scope=scope, handed_through=handed_through, full_precision=regions)
         self.values[node] = new
         if isinstance(node.meta.get("val"), Tensor):
             self.tensors.append(new)
@@ -184,7 +186,6 @@ class _Rewriter:
         scope = self._scope(node)
         regions = torch.ops.higher_order
         if node.target is regions.wrap_with_autocast and not node.args[2]:
-            self.graph.call_function(require_full_precision)
             first = 4
         elif node.target is regions.wrap_with_set_grad_enabled and not node.args[0]:
             first = 1
@@ -199,11 +200,18 @@ class _Rewriter:
             outer = _source(node, i)
             table = self.attributes if outer in self.attributes else self.values
             table[inner] = table[outer]
+        self.regions += [self._type_of_device(node.args[0])] if first == 4 else []
         for inner in body.graph.nodes:
             if inner.op not in ("placeholder", "output"):
                 self._visit(inner)
+        if first == 4:
+            self.regions.pop()
         results = self._value(body.graph.output_node().args[0], scope)
         self.values[node] = [self._detached(value, scope) if first == 1 else value for value in results]
+
+    def _type_of_device(self, name: Argument) -> str | None:
+        """The type of device that a region names, as `NodeInfo.full_precision` has it: that of the inputs may change."""
+        return None if self.device is not None and self.device.type == name else str(name)
 
     def _detached(self, value: Argument, scope: Scope) -> Argument:
         """A result of a region without gradients."""

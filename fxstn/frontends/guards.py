@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy
@@ -124,23 +125,23 @@ def guarded_capture(
     frozen: Collection[str],
     tool: str,
     unsupported: ProblemCollector,
-    full_precision: Callable[[], object] = lambda: None,
+    regions: list[str] | None = None,
 ) -> Iterator[None]:
     """The model in one mode, for the time that a tool follows its forward; it is left as it was.
 
     tool: what follows the forward, for messages.
     unsupported: collects what a graph would lose while the forward is followed on, so that all of it is raised together.
-    full_precision: called where a region without autocast begins.
+    regions: holds, all the while, the types of device whose autocast is off where the forward is, the innermost region's last.
 
-    Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, autocast
-    regions, custom autograd functions, random draws in Python, attributes that the forward assigns, scripted modules; and in
-    place of whatever else is raised inside.
+    Raises TransformError where the forward does something that a graph would drop or freeze without a word: hooks, regions
+    with autocast, custom autograd functions, random draws in Python, attributes that the forward assigns, scripted modules; and
+    in place of whatever else is raised inside.
     """
     with mode_of(model, training, frozen), _errors_explained(tool, unsupported), _hooks_kept(), _nothing_changed(model):
         refuse_scripted(model)
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
-        with _operations_noticed(unsupported, full_precision), no_layer_skipped(model):
+        with _operations_noticed(unsupported, [] if regions is None else regions), no_layer_skipped(model):
             yield
 
 
@@ -161,9 +162,9 @@ def _hooks_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _operations_noticed(unsupported: ProblemCollector, full_precision: Callable[[], object]) -> Iterator[None]:
-    """Decompositions stand in for modules; custom autograd functions and autocast regions are collected as unsupported."""
-    enter_autocast = torch.autocast.__enter__
+def _operations_noticed(unsupported: ProblemCollector, regions: list[str]) -> Iterator[None]:
+    """Decompositions stand in for modules; custom autograd functions and regions with autocast are collected as unsupported."""
+    enter_autocast, exit_autocast = torch.autocast.__enter__, torch.autocast.__exit__
     apply = torch.autograd.Function.__dict__["apply"]
 
     def custom_function(cls: type[torch.autograd.Function], *args: object, **kwargs: object) -> object:
@@ -174,20 +175,24 @@ def _operations_noticed(unsupported: ProblemCollector, full_precision: Callable[
         without_context = cls.setup_context is not torch.autograd.Function.setup_context
         return cls.forward(*([] if without_context else [mock.MagicMock()]), *args, **kwargs)
 
-    def autocast(region: torch.autocast) -> object:
+    def enter(region: torch.autocast) -> object:
         if region._enabled:
             what = "an autocast region, which a traced graph would lose,"
             unsupported.add(what, "put autocast around the training step")
-        else:
-            full_precision()
+        regions.append(region.device)
         return enter_autocast(region)
+
+    def leave(region: torch.autocast, *error: Any) -> object:
+        regions.pop()
+        return exit_autocast(region, *error)
 
     with ExitStack() as patches:
         for original, decomposition in DECOMPOSITIONS.items():
             if isinstance(original, type):
                 patches.enter_context(mock.patch.object(original, "forward", decomposition))
         patches.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(custom_function)))
-        patches.enter_context(mock.patch.object(torch.autocast, "__enter__", autocast))
+        patches.enter_context(mock.patch.object(torch.autocast, "__enter__", enter))
+        patches.enter_context(mock.patch.object(torch.autocast, "__exit__", leave))
         yield
 
 

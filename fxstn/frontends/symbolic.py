@@ -8,7 +8,6 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -29,7 +28,6 @@ from fxstn.ir.graphs import assemble, complete_defaults
 from fxstn.ir.node_info import ModuleCall, annotate, info_of
 from fxstn.ir.output_types import OutputTypes
 from fxstn.ir.vocabulary import is_opaque
-from fxstn.ops.inputs import require_full_precision
 from fxstn.rules import RULES
 
 
@@ -88,6 +86,7 @@ class _Tracer(fx.Tracer):
         self.unsupported = ProblemCollector(self.path_of_current)
         self.calls: list[ModuleCall] = []
         self.number_of_calls = 0
+        self.regions: list[str] = []
         self.supplied = supplied
         self.own: dict[int, str] = {}
         self.grad_enabled = torch.is_grad_enabled()
@@ -199,7 +198,7 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "output":
             annotate(node, types=self.output_types)
-        annotate(node, scope=tuple(self.calls))
+        annotate(node, scope=tuple(self.calls), full_precision=tuple(dict.fromkeys(self.regions)))
         return node
 
     def call_module(self, module: nn.Module, forward: Callable[..., object], args: tuple, kwargs: dict) -> Any:
@@ -258,12 +257,11 @@ class Symbolic(GraphFrontend):
         frozen: modules that stay in eval mode in the training graph.
 
         Inputs that have a constant default keep it, unless the examples supply them. Raises TransformError where the model's
-        Python depends on data, or does something that a graph would drop or freeze without a word: hooks, no_grad and
-        autocast regions, custom autograd functions, random draws, attributes that the forward assigns.
+        Python depends on data, or does something that a graph would drop or freeze without a word: hooks, regions
+        without gradients or with autocast, custom autograd functions, random draws, attributes that the forward assigns.
         """
         tracer = _Tracer(arguments_of(model, self.examples.inputs) if self.examples else None)
-        full_precision = partial(tracer.create_proxy, "call_function", require_full_precision, (), {})
-        guard = guarded_capture(model, training, frozen, "symbolic tracing", tracer.unsupported, full_precision)
+        guard = guarded_capture(model, training, frozen, "symbolic tracing", tracer.unsupported, tracer.regions)
         with guard, StrictMode(model, tracer, tracer.path_of_current):
             graph = tracer.trace(model)
         return _under_root(model, graph)

@@ -43,8 +43,9 @@ class RowScales(NamedTuple):
 class NodeInfo:
     """Facts about one node. Copies of a node share the record; `annotate` replaces it.
 
-    scope: the module calls that the node belongs to, outermost first. By the frontend, as the next four.
+    scope: the module calls that the node belongs to, outermost first. By the frontend, as the next five.
     exits: the module calls whose output it is, innermost first.
+    full_precision: types of device whose autocast the forward has switched off there; None stands for that of the operands.
     training: of a module that stays one node, whether it was in train mode.
     handed_through: the node only keeps a module's output apart from its input.
     address, positions: of a live recording; see `fxstn.frontends.live.record`.
@@ -57,6 +58,7 @@ class NodeInfo:
 
     scope: tuple[ModuleCall, ...] = ()
     exits: tuple[ModuleCall, ...] = ()
+    full_precision: tuple[str | None, ...] = ()
     training: bool | None = None
     handed_through: bool = False
     address: tuple[Any, ...] | None = None
@@ -87,9 +89,10 @@ def annotate(node: fx.Node, **facts: Any) -> None:
 
 
 def copy_place(node: fx.Node, source: fx.Node) -> None:
-    """Let a new node stand where `source` does: in the same module call, at the same line. All else is forgotten."""
+    """Let a new node stand where `source` does: in the same module call and precision, at the same line. All else is
+    forgotten."""
     node.meta = {_STACK: source.meta[_STACK]} if _STACK in source.meta else {}
-    annotate(node, scope=info_of(source).scope)
+    annotate(node, scope=info_of(source).scope, full_precision=info_of(source).full_precision)
 
 
 def copy_facts(node: fx.Node, source: fx.Node) -> None:

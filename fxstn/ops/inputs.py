@@ -1,4 +1,4 @@
-"""Checks of later batches, inside the graphs: the sizes and values that export fixed, what it took for true, and autocast.
+"""Checks of later batches, inside the graphs: the sizes and values that export fixed, and what it took for true.
 
 No node reads the result of a check; simplify keeps the checks because they count as effects.
 """
@@ -60,12 +60,5 @@ def require_equal(value: object, expected: object, name: str) -> None:
         raise ValueError(f"{name} is {shown}, but the network was exported with {expected!r}; {_REMEDY}")
 
 
-@staged
-def require_full_precision() -> None:
-    """Raise ValueError under autocast: the model has regions without it, which a graph runs in the surrounding precision."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise ValueError("the model switches autocast off in places, which its graph cannot; train it without autocast")
-
-
 SIZE_REQUIREMENTS: tuple[Callable[..., None], ...] = (require_sizes, require_guards)
-REQUIREMENTS = {*SIZE_REQUIREMENTS, require_equal, require_full_precision}
+REQUIREMENTS = {*SIZE_REQUIREMENTS, require_equal}

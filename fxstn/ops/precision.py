@@ -6,12 +6,15 @@ its parameter, so the parameters themselves are wide.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxstn.ir.containers import tensors_in
 from fxstn.ir.staging import staged
 
 
@@ -59,6 +62,21 @@ def has_autocast(device_type: str) -> bool:
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which products have the type of their factors."""
     return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+
+
+def in_full_precision(function: Callable[..., Any], device_type: str | None) -> Callable[..., Any]:
+    """The function, which runs without the autocast of one type of device; None: of that which its operands are on."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = device_type or next((x.device.type for x in tensors_in((args, kwargs))), "cpu")
+        if not has_autocast(device) or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    run.__module__ = __name__  # a graph writes it before the name, and some functions of torch have none
+    return run
 
 
 def low(x: Tensor) -> torch.dtype:

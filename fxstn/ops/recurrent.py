@@ -18,13 +18,16 @@ from fxstn.ir.tangents import BatchAxis
 from fxstn.ops.response import align, materialised
 
 APART = "RNN module weights are not part of single contiguous chunk"  # cuDNN says that it copies weights at each call
+_OF_CELLS: dict[str, Callable[..., Any]] = {
+    "lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell,
+}  # fmt: skip
 _FUSED: dict[str, Callable[..., Any]] = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
 @staged(overridable=True, closed=True)
 def recurrent_layer(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, weight_ih: Tensor, bias_ih: Tensor | None, weight_hh: Tensor,
-    bias_hh: Tensor | None, weight_hr: Tensor | None = None,
+    bias_hh: Tensor | None, weight_hr: Tensor | None = None, cell: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """One layer in one direction, by torch's fused kernel (cuDNN, oneDNN).
 
@@ -33,9 +36,15 @@ def recurrent_layer(
     h, c: (batch, n), the state before; c of an LSTM only.
     weight_ih, bias_ih, weight_hh, bias_hh: as of nn.RNNBase.
     weight_hr: projection of an LSTM (Sak et al. 2014).
+    cell: whether it is a cell, of one step and without projection: its kernel may leave another type under autocast.
 
     Returns (y, last h), of an LSTM (y, last h, last c).
     """
+    if cell:
+        assert len(x) == 1
+        state = h if c is None else (h, c)
+        results = _OF_CELLS[mode](x[0], state, weight_ih, weight_hh, bias_ih, bias_hh)
+        return (results[None], results) if c is None else (results[0][None], *results)
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if w is not None]
     settings = (weights, bias_ih is not None, 1, 0.0, True, False, False)
     with warnings.catch_warnings():
@@ -141,16 +150,17 @@ def steps(
     projection = None if weight_hr is None else weight_hr.to(products.dtype).t()
     cell = _CELLS[mode]
     saved: list[tuple[Tensor, ...]] = []
-    h, c = h.to(products.dtype), None if c is None else c.to(products.dtype)
+    h = h.to(torch.promote_types(h.dtype, products.dtype))
+    c = c if c is None else c.to(torch.promote_types(c.dtype, products.dtype))
     outputs, hidden, full = [h], [], []
     for x in products:
-        v = h @ weight
+        v = h.to(weight.dtype) @ weight
         hidden.append(v)
         h, c, residuals = cell.step(x, v if bias_hh is None else v + bias_hh, h, c)
         saved.append(residuals)
         if projection is not None:
             full.append(h)
-            h = h @ projection
+            h = h.to(weight.dtype) @ projection
         outputs.append(h)
     derivatives = cell.derivatives(*(torch.stack(values) for values in zip(*saved, strict=True)))
     joined = torch.stack(outputs)
@@ -160,18 +170,24 @@ def steps(
 
 @staged(closed=True)
 def perturbed_layer(
-    mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, changes: tuple[Change | None, ...]
+    mode: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: tuple,
+    changes: tuple[Change | None, ...],
+    cell: bool = False,
 ) -> tuple[Tensor, ...]:
     """`recurrent_layer` with weights moved by a finite step.
 
-    weights: its last five arguments.
+    weights, cell: its last arguments.
     changes: for each weight None, or (scale, response, left, right). scale is one row for the whole batch, or one per
         example; the examples are then left · batch · right in dimension 1.
     """
     if all(change is None or change[0].dim() == 1 for change in changes):
         pairs = zip(weights, changes, strict=True)
-        moved = [w if change is None else w + materialised(change[0], change[1], 0) for w, change in pairs]
-        return recurrent_layer(mode, x, h, c, *moved)
+        moved = (w if change is None else w + materialised(change[0], change[1], 0) for w, change in pairs)
+        return recurrent_layer(mode, x, h, c, *(*moved, cell))
     weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = weights
     on_input, on_shift, on_hidden, on_bias, on_projection = changes
 

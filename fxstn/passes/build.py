@@ -24,9 +24,10 @@ from fxstn.ir.errors import NoResponseError, TransformError
 from fxstn.ir.graph_kind import graph_kind
 from fxstn.ir.graphs import forked_rng, model_of, own_inputs
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.precision import wide
+from fxstn.ops.precision import has_autocast, wide
 from fxstn.passes.effects import may_write_parameters
 from fxstn.passes.hyperize import Responses, response_modules, responses
+from fxstn.passes.keep_precision import has_regions
 from fxstn.passes.match import bind
 from fxstn.passes.recipe import PipelineRecipe, canonical_graphs, with_children
 from fxstn.passes.request import Request
@@ -72,6 +73,8 @@ def build_network(
                 raise
             continue
         break
+    if inputs is not None and kind is not request.candidates[-1]:
+        check_under_autocast(network, inputs)
     return network
 
 
@@ -121,6 +124,31 @@ def check(network: SelfTuningNetwork, inputs: Inputs | None) -> None:
                     continue
             unwritten = model.parameters() if rewritable and not may_write_parameters(graph.graph) else ()
             with Preservation(model, inputs, but=unwritten) as stand_ins, forked_rng(), torch.no_grad():
+                network.run(graph_kind(name), stand_ins, unchanged, **moved)
+
+
+def check_under_autocast(network: SelfTuningNetwork, inputs: Inputs) -> None:
+    """Run graphs with regions in which the model switches autocast off under autocast, where the model itself can be.
+
+    Operations there take operands of one type, and a graph may have fixed types of values that autocast lowers.
+
+    Raises TransformError where that fails.
+    """
+    model, device = network.model, network.hparams.unconstrained.device.type
+    names = [name for name in ("train", "pushforward") if has_regions(network.graph(name))]
+    if not names or not has_autocast(device):
+        return
+    delta = torch.zeros_like(network.hparams.unconstrained)
+    with torch.autocast(device), forked_rng(), torch.no_grad():
+        try:
+            with Preservation(model, inputs) as own:
+                model(*own.args, **own.kwargs)
+        except Exception:  # whatever it raises: nobody trains it so
+            return
+        for name in names:
+            moved = {"delta": delta} if graph_kind(name).moves_weights else {}
+            what = f"the graph {name!r} of the forward, under autocast,"
+            with errors_as_diagnostics(what), Preservation(model, inputs) as stand_ins:
                 network.run(graph_kind(name), stand_ins, unchanged, **moved)
 
 

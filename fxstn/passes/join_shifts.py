@@ -13,7 +13,7 @@ from fxstn.ir.graphs import copied
 from fxstn.ops.response import ResponseTree
 from fxstn.ops.scaled import bias_shift, scaled_tangent, scales_and_shifts, zero_and_one
 from fxstn.passes.effects import has_effect
-from fxstn.passes.lower_weights import PRODUCTS
+from fxstn.passes.lower_weights import is_lowered
 
 Pair = tuple[int, int]  # blocks of scales: of a weight, and of the bias of the same layer
 
@@ -66,7 +66,7 @@ def _is_of_product(node: fx.Node) -> bool:
     """Whether a reader of scales is the tangent of a layer that autocast lowers, or a shift that nobody reads any more."""
     if node.target is not scaled_tangent:
         return node.target is bias_shift and not node.users
-    return isinstance(node.args[1], fx.Node) and node.args[1].target in PRODUCTS
+    return isinstance(node.args[1], fx.Node) and is_lowered(node.args[1])
 
 
 def _block(value: Argument, scales: fx.Node) -> int | None:

@@ -12,6 +12,7 @@ from torch.fx.node import Argument
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.facts import overloads, returns_one_tensor
 from fxstn.ir.graphs import filled_in, function_of, map_leaves
+from fxstn.ir.node_info import annotate, info_of
 from fxstn.ir.staging import call
 from fxstn.ir.tangents import ZERO
 from fxstn.ir.vocabulary import LINKS, VIEWS
@@ -116,7 +117,9 @@ class _Outputs:
         return result
 
     def _called(self, node: fx.Node, values: dict) -> object:
-        return call(function_of(node), *filled_in(node.args, values), **filled_in(node.kwargs, values))
+        result: Any = call(function_of(node), *filled_in(node.args, values), **filled_in(node.kwargs, values))
+        annotate(result.node, full_precision=info_of(node).full_precision)
+        return result
 
 
 def _is_one_tensor(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import copied, placeholders
+from fxstn.ir.node_info import info_of
 from fxstn.ops.precision import lower
 from fxstn.passes.effects import has_effect
 
@@ -18,6 +19,11 @@ PRODUCTS = dict.fromkeys(
     (F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
      torch.conv_transpose3d), (1, 2),
 )  # fmt: skip
+
+
+def is_lowered(node: fx.Node) -> bool:
+    """Whether a node is a product that autocast lowers: not where the forward has switched it off."""
+    return node.op == "call_function" and node.target in PRODUCTS and not info_of(node).full_precision
 
 
 def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.GraphModule:
@@ -33,7 +39,7 @@ def lower_weights(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Graph
     graph = module.graph
     readers: dict[str, list[tuple[fx.Node, int]]] = {}
     for node in graph.nodes:
-        for position in PRODUCTS.get(node.target, ()) if node.op == "call_function" else ():
+        for position in PRODUCTS[node.target] if is_lowered(node) else ():
             value = node.args[position] if position < len(node.args) else None
             if isinstance(value, fx.Node) and value.op == "get_attr":
                 readers.setdefault(str(value.target), []).append((node, position))

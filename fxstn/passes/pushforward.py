@@ -44,7 +44,8 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
     ) -> fx.Node:
         assert self.source is not None
         node = self.graph.create_node(kind, target, args, kwargs, f"t_{self.source.name}", type_expr)
-        annotate(node, scope=info_of(self.source).scope)
+        source = info_of(self.source)
+        annotate(node, scope=source.scope, full_precision=source.full_precision)
         return node
 
 

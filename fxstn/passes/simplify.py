@@ -11,6 +11,7 @@ from torch.fx.node import Argument
 
 from fxstn.frontends.interface import DEFAULT_PLAN, Plan
 from fxstn.ir.graphs import assemble
+from fxstn.ir.node_info import info_of
 from fxstn.ir.vocabulary import is_opaque
 from fxstn.ops.response import add_bias
 from fxstn.passes.canonicalize import drop_handed_through
@@ -40,7 +41,8 @@ def _key(node: fx.Node) -> Hashable:
             return ("slice", hashable(value.start), hashable(value.stop), hashable(value.step))
         return (type(value), value)
 
-    key = (node.op, node.target, hashable(node.args), hashable(node.kwargs))
+    precision = info_of(node).full_precision if node.op == "call_function" else ()
+    key = (node.op, node.target, precision, hashable(node.args), hashable(node.kwargs))
     hash(key)
     return key
 
@@ -67,6 +69,8 @@ def _join_products(node: fx.Node) -> None:
         return
     second = _product(rest, first.args[1])
     if not isinstance(rest, fx.Node) or second is None or not first < second or first is second:
+        return
+    if info_of(first).full_precision != info_of(second).full_precision:
         return
     with node.graph.inserting_before(second):
         total = node.graph.call_function(operator.add, (first.args[0], second.args[0]))

@@ -55,11 +55,11 @@ def _change(tangent):
     return tangent.scale, tangent.response, tangent.batch_axis.left, tangent.batch_axis.right
 
 
-def _moved(d, mode, x, h, c, *weights):
+def _moved(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None, cell=False):
     """The layer at weights moved by a finite step."""
-    weights = (*weights, None)[:5]
+    weights = (weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
     changes = (d.weight_ih, d.bias_ih, d.weight_hh, d.bias_hh, d.weight_hr)
-    return perturbed_layer(mode, x, h, c, weights, tuple(map(_change, changes)))
+    return perturbed_layer(mode, x, h, c, weights, tuple(map(_change, changes)), cell)
 
 
 def _through(d_weight, product, value, weight):
@@ -80,7 +80,7 @@ def _through(d_weight, product, value, weight):
     reads={4: WEIGHT, 5: BIAS, 6: WEIGHT, 7: BIAS, 8: WEIGHT},
     finite=_moved,
 )
-def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None):
+def recurrent(d, mode, x, h, c, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr=None, cell=False):
     of_input = SimpleNamespace(input=d.x, weight=d.weight_ih, bias=d.bias_ih)
     products, dx = linear_layer(of_input, x, weight_ih, bias_ih)
     trace: Any = steps(mode, products, h, c, weight_hh, bias_hh, weight_hr)

@@ -52,9 +52,11 @@ def packed_recurrent(
     return y, *(joined_states(list(s), 3) for s in states)
 
 
-def _padded_layer(mode: str, x: Tensor, before: tuple, weights: tuple, backward: bool) -> tuple:
-    """One layer in one direction, on (time, batch, n): its output and last states."""
-    results = recurrent_layer(mode, torch.flip(x, (0,)) if backward else x, *before, *weights)
+def _padded_layer(
+    mode: str, x: Tensor, before: tuple, weights: tuple, backward: bool, cell: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction, or a cell, on (time, batch, n): its output and last states."""
+    results = recurrent_layer(mode, torch.flip(x, (0,)) if backward else x, *(*before, *weights, cell))
     states = [results[i] for i in range(1, 3 if mode == "lstm" else 2)]
     return torch.flip(results[0], (0,)) if backward else results[0], states
 
@@ -173,8 +175,11 @@ def _cell(
     params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     h, c = (None if state is None else state.unsqueeze(0) for state in _states(mode, hx))
     before = h if h is None or c is None else (h, c)
-    _, *states = recurrent(mode, input.unsqueeze(0), before, params, b_ih is not None, 1, 0.0, False, False)
-    after = tuple(state.squeeze(0) for state in states)
+    x = input.unsqueeze(0)
+    rank, run = call(Tensor.dim, x), partial(_padded_layer, cell=True)
+    settings = (before, params, b_ih is not None, 1, 0.0, False, False)
+    _, states = _layers(mode, time_major(x, False), run, *settings)
+    after = tuple(joined_states(list(s), rank).squeeze(0) for s in states)
     return after if mode == "lstm" else after[0]
 
 
