@@ -216,6 +216,18 @@ RAW |= {
     "to.device": lambda input, device, dtype, *_, **__: spell(Tensor.to, input, device, dtype),
     "to.other": lambda input, other, *_, **__: spell(Tensor.to, input, other),
 }
+
+
+@called(METHODS, "new")
+def _new(input: Value, *values: Value, **settings: Value) -> Spelled:
+    """Of this size, unless the value is data or another tensor. A single node of a graph may be any of these."""
+    size = settings.get("size", values[0] if len(values) == 1 else values or 0)
+    is_size = "size" in settings or len(values) != 1 or isinstance(size, (int, torch.SymInt, torch.Size))
+    if not is_size or settings.keys() - {"size", "device"}:
+        return spell(Tensor.new, input, *values, **settings)
+    return spell(Tensor.new_empty, input, size, **{name: settings[name] for name in settings if name != "size"})
+
+
 METHODS["where"] = lambda input, condition, other: spell(torch.where, condition, input, other)
 METHODS["__len__"] = lambda input: spell(Tensor.size, input, 0)
 for _name, _function in {

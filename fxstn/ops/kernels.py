@@ -160,15 +160,19 @@ class _Slot:
     index: int
 
 
+def _is_size(value: object) -> bool:
+    """Whether a value has to stay as it is: Tensor.new takes a plain tuple of the same entries for data."""
+    return isinstance(value, torch.Size)
+
+
 def _with_slots(value: Any, tangent: object, varying: list[tuple[Tensor, Tensor]]) -> object:
     """`value` with a slot for each part that has a tangent.
 
     tangent: structured like `value`, None where it is constant.
     varying: where (part, tangent) of each slot is appended.
     """
-    if isinstance(tangent, (list, tuple)):
-        parts = [_with_slots(v, t, varying) for v, t in zip(value, tangent, strict=True)]
-        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(tangent, (list, tuple)) and not _is_size(value):
+        return rebuilt(value, [_with_slots(v, t, varying) for v, t in zip(value, tangent, strict=True)])
     if isinstance(tangent, dict):
         return {name: _with_slots(part, tangent.get(name), varying) for name, part in value.items()}
     if not isinstance(tangent, Tensor):
@@ -215,7 +219,7 @@ def node_jvp(function: Callable[..., Any], by_reverse: bool = False) -> Callable
 
         def of_varying(*values: Tensor) -> Any:
             fill = lambda leaf: values[leaf.index] if isinstance(leaf, _Slot) else leaf  # noqa: E731
-            full, full_kwargs = tree_map(fill, (positional, keywords))
+            full, full_kwargs = tree_map(fill, (positional, keywords), is_leaf=_is_size)
             return function(*full, **full_kwargs)
 
         primals, directions = (tuple(pair[i] for pair in varying) for i in (0, 1))
