@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxstn.frontends.inputs import Inputs, arguments_of, signature_of
+from fxstn.ir.assignment import overwritten
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.facts import is_seeded, returns_tensors, written_arguments
 from fxstn.ir.spelling import Spelled
@@ -21,6 +22,8 @@ from fxstn.rules import RULES
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 # The schema of requires_grad_ says that it writes, and share_memory_ has no schema; both leave the values as they are.
 _VALUES_UNCHANGED = {"requires_grad_", "share_memory_"}
+# What zero_, fill_, copy_ and bernoulli_ put in place of a tensor: they read its form alone.
+_FILLS = {torch.zeros_like, torch.full_like, overwritten, torch.bernoulli}
 
 
 @dataclass(eq=False)
@@ -109,6 +112,12 @@ def mutated(call: Call) -> list[Tensor]:
 def is_draw(call: Call) -> bool:
     """Whether an operation fills a tensor with random numbers, normal_ say: what was in it does not matter."""
     return call.spelled is None and is_seeded(call.original)
+
+
+def overwrites(call: Call) -> bool:
+    """Whether an operation fills a tensor in place with other values: only its form matters."""
+    fills = call.spelled is not None and call.spelled.in_place and call.spelled.function in _FILLS
+    return fills or is_draw(call)
 
 
 def may_return_no_tensor(call: Call) -> bool:

@@ -8,8 +8,8 @@ from types import FrameType
 
 from torch import Tensor
 
-from fxstn.frontends.live.calls import Call
-from fxstn.frontends.live.tangent_table import differentiable
+from fxstn.frontends.live.calls import Call, mutated, overwrites
+from fxstn.frontends.live.tangent_table import differentiable, owns_memory
 from fxstn.frontends.live.tracer import LiveTracer
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.errors import FRONTEND, LIBRARY, Diagnostic, TransformError, innermost_user_frame, operation_name
@@ -62,6 +62,8 @@ class ConstantGuard(LiveTracer):
                 )
 
     def apply(self, call: Call) -> object:
+        if overwrites(call):
+            self.add_constants(x for x in mutated(call) if owns_memory(x))
         self.check_known(operation_name(call.function), (call.args, call.kwargs))
         return self.observe(call)
 

@@ -107,13 +107,14 @@ class Duals(ConstantGuard):
     # Operations
 
     def observe(self, call: Call) -> object:
-        targets = mutated(call)
+        targets, arguments = mutated(call), list(tensors_in((call.args, call.kwargs)))
+        self.add_constants(arguments)  # integers that a constructor made, before other objects share their memory
         for x in targets:
             self._check_free(x, operation_name(call.original))
         if call.name == "detach_":
             self.table.record(call.args[0], ZERO, detached=True)
             return call.run()
-        varying = [x for x in tensors_in((call.args, call.kwargs)) if self.tangent(x) is not ZERO]
+        varying = [x for x in arguments if self.tangent(x) is not ZERO]
         if is_seeded(call.original):
             self.note(operation_name(call.original), "draw")
         if not varying or self.disabled() or is_draw(call):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -60,12 +60,15 @@ class Tape(ConstantGuard):
                 node = self.graph.create_node("placeholder", name if not i else f"{name}_{i}", (None,) * optional)
                 annotate(node, address=("argument", name))
                 self.nodes[leaf] = node
-        self.attribute_targets, self.drawn = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.attribute_targets, self.constants = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         for name, tensor in attributes(model):
             self.attribute_targets.setdefault(tensor, f"model.{name}")
 
     def is_known(self, x: Tensor) -> bool:
-        return x in self.nodes or x in self.attribute_targets or x in self.drawn
+        return x in self.nodes or x in self.attribute_targets or x in self.constants
+
+    def add_constants(self, tensors: Iterable[Tensor]) -> None:
+        self.constants.update(dict.fromkeys(x for x in tensors if not self.is_known(x)))
 
     def node_of(self, x: Tensor) -> fx.Node | Tensor:
         if self.derivatives and not self.is_known(x) and is_functorch_wrapped_tensor(x):
@@ -152,7 +155,7 @@ class Tape(ConstantGuard):
         with torch._C.DisableTorchFunction():
             result = call.run()
         for move in moves_so_far():  # the forward may move targets alike
-            self.drawn.update(dict.fromkeys(tensors_in(move.drawn)))
+            self.add_constants(tensors_in(move.drawn))
         self.enter_result(call, node, result)
         return result
 

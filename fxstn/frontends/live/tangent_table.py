@@ -40,6 +40,11 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     return memory_of(x) is not None and memory_of(x) == memory_of(y)
 
 
+def owns_memory(x: Tensor) -> bool:
+    """Whether torch allocated a tensor's memory, so that no other library, numpy say, sees what happens in it."""
+    return memory_of(x) is not None and x.untyped_storage().resizable()
+
+
 def _overlaps_itself(x: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(x.size(), x.stride(), strict=True))
 
