@@ -28,7 +28,7 @@ from benchmarks.matrix import (
     shown_error,
     structure_of,
 )
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 from fxstn.ir.node_info import info_of
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxstn
 from fxstn import hp
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 from tests.nets import randomize_response
 
 

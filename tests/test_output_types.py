@@ -13,7 +13,7 @@ from torch import nn
 import fxstn
 from fxstn import hp
 from fxstn.ir.containers import leaves, mapped
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 
 
 class Net(nn.Module):

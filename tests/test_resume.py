@@ -29,7 +29,7 @@ from fxstn.bilevel.sources import (
     new_pass,
     set_generator_state,
 )
-from fxstn.bilevel.state import GlobalRandomState
+from fxstn.ir.generators import GlobalRandomState
 from tests.nets import mlp
 from tests.runs import dataset, grouped, same
 from tests.scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded

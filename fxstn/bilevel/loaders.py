@@ -28,8 +28,9 @@ from fxstn.bilevel.sources import (
     set_epoch,
     set_generator_state,
 )
-from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.state import State
 from fxstn.bilevel.workers import batches_of
+from fxstn.ir.generators import GlobalRandomState
 
 
 class ResumableLoader:

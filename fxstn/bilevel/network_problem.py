@@ -46,7 +46,7 @@ class NetworkProblem(BilevelProblem):
 
     def __init__(self, stn: SelfTuningNetwork, loss_fn: LossFunction, settings: Settings) -> None:
         super().__init__()
-        self.stn, self.joint = stn, stn.method == "stn"
+        self.stn, self.joint, self.draws_in_python = stn, stn.method == "stn", stn.frontend == "live"
         self.initial_state, self.valid_loss_fn = settings.initial_state, settings.valid_loss_fn or loss_fn
         self.training_windows, self.perturbed_windows = (CarriedState(loss_fn, self.initial_state) for _ in range(2))
         self.validation_windows = CarriedState(self.valid_loss_fn, settings.initial_state)

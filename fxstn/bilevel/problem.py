@@ -31,6 +31,7 @@ class BilevelProblem(nn.Module):
     """
 
     joint = False  # whether the general step moves the response parameters, too
+    draws_in_python = True  # whether losses may draw from the global generators of Python and NumPy, besides torch's
 
     def general_parameters(self) -> Iterable[nn.Parameter]:
         """w₀, learned on general_loss."""

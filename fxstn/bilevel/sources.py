@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fxstn.bilevel.state import GlobalRandomState, Stateful
+from fxstn.bilevel.state import Stateful
 from fxstn.bilevel.workers import batches_of
+from fxstn.ir.generators import GlobalRandomState
 
 LARGEST, WIDEST = 5000, 64  # objects visited in all, and entries of one list or dict
 _CLOSED = (str, bytes, int, float, complex, type(None), type, ModuleType, BuiltinFunctionType, Tensor)

@@ -148,7 +148,7 @@ class Stepper:
         """Inside, noise depends on the seed and on the number of this step alone."""
         seed = seed_of_step(self.seed, self._draws)
         self.problem.begins_step(seed)
-        with own_generators(seed, self.prepare.device):
+        with own_generators(seed, self.prepare.device, self.problem.draws_in_python):
             yield
 
     def _gradient(

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.state import State
+from fxstn.ir.generators import GlobalRandomState
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import wide, widen
 

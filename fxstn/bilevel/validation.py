@@ -16,8 +16,9 @@ from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.sources import checksum_of_data, generators_of, new_pass, unchanged_generators
-from fxstn.bilevel.state import GlobalRandomState, State
+from fxstn.bilevel.state import State
 from fxstn.bilevel.workers import batches_of
+from fxstn.ir.generators import GlobalRandomState
 
 EXAMPLES = 8  # of a batch that shows what a model is called with
 

@@ -40,7 +40,7 @@ from fxstn.frontends.recurrent_shapes import recurrent_shapes
 from fxstn.frontends.sizes import unmet_requirement
 from fxstn.ir.containers import mapped
 from fxstn.ir.errors import TransformError
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_torch_rng
 from fxstn.ir.output_types import OutputTypes
 from fxstn.ops.batch_axis import batch_size
 
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
             redirect_stdout(io.StringIO()),
             redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
-            forked_rng(),
+            forked_torch_rng(),
             torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")

@@ -16,7 +16,8 @@ from fxstn.frontends.guards import ProblemCollector, guarded_capture
 from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.facts import overloads
-from fxstn.ir.graphs import copied, forked_rng
+from fxstn.ir.generators import forked_torch_rng
+from fxstn.ir.graphs import copied
 from fxstn.ir.vocabulary import DROPOUTS
 
 _OFF = {
@@ -74,7 +75,7 @@ def _run(
             stack.enter_context(mock.patch.object(torch.compiler, flag, True))
         unsupported = ProblemCollector(lambda: "")
         stack.enter_context(guarded_capture(model, training, frozen, "torch.export", unsupported, recorder.regions))
-        stack.enter_context(forked_rng())
+        stack.enter_context(forked_torch_rng())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_reparametrize_module(model, dict(tensors), stack_weights=True))
         with recorder:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 import re
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import numpy
 import torch
 from torch import fx, nn
 from torch._library.autograd import make_autograd_impl
@@ -21,6 +18,7 @@ from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
 from fxstn.frontends.model_forwards import original_forwards
 from fxstn.frontends.module_state import ModuleState, module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
+from fxstn.ir.generators import GlobalRandomState
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -101,13 +99,6 @@ def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterat
     finally:
         for module, flag in before.items():
             module.training = flag
-
-
-def _generators() -> tuple[object, ...]:
-    """The state of every random generator that a forward can draw from."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    states = [bytes(state.numpy()) for state in (torch.get_rng_state(), *devices)]
-    return random.getstate(), pickle.dumps(numpy.random.get_state()), *states
 
 
 def frozen_modules(model: nn.Module) -> set[str]:
@@ -207,9 +198,8 @@ def _refuse_assigned(before: ModuleState) -> None:
 
 @contextmanager
 def _nothing_changed(model: nn.Module) -> Iterator[None]:
-    """Raises UnsupportedError where the forward assigned attributes or drew random numbers in Python. What it assigned is
-    undone."""
-    before, generators = module_state(model), _generators()
+    """Raises UnsupportedError where the forward assigned attributes or drew random numbers in Python. Both are undone."""
+    before, generators = module_state(model), GlobalRandomState.current()
     try:
         try:
             yield
@@ -218,11 +208,12 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
                 _refuse_assigned(before)
             raise
         _refuse_assigned(before)
-        if _generators()[: len(generators)] != generators:  # a device may have come into use meanwhile
+        if not generators.still_holds():
             what = "a random draw in Python, which a traced graph would freeze,"
             raise UnsupportedError("", what, "draw it with torch, from the input")
     finally:
         restore(before)
+        generators.set()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.original import run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import leaves
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 
 _OF_CONFIG = re.compile(r"layer_?drop", re.IGNORECASE)
 _LAST = 1 - 2**-24  # the largest number below 1 in float32
@@ -104,19 +104,9 @@ def module_calls(model: nn.Module, inputs: Inputs, share: float = 0.5) -> dict[s
             calls[name] = (count + 1, before and alike)
         return output
 
-    python, legacy, frozen = random.getstate(), numpy.random.get_state(), frozen_modules(model)
-    try:
-        patch = mock.patch.object(nn.Module, "__call__", noted)
-        with (
-            Preservation(model, inputs) as stand_ins,
-            mode_of(model, True, frozen),
-            _single_draws_at(share),
-            patch,
-        ):
-            run_once(model, stand_ins)
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(legacy)
+    patch, frozen = mock.patch.object(nn.Module, "__call__", noted), frozen_modules(model)
+    with Preservation(model, inputs) as stand_ins, mode_of(model, True, frozen), _single_draws_at(share), patch:
+        run_once(model, stand_ins)
     return calls
 
 

@@ -13,7 +13,7 @@ from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.collector import paused_collector
 from fxstn.ir.copies import deep_copy
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 from fxstn.ir.input_errors import explained_errors
 
 COMPILED = "_orig_mod"  # the child of a module from torch.compile: the module that was compiled

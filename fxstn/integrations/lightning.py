@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxstn.bilevel.losses import LossFunction
-from fxstn.bilevel.state import GlobalRandomState
 from fxstn.bilevel.validation import example_batch
 from fxstn.hp import Spec
+from fxstn.ir.generators import GlobalRandomState
 from fxstn.loops.adapter import Adapter, only_loader
 from fxstn.loops.forwards import Forward, default_forward, loss_in
 from fxstn.loops.step_module import attributes, module_of_step

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 from typing import Any, cast
 
-import torch
 from torch import fx, nn
 from torch.fx.node import Argument, map_aggregate
 
@@ -81,24 +79,6 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     result = graph.graph_copy(module.graph, {})
     copy_facts(graph.output(result), output_of(module.graph))
     return assemble(module, graph)
-
-
-@contextmanager
-def forked_rng() -> Iterator[None]:
-    """Random generators are as they were afterwards, on every device that something has used; no warning on several of them."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-
-
-def reseed(seed: int = 0) -> None:
-    """Makes the next random draws those after the last call with this seed.
-
-    It does what torch.manual_seed does, without the bookkeeping for devices that nothing has used yet.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 def map_leaves(structure: object, change: Callable[[Any], object]) -> Any:

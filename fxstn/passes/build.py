@@ -21,8 +21,9 @@ from fxstn.hp import HyperparameterSpace
 from fxstn.ir.containers import tensors_in
 from fxstn.ir.coverage import Coverage
 from fxstn.ir.errors import NoResponseError, TransformError
+from fxstn.ir.generators import forked_rng
 from fxstn.ir.graph_kind import graph_kind
-from fxstn.ir.graphs import forked_rng, model_of, own_inputs
+from fxstn.ir.graphs import model_of, own_inputs
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.precision import has_autocast, wide
 from fxstn.passes.effects import may_write_parameters

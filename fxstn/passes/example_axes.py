@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxstn.hp import OPERATIONS
-from fxstn.ir.graphs import evaluated, filled_in, forked_rng, placeholders, reseed
+from fxstn.ir.generators import forked_rng, reseed
+from fxstn.ir.graphs import evaluated, filled_in, placeholders
 from fxstn.ir.node_info import info_of
 from fxstn.ir.tangents import SHARED, BatchAxes, BatchAxis
 from fxstn.ir.vocabulary import DROPOUTS

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxstn.ir.graphs import forked_rng, reseed
+from fxstn.ir.generators import forked_rng, reseed
 
 T = TypeVar("T")
 Values = dict[fx.Node, Any]

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxstn.ir.graphs import filled_in, forked_rng, function_of, map_leaves, model_of, reseed
+from fxstn.ir.generators import forked_rng, reseed
+from fxstn.ir.graphs import filled_in, function_of, map_leaves, model_of
 from fxstn.ir.staging import draws
 from fxstn.ir.tangents import WHOLE, ZERO
 from fxstn.ir.vocabulary import is_size

@@ -15,7 +15,7 @@ from fxstn.frontends.model_forwards import condition_modules, restore_modules
 from fxstn.frontends.original import run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.ir.containers import leaves
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.network import SelfTuningNetwork
 from fxstn.passes.owners import module_sites
 
@@ -90,7 +90,7 @@ def _seeded(preserved: Preservation[Inputs], run: Callable[..., object], seed: i
     """The floating point values that a forward returns when its noise has this seed."""
 
     def forward(*args: object, **kwargs: object) -> object:
-        torch.manual_seed(seed)
+        reseed(seed)
         return run(*args, **kwargs)
 
     with preserved as inputs, forked_rng():

@@ -21,7 +21,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp import Activity, Spec
 from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import Diagnostic, TransformError, module_path, operation_name
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng
 from fxstn.ir.node_info import info_of
 from fxstn.ir.staging import draws, staging_of
 from fxstn.network import SelfTuningNetwork

@@ -25,8 +25,8 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp import OPERATIONS
 from fxstn.ir.containers import arguments_mapped, leaves
 from fxstn.ir.copies import deep_copy
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.graph_kind import GraphKind
-from fxstn.ir.graphs import forked_rng
 from fxstn.ir.input_errors import described
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings
 from fxstn.network import SelfTuningNetwork
@@ -230,7 +230,7 @@ class Reference:
             run = ReferenceRun(
                 self.model, self.strengths, self.network.hparams().detach(), self.constants if step else None
             )
-            torch.manual_seed(self.seed)
+            reseed(self.seed)
             output = flat(run.output(inputs)).detach()
         if not step:
             self.constants = run.collected
@@ -252,7 +252,7 @@ class GraphReference:
             self(0.0)
         with self.preserved as values, _Detached(self.constants if step else None) as detached:
             move_weights(self.network.model, self.network, step * self.delta)
-            torch.manual_seed(self.seed)
+            reseed(self.seed)
             output = flat(self.network.run(GraphKind("plain", True), values))
         if not step:
             self.constants = detached.collected

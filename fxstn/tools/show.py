@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxstn.bilevel.plots import save_figure
 from fxstn.hp import Mixing, Operation
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.input_errors import as_file
 
 
@@ -27,7 +27,7 @@ def _row(spec: Operation, batch: Tensor, strengths: list[list[float]], seed: int
 
     def image(attempt: int, values: list[float]) -> Tensor:
         with forked_rng():
-            torch.manual_seed(8 * seed + attempt)
+            reseed(8 * seed + attempt)
             return spec.function(batch, *values, **spec.settings)[0]
 
     changes = [

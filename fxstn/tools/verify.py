@@ -18,7 +18,7 @@ from fxstn.hp import Spec
 from fxstn.ir.containers import mapped
 from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import NoResponseError, TransformError
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.recurrent import APART
@@ -163,7 +163,7 @@ def verify(
         warnings.filterwarnings("ignore", APART)  # weights that a difference has moved
         for seed in range(seeds):
             line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")
-            torch.manual_seed(seed)
+            reseed(seed)
             with Float64Mode(), explained_errors((call, None), "inputs", model):
                 original = generic_copy(model, call, seed)
             for structured, network in _networks(original, hparams, examples, trace):
@@ -263,7 +263,7 @@ def _comparisons(
 
     def tangent(of: SelfTuningNetwork, training: bool) -> Tensor:
         with preserved as values, torch.no_grad():
-            torch.manual_seed(seed)
+            reseed(seed)
             y, dy = of.train(training).pushforward(*values.args, delta=delta, **values.kwargs)
             flat(y)  # raises an error that names y where it has no float tensors
             return flat(dy)

@@ -15,7 +15,7 @@ from fxstn import hp
 from fxstn.frontends.decompositions.registry import DECOMPOSITIONS, decomposes
 from fxstn.frontends.decompositions.torchvision import RANDOM
 from fxstn.ir.containers import INTERNAL
-from fxstn.ir.graphs import forked_rng
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ops.drop_block import block_mask
 
 Settings = tuple[str, tuple[tuple[str, str], ...]]  # (which attribute is the probability, the others)
@@ -98,7 +98,7 @@ def _output(module: nn.Module, name: str, x: Tensor) -> Tensor | None:
     try:
         setattr(twin, name, P)
         with forked_rng(), torch.no_grad():
-            torch.manual_seed(0)
+            reseed()
             unchanged = twin.eval()(x.clone())
             y = twin.train()(x.clone())
     except Exception:  # a module of another kind, which takes other inputs
@@ -153,7 +153,7 @@ def _blocks(module: nn.Module, name: str) -> StandIn | None:
         gamma_scale = float(getattr(module, "gamma_scale", 1.0))
         settings = {"block_size": side, "gamma_scale": gamma_scale, "coupled": coupled, "inside": inside}
         with forked_rng():
-            torch.manual_seed(0)
+            reseed()
             shares = [mask.flatten(1).mean(1) for mask in (covered, block_mask(x, P, **settings))]  # type: ignore[arg-type]
         if abs(shares[0].mean() - shares[1].mean()) < 5 * (shares[0].var() + shares[1].var()).div(64).sqrt():
             return lambda x, p: hp.DropBlock.function(x, p, scaled=scaled, **settings)

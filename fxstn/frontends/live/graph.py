@@ -27,8 +27,8 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp.space import HyperparameterSpace
 from fxstn.ir.containers import attributes, mapped, reachable
 from fxstn.ir.errors import TransformError
+from fxstn.ir.generators import forked_rng
 from fxstn.ir.graph_kind import GraphKind
-from fxstn.ir.graphs import forked_rng
 from fxstn.ir.tangents import Scaled
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.kernels import cast_tangent

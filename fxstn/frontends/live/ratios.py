@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.containers import tensors_in
-from fxstn.ir.graphs import forked_rng, reseed
+from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.tangents import FREE, JOINED, UNOWNED, ZERO, Owners
 from fxstn.rules import RULES, apply_rule
 

@@ -22,7 +22,8 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.hp.moving import moves_so_far
 from fxstn.ir.containers import arguments_mapped, attributes, leaves, reachable, tensors_in
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame, operation_name
-from fxstn.ir.graphs import forked_rng, rename
+from fxstn.ir.generators import forked_rng
+from fxstn.ir.graphs import rename
 from fxstn.ir.node_info import ModuleCall, annotate, copy_facts, info_of
 from fxstn.ir.spelling import Spelled
 from fxstn.ir.vocabulary import dropout_settings
