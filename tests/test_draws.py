@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy
 import pytest
@@ -36,6 +37,21 @@ class Decoder(nn.Module):
             self.forced.append(self.draw() < 0.5)
             word = target[:, time] if self.forced[-1] else scores[-1].argmax(1)
         return torch.stack(scores, 1)
+
+
+class Layers(nn.Module):
+    """Layers that training leaves out at a rate, as fairseq writes it."""
+
+    def __init__(self, rate, draw, keeps):
+        super().__init__()
+        self.layers, self.dropout = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)]), nn.Dropout(0.1)
+        self.layerdrop, self.draw, self.keeps = rate, draw, keeps
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not self.training or self.keeps(self.draw(), self.layerdrop):
+                x = self.dropout(layer(x)) + x
+        return x
 
 
 def words():
@@ -81,3 +97,15 @@ def test_no_capture_moves_a_generator(draw):
     model, before = Decoder(DRAWS[draw]), GlobalRandomState.current()
     fxstn.transform(model, [hp.Dropout()], example_inputs=words())
     assert before.still_holds()
+
+
+@pytest.mark.parametrize(
+    "keeps", [lambda u, p: u > p, lambda u, p: u >= p, lambda u, p: not u < p], ids=[">", ">=", "<"]
+)
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_layer_that_is_never_left_out_is_not_named(draw, rate, keeps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network = fxstn.transform(Layers(rate, DRAWS[draw], keeps), example_inputs=torch.rand(4, 3))
+    assert ("layers.0.layer_drop" in network.hparams.values()) == (rate > 0)

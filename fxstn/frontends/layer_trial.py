@@ -23,7 +23,7 @@ from fxstn.ir.containers import leaves
 from fxstn.ir.generators import forked_rng
 
 _OF_CONFIG = re.compile(r"layer_?drop", re.IGNORECASE)
-_LAST = 1 - 2**-24  # the largest number below 1 in float32
+_FIRST, _LAST = 2**-24, 1 - 2**-24  # the smallest above 0 that torch.rand gives, and the largest below 1
 
 
 def recognise_layer_drop(model: nn.Module, inputs: Inputs | None) -> None:
@@ -77,7 +77,7 @@ def _skipped_containers(model: nn.Module, path: str, module: nn.Module, loop: La
 def varying_modules(model: nn.Module, inputs: Inputs) -> list[str]:
     """Modules that a forward in train mode calls for some random draws and not for others; of nested ones the outermost."""
     with no_layer_skipped(model):
-        low, high = (set(module_calls(model, inputs, share)) for share in (0.0, _LAST))
+        low, high = (set(module_calls(model, inputs, share)) for share in (_FIRST, _LAST))
     varying = [name for name, _ in model.named_modules() if name in low ^ high]
     return [name for name in varying if not any(name.startswith(f"{other}.") for other in varying)]
 
