@@ -205,7 +205,9 @@ def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) 
     search = _Search(module, few, grows=len(variants) > 3)
     runs = [search.variant(_bind_inputs(own, inputs), run) for run, inputs in enumerate(variants)]
     device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
-    with torch.autocast(device, enabled=False):
+    types = {weight.dtype for weight in module.parameters() if weight.is_floating_point()}
+    needed = len(types) > 1 and torch.is_autocast_enabled(device)  # a frozen float16 part, say, may run in no other way
+    with torch.autocast(device, enabled=needed):
         probe(nodes, runs, search.look)
     return search.axes
 
