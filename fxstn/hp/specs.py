@@ -34,7 +34,8 @@ class Choices(TypedDict, total=False):
 class Spec:
     """Base of all specs.
 
-    where: fnmatch patterns over full module names, the root "" included. `*` also matches dots.
+    where: fnmatch patterns over full module names, the root "" included. `*` also matches dots. A module that is registered
+        several times matches by any of its names, and is called by the first.
     init: the start of λ. A number is for all numbers of the spec, {"hue": 0.1} for one of them. None: the strength of the
         module that the spec takes over. Where this is off, at 0, or there is none: the spec's own start, that of the usual
         recipe (docs/guides/augmentations.md has them), moved inside the range.
@@ -219,8 +220,10 @@ class WeightDecay(Coefficient):
 
     It acts on the weights (no biases, no norms) of the matched linear and convolution layers. Without a pattern: all.
     Embeddings need a pattern that is their whole name. The training loss gets the penalty in closed form, without weights per
-    example.
+    example. Where torch parametrizes a weight, by weight_norm say, the parameters that it is computed from decay.
     """
+
+    exempt: Collection[str] = ()  # names of parameters that have no decay, whatever the patterns say
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(5e-4, 1e-7, 1e-1, log=True)}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from glob import escape
 from typing import Any
 
 import torch
@@ -251,22 +249,14 @@ def without_undecayed(
     chosen = {name for name, rate in own.items() if rate or (rate is not None and not decays)}
     if not replaced or not chosen or len(chosen) == len(own):
         return specs
-    layers: dict[str, list[str]] = {}
-    for name in own:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    whole = [layer for layer, names in layers.items() if chosen.issuperset(names)]
-    single = [name for name in own if name in chosen and name.rpartition(".")[0] not in whole]
-    return [_only(spec, [*whole, *single]) if spec in replaced else spec for spec in specs or ()]
+    return [_without(spec, own.keys() - chosen) if spec in replaced else spec for spec in specs or ()]
 
 
-def _only(spec: Spec, paths: Sequence[str]) -> Spec:
-    """The spec for those of its layers and weights that are among these."""
+def _without(spec: Spec, parameters: Collection[str]) -> Spec:
+    """The spec of weight decay, with none on some parameters."""
+    assert isinstance(spec, WeightDecay)
     result = copy.copy(spec)
-    result.where = tuple(
-        escape(path)
-        for path in paths
-        if any(fnmatchcase(one, pattern) for pattern in spec.where for one in (path, path.rpartition(".")[0]))
-    )
+    result.exempt = parameters
     return result
 
 

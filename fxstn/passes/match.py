@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import cast
 
 from torch import fx
@@ -31,6 +31,7 @@ from fxstn.hp.hyperparameter import CHOSEN
 from fxstn.ir.errors import operation_name
 from fxstn.ir.graphs import function_of, model_of
 from fxstn.ir.vocabulary import DROPOUTS
+from fxstn.passes.names import ModelNames
 from fxstn.passes.parameter_uses import layer_weights
 from fxstn.passes.places import (
     Ordinal,
@@ -158,23 +159,34 @@ def _default_specs(module: fx.GraphModule) -> list[Spec]:
 def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str]]]:
     """(path, its weights) for each match of one spec.
 
-    A match is a layer, or one weight of a layer that does not match itself. Embeddings have weight decay where a pattern is
-    their whole name.
+    A match is a layer, or one tensor of a layer that does not match itself, or one parameter of such a tensor. Embeddings have
+    weight decay where a pattern is their whole name.
     """
-    tables = layer_weights(module, "table") if isinstance(spec, WeightDecay) else []
-    named = [name for name in tables if not {name, name.rpartition(".")[0]}.isdisjoint(spec.where)]
-    layers: dict[str, list[str]] = {}
-    for name in (*layer_weights(module), *named):
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    paths = [path for layer, names in layers.items() for path in (layer, *names)]
-    names = ", ".join(repr(name.rpartition(".")[0] or name) for name in tables)
-    what = f" (embeddings need a whole name: {names})" if tables else ""
-    matched = spec.match(paths, what) if spec.where else list(layers)
-    for path in matched:
-        if path in layers:
-            yield path, layers[path]
-        elif path.rpartition(".")[0] not in matched:
-            yield path, [path]
+    names = ModelNames(model_of(module))
+    tables = {name: names.levels(name) for name in layer_weights(module, "table") if isinstance(spec, WeightDecay)}
+    named = [name for name, levels in tables.items() if not set(chain(*levels)).isdisjoint(spec.where)]
+    weights = {name: names.levels(name) for name in (*layer_weights(module), *named)}
+    shown = ", ".join(repr(layers[0] or name) for name, (layers, *_) in tables.items())
+    what = f" (embeddings need a whole name: {shown})" if tables else ""
+    every = dict.fromkeys(name for levels in weights.values() for level in levels for name in level)
+    matched = set(spec.match(every, what) if spec.where else every)
+    exempt = spec.exempt if isinstance(spec, WeightDecay) else ()
+    matches: dict[str, list[str]] = {}
+    for name, levels in weights.items():
+        path = next((level[0] for level in levels if not matched.isdisjoint(level)), None)
+        if path is not None and name not in exempt:
+            matches.setdefault(path, []).append(name)
+    yield from matches.items()
+
+
+def _matched_names(
+    module: fx.GraphModule, spec: Spec, paths: Iterable[str], what: str = ""
+) -> dict[str, Collection[str]]:
+    """{path: its names that a pattern matches}, of those that have any."""
+    names = ModelNames(model_of(module))
+    of = {path: names.of(path) for path in paths}
+    matched = set(spec.match(chain(*of.values()), what))
+    return {path: matched.intersection(own) for path, own in of.items() if not matched.isdisjoint(own)}
 
 
 def _matches(module: fx.GraphModule, spec: Spec, integers: Collection[str]) -> Iterator[Match]:
@@ -194,7 +206,7 @@ def _matching_results(module: fx.GraphModule, spec: Operation) -> Iterator[Match
     if not results:
         raise ValueError(f"{spec!r}: the model calls no {function} when it trains, and it acts on nothing else")
     what = f", a module whose output is the result of {function}"
-    for path in spec.match(results, what) if spec.where else results:
+    for path in _matched_names(module, spec, results, what) if spec.where else results:
         yield path, [Place(node.name, True) for node in results[path]], None
 
 
@@ -228,11 +240,14 @@ def _number(module: fx.GraphModule, strength: Argument) -> float | None:
 
 
 def _matching_patterns(module: fx.GraphModule, spec: Spec, integers: Collection[str]) -> Iterator[Match]:
-    """Operations of the spec's kind that a pattern matches; after other modules one is inserted, the outermost only."""
+    """Operations of the spec's kind that a pattern matches; after other modules one is inserted, the outermost only.
+
+    A module of several names is within another one where it is so by each name that a pattern matches.
+    """
     existing = _existing(module, spec)
     modules = ["input", *(name for name, _ in model_of(module).named_modules())] if _inserts(spec) else []
-    matched = spec.match([*modules, *(path for path in existing if path not in modules)])
-    to_insert = [path for path in matched if path not in existing and path != "input"]
+    matched = _matched_names(module, spec, dict.fromkeys((*modules, *existing)))
+    to_insert = [name for path, names in matched.items() if path not in existing and path != "input" for name in names]
     for path in matched:
         if path == "input":
             if not (places := _at_input(module, spec, integers)):
@@ -241,7 +256,7 @@ def _matching_patterns(module: fx.GraphModule, spec: Spec, integers: Collection[
             yield path, places, None
         elif path in existing:
             yield _own(module, spec, path, existing[path])
-        elif not any(_contains(other, path) for other in to_insert):
+        elif not all(any(_contains(other, name) for other in to_insert) for name in matched[path]):
             if not (places := places_after(module, path)):
                 raise ValueError(f"{spec!r}: the module '{path}' is not called when the model trains; name another")
             yield path, places, None
