@@ -133,13 +133,16 @@ def test_a_module_without_weights_yet_is_named() -> None:
 
 
 def test_batches_whose_rows_refer_to_others_are_not_split() -> None:
-    """Nodes with edges, tokens with offsets. What all examples share, and several entries for each, do not stand in the way."""
+    """Nodes with edges, tokens with offsets, targets of graphs or tokens. What all examples share does not stand in the way."""
     x, y = torch.randn(50, 8), torch.zeros(50)
     edges, mask, positions = torch.zeros(2, 150).long(), torch.zeros(7, 7), torch.zeros(1, 7).long()
     tokens, offsets = torch.zeros(25).long(), torch.zeros(8).long()
     assert len(parts_of(((x, edges), y), 10)) == 1
     assert len(parts_of(((tokens, offsets), torch.zeros(8)), 5)) == 1
-    assert len(parts_of(((x, mask, positions), torch.zeros(100).long()), 10)) == 5
+    assert len(parts_of(((x, mask, positions), y), 10)) == 5
+    for other in (torch.zeros(100).long(), torch.zeros(7), torch.zeros(100, 3)):
+        assert len(parts_of(((x, mask, positions), other), 10)) == 1
+        assert len(parts_of({"x": x, "labels": other, "mask": mask}, 10)) == 1
 
 
 class Lookup(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxstn.bilevel.target_rows import target_in
 from fxstn.ir.input_errors import first_line
 from fxstn.ops.batch_axis import batch_size, listed_examples, lists
 
@@ -123,10 +124,13 @@ class BatchPreparer:
 
 
 def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
-    """The first ⌈fraction · examples⌉ examples of a (shuffled) batch, or as many as `least`; fraction in (0, 1]."""
-    if fraction == 1:
-        return batch
+    """The first ⌈fraction · examples⌉ examples of a (shuffled) batch, or as many as `least`; fraction in (0, 1].
+
+    All of them where a part would be no batch, as with `parts_of`.
+    """
     examples = batch_size(batch[0])
+    if fraction == 1 or not _can_be_cut(batch, examples):
+        return batch
     count = max(math.ceil(examples * fraction), least)
 
     inputs, target = _rows(batch, slice(count), examples)
@@ -136,23 +140,33 @@ def first_part(batch: Batch, fraction: float, least: int = 1) -> Batch:
 def parts_of(batch: Any, size: int) -> list[Any]:
     """A batch in parts of about `size` examples; the batch itself where it is no larger, or where its examples are not
     rows of tensors that torch's functions on structures find (an object of somebody else's), or where rows refer to others:
-    in sparse tensors, or by whole numbers that are not one or several for each example (edges of a graph, offsets of bags)."""
+    in sparse tensors, by whole numbers of which there are not as many as examples (edges of a graph, offsets of bags), or in a
+    target with other rows (one for each graph, or for each token)."""
     batch = as_dict(batch)
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors or any(tensor.layout is not torch.strided for tensor in tensors):
+    if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(batch)):
         return [batch]
     examples = batch_size(batch)
-    if listed_examples(batch) is None and any(_refers(tensor, examples) for tensor in tensors):
+    if not _can_be_cut(batch, examples):
         return [batch]
     count = max(1, round(examples / size))
     bounds = [number * examples // count for number in range(count + 1)]
     return [_rows(batch, slice(*pair), examples) for pair in itertools.pairwise(bounds)] if count > 1 else [batch]
 
 
-def _refers(x: Tensor, examples: int) -> bool:
-    """Whether a tensor holds whole numbers whose rows are not those of so many examples."""
-    whole = not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
-    return whole and x.shape[0] != 1 and x.shape[0] % examples != 0
+def _can_be_cut(batch: object, examples: int) -> bool:
+    """Whether the rows of a batch's tensors are its examples, or what all examples share."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        return False
+    if listed_examples(batch) is not None:
+        return True
+    target = target_in(batch)
+    return all(x.shape[0] in (1, examples) or (x is not target and not _is_whole(x)) for x in tensors)
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, which may say which rows belong together."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
 
 
 def _rows(batch: Any, chosen: slice, examples: int) -> Any:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fxstn.bilevel import targets
 from fxstn.bilevel.counts import Count, Loss, LossValue, as_loss
 from fxstn.bilevel.perturbation import Perturb, inputs_of, perturbation
+from fxstn.bilevel.target_rows import checked_rows, hparams_of_rows
 from fxstn.bilevel.temporary import eval_mode
 from fxstn.frontends.inputs import Inputs, signature_once
 from fxstn.ir.containers import leaves, mapped
@@ -65,16 +66,13 @@ def evaluate_loss(
     inputs: of the network.
     reads: whether it takes them; None: not known yet.
 
-    Raises ValueError where there are no examples, where the target has another number of them than the inputs, where the loss
-    function cannot take the two, and where the loss is not a scalar, or no function of the output that autograd knows.
+    Raises ValueError where there are no examples, where the target has neither the inputs' rows nor the output's, where the
+    loss function cannot take the two, and where the loss is not a scalar, or no function of the output that autograd knows.
     """
     examples, training = batch_size(inputs), torch.is_grad_enabled()
     if not examples:
         raise ValueError("the batch has no examples; leave it out")
-    if (
-        isinstance(target, Tensor) and target.dim() and target.shape[0] % examples
-    ):  # a multiple is allowed: targets per token
-        raise ValueError(f"the target has {target.shape[0]} examples, the inputs have {examples}; give as many")
+    hparams = hparams_of_rows(hparams, checked_rows(target, output, examples))
     named = {"hparams": hparams} if (takes_hparams(loss_fn) if reads is None else reads) else {}
     if torch.compiler.is_compiling():
         return as_loss(loss_fn(output, target, **named), inputs, target)

@@ -68,7 +68,7 @@ class ResponseSettings(SettingsGroup):
         and they become rarer by one step after each 16 inner steps, until there are `every`. Later this grows as a cycle does
         (`HyperSettings`, longest_cycle). Each step is unbiased; with a larger number Θ moves less often. Default: 4.
     fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the statistics of
-        batch norms. Default: 1.0.
+        batch norms. Batches that rows alone do not split, such as graphs with their nodes, stay whole. Default: 1.0.
     widening: ≥ 1. Near the ends of a range ε is enlarged in the response step, at most by this factor. Default: 2.0.
     windows: ≥ 1, number of windows in a row that share one ε. More than 1 lets the tangent reach back over them: the perturbed
         network goes on with its own state. 1 begins each window with the state of the inner step and a tangent of zero. More

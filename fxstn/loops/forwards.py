@@ -13,9 +13,11 @@ from fxstn.bilevel.batches import as_dict
 from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.evaluation import LOSS_ERRORS
 from fxstn.bilevel.losses import LossFunction, takes_hparams
+from fxstn.bilevel.target_rows import checked_rows, hparams_of_rows
 from fxstn.bilevel.targets import of_batch, refuse_moves
 from fxstn.frontends.inputs import Inputs
 from fxstn.ir.input_errors import first_line
+from fxstn.ops.batch_axis import batch_size
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]  # (model, batch) → (output, target)
 
@@ -152,14 +154,14 @@ class _Replay(_StandIn):
     def __init__(self, model: nn.Module, output: Any) -> None:
         super().__init__(model)
         self._output = output
-        self._calls = 0
+        self.inputs: Inputs | None = None  # what the model is called with
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._calls += 1
-        if self._calls > 1:
+        if self.inputs is not None:
             raise TypeError(
                 "forward calls the model twice for one batch; a tuner follows one call: join the inputs to one batch"
             )
+        self.inputs = Inputs(args, kwargs)
         return self._output
 
 
@@ -191,17 +193,28 @@ class BatchReader:
 
 
 def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
-    """The loss as a function of what the model returns, and of the batch."""
+    """The loss as a function of what the model returns, and of the batch.
+
+    Raises ValueError for a target that has neither the rows of the model's inputs nor those of the output.
+    """
     if loss_fn is None:
         return of_batch(lambda output, batch: forward(_Replay(model, output), batch)[0])
     loss = LossOfOutput(loss_fn)
+
+    def rows_of(output: object, batch: object) -> tuple[object, object, int]:
+        """(output, target, rows of the target) of a batch."""
+        replay = _Replay(model, output)
+        output, target = _pair(forward(replay, batch))
+        return output, target, checked_rows(target, output, batch_size(replay.inputs))
+
     if takes_hparams(loss_fn):
 
         def with_hparams(output: Any, batch: Any, hparams: dict[str, Tensor] | None = None) -> LossValue:
-            return loss(*_pair(forward(_Replay(model, output), batch)), hparams=hparams)
+            output, target, rows = rows_of(output, batch)
+            return loss(output, target, hparams=hparams_of_rows(hparams, rows))
 
         return of_batch(with_hparams)
-    return of_batch(lambda output, batch: loss(*_pair(forward(_Replay(model, output), batch))))
+    return of_batch(lambda output, batch: loss(*rows_of(output, batch)[:2]))
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
