@@ -132,6 +132,30 @@ def test_other_rows_are_refused_in_a_loop_where_they_broadcast(loss):
         step()
 
 
+def test_one_target_for_two_views_trains_in_the_runner_and_in_a_loop():
+    """A contrastive loss: rows of features for both views of an image, and a label for the image."""
+
+    def contrast(output, target):
+        first, second = output.chunk(2)
+        return F.cross_entropy(first @ second.T, target)
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 5), torch.arange(4)) for _ in range(6)]
+    for runs in (True, False):
+        model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if runs:
+            stn = fxstn.transform(model, [hp.Dropout()])
+            fxstn.BilevelRunner(stn, contrast, batches, batches, progress=False).fit(1)
+            continue
+        tuner = fxstn.tune(model, optimizer, contrast, batches, batches, [hp.Dropout()])
+        for x, y in batches:
+            optimizer.zero_grad()
+            contrast(model(x), y).backward()
+            optimizer.step()
+        assert tuner.steps == 6
+
+
 def test_a_part_of_nodes_is_no_batch_of_graphs():
     for target in (CLASSES, torch.randn(4, 1)):
         batch = (INPUTS, target)

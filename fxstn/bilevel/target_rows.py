@@ -14,8 +14,8 @@ def checked_rows(target: object, output: object, examples: int) -> int:
 
     examples: of the inputs.
 
-    Raises ValueError where a target that is a tensor has neither the rows of the inputs, perhaps several for each, nor those of
-    the output: a loss may broadcast such a pair without an error.
+    Raises ValueError where a target that is a tensor has neither the rows of the inputs, perhaps several for each, or one for
+    several, as for views of an image, nor those of the output. A loss would broadcast a single row without an error.
     """
     if not isinstance(target, Tensor) or not target.dim() or not target.shape[0] % examples:
         return examples
@@ -23,6 +23,8 @@ def checked_rows(target: object, output: object, examples: int) -> int:
     of_output = [leaf.shape[0] for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.dim()]
     if rows in of_output:
         return rows
+    if rows > 1 and not examples % rows:
+        return examples
     others = f" and the output has {of_output[0]} rows" if of_output and of_output[0] != examples else ""
     raise ValueError(
         f"the target has {rows} examples, the inputs have {examples}{others}; give as many, or a tuple of targets, whose rows "
