@@ -98,8 +98,10 @@ def test_what_cannot_be_compiled_is_named_with_the_remedy():
         ValueError, match=r"cannot follow this step, .*test_compile\.py:\d+: .*item\(\).*'fullgraph': False"
     ):
         make(loss_fn=item, execution={"compile": {"backend": "eager"}}).fit(1)
-    histories = [make(loss_fn=item, execution={"compile": compiled}).fit(1) for compiled in (False, ALONE)]
-    assert without_times(histories[1])[0] == pytest.approx(without_times(histories[0])[0], rel=1e-5)
+    rows = [without_times(make(loss_fn=item, execution={"compile": on}).fit(1))[0] for on in (False, ALONE)]
+    errors = [row.pop("linearization_error") for row in rows]  # what is left of two losses that are nearly equal
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+    assert errors[1] == pytest.approx(errors[0], abs=1e-4)
     with pytest.raises(ValueError, match="train_loader in epoch 1, step 1: loss_fn cannot take an output"):
         make(loss_fn=lambda output, target: F.cross_entropy(output, target + 0.5),
              execution={"compile": {"backend": "eager"}}).fit(1)  # fmt: skip

@@ -241,7 +241,7 @@ def test_a_stream_goes_on_where_it_was(own, count):
 
 
 def broken_at(calls_broken, value=math.nan):
-    """Cross entropy, and `value` times it in the calls numbered."""
+    """Cross entropy, and `value` times it in the calls numbered: at first two for each inner step, one by its response step."""
     calls = []
 
     def loss_fn(output, target):
@@ -255,7 +255,7 @@ def broken_at(calls_broken, value=math.nan):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
 def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, storage, value):
     runner = make(
-        tmp_path if storage == "file" else None, loss_fn=broken_at({13}, value), valid_loss_fn=F.cross_entropy,
+        tmp_path if storage == "file" else None, loss_fn=broken_at({21}, value), valid_loss_fn=F.cross_entropy,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
     )  # fmt: skip
     with pytest.warns(
@@ -271,7 +271,7 @@ def test_after_a_bad_loss_the_run_goes_back_and_on_at_a_lower_rate(tmp_path, sto
 def test_what_comes_after_going_back_is_training_at_the_lower_rate(tmp_path):
     """The same as a run whose rate was lowered by hand at that epoch."""
     runner = make(
-        loss_fn=broken_at({13}), valid_loss_fn=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
+        loss_fn=broken_at({21}), valid_loss_fn=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
     )
     with pytest.warns(fxstn.RunWarning, match="attempt 1"):
         history = runner.fit(4)
@@ -282,7 +282,7 @@ def test_what_comes_after_going_back_is_training_at_the_lower_rate(tmp_path):
 
 
 def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
-    runner = make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy)
+    runner = make(loss_fn=broken_at(range(21, 100)), valid_loss_fn=F.cross_entropy)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with pytest.raises(
@@ -293,7 +293,7 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
         assert f"rates: optimizer {expected} of 2)" in text
     assert loss_of_best(runner) == pytest.approx(min(runner.history["valid_loss"]), rel=1e-5)
     with pytest.raises(fxstn.DivergedError, match="train_loss became nan in epoch 3"):
-        make(loss_fn=broken_at(range(13, 100)), valid_loss_fn=F.cross_entropy, checkpoints={"rollbacks": 0}).fit(5)
+        make(loss_fn=broken_at(range(21, 100)), valid_loss_fn=F.cross_entropy, checkpoints={"rollbacks": 0}).fit(5)
 
 
 @pytest.mark.parametrize(("name", "loss"), [("train", "train_loss"), ("valid", "hyper_loss")])

@@ -158,9 +158,9 @@ def test_callbacks_see_each_row_and_may_stop_the_run():
             runner.stop()
 
     runner = make(callbacks=[watch])
-    assert len(runner.fit(9)) == 3
+    assert len(runner.fit(6)) == 3
     assert seen == [1, 2, 3]
-    assert len(runner.fit(9)) == 9
+    assert len(runner.fit(6)) == 6
 
 
 def test_the_history_is_also_lines_of_json(tmp_path):

@@ -254,6 +254,11 @@ def keeps_an_activation(graph):
     output.args = ((output.args[0], made),)
 
 
+def forgets_a_region(graph):
+    computes_for_nobody(graph)
+    annotate(graph.graph.find_nodes(op="call_function", target=torch.exp)[0], full_precision=("cpu",))
+
+
 def multiplies_first(graph):
     node = next(iter(graph.graph.find_nodes(op="call_function", target=scaled_product)))
     with graph.graph.inserting_before(node):
@@ -276,6 +281,7 @@ PLANTED = {
     "shifts_are_joined": (forgets_a_constant, "linearized", "makes constants of its own"),
     "weights_are_lowered_once": (reads_a_wide_weight, "linearized", "in the type that it is kept in"),
     "terms_are_joined": (multiplies_first, "linearized", "adds a product that nobody else reads"),
+    "regions_keep_their_precision": (forgets_a_region, "plain", "has the precision of what is around its region"),
     "pieces_are_recomputed": (keeps_an_activation, "linearized", "is kept outside of the pieces"),
 }
 

@@ -28,6 +28,7 @@ from fxstn import hp
 from fxstn.bilevel import network_problem as steps
 from fxstn.bilevel.run_settings import Settings, SettingsDict
 from fxstn.bilevel.settings import GROUPS
+from fxstn.ir.cost import RAMP
 from fxstn.tools import cli, data
 from fxstn.tools.bench import bench
 from fxstn.tools.workloads import Setup
@@ -224,7 +225,9 @@ def test_the_response_step_is_taken_when_due_on_its_part_of_the_batch(monkeypatc
             return original(stn, loss_fn, inputs, target, **settings)
 
         monkeypatch.setattr(steps, f"{kind}_loss", counted)
-    history = make(response={"every": 2, "fraction": 0.3}, hyper={"fraction": 0.5, "train_steps": 5}).fit(2)
+    runner = make(response={"every": 2, "fraction": 0.3}, hyper={"fraction": 0.5, "train_steps": 5})
+    runner._tuner.counters.steps = 2 * RAMP  # in the first of which response steps come more often
+    history = runner.fit(2)
     assert seen == {"response": [(3, 3)] * 5, "hyper": [(4, 4)] * 2}  # 10 inner steps of 8 examples
     assert all(math.isfinite(loss) for loss in history["response_loss"])
 

@@ -80,7 +80,7 @@ def train_slowly(out, kind, moment, pipe):
 
     def noticed(function, *arguments):
         calls.append(0)
-        if len(calls) == 8:  # of six batches of an epoch
+        if len(calls) == {"training": 13, "evaluation": 8}[moment]:  # of 12 calls of an epoch, of six of an evaluation
             pipe.send("now")
             time.sleep(0.3)
         return function(*arguments)
@@ -130,7 +130,7 @@ def end_abruptly(out):
 
     def loss_fn(output, target):
         calls.append(0)
-        if len(calls) == 10:
+        if len(calls) == 15:  # of 12 of an epoch
             for worker in multiprocessing.active_children():
                 worker.kill()
             os.kill(os.getpid(), signal.SIGTERM)

@@ -14,7 +14,7 @@ from fxstn.ir.node_info import info_of
 from fxstn.ir.spelling import respell
 from fxstn.ir.vocabulary import DROPOUTS, dropout_settings, is_size
 from fxstn.ops.noise import track_batch
-from fxstn.ops.precision import lower
+from fxstn.ops.precision import in_full_precision, lower
 from fxstn.ops.scaled import scaled_tangent, zero_and_one
 from fxstn.passes.canonicalize import canonicalize
 from fxstn.passes.condition import condition
@@ -23,6 +23,7 @@ from fxstn.passes.effects import has_effect, updates_statistics
 from fxstn.passes.hyperize import hyperize, response_tree
 from fxstn.passes.join_shifts import join_shifts, joinable
 from fxstn.passes.join_terms import join_terms, joinable_terms
+from fxstn.passes.keep_precision import is_wide, keep_precision
 from fxstn.passes.linearized import linearized
 from fxstn.passes.lower_weights import PRODUCTS, lower_weights
 from fxstn.passes.output_types import restore_types
@@ -192,6 +193,13 @@ def weights_are_lowered_once(module: fx.GraphModule) -> Iterator[str]:
                 yield f"{node.name} reads {source.target} in the type that it is kept in"
 
 
+def regions_keep_their_precision(module: fx.GraphModule) -> Iterator[str]:
+    """What the forward computes without autocast switches it off."""
+    for node in module.graph.nodes:
+        if is_wide(node) and getattr(node.target, "__module__", "") != in_full_precision.__module__:
+            yield f"{node.name} has the precision of what is around its region"
+
+
 def pieces_are_recomputed(module: fx.GraphModule) -> Iterator[str]:
     """What is left in the graph costs nothing to keep: inputs and their checks, parameters, λ and scales."""
     for node in module.graph.nodes:
@@ -219,6 +227,7 @@ FACTS: Mapping[object, tuple[Fact, ...]] = {
     join_shifts: (shifts_are_joined,),
     lower_weights: (weights_are_lowered_once,),
     join_terms: (terms_are_joined,),
+    keep_precision: (regions_keep_their_precision,),
     recompute: (pieces_are_recomputed,),
 }
 # These passes end facts: rules emit operations that are not canonical, scales come from one product of all, weights are read

@@ -19,10 +19,10 @@ def keep_precision(module: fx.GraphModule, plan: Plan = DEFAULT_PLAN) -> fx.Grap
 
     It follows all passes that look at what a node calls.
     """
-    if not any(map(_is_wide, module.graph.nodes)):
+    if not any(map(is_wide, module.graph.nodes)):
         return module
     graph = copied(module).graph
-    for node in filter(_is_wide, graph.nodes):
+    for node in filter(is_wide, graph.nodes):
         for device_type in info_of(node).full_precision:
             node.target = in_full_precision(function_of(node), device_type)
     return assemble(module, graph, "Graph", fx.GraphModule)
@@ -33,7 +33,7 @@ def has_regions(graph: object) -> bool:
     return isinstance(graph, fx.GraphModule) and any(info_of(node).full_precision for node in graph.graph.nodes)
 
 
-def _is_wide(node: fx.Node) -> bool:
+def is_wide(node: fx.Node) -> bool:
     """Whether a node is in such a region and computes something."""
     if node.op != "call_function" or not info_of(node).full_precision:
         return False
