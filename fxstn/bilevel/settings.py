@@ -64,9 +64,9 @@ class ResponseSettings(SettingsGroup):
 
     optimizer: of Θ: a factory, an optimizer that holds exactly its parameters, or a list of optimizers that do together.
         Default: Adam, lr 1e-2; for a structured response that of w₀.
-    every: ≥ 1, number of inner steps from one response step to the next. A run begins with a response step at every inner step,
-        and they become rarer by one step after each 16 inner steps, until there are `every`. Later this grows as a cycle does
-        (`HyperSettings`, longest_cycle). Each step is unbiased; with a larger number Θ moves less often. Default: 4.
+    every: ≥ 1, number of inner steps from one response step to the next. At the start of a run it is 1. It grows by 1 after
+        each 16 inner steps, up to `every`, and later as a cycle does (`HyperSettings`, longest_cycle). Each step is unbiased;
+        with a larger number Θ moves less often. Default: 4.
     fraction: in (0, 1], part of each batch that the response step sees. Its gradient is unbiased, except for the statistics of
         batch norms. Batches that rows alone do not split, such as graphs with their nodes, stay whole. Default: 1.0.
     widening: ≥ 1. Near the ends of a range ε is enlarged in the response step, at most by this factor. Default: 2.0.
