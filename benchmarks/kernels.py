@@ -45,7 +45,7 @@ from fxstn.tools.models import build_model
 DECAY = 1e-4
 FILE = Path(__file__).resolve().parent / "results" / "kernels.json"
 STEPS = ("inner", "response", "hyper")
-BEGUN = 50  # inner steps that lie behind: response steps are regular, and the next check of losses is not near
+START = 50  # inner steps that lie behind: response steps are regular, and the next check of losses is not near
 PULL_BACK = "pull-back"  # Θᵀg of an inner step, for a hyper step
 SPECS: dict[str, Callable[[], list[hp.Spec] | None]] = {
     "both": lambda: [hp.Dropout(), hp.WeightDecay(shared=True)],
@@ -182,7 +182,7 @@ def cycle(
     for step in (partial(tuner.stepper.inner, tunes=False), tuner.stepper.response):
         step([(x, target)])
     tuner.stepper.hyper((x, target))
-    tuner.counters.steps = BEGUN
+    tuner.counters.steps = START
     tuner.begin_epoch()
     return batches, TrainingLoop(tuner, batches, batches.left)
 
@@ -224,7 +224,7 @@ def count_loop(model: nn.Module, optimizer: torch.optim.Optimizer, specs: Sequen
     for part in (tuner, method, method.prepare, method.means, method.guard):
         part.device = x.device
     method.valid, tuner._place = batches, place_of(model)
-    method.counters.steps = BEGUN
+    method.counters.steps = START
     label_steps(launches, method.stepper)
     period = math.lcm(fxstn.ResponseSettings.every, fxstn.HyperSettings.train_steps)
     with launches:

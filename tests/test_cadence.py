@@ -81,9 +81,9 @@ def test_intervals_grow_as_the_rate_of_lambda_falls_from_those_of_a_short_run():
 def test_intervals_stay_where_they_are_fixed_or_the_rate_does_not_fall(response, hyper, optimizer):
     responses, hypers, noted = due_steps(1000, response, hyper, optimizer)
     assert hypers == list(range(5, 1001, 5))
-    begun = [step for step in responses if step > RAMP * response.every]
-    assert begun == list(range(begun[0], 1001, response.every))
-    assert begun[0] <= (RAMP + 1) * response.every
+    regular = [step for step in responses if step > RAMP * response.every]
+    assert regular == list(range(regular[0], 1001, response.every))
+    assert regular[0] <= (RAMP + 1) * response.every
     assert noted == list(range(1, 1001))
 
 

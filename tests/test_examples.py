@@ -98,7 +98,7 @@ def test_a_detector_of_drawn_shapes_trains_and_tunes(capsys):
     assert image.shape == (3, 64, 64)
     assert ((target["boxes"] >= 0) & (target["boxes"] <= 64)).all()
     sizes = ["--train-size", "8", "--valid-size", "2", "--test-size", "2", "--width", "4", "--epochs", "1"]
-    with pytest.warns(UserWarning, match="one ε for the whole batch"):  # images of other sizes are no batch
+    with pytest.warns(UserWarning, match="one ε for the whole batch"):  # they meet in its batch norms
         results = detection.main([*sizes, "--seeds", "1", "--no-progress"])
     assert "augment.1.rotation" in capsys.readouterr().out
     assert {name: len(runs) for name, runs in results.items()} == {"start kept": 1, "tuned": 1}

@@ -206,8 +206,8 @@ def _axes(module: fx.GraphModule, variants: Sequence[dict[str, Any]], few: int) 
     runs = [search.variant(_bind_inputs(own, inputs), run) for run, inputs in enumerate(variants)]
     device = next((leaf.device.type for leaf in tree_flatten(variants)[0] if isinstance(leaf, Tensor)), "cpu")
     types = {weight.dtype for weight in module.parameters() if weight.is_floating_point()}
-    needed = len(types) > 1 and torch.is_autocast_enabled(device)  # a frozen float16 part, say, may run in no other way
-    with torch.autocast(device, enabled=needed):
+    mixed = len(types) > 1 and torch.is_autocast_enabled(device)  # a frozen float16 part, say, may run in no other way
+    with torch.autocast(device, enabled=mixed):
         probe(nodes, runs, search.look)
     return search.axes
 
