@@ -305,6 +305,10 @@ row(
     r"train_loader in epoch 1, step 1: .* inputs uint8 \(8, 3, 16, 16\) 0 to 9: .*convert the inputs with \.to\(",
 )(fit(batches((torch.arange(24 * 768) % 10).byte().view(24, 3, 16, 16)), model=SmallConv()))
 row(
+    "a half frozen layer before a whole one",
+    r"train_loader .*parameters are torch\.bfloat16 and torch\.float32: if it trains under torch\.autocast, call transform, or tune,",
+)(fit(model=nn.Sequential(nn.Linear(6, 4).bfloat16().requires_grad_(False), nn.Tanh(), nn.Linear(4, 3))))
+row(
     "feature count",
     r"train_loader in epoch 1, step 1: .* inputs float32 \(8, 5\): .*8x5 and 6x8.*; give inputs of the .*shapes",
 )(fit(batches(X[:, :5])))

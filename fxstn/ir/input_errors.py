@@ -151,7 +151,7 @@ def explained_errors(batch: tuple[Any, Any], where: str, model: nn.Module) -> It
 
 def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
     """Why a model cannot take its inputs, and what to do."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    types = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())) or [torch.get_default_dtype()]
     said = f"the model cannot take inputs {described(inputs)}: {first_line(error)}"
     kinds = {type(module) for module in model.modules()}
     of_detection = any(kind.__module__.startswith("torchvision.models.detection") for kind in kinds)
@@ -160,9 +160,14 @@ def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
             f"{said}; a detector of torchvision takes a list of images and a list of targets: give transform, or tune, "
             "fxstn.DetectionLosses(detector)"
         )
-    others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - {parameter.dtype}
+    others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - {types[0]}
+    if len(types) > 1 and "type" in str(error):
+        return (
+            f"{said}; its parameters are {' and '.join(map(str, types))}: if it trains under torch.autocast, call transform, or "
+            "tune, under it as well (a runner: execution=fxstn.ExecutionSettings(autocast=...)); else convert between the layers"
+        )
     if others and "type" in str(error):
-        return f"{said}; its parameters are {parameter.dtype}: convert the inputs with .to({parameter.dtype})"
+        return f"{said}; its parameters are {types[0]}: convert the inputs with .to({types[0]})"
     if "more than 1 value per channel" in str(error):
         return f"{said}; a norm of batches needs 2 examples: give the DataLoader drop_last=True"
     if "primitive descriptor" in str(error):
