@@ -40,6 +40,23 @@ def steps(model: nn.Module, optimizer: Any, batches: Iterable, first: int = 0) -
         optimizer.step()
 
 
+def test_validation_batches_made_under_inference_mode_are_as_others() -> None:
+    """Features that a frozen network computed once, for example."""
+    rows = []
+    for inference in (False, True):
+        model, (loader, valid) = mlp(0.3), loaders()
+        with torch.inference_mode(inference):
+            batches = [(x.clone(), y.clone()) for x, y in valid]
+        assert batches[0][0].is_inference() == inference
+        optimizer = sgd(model)
+        tuner = fxstn.tune(model, optimizer, F.cross_entropy, loader, batches, SPECS, **QUICK)
+        for _ in range(2):
+            steps(model, optimizer, loader)
+        rows.append(without_times(tuner.history.rows))
+    assert len(rows[0]) == 2
+    assert same(*rows)
+
+
 @pytest.mark.parametrize("cut", [1, 3, 4])
 def test_a_loop_that_goes_on_over_the_rest_of_an_epoch_by_another_loader_ends_alike(cut: int) -> None:
     """As with accelerator.skip_first_batches: a new loader yields what is left of the epoch."""

@@ -24,7 +24,7 @@ _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 def to_device(
     batch: object, device: torch.device, memory_format: torch.memory_format | None, name: str = "a loader"
 ) -> Batch:
-    """(inputs, target) on the device, images in the memory format.
+    """(inputs, target) on the device, images in the memory format. Tensors of `torch.inference_mode` are cloned: steps save them.
 
     name: what the error calls the source of the batch.
 
@@ -39,6 +39,7 @@ def to_device(
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.to(device, non_blocking=True)
+        leaf = leaf.clone() if leaf.is_inference() else leaf  # such as features computed under inference_mode
         if memory_format is not None and leaf.dim() == _DIMENSIONS.get(memory_format):
             return leaf.contiguous(memory_format=memory_format)
         return leaf
