@@ -179,6 +179,24 @@ def test_a_step_within_no_grad_tunes_as_one_outside() -> None:
     assert values(False) == values(True) != new_loop()[2].values()
 
 
+def test_a_step_in_eval_mode_after_a_forward_in_train_mode_tunes_as_any(recwarn: pytest.WarningsRecorder) -> None:
+    """As where a loop evaluates between the backward pass and the step."""
+    rows = []
+    for evaluates in (False, True):
+        model, optimizer, tuner, loader = new_loop()
+        for number, (x, y) in enumerate(itertools.chain(loader, loader)):
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x), y).backward()
+            if evaluates:
+                with torch.no_grad():
+                    model.eval()(x)
+            optimizer.step()
+        rows.append(without_times(tuner.history.rows))
+    assert not recwarn.list
+    assert same(*rows)
+
+
 def test_optimizers_that_step_in_the_backward_pass_tune() -> None:
     """One for each weight, as in PyTorch's tutorial on memory."""
 

@@ -34,12 +34,14 @@ class ConditionedForward:
     original: its forward before.
     strengths: what these operations read.
     autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
+    trained: whether the last forward of the model itself that can be differentiated was in train mode. None: there was none.
     owner: who moves λ. None in a copy, whose λ nobody moves.
     """
 
     def __init__(self, module: nn.Module, sites: ModuleSites, strengths: Strengths) -> None:
         self.module, self.sites, self.strengths = module, sites, strengths
         self.autocast: torch.dtype | None = None
+        self.trained: bool | None = None
         self.owner: ref[object] | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
         self.own = vars(module).get("forward")
@@ -54,6 +56,8 @@ class ConditionedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, sites = self.module, self.sites
+        if sites.root and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            self.trained = module.training
         if not module.training:
             return self.original(*args, **kwargs)
         if sites.whole is not None:

@@ -25,8 +25,8 @@ from fxstn.frontends.model_forwards import restore_modules
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.idle import IdleLoop
+from fxstn.loops.last_forward import LastForward
 from fxstn.loops.observed import LoopLoaders, known_length
-from fxstn.loops.precision import FollowedPrecision
 from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.remembered import RememberedBatches, batches_to_come
@@ -74,7 +74,7 @@ class AttachedTuner(RefittableLoop):
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
         passes = self._idle.begin_pass, self._idle.leave_pass, self._end_pass
         self._seen = SeenBatches(optimizers, *passes, self._end_step)
-        self._precision = FollowedPrecision(self._tuner, model)
+        self._last_forward = LastForward(self._tuner, model)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
@@ -138,7 +138,7 @@ class AttachedTuner(RefittableLoop):
         self._rates.end_epoch()
         self._idle.warn_of_eval_mode(tuner.epoch)
         self._idle.warn_of_unread()
-        with self._in_the_models_mode():
+        with self._in_the_loops_mode():
             tuner.end_epoch(self.valid_loader)
         self._refresh()  # λ may have gone back
         self._recent.batches.clear()  # an epoch is evaluated by its own batches
@@ -154,7 +154,7 @@ class AttachedTuner(RefittableLoop):
             return
         self._begun = True
         if not self._tuner.counters.steps and not len(self.history):
-            with self._in_the_models_mode():
+            with self._in_the_loops_mode():
                 self.history.start_loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
 
     # Hooks of the optimizers
@@ -166,7 +166,7 @@ class AttachedTuner(RefittableLoop):
             check_place(self.model, self._place)
             self._evaluate_start()
             self._rates.note()
-            self._idle.note_step()
+            self._idle.note_step(self._last_forward.training)
             self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
@@ -214,9 +214,9 @@ class AttachedTuner(RefittableLoop):
     def _advance(self, batches: list[object]) -> None:
         """Do what is due after a step of w₀ on these batches."""
         tuner = self._tuner
-        self._precision.follow()
+        self._last_forward.follow_precision()
         self._recent.batches.extend(batches)
-        with torch.enable_grad(), self._in_the_models_mode():  # the optimizer may step in a backward pass, say
+        with torch.enable_grad(), self._in_the_loops_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]
             tuner.stepper.note_entries(prepared)
             tuner.after_step(prepared, {})
@@ -227,10 +227,10 @@ class AttachedTuner(RefittableLoop):
             self._idle.warn_of_no_evaluation(tuner.means.steps)
 
     @contextmanager
-    def _in_the_models_mode(self) -> Iterator[None]:
-        """Inside, the network is in the mode of the model, and weights without an optimizer are constants. A loss that is no
+    def _in_the_loops_mode(self) -> Iterator[None]:
+        """Inside, the network is in the mode of the loop's forward, and weights without an optimizer are constants. A loss that is no
         number ends this, with a warning."""
-        self.stn.training = self.model.training
+        self.stn.training = self._last_forward.training
         try:
             with self.loaders.unobserved(), frozen(self._idle.constant_weights()):
                 yield
@@ -292,7 +292,7 @@ class AttachedTuner(RefittableLoop):
     def _parts(self) -> dict[str, Stateful]:
         assert self._starts is not None
         own = dict[str, Stateful](valid=self._valid, rates=self._rates, seen=self._seen, recent=self._recent)
-        return parts_of(self._tuner, self._precision) | own | {"loaders": self.loaders, "starts": self._starts}
+        return parts_of(self._tuner, self._last_forward) | own | {"loaders": self.loaders, "starts": self._starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, and changes nothing, where it is of another format, model or choice of λ."""

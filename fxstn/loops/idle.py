@@ -56,9 +56,9 @@ class IdleLoop:
         """The loop leaves the pass."""
         self._changes = self._writes() != self._versions
 
-    def note_step(self) -> None:
-        """A step of the optimizers that the tuner knows is under way."""
-        self._steps, self._trains = True, self._trains or self.model.training
+    def note_step(self, training: bool) -> None:
+        """A step of the optimizers that the tuner knows is under way, after a forward in train mode or in eval mode."""
+        self._steps, self._trains = True, self._trains or training
 
     def warn_of_other_steps(self) -> None:
         """Warn where weights were written to in a pass without a step of an optimizer that the tuner knows."""

@@ -1,4 +1,4 @@
-"""The precision of a loop's own forward, which the tuner's follow."""
+"""The precision and the mode of a loop's own forward, which the tuner's follow."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from fxstn.bilevel.tuner import Tuner
 from fxstn.frontends.conditioned import ConditionedForward
 
 
-class FollowedPrecision:
-    """The precision of the model's last training forward, which a tuner uses unless its settings name one. A part with a state:
-    where a loop goes on after the last step of an epoch, the epoch is evaluated before there is another forward."""
+class LastForward:
+    """The model's last forward of the loop. Its precision is the tuner's unless the settings name one.
+
+    A part with a state: where a loop goes on after the last step of an epoch, the epoch is evaluated before there is another
+    forward.
+    """
 
     def __init__(self, tuner: Tuner, model: nn.Module) -> None:
         self.tuner, self.model = tuner, model
 
-    def follow(self) -> None:
-        """Use the precision that the model's last training forward had."""
+    @property
+    def _forward(self) -> ConditionedForward | None:
         forward = vars(self.model).get("forward")
-        if isinstance(forward, ConditionedForward):
+        return forward if isinstance(forward, ConditionedForward) else None
+
+    @property
+    def training(self) -> bool:
+        """Whether the last forward that can be differentiated was in train mode: the model may be in eval mode since then."""
+        forward = self._forward
+        return self.model.training if forward is None or forward.trained is None else forward.trained
+
+    def follow_precision(self) -> None:
+        """Use the precision that the model's last forward in train mode had."""
+        if (forward := self._forward) is not None:
             self._use(forward.autocast)
 
     def _use(self, autocast: torch.dtype | None) -> None:
