@@ -303,6 +303,16 @@ def test_the_training_hypergradient_of_half_weights_is_that_in_float64(response)
     torch.testing.assert_close(stn.hypergradient().double(), wide.hypergradient(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [(), (5,)])
+def test_scales_are_in_the_type_of_theta_under_autocast(rows):
+    stn = fxstn.transform(mlp(), [hp.WeightDecay()])
+    nn.init.normal_(stn.response.flat_U)
+    delta = torch.randn(*rows, len(stn.hparams))
+    with torch.autocast("cpu", torch.bfloat16):
+        scales = stn.response.flat_scales(delta)
+    assert torch.equal(scales, delta @ stn.response.flat_U.T)
+
+
 @pytest.mark.parametrize("response", ["scaled", "structured"])
 @pytest.mark.parametrize("options", [{"shared": True}, {"shared": False}, {"shared": True, "norm": 1}], ids=str)
 def test_penalties_are_summed_in_the_type_of_the_weights_under_autocast(response, options):

@@ -14,7 +14,7 @@ from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, Owners, Place
 from fxstn.ops.batch_axis import expand_rows, row_numbers, with_mean
 from fxstn.ops.parameters import parameters_in
-from fxstn.ops.precision import WideModule, wide, widen
+from fxstn.ops.precision import WideModule, in_full_precision, wide, widen
 
 
 class Response(WideModule):
@@ -76,8 +76,8 @@ class ResponseTree(WideModule):
         return self.flat_scales(delta).split(self.flat_sizes, -1)
 
     def flat_scales(self, delta: Tensor) -> Tensor:
-        """U δ: (N,) for delta (h,), (batch, N) for (batch, h)."""
-        return nn.functional.linear(delta.to(self.flat_U.dtype), self.flat_U)
+        """U δ: (N,) for delta (h,), (batch, N) for (batch, h), in the type of U, under autocast as well."""
+        return in_full_precision(nn.functional.linear, self.flat_U.device.type)(delta.to(self.flat_U.dtype), self.flat_U)
 
 
 def responses_in(tree: nn.Module) -> dict[str, Response]:
