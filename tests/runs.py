@@ -29,8 +29,8 @@ def grouped(settings, **defaults):
     return keywords
 
 
-def make(out_dir=None, generator=True, train=40, **settings):
-    torch.manual_seed(0)
+def make(out_dir=None, generator=True, train=40, seed=0, **settings):
+    torch.manual_seed(seed)
     order = {"generator": torch.Generator().manual_seed(1)} if generator else {}
     other = {"generator": torch.Generator().manual_seed(2)} if generator else {}
     method = settings.pop("method", "delta")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import Schedule, hp
+from fxstn.bilevel.checkpoint import save_checkpoint
 from fxstn.bilevel.state import random_state
 from fxstn.loops.rates import RatesAgain, SeenRates, at_share
 from tests.nets import SmallConv, mlp
@@ -244,16 +248,60 @@ def interrupt(run: Any) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("fault", ["missing", "damaged", "of another run", "unreadable"])
+def test_a_run_whose_first_weights_are_lost_asks_for_them(tmp_path: Path, fault: str) -> None:
+    make(tmp_path / "run").fit(2)
+    make(tmp_path / "other", seed=7).fit(1)
+    file = tmp_path / "run" / "start.pt"
+    file.unlink()
+    if fault == "damaged":
+        file.write_bytes(b"text")
+    elif fault == "of another run":
+        shutil.copy(tmp_path / "other" / "start.pt", file)
+    elif fault == "unreadable":
+        file.mkdir()
+    again = make(tmp_path / "run", seed=7)
+    again.fit(3)
+    with pytest.raises(ValueError, match=r"the weights that the run began with are not known: .*; give refit fresh=, a model"):
+        again.refit(loader(), epochs=2)
+    assert len(again.refit(loader(), epochs=2, fresh=started).state_dict())
+
+
+def test_a_script_that_makes_the_same_model_brings_the_first_weights_back(tmp_path: Path) -> None:
+    runner, models, first = make(tmp_path), [], started()
+    runner.fit(2)
+    (tmp_path / "start.pt").unlink()
+    for run in (runner, make(tmp_path)):
+        run.fit(2)
+        torch.manual_seed(3)
+        refitted = run.refit(loader(), fresh=None if models else first, out_dir=tmp_path / f"refit {len(models)}")
+        models.append(dict(refitted.state_dict()))
+    assert (tmp_path / "start.pt").is_file()
+    assert same(*models)
+
+
+def test_the_first_weights_are_written_as_soon_as_they_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, calls = make(tmp_path), []
+
+    def save(state: Any, path: Path) -> None:
+        calls.append(path.name)
+        if len(calls) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_checkpoint(state, path)
+
+    monkeypatch.setattr("fxstn.bilevel.starts.save_checkpoint", save)
+    runner.fit(4)
+    assert calls == ["start.pt"] * 3
+    assert (tmp_path / "start.pt").is_file()
+
+
 def test_a_refit_that_was_interrupted_goes_on_to_the_same_end_with_the_first_start(tmp_path: Any) -> None:
     runner = make(tmp_path / "run")
     runner.fit(2)
     whole = runner.refit(loader(), epochs=4, out_dir=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         runner.refit(loader(), epochs=4, callbacks=[interrupt])
-    again = make(tmp_path / "run")
-    with torch.no_grad():
-        again.stn.model[0].weight.zero_()  # another start than that of the run, which is in a file
-    again._starts = type(again._starts)(again.stn.model, again.out_dir)
+    again = make(tmp_path / "run", seed=7)  # another start than that of the run, which is in a file
     again.fit(2)
     for _ in range(2):  # the second finds it finished
         model = again.refit(loader(), epochs=4)
@@ -270,6 +318,33 @@ def test_a_refit_of_another_length_begins_anew_in_its_folder(tmp_path: Any) -> N
     with pytest.warns(UserWarning, match=r"refit had a refit with other length: the refit begins anew there"):
         model = runner.refit(loader(), epochs=1)
     assert same(dict(model.state_dict()), dict(runner.refit(loader(), epochs=1, out_dir=tmp_path / "x").state_dict()))
+
+
+def test_a_refit_whose_note_cannot_be_read_leaves_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of other values: to go on with it would be to return another network."""
+    runner = make(tmp_path)
+    runner.fit(1)
+    runner.refit(loader(), epochs=2)
+    files = {path: path.read_bytes() for path in (tmp_path / "refit").iterdir()}
+
+    def refuse(path: Path, **options: Any) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OSError, match=r"refit\.json cannot be read \(Too many open files\).*mend the cause, or choose another"):
+        runner.refit(loader(), epochs=1)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "refit").iterdir()}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]"])
+def test_a_refit_whose_note_is_damaged_begins_anew(tmp_path: Path, content: bytes) -> None:
+    runner = make(tmp_path)
+    runner.fit(1)
+    whole = runner.refit(loader(), epochs=1)
+    (tmp_path / "refit" / "refit.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"another refit, whose refit\.json is damaged: the refit begins anew there"):
+        model = runner.refit(loader(), epochs=1)
+    assert same(dict(whole.state_dict()), dict(model.state_dict()))
 
 
 def test_a_refit_leaves_the_files_of_other_runs_alone(tmp_path: Any) -> None:

@@ -307,6 +307,33 @@ def test_the_lock_of_a_killed_run_is_free_though_its_workers_live(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_lock_of_another_user_can_be_read_alone_and_is_a_lock(tmp_path, monkeypatch):
+    first, second, whole = FolderLock(tmp_path), FolderLock(tmp_path), os.open
+
+    def opened(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return whole(path, flags, *mode)
+
+    first.acquire()
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on"):
+        second.acquire()
+    first.release()
+    (tmp_path / NAME).touch()  # left behind
+    second.acquire()
+    assert second.active
+    second.release()
+
+
+def test_a_lock_that_cannot_be_opened_is_a_warning(tmp_path):
+    (tmp_path / NAME).mkdir()
+    lock = FolderLock(tmp_path)
+    with pytest.warns(fxstn.RunWarning, match=r"cannot be locked \(Is a directory\): start no other run on it"):
+        lock.acquire()
+    assert not lock.active
+
+
 @pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP"])
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, number):
     import errno

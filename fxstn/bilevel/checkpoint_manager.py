@@ -20,6 +20,7 @@ from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.plain import check_readable
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_parts import RunParts, copied_state
+from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import State
 from fxstn.bilevel.updates import Updates
 from fxstn.bilevel.writer import BackgroundWriter, write_run
@@ -32,17 +33,19 @@ class CheckpointManager:
     """Keeps the newest state of a run, in memory or in files, which a thread writes from a copy of it; restores it.
 
     parts: of the run.
+    starts: the weights that it began with. None: they are not needed.
     device: on which processes agree.
-    out_dir: where last.pt, best.pt and history.csv go. None: the state is in memory.
+    out_dir: where last.pt, best.pt, start.pt and history.csv go. None: the state is in memory.
     minutes: after which a file is due.
     files: ≥ 1, checkpoints kept.
     memory: whether a state that is in no file is kept in memory.
     """
 
     def __init__(
-        self, parts: RunParts, device: torch.device, out_dir: Path | None, minutes: float, files: int, memory: bool
-    ) -> None:
-        self.parts, self.device, self.out_dir = parts, device, out_dir
+        self, parts: RunParts, starts: StartWeights | None, device: torch.device, out_dir: Path | None, minutes: float,
+        files: int, memory: bool,
+    ) -> None:  # fmt: skip
+        self.parts, self.starts, self.device, self.out_dir = parts, starts, device, out_dir
         self.minutes, self.files, self.memory = minutes, files, memory
         self.restorations = 0  # how often the last saved state was restored
         self._state: State | None = None  # the last saved state, where it is in no file, or is not yet
@@ -71,9 +74,10 @@ class CheckpointManager:
             self._check()
         return self.out_dir is not None and time.perf_counter() - self._time > 60 * self.minutes
 
-    def begin(self, better: bool = False) -> None:
+    def begin(self, anew: bool, better: bool = False) -> None:
         """Keep the state in which training starts, unless it is kept already.
 
+        anew: whether the run begins now.
         better: as of `keep`.
 
         Raises TypeError where files are written and could not hold the state, which would be too late to learn at a resume.
@@ -81,6 +85,8 @@ class CheckpointManager:
         self._check()
         if self._step != self.parts.counters.steps:
             self.keep(better, write=False)
+        if self.starts is not None:
+            self.starts.save(anew)
 
     def _check(self) -> None:
         if self.out_dir is not None:
@@ -96,6 +102,8 @@ class CheckpointManager:
         self.restorations, self._state, self._time = 0, None, time.perf_counter()
         self._step, self._better = self.parts.counters.steps, self._better or better
         folder = self.out_dir if write else None
+        if write and self.starts is not None:
+            self.starts.save()
         state = self.parts.state_dict() if folder is not None or self.memory else {}
         if folder is not None:
             check_readable(state)

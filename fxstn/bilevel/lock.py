@@ -41,13 +41,16 @@ class FolderLock:
     def acquire(self) -> None:
         """Take the lock. Raises ValueError where another run has it.
 
-        A folder that cannot be written to is not locked, nor is one whose file system has no locks: then there is a warning.
+        Without a lock it goes on with a warning: where the file system has none, or the file cannot be opened though there is
+        one. A folder in which it cannot be made cannot hold the files of a run either, which says so when it saves.
         """
         while self.folder is not None and fcntl is not None and self._file is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT)
-            except OSError:  # the run says so when it saves
+                file = _opened(self.folder / NAME)
+            except OSError as error:
+                if (self.folder / NAME).exists():
+                    _warn(self.folder, error)
                 return
             try:
                 if not self._lock(file, self.folder):
@@ -67,9 +70,7 @@ class FolderLock:
             raise ValueError(f"out_dir {folder} is in use by another run ({holder}), and both would write the same files; wait "
                              "until it ends, or choose another out_dir") from None  # fmt: skip
         except OSError as error:
-            warn_caller(
-                f"{folder} cannot be locked ({error.strerror}): start no other run on it, for none would be refused"
-            )
+            _warn(folder, error)
             return False
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         with contextlib.suppress(OSError):  # a full disk: the lock acts without a text
@@ -89,6 +90,18 @@ class FolderLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _opened(path: Path) -> int:
+    """The number of a lock's open file. One of another user may be open to read alone, which is enough to lock it."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    warn_caller(f"{folder} cannot be locked ({error.strerror}): start no other run on it, for none would be refused")
 
 
 _LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()

@@ -117,11 +117,11 @@ def prepare_folder(folder: Path, recipe: Mapping[str, object]) -> None:
     recipe: what the refit follows. One that was interrupted goes on where its "epochs" and "values" are the same; one that is
         "done" has to be the same in everything.
 
-    A folder that cannot be written is left to the run, which warns of it. Raises ValueError where the files are no refit's.
+    A folder that cannot be written is left to the run, which warns of it. Raises ValueError where the files are no refit's,
+    OSError where it cannot be read what they are of.
     """
-    path, lock = folder / RECIPE_FILE, FolderLock(folder)
+    before, lock = _recipe_in(folder / RECIPE_FILE), FolderLock(folder)
     try:
-        before = as_recipe(path.read_text(encoding="utf-8")) if path.is_file() else None
         keys = recipe.keys() if before and before.get("done") else ("epochs", "values")
         if before is not None and all(before.get(key) == recipe[key] for key in keys):
             return
@@ -141,7 +141,17 @@ def prepare_folder(folder: Path, recipe: Mapping[str, object]) -> None:
         lock.release()
     if files and before is not None:
         other = [_NAMES[key] for key in recipe if before.get(key) != recipe[key]]
-        warn_caller(f"{folder} had a refit with other {' and '.join(other)}: the refit begins anew there")
+        what = f"had a refit with other {' and '.join(other)}" if before else f"had another refit, whose {RECIPE_FILE} is damaged"
+        warn_caller(f"{folder} {what}: the refit begins anew there")
+
+
+def _recipe_in(path: Path) -> dict[str, Any] | None:
+    """What a file says of a refit; None: there is none. Raises OSError where it cannot be read."""
+    try:
+        return as_recipe(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be read ({error.strerror}), so that nobody knows which refit the files beside "
+                      "it are of; mend the cause, or choose another out_dir") from error  # fmt: skip
 
 
 def ingredients(run: RefitRun, loader: Iterable[object], keywords: Mapping[str, object]) -> dict[str, object]:

@@ -93,8 +93,8 @@ class BilevelRunner(Refittable):
         self._tuner = Tuner(self.problem, network, options, self.device, self._train, self._valid, seed)
         self._tuner.stepper.replays = bool(options.execution.compile) and self.device.type == "cuda"
         self._loop = TrainingLoop(self._tuner, self._train, batches)
-        self._build_parts()
         self._starts = None if network is None or valid_loader is None else StartWeights(network.model, self.out_dir)
+        self._build_parts()
         self._length = 0  # epochs that `fit` is to end with
 
     def _place_problem(self) -> None:
@@ -119,7 +119,7 @@ class BilevelRunner(Refittable):
         self._best = BestModel(device)
         self._epoch_tensors = EpochTensors(problem, tuner.averages)
         saving = (files.save_minutes, files.keep, files.rollbacks > 0)
-        self._checkpoints = CheckpointManager(self._parts(), device, self.out_dir, *saving)
+        self._checkpoints = CheckpointManager(self._parts(), self._starts, device, self.out_dir, *saving)
         slowing = (self.updates, tuner.monitors, tuner.prepare, files.rollbacks)
         self._recovery = Recovery(self._checkpoints, problem, *slowing)
 
@@ -128,6 +128,7 @@ class BilevelRunner(Refittable):
         tuner = self._tuner
         shared: dict[str, Stateful] = {"limit": tuner.limit, "backtracking": tuner.backtracking}
         shared |= {"averages": tuner.averages} if tuner.averages is not None else {}
+        shared |= {"starts": self._starts} if self._starts is not None else {}
         shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper,
                    "statistics": tuner.evaluator.statistics}  # fmt: skip
         local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "means": tuner.means}
@@ -178,9 +179,7 @@ class BilevelRunner(Refittable):
 
     def _begin_fit(self, epochs: int) -> None:
         self._stopped, self._length, anew = False, epochs, not self._begun
-        self._checkpoints.begin(better=anew and self._evaluated_start())
-        if self._starts is not None:
-            self._starts.begin(anew)
+        self._checkpoints.begin(anew, better=anew and self._evaluated_start())
         for callback in self.callbacks:
             if on_fit_start := getattr(callback, "on_fit_start", None):
                 on_fit_start(self)
