@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import DamagedError, load_checkpoint, save_checkpoint
+from fxstn.bilevel.files import write_text
 from fxstn.tools import measure
 from tests.runs import make, without_times
 
@@ -154,6 +156,22 @@ def test_save_refuses_the_files_of_a_run_that_is_under_way(tmp_path):
         "other.1.pt",
         "start.pt",
     }
+
+
+@pytest.mark.parametrize("name", ["history.csv", "best.pt", "start.pt"])
+def test_a_folder_where_a_file_of_the_run_should_be_is_a_warning_and_leaves_no_other_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with nullcontext() if name == "start.pt" else pytest.warns(fxstn.RunWarning, match="cannot write to .*; training goes on"):
+        assert len(make(tmp_path).fit(2)) == 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_text_that_cannot_be_renamed_leaves_no_other_file(tmp_path):
+    (tmp_path / "s.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_text(tmp_path / "s.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ESTALE, errno.EIO])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import IO
 import torch
 
 from fxstn.bilevel.faults import warn_caller
+from fxstn.bilevel.files import written_beside
 from fxstn.bilevel.state import State
 
 FORMAT = 18
@@ -47,31 +47,24 @@ class _HashingFile:
         self.file.flush()
 
 
-def _write_temporary(state: Mapping[str, object], path: Path, checksum: bool) -> Path:
-    """A temporary file beside `path` that holds the state, on the disk. Raises OSError, and leaves no such file, at a fault."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb", buffering=0) as raw:  # a process forked meanwhile has nothing to flush
-            file = _HashingFile(raw)
-            try:
-                torch.save(state, file)  # type: ignore[arg-type]
-            except RuntimeError as error:
-                raise file.error or error from error
-            if checksum:
-                file.write(f"{FORMAT:0{_DIGITS}d}".encode())
-                file.write(file.sum.digest() + _MARK)
-            os.fsync(raw.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):  # the first error says more
-            temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+def _write(state: Mapping[str, object], path: Path, checksum: bool) -> None:
+    """torch.save to a file, and wait until it is on the disk. Raises OSError."""
+    with open(path, "wb", buffering=0) as raw:  # a process forked meanwhile has nothing to flush
+        file = _HashingFile(raw)
+        try:
+            torch.save(state, file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise file.error or error from error
+        if checksum:
+            file.write(f"{FORMAT:0{_DIGITS}d}".encode())
+            file.write(file.sum.digest() + _MARK)
+        os.fsync(raw.fileno())
 
 
 def save_atomically(state: Mapping[str, object], path: str | Path) -> None:
     """torch.save to a temporary file in the same folder, then rename it: the old file stays whole until the new one is."""
-    os.replace(_write_temporary(state, Path(path), checksum=False), path)
+    with written_beside(Path(path)) as temporary:
+        _write(state, temporary, checksum=False)
 
 
 def _older(path: Path, age: int) -> Path:
@@ -94,11 +87,11 @@ def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
     keep: ≥ 1, files in all.
     """
     path = Path(path)
-    temporary = _write_temporary(state, path, checksum=True)
-    for age in range(keep - 1, 0, -1):
-        if _exists(_older(path, age - 1)):
-            os.replace(_older(path, age - 1), _older(path, age))
-    os.replace(temporary, path)
+    with written_beside(path) as temporary:
+        _write(state, temporary, checksum=True)
+        for age in range(keep - 1, 0, -1):
+            if _exists(_older(path, age - 1)):
+                os.replace(_older(path, age - 1), _older(path, age))
 
 
 def _check_seal(file: IO[bytes], path: Path) -> None:

@@ -1,10 +1,12 @@
-"""Texts that a run writes: in UTF-8, whole or not at all."""
+"""Files that a run writes whole or not at all; texts in UTF-8."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxstn.ir.input_errors import as_path
@@ -20,15 +22,27 @@ def absolute(path: str | Path | None, name: str) -> Path | None:
     return None if path is None else as_path(path, name).absolute()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it, so that a reader never sees half of it. Makes the folder.
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which is renamed to `path` at the end, so that a reader never sees half of it.
 
-    The encoding is UTF-8, whatever the locale.
+    The folder is made. At an OSError nothing stays behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):  # the first error says more
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, atomically, in UTF-8, whatever the locale. Makes the folder."""
+    with written_beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def _finite(value: object) -> object:

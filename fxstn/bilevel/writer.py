@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -57,5 +58,7 @@ def write_run(state: State, names: tuple[str, ...], folder: Path, files: int, be
     best = state["shared"]["best"]["record"]
     if better and best is not None:
         save_atomically(best, folder / "best.pt")
-    History(names, state["shared"]["history"]["rows"]).to_csv(folder / "history.csv")
+    if (table := folder / "history.csv").is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{table.name} is a folder")
+    History(names, state["shared"]["history"]["rows"]).to_csv(table)
     save_checkpoint(state, folder / "last.pt", files)
