@@ -47,7 +47,7 @@ class FolderLock:
         while self.folder is not None and fcntl is not None and self._file is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = _opened(self.folder / NAME)
+                file = _open_to_lock(self.folder / NAME)
             except OSError as error:
                 if (self.folder / NAME).exists():
                     _warn(self.folder, error)
@@ -92,7 +92,7 @@ class FolderLock:
             self._file = None
 
 
-def _opened(path: Path) -> int:
+def _open_to_lock(path: Path) -> int:
     """The number of a lock's open file. One of another user may be open to read alone, which is enough to lock it."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
