@@ -176,7 +176,7 @@ def test_decay_is_left_where_the_optimizer_has_it_under_any_name():
     ]
     optimizer = torch.optim.SGD(groups, 0.1)
     data = [(X, torch.randn(4, 2))]
-    specs = [hp.WeightDecay("net.*"), hp.WeightDecay("head"), hp.Dropout()]
+    specs = [hp.WeightDecay("net.*", "head"), hp.Dropout()]
     tuner = fxstn.tune(model, optimizer, F.mse_loss, data, data, specs)
     assert list(tuner.values()) == ["conv1.weight_decay", "conv2.weight_decay", "dropout"]
     decayed = {name for name, _, _ in tuner.problem.stn.terms.penalties}

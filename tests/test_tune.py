@@ -456,6 +456,26 @@ def test_weight_decay_starts_where_the_groups_are() -> None:
     assert tuner.values() == pytest.approx(dict.fromkeys(expected, 1e-3))
 
 
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([hp.WeightDecay()], {"0.weight_decay": 0.2}),
+        ([hp.WeightDecay("3")], {"3.weight_decay": 5e-4}),
+        ([hp.WeightDecay("[36]", shared=True)], {"weight_decay": 5e-4}),
+        ([hp.WeightDecay("[03]", shared=True)], {"weight_decay": 0.2}),
+        ([hp.WeightDecay("0"), hp.WeightDecay("3")], {"0.weight_decay": 0.2, "3.weight_decay": 5e-4}),
+        ([hp.WeightDecay("3", init=0.01)], {"3.weight_decay": 0.01}),
+    ],
+    ids=repr,
+)
+def test_groups_without_decay_have_none_unless_a_spec_is_for_them_alone(specs: Any, expected: dict[str, float]) -> None:
+    model, (loader, valid) = mlp(), loaders()
+    decayed, *others = model[0].parameters(), model[3].parameters(), model[6].parameters()
+    groups = [{"params": decayed, "weight_decay": 0.2}, *({"params": own, "weight_decay": 0.0} for own in others)]
+    tuner = fxstn.tune(model, torch.optim.AdamW(groups), F.cross_entropy, loader, valid, specs)
+    assert tuner.values() == pytest.approx(expected, rel=1e-4)
+
+
 # Resume
 
 

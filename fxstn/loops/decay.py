@@ -243,7 +243,7 @@ def without_undecayed(
     network: SelfTuningNetwork, specs: Sequence[Spec] | None, optimizers: Sequence[Optimizer]
 ) -> Sequence[Spec] | None:
     """The specs without the weights that no optimizer steps, and, where some group has decay, without those in groups that have
-    none; the very same where there is nothing to leave out."""
+    none, unless a spec is for such alone; the very same where there is nothing to leave out."""
     own = _own_rates(network, optimizers)
     replaced, decays = [spec for spec in specs or () if _takes_over(spec)], any(own.values())
     chosen = {name for name, rate in own.items() if rate or (rate is not None and not decays)}
@@ -261,15 +261,24 @@ def _without(spec: Spec, parameters: Collection[str]) -> Spec:
 
 
 def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) -> None:
-    """Start each coefficient at the decay of the first weight that it is for, where the specs leave the start open."""
+    """Start each coefficient at the decay of the first weight that it is for, where the specs leave the start open.
+
+    One that is for weights without decay alone starts at the usual recipe.
+    """
     own, space, starts = _own_rates(network, optimizers), network.hparams, dict[str, float]()
     others: dict[str, tuple[float, str, float]] = {}
     for name, index, _ in network.terms.penalties:
         if (rate := own.get(name)) and space.hyperparameters[index].origin == DECAY:
             start = starts.setdefault(space.names[index], rate)
             others |= {space.names[index]: (start, name, rate)} if rate != start else {}
-    space.hyperparameters = tuple(replace(own, init=starts.get(own.name, own.init)) for own in space.hyperparameters)
-    space.set(starts)
+    (usual,) = WeightDecay.numbers.values()
+    renewed = {
+        one.name: replace(one, init=starts[one.name]) if one.name in starts
+        else replace(one, init=usual.init, origin=usual.origin)
+        for one in space.hyperparameters if one.origin == DECAY
+    }  # fmt: skip
+    space.hyperparameters = tuple(renewed.get(one.name, one) for one in space.hyperparameters)
+    space.set({name: one.init for name, one in renewed.items()})
     for number, (start, name, rate) in others.items():
         warn_caller(f"{number} begins at {start:g}, the weight decay of its first weight; {name} has {rate:g}: give init=, or "
                     "tune the decay of each group by a spec of its own")  # fmt: skip

@@ -109,7 +109,7 @@ def tune(
         optimizer.step().
     valid_loader: held-out data. The tuner takes batches of the training size from its data set.
     hparams: as for `fxstn.transform`. hp.WeightDecay() takes over the optimizer's weight_decay, coupled or decoupled as it is
-        there, and starts from it; groups without decay stay without, unless no group has any.
+        there, and starts from it; groups without decay stay without, unless a spec is for them alone.
     forward: function (model, batch) → (output, target). Default: for (inputs, target), longer tuples, dicts with "labels".
     valid_loss_fn: loss of validation batches. Default: loss_fn.
     example_inputs: as for `fxstn.transform`. Default: a few examples of train_loader.

@@ -160,7 +160,7 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
     """(path, its weights) for each match of one spec.
 
     A match is a layer, or one tensor of a layer that does not match itself, or one parameter of such a tensor. Embeddings have
-    weight decay where a pattern is their whole name.
+    weight decay where a pattern is their whole name. Exempt weights are left out, unless the spec names no others.
     """
     names = ModelNames(model_of(module))
     tables = {name: names.levels(name) for name in layer_weights(module, "table") if isinstance(spec, WeightDecay)}
@@ -170,12 +170,14 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
     what = f" (embeddings need a whole name: {shown})" if tables else ""
     every = dict.fromkeys(name for levels in weights.values() for level in levels for name in level)
     matched = set(spec.match(every, what) if spec.where else every)
+    paths = {
+        name: next((level[0] for level in levels if not matched.isdisjoint(level)), None) for name, levels in weights.items()
+    }
+    own = {name: path for name, path in paths.items() if path is not None}
     exempt = spec.exempt if isinstance(spec, WeightDecay) else ()
     matches: dict[str, list[str]] = {}
-    for name, levels in weights.items():
-        path = next((level[0] for level in levels if not matched.isdisjoint(level)), None)
-        if path is not None and name not in exempt:
-            matches.setdefault(path, []).append(name)
+    for name in [name for name in own if name not in exempt] or own:
+        matches.setdefault(own[name], []).append(name)
     yield from matches.items()
 
 
