@@ -176,6 +176,11 @@ for _name, _value, _message in (
         r"\['optimizer'\] must be a factory, such as",
     ),
     (
+        "schedulers",
+        {"optimizer": lambda o: StepLR(torch.optim.SGD(mlp().parameters()), 1)},
+        r"schedulers\['optimizer'\] returns a scheduler of another optimizer \(SGD\): make it of the one that the factory is",
+    ),
+    (
         "step_schedulers",
         {"optimizer": lambda o: None},
         r"step_schedulers\['optimizer'\] must return a scheduler.*NoneType",
@@ -859,10 +864,10 @@ row("CLI model unknown", "model 'resnet99' is neither a torchvision classificati
 )
 row(
     "CLI module unknown",
-    r"model 'nowhere:net' cannot be built: No module named 'nowhere'; name a function that can be",
+    r"nowhere:net: there is no module 'nowhere' in .*, nor where Python finds modules",
 )(command("explain", "nowhere:net"))
 row(
-    "CLI function unknown", r"model 'tests.nets:net' cannot be built: .*no attribute 'net'; name a function that can be"
+    "CLI function unknown", r"tests.nets:net: module 'tests.nets' has no attribute 'net'"
 )(command("explain", "tests.nets:net"))
 row(
     "CLI function without num_classes",

@@ -154,6 +154,15 @@ def flexible(**options):
 
 def needs(width):
     return nn.Linear(width, 2)
+
+def wrong():
+    return nn.Linear("a")
+
+model = nn.Linear(2, 2)
+
+class pair(nn.Module):
+    def forward(self, a, b):
+        return a + b
 """
 
 
@@ -184,9 +193,29 @@ def test_what_trains_on_data_needs_a_function_that_takes_num_classes(mymodels, c
     assert "write def make(num_classes)" in printed
 
 
-def test_a_function_that_needs_something_else_is_refused(mymodels, capsys):
-    assert cli.main(["explain", f"{mymodels}:needs"]) == 2
-    assert "needs' cannot be built: needs() missing 1 required positional argument: 'width'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("needs", "needs needs width; name a function that can be called with num_classes alone"),
+        ("model", "model is a Linear; name a function that returns it"),
+        ("nowhere", "nowhere: module '"),
+        ("pair", "pair.forward() missing 1 required positional argument: 'b'"),
+    ],
+)
+def test_what_is_no_function_for_a_command_is_refused(mymodels, function, message, capsys):
+    assert cli.main(["verify", f"{mymodels}:{function}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_module_that_cannot_be_imported_names_what_it_lacks(mymodels, capsys):
+    Path(f"{mymodels}_2.py").write_text("import nowhere_at_all\n")
+    assert cli.main(["explain", f"{mymodels}_2:make"]) == 2
+    assert f"{mymodels}_2 cannot be imported: No module named 'nowhere_at_all'" in capsys.readouterr().err
+
+
+def test_an_error_of_the_function_itself_is_left_as_it_is(mymodels):
+    with pytest.raises(TypeError, match="Linear"):
+        cli.main(["explain", f"{mymodels}:wrong"])
 
 
 def test_an_installed_package_has_its_types_its_page_and_its_command(tmp_path):

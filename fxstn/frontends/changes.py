@@ -23,7 +23,7 @@ from fxstn.ir.errors import module_path
 from fxstn.ops.parameters import parameters_in
 from fxstn.ops.response import Response
 
-_ANEW = "transform the model again, with the change made before"
+_ANEW = "change it before transform, or before fxstn.tune"
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class ModuleState:
     def _changes_of(self, record: _Record) -> Iterator[Change]:
         path, module = record.path, record.module
         if self.hooks and _has_hooks(module):
-            remedy = 'remove it, or transform with trace="live", which runs hooks'
-            yield Change(path, "it has a hook since transform, which the graphs would not run", remedy)
+            remedy = 'remove it, or give transform, or fxstn.tune, trace="live", which runs hooks'
+            yield Change(path, "it has a hook that it did not have when the graphs were made, and they would not run it", remedy)
         for kind, before, now in (
             ("parameter", record.parameters, module._parameters),
             ("module", record.children, module._modules),
@@ -149,13 +149,13 @@ class ModuleState:
                         if kind == "module"
                         else "copy values into the old one (with torch.no_grad(): p.copy_()), or "
                     )
-                    yield Change(path, f"its {kind} {name!r} is another object since transform", values + _ANEW)
+                    yield Change(path, f"its {kind} {name!r} is another object than at first", values + _ANEW)
         attributes, copies = _attributes(module), {id(value): copied for value, copied in self.contents}
         for name in sorted({*record.attributes, *attributes}):
             known = name in record.attributes or hasattr(type(module), name)
             old = record.attributes.get(name)
             if known and not same(copies.get(id(old), old), attributes.get(name)):
-                yield Change(path, f"{name} is {attributes.get(name)!r} since transform")
+                yield Change(path, f"{name} is {attributes.get(name)!r} now")
 
 
 def refuse(changes: list[Change], plan: Plan, frozen: tuple[str, ...]) -> None:
@@ -165,15 +165,15 @@ def refuse(changes: list[Change], plan: Plan, frozen: tuple[str, ...]) -> None:
     frozen: paths of the modules that stayed in eval mode before.
     """
     tuned = {site.path: site for site in plan.binding.sites if not site.insert}
-    off = [Change(path, "it is in eval mode since transform") for path in plan.frozen if path not in frozen]
+    off = [Change(path, "it is in eval mode now") for path in plan.frozen if path not in frozen]
     for change in (*changes, *off):
         if change.remedy:
             raise ValueError(f"{change}; {change.remedy}")
         if change.path in tuned:
             names = [plan.binding.hyperparameters[index].name for index in tuned[change.path].indices]
             raise ValueError(
-                f"{change}, but its strength is λ, {', '.join(map(repr, names))}: set that by stn.hparams.set, or "
-                "transform again with hparams that leave this module out"
+                f"{change}, but its strength is λ, {', '.join(map(repr, names))}: set that by hparams.set of the network (of "
+                "tuner.problem.stn in a loop of your own), or begin with hparams that leave this module out"
             )
 
 
@@ -187,7 +187,7 @@ def refuse_other_sites(binding: Binding, before: fx.GraphModule, now: fx.GraphMo
     for site in binding.sites:
         if old[site.node] != new.get(site.node):
             what = (
-                "the operation is no longer where its strength was tuned, because modules were changed since transform"
+                "the operation is no longer where its strength was tuned, because modules were changed"
             )
             raise ValueError(f"{Change(site.path, what)}; {_ANEW}")
 

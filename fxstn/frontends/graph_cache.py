@@ -183,7 +183,7 @@ class GraphCache:
         self.others.append(other)
         if len(self.others) % MANY == 0:
             warnings.warn(f"the forward was exported anew for {len(self.others)} sizes of its inputs, which takes time; pad "
-                          'to a few lengths, or transform with trace="live"', stacklevel=2)  # fmt: skip
+                          'to a few lengths, or give transform, or fxstn.tune, trace="live"', stacklevel=2)  # fmt: skip
         return other.graphs, other
 
     def _unmet(self, root: Root, arguments: Mapping[str, Any]) -> str:

@@ -61,7 +61,11 @@ def run_show(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    report = verify(build_model(args.model, args.num_classes, own_classes=True), x)
+    model = build_model(args.model, args.num_classes, own_classes=True)
+    try:
+        report = verify(model, x)
+    except TypeError as error:  # its forward takes other inputs
+        raise ValueError(f"{error}; the command gives images alone, fxstn.verify(model, *inputs) anything") from error
     print(report)
     return DONE if report.ok else FAILED
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 
 from torch import nn
 
-from fxstn.tools.functions import named_function
+from fxstn.tools.functions import named_function, parameters_of
 
 
 def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module:
@@ -35,18 +34,14 @@ def build_model(name: str, classes: int, own_classes: bool = False) -> nn.Module
 
 def _call(name: str, classes: int, own_classes: bool) -> nn.Module:
     """What the function 'package.module:function' returns."""
-    try:
-        function = named_function(name)
-        takes_classes = _takes_classes(function)
-        if not (takes_classes or own_classes):
-            raise ValueError(
-                f"model {name!r} takes no num_classes, and its classes must be those of the data; write "
-                f"def {name.partition(':')[2]}(num_classes)"
-            )
-        model = function(num_classes=classes) if takes_classes else function()
-    except (AttributeError, ImportError, TypeError) as error:
-        remedy = "a function that can be imported" + ("" if own_classes else " and takes num_classes")
-        raise ValueError(f"model {name!r} cannot be built: {error}; name {remedy}") from error
+    function = named_function(name, "num_classes")
+    takes_classes = _takes_classes(function)
+    if not (takes_classes or own_classes):
+        raise ValueError(
+            f"model {name!r} takes no num_classes, and its classes must be those of the data; write "
+            f"def {name.partition(':')[2]}(num_classes)"
+        )
+    model = function(num_classes=classes) if takes_classes else function()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} must return an nn.Module, it returns {type(model).__name__}")
     return model
@@ -54,8 +49,6 @@ def _call(name: str, classes: int, own_classes: bool) -> nn.Module:
 
 def _takes_classes(function: Callable[..., object]) -> bool:
     """Whether a function can be called with num_classes, as far as its signature says."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # some builtins have none
+    if (parameters := parameters_of(function)) is None:
         return True
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

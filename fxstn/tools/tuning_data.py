@@ -108,10 +108,7 @@ def _image_folders(folder: Path, size: int) -> list[Any]:
 
 def _returned(name: str) -> list[Any]:
     """[all], [train, valid] or [train, valid, test] of a function of the user's."""
-    try:
-        result = named_function(name)()
-    except (AttributeError, ImportError, TypeError) as error:
-        raise ValueError(f"--data {name}: {error}; name a function without arguments that returns {FORMS}") from error
+    result = named_function(name)()
     parts = list(result) if isinstance(result, tuple) else [result]
     right = 1 <= len(parts) <= 3 and (len(parts) > 1 or _is_data_set(result))
     if not right or not all(hasattr(part, "__iter__") or _is_data_set(part) for part in parts):
