@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -294,6 +295,21 @@ def test_rates_halve_again_for_a_second_attempt_and_a_third_is_refused():
     assert loss_of_best(runner) == pytest.approx(min(runner.history["valid_loss"]), rel=1e-5)
     with pytest.raises(fxstn.DivergedError, match="train_loss became nan in epoch 3"):
         make(loss_fn=broken_at(range(21, 100)), valid_loss_fn=F.cross_entropy, checkpoints={"rollbacks": 0}).fit(5)
+
+
+def test_a_way_back_that_is_closed_is_told_with_the_fault(tmp_path):
+    broken = broken_at({26})
+
+    def loss_fn(output, target):
+        loss = broken(output, target)
+        if loss != loss:
+            runner._checkpoints.finish()
+            shutil.rmtree(tmp_path / "run")
+        return loss
+
+    runner = make(tmp_path / "run", loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
+    with pytest.raises(fxstn.DivergedError, match=r"became nan in .*; the way back .* is closed: .*last\.pt cannot be read"):
+        runner.fit(5)
 
 
 @pytest.mark.parametrize(("name", "loss"), [("train", "train_loss"), ("valid", "hyper_loss")])

@@ -240,7 +240,12 @@ class Recovery:
             self.prepare.check()
             raise DivergedError(self._divergence_message(fault))
         before = self.monitors.warnings
-        self.checkpoints.restore()
+        try:
+            self.checkpoints.restore()
+        except (OSError, DamagedError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DivergedError(f"{self._divergence_message(fault)}; the way back to the last checkpoint is closed: {reason}"
+                                ) from error  # fmt: skip
         counters.rollbacks = done
         self.updates.drop_gradients()
         slower = slow_after(fault, self.updates, 0.5**self.checkpoints.restorations)
