@@ -272,6 +272,23 @@ def test_training_in_eval_mode_is_told() -> None:
     train_in_eval_mode()  # once
 
 
+@pytest.mark.parametrize(("kind", "every", "warns"), [(list, 2, True), (list, 1, False), (lambda loader: loader, 2, False)])
+def test_a_loop_that_accumulates_over_a_list_is_told(
+    kind: Any, every: int, warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, (loader, valid) = mlp(), loaders(48)
+    batches, optimizer = kind(loader), sgd(model)
+    fxstn.tune(model, optimizer, F.cross_entropy, batches, valid, **QUICK)
+    for _ in range(2):
+        for number, (x, y) in enumerate(batches):
+            F.cross_entropy(model(x), y).backward()
+            if number % every == every - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    texts = [str(warning.message) for warning in recwarn.list]
+    assert sum("had 2 forwards before a step, and train_loader is no DataLoader" in text for text in texts) == warns
+
+
 def test_a_tuner_that_fails_leaves_an_optimizer_without_hooks() -> None:
     loader, valid = loaders()
     _, _, tuner = tuned(loader, valid)

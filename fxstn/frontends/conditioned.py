@@ -35,6 +35,7 @@ class ConditionedForward:
     strengths: what these operations read.
     autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
     trained: whether the last forward of the model itself that can be differentiated was in train mode. None: there was none.
+    forwards: how many there were in train mode.
     owner: who moves λ. None in a copy, whose λ nobody moves.
     """
 
@@ -42,6 +43,7 @@ class ConditionedForward:
         self.module, self.sites, self.strengths = module, sites, strengths
         self.autocast: torch.dtype | None = None
         self.trained: bool | None = None
+        self.forwards = 0
         self.owner: ref[object] | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
         self.own = vars(module).get("forward")
@@ -58,6 +60,8 @@ class ConditionedForward:
         module, sites = self.module, self.sites
         if sites.root and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self.trained = module.training
+            if not torch.compiler.is_compiling():
+                self.forwards += module.training
         if not module.training:
             return self.original(*args, **kwargs)
         if sites.whole is not None:

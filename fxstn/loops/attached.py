@@ -166,7 +166,7 @@ class AttachedTuner(RefittableLoop):
             check_place(self.model, self._place)
             self._evaluate_start()
             self._rates.note()
-            self._idle.note_step(self._last_forward.training)
+            self._idle.note_step(self._last_forward, self.loaders.beside is not None)
             self._note_gradient(gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
 
@@ -214,7 +214,7 @@ class AttachedTuner(RefittableLoop):
     def _advance(self, batches: list[object]) -> None:
         """Do what is due after a step of w₀ on these batches."""
         tuner = self._tuner
-        self._last_forward.follow_precision()
+        self._last_forward.follow()
         self._recent.batches.extend(batches)
         with torch.enable_grad(), self._in_the_loops_mode():  # the optimizer may step in a backward pass, say
             prepared = [tuner.prepare(batch, "train_loader", tuner.time) for batch in batches]

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.losses import takes_hparams
 from fxstn.bilevel.network_problem import NetworkProblem
+from fxstn.loops.last_forward import LastForward
 
 MANY = 500  # steps of a loop, in which an evaluation would have come where it knows of the tuner
 
@@ -56,9 +57,20 @@ class IdleLoop:
         """The loop leaves the pass."""
         self._changes = self._writes() != self._versions
 
-    def note_step(self, training: bool) -> None:
-        """A step of the optimizers that the tuner knows is under way, after a forward in train mode or in eval mode."""
-        self._steps, self._trains = True, self._trains or training
+    def note_step(self, forward: LastForward, unseen: bool) -> None:
+        """A step of the optimizers that the tuner knows is under way.
+
+        forward: before it.
+        unseen: whether nobody sees which batches the loop has had.
+        """
+        self._steps, self._trains = True, self._trains or forward.training
+        if forward.forwards > 1 and unseen:
+            self._warn(
+                "unseen batches",
+                f"the model had {forward.forwards} forwards before a step, and train_loader is no DataLoader: for each step the tuner "
+                "takes its next batch alone; where the loop accumulates gradients over several batches, iterate over a "
+                "DataLoader, or pass train_loader=None and call tuner.step(batch) after each batch",
+            )
 
     def warn_of_other_steps(self) -> None:
         """Warn where weights were written to in a pass without a step of an optimizer that the tuner knows."""

@@ -20,6 +20,7 @@ class LastForward:
 
     def __init__(self, tuner: Tuner, model: nn.Module) -> None:
         self.tuner, self.model = tuner, model
+        self._followed = 0  # forwards of the model until `follow`
 
     @property
     def _forward(self) -> ConditionedForward | None:
@@ -32,9 +33,15 @@ class LastForward:
         forward = self._forward
         return self.model.training if forward is None or forward.trained is None else forward.trained
 
-    def follow_precision(self) -> None:
-        """Use the precision that the model's last forward in train mode had."""
+    @property
+    def forwards(self) -> int:
+        """The number of forwards in train mode since `follow`."""
+        return 0 if self._forward is None else max(0, self._forward.forwards - self._followed)
+
+    def follow(self) -> None:
+        """Use the precision that the model's last forward in train mode had. It is the last of a step."""
         if (forward := self._forward) is not None:
+            self._followed = forward.forwards
             self._use(forward.autocast)
 
     def _use(self, autocast: torch.dtype | None) -> None:
