@@ -20,7 +20,7 @@ class LastForward:
 
     def __init__(self, tuner: Tuner, model: nn.Module) -> None:
         self.tuner, self.model = tuner, model
-        self._followed = 0  # forwards of the model until `follow`
+        self._earlier = 0  # forwards of the model before `follow`
 
     @property
     def _forward(self) -> ConditionedForward | None:
@@ -36,12 +36,12 @@ class LastForward:
     @property
     def forwards(self) -> int:
         """The number of forwards in train mode since `follow`."""
-        return 0 if self._forward is None else max(0, self._forward.forwards - self._followed)
+        return 0 if self._forward is None else max(0, self._forward.forwards - self._earlier)
 
     def follow(self) -> None:
         """Use the precision that the model's last forward in train mode had. It is the last of a step."""
         if (forward := self._forward) is not None:
-            self._followed = forward.forwards
+            self._earlier = forward.forwards
             self._use(forward.autocast)
 
     def _use(self, autocast: torch.dtype | None) -> None:
