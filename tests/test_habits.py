@@ -120,6 +120,29 @@ def test_a_scheduler_acts_on_the_default_optimizer_of_lambda_and_so_does_a_way_b
     assert rates == pytest.approx([0.4 * 0.01, 0.4 * 0.001, 0.4 * 0.0001 * 0.5])
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Another optimizer's steps, whose groups it shares."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+
+    def step(self, closure=None):
+        self.base.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+
+def test_a_scheduler_of_the_optimizer_that_a_wrapper_steps_acts():
+    runner = make(
+        optimizer=lambda p: Wrapper(torch.optim.SGD(p, lr=0.1)),
+        schedulers={"optimizer": lambda o: lr_scheduler.StepLR(o.base, 1, 0.1)},
+    )
+    runner.fit(2)
+    assert learning_rate(runner.optimizers["optimizer"]) == pytest.approx(0.001)
+
+
 @dataclass
 class Example:
     image: torch.Tensor

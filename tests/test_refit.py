@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import Schedule, hp
-from fxstn.bilevel.checkpoint import save_checkpoint
+from fxstn.bilevel.checkpoint import load_checkpoint, save_checkpoint
 from fxstn.bilevel.state import random_state
 from fxstn.loops.rates import RatesAgain, SeenRates, at_share
 from tests.nets import SmallConv, mlp
@@ -264,23 +264,41 @@ def test_a_run_whose_first_weights_are_lost_asks_for_them(tmp_path: Path, fault:
     again.fit(3)
     with pytest.raises(ValueError, match=r"the weights that the run began with are not known: .*; give refit fresh=, a model"):
         again.refit(loader(), epochs=2)
+    assert file.exists() == (fault != "missing")
     assert len(again.refit(loader(), epochs=2, fresh=started).state_dict())
 
 
-def test_a_script_that_makes_the_same_model_brings_the_first_weights_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_a_script_that_makes_the_same_model_brings_the_first_weights_back(tmp_path: Path, content: bytes | None) -> None:
     runner, models, first = make(tmp_path), [], started()
     runner.fit(2)
     (tmp_path / "start.pt").unlink()
+    if content is not None:
+        (tmp_path / "start.pt").write_bytes(content)
     for run in (runner, make(tmp_path)):
         run.fit(2)
         torch.manual_seed(3)
         refitted = run.refit(loader(), fresh=None if models else first, out_dir=tmp_path / f"refit {len(models)}")
         models.append(dict(refitted.state_dict()))
-    assert (tmp_path / "start.pt").is_file()
+    assert len(load_checkpoint(tmp_path / "start.pt"))
+    assert same(*models)
+
+
+def test_a_run_that_is_loaded_is_refitted_from_the_weights_in_its_folder(tmp_path: Path) -> None:
+    runner, other = make(tmp_path), make(tmp_path, seed=7)
+    runner.fit(2)
+    models = []
+    for run in (runner, other):
+        if run is other:
+            run.load(tmp_path / "last.pt")
+        torch.manual_seed(3)
+        models.append(dict(run.refit(loader(), epochs=1, out_dir=tmp_path / f"refit {len(models)}").state_dict()))
     assert same(*models)
 
 
 def test_the_first_weights_are_written_as_soon_as_they_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, seed=7).fit(1)
+    (tmp_path / "last.pt").unlink()  # another run begins beside the start of this one
     runner, calls = make(tmp_path), []
 
     def save(state: Any, path: Path) -> None:
@@ -292,7 +310,7 @@ def test_the_first_weights_are_written_as_soon_as_they_can_be(tmp_path: Path, mo
     monkeypatch.setattr("fxstn.bilevel.starts.save_checkpoint", save)
     runner.fit(4)
     assert calls == ["start.pt"] * 3
-    assert (tmp_path / "start.pt").is_file()
+    assert same(load_checkpoint(tmp_path / "start.pt")["0.weight"], started()[0].weight.detach())
 
 
 def test_a_refit_that_was_interrupted_goes_on_to_the_same_end_with_the_first_start(tmp_path: Any) -> None:

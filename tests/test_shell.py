@@ -158,6 +158,9 @@ def needs(width):
 def wrong():
     return nn.Linear("a")
 
+def by_position(num_classes, /):
+    return nn.Linear(2, num_classes)
+
 model = nn.Linear(2, 2)
 
 class pair(nn.Module):
@@ -199,7 +202,8 @@ def test_what_trains_on_data_needs_a_function_that_takes_num_classes(mymodels, c
         ("needs", "needs needs width; name a function that can be called with num_classes alone"),
         ("model", "model is a Linear; name a function that returns it"),
         ("nowhere", "nowhere: module '"),
-        ("pair", "pair.forward() missing 1 required positional argument: 'b'"),
+        ("pair", "pair: missing a required argument: 'b'; the command gives images alone"),
+        ("by_position", "by_position needs num_classes; name a function"),
     ],
 )
 def test_what_is_no_function_for_a_command_is_refused(mymodels, function, message, capsys):
@@ -213,9 +217,12 @@ def test_a_module_that_cannot_be_imported_names_what_it_lacks(mymodels, capsys):
     assert f"{mymodels}_2 cannot be imported: No module named 'nowhere_at_all'" in capsys.readouterr().err
 
 
-def test_an_error_of_the_function_itself_is_left_as_it_is(mymodels):
+def test_an_error_of_the_users_code_is_left_as_it_is(mymodels):
     with pytest.raises(TypeError, match="Linear"):
         cli.main(["explain", f"{mymodels}:wrong"])
+    Path(f"{mymodels}_3.py").write_text("import torch\ntorch.no_such_name\n")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        cli.main(["explain", f"{mymodels}_3:make"])
 
 
 def test_an_installed_package_has_its_types_its_page_and_its_command(tmp_path):

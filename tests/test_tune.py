@@ -476,6 +476,15 @@ def test_groups_without_decay_have_none_unless_a_spec_is_for_them_alone(specs: A
     assert tuner.values() == pytest.approx(expected, rel=1e-4)
 
 
+def test_weights_that_no_optimizer_steps_have_no_decay_even_where_a_spec_is_for_them_alone() -> None:
+    model, (loader, valid) = mlp(), loaders()
+    specs = [hp.WeightDecay("0"), hp.WeightDecay("[36]", shared=True)]
+    groups = [{"params": model[3].parameters(), "weight_decay": 0.0}, {"params": model[6].bias, "weight_decay": 0.1}]
+    tuner = fxstn.tune(model, torch.optim.AdamW(groups), F.cross_entropy, loader, valid, specs)
+    assert list(tuner.values()) == ["weight_decay"]
+    assert {name for name, _, _ in tuner.problem.stn.terms.penalties} == {"3.weight"}
+
+
 # Resume
 
 

@@ -74,10 +74,9 @@ class CheckpointManager:
             self._check()
         return self.out_dir is not None and time.perf_counter() - self._time > 60 * self.minutes
 
-    def begin(self, anew: bool, better: bool = False) -> None:
+    def begin(self, better: bool = False) -> None:
         """Keep the state in which training starts, unless it is kept already.
 
-        anew: whether the run begins now.
         better: as of `keep`.
 
         Raises TypeError where files are written and could not hold the state, which would be too late to learn at a resume.
@@ -86,7 +85,7 @@ class CheckpointManager:
         if self._step != self.parts.counters.steps:
             self.keep(better, write=False)
         if self.starts is not None:
-            self.starts.save(anew)
+            self.starts.save()
 
     def _check(self) -> None:
         if self.out_dir is not None:
@@ -243,7 +242,7 @@ class Recovery:
         try:
             self.checkpoints.restore()
         except (OSError, DamagedError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = getattr(error, "strerror", None) or error
             raise DivergedError(f"{self._divergence_message(fault)}; the way back to the last checkpoint is closed: {reason}"
                                 ) from error  # fmt: skip
         counters.rollbacks = done

@@ -179,7 +179,7 @@ class BilevelRunner(Refittable):
 
     def _begin_fit(self, epochs: int) -> None:
         self._stopped, self._length, anew = False, epochs, not self._begun
-        self._checkpoints.begin(anew, better=anew and self._evaluated_start())
+        self._checkpoints.begin(better=anew and self._evaluated_start())
         for callback in self.callbacks:
             if on_fit_start := getattr(callback, "on_fit_start", None):
                 on_fit_start(self)

@@ -35,26 +35,19 @@ class StartWeights:
         }
         self._own = self._first = checksum(self._tensors)  # of the tensors here, and of those that the run began with
 
-    def save(self, anew: bool = False) -> None:
+    @property
+    def _known(self) -> Mapping[str, Tensor] | None:
+        """The weights that the run began with, where they are in main memory."""
+        return self._tensors if self._own == self._first else None
+
+    def save(self) -> None:
         """Move the weights from main memory to the file; another call tries again where it failed.
 
         Several processes: all must call it.
-        anew: whether the run begins now: a file that is there is of another run.
         """
-        if self.path is not None and self._tensors is not None:
-            in_file = distributed.in_first_process(partial(self._is_in_file, self.path, anew))
-            self._tensors = None if in_file else self._tensors
-
-    def _is_in_file(self, path: Path, anew: bool) -> bool:
-        if not anew and path.is_file():
-            return True
-        if self._own != self._first:
-            return False
-        try:
-            save_checkpoint(dict(self._tensors or {}), path)
-        except OSError:  # a run goes on where it could not be written
-            return False
-        return True
+        if self.path is not None and (weights := self._known) is not None:
+            written = distributed.in_first_process(partial(_write, dict(weights), self.path))
+            self._tensors = None if written else self._tensors
 
     @torch.no_grad()
     def put(self, fresh: nn.Module | Callable[[], nn.Module] | None = None) -> None:
@@ -69,13 +62,11 @@ class StartWeights:
             model = fresh if isinstance(fresh, nn.Module) else fresh()
             self.model.load_state_dict(model.state_dict())
             return
-        start = self._tensors
-        if start is None:
-            assert self.path is not None
+        start = self._known
+        if start is None and self.path is not None:
             start = distributed.in_first_process(partial(_read, self.path))
-        if checksum(start) != self._first:
-            missing = f"{self.path} is missing, and " if self.path else ""
-            why = f"{self.path} has others" if self._tensors is None else f"{missing}this model was made with others"
+        if start is None or checksum(start) != self._first:
+            why = f"{self.path} has others" if self.path else "this model was made with others"
             raise ValueError(f"the weights that the run began with are not known: {why}{_REMEDY}")
         if later := [name for name in training_tensors(self.model) if name not in start]:
             raise ValueError(f"{later[0]!r} is trained by now and was frozen when the run began{_REMEDY}")
@@ -90,6 +81,15 @@ class StartWeights:
     def load_state_dict(self, state: State) -> None:
         """Go on with a run that began with the weights of this state."""
         self._first = state["checksum"]
+
+
+def _write(weights: State, path: Path) -> bool:
+    """Whether a file could be written; a run goes on where it could not."""
+    try:
+        save_checkpoint(weights, path)
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: Path) -> State:

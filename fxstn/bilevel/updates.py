@@ -38,9 +38,9 @@ def _build_schedulers(
         if missing := [method for method in needed if not hasattr(scheduler, method)]:
             raise TypeError(f"{argument}[{name!r}] must return a scheduler, such as StepLR(optimizer, 30); it returns "
                             f"{type(scheduler).__name__}, which has no {missing[0]}()")  # fmt: skip
-        whole = optimizers[name]
-        own = [whole, *getattr(whole, "parts", ()), getattr(whole, "optimizer", whole)]  # the last: what a wrapper steps
-        if (other := getattr(scheduler, "optimizer", own[0])) not in own:
+        groups = {id(group) for group in optimizers[name].param_groups}  # of its parts, or of what it wraps, too
+        other = getattr(scheduler, "optimizer", optimizers[name])
+        if groups.isdisjoint(map(id, getattr(other, "param_groups", optimizers[name].param_groups))):
             raise ValueError(f"{argument}[{name!r}] returns a scheduler of another optimizer ({type(other).__name__}): make it of "
                              "the one that the factory is given")  # fmt: skip
         if argument == "step_schedulers" and isinstance(scheduler, ReduceLROnPlateau):

@@ -223,7 +223,8 @@ class WeightDecay(Coefficient):
     example. Where torch parametrizes a weight, by weight_norm say, the parameters that it is computed from decay.
     """
 
-    exempt: Collection[str] = ()  # names of parameters that have no decay, unless the patterns match no others
+    exempt: Collection[str] = ()  # names of parameters that have no decay, whatever the patterns say
+    undecayed: Collection[str] = ()  # those that have none unless the patterns match no others
 
     numbers: Mapping[str, Hyperparameter] = {"weight_decay": Hyperparameter(5e-4, 1e-7, 1e-1, log=True)}
 

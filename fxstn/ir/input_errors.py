@@ -160,14 +160,15 @@ def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
             f"{said}; a detector of torchvision takes a list of images and a list of targets: give transform, or tune, "
             "fxstn.DetectionLosses(detector)"
         )
-    others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - {types[0]}
-    if len(types) > 1 and "type" in str(error):
+    others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - set(types)
+    if len(types) > 1 and not others and "type" in str(error):
         return (
             f"{said}; its parameters are {' and '.join(map(str, types))}: if it trains under torch.autocast, call transform, or "
             "tune, under it as well (a runner: execution=fxstn.ExecutionSettings(autocast=...)); else convert between the layers"
         )
     if others and "type" in str(error):
-        return f"{said}; its parameters are {types[0]}: convert the inputs with .to({types[0]})"
+        widest = max(types, key=lambda dtype: dtype.itemsize)
+        return f"{said}; its parameters are {widest}: convert the inputs with .to({widest})"
     if "more than 1 value per channel" in str(error):
         return f"{said}; a norm of batches needs 2 examples: give the DataLoader drop_last=True"
     if "primitive descriptor" in str(error):

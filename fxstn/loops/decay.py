@@ -245,18 +245,18 @@ def without_undecayed(
     """The specs without the weights that no optimizer steps, and, where some group has decay, without those in groups that have
     none, unless a spec is for such alone; the very same where there is nothing to leave out."""
     own = _own_rates(network, optimizers)
-    replaced, decays = [spec for spec in specs or () if _takes_over(spec)], any(own.values())
-    chosen = {name for name, rate in own.items() if rate or (rate is not None and not decays)}
-    if not replaced or not chosen or len(chosen) == len(own):
+    unstepped = {name for name, rate in own.items() if rate is None}
+    undecayed = {name for name, rate in own.items() if rate == 0.0} if any(own.values()) else set()
+    if not any(map(_takes_over, specs or ())) or not unstepped | undecayed or len(unstepped) == len(own):
         return specs
-    return [_without(spec, own.keys() - chosen) if spec in replaced else spec for spec in specs or ()]
+    return [_without(spec, unstepped, undecayed) if _takes_over(spec) else spec for spec in specs or ()]
 
 
-def _without(spec: Spec, parameters: Collection[str]) -> Spec:
+def _without(spec: Spec, unstepped: Collection[str], undecayed: Collection[str]) -> Spec:
     """The spec of weight decay, with none on some parameters."""
     assert isinstance(spec, WeightDecay)
     result = copy.copy(spec)
-    result.exempt = parameters
+    result.exempt, result.undecayed = unstepped, undecayed
     return result
 
 

@@ -13,6 +13,7 @@ from fxstn.bilevel.losses import takes_hparams
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.loops.last_forward import LastForward
 
+IN_A_ROW = 3  # steps with several forwards each; one may be a look at a batch, or an evaluation
 MANY = 500  # steps of a loop, in which an evaluation would have come where it knows of the tuner
 
 
@@ -30,6 +31,7 @@ class IdleLoop:
         self._of_loss = [name for name, own in zip(names, binding.uses(), strict=True) if reads and not own]
         self.reads = False  # whether the loop has asked for strengths, which its own loss reads
         self._steps = False  # whether a step of an optimizer that the tuner knows was seen in this pass
+        self._several = 0  # steps in a row with more than one forward before each
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
         self._warned: set[str] = set()  # what was warned of
@@ -60,16 +62,17 @@ class IdleLoop:
     def note_step(self, forward: LastForward, unseen: bool) -> None:
         """A step of the optimizers that the tuner knows is under way.
 
-        forward: before it.
+        forward: the loop's last before the step.
         unseen: whether nobody sees which batches the loop has had.
         """
         self._steps, self._trains = True, self._trains or forward.training
-        if forward.forwards > 1 and unseen:
+        self._several = self._several + 1 if forward.forwards > 1 and unseen else 0
+        if self._several == IN_A_ROW:
             self._warn(
                 "unseen batches",
                 f"the model had {forward.forwards} forwards before a step, and train_loader is no DataLoader: for each step the tuner "
-                "takes its next batch alone; where the loop accumulates gradients over several batches, iterate over a "
-                "DataLoader, or pass train_loader=None and call tuner.step(batch) after each batch",
+                "takes its next batch alone; where these are of several batches, whose gradients add up, iterate over a DataLoader, "
+                "or pass train_loader=None and call tuner.step(batch) after each batch",
             )
 
     def warn_of_other_steps(self) -> None:

@@ -160,7 +160,8 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
     """(path, its weights) for each match of one spec.
 
     A match is a layer, or one tensor of a layer that does not match itself, or one parameter of such a tensor. Embeddings have
-    weight decay where a pattern is their whole name. Exempt weights are left out, unless the spec names no others.
+    weight decay where a pattern is their whole name. Exempt weights are left out, and undecayed ones
+    unless the spec names no others.
     """
     names = ModelNames(model_of(module))
     tables = {name: names.levels(name) for name in layer_weights(module, "table") if isinstance(spec, WeightDecay)}
@@ -173,10 +174,10 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
     paths = {
         name: next((level[0] for level in levels if not matched.isdisjoint(level)), None) for name, levels in weights.items()
     }
-    own = {name: path for name, path in paths.items() if path is not None}
-    exempt = spec.exempt if isinstance(spec, WeightDecay) else ()
+    exempt, undecayed = (spec.exempt, spec.undecayed) if isinstance(spec, WeightDecay) else ((), ())
+    own = {name: path for name, path in paths.items() if path is not None and name not in exempt}
     matches: dict[str, list[str]] = {}
-    for name in [name for name in own if name not in exempt] or own:
+    for name in [name for name in own if name not in undecayed] or own:
         matches.setdefault(own[name], []).append(name)
     yield from matches.items()
 

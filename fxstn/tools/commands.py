@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -63,9 +64,11 @@ def run_verify(args: argparse.Namespace) -> int:
     x = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     model = build_model(args.model, args.num_classes, own_classes=True)
     try:
-        report = verify(model, x)
-    except TypeError as error:  # its forward takes other inputs
-        raise ValueError(f"{error}; the command gives images alone, fxstn.verify(model, *inputs) anything") from error
+        inspect.signature(model.forward).bind(x)
+    except TypeError as error:
+        raise ValueError(f"the forward of {args.model}: {error}; the command gives images alone, fxstn.verify(model, *inputs) "
+                         "anything") from error  # fmt: skip
+    report = verify(model, x)
     print(report)
     return DONE if report.ok else FAILED
 

@@ -32,13 +32,15 @@ def named_function(name: str, *keywords: str) -> Callable[..., object]:
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as `python -m` does; a script that pip installs has its own folder there
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        place = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
         raise ValueError(f"{name}: there is no module {error.name!r} in {folder}, nor where Python finds modules") from error
     except ImportError as error:
         raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
+    try:
+        function = getattr(place, attribute)
     except AttributeError as error:
         raise ValueError(f"{name}: {first_line(error)}") from error
     if not callable(function) or isinstance(function, nn.Module):
@@ -63,6 +65,6 @@ def _needed(function: Callable[..., object], keywords: Sequence[str]) -> list[st
     """The parameters that a call with these keywords leaves without a value."""
     return [
         name for name, parameter in (parameters_of(function) or {}).items()
-        if parameter.default is parameter.empty and name not in keywords
+        if parameter.default is parameter.empty and (name not in keywords or parameter.kind is parameter.POSITIONAL_ONLY)
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]  # fmt: skip
