@@ -311,7 +311,7 @@ row(
 )(fit(batches((torch.arange(24 * 768) % 10).byte().view(24, 3, 16, 16)), model=SmallConv()))
 row(
     "a half frozen layer before a whole one",
-    r"train_loader .*parameters are torch\.bfloat16 and torch\.float32: if it trains under torch\.autocast, call transform, or tune,",
+    r"train_loader .*parameters are torch\.bfloat16 and torch\.float32: if it trains under torch\.autocast, call transform,",
 )(fit(model=nn.Sequential(nn.Linear(6, 4).bfloat16().requires_grad_(False), nn.Tanh(), nn.Linear(4, 3))))
 row(
     "feature count",
@@ -866,9 +866,9 @@ row(
     "CLI module unknown",
     r"nowhere:net: there is no module 'nowhere' in .*, nor where Python finds modules",
 )(command("explain", "nowhere:net"))
-row(
-    "CLI function unknown", r"tests.nets:net: module 'tests.nets' has no attribute 'net'"
-)(command("explain", "tests.nets:net"))
+row("CLI function unknown", r"tests.nets:net: module 'tests.nets' has no attribute 'net'")(
+    command("explain", "tests.nets:net")
+)
 row(
     "CLI function without num_classes",
     r"model 'tests.nets:mlp' takes no num_classes, and its classes must be those of the data; write def mlp\(num_classes\)",

@@ -263,7 +263,9 @@ def test_what_no_graph_over_the_same_parameters_can_follow_is_refused(name, stn)
 def test_a_hook_is_refused_where_it_would_not_run(name):
     stn = network("fx")
     HOOKS[name](stn.model)
-    with pytest.raises(ValueError, match=r'hook that it did not have .*remove it, or give transform, or fxstn\.tune, trace="live"'):
+    with pytest.raises(
+        ValueError, match=r'hook that it did not have .*remove it, or give transform, or fxstn\.tune, trace="live"'
+    ):
         stn(X)
     called = itertools.count()  # not a list: what a response or a hyper step keeps in one is taken out again
     stn = network("live")

@@ -308,7 +308,9 @@ def test_a_way_back_that_is_closed_is_told_with_the_fault(tmp_path):
         return loss
 
     runner = make(tmp_path / "run", loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
-    with pytest.raises(fxstn.DivergedError, match=r"became nan in .*; the way back .* is closed: .*last\.pt cannot be read"):
+    with pytest.raises(
+        fxstn.DivergedError, match=r"became nan in .*; the way back .* is closed: .*last\.pt cannot be read"
+    ):
         runner.fit(5)
 
 

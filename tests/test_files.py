@@ -161,7 +161,11 @@ def test_save_refuses_the_files_of_a_run_that_is_under_way(tmp_path):
 @pytest.mark.parametrize("name", ["history.csv", "best.pt", "start.pt"])
 def test_a_folder_where_a_file_of_the_run_should_be_is_a_warning_and_leaves_no_other_file(tmp_path, name):
     (tmp_path / name).mkdir()
-    with nullcontext() if name == "start.pt" else pytest.warns(fxstn.RunWarning, match="cannot write to .*; training goes on"):
+    with (
+        nullcontext()
+        if name == "start.pt"
+        else pytest.warns(fxstn.RunWarning, match="cannot write to .*; training goes on")
+    ):
         assert len(make(tmp_path).fit(2)) == 2
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
     assert (tmp_path / name).is_dir()

@@ -262,14 +262,18 @@ def test_a_run_whose_first_weights_are_lost_asks_for_them(tmp_path: Path, fault:
         file.mkdir()
     again = make(tmp_path / "run", seed=7)
     again.fit(3)
-    with pytest.raises(ValueError, match=r"the weights that the run began with are not known: .*; give refit fresh=, a model"):
+    with pytest.raises(
+        ValueError, match=r"the weights that the run began with are not known: .*; give refit fresh=, a model"
+    ):
         again.refit(loader(), epochs=2)
     assert file.exists() == (fault != "missing")
     assert len(again.refit(loader(), epochs=2, fresh=started).state_dict())
 
 
 @pytest.mark.parametrize("content", [None, b"text"])
-def test_a_script_that_makes_the_same_model_brings_the_first_weights_back(tmp_path: Path, content: bytes | None) -> None:
+def test_a_script_that_makes_the_same_model_brings_the_first_weights_back(
+    tmp_path: Path, content: bytes | None
+) -> None:
     runner, models, first = make(tmp_path), [], started()
     runner.fit(2)
     (tmp_path / "start.pt").unlink()
@@ -338,7 +342,9 @@ def test_a_refit_of_another_length_begins_anew_in_its_folder(tmp_path: Any) -> N
     assert same(dict(model.state_dict()), dict(runner.refit(loader(), epochs=1, out_dir=tmp_path / "x").state_dict()))
 
 
-def test_a_refit_whose_note_cannot_be_read_leaves_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refit_whose_note_cannot_be_read_leaves_its_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may be of other values: to go on with it would be to return another network."""
     runner = make(tmp_path)
     runner.fit(1)
@@ -349,7 +355,9 @@ def test_a_refit_whose_note_cannot_be_read_leaves_its_files_alone(tmp_path: Path
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(OSError, match=r"refit\.json cannot be read \(Too many open files\).*mend the cause, or choose another"):
+    with pytest.raises(
+        OSError, match=r"refit\.json cannot be read \(Too many open files\).*mend the cause, or choose another"
+    ):
         runner.refit(loader(), epochs=1)
     assert files == {path: path.read_bytes() for path in (tmp_path / "refit").iterdir()}
 

@@ -200,7 +200,7 @@ def test_many_captures_are_a_warning(monkeypatch):
     stn, _ = network("unrolled", "export")
     stn.train()(*as_double(sequence(2, 2)))
     with pytest.warns(
-        UserWarning, match=r"exported anew for 2 sizes of its inputs.*pad to a few lengths, or transform"
+        UserWarning, match=r"exported anew for 2 sizes of its inputs.*pad to a few lengths, or give transform"
     ):
         stn(*as_double(sequence(2, 3)))
 

@@ -272,7 +272,9 @@ def test_training_in_eval_mode_is_told() -> None:
     train_in_eval_mode()  # once
 
 
-@pytest.mark.parametrize(("kind", "every", "warns"), [(list, 2, True), (list, 1, False), (lambda loader: loader, 2, False)])
+@pytest.mark.parametrize(
+    ("kind", "every", "warns"), [(list, 2, True), (list, 1, False), (lambda loader: loader, 2, False)]
+)
 def test_a_loop_that_accumulates_over_a_list_is_told(
     kind: Any, every: int, warns: bool, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -24,7 +24,7 @@ _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 def to_device(
     batch: object, device: torch.device, memory_format: torch.memory_format | None, name: str = "a loader"
 ) -> Batch:
-    """(inputs, target) on the device, images in the memory format. Tensors of `torch.inference_mode` are cloned: steps save them.
+    """(inputs, target) on the device, images in the memory format; tensors of `torch.inference_mode` as clones.
 
     name: what the error calls the source of the batch.
 

@@ -141,7 +141,11 @@ def prepare_folder(folder: Path, recipe: Mapping[str, object]) -> None:
         lock.release()
     if files and before is not None:
         other = [_NAMES[key] for key in recipe if before.get(key) != recipe[key]]
-        what = f"had a refit with other {' and '.join(other)}" if before else f"had another refit, whose {RECIPE_FILE} is damaged"
+        what = (
+            f"had a refit with other {' and '.join(other)}"
+            if before
+            else f"had another refit, whose {RECIPE_FILE} is damaged"
+        )
         warn_caller(f"{folder} {what}: the refit begins anew there")
 
 
@@ -150,8 +154,8 @@ def _recipe_in(path: Path) -> dict[str, Any] | None:
     try:
         return as_recipe(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     except OSError as error:
-        raise OSError(error.errno, f"{path} cannot be read ({error.strerror}), so that nobody knows which refit the files beside "
-                      "it are of; mend the cause, or choose another out_dir") from error  # fmt: skip
+        raise OSError(error.errno, f"{path} cannot be read ({error.strerror}), so that nobody knows which refit the files "
+                      "beside it are of; mend the cause, or choose another out_dir") from error  # fmt: skip
 
 
 def ingredients(run: RefitRun, loader: Iterable[object], keywords: Mapping[str, object]) -> dict[str, object]:

@@ -41,8 +41,8 @@ def _build_schedulers(
         groups = {id(group) for group in optimizers[name].param_groups}  # of its parts, or of what it wraps, too
         other = getattr(scheduler, "optimizer", optimizers[name])
         if groups.isdisjoint(map(id, getattr(other, "param_groups", optimizers[name].param_groups))):
-            raise ValueError(f"{argument}[{name!r}] returns a scheduler of another optimizer ({type(other).__name__}): make it of "
-                             "the one that the factory is given")  # fmt: skip
+            raise ValueError(f"{argument}[{name!r}] returns a scheduler of another optimizer ({type(other).__name__}): make it "
+                             "of the one that the factory is given")  # fmt: skip
         if argument == "step_schedulers" and isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(f"step_schedulers[{name!r}] is a ReduceLROnPlateau, which needs the validation loss of an epoch; "
                              "give it in schedulers")  # fmt: skip

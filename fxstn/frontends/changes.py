@@ -137,7 +137,9 @@ class ModuleState:
         path, module = record.path, record.module
         if self.hooks and _has_hooks(module):
             remedy = 'remove it, or give transform, or fxstn.tune, trace="live", which runs hooks'
-            yield Change(path, "it has a hook that it did not have when the graphs were made, and they would not run it", remedy)
+            yield Change(
+                path, "it has a hook that it did not have when the graphs were made, and they would not run it", remedy
+            )
         for kind, before, now in (
             ("parameter", record.parameters, module._parameters),
             ("module", record.children, module._modules),
@@ -186,9 +188,7 @@ def refuse_other_sites(binding: Binding, before: fx.GraphModule, now: fx.GraphMo
     old, new = places(before), places(now)
     for site in binding.sites:
         if old[site.node] != new.get(site.node):
-            what = (
-                "the operation is no longer where its strength was tuned, because modules were changed"
-            )
+            what = "the operation is no longer where its strength was tuned, because modules were changed"
             raise ValueError(f"{Change(site.path, what)}; {_ANEW}")
 
 

@@ -151,7 +151,9 @@ def explained_errors(batch: tuple[Any, Any], where: str, model: nn.Module) -> It
 
 def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
     """Why a model cannot take its inputs, and what to do."""
-    types = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())) or [torch.get_default_dtype()]
+    types = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())) or [
+        torch.get_default_dtype()
+    ]
     said = f"the model cannot take inputs {described(inputs)}: {first_line(error)}"
     kinds = {type(module) for module in model.modules()}
     of_detection = any(kind.__module__.startswith("torchvision.models.detection") for kind in kinds)
@@ -163,8 +165,8 @@ def explanation(error: BaseException, inputs: object, model: nn.Module) -> str:
     others = {leaf.dtype for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)} - set(types)
     if len(types) > 1 and not others and "type" in str(error):
         return (
-            f"{said}; its parameters are {' and '.join(map(str, types))}: if it trains under torch.autocast, call transform, or "
-            "tune, under it as well (a runner: execution=fxstn.ExecutionSettings(autocast=...)); else convert between the layers"
+            f"{said}; its parameters are {' and '.join(map(str, types))}: if it trains under torch.autocast, call transform, "
+            "or tune, under it as well (a runner: execution=fxstn.ExecutionSettings(autocast=...)); else convert between layers"
         )
     if others and "type" in str(error):
         widest = max(types, key=lambda dtype: dtype.itemsize)

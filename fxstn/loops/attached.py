@@ -228,8 +228,8 @@ class AttachedTuner(RefittableLoop):
 
     @contextmanager
     def _in_the_loops_mode(self) -> Iterator[None]:
-        """Inside, the network is in the mode of the loop's forward, and weights without an optimizer are constants. A loss that is no
-        number ends this, with a warning."""
+        """Inside, the network is in the mode of the loop's forward, and weights without an optimizer are constants. A loss that
+        is no number ends this, with a warning."""
         self.stn.training = self._last_forward.training
         try:
             with self.loaders.unobserved(), frozen(self._idle.constant_weights()):

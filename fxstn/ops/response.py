@@ -77,7 +77,9 @@ class ResponseTree(WideModule):
 
     def flat_scales(self, delta: Tensor) -> Tensor:
         """U δ: (N,) for delta (h,), (batch, N) for (batch, h), in the type of U, under autocast as well."""
-        return in_full_precision(nn.functional.linear, self.flat_U.device.type)(delta.to(self.flat_U.dtype), self.flat_U)
+        return in_full_precision(nn.functional.linear, self.flat_U.device.type)(
+            delta.to(self.flat_U.dtype), self.flat_U
+        )
 
 
 def responses_in(tree: nn.Module) -> dict[str, Response]:

@@ -172,7 +172,8 @@ def _weights(module: fx.GraphModule, spec: Spec) -> Iterator[tuple[str, list[str
     every = dict.fromkeys(name for levels in weights.values() for level in levels for name in level)
     matched = set(spec.match(every, what) if spec.where else every)
     paths = {
-        name: next((level[0] for level in levels if not matched.isdisjoint(level)), None) for name, levels in weights.items()
+        name: next((level[0] for level in levels if not matched.isdisjoint(level)), None)
+        for name, levels in weights.items()
     }
     exempt, undecayed = (spec.exempt, spec.undecayed) if isinstance(spec, WeightDecay) else ((), ())
     own = {name: path for name, path in paths.items() if path is not None and name not in exempt}

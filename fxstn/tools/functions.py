@@ -36,7 +36,9 @@ def named_function(name: str, *keywords: str) -> Callable[..., object]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
-        raise ValueError(f"{name}: there is no module {error.name!r} in {folder}, nor where Python finds modules") from error
+        raise ValueError(
+            f"{name}: there is no module {error.name!r} in {folder}, nor where Python finds modules"
+        ) from error
     except ImportError as error:
         raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
     try:
@@ -53,7 +55,7 @@ def named_function(name: str, *keywords: str) -> Callable[..., object]:
 
 def parameters_of(function: Callable[..., object]) -> Mapping[str, inspect.Parameter] | None:
     """{name: parameter} of a function; None where Python does not know them, as for some builtins."""
-    if isinstance(function, type) and function.__init__ is nn.Module.__init__:  # it says **kwargs, and takes none
+    if getattr(function, "__init__", None) is nn.Module.__init__:  # of a class; it says **kwargs, and takes none
         return {}
     try:
         return inspect.signature(function).parameters
