@@ -71,8 +71,8 @@ class IdleLoop:
             self._warn(
                 "unseen batches",
                 f"the model had {forward.forwards} forwards before a step, and train_loader is no DataLoader: for each step "
-                "the tuner takes its next batch alone; where these are of several batches, whose gradients add up, iterate over "
-                "a DataLoader, or pass train_loader=None and call tuner.step(batch) after each batch",
+                "the tuner takes its next batch alone; where these are of several batches, whose gradients add up, iterate "
+                "over a DataLoader, or pass train_loader=None and call tuner.step(batch) after each batch",
             )
 
     def warn_of_other_steps(self) -> None:
