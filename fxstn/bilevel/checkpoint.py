@@ -11,7 +11,7 @@ from typing import IO
 import torch
 
 from fxstn.bilevel.faults import warn_caller
-from fxstn.bilevel.files import written_beside
+from fxstn.bilevel.files import atomic_file
 from fxstn.bilevel.state import State
 
 FORMAT = 18
@@ -63,7 +63,7 @@ def _write(state: Mapping[str, object], path: Path, checksum: bool) -> None:
 
 def save_atomically(state: Mapping[str, object], path: str | Path) -> None:
     """torch.save to a temporary file in the same folder, then rename it: the old file stays whole until the new one is."""
-    with written_beside(Path(path)) as temporary:
+    with atomic_file(Path(path)) as temporary:
         _write(state, temporary, checksum=False)
 
 
@@ -87,7 +87,7 @@ def save_checkpoint(state: State, path: str | Path, keep: int = 1) -> None:
     keep: ≥ 1, files in all.
     """
     path = Path(path)
-    with written_beside(path) as temporary:
+    with atomic_file(path) as temporary:
         _write(state, temporary, checksum=True)
         for age in range(keep - 1, 0, -1):
             if _exists(_older(path, age - 1)):

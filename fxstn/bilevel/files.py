@@ -23,7 +23,7 @@ def absolute(path: str | Path | None, name: str) -> Path | None:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """The name of a file to write, which is renamed to `path` at the end, so that a reader never sees half of it.
 
     The folder is made. At an OSError nothing stays behind.
@@ -41,7 +41,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, atomically, in UTF-8, whatever the locale. Makes the folder."""
-    with written_beside(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 

@@ -272,13 +272,13 @@ def start_at_decay(network: SelfTuningNetwork, optimizers: Sequence[Optimizer]) 
             start = starts.setdefault(space.names[index], rate)
             others |= {space.names[index]: (start, name, rate)} if rate != start else {}
     (usual,) = WeightDecay.numbers.values()
-    renewed = {
+    anew = {
         one.name: replace(one, init=starts[one.name]) if one.name in starts
         else replace(one, init=usual.init, origin=usual.origin)
         for one in space.hyperparameters if one.origin == DECAY
     }  # fmt: skip
-    space.hyperparameters = tuple(renewed.get(one.name, one) for one in space.hyperparameters)
-    space.set({name: one.init for name, one in renewed.items()})
+    space.hyperparameters = tuple(anew.get(one.name, one) for one in space.hyperparameters)
+    space.set({name: one.init for name, one in anew.items()})
     for number, (start, name, rate) in others.items():
         warn_caller(f"{number} begins at {start:g}, the weight decay of its first weight; {name} has {rate:g}: give init=, or "
                     "tune the decay of each group by a spec of its own")  # fmt: skip
