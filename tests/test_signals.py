@@ -21,6 +21,7 @@ from fxstn import hp
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.lock import NAME, FolderLock
 from fxstn.bilevel.plain import check_readable
+from fxstn.bilevel.workers import WorkerPass, is_worker_fault
 from tests.nets import mlp
 from tests.processes import CONTEXT
 from tests.runs import make, without_times
@@ -124,27 +125,59 @@ def test_a_signal_to_all_processes_saves_and_the_run_goes_on_from_there(tmp_path
     assert without_times(make_slow(tmp_path, kind).fit(2)) == without_times(whole)
 
 
-def end_abruptly(out):
-    """A run whose workers a signal has ended: SIGKILL, which none can outlive."""
+def end_abruptly(out, first):
+    """A run whose workers a signal has ended: SIGKILL, which none can outlive. Some are dead at once, the others later."""
     calls = []
+
+    def kill(workers):
+        for worker in workers:
+            worker.kill()
 
     def loss_fn(output, target):
         calls.append(0)
         if len(calls) == 15:  # of 12 of an epoch
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            kill(workers_by_age()[first])
             os.kill(os.getpid(), signal.SIGTERM)
         return F.cross_entropy(output, target)
 
-    make_slow(out, "fork", loss_fn).fit(3)
+    run = make_slow(out, "fork", loss_fn)
+    try:
+        run.fit(3)
+    finally:
+        kill(workers_by_age())
+        time.sleep(0.5)
 
 
-def test_workers_that_end_at_the_signal_all_the_same_end_the_run_and_leave_its_last_file(tmp_path):
-    process = CONTEXT.Process(target=end_abruptly, args=(tmp_path,))
+def workers_by_age():
+    return sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
+
+
+@pytest.mark.parametrize("first", [slice(None), slice(1), slice(-1, None)], ids=["all", "oldest", "newest"])
+def test_workers_that_end_at_the_signal_all_the_same_end_the_run_and_leave_its_last_file(tmp_path, first):
+    process = CONTEXT.Process(target=end_abruptly, args=(tmp_path, first))
     process.start()
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
     assert len(load_checkpoint(tmp_path / "last.pt")["shared"]["history"]["rows"]) == 1
+
+
+def broken():
+    """The batches of a worker whose socket has closed."""
+    raise ConnectionResetError(104, "Connection reset by peer")
+    yield
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_batch_that_breaks_off_names_the_worker_that_died(dead):
+    """The socket of a process closes before the process has ended."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.3 if dead else 60,))
+    worker.start()
+    with pytest.raises((RuntimeError, ConnectionResetError)) as caught:
+        next(WorkerPass(broken(), [worker]))
+    worker.kill()
+    assert is_worker_fault(caught.value) == dead
+    if dead:
+        assert f"[{worker.pid}] ended" in str(caught.value)
 
 
 DEATH = "DataLoader worker (pid 1) is killed by signal: Killed."  # torch's words, between any two instructions

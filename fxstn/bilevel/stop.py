@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from fxstn.bilevel.faults import warn_caller
-from fxstn.bilevel.workers import SIGNALS, is_worker_fault
+from fxstn.bilevel.workers import SIGNALS, is_worker_fault, mute_deaths
 
 _KEY = "notes_signals"
 
@@ -66,8 +66,10 @@ class Stop:
             yield
         except Exception as error:
             if is_worker_fault(error):
-                with suppress(RuntimeError):  # of another worker
-                    time.sleep(1)  # the signal to this process may come after those to the workers
+                unmute = mute_deaths()
+                time.sleep(1)  # the signal to this process may come after those to the workers
+                if self.signal is None:
+                    unmute()
             raise
         finally:
             restore()
@@ -82,6 +84,7 @@ class Stop:
         Python's own handler of SIGINT raises KeyboardInterrupt.
         """
         self.signal = None
+        mute_deaths()
         handler = None if number is None else signal.getsignal(number)
         if number is not None and callable(handler):
             handler(number, None)

@@ -10,9 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from weakref import finalize
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -68,17 +71,26 @@ class WorkerPass:
 
     Where the iterator is part of a cycle that is collected as garbage, Python closes its queues first. No worker then hears
     that it should end, and torch waits five seconds for each. So the iterator is held from outside of the cycle.
+
+    workers: the processes of the loader. A batch of one that has died may break off: the error then names the death.
     """
 
-    def __init__(self, iterator: Iterator[object]) -> None:
+    def __init__(self, iterator: Iterator[object], workers: Collection[BaseProcess]) -> None:
         self._iterators = [iterator]
+        self._workers = workers
         finalize(self, self._iterators.clear)
 
     def __iter__(self) -> Iterator[object]:
         return self
 
     def __next__(self) -> object:
-        return next(self._iterators[0])
+        try:
+            return next(self._iterators[0])
+        except (OSError, EOFError) as error:
+            if wait([worker.sentinel for worker in self._workers], timeout=1):  # its sockets close before it has ended
+                ended = [worker.pid for worker in self._workers if not worker.is_alive()]
+                raise RuntimeError(f"DataLoader worker {ended} ended while it handed over a batch") from error
+            raise
 
 
 def batches_of(loader: Iterable[object]) -> Iterator[object]:
@@ -89,8 +101,36 @@ def batches_of(loader: Iterable[object]) -> Iterator[object]:
         or not hasattr(signal, "sigwaitinfo")
     ):
         return iter(loader)
+    before = multiprocessing.active_children()
     with _workers_survive(loader):
-        return WorkerPass(iter(loader))
+        iterator = iter(loader)
+    new = [process for process in multiprocessing.active_children() if process not in before]
+    return WorkerPass(iterator, new or before)  # persistent workers are those of an earlier pass
+
+
+def mute_deaths() -> Callable[[], None]:
+    """From now on a worker's death raises no error between two instructions. torch's wait for the next batch still finds it.
+
+    A run that ends at a signal ends while its loaders still exist: the death of another worker would end the program with
+    torch's error instead. Returns the function that undoes it. Only the main thread may call the two.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = None if number is None else signal.getsignal(number)
+    if number is None or not callable(handler):
+        return lambda: None
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            if not is_worker_fault(error):
+                raise
+
+    def undo() -> None:
+        signal.signal(number, handler)
+
+    signal.signal(number, hear)
+    return undo
 
 
 def is_worker_fault(error: BaseException | None) -> bool:
