@@ -177,7 +177,7 @@ def test_a_batch_that_breaks_off_names_the_worker_that_died(dead):
     worker.kill()
     assert is_worker_fault(caught.value) == dead
     if dead:
-        assert f"[{worker.pid}] ended" in str(caught.value)
+        assert f"worker {worker.pid} ended" in str(caught.value)
 
 
 DEATH = "DataLoader worker (pid 1) is killed by signal: Killed."  # torch's words, between any two instructions

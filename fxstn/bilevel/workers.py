@@ -87,9 +87,10 @@ class WorkerPass:
         try:
             return next(self._iterators[0])
         except (OSError, EOFError) as error:
-            if wait([worker.sentinel for worker in self._workers], timeout=1):  # its sockets close before it has ended
-                ended = [worker.pid for worker in self._workers if not worker.is_alive()]
-                raise RuntimeError(f"DataLoader worker {ended} ended while it handed over a batch") from error
+            numbers = {worker.sentinel: worker.pid for worker in self._workers}
+            if ended := wait(numbers, timeout=1):  # its sockets close before it has ended
+                names = ", ".join(str(numbers[number]) for number in ended if isinstance(number, int))
+                raise RuntimeError(f"DataLoader worker {names} ended while it handed over a batch") from error
             raise
 
 
