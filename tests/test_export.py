@@ -320,8 +320,7 @@ class Attending(nn.Module):
         return self.out(self.inner(x))
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(("name", "need_weights"), [(name, False) for name in ATTENTION] + [("attention", True)])
 def test_attention_is_followed(name, need_weights):
     net = Attending(ATTENTION[name](), need_weights)
     report = fxstn.verify(net, torch.randn(3, 5, 6), hparams=SCALAR, trace="export")

@@ -108,8 +108,15 @@ def unaltered(function: Callable[..., fx.GraphModule], module: fx.GraphModule, *
     return result
 
 
-@pytest.mark.parametrize("structured", [False, True], ids=["scaled", "structured"])
-@pytest.mark.parametrize("frontend", ["fx", "export"])
+@pytest.mark.parametrize(
+    ("frontend", "structured"),
+    [
+        pytest.param("fx", False, id="fx-scaled"),
+        pytest.param("fx", True, id="fx-structured"),
+        pytest.param("export", False, id="export-scaled"),
+        pytest.param("export", True, id="export-structured", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_pass_leaves_its_input_as_it_is_and_makes_its_facts_hold(name, frontend, structured):
     stn, x = transformed(name, frontend, structured)

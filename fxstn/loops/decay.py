@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,10 +61,10 @@ class DecayedWeight:
             return None
         beta = float(self.group.get("betas", (0.0, 0.0))[-1])
         (square,) = as_real([square])
-        if "step" not in state:
+        if "step" not in state or not beta:
             return square, torch.ones(())
-        correction = 1 - beta ** torch.as_tensor(state["step"]).double()  # which may be on the device: no float of it
-        return square, correction.to(wide(square.dtype))  # one type, so that one kernel divides many tensors
+        step = torch.as_tensor(state["step"]).to(wide(square.dtype))  # which may be on the device: no float of it
+        return square, -torch.expm1(step * math.log(beta))  # 1 - β^step, also on devices without float64
 
 
 class TunedDecay:
