@@ -73,7 +73,7 @@ class AttachedTuner(RefittableLoop):
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
         passes = self._idle.begin_pass, self._idle.leave_pass, self._end_pass
-        self._seen = SeenBatches(optimizers, *passes, self._end_step)
+        self._seen = SeenBatches(optimizers, *passes, self._end_step, lambda: length_of(self.train_loader))
         self._last_forward = LastForward(self._tuner, model)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
@@ -99,7 +99,7 @@ class AttachedTuner(RefittableLoop):
 
     def close_epoch(self) -> None:
         """End an epoch whose pass over train_loader the loop has left, or has had to its last batch."""
-        if self._seen.left or self._seen.count == length_of(self.train_loader):
+        if self._seen.complete:
             self._seen.close()
 
     def _end_pass(self) -> None:

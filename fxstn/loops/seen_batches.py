@@ -33,6 +33,7 @@ class SeenBatches:
         gradients it drops.
     begins, leaves, ends: functions, called when a pass begins, when the loop leaves it, and when it counts as over.
     ends_step: function, called before the next batch, and at the end of a pass: the loop is done with the steps on what it had.
+    length: function, the number of batches of a pass; None where it is not known.
 
     A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
@@ -49,9 +50,10 @@ class SeenBatches:
         leaves: Callable[[], None],
         ends: Callable[[], None],
         ends_step: Callable[[], None],
+        length: Callable[[], int | None],
     ) -> None:
         self.optimizers, self.begins, self.leaves, self.ends = optimizers, begins, leaves, ends
-        self.ends_step = ends_step
+        self.ends_step, self.length = ends_step, length
         self.passing, self.count, self.late, self.most = False, 0, 0, 0
         self._pass: object = None  # the one under way
         self._left = False  # whether the loop has left it
@@ -115,6 +117,12 @@ class SeenBatches:
     def left(self) -> bool:
         """Whether the loop has left a pass that has not ended yet."""
         return self.passing and self._left
+
+    @property
+    def complete(self) -> bool:
+        """Whether the loop has left the pass under way, or has trained on its last batch without asking for another one."""
+        trained = not self._now or not self._mark.shows(self._gradient())
+        return self.passing and (self._left or (trained and self.count == self.length()))
 
     # Steps
 
@@ -182,9 +190,9 @@ class SeenBatches:
         self._mark = GradientMark(self._gradient())
 
     def state_dict(self) -> State:
-        return {"most": self.most, "left": self.left}
+        return {"most": self.most, "left": self.complete}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state; a pass that the loop had left by then ends when the next one begins."""
+        """Go on from a state; a pass that was complete by then ends when the next one begins."""
         self.most, self.passing, self._left = state["most"], state["left"], state["left"]
         self._pass = object() if self.passing else None
