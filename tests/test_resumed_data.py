@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import gc
+import itertools
 import pickle
 import warnings
 from pathlib import Path
