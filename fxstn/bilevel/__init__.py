@@ -1,7 +1,7 @@
 """Bilevel training: the three objectives, the problem that has them, and a runner that alternates their steps.
 
 A step: problem, network_problem, sequences, objectives, losses, perturbation, targets, target_rows, counts, steps, noise,
-scaling, updates, optimizers, combined, optim, evidence.
+foreign, scaling, updates, optimizers, combined, optim, evidence.
 The method: tuner, cadence, backtracking, settings.
 A run around it: run, runner, refit, initial, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
 validation, stop, distributed.

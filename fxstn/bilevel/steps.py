@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.batches import Batch, BatchPreparer
 from fxstn.bilevel.counts import Count, Loss, Mean, as_loss, either, entries, positive, without_empty
 from fxstn.bilevel.faults import BadLoss, LossGuard
+from fxstn.bilevel.foreign import ForeignGradients
 from fxstn.bilevel.noise import own_generators, seed_of_step
 from fxstn.bilevel.optim import SettlingAdam, set_gap
 from fxstn.bilevel.problem import BilevelProblem
@@ -57,6 +58,7 @@ class Stepper:
         self.replays = False
         self._additive: bool | None = None  # whether losses are sums; None: no loss was seen yet
         self._draws = 0  # response and hyper steps done
+        self._foreign = ForeignGradients()
 
     def inner(self, batches: Sequence[Batch], tunes: bool) -> Mean | None:
         """Step w₀, and Θ too for a joint problem; returns the loss. None where the gradient overflowed: nothing has changed.
@@ -65,6 +67,7 @@ class Stepper:
         """
         names = ("optimizer", "response.optimizer") if self.problem.joint else ("optimizer",)
         loss = self._gradient("train_loss", self.problem.general_loss, batches, names)
+        self._foreign.warn_of_untrained(names)
         if loss is None:
             return None
         self.problem.add_decay()
@@ -196,17 +199,22 @@ class Stepper:
         for number, batch in enumerate(batches):
             loss, total = self._loss(objective, batch, len(batches))
             if len(batches) == 1:
-                scaler.scale(total).backward()
+                self._differentiate(scaler.scale(total), names)
                 return Mean(total.detach(), loss.count)
             value = without_empty(total.detach(), loss.count)
             first = first if number else positive(loss.count)
             share = loss.count / first
-            scaler.scale(total * share / len(batches)).backward()
+            self._differentiate(scaler.scale(total * share / len(batches)), names)
             values.append(value * share)
             count = count + loss.count
         rest = len(batches) * first / positive(count)
         self.updates.multiply_gradients(names, rest)
         return Mean(torch.stack(values).mean() * rest, either(loss.additive, 1.0, count))
+
+    def _differentiate(self, total: Tensor, names: Sequence[str]) -> None:
+        """Run the backward pass of a scalar. Gradients that one of a user's own problem leaves elsewhere are checked later."""
+        with nullcontext() if self.updates.check else self._foreign.left(names, total, self.updates.parameters):
+            total.backward()
 
     def _loss(self, objective: Callable[..., object], batch: Batch, batches: int) -> tuple[Loss, Tensor]:
         """The loss of a batch, and the scalar to minimise.

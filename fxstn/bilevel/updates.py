@@ -81,12 +81,13 @@ class Updates:
         schedules = zip(SCHEDULES, (self.schedulers, self.step_schedulers), strict=True)
         return OptimizerRecord(name, self.optimizers[name], {kind: of[name] for kind, of in schedules if name in of})
 
-    def _parameters(self, name: str) -> list[nn.Parameter]:
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Those of an optimizer."""
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
     def gradients(self, names: Sequence[str]) -> list[Tensor]:
         """Those of the parameters of these optimizers."""
-        return [p.grad for name in names for p in self._parameters(name) if p.grad is not None]
+        return [p.grad for name in names for p in self.parameters(name) if p.grad is not None]
 
     @torch.no_grad()
     def multiply_gradients(self, names: Sequence[str], factor: Tensor | float) -> None:
@@ -99,7 +100,7 @@ class Updates:
             return
         self._checked.add(names)
         for other in self.optimizers.keys() - set(names):
-            if any(p.grad is not None for p in self._parameters(other)):
+            if any(p.grad is not None for p in self.parameters(other)):
                 raise RuntimeError(f"the loss for the step of {' and '.join(names)} also has gradients for the parameters of "
                                    f"{other}, which the next step there adds to its own: detach or freeze these")  # fmt: skip
 
@@ -113,7 +114,7 @@ class Updates:
         self._check_gradients(names)
         for name in names:
             # before they are unscaled: an overflow in one process is one in all
-            average_gradients(self._parameters(name), loss.count)
+            average_gradients(self.parameters(name), loss.count)
         optimizers = [self.optimizers[name] for name in names]
         finite = scaler.unscale(optimizers, loss.value)
         if not finite:
@@ -125,7 +126,7 @@ class Updates:
         """Step these optimizers. Each one's gradients are freed at once: w₀'s and Θ's never take memory together."""
         for name in names:
             if self.clip_norm is not None and name in CLIPPED:
-                clip_gradients(self._parameters(name), self.clip_norm)
+                clip_gradients(self.parameters(name), self.clip_norm)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
             self.records[name].step()
