@@ -1,12 +1,14 @@
-"""What is not the model's stays as it was: the gradients of a loss's own parameters."""
+"""What is not the model's: gradients of a loss's own parameters, and what a forward draws."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 import warnings
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import fxstn
 from fxstn import hp
-from tests.runs import make
+from tests.runs import make, same
 from tests.test_tune import QUICK, loaders, mlp, sgd
 
 
@@ -62,3 +64,83 @@ def test_a_run_whose_loss_has_parameters_of_its_own_says_that_nothing_trains_the
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(loss_fn=loss).fit(1)
+
+
+DRAWS = {
+    "torch": lambda x: torch.randn_like(x),
+    "NumPy": lambda x: torch.from_numpy(numpy.random.randn(*x.shape)).float(),
+    "Python": lambda x: torch.tensor([[random.gauss(0, 1) for _ in row] for row in x]),
+}
+
+
+class Identity(nn.Linear):
+    """Returns its input, until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def numbers() -> tuple:
+    return torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+
+
+@pytest.mark.parametrize("trace", ["auto", "live"])
+@pytest.mark.parametrize("kind", DRAWS)
+def test_the_target_that_a_forward_draws_belongs_to_the_input_that_it_draws(kind: str, trace: str) -> None:
+    """As in the training of a diffusion model. The loss of the identity is zero for each noise, if it is the same one."""
+
+    def forward(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        noise = DRAWS[kind](batch[0])
+        return model(noise), noise
+
+    ends = []
+    for tuned in (False, True):
+        torch.manual_seed(0)
+        numpy.random.seed(0)
+        random.seed(0)
+        model, (loader, valid) = Identity(), loaders()
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        if tuned:
+            specs = [hp.WeightDecay()]
+            tuner = fxstn.tune(
+                model, optimizer, F.mse_loss, loader, valid, specs, forward=forward, trace=trace, **QUICK
+            )
+        for batch in itertools.chain(loader, loader):
+            optimizer.zero_grad()
+            F.mse_loss(*forward(model, batch)).backward()
+            optimizer.step()
+        ends.append(numbers())
+    assert len(tuner.history) == 2
+    for row in tuner.history.rows:
+        assert max(row["valid_loss"], row["clean_train_loss"]) < 1e-12
+    assert same(*ends)
+
+
+def test_noise_of_a_forward_is_other_noise_in_each_step_and_the_same_in_each_evaluation() -> None:
+    seen: list[float] = []
+
+    def forward(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(len(batch[0]), 1)
+        seen.append(float(noise[0]))
+        return model(batch[0] + noise), batch[1]
+
+    model, (loader, valid) = mlp(0.3), loaders(80, size=16)
+    optimizer = sgd(model)
+    tuner = fxstn.tune(
+        model, optimizer, F.cross_entropy, loader, valid, [hp.Dropout()], forward=forward,
+        hyper=fxstn.HyperSettings(warmup_epochs=100), response=fxstn.ResponseSettings(every=1),
+    )  # fmt: skip
+    epochs = []
+    for _ in range(2):
+        seen.clear()
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        tuner.end_epoch()
+        epochs.append(set(seen))
+    first, second = epochs
+    assert (len(first - second), len(second - first)) == (5, 5)
+    assert len(first & second) > 2

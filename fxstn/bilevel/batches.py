@@ -72,6 +72,10 @@ def unpack_of(network: object) -> Callable[[Any], Batch] | None:
     return getattr(getattr(network, "model", None), "unpack_batch", None)
 
 
+class Whole:
+    """A part of a batch, beside its tensors, that says that it is not cut."""
+
+
 class BatchPreparer:
     """Prepares a loader's batches: unpacks them and moves them to the device.
 
@@ -156,8 +160,9 @@ def parts_of(batch: Any, size: int) -> list[Any]:
 
 def _can_be_cut(batch: object, examples: int) -> bool:
     """Whether the rows of a batch's tensors are its examples, or what all examples share."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    if any(tensor.layout is not torch.strided for tensor in tensors):
+    all_leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in all_leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(tensor.layout is not torch.strided for tensor in tensors) or any(isinstance(x, Whole) for x in all_leaves):
         return False
     if listed_examples(batch) is not None:
         return True

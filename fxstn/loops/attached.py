@@ -24,6 +24,8 @@ from fxstn.bilevel.validation import validation_stream
 from fxstn.frontends.model_forwards import restore_modules
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
+from fxstn.loops.forwards import BatchReader
+from fxstn.loops.gradients import note_gradient
 from fxstn.loops.idle import IdleLoop
 from fxstn.loops.last_forward import LastForward
 from fxstn.loops.observed import LoopLoaders, known_length
@@ -44,6 +46,7 @@ class AttachedTuner(RefittableLoop):
     optimizers: of the model. A step of w₀ is one of each, or of those that step before the next batch.
     data: (train_loader, valid_loader). The first yields the batches that the loop trains on; None: `step` gets them.
     strengths: (h,), what the model's forward reads.
+    reader: of the batches of both loaders.
     epoch_steps: optimizer steps from one evaluation to the next. None: those of a pass over train_loader.
 
     loaders: of the loop, whose passes it sees.
@@ -58,11 +61,12 @@ class AttachedTuner(RefittableLoop):
         data: tuple[Iterable[object] | None, Iterable[object]],
         epoch_steps: int | None,
         strengths: Tensor,
+        reader: BatchReader,
         seed: int,
     ) -> None:
         self.model, self.problem, self.stn, self._stepping = model, problem, (network := problem.stn), list(optimizers)
         self.train_loader, self.valid_loader = train_loader, valid_loader = data
-        self.epoch_steps, self._strengths = epoch_steps, strengths
+        self.epoch_steps, self._strengths, self._reader, self._seed = epoch_steps, strengths, reader, seed
         self.device, self._place = network.hparams.unconstrained.device, place_of(model)
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
         network.decay_metric = self._decay.metric
@@ -138,7 +142,7 @@ class AttachedTuner(RefittableLoop):
         self._rates.end_epoch()
         self._idle.warn_of_eval_mode(tuner.epoch)
         self._idle.warn_of_unread()
-        with self._in_the_loops_mode():
+        with self._in_the_loops_mode(of_steps=False):
             tuner.end_epoch(self.valid_loader)
         self._refresh()  # λ may have gone back
         self._recent.batches.clear()  # an epoch is evaluated by its own batches
@@ -154,7 +158,7 @@ class AttachedTuner(RefittableLoop):
             return
         self._begun = True
         if not self._tuner.counters.steps and not len(self.history):
-            with self._in_the_loops_mode():
+            with self._in_the_loops_mode(of_steps=False):
                 self.history.start_loss = self._tuner.evaluator.loss_before_training(self.valid_loader)
 
     # Hooks of the optimizers
@@ -167,24 +171,8 @@ class AttachedTuner(RefittableLoop):
             self._evaluate_start()
             self._rates.note()
             self._idle.note_step(self._last_forward, self.loaders.beside is not None)
-            self._note_gradient(gradient_factor(optimizer))
+            note_gradient(self._tuner, self._decay, gradient_factor(optimizer))
         self._decay.before_step(optimizer, first)
-
-    def _note_gradient(self, scale: Tensor | float | None) -> None:
-        """Note Θᵀ∇L_T, with the penalties that λ has: the gradients that the optimizer will not see, and those it sees."""
-        if not self._tuner.notes:
-            return
-        gradients = [(weight, weight.grad, gradient) for weight, gradient in self._decay.gradients()]
-        for weight, before, gradient in gradients:
-            assert before is not None
-            weight.grad = before + (gradient if scale is None else gradient * scale)
-        noted = self._tuner.stepper.training_hypergradients
-        count = len(noted)
-        self._tuner.before_step()
-        if scale is not None:
-            noted[count:] = [gradient / scale for gradient in noted[count:]]
-        for weight, before, _ in gradients:
-            weight.grad = before
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepped.add(id(optimizer))
@@ -227,12 +215,16 @@ class AttachedTuner(RefittableLoop):
             self._idle.warn_of_no_evaluation(tuner.means.steps)
 
     @contextmanager
-    def _in_the_loops_mode(self) -> Iterator[None]:
+    def _in_the_loops_mode(self, of_steps: bool = True) -> Iterator[None]:
         """Inside, the network is in the mode of the loop's forward, and weights without an optimizer are constants. A loss that
-        is no number ends this, with a warning."""
+        is no number ends this, with a warning.
+
+        of_steps: whether a forward that draws draws anew after each step of w₀; for evaluations it draws the same each time.
+        """
         self.stn.training = self._last_forward.training
+        noise = self._reader.seeded(self._seed, self._tuner.counters.steps if of_steps else -1)
         try:
-            with self.loaders.unobserved(), frozen(self._idle.constant_weights()):
+            with self.loaders.unobserved(), frozen(self._idle.constant_weights()), noise:
                 yield
         except BadLoss as fault:
             self._report(fault)

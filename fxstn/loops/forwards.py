@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxstn.bilevel.batches import as_dict
+from fxstn.bilevel.batches import Whole, as_dict
 from fxstn.bilevel.counts import LossValue
+from fxstn.bilevel.distributed import APART, rank
 from fxstn.bilevel.evaluation import LOSS_ERRORS
 from fxstn.bilevel.losses import LossFunction, takes_hparams
+from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.target_rows import checked_rows, hparams_of_rows
 from fxstn.bilevel.targets import of_batch, refuse_moves
 from fxstn.frontends.inputs import Inputs
+from fxstn.ir.generators import GlobalRandomState, forked_rng, reseed
 from fxstn.ir.input_errors import first_line
 from fxstn.ops.batch_axis import batch_size
 
+_READS = 2**20  # batches that are read with one number
 Forward = Callable[[Any, Any], tuple[Any, Any]]  # (model, batch) → (output, target)
 
 
@@ -177,19 +183,72 @@ def inputs_of(forward: Forward, model: nn.Module, batch: Any) -> Inputs:
     raise TypeError("forward(model, batch) does not call its model; it returns (model(inputs), target)")
 
 
+@dataclass(frozen=True)
+class Draws(Whole):
+    """What a forward draws for a batch, such as noise that its inputs and its target share."""
+
+    seed: int
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, the forward draws what it has drawn; the loop's own generators are as they were afterwards."""
+        with forked_rng():
+            reseed(self.seed)
+            yield
+
+
 class BatchReader:
     """Reads the batches of a user's loop: batch → (what the model is called with, the batch), on the model's device.
 
-    forward: function (model, batch) → (output, target).
+    forward: function (model, batch) → (output, target). Where it draws random numbers, the batch has its `Draws` with it.
     """
 
     def __init__(self, forward: Forward, model: nn.Module) -> None:
         self.forward, self.model = forward, model
+        self._draws = forward not in (default_forward, own_loss) or hasattr(model, "unpack_batch")
+        self._seed: int | None = None
+        self._read = 0  # batches since the seed was set
 
     def __call__(self, batch: Any) -> tuple[Any, Any]:
         device = next(self.model.parameters()).device
         moved = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), as_dict(batch))
-        return inputs_of(self.forward, self.model, moved), moved
+        if not self._draws:
+            return inputs_of(self.forward, self.model, moved), moved
+        draws = Draws(self._next_seed())
+        with draws.again():
+            before = GlobalRandomState.current()
+            inputs = inputs_of(self.forward, self.model, moved)
+            drawn = not before.still_holds()
+        return inputs, ((moved, draws) if drawn else moved)
+
+    @contextmanager
+    def seeded(self, seed: int, number: int) -> Iterator[None]:
+        """Inside, what the forward draws depends on this seed, on a number, on the process, and on how many batches were read
+        before. Outside it depends on torch's generator, as in a loop."""
+        own = seed + 1 + APART * rank()  # 1: the tuner's steps draw from seeds of the same kind
+        self._seed, self._read = seed_of_step(own, number * _READS), 0
+        try:
+            yield
+        finally:
+            self._seed = None
+
+    def _next_seed(self) -> int:
+        if self._seed is None:
+            return int(torch.randint(2**62, ()))
+        self._read += 1
+        return seed_of_step(self._seed, self._read)
+
+
+def _with_its_draws(forward: Forward) -> Forward:
+    """The forward for what a reader has made of a batch."""
+
+    def replayed(model: object, batch: object) -> tuple[Any, Any]:
+        if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Draws):
+            with batch[1].again():
+                return forward(model, batch[0])
+        return forward(model, batch)
+
+    return replayed
 
 
 def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
@@ -197,6 +256,7 @@ def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) ->
 
     Raises ValueError for a target that has neither the rows of the model's inputs nor those of the output.
     """
+    forward = _with_its_draws(forward)
     if loss_fn is None:
         return of_batch(lambda output, batch: forward(_Replay(model, output), batch)[0])
     loss = LossOfOutput(loss_fn)

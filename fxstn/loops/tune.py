@@ -132,7 +132,8 @@ def tune(
     forward = forward or (own_loss if loss_fn is None else default_forward)
     reader = BatchReader(forward, plain)
     loader = valid_loader if train_loader is None else train_loader
-    examples = reader(example_batch(loader))[0] if example_inputs is None else example_inputs
+    with reader.seeded(0, 0):
+        examples = reader(example_batch(loader))[0] if example_inputs is None else example_inputs
     trace, statistics = settings.get("trace", "auto"), settings.get("statistics", "batch")
     groups = {name: value for name, value in settings.items() if name not in ("trace", "statistics")}
 
@@ -145,7 +146,8 @@ def tune(
     except (ValueError, TypeError):
         if example_inputs is not None:
             raise
-        examples = reader(example_batch(loader, None))[0]  # some nodes of a graph are no batch
+        with reader.seeded(0, 0):
+            examples = reader(example_batch(loader, None))[0]  # some nodes of a graph are no batch
         network = build(specs)
     if (decayed := without_undecayed(network, specs, optimizers)) is not specs:
         network = build(decayed)
@@ -169,7 +171,7 @@ def tune(
             example_inputs=example_inputs, epoch_steps=epoch_steps, **options_of_live,
         )  # fmt: skip
     try:
-        tuner = LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, seed)
+        tuner = LoopTuner(plain, problem, options, optimizers, data, epoch_steps, strengths, reader, seed)
     except BaseException:
         restore_modules(plain)
         raise
