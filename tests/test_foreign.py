@@ -142,5 +142,6 @@ def test_noise_of_a_forward_is_other_noise_in_each_step_and_the_same_in_each_eva
         tuner.end_epoch()
         epochs.append(set(seen))
     first, second = epochs
-    assert (len(first - second), len(second - first)) == (5, 5)
+    assert len(first - second) >= 5  # of five steps, and of a longer evaluation
+    assert len(second - first) == 5
     assert len(first & second) > 2
