@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverloadPacket
+from torch.utils.checkpoint import checkpoint
 
 import fxstn
 from fxstn import hp
@@ -300,6 +301,52 @@ def test_everything_that_a_trace_would_lose_is_listed_at_once():
         ("3", "a hook"),
     ]
     assert all("test_errors.py" in problem.source for problem in caught.value.problems[:3])
+
+
+def with_gradient_hook(y):
+    y = y.tanh()
+    y.register_hook(lambda gradient: gradient * 0.1)
+    return y
+
+
+def with_saved_tensors_hooks(y):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t / 2, lambda t: t):
+        return y.sin()
+
+
+def with_hook_on_several(y):
+    torch.autograd.graph.register_multi_grad_hook((y,), lambda _: None, mode="any")
+    return y * 1
+
+
+def with_hook_on_grad(y):
+    nn.Parameter(torch.ones(2)).register_post_accumulate_grad_hook(lambda _: None)
+    return y * 1
+
+
+@pytest.mark.parametrize(
+    "body", [with_gradient_hook, with_saved_tensors_hooks, with_hook_on_several, with_hook_on_grad]
+)
+def test_tensor_hooks_of_a_forward_are_refused_by_graphs_and_run_by_live(body):
+    model, x, y = Around(body), torch.randn(3, 4), torch.randn(3, 4)
+    stn = fxstn.transform(model, SCALAR, example_inputs=x)
+    assert stn.frontend == "live"
+    if body is not with_hook_on_several:  # symbolic tracing stops at its loop over the tensors
+        assert [(problem.where, problem.frontend) for problem in stn.rejected] == [("inner", "fx"), ("inner", "export")]
+    assert "hook" in stn.rejected[-1].what
+    fxstn.general_loss(stn, F.mse_loss, x, y).backward()
+    F.mse_loss(model(x), y).backward()
+    torch.testing.assert_close(stn.model.fc.weight.grad, model.fc.weight.grad)
+
+
+def test_hooks_by_which_the_backward_pass_reads_what_the_forward_saved_leave_a_graph():
+    def saved_on_cpu(y):
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(torch.sin, y, use_reentrant=False)
+
+    x = torch.randn(3, 4)
+    for trace in ("fx", "export"):
+        assert fxstn.transform(Around(saved_on_cpu), SCALAR, example_inputs=x, trace=trace).frontend == trace
 
 
 class Several(nn.Module):

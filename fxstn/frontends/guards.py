@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._library.autograd import make_autograd_impl
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import _checkpoint_hook
+from torch.utils.hooks import RemovableHandle
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
 from fxstn.frontends.decompositions.layer_drop import no_layer_skipped
@@ -22,6 +26,9 @@ from fxstn.ir.generators import GlobalRandomState
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TENSOR_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+_LIVE_RUNS_HOOKS = 'remove it, or give transform, or fxstn.tune, trace="live", which runs hooks'
+_SAME_VALUES = (save_on_cpu, _checkpoint_hook)  # hooks of torch by which the backward pass reads what the forward saved
 
 
 class UnsupportedError(Exception):
@@ -83,6 +90,11 @@ class ProblemCollector:
             source = innermost_user_frame("".join(traceback.format_stack()))
             self.problems.append(Diagnostic(where, what, source, remedy))
 
+    def add_tensor_hook(self, *_: object) -> RemovableHandle:
+        """In place of the methods `TENSOR_HOOKS` of a tensor."""
+        self.add("a hook on a tensor, which a traced graph would lose,", _LIVE_RUNS_HOOKS)
+        return RemovableHandle(OrderedDict())
+
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
@@ -132,7 +144,8 @@ def guarded_capture(
         refuse_scripted(model)
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
-        with _operations_noticed(unsupported, [] if regions is None else regions), no_layer_skipped(model):
+        operations = _operations_noticed(unsupported, [] if regions is None else regions)
+        with operations, _tensor_hooks_noticed(unsupported), no_layer_skipped(model):
             yield
 
 
@@ -184,6 +197,23 @@ def _operations_noticed(unsupported: ProblemCollector, regions: list[str]) -> It
         patches.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(custom_function)))
         patches.enter_context(mock.patch.object(torch.autocast, "__enter__", enter))
         patches.enter_context(mock.patch.object(torch.autocast, "__exit__", leave))
+        yield
+
+
+@contextmanager
+def _tensor_hooks_noticed(unsupported: ProblemCollector) -> Iterator[None]:
+    """Hooks that the forward sets on tensors, or on what is saved for the backward pass, are collected as unsupported."""
+    enter = saved_tensors_hooks.__enter__
+
+    def enter_region(hooks: saved_tensors_hooks) -> None:
+        if not isinstance(hooks, _SAME_VALUES):
+            unsupported.add("a region with saved_tensors_hooks, which a traced graph would lose,", _LIVE_RUNS_HOOKS)
+        enter(hooks)
+
+    with ExitStack() as patches:
+        for name in TENSOR_HOOKS:
+            patches.enter_context(mock.patch.object(Tensor, name, unsupported.add_tensor_hook))
+        patches.enter_context(mock.patch.object(saved_tensors_hooks, "__enter__", enter_region))
         yield
 
 

@@ -17,7 +17,7 @@ from torch.fx.node import Argument, Target
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.frontends.decompositions import DECOMPOSITIONS
-from fxstn.frontends.guards import HOOKS, ProblemCollector, UnsupportedError, guarded_capture
+from fxstn.frontends.guards import HOOKS, TENSOR_HOOKS, ProblemCollector, UnsupportedError, guarded_capture
 from fxstn.frontends.inputs import Inputs, InputSpec, arguments_of
 from fxstn.frontends.interface import GraphFrontend
 from fxstn.frontends.original import forward_of
@@ -154,6 +154,8 @@ class _Tracer(fx.Tracer):
         if kind == "call_function" and target in DECOMPOSITIONS and target not in RULES:
             # One with a rule can stay a node, and canonicalize writes it out.
             return DECOMPOSITIONS[target](*args, **kwargs)
+        if kind == "call_method" and target in TENSOR_HOOKS:
+            return self.unsupported.add_tensor_hook()
         if callable(target) and is_opaque(target):
             last = next(iter(reversed(self.graph.nodes)))
             try:
