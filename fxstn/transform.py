@@ -13,7 +13,7 @@ from fxstn.frontends.guards import frozen_modules
 from fxstn.frontends.interface import Frontend, Pass
 from fxstn.frontends.layer_trial import recognise_layer_drop, varying_modules
 from fxstn.frontends.live.frontend import Live
-from fxstn.frontends.original import check_inputs, plain_copy
+from fxstn.frontends.original import check_inputs, hooked_parameters, plain_copy
 from fxstn.frontends.selection import first_that_works, with_remedy
 from fxstn.frontends.symbolic import Symbolic
 from fxstn.hp import Spec
@@ -102,10 +102,18 @@ def transform(
     a spec that matches nothing, a start outside its range, two hyperparameters of one name, nothing to tune, an unknown
     method, example inputs that the model cannot take, a model wrapped for several processes. Raises TypeError for a model,
     hparams or example_inputs of another kind. Warns where hparams=None leaves an augmentation of the model at its own
-    strength, and where less than half of the elements of weights respond.
+    strength, where less than half of the elements of weights respond, and where a parameter of the model has a hook on its
+    gradient, which the copy does not have.
     """
     check_model(model)
     request = Request(hparams, example_inputs, method, response, trace, recompute, statistics, FRONTENDS)
+    if names := hooked_parameters(model):
+        which = f"{', '.join(map(repr, names[:3]))}{' and others' if len(names) > 3 else ''}"
+        warnings.warn(
+            f"the hooks on the gradients of {which} stay with this model, and the network trains a copy; register them on its "
+            f"parameters, stn.model.get_parameter({names[0]!r}).register_hook(...)",
+            stacklevel=2,
+        )
     return network_over(plain_copy(model), request)
 
 

@@ -283,3 +283,17 @@ def test_a_parameter_that_the_model_does_not_hold_is_refused():
         fxstn.TransformError, match=r"export: a parameter of shape \(6, 6\) that no module of the model holds"
     ):
         fxstn.transform(ReadsOutside(), example_inputs=torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_that_the_copy_does_not_have_are_a_warning_and_act_where_it_says(register):
+    model, x = mlp(), torch.randn(4, 6)
+    getattr(model[0].weight, register)(lambda _: None)
+    with pytest.warns(
+        UserWarning, match=r"gradients of '0\.weight' stay .*get_parameter\('0\.weight'\)\.register_hook"
+    ):
+        stn = fxstn.transform(model, SCALAR, example_inputs=x)
+    stn.model.get_parameter("0.weight").register_hook(torch.zeros_like)
+    fxstn.general_loss(stn, F.mse_loss, x, torch.zeros(4, 3)).backward()
+    assert not stn.model[0].weight.grad.any()
+    assert stn.model[0].bias.grad.any()

@@ -37,6 +37,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return model
 
 
+def hooked_parameters(model: nn.Module) -> list[str]:
+    """Names, in the plain copy of a model, of the parameters with hooks on their gradients, which the copy does not have."""
+    return [
+        name.replace(f"{COMPILED}.", "")
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    ]
+
+
 def forward_of(model: nn.Module) -> Callable[..., object]:
     """The model's forward as a function of the model and its inputs: of its class, or of its own where it has one.
 
