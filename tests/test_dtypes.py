@@ -53,6 +53,19 @@ class WideNorm(nn.Module):
         return self.after(y.to(self.after.weight.dtype))
 
 
+class WithIndices(nn.Module):
+    """An integer parameter, before the weights and wider than they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(5, -1, -1), requires_grad=False)
+        self.shift = nn.Parameter(torch.ones(6, dtype=torch.int64), requires_grad=False)
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x[:, self.order] + self.shift)
+
+
 class SingleAndDouble(nn.Module):
     """A float32 layer before one in float64."""
 
@@ -327,3 +340,30 @@ def test_penalties_are_summed_in_the_type_of_the_weights_under_autocast(response
     parameters = list(stn.response_parameters())
     plain, low = (torch.autograd.grad(value, parameters, allow_unused=True) for value in values)
     torch.testing.assert_close([values[1], *low], [values[0], *plain], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_a_model_with_an_integer_parameter_is_trained(trace):
+    batches = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(3)]
+    stn = fxstn.transform(WithIndices(), DECAY, example_inputs=batches[0][0], trace=trace)
+    assert {x.dtype for x in learned(stn)} == {torch.float32}
+    runner = fxstn.BilevelRunner(stn, F.cross_entropy, batches, batches, progress=False)
+    runner.fit(2)
+    assert runner.problem.diagnostics(*batches[0], 0)["response_norm"] > 0
+    assert torch.equal(runner.refit(batches).order, WithIndices().order)
+    assert fxstn.verify(WithIndices(), batches[0][0], hparams=DECAY, trace=trace).ok
+    doubled = stn.double().train()(batches[0][0].double())
+    assert doubled.dtype == torch.float64
+
+
+def test_a_model_with_an_integer_parameter_is_tuned_where_it_is():
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    model = WithIndices()
+    optimizer = torch.optim.SGD(model.layers.parameters(), 0.1)
+    tuner = fxstn.tune(model, optimizer, F.cross_entropy, [(x, y)], [(x, y)], DECAY)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    tuner.load_state_dict(tuner.state_dict())
+    F.cross_entropy(model.double()(x.double()), y).backward()
+    with pytest.raises(ValueError, match=r"moved from \(cpu, float32\) to \(cpu, float64\)"):
+        optimizer.step()

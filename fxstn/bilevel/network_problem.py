@@ -36,6 +36,7 @@ from fxstn.bilevel.temporary import eval_mode, swapped_tensors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
 from fxstn.ops.penalty import add_decay
+from fxstn.ops.precision import inexact
 
 
 class NetworkProblem(BilevelProblem):
@@ -230,8 +231,9 @@ class NetworkProblem(BilevelProblem):
         noise = torch.randn(len(stn.hparams), generator=torch.Generator().manual_seed(seed))
         epsilon = stn.hparams.scale.detach() * noise.to(stn.hparams.scale)
         moved, at_rest = stn.wide_response(epsilon), stn.wide_response(torch.zeros_like(epsilon))
-        changes = torch.stack([(w - at_rest[n]).norm() for n, w in moved.items()])
-        sizes = torch.stack([w.norm() for w in at_rest.values()])
+        weights = {name: weight for name, weight in at_rest.items() if inexact(weight)}
+        changes = torch.stack([(moved[name] - weight).norm() for name, weight in weights.items()])
+        sizes = torch.stack([weight.norm() for weight in weights.values()])
         result = {"response_norm": (changes.norm() / sizes.norm()).item()}
         if stn.method != "delta" or stn.augments:
             return result

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxstn.frontends.module_state import same
+from fxstn.ops.precision import inexact
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 _SIGNATURES: WeakKeyDictionary[FunctionType, dict[bool, inspect.Signature]] = WeakKeyDictionary()
@@ -169,7 +170,7 @@ class InputSpec:
         """Of inputs; None for none."""
         if inputs is None:
             return None
-        dtype = next(model.parameters(), torch.empty(0)).dtype
+        dtype = next(filter(inexact, model.parameters()), torch.empty(0)).dtype
         return cls(tree_map_only(Tensor, lambda x: x.detach().to("meta"), in_order(model, inputs)), dtype)
 
     def like(self, model: nn.Module, exact: bool) -> list[Inputs]:
@@ -177,7 +178,7 @@ class InputSpec:
 
         exact: whether the batch keeps its size. Else it gets one that no other size has, so that the two are not confused.
         """
-        parameter = next(model.parameters(), torch.empty(0))
+        parameter = next(filter(inexact, model.parameters()), torch.empty(0))
         leaves = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim()]
         batch = leaves[0].shape[0] if leaves else 0
         others = {size for leaf in leaves for i, size in enumerate(leaf.shape) if i or size != batch}

@@ -10,6 +10,7 @@ from torch import nn
 from fxstn.bilevel.callbacks import EarlyStopping
 from fxstn.bilevel.checks import check_settings
 from fxstn.hp import Spec
+from fxstn.ops.precision import inexact
 
 Place = tuple[torch.device, torch.dtype]
 
@@ -41,8 +42,8 @@ def check_arguments(
 
 
 def place_of(model: nn.Module) -> Place:
-    """Device and type of the model's first parameter."""
-    parameter = next(model.parameters())
+    """Device and type of the model's first parameter of floating-point or complex numbers."""
+    parameter = next(filter(inexact, model.parameters()))
     return parameter.device, parameter.dtype
 
 

@@ -23,6 +23,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+def inexact(x: Tensor) -> bool:
+    """Whether a tensor has floating-point or complex numbers: a model may hold an index or a mask as a parameter, too."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def real(dtype: torch.dtype) -> torch.dtype:
     """The type of the parts of a complex type, else the type itself."""
     return dtype.to_real() if dtype.is_complex else dtype  # torch.compile does not know to_real

@@ -25,7 +25,7 @@ from fxstn.ir.generators import forked_rng
 from fxstn.ir.graph_kind import graph_kind
 from fxstn.ir.graphs import model_of, own_inputs
 from fxstn.network import SelfTuningNetwork
-from fxstn.ops.precision import has_autocast, wide
+from fxstn.ops.precision import has_autocast, inexact, wide
 from fxstn.passes.effects import may_write_parameters
 from fxstn.passes.hyperize import Responses, response_modules, responses
 from fxstn.passes.keep_precision import has_regions
@@ -58,7 +58,7 @@ def build_network(
     recipe = PipelineRecipe(frontend, plan, pipelines, request.hparams, loops_of(model))
     for layers_only in (False, True):
         responding = responding_parameters(graphs, request.structured, layers_only)
-        parameters = list(model.parameters())
+        parameters = list(filter(inexact, model.parameters()))
         widest = max((wide(p.dtype.to_real()) for p in parameters), key=lambda dtype: dtype.itemsize)
         space.to(device=parameters[0].device, dtype=widest)
         modules = response_modules(model, responding, len(space), request.structured)

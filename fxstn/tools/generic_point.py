@@ -10,6 +10,7 @@ from fxstn.frontends.inputs import Inputs
 from fxstn.frontends.original import plain_copy, run_once
 from fxstn.frontends.preservation import Preservation
 from fxstn.network import SelfTuningNetwork
+from fxstn.ops.precision import inexact
 from fxstn.ops.response import Response
 from fxstn.tools.reference import as_double
 
@@ -31,7 +32,7 @@ def generic_copy(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
         for module in model.modules() if seed else ():
             if isinstance(module, NORMS) and module.bias is not None:
                 module.bias.add_(3 * _drawn(module.bias, generator).sign())
-        for parameter in model.parameters():
+        for parameter in filter(inexact, model.parameters()):
             if (parameter == parameter.flatten()[0]).all():  # norm affines, a head that starts at zero
                 parameter.add_(0.1 * _drawn(parameter, generator))
         for module in norms:
