@@ -154,6 +154,53 @@ def test_a_fresh_model_gives_the_weights_to_start_from() -> None:
         assert close(model.state_dict(), fresh.state_dict())
 
 
+class HeadAlone(nn.Module):
+    """Its checkpoints have no backbone, however it is left out."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.backbone, self.drop, self.head = kind, nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3)
+        if kind == "hook":
+            self.register_state_dict_post_hook(lambda _, state, prefix, __: _drop(state, f"{prefix}backbone") and None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.backbone(x))))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return _drop(dict(state), "backbone") if self.kind == "override" else state
+
+
+def _drop(state: Any, prefix: str) -> Any:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+    return state
+
+
+@pytest.mark.parametrize("kind", ["override", "hook"])
+def test_what_a_state_dict_leaves_out_is_kept_with_the_rest(tmp_path: Path, kind: str) -> None:
+    def runner() -> fxstn.BilevelRunner:
+        stn = fxstn.transform(HeadAlone(kind), [hp.Dropout()])
+        files = fxstn.CheckpointSettings(out_dir=tmp_path)
+        return fxstn.BilevelRunner(stn, F.cross_entropy, loader(), loader(), checkpoints=files, progress=False)
+
+    run = runner()
+    assert run.fit(3).best()["epoch"] == 3
+    weights = {name: weight.clone() for name, weight in run.stn.model.named_parameters()}
+    assert same(dict(run.best_model().named_parameters()), weights)
+    assert run.best is not None
+    assert sorted(run.best["model"]) == ["head.bias", "head.weight"]
+    again = runner()
+    again.fit(3)
+    assert same(dict(again.stn.model.named_parameters()), weights)
+    assert same(dict(again.best_model().named_parameters()), weights)
+    fresh = HeadAlone(kind)
+    nn.init.zeros_(fresh.backbone.weight)
+    refit = again.refit(loader(), epochs=1, fresh=fresh, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    assert close(dict(refit.named_parameters()), dict(fresh.named_parameters()))
+
+
 def test_the_length_of_a_refit_is_that_of_the_best_epoch_and_another_schedule_is_stretched() -> None:
     runner = make()
     runner.fit(3)

@@ -1,14 +1,13 @@
-"""Means of losses and metrics, over an epoch and over a loader; the network as it is evaluated and kept."""
+"""Means of losses and metrics, over an epoch and over a loader; the network as it is evaluated."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.recalibration import EvaluatedStatistics
 from fxstn.bilevel.sources import new_pass, unchanged_generators
-from fxstn.bilevel.state import State, on_device
+from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import WeightAverages, in_eval_mode
 from fxstn.bilevel.totals import Metrics, Totals
 from fxstn.ir.input_errors import explained_errors
@@ -72,46 +71,6 @@ class EpochTensors:
 
     def restart(self, state: State) -> None:
         """Nothing: those of process 0 are part of the problem's state."""
-
-
-class Best(TypedDict):
-    """An epoch, its validation loss, and the state_dict of the model that it would export."""
-
-    epoch: int
-    valid_loss: float
-    model: dict[str, Any]
-
-
-class BestModel:
-    """The model of the epoch with the lowest validation loss. `record` is None before the first epoch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.record: Best | None = None
-
-    def offer(self, epoch: int, valid_loss: float, problem: BilevelProblem) -> bool:
-        """Keep the model of a problem where it is better; returns whether it is."""
-        if self.record is not None and not valid_loss < self.record["valid_loss"]:
-            return False
-        self.keep(epoch, valid_loss, problem)
-        return True
-
-    def keep(self, epoch: int, valid_loss: float, problem: BilevelProblem) -> None:
-        """Keep the model of a problem.
-
-        valid_loss: NaN where there are no validation data.
-        """
-        model = {
-            name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # extra state of a module
-            for name, value in problem.export().state_dict().items()
-        }
-        self.record = {"epoch": epoch, "valid_loss": valid_loss, "model": model}
-
-    def state_dict(self) -> State:
-        return {"record": self.record}
-
-    def load_state_dict(self, state: State) -> None:
-        self.record = on_device(state["record"], self.device)
 
 
 class RecentBatches(Protocol):

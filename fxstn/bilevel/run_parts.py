@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxstn.bilevel import distributed, specs
+from fxstn.bilevel.best_model import BestModel
 from fxstn.bilevel.cadence import Counters
-from fxstn.bilevel.evaluation import BestModel
+from fxstn.bilevel.complete_state import CompleteState
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.history import History
 from fxstn.bilevel.plain import plain_numbers
@@ -45,7 +46,7 @@ class RunParts:
     settings: Mapping[str, object]
 
     def all_shared(self) -> dict[str, Stateful]:
-        first: dict[str, Stateful] = {"problem": self.problem, "updates": self.updates}
+        first: dict[str, Stateful] = {"problem": CompleteState(self.problem), "updates": self.updates}
         return {**first, **self.shared, "counters": self.counters, "history": self.history, "best": self.best}
 
     def state_dict(self) -> State:
@@ -115,7 +116,7 @@ class RunParts:
             if theirs != self.identity[name]:
                 raise ValueError(f"{source} has {name} {theirs}, this run {self.identity[name]}; choose another out_dir, or "
                                  "the same settings")  # fmt: skip
-        ours, saved = _shapes(self.problem.state_dict()), _shapes(state["shared"]["problem"])
+        ours, saved = _shapes(CompleteState(self.problem).state_dict()), _shapes(state["shared"]["problem"])
         if other := sorted(name for name in ours.keys() | saved.keys() if ours.get(name) != saved.get(name)):
             raise ValueError(f"{source} is a run of another model: {other[0]} is {saved.get(other[0], 'missing')} there and "
                              f"{ours.get(other[0], 'missing')} here; choose another out_dir")  # fmt: skip

@@ -11,9 +11,10 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.best_model import Best, BestModel
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
-from fxstn.bilevel.evaluation import Best, BestModel, EpochTensors
+from fxstn.bilevel.evaluation import EpochTensors
 from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.files import absolute
 from fxstn.bilevel.history import History, Schedule
@@ -272,7 +273,7 @@ class BilevelRunner(Refittable):
         if self.best is None:
             raise ValueError("no epoch is done yet; call fit first")
         model = self.problem.export()
-        model.load_state_dict(self.best["model"])
+        self._best.put(model)
         return model.eval()
 
     def _fresh_optimizer(self) -> OptimizerLike:

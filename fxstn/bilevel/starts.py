@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint import load_checkpoint, save_checkpoint
+from fxstn.bilevel.complete_state import CompleteState, load_complete
 from fxstn.bilevel.sources import checksum
 from fxstn.bilevel.state import State
 from fxstn.bilevel.temporary import training_tensors
@@ -60,7 +61,7 @@ class StartWeights:
         """
         if fresh is not None:
             model = fresh if isinstance(fresh, nn.Module) else fresh()
-            self.model.load_state_dict(model.state_dict())
+            load_complete(self.model, CompleteState(model).state_dict())
             return
         start = self._known
         if start is None and self.path is not None:
