@@ -541,6 +541,29 @@ def test_a_state_of_another_model_changes_nothing() -> None:
     assert str(tuners[0].state_dict()) == str(before)
 
 
+@pytest.mark.parametrize("other", [None, "6.module"])
+def test_a_state_is_loaded_whatever_the_state_dict_of_the_model_has(other: str | None) -> None:
+    def change(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}6.")]:
+            value = state.pop(name)
+            if other is not None:
+                state[name.replace("6", other)] = value
+
+    states = []
+    for _ in range(2):
+        model, (loader, valid) = mlp(), loaders()
+        model.register_state_dict_post_hook(change)
+        tuner = fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid)
+        nn.init.normal_(next(iter(tuner.stn.response_parameters())))
+        states.append(tuner.state_dict())
+    tuner.load_state_dict(states[0])
+    assert torch.equal(tuner.state_dict()["network"]["response.flat_U"], states[0]["network"]["response.flat_U"])
+    before = tuner.state_dict()
+    with pytest.raises(ValueError, match=r"another model: hparams\.raw_scale has the shape None"):
+        tuner.load_state_dict(states[0] | {"network": {}})
+    assert str(tuner.state_dict()) == str(before)
+
+
 def test_weights_that_no_optimizer_steps_are_left_out() -> None:
     model, (loader, valid) = mlp(), loaders()
     for decay in (0.0, 1e-2):

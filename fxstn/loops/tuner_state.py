@@ -76,11 +76,13 @@ def _check_optimizers(saved: State, own: State) -> None:
             )
 
 
+@torch.no_grad()
 def _take(
     state: Mapping[str, Any], stn: SelfTuningNetwork, parts: Mapping[str, Stateful], device: torch.device
 ) -> None:
-    own = {name: tensor for name, tensor in stn.state_dict().items() if _of_model(name)}
-    stn.load_state_dict(own | state["network"])
+    own = stn.state_dict()
+    for name, tensor in state["network"].items():
+        own[name].copy_(tensor)
     for name, part in parts.items():
         part.load_state_dict(on_device(state[name], device))
 
@@ -109,7 +111,7 @@ def _check(state: Mapping[str, Any], parts: Collection[str], names: list[str], o
             f"the state tunes {', '.join(state['hyperparameters'])}, and this tuner {', '.join(names)}; tune the same "
             "model with the same hparams"
         )
-    sizes = {name: tuple(tensor.shape) for name, tensor in own.items() if not name.startswith("model.")}
+    sizes = {name: tuple(tensor.shape) for name, tensor in own.items() if not _of_model(name)}
     others = {name: tuple(tensor.shape) for name, tensor in state["network"].items()}
     if differing := sorted(name for name in sizes.keys() | others.keys() if sizes.get(name) != others.get(name)):
         name = differing[0]
