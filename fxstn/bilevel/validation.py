@@ -200,9 +200,23 @@ def validation_stream(loader: Iterable[object], seed: int, in_order: bool) -> Va
 
     in_order: whether batches follow each other, as windows of a sequence do.
     """
-    if isinstance(loader, DataLoader) and can_be_redrawn(loader) and not in_order and takes_each_once(loader):
-        return DrawnStream(loader, seed)
+    inner = data_loader_of(loader)
+    if inner is not None and can_be_redrawn(inner) and not in_order and takes_each_once(inner):
+        return DrawnStream(inner, seed)
     return SplitStream(loader, seed)
+
+
+def data_loader_of(loader: Iterable[object]) -> DataLoader | None:
+    """The DataLoader that a loader is, or that it wraps and has all attributes of, as a loader of Lightning Fabric has.
+
+    None for another loader, and for a wrapper with other attributes: it may change the batches.
+    """
+    if isinstance(loader, DataLoader):
+        return loader
+    own = getattr(loader, "__dict__", {})
+    return next(
+        (each for each in own.values() if isinstance(each, DataLoader) and vars(each).keys() <= own.keys()), None
+    )
 
 
 def can_be_redrawn(loader: DataLoader) -> bool:
@@ -244,10 +258,11 @@ def example_batch(loader: Iterable[object], most: int | None = EXAMPLES) -> Any:
     most: examples. None: as many as the loader gives.
     """
     with unchanged_generators(loader):
-        if isinstance(loader, DataLoader) and can_be_redrawn(loader):
-            assert loader.batch_sampler is not None
-            indices = next(iter(loader.batch_sampler))
-            return loader.collate_fn([loader.dataset[index] for index in indices[:most]])
+        inner = data_loader_of(loader)
+        if inner is not None and can_be_redrawn(inner):
+            assert inner.batch_sampler is not None
+            indices = next(iter(inner.batch_sampler))
+            return inner.collate_fn([inner.dataset[index] for index in indices[:most]])
         if (batch := next(iter(new_pass(loader)), None)) is None:
             raise ValueError(
                 "a loader yields no batch; give one that can be read again and again, such as a DataLoader"

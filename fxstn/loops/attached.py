@@ -33,7 +33,7 @@ from fxstn.loops.rates import SeenRates
 from fxstn.loops.refit import RefittableLoop
 from fxstn.loops.remembered import RememberedBatches, batches_to_come
 from fxstn.loops.seen_batches import SeenBatches
-from fxstn.loops.step_hooks import ZeroGradHook, gradient_factor, hook_steps
+from fxstn.loops.step_hooks import ZeroGradHook, gradient_factor, hook_steps, sets_up_state
 from fxstn.loops.tuner_state import load_state, parts_of, state_of
 from fxstn.ops.response import frozen
 
@@ -82,6 +82,7 @@ class AttachedTuner(RefittableLoop):
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch
+        self._sets_up = False  # whether the step under way is one without a training batch
         self._begun = False  # whether the start has been evaluated, or lies behind
         self.loaders = LoopLoaders(train_loader, self._seen)
         if train_loader is not None and self.loaders.beside is not None:
@@ -164,6 +165,9 @@ class AttachedTuner(RefittableLoop):
     # Hooks of the optimizers
 
     def _before_step(self, optimizer: Optimizer, first: bool) -> None:
+        self._sets_up = not self._last_forward.forwards and sets_up_state(optimizer)
+        if self._sets_up:
+            return
         if first and id(optimizer) in self._stepped:
             self._end_step()
         if first and not self._stepped:
@@ -175,6 +179,8 @@ class AttachedTuner(RefittableLoop):
         self._decay.before_step(optimizer, first)
 
     def _after_step(self, optimizer: Optimizer) -> None:
+        if self._sets_up:
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._stepping):
             self._end_step()

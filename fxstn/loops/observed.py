@@ -95,6 +95,7 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
     methods = {"__iter__": begins, "__next__": following} if own else {"__iter__": lambda self: _pass(self, kind)}
     names = {
         "__slots__": (),
+        _LISTENER: True,
         **methods,
         "__reduce_ex__": _reduced,
         "__module__": kind.__module__,
@@ -107,12 +108,17 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
 def _listener_of(loader: object) -> Listener | None:
     """Who hears of the passes over a loader; None: nobody, or nobody any more. The optimizer of its loop keeps it."""
     reference: Callable[[], Listener | None] | None = vars(loader).get(_LISTENER)
-    return None if reference is None else reference()
+    return None if reference is None or not _is_observed(loader) else reference()
+
+
+def _is_observed(loader: object) -> bool:
+    """Whether a loader tells of its passes: one that has taken over the attributes of another, as Fabric's do, does not."""
+    return _LISTENER in vars(type(loader))
 
 
 def restore(loader: Iterable[object]) -> None:
     """Give a loader its class back."""
-    if vars(loader).pop(_LISTENER, None) is not None:
+    if vars(loader).pop(_LISTENER, None) is not None and _is_observed(loader):
         _CLASS.__set__(loader, type(loader).__bases__[0])
 
 

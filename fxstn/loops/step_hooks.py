@@ -16,9 +16,9 @@ from fxstn.bilevel.scaling import overflows
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, where a framework has wrapped it in an object that has it as `optimizer`."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    """The optimizer itself, where a framework has wrapped it in an object that has it as `optimizer`, or as `opt` (fastai)."""
+    while parts := [x for name in ("optimizer", "opt") if isinstance(x := getattr(optimizer, name, None), Optimizer)]:
+        optimizer = parts[0]
     return optimizer
 
 
@@ -95,6 +95,11 @@ def changes_weights(optimizer: Optimizer) -> bool:
     """Whether a step changes weights: some weight has a gradient, and no GradScaler has found one that overflowed."""
     with_gradient = any(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
     return with_gradient and not overflows(optimizer)
+
+
+def sets_up_state(optimizer: Optimizer) -> bool:
+    """Whether a step may be one of a fresh optimizer at rate 0, by which torch.distributed.checkpoint sets up its state."""
+    return not optimizer.state and all(not group["lr"] for group in optimizer.param_groups)
 
 
 def gradient_factor(optimizer: Optimizer) -> Tensor | float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import nn
@@ -190,7 +190,7 @@ def execute(network: SelfTuningNetwork, settings: ExecutionSettings) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where it is wrapped in DistributedDataParallel or compiled.
+    """The model itself, where it is wrapped in DistributedDataParallel, compiled, or set up by Lightning Fabric.
 
     Raises ValueError where DataParallel runs copies of it on several devices.
     """
@@ -204,6 +204,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif COMPILED in model._modules:
             model = model.get_submodule(COMPILED)
+        elif isinstance(vars(type(model)).get("module"), property):  # Lightning Fabric's wrapper
+            model = cast(nn.Module, model.module)
         else:
             break
     return model
