@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
+from fxstn.loops.attached import AttachedTuner
 from fxstn.loops.step_module import module_of_step
 from tests.runs import same, without_times
 from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
@@ -135,6 +136,44 @@ def test_a_loop_that_takes_batches_ahead_has_one_row_for_each_pass() -> None:
         train(model, optimizer, ahead(loader))
         assert len(list(loader)) == 5  # an evaluation of the user's own
         assert (tuner.steps, len(tuner.history)) == (5 * number + 5, number + 1)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_steps_of_a_loop_that_takes_batches_ahead_are_of_what_it_trained_on(
+    resumed: bool, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its second pass on: the end of the first shows that it reads ahead."""
+    steps: list[list[Any]] = []
+    advance = AttachedTuner._advance
+
+    def noted(tuner: AttachedTuner, batches: list[Any]) -> None:
+        steps.append([x for x, _ in batches])
+        advance(tuner, batches)
+
+    monkeypatch.setattr(AttachedTuner, "_advance", noted)
+    loader, valid = loaders(train=12 * 6)
+    parts = tuned(loader, valid)
+    for epoch in range(3):
+        if resumed and epoch == 1:
+            states = [part.state_dict() for part in parts]
+            loader, valid = loaders(train=12 * 6)
+            parts = tuned(loader, valid)
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        model, optimizer, _ = parts
+        steps.clear()
+        trained = []
+        for number, (x, y) in enumerate(ahead(loader)):
+            if number % each == 0:
+                optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) / each).backward()
+            trained.append(x)
+            if (number + 1) % each == 0:
+                optimizer.step()
+        assert len(list(loader)) == 6  # an evaluation of the user's own
+        if epoch:
+            assert same(steps, [trained[start : start + each] for start in range(0, 6, each)])
 
 
 def test_a_loop_that_tells_no_beginning_of_a_pass_has_a_row_for_each_end() -> None:

@@ -77,8 +77,9 @@ class AttachedTuner(RefittableLoop):
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
         passes = self._idle.begin_pass, self._idle.leave_pass, self._end_pass
-        self._seen = SeenBatches(optimizers, *passes, self._end_step, lambda: length_of(self.train_loader))
         self._last_forward = LastForward(self._tuner, model)
+        facts = lambda: length_of(self.train_loader), self._last_forward.all_forwards
+        self._seen = SeenBatches(optimizers, *passes, self._end_step, *facts)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
         self._due = False  # whether a step of w₀ waits for its batch

@@ -36,7 +36,11 @@ class LastForward:
     @property
     def forwards(self) -> int:
         """The number of forwards in train mode since `follow`."""
-        return 0 if self._forward is None else max(0, self._forward.forwards - self._earlier)
+        return max(0, self.all_forwards() - self._earlier)
+
+    def all_forwards(self) -> int:
+        """The number of forwards in train mode so far."""
+        return 0 if self._forward is None else self._forward.forwards
 
     def follow(self) -> None:
         """Use the precision that the model's last forward in train mode had. It is the last of a step."""

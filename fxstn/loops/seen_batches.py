@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fxstn.bilevel.state import State
+from fxstn.loops.read_ahead import ReadAhead
 
 
 class GradientMark:
@@ -34,6 +35,7 @@ class SeenBatches:
     begins, leaves, ends: functions, called when a pass begins, when the loop leaves it, and when it counts as over.
     ends_step: function, called before the next batch, and at the end of a pass: the loop is done with the steps on what it had.
     length: function, the number of batches of a pass; None where it is not known.
+    forwards: of `ReadAhead`.
 
     A pass within a pass, such as an evaluation on training batches, is none of the loop, unless it takes a step there.
 
@@ -51,9 +53,10 @@ class SeenBatches:
         ends: Callable[[], None],
         ends_step: Callable[[], None],
         length: Callable[[], int | None],
+        forwards: Callable[[], int],
     ) -> None:
         self.optimizers, self.begins, self.leaves, self.ends = optimizers, begins, leaves, ends
-        self.ends_step, self.length = ends_step, length
+        self.ends_step, self.length, self._ahead = ends_step, length, ReadAhead(forwards)
         self.passing, self.count, self.late, self.most = False, 0, 0, 0
         self._pass: object = None  # the one under way
         self._left = False  # whether the loop has left it
@@ -76,6 +79,7 @@ class SeenBatches:
         self.passing, self._pass, self._left, self._look = True, of, False, None
         self.count = self._idle = self._steps = 0
         self._now.clear()
+        self._ahead.begin_pass()
 
     def see(self, batch: object, of: object = None) -> None:
         """A pass yields a batch, and the loop is done with the one before."""
@@ -88,7 +92,7 @@ class SeenBatches:
             self.passing, self._pass, self._left = True, of, False
         self._look, self._is_over = None, False
         self._settle()
-        self._now.append(batch)
+        self._now += self._ahead.read(batch)
         self.count += 1
 
     def leave_pass(self, of: object) -> None:
@@ -101,6 +105,8 @@ class SeenBatches:
 
     def end_pass(self, of: object = None) -> None:
         """A pass has no more batches."""
+        if self.passing and (of is None or of is self._pass):
+            self._ahead.end_pass()
         self.leave_pass(self._pass if of is None else of)
         if self._left:
             self.close()
@@ -121,7 +127,7 @@ class SeenBatches:
     @property
     def complete(self) -> bool:
         """Whether the loop has left the pass under way, or has trained on its last batch without asking for another one."""
-        trained = not self._now or not self._mark.shows(self._gradient())
+        trained = not self._ahead and (not self._now or not self._mark.shows(self._gradient()))
         return self.passing and (self._left or (trained and self.count == self.length()))
 
     # Steps
@@ -153,6 +159,7 @@ class SeenBatches:
         return self._take()
 
     def _take(self) -> list[object]:
+        self._now += [] if self.passing else self._ahead.late()
         self.late += not self.passing
         self._steps += self.passing
         ahead = self.late <= max(self.most, self._idle)
@@ -190,9 +197,10 @@ class SeenBatches:
         self._mark = GradientMark(self._gradient())
 
     def state_dict(self) -> State:
-        return {"most": self.most, "left": self.complete}
+        return {"most": self.most, "left": self.complete, "ahead": self._ahead.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a state; a pass that was complete by then ends when the next one begins."""
         self.most, self.passing, self._left = state["most"], state["left"], state["left"]
         self._pass = object() if self.passing else None
+        self._ahead.load_state_dict(state["ahead"])

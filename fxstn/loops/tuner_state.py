@@ -13,7 +13,7 @@ from fxstn.bilevel.state import State, Stateful, on_device
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
-FORMAT = 8
+FORMAT = 9
 
 
 def parts_of(tuner: Tuner, precision: Stateful) -> dict[str, Stateful]:
