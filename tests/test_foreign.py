@@ -1,4 +1,4 @@
-"""What is not the model's: gradients of a loss's own parameters, and what a forward draws."""
+"""What is the loop's alone: gradients of a loss's own parameters, what a forward draws, a state that the model keeps."""
 
 from __future__ import annotations
 
@@ -145,3 +145,80 @@ def test_noise_of_a_forward_is_other_noise_in_each_step_and_the_same_in_each_eva
     assert len(first - second) >= 5  # of five steps, and of a longer evaluation
     assert len(second - first) == 5
     assert len(first & second) > 2
+
+
+class Recurrent(nn.Module):
+    """Keeps its hidden state from batch to batch, in an attribute or in a buffer."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.state, self.read, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        if buffer:
+            self.register_buffer("hidden", torch.zeros(4, 8))
+        else:
+            self.hidden = torch.zeros(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.state(self.hidden) + self.read(x))
+        self.hidden = hidden.detach()
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_evaluations_leave_the_state_that_a_model_keeps(buffer: bool) -> None:
+    losses = []
+    for tuned in (False, True):
+        torch.manual_seed(0)
+        model, (loader, valid) = Recurrent(buffer), loaders(train=40, valid=20, size=4, valid_size=4)
+        optimizer = sgd(model, weight_decay=1e-2)
+        if tuned:  # λ stays: the hyper steps begin later
+            later = fxstn.HyperSettings(warmup_epochs=100)
+            tuner = fxstn.tune(
+                model, optimizer, F.cross_entropy, loader, valid, [hp.WeightDecay()], epoch_steps=5, hyper=later
+            )
+        losses.append([])
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert len(tuner.history) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_loss_that_calls_the_model_is_told_where_to_do_so() -> None:
+    """Its second forward is none of the network's graphs, as in a gradient penalty."""
+    model, (loader, valid) = mlp(0.3), loaders()
+    optimizer = sgd(model)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + model(torch.ones(2, 8)).square().mean()
+
+    fxstn.tune(model, optimizer, loss_fn, loader, valid, [hp.Dropout()], **QUICK)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+    (text,) = {str(warning.message) for warning in caught if "calls the model" in str(warning.message)}
+    assert "compute it in the model's forward" in text
+    assert sum("calls the model" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_loss_that_differentiates_with_respect_to_inputs_is_told_where_to_do_so() -> None:
+    """As in the training of physics-informed networks."""
+    model, (loader, valid) = mlp(0.3), loaders()
+    optimizer = sgd(model)
+
+    def loss_fn(output: Tensor, batch: list[Tensor]) -> Tensor:
+        (slope,) = torch.autograd.grad(output.sum(), batch[0], create_graph=True)
+        return slope.square().mean()
+
+    fxstn.tune(model, optimizer, loss_fn, loader, valid, [hp.Dropout()], forward=lambda m, b: (m(b[0]), b), **QUICK)
+    x, _ = next(iter(loader))
+    x = x.clone().requires_grad_()
+    loss_fn(model(x), [x]).backward()
+    with pytest.raises(ValueError, match=r"take derivatives with respect to inputs in the model's forward"):
+        optimizer.step()

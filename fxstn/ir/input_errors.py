@@ -112,8 +112,19 @@ def explained_loss_errors(output: object, target: object) -> Iterator[None]:
             raise
         raise ValueError(
             f"loss_fn cannot take an output {described(output)} with a target {described(target)}: {first_line(error)}; "
-            + _loss_remedy(output, target)
+            + (
+                _OF_DERIVATIVES
+                if any(words in str(error) for words in _NO_DERIVATIVE)
+                else _loss_remedy(output, target)
+            )
         ) from error
+
+
+_NO_DERIVATIVE = "not have been used in the graph", "does not require grad"
+_OF_DERIVATIVES = (
+    "a loss gets the output of a forward that is over: take derivatives with respect to inputs in the model's forward, which "
+    "returns them beside its output"
+)
 
 
 def _loss_remedy(output: object, target: object) -> str:

@@ -2,8 +2,8 @@
 
 tune is the function, attached the tuner that it returns, adapter what a framework's callback does with it. A tuner hears of
 steps (step_hooks, gradients), of passes over the loader (observed) and of their batches (seen_batches, read_ahead). It reads
-these (forwards), or a whole training step (called). decay takes over the weight decay of an optimizer, refit and rates the loop
-for a refit.
+these (forwards, draws), or a whole training step (called). decay takes over the weight decay of an optimizer, refit and rates
+the loop for a refit.
 """
 
 from fxstn.loops.tune import LoopTuner, TuneSettings, tune

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fxstn.bilevel.state import State, Stateful
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.validation import validation_stream
 from fxstn.frontends.model_forwards import restore_modules
+from fxstn.frontends.preservation import Preservation
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.forwards import BatchReader
@@ -82,8 +83,7 @@ class AttachedTuner(RefittableLoop):
         self._seen = SeenBatches(optimizers, *passes, self._end_step, *facts)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
-        self._due = False  # whether a step of w₀ waits for its batch
-        self._sets_up = False  # whether the step under way is one without a training batch
+        self._due = self._sets_up = False  # whether a step of w₀ waits for its batch; whether it is one without a batch
         self._begun = False  # whether the start has been evaluated, or lies behind
         self.loaders = LoopLoaders(train_loader, self._seen)
         if train_loader is not None and self.loaders.beside is not None:
@@ -226,12 +226,13 @@ class AttachedTuner(RefittableLoop):
         """Inside, the network is in the mode of the loop's forward, and weights without an optimizer are constants. A loss that
         is no number ends this, with a warning.
 
-        of_steps: whether a forward that draws draws anew after each step of w₀; for evaluations it draws the same each time.
+        of_steps: False for an evaluation, which draws the same each time and leaves the model's hidden state as it was.
         """
         self.stn.training = self._last_forward.training
         noise = self._reader.seeded(self._seed, self._tuner.counters.steps if of_steps else -1)
         try:
-            with self.loaders.unobserved(), frozen(self._idle.constant_weights()), noise:
+            unchanged = nullcontext() if of_steps else Preservation(self.model, None, but=self.model.parameters())
+            with self.loaders.unobserved(), frozen(self._idle.constant_weights()), noise, unchanged:
                 yield
         except BadLoss as fault:
             self._report(fault)

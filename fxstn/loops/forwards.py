@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxstn.bilevel.batches import Whole, as_dict
+from fxstn.bilevel.batches import as_dict
 from fxstn.bilevel.counts import LossValue
 from fxstn.bilevel.distributed import APART, rank
 from fxstn.bilevel.evaluation import LOSS_ERRORS
+from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.losses import LossFunction, takes_hparams
 from fxstn.bilevel.noise import seed_of_step
 from fxstn.bilevel.target_rows import checked_rows, hparams_of_rows
 from fxstn.bilevel.targets import of_batch, refuse_moves
+from fxstn.frontends.conditioned import ConditionedForward
 from fxstn.frontends.inputs import Inputs
-from fxstn.ir.generators import GlobalRandomState, forked_rng, reseed
+from fxstn.ir.generators import GlobalRandomState
 from fxstn.ir.input_errors import first_line
+from fxstn.loops.draws import Draws, with_draws
 from fxstn.ops.batch_axis import batch_size
 
 _READS = 2**20  # batches that are read with one number
@@ -183,20 +186,6 @@ def inputs_of(forward: Forward, model: nn.Module, batch: Any) -> Inputs:
     raise TypeError("forward(model, batch) does not call its model; it returns (model(inputs), target)")
 
 
-@dataclass(frozen=True)
-class Draws(Whole):
-    """What a forward draws for a batch, such as noise that its inputs and its target share."""
-
-    seed: int
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Inside, the forward draws what it has drawn; the loop's own generators are as they were afterwards."""
-        with forked_rng():
-            reseed(self.seed)
-            yield
-
-
 class BatchReader:
     """Reads the batches of a user's loop: batch → (what the model is called with, the batch), on the model's device.
 
@@ -239,16 +228,29 @@ class BatchReader:
         return seed_of_step(self._seed, self._read)
 
 
-def _with_its_draws(forward: Forward) -> Forward:
-    """The forward for what a reader has made of a batch."""
+def _without_calls(loss_fn: LossFunction, model: nn.Module) -> LossFunction:
+    """The loss function; a warning says once that it calls the model, as a gradient penalty does."""
+    warned = False
 
-    def replayed(model: object, batch: object) -> tuple[Any, Any]:
-        if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Draws):
-            with batch[1].again():
-                return forward(model, batch[0])
-        return forward(model, batch)
+    def calls() -> int:
+        forward = vars(model).get("forward")
+        return forward.forwards if isinstance(forward, ConditionedForward) else 0
 
-    return replayed
+    @functools.wraps(loss_fn)
+    def loss(*args: object, **hparams: object) -> LossValue:
+        nonlocal warned
+        before = calls()
+        value = loss_fn(*args, **hparams)
+        if not warned and calls() > before:
+            warned = True
+            warn_caller(
+                "loss_fn calls the model, which has no part in what the tuner learns of the weights' response to λ: "
+                "compute it in the model's forward, which returns it beside its output",
+                UserWarning,
+            )
+        return value
+
+    return loss
 
 
 def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
@@ -256,10 +258,10 @@ def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) ->
 
     Raises ValueError for a target that has neither the rows of the model's inputs nor those of the output.
     """
-    forward = _with_its_draws(forward)
+    forward = with_draws(forward)
     if loss_fn is None:
         return of_batch(lambda output, batch: forward(_Replay(model, output), batch)[0])
-    loss = LossOfOutput(loss_fn)
+    loss = LossOfOutput(_without_calls(loss_fn, model))
 
     def rows_of(output: object, batch: object) -> tuple[object, object, int]:
         """(output, target, rows of the target) of a batch."""

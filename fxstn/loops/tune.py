@@ -152,9 +152,10 @@ def tune(
     if (decayed := without_undecayed(network, specs, optimizers)) is not specs:
         network = build(decayed)
     start_at_decay(network, optimizers)
-    losses = [loss_of(forward, plain, fn) for fn in (loss_fn, loss_fn if valid_loss_fn is None else valid_loss_fn)]
-    options = Settings(valid_loss_fn=losses[1], unpack=reader, **groups)  # type: ignore[arg-type]
-    problem = as_problem(network, losses[0], options)
+    loss = loss_of(forward, plain, loss_fn)
+    valid_loss = loss if valid_loss_fn is None else loss_of(forward, plain, valid_loss_fn)
+    options = Settings(valid_loss_fn=valid_loss, unpack=reader, **groups)  # type: ignore[arg-type]
+    problem = as_problem(network, loss, options)
     assert isinstance(problem, NetworkProblem)
     execute(network, options.execution)
     check_synced_norms(network)
