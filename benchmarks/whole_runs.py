@@ -35,8 +35,9 @@ from tqdm import tqdm
 import fxstn
 from benchmarks.overhead import RESULTS
 from fxstn import hp
+from fxstn.bilevel.best_model import BestModel
 from fxstn.bilevel.checkpoint_manager import CheckpointManager
-from fxstn.bilevel.evaluation import BestModel, EvaluatedStatistics, Evaluator
+from fxstn.bilevel.evaluation import EvaluatedStatistics, Evaluator
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.steps import Stepper
 
