@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEVICE ?= cuda
 SUITE := resnet50 vgg16 alexnet mobilenet_v3_small convnext_tiny vit_b_16 mlp
-INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm)
+INTEGRATIONS := $(patsubst %,tests/test_%.py,lightning accelerate transformers timm frameworks)
 
 .PHONY: demo test lint wheel oldest docs integrations nightly bench support paper gpu figures
 
@@ -40,7 +40,7 @@ docs: .venv-docs/ready  ## the site, in out/site; a warning or a broken link is 
 integrations: $(READY)  ## the adapters against the newest and the oldest supported version of each framework
 	for versions in '' '--constraint tests/oldest.txt'; do \
 		$(PYTHON) -m venv --clear .venv-integrations && \
-		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' 'timm>=1.0.30' $$versions && \
+		.venv-integrations/bin/pip install --quiet --editable '.[dev,lightning,accelerate,transformers]' 'timm>=1.0.30' pytorch-ignite skorch fastai $$versions && \
 		.venv-integrations/bin/python -c 'import lightning.pytorch, accelerate, transformers, timm' && \
 		.venv-integrations/bin/python -m pytest $(INTEGRATIONS) || exit 1; \
 	done
