@@ -84,6 +84,9 @@ def test_plain_numbers_keep_values_and_structures():
     assert type(result["a"][0]) is float
     state = nn.BatchNorm1d(2).state_dict()
     assert plain_numbers(state) is state
+    rows = [{"a": (1, [2.0, None])}, {"b": (1, [np.float64(2.0)])}]
+    assert plain_numbers(rows)[0] is rows[0]
+    assert type(plain_numbers(rows)[1]["b"][1][0]) is float
     assert plain_numbers(result) is result
 
 

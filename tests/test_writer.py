@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import fxstn
-from fxstn.bilevel import checkpoint_manager
+from fxstn.bilevel import checkpoint_manager, plain
 from fxstn.bilevel.checkpoint import load_checkpoint
 from fxstn.bilevel.writer import BackgroundWriter
 from tests.runs import make, same, without_times
@@ -70,6 +73,36 @@ def test_a_file_holds_the_moment_of_its_epoch_whatever_training_does_meanwhile(t
     assert same(state["shared"]["best"]["record"], torch.load(tmp_path / "best.pt", weights_only=True))
     os.replace(tmp_path / "last.1.pt", tmp_path / "last.pt")  # the file of the second epoch
     assert without_times(make(tmp_path).fit(4)) == without_times(whole)
+
+
+def test_keeping_a_state_takes_the_same_work_after_few_epochs_and_after_many(tmp_path, monkeypatch):
+    work: Counter[str] = Counter()
+
+    def count(module, name, values):
+        function = getattr(module, name)
+
+        def counted(*arguments, **options):
+            work[name] += values(*arguments)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(plain, "_plain_number", lambda value: 1)
+    count(plain, "_is_readable", lambda value: len(tree_leaves(value)))
+    count(copy, "deepcopy", lambda *arguments: 1)
+    runner, results = make(tmp_path), []
+    for epochs in (2, 8):
+        runner.fit(epochs)
+        assert len(runner._tuner.backtracking.points) == epochs
+        work.clear()
+        runner._checkpoints.keep()
+        results.append(dict(work))
+        runner._checkpoints.finish()
+    assert results[0] == results[1]
+    assert min(results[0].values()) > 0
+    state = load_checkpoint(tmp_path / "last.pt")["shared"]
+    assert same(state["history"]["rows"], runner.history.rows)
+    assert same(state["backtracking"], runner._tuner.backtracking.state_dict())
 
 
 def test_a_signal_ends_the_run_when_its_file_is_whole(tmp_path, slow):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +21,7 @@ LEAST_MOVE = 0.3  # unconstrained; less than this explains no rise
 
 @dataclass(frozen=True)
 class Point:
-    """What an evaluation showed.
+    """What an evaluation showed. It never changes, so that states share it.
 
     valid, train: losses without dropout and augmentation; NaN for a training loss that was not measured.
     place: λ, unconstrained.
@@ -115,7 +115,7 @@ class Backtracking:
         return before, blame
 
     def state_dict(self) -> State:
-        return {"losses": list(self.losses), "points": [asdict(point) for point in self.points]}
+        return {"losses": list(self.losses), "points": [vars(point) for point in self.points]}
 
     def load_state_dict(self, state: State) -> None:
         self.losses = list(state["losses"])

@@ -272,10 +272,10 @@ class History:
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows to path, atomically, so that a reader never sees half a table."""
-        columns = dict.fromkeys(column for row in self.rows for column in row)
-        writer = csv.DictWriter(table := io.StringIO(newline=""), fieldnames=list(columns) or ["epoch"])
-        writer.writeheader()
-        writer.writerows(self.rows)
+        columns = list(dict.fromkeys(column for row in self.rows for column in row)) or ["epoch"]
+        writer = csv.writer(table := io.StringIO(newline=""))  # a DictWriter takes twice as long
+        writer.writerow(columns)
+        writer.writerows([row.get(column, "") for column in columns] for row in self.rows)
         write_text(as_file(path, "History.to_csv"), table.getvalue())
 
     def plot(self, path: str | Path) -> None:

@@ -7,18 +7,32 @@ import numbers
 import pickle
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 from fxstn.bilevel.state import State
 from fxstn.bilevel.workers import is_worker_fault
 
-_EXACT = (bool, int, float, complex, str, type(None))
+_EXACT = frozenset((bool, int, float, complex, str, type(None)))
 _REMEDY = "give a number, a text, a tensor, or a list, tuple or dict of these"
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a number or a text of Python's own, or a list, tuple or dict of such, however deep."""
+    if type(value) is dict:
+        return _EXACT.issuperset(map(type, value)) and _are_plain(value.values())
+    if type(value) is list or type(value) is tuple:
+        return _are_plain(value)
+    return type(value) in _EXACT
+
+
+def _are_plain(values: Collection[object]) -> bool:
+    return _EXACT.issuperset(map(type, values)) or all(map(is_plain, values))  # the first is many times as fast
 
 
 def _plain_number(value: object) -> object:
@@ -42,6 +56,8 @@ def plain_numbers(value: Any) -> Any:
 
     The same object where there is nothing to change.
     """
+    if is_plain(value):
+        return value
     if type(value) in (dict, OrderedDict, Counter):
         pairs = [(_plain_number(key), plain_numbers(entry)) for key, entry in value.items()]
         if all(new is key and entry is value[key] for (new, entry), key in zip(pairs, value, strict=True)):
@@ -70,6 +86,13 @@ def _is_readable(value: object) -> bool:
     return True
 
 
+def _emptied(value: object) -> object:
+    """What stands for a leaf of a state in a trial: None for what is read for sure, tensors of torch and plain structures."""
+    if type(value) in (Tensor, Parameter, dict, list, tuple):
+        return None
+    return value.new_empty(0) if isinstance(value, Tensor) else value
+
+
 def _unreadable_entries(value: object, path: str) -> Iterator[tuple[str, object]]:
     """(path, value) of the innermost entries that cannot be read back."""
     if _is_readable(value):
@@ -86,9 +109,12 @@ def _unreadable_entries(value: object, path: str) -> Iterator[tuple[str, object]
 
 
 def check_readable(state: State) -> None:
-    """Raises TypeError that names an entry which could be written to a file and not be read from it."""
-    emptied = tree_map_only(Tensor, lambda tensor: tensor.new_empty(0), state)
-    for path, value in _unreadable_entries(emptied, ""):
+    """Raises TypeError that names an entry which could be written to a file and not be read from it.
+
+    Only what may be refused is tried: a history of many epochs takes no longer than one of a few.
+    """
+    doubtful = tree_map(_emptied, state, is_leaf=is_plain)
+    for path, value in _unreadable_entries(doubtful, ""):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"{path} is {value!r:.60} of type {kind}, which a checkpoint cannot hold: it would be written and "
                         f"could not be read; {_REMEDY}")  # fmt: skip

@@ -21,7 +21,7 @@ from fxstn.bilevel.state import LocalState, State, Stateful, random_state, set_r
 from fxstn.bilevel.updates import Updates
 
 # The values of these parts never change, so that a state in memory may share them.
-GROWING = ("history", "best")
+GROWING = ("history", "best", "backtracking")
 
 
 @dataclass
