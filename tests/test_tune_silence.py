@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import fxstn
 from fxstn import hp
-from fxstn.loops.decay import is_decoupled
+from fxstn.loops.decay import groups_of, is_decoupled
 from tests.runs import same, without_times
 from tests.test_tune import QUICK, data, loaders, mlp, sgd, train
 from tests.test_tune_loops import Attributes, tuned
@@ -414,3 +414,26 @@ def test_how_torchs_optimizers_decay_is_seen(kind: str, decoupled: bool, maximiz
     (group,) = optimizer.param_groups
     group.pop("decoupled_weight_decay", None)
     assert is_decoupled(optimizer, group) == decoupled
+
+
+def test_groups_that_decay_alike_are_tried_once() -> None:
+    steps: list[object] = []
+
+    class Counted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            steps.append(self)
+            return super().step(closure)
+
+    def tried(groups: list[dict[str, Any]]) -> int:
+        steps.clear()
+        weights = [torch.nn.Parameter(torch.ones(2)) for _ in groups]
+        pairs = zip(groups, weights, strict=True)
+        optimizer = Counted([{"params": [(f"{id(x)}", x)], **group} for group, x in pairs], lr=0.1, weight_decay=0.1)
+        groups_of_weights = groups_of([optimizer])
+        assert [groups_of_weights[id(x)] for x in weights] == [(optimizer, k, False) for k in range(len(groups))]
+        return len(steps)
+
+    one = tried([{}])
+    assert one > 0
+    assert tried([{"lr": 0.1 * k} for k in range(1, 9)]) == one
+    assert tried([{}, {"nesterov": True, "momentum": 0.9}, {}]) == 2 * one

@@ -22,7 +22,8 @@ from fxstn.ops.penalty import add_to_gradients, penalty, penalty_gradients
 from fxstn.ops.precision import as_real, wide
 
 Group = dict[str, Any]
-_KERNELS = ("foreach", "fused", "capturable", "differentiable")  # options that say how a step is computed, and not what
+# What does not say how a group decays: what groups have of their own, and how a step is computed.
+_OTHERS = ("params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,13 @@ class TunedDecay:
 
 def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int, bool]]:
     """{id of a parameter: its optimizer, the number of its group, whether weight decay is decoupled there}."""
+    known: dict[tuple[type[Optimizer], str], bool] = {}
     return {
         id(parameter): (optimizer, number, decoupled)
         for optimizer in optimizers
         for number, group in enumerate(optimizer.param_groups)
-        for decoupled in [is_decoupled(optimizer, group)]
+        for kind in [(type(optimizer), repr([option for option in sorted(group.items()) if option[0] not in _OTHERS]))]
+        for decoupled in [known[kind] if kind in known else known.setdefault(kind, is_decoupled(optimizer, group))]
         for parameter in group["params"]
     }
 
@@ -183,7 +186,7 @@ def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """
     if "decoupled_weight_decay" in group or "weight_decay" not in group:
         return bool(group.get("decoupled_weight_decay"))
-    options = {name: value for name, value in group.items() if name not in ("params", *_KERNELS)}
+    options = {name: value for name, value in group.items() if name not in _OTHERS}
     lr, decay, sign = 1e-3, 0.5, -1 if group.get("maximize") else 1
 
     def after_steps(weight_decay: float, added: float = 0.0) -> float:
