@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 import fxstn
@@ -31,7 +32,7 @@ from fxstn.bilevel.sources import (
 )
 from fxstn.ir.generators import GlobalRandomState
 from tests.nets import mlp
-from tests.runs import dataset, grouped, same
+from tests.runs import dataset, grouped, same, without_times
 from tests.scenarios import KINDS, NOISE, ORDERS, ByEpoch, Noisy, OwnNoise, Streamed, loader, numbers, seeded
 
 HERE = Path(__file__).resolve().parent
@@ -269,6 +270,7 @@ def read(build, count: int) -> ResumableLoader:
         stream.next()
     if count % 6 == 0:
         stream.take()
+        stream.close()
     return stream
 
 
@@ -455,3 +457,62 @@ def test_a_loader_that_ends_before_the_place_of_a_run_is_refused_and_nothing_cha
     assert same(before, {name: other.stn.state_dict()[name] for name in before})
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert len(run(20, 20).fit(2)) == 2
+
+
+# Evaluations that fail
+
+
+def run_with_a_fault(kind: str, recalibrate: int, place: str = "", error: type[BaseException] = Exception):
+    """A run; `error` is raised once, at a place in the evaluation at the end of its second epoch."""
+    calls: list[str] = []
+
+    def happens(where: str) -> None:
+        calls.append(where)
+        if where == place and calls.count(where) == 5:  # 3 batches in an evaluation
+            raise error(where)
+
+    def metric(output, target):
+        happens("metric")
+        return output.mean()
+
+    seed_all(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+    runner = fxstn.BilevelRunner(
+        fxstn.transform(net, [hp.Dropout(), hp.WeightDecay(shared=True)]),
+        F.cross_entropy,
+        loader(kind, "shuffle", "main", "torch", 40, 0),
+        loader("map", "shuffle", "main", "torch", 24, 1),
+        metrics={"metric": metric},
+        hyper=fxstn.HyperSettings(train_steps=2, recalibrate=recalibrate),
+        progress=False,
+    )
+    training_loss = runner._tuner.evaluator.clean_train_loss
+
+    def clean_train_loss(count):
+        for _ in range(3):
+            happens("clean training loss")
+        return training_loss(count)
+
+    runner._tuner.evaluator.clean_train_loss = clean_train_loss
+    return runner
+
+
+@pytest.mark.parametrize("kind", ["map", "stateful"])
+@pytest.mark.parametrize(
+    ("recalibrate", "place", "error"),
+    [(2, "metric", RuntimeError), (2, "clean training loss", KeyboardInterrupt), (0, "metric", KeyboardInterrupt)],
+)
+def test_a_run_goes_on_after_an_evaluation_that_failed_as_if_it_had_not(tmp_path, kind, recalibrate, place, error):
+    whole = run_with_a_fault(kind, recalibrate)
+    rows = without_times(whole.fit(4))
+    runner = run_with_a_fault(kind, recalibrate, place, error)
+    with pytest.raises(error, match=place):
+        runner.fit(4)
+    assert without_times(runner.history) == rows[:1]
+    runner.save(tmp_path / "run.pt")
+    assert without_times(runner.fit(4)) == rows
+    resumed = run_with_a_fault(kind, recalibrate)
+    resumed.load(tmp_path / "run.pt")
+    assert without_times(resumed.fit(4)) == rows
+    for other in (runner, resumed):
+        assert same(dict(other.stn.state_dict()), dict(whole.stn.state_dict()))

@@ -79,7 +79,7 @@ class ResumableLoader:
 
     @property
     def open(self) -> bool:
-        """Whether a pass has begun and is not over."""
+        """Whether a pass has begun and was not closed."""
         return self._batches is not None
 
     def begin(self) -> None:
@@ -103,18 +103,22 @@ class ResumableLoader:
         self._jumps, self._first_checksum, self._last = [], "", None
         self.recent.clear()
 
+    def end(self) -> None:
+        """Take no more batches of this pass. It stays open for what reads its recent ones, also after going on from a state."""
+        self._batches = iter(())
+
     def close(self) -> None:
-        """End this pass here."""
+        """End this pass, and what reads its recent batches."""
         self._batches = None
 
     def take(self, n: int = 1) -> list[object]:
-        """The next n batches of this pass; fewer, or none, at its end. Where there is none the pass is over."""
+        """The next n batches of this pass; fewer, or none, at its end."""
         assert self._batches is not None
         batches: list[object] = []
         while len(batches) < n and (drawn := self._draw()):
             batches += drawn
         if not batches:
-            self.close()
+            self.end()
         return batches
 
     def next(self) -> tuple[object, bool]:
@@ -135,10 +139,10 @@ class ResumableLoader:
         """The next batch alone; [] at the end of the pass."""
         assert self._batches is not None
         before = self._own_states()
-        if is_stateful(self.loader) and self._position:
-            self._places.append(self._place(self.loader))
+        places = [self._place(self.loader)] if is_stateful(self.loader) and self._position else []
         with self._streamed():
             batches = list(itertools.islice(self._batches, 1))
+        self._places.extend(places[: len(batches)])
         after = self._own_states()
         if not equal_states(before, self._states) and not equal_states(after, before):
             self._jumps.append((self._position, before))
@@ -224,10 +228,11 @@ class ResumableLoader:
         if state["open"] or state["stateful"]:
             jumps = dict(state["jumps"])
             self._rewind(state)
-            while self._position < state["taken"] and self.open:
+            while self._position < state["taken"]:
                 if self._position in jumps:
                     self._set_own(jumps[self._position])
-                self.take()
+                if not self.take():
+                    break
             if state["open"] and self._position < state["taken"]:
                 raise ValueError(
                     f"{self.name} ends after {self._position} of the {state['taken']} batches that the run had taken in this "

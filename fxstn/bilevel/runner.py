@@ -85,7 +85,7 @@ class BilevelRunner(Refittable):
         self.device = next(stn.parameters()).device if device is None else check_device(device, "execution.device")
         self.metrics, self.columns = options.metrics or {}, options.columns or {}
         self.callbacks, self.progress = tuple(options.callbacks), options.progress
-        self._stop, self._stopped = Stop(), False
+        self._stop, self._stopped, self._length = Stop(), False, 0  # the last: epochs that `fit` is to end with
         self._place_problem()
         network = stn if isinstance(stn, SelfTuningNetwork) else None
         self._train = ResumableLoader(train_loader, "train_loader", options.hyper.recalibrate)
@@ -96,7 +96,6 @@ class BilevelRunner(Refittable):
         self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._starts = None if network is None or valid_loader is None else StartWeights(network.model, self.out_dir)
         self._build_parts()
-        self._length = 0  # epochs that `fit` is to end with
 
     def _place_problem(self) -> None:
         """Move the problem to the device, and begin alike in all processes."""
@@ -212,6 +211,7 @@ class BilevelRunner(Refittable):
             tuned = self.hyper_steps and self._starts is not None and not distributed.rank()
             if tuned and len(self.history) >= self._length:
                 self._tuner.monitors.read_end(self.history.rows, self.history.start_loss)
+        self._train.close()
         self._checkpoints.finish()  # the files of the epoch before, which callbacks may read
         for callback in self.callbacks:
             callback(self)

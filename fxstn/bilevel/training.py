@@ -32,7 +32,7 @@ class TrainingLoop:
         return len(self.tuner.history) + min(1.0, self.tuner.means.steps / (self.length or math.inf))
 
     def epoch(self, pause: Callable[[], None]) -> dict[str, float]:
-        """Train for an epoch, or for the rest of it; returns the mean losses.
+        """Train for an epoch, or for the rest of it, of which nothing may be left; returns the mean losses.
 
         pause: called between cycles; in a process of its own between inner steps, too.
 
@@ -59,7 +59,7 @@ class TrainingLoop:
         """The batches of the next inner step; none, in all processes, where one of them has none left."""
         batches = self.loader.take(self.tuner.settings.accumulate)
         if self.lengths_differ and distributed.any_process(not batches, self.tuner.device):
-            self.loader.close()
+            self.loader.end()
             return []
         return batches
 

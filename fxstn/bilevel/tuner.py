@@ -240,8 +240,8 @@ class Tuner:
             row = self._row({"epoch": self.epoch, **losses, **values}, batch, allowance.diagnostics)
             self.updates.end_epoch(row["valid_loss"])
             self.history.rows.append(row)
+            self.means.begin()
             yield row
-        self.means.begin()
         if not distributed.rank():
             self.monitors.read(self.history.rows)
 
