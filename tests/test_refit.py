@@ -135,7 +135,7 @@ class Counted(TorchDispatchMode):
 def test_a_refit_multiplies_as_often_as_plain_training_and_reads_no_validation_data() -> None:
     runner = make(hparams=[hp.Dropout("2", init=0.3)], hyper={"recalibrate": 0})
     runner.fit(1)
-    runner.valid_loader = None
+    vars(runner)["valid_loader"] = None
     with Counted() as refitting:
         runner.refit(loader(), epochs=2)
     model = started()

@@ -129,6 +129,27 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
     torch.testing.assert_close(start - stn.hparams.unconstrained.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["train_loader", "valid_loader", "loss_fn", "metrics", "columns", "optimizers", "hyper", "clip_norm", "lr", "stn"],
+)
+def test_what_a_runner_would_not_heed_cannot_be_set_by_hand(name):
+    runner = make()
+    with pytest.raises(
+        AttributeError, match=rf"BilevelRunner\.{name} cannot be set to 0 by hand.*; make a new Bilevel"
+    ):
+        setattr(runner, name, 0)
+
+
+def test_what_acts_can_be_set_by_hand():
+    runner, calls = make(), []
+    runner.callbacks, runner.progress, runner.note = [calls.append], False, "a user's own"
+    runner.schedule = fxstn.Schedule.of(runner.problem.values())
+    runner.fit(1)
+    assert calls == [runner]
+    assert not runner.hyper_steps
+
+
 def test_a_fixed_scale_stays():
     runner = make(hyper={"tune_scale": False})
     history = runner.fit(2)

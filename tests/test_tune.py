@@ -58,6 +58,14 @@ def train(model: nn.Module, optimizer: Optimizer, loader: Any, epochs: int = 1) 
 # What stays as it is
 
 
+@pytest.mark.parametrize("name", ["train_loader", "valid_loader", "loss_fn", "callbacks", "hyper", "model", "metrics"])
+def test_what_a_tuner_would_not_heed_cannot_be_set_by_hand(name: str) -> None:
+    model, (loader, valid) = mlp(), loaders()
+    tuner = fxstn.tune(model, sgd(model), F.cross_entropy, loader, valid)
+    with pytest.raises(AttributeError, match=rf"LoopTuner\.{name} cannot be set to 0 by hand.*; call detach\(\), and"):
+        setattr(tuner, name, 0)
+
+
 def test_the_model_stays_the_object_that_it_is() -> None:
     model, (loader, valid) = mlp(), loaders()
     optimizer, keys, parameters = sgd(model), list(model.state_dict()), list(map(id, model.parameters()))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
 
 from fxstn.bilevel.history import History
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.run_settings import ELSEWHERE, FORM, SettingsDict
 from fxstn.bilevel.totals import Metrics
 from fxstn.bilevel.tuner import Tuner
 from fxstn.bilevel.updates import Updates
+
+READ_ONCE = {*FORM, *SettingsDict.__annotations__, *ELSEWHERE}  # names that a run reads when it is made
 
 
 class Run:
@@ -19,8 +23,12 @@ class Run:
     stn: the network, or a problem of the user's own.
     settings: as texts.
     optimizers: by the name of their argument.
+
+    Raises AttributeError where an attribute is set by hand that would act in part, or not at all.
     """
 
+    _free: tuple[str, ...] = ("callbacks", "progress", "schedule", "refit_history")  # what acts when it is set
+    _anew = "make a new BilevelRunner, which with the same out_dir goes on from the last file"
     _tuner: Tuner
     stn: Any
     problem: BilevelProblem
@@ -32,6 +40,14 @@ class Run:
     updates: Updates
     optimizers: dict[str, torch.optim.Optimizer]
     history: History
+
+    def __setattr__(self, name: str, value: object) -> None:
+        own = vars(self)
+        late = name in own or (name in READ_ONCE and "_tuner" in own)
+        if late and not name.startswith("_") and name not in self._free:
+            what = f"{type(self).__name__}.{name} cannot be set to {reprlib.repr(value)} by hand"
+            raise AttributeError(f"{what}: the run would not heed it, or only in part; {self._anew}")
+        super().__setattr__(name, value)
 
     @property
     def steps(self) -> int:

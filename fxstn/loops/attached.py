@@ -53,6 +53,9 @@ class AttachedTuner(RefittableLoop):
     loaders: of the loop, whose passes it sees.
     """
 
+    _free = ("epoch_steps", "refit_history")
+    _anew = "call detach(), and fxstn.tune again"
+
     def __init__(
         self,
         model: nn.Module,
@@ -67,6 +70,7 @@ class AttachedTuner(RefittableLoop):
     ) -> None:
         self.model, self.problem, self.stn, self._stepping = model, problem, (network := problem.stn), list(optimizers)
         self.train_loader, self.valid_loader = train_loader, valid_loader = data
+        self.metrics = {}
         self.epoch_steps, self._strengths, self._reader, self._seed = epoch_steps, strengths, reader, seed
         self.device, self._place = network.hparams.unconstrained.device, place_of(model)
         self._decay = TunedDecay(network.terms.penalties, network.model, optimizers, network.hparams)
@@ -74,7 +78,7 @@ class AttachedTuner(RefittableLoop):
         self._valid = validation_stream(valid_loader, seed, in_order=False)
         self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate, self._batches_to_come)
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
-        self.updates, self.metrics, self.settings = self._tuner.updates, {}, settings.texts()
+        self.updates, self.settings = self._tuner.updates, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
         passes = self._idle.begin_pass, self._idle.leave_pass, self._end_pass
