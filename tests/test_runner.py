@@ -129,6 +129,34 @@ def test_the_hyper_step_descends_the_validation_less_the_training_gradient_along
     torch.testing.assert_close(start - stn.hparams.unconstrained.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_that_begins_with_the_network_of_another_one_warns_once(tmp_path):
+    def runner(stn, out_dir=None):
+        checkpoints = fxstn.CheckpointSettings(out_dir=out_dir)
+        loaders = DataLoader(dataset(40, 0), 8), DataLoader(dataset(30, 1), 8)
+        return fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, checkpoints=checkpoints, progress=False)
+
+    stn = fxstn.transform(mlp())
+    start = copy.deepcopy(stn.state_dict())
+    first = runner(stn, tmp_path)
+    first.fit(2)
+    first.fit(3)
+    first.refit(DataLoader(dataset(70, 0), 8), epochs=1)
+    first.save(tmp_path / "run.pt")
+    runner(stn, tmp_path).fit(4)  # resumes
+    loaded = runner(stn)
+    loaded.load(tmp_path / "run.pt")
+    loaded.fit(4)
+    runner(copy.deepcopy(stn)).fit(1)
+    second = runner(stn)
+    with pytest.warns(
+        fxstn.RunWarning, match="another run has trained this network.*a refit.*for a fresh run transform a new model"
+    ):
+        second.fit(1)
+    second.fit(2)
+    stn.load_state_dict(start)
+    runner(stn).fit(1)
+
+
 @pytest.mark.parametrize(
     "name",
     ["train_loader", "valid_loader", "loss_fn", "metrics", "columns", "optimizers", "hyper", "clip_norm", "lr", "stn"],

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.tuner import Tuner
+from fxstn.network import SelfTuningNetwork
+
+STARTS: WeakKeyDictionary[SelfTuningNetwork, Mapping[str, float]] = (
+    WeakKeyDictionary()
+)  # λ before the first run of each
 
 
 class TrainingLoop:
@@ -42,6 +48,7 @@ class TrainingLoop:
         if not tuner.means.steps:
             tuner.begin_epoch()
             self.loader.begin()
+        self._warn_of_trained()
         self._warn_of_unstepped()
         problem.train()
         while batches := self._next_batches():
@@ -62,6 +69,16 @@ class TrainingLoop:
             self.loader.end()
             return []
         return batches
+
+    def _warn_of_trained(self) -> None:
+        """Warn where this run begins with a network whose λ another run has moved, in this process."""
+        network, values = self.tuner.network, self.tuner.problem.values()
+        if network is None or self.tuner.schedule is not None:
+            return
+        start = STARTS.setdefault(network, self.tuner.history.start)
+        if not self.tuner.counters.steps and start != values:
+            warn_caller("another run has trained this network: this one starts from its weights and values, and "
+                        "a refit from these weights; for a fresh run transform a new model")  # fmt: skip
 
     def _warn_of_unstepped(self) -> None:
         """Warn, once for each, of weights that require a gradient and that no optimizer steps."""
