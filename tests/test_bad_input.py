@@ -776,6 +776,22 @@ def in_a_loop(**changes):
 for name, changes, message in (
     ("loss", {"loss_fn": 5}, "loss_fn=5 must be a function, or None"),
     ("validation loss", {"valid_loss_fn": 5}, "valid_loss_fn=5 must be a function, or None"),
+    (
+        "class of a loss",
+        {"loss_fn": nn.CrossEntropyLoss},
+        r"loss_fn is the class CrossEnt.*make one: CrossEntropyLoss\(\)",
+    ),
+    (
+        "class of a validation loss",
+        {"valid_loss_fn": nn.NLLLoss},
+        r"valid_loss_fn is the class NLLLoss, not a function; m",
+    ),
+    (
+        "optimizer as loss",
+        {"loss_fn": torch.optim.SGD(mlp().parameters(), 0.1)},
+        "^loss_fn=a SGD must be a function, or N",
+    ),
+    ("model as optimizer", {"optimizer": mlp()}, "optimizer must be an optimizer of the model, or .*got a Sequential$"),
     ("forward", {"forward": 5}, "forward=5 must be a function, or None"),
     ("one spec", {"hparams": hp.Dropout()}, r"hparams must be a list, got one Dropout; give \[hp.Dropout\(...\)\]"),
     ("no specs", {"hparams": 5}, r"hparams must be a list of fxstn.hp specs, got 5; give \[hp"),
@@ -832,6 +848,16 @@ for kind, write in (
 
 
 row("title of a report", "title=5 must be text")(lambda folder: fxstn.write_report(trained(), folder / "r", title=5))
+row(
+    "report of a network",
+    r"write_report\(runner, path\): .* of a BilevelRunner, or of what fxstn.tune .*got a SelfTuni",
+)(lambda folder: fxstn.write_report(fxstn.transform(mlp()), folder / "r"))
+row("report with arguments swapped", r"write_report\(runner, path\): .*got '.*/r'$")(
+    lambda folder: fxstn.write_report(str(folder / "r"), trained())
+)
+row("report to a network", r"write_report: a SelfTuningNetwork must be a path; give text or")(
+    lambda folder: fxstn.write_report(trained(), fxstn.transform(mlp()))
+)
 row("verify of no model", "model must be an nn.Module that is not transformed yet, got")(
     lambda folder: fxstn.verify(5, X)
 )

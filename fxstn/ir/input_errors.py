@@ -43,6 +43,11 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= _MOST else line[: _MOST - 1] + "…"
 
 
+def in_a_line(value: object) -> str:
+    """A value as errors show it: by its repr, or by its type where that has several lines."""
+    return f"a {type(value).__name__}" if "\n" in (text := repr(value)) else text
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number, of Python or NumPy, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -56,7 +61,7 @@ def as_path(path: object, name: str) -> Path:
     Raises TypeError for anything else than text or a path, ValueError for a text that can be none.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        raise TypeError(f"{name}: {path!r} must be a path; give text or a pathlib.Path")
+        raise TypeError(f"{name}: {in_a_line(path)} must be a path; give text or a pathlib.Path")
     if not os.fspath(path):
         raise ValueError(f"{name}: {path!r} is no path; give one")
     if "\0" in os.fspath(path):

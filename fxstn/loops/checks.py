@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fxstn.bilevel.callbacks import EarlyStopping
-from fxstn.bilevel.checks import check_settings
+from fxstn.bilevel.checks import check_loss, check_settings
 from fxstn.hp import Spec
+from fxstn.ir.input_errors import in_a_line
 from fxstn.ops.precision import inexact
 
 Place = tuple[torch.device, torch.dtype]
@@ -32,7 +33,9 @@ def check_arguments(
         )
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise TypeError(f"{name}={function!r} must be a function, or None")
+            raise TypeError(f"{name}={in_a_line(function)} must be a function, or None")
+        if name != "forward" and function is not None:
+            check_loss(function, name)
     check_settings({"epoch_steps": epoch_steps})
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
         raise TypeError(

@@ -21,6 +21,7 @@ from fxstn.bilevel.validation import example_batch
 from fxstn.frontends.model_forwards import has_owner, note_owner, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
+from fxstn.ir.input_errors import in_a_line
 from fxstn.loops.attached import AttachedTuner
 from fxstn.loops.checks import check_arguments
 from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
@@ -220,7 +221,7 @@ def _check_loop(
 ) -> None:
     """Raises ValueError and TypeError where the pieces of a loop do not go together."""
     if not optimizers or (wrong := [part for part in optimizers if not isinstance(part, Optimizer)]):
-        got = repr(wrong[0]) if optimizers else "none"
+        got = in_a_line(wrong[0]) if optimizers else "none"
         raise TypeError(f"optimizer must be an optimizer of the model, or a list of them, got {got}")
     if len({id(part) for part in optimizers}) < len(optimizers):
         raise ValueError("optimizer names one twice; give each optimizer that steps with the others once")

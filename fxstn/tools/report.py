@@ -15,7 +15,7 @@ from fxstn.bilevel.history import SCALE
 from fxstn.bilevel.plots import panels
 from fxstn.bilevel.run import Run
 from fxstn.ir.cost import GENERAL, HYPER, RESPONSE, cost_ratio
-from fxstn.ir.input_errors import as_file
+from fxstn.ir.input_errors import as_file, in_a_line
 from fxstn.network import SelfTuningNetwork
 from fxstn.tools.charts import Scale, chart, spark
 from fxstn.tools.explain import Explanation, explain
@@ -45,8 +45,11 @@ def write_report(
     explanation: of the network, from `fxstn.explain`; None: the report makes one.
     title: heading of the page.
 
-    Raises ValueError where no epoch is done yet, and OSError; TypeError for a title that is no text.
+    Raises ValueError where no epoch is done yet, and OSError; TypeError for what has no history, and a title that is no text.
     """
+    if not isinstance(runner, Run):
+        raise TypeError(f"write_report(runner, path): a report is of a BilevelRunner, or of what fxstn.tune returns, "
+                        f"which have a history; got {in_a_line(runner)}")  # fmt: skip
     if not isinstance(title, str):
         raise TypeError(f"write_report: title={title!r} must be text")
     path = as_file(path, "write_report")
