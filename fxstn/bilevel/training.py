@@ -12,9 +12,8 @@ from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.tuner import Tuner
 from fxstn.network import SelfTuningNetwork
 
-STARTS: WeakKeyDictionary[SelfTuningNetwork, Mapping[str, float]] = (
-    WeakKeyDictionary()
-)  # λ before the first run of each
+# λ of each network before its first run.
+STARTS = WeakKeyDictionary[SelfTuningNetwork, Mapping[str, float]]()
 
 
 class TrainingLoop:
