@@ -379,6 +379,31 @@ def test_a_sign_of_trouble_is_a_warning_once_it_lasts(values, message):
     monitors.read(rows)  # not again: warnings are errors here
 
 
+def test_hyperparameters_that_show_the_same_share_a_warning():
+    names = [f"{k}.decay" for k in range(6)]
+    monitors = Monitors(dict.fromkeys([*names, "free"], (1e-5, 1.0)), regularizing=names)
+    rows = [row(epoch, **dict.fromkeys(names[:5], 1e-5), **{"5.decay": 0.1}, free=1e-5) for epoch in (1, 2, 3)]
+    with pytest.warns(fxstn.RunWarning) as caught:
+        monitors.read(rows)
+    texts = [str(warning.message) for warning in caught]
+    assert texts == [text for _, text in monitors.warnings]
+    assert texts[0].startswith(
+        "epoch 3: 5 hyperparameters are at the lower end of their ranges: 0.decay, 1.decay, 2.decay and 2 more; if the model "
+        "is better for it, widen the ranges with low=, or leave out"
+    )
+    assert [text.partition(" = ")[0] for text in texts[1:]] == ["epoch 3: free"]
+    monitors.read(rows)  # not again: warnings are errors here
+    with pytest.warns(fxstn.RunWarning, match=r"^epoch 3: 5\.decay = 1e-05 is at the lower end"):
+        monitors.read([one | {"5.decay": 1e-5} for one in rows])
+    shrunk = [
+        one | {f"scale:{name}": scale for name in names} for one, scale in zip(rows, (1.0, 1e-4, 1e-4), strict=True)
+    ]
+    shrunk.append(shrunk[-1])
+    with pytest.warns(fxstn.RunWarning, match=r"σ of 6 hyperparameters has shrunk .* and 3 more; raise") as caught:
+        monitors.read(shrunk)
+    assert len(caught) == 1
+
+
 def test_a_regulariser_that_is_off_is_no_trouble():
     """Dropout of 0 in [0, 0.95]: a lower end cannot be given. Warnings are errors here."""
     Monitors(RANGES, regularizing=["d"]).read([row(epoch, d=0.0) for epoch in (1, 2, 3)])

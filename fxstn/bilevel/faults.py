@@ -22,6 +22,16 @@ UNCHECKED = 100  # inner steps for which the losses stay on a device that the ho
 EXPLODED = 1e4  # factor over the first loss, or over 1: training cannot bring such a loss down
 AT_BOUND = 0.01  # share of the range from its end, within which a value is at the end
 Ranges = dict[str, tuple[float, float]]  # {name: (low, high)}
+FEW = 3  # hyperparameters that a warning names
+_UNWANTED = ", or leave out this regularisation, which the run does not want"
+_ENDS = "{{}} hyperparameters are at the {} end of their ranges: {{}}; if the model is better for it, widen the ranges with {}="
+_SEVERAL = {  # {kind of a sign: what it says of so many hyperparameters, with these names}
+    "upper": _ENDS.format("upper", "high"),
+    "lower": _ENDS.format("lower", "low"),
+    "weak": _ENDS.format("lower", "low") + _UNWANTED,
+    "scale": "σ of {} hyperparameters has shrunk too far to learn a response from: {}; raise hyper.entropy_weight, or keep "
+    "σ with hyper.tune_scale=False",
+}
 PERSISTENT = 3  # epochs in a row that a sign must last
 OPTIMIZERS_TO_SLOW = {  # {loss: optimizers whose rates a bad value of it calls too high}
     "train_loss": ("optimizer",),
@@ -140,12 +150,12 @@ def _bounds_reached(recent: Sequence[Row], ranges: Ranges, regularizing: Collect
         shares = [share_of_range(row[name], low, high) for row in recent]
         place = f"{name} = {recent[-1][name]:.4g} is at the {{}} end of its range [{low:.4g}, {high:.4g}]; "
         if min(shares) > 1 - AT_BOUND:
-            yield f"bound {name}", place.format("upper") + "if the model is better for it, widen the range with high="
+            yield f"upper {name}", place.format("upper") + "if the model is better for it, widen the range with high="
         # A regulariser that is 0 is off: that is a result, and no lower end could be given.
         elif max(shares) < AT_BOUND and not (low == 0 and name in regularizing):
-            rest = ", or leave out this regularisation, which the run does not want" if name in regularizing else ""
+            kind, rest = ("weak", _UNWANTED) if name in regularizing else ("lower", "")
             yield (
-                f"low bound {name}",
+                f"{kind} {name}",
                 place.format("lower") + f"if the model is better for it, widen the range with low={rest}",
             )
 
@@ -190,7 +200,7 @@ def _linearization_poor(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 
 def signs(rows: Sequence[Row], ranges: Ranges, regularizing: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """(sign, text) of every trouble that has lasted for `PERSISTENT` epochs.
+    """(sign, text) of every trouble that has lasted for `PERSISTENT` epochs. A sign of a hyperparameter is "KIND NAME".
 
     rows: of the history, one at least.
     ranges: {name: (low, high)} of hyperparameters, finite.
@@ -205,8 +215,15 @@ def signs(rows: Sequence[Row], ranges: Ranges, regularizing: Collection[str] = (
     yield from _linearization_poor(rows)
 
 
+def _text_of_several(kind: str, group: Sequence[str]) -> str:
+    """What a group of signs says that are of one kind."""
+    names = [sign.partition(" ")[2] for sign in group]
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return _SEVERAL[kind].format(len(names), ", ".join(names[:FEW]) + more)
+
+
 class Monitors:
-    """Reads each epoch's row, and warns of every sign of trouble once in a run.
+    """Reads each epoch's row, and warns of every sign of trouble once in a run, of those of one kind together.
 
     ranges: {name: (low, high)} of the hyperparameters.
     regularizing: as of `signs`.
@@ -229,12 +246,15 @@ class Monitors:
         self._warn_of(end_signs(rows, start_loss), rows)
 
     def _warn_of(self, new: Iterable[tuple[str, str]], rows: Sequence[Row]) -> None:
-        epoch = int(rows[-1]["epoch"])
-        for sign, text in new:
-            if sign not in self._signs:
-                self._signs.add(sign)
-                self.warnings.append((epoch, text := f"epoch {epoch}: {text}"))
-                warn_caller(text)
+        epoch, texts = int(rows[-1]["epoch"]), {sign: text for sign, text in new if sign not in self._signs}
+        alike: dict[str, list[str]] = {}
+        for sign in texts:
+            alike.setdefault(sign.partition(" ")[0], []).append(sign)
+        for kind, group in alike.items():
+            text = texts[group[0]] if len(group) == 1 else _text_of_several(kind, group)
+            self._signs.update(group)
+            self.warnings.append((epoch, text := f"epoch {epoch}: {text}"))
+            warn_caller(text)
 
     def state_dict(self) -> State:
         return {"signs": sorted(self._signs), "warnings": list(self.warnings)}
