@@ -7,7 +7,8 @@ A run around it: run, runner, refit, initial, training, run_settings, checks, ca
 validation, stop, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, norm_statistics, temporary.
 What a run tells: history, outcome, plots, progress, faults.
-Its files: state, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager, writer, lock, files.
+Its files: state, complete_state, best_model, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager,
+writer, lock, files.
 """
 
 from fxstn.bilevel import optim

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
+from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.bilevel.records import options_of
 from fxstn.bilevel.run_settings import Settings
@@ -26,7 +26,7 @@ from fxstn.frontends.preservation import Preservation
 from fxstn.loops.checks import check_place, place_of
 from fxstn.loops.decay import TunedDecay
 from fxstn.loops.forwards import BatchReader
-from fxstn.loops.gradients import note_gradient
+from fxstn.loops.gradients import leave_out, note_gradient
 from fxstn.loops.idle import IdleLoop
 from fxstn.loops.last_forward import LastForward
 from fxstn.loops.observed import LoopLoaders, known_length
@@ -239,18 +239,7 @@ class AttachedTuner(RefittableLoop):
             with self.loaders.unobserved(), frozen(self._idle.constant_weights()), noise, unchanged:
                 yield
         except BadLoss as fault:
-            self._report(fault)
-
-    def _report(self, fault: BadLoss) -> None:
-        """Go on after a loss that is no number: warn, and halve the rates that it calls too high."""
-        updates = self._tuner.updates
-        updates.drop_gradients()
-        rates = ", ".join(
-            f"{name} has the learning rate {rate:.3g} now" for name, rate in slow_after(fault, updates, 0.5)
-        )
-        text = f"{fault}; the tuner left this step out" + (f", and {rates}" if rates else "")
-        self._tuner.monitors.warnings.append((self._tuner.epoch, text))
-        warn_caller(text)
+            leave_out(self._tuner, fault)
 
     def _refresh(self) -> None:
         """Let the model's forward draw at λ as it is."""

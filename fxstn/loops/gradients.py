@@ -1,9 +1,10 @@
-"""Θᵀ∇L_T of a step that a loop is about to take."""
+"""Gradients in a loop: Θᵀ∇L_T of a step that it is about to take, and those that a bad loss left."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from fxstn.bilevel.faults import BadLoss, slow_after, warn_caller
 from fxstn.bilevel.tuner import Tuner
 from fxstn.loops.decay import TunedDecay
 
@@ -26,3 +27,14 @@ def note_gradient(tuner: Tuner, decay: TunedDecay, scale: Tensor | float | None)
         noted[count:] = [gradient / scale for gradient in noted[count:]]
     for weight, before, _ in gradients:
         weight.grad = before
+
+
+def leave_out(tuner: Tuner, fault: BadLoss) -> None:
+    """Go on after a loss that is no number: warn, and halve the rates that it calls too high."""
+    tuner.updates.drop_gradients()
+    rates = ", ".join(
+        f"{name} has the learning rate {rate:.3g} now" for name, rate in slow_after(fault, tuner.updates, 0.5)
+    )
+    text = f"{fault}; the tuner left this step out" + (f", and {rates}" if rates else "")
+    tuner.monitors.warnings.append((tuner.epoch, text))
+    warn_caller(text)
