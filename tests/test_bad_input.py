@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import math
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -768,7 +770,7 @@ def in_a_loop(**changes):
         loader = DataLoader(TensorDataset(X, Y), 8)
         arguments = {"optimizer": torch.optim.SGD(model.parameters(), 0.1), "loss_fn": F.cross_entropy}
         arguments |= {"train_loader": loader, "valid_loader": loader} | changes
-        fxstn.tune(model, **arguments)
+        return fxstn.tune(model, **arguments)
 
     return case
 
@@ -848,6 +850,15 @@ for kind, write in (
 
 
 row("title of a report", "title=5 must be text")(lambda folder: fxstn.write_report(trained(), folder / "r", title=5))
+for _name, _copied in {"copy": copy.copy, "deep copy": copy.deepcopy, "pickle": pickle.dumps}.items():
+    row(
+        f"{_name} of a runner",
+        r"a BilevelRunner cannot be copied or pickled; runner\.save\(path\) writes it, and runner.load",
+    )(lambda folder, copied=_copied: copied(runner()))
+    row(
+        f"{_name} of a tuner",
+        r"a LoopTuner cannot be .*; tuner\.state_dict\(\) is for .* tuner\.report\(path\) writes a",
+    )(lambda folder, copied=_copied: copied(in_a_loop()(folder)))
 row(
     "report of a network",
     r"write_report\(runner, path\): .* of a BilevelRunner, or of what fxstn.tune .*got a SelfTuni",

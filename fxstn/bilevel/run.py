@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,6 +28,7 @@ class Run:
     """
 
     _free: tuple[str, ...] = ("callbacks", "progress", "schedule", "refit_history")  # what acts when it is set
+    _lasting = "runner.save(path) writes it, and runner.load(path) of a new one goes on from there"
     _anew = "make a new BilevelRunner, which with the same out_dir goes on from the last file"
     _tuner: Tuner
     stn: Any
@@ -48,6 +49,10 @@ class Run:
             what = f"{type(self).__name__}.{name} cannot be set to {reprlib.repr(value)} by hand"
             raise AttributeError(f"{what}: the run would not heed it, or only in part; {self._anew}")
         super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises TypeError: loaders, hooks and a network that others share cannot be copied or pickled."""
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; {self._lasting}")
 
     @property
     def steps(self) -> int:

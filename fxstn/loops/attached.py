@@ -54,6 +54,7 @@ class AttachedTuner(RefittableLoop):
     """
 
     _free = ("epoch_steps", "refit_history")
+    _lasting = "tuner.state_dict() is for the checkpoint of the loop, and tuner.report(path) writes a page"
     _anew = "call detach(), and fxstn.tune again"
 
     def __init__(
