@@ -222,7 +222,7 @@ def count_loop(model: nn.Module, optimizer: torch.optim.Optimizer, specs: Sequen
     move(model, tuner.stn, *graphs)
     move_tensors(tuner._strengths)
     for part in (tuner, method, method.prepare, method.means, method.guard):
-        part.device = x.device
+        vars(part)["device"] = x.device  # which a run does not let be set
     method.valid, tuner._place = batches, place_of(model)
     method.counters.steps = START
     label_steps(launches, method.stepper)

@@ -137,11 +137,12 @@ def test_a_whole_share_measures_everything_in_every_epoch():
     assert sum(steps) == math.floor(math.sqrt(276))
 
 
-def runner(**hyper):
+def runner(valid_size=4, **hyper):
     torch.manual_seed(0)
     x, y = torch.randn(64, 5), torch.randint(3, (64,))
     stn = fxstn.transform(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), [hp.Dropout("1")])
-    loaders = [DataLoader(TensorDataset(x[part], y[part]), 4) for part in (slice(24), slice(24, 64))]
+    parts = (slice(24), 4), (slice(24, 64), valid_size)
+    loaders = [DataLoader(TensorDataset(x[part], y[part]), size) for part, size in parts]
     settings = fxstn.HyperSettings(**hyper)
     return fxstn.BilevelRunner(stn, F.cross_entropy, *loaders, progress=False, hyper=settings)
 
@@ -178,10 +179,9 @@ def test_the_gap_of_a_short_epoch_is_that_of_several_measurements():
 
 
 def test_diagnostics_see_few_examples():
-    trained = runner()
+    trained = runner(valid_size=40)
     sizes = []
     trained.problem.diagnostics = lambda inputs, target, seed: sizes.append(len(inputs)) or {}
-    trained.valid_loader = DataLoader(trained.valid_loader.dataset, 40)
     trained.fit(1)
     assert sizes == [32]
 

@@ -447,7 +447,7 @@ def test_what_cannot_be_refitted_is_said() -> None:
         kept.append(kept[0] if kept else torch.optim.SGD(parameters, 0.1))
         return kept[0]
 
-    shared = fxstn.BilevelRunner(runner.stn, F.cross_entropy, loader(), loader(), optimizer=one_for_all, progress=False)
+    shared = fxstn.BilevelRunner(make().stn, F.cross_entropy, loader(), loader(), optimizer=one_for_all, progress=False)
     shared.fit(1)
     with pytest.raises(ValueError, match="returns the optimizer that the run steps with"):
         shared.refit(loader())

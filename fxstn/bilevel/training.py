@@ -71,11 +71,11 @@ class TrainingLoop:
 
     def _warn_of_trained(self) -> None:
         """Warn where this run begins with a network whose λ another run has moved, in this process."""
-        network, values = self.tuner.network, self.tuner.problem.values()
-        if network is None or self.tuner.schedule is not None:
+        tuner = self.tuner
+        if tuner.network is None or tuner.schedule is not None:
             return
-        start = STARTS.setdefault(network, self.tuner.history.start)
-        if not self.tuner.counters.steps and start != values:
+        start = STARTS.setdefault(tuner.network, tuner.history.start)
+        if not tuner.counters.steps and start != tuner.history.start:
             warn_caller("another run has trained this network: this one starts from its weights and values, and "
                         "a refit from these weights; for a fresh run transform a new model")  # fmt: skip
 
