@@ -36,7 +36,7 @@ class ForeignGradients:
         self._warned = False
 
     @contextmanager
-    def left(
+    def spare(
         self, names: Sequence[str], total: Tensor, parameters: Callable[[str], Iterable[Tensor]]
     ) -> Iterator[None]:
         """Around the backward pass of a loss.

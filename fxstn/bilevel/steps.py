@@ -212,8 +212,8 @@ class Stepper:
         return Mean(torch.stack(values).mean() * rest, either(loss.additive, 1.0, count))
 
     def _differentiate(self, total: Tensor, names: Sequence[str]) -> None:
-        """Run the backward pass of a scalar. Gradients that one of a user's own problem leaves elsewhere are checked later."""
-        with nullcontext() if self.updates.check else self._foreign.left(names, total, self.updates.parameters):
+        """Run the backward pass of a scalar. How far that of a user's own problem reaches, `Updates.ready` checks."""
+        with nullcontext() if self.updates.check else self._foreign.spare(names, total, self.updates.parameters):
             total.backward()
 
     def _loss(self, objective: Callable[..., object], batch: Batch, batches: int) -> tuple[Loss, Tensor]:

@@ -88,7 +88,7 @@ class AttachedTuner(RefittableLoop):
         self._seen = SeenBatches(optimizers, *passes, self._end_step, *facts)
         self._starts, self._groups = StartWeights(model), [options_of(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # optimizers that have stepped, of the step of w₀ under way
-        self._due = self._sets_up = False  # whether a step of w₀ waits for its batch; whether it is one without a batch
+        self._due = self._sets_up = False  # a step of w₀ waits for its batch; one sets up an optimizer's state
         self._begun = False  # whether the start has been evaluated, or lies behind
         self.loaders = LoopLoaders(train_loader, self._seen)
         if train_loader is not None and self.loaders.beside is not None:
