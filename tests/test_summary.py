@@ -14,6 +14,7 @@ from fxstn import hp
 from fxstn.bilevel.cadence import Cadence, Counters, steps_of_run
 from fxstn.ir.cost import cost_ratio
 from tests.nets import mlp
+from tests.runs import make
 
 
 def test_a_network_prints_what_it_tunes_and_what_responds():
@@ -50,3 +51,30 @@ def test_the_cost_of_a_summary_is_that_of_the_steps_of_a_run():
     optimizer = fxstn.optim.SettlingAdam([torch.zeros(1)])
     rare = Cadence(fxstn.ResponseSettings(), fxstn.HyperSettings(), optimizer, Counters(10**6, hyper_steps=10**6))
     assert last == pytest.approx(cost_ratio(1, 1 / rare.response_interval, 1 / rare.cycle_length), abs=0.01)
+
+
+def test_a_run_its_history_and_its_schedule_print_what_they_are():
+    runner = make(train=24)
+    assert repr(runner) == (
+        "BilevelRunner(steps=0, response_steps=0, hyper_steps=0, device=cpu, history=History(epochs=0, hyperparameters=3))"
+    )
+    history = runner.fit(2)
+    best = history.best()
+    end = f"best_epoch={best['epoch']:.0f}, valid_loss={best['valid_loss']:.4g})"
+    assert repr(history) == f"History(epochs=2, hyperparameters=3, {end}"
+    steps = f"steps=6, response_steps={runner.response_steps}, hyper_steps={runner.hyper_steps}"
+    assert repr(runner) == f"BilevelRunner({steps}, device=cpu, history={history!r})"
+
+
+def test_a_schedule_prints_where_its_values_begin_and_end():
+    assert repr(fxstn.Schedule({"a": [0.1, 0.25], "b": [2.0, 2.0]})) == "Schedule(epochs=1; a 0.1 to 0.25, b 2)"
+    many = fxstn.Schedule.of({f"n{i}": float(i) for i in range(30)})
+    assert repr(many) == "Schedule(epochs=0; n0 0, n1 1, n2 2, n3 3, and 26 more)"
+
+
+def test_a_run_that_was_not_made_prints_that():
+    with pytest.raises(TypeError) as failure:
+        fxstn.BilevelRunner(fxstn.transform(mlp()), 3, [1], [1])
+    frames = [frame.frame.f_locals for frame in failure.traceback]
+    runners = [frame["self"] for frame in frames if isinstance(frame.get("self"), fxstn.BilevelRunner)]
+    assert {repr(runner) for runner in runners} == {"BilevelRunner(unfinished)"}

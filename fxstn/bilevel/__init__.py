@@ -6,7 +6,7 @@ The method: tuner, cadence, backtracking, settings.
 A run around it: run, runner, refit, initial, training, run_settings, checks, callbacks, batches, loaders, sources, workers,
 validation, stop, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, norm_statistics, temporary.
-What a run tells: history, outcome, plots, progress, faults.
+What a run tells: history, schedule, outcome, plots, progress, faults.
 Its files: state, complete_state, best_model, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager,
 writer, lock, files.
 """
@@ -16,10 +16,11 @@ from fxstn.bilevel.callbacks import EarlyStopping
 from fxstn.bilevel.distributed import average_gradients
 from fxstn.bilevel.evaluation import accuracy
 from fxstn.bilevel.faults import DivergedError, RunWarning
-from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.history import History
 from fxstn.bilevel.objectives import cross_entropy, general_loss, hyper_loss, response_loss
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.runner import BilevelRunner
+from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.sequences import CarriedState
 from fxstn.bilevel.settings import PAPER, CheckpointSettings, ExecutionSettings, HyperSettings, ResponseSettings
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE, Schedule
+from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE
+from fxstn.bilevel.schedule import Schedule
 from fxstn.ir.input_errors import as_path, first_line, is_number
 
 # Settings by their paths: "response.every" is `every` of `ResponseSettings`.

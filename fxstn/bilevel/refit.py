@@ -19,13 +19,14 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.checkpoint_manager import RUN_FILE
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.files import absolute, json_text, write_text
-from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.history import History
 from fxstn.bilevel.initial import OnLosses, Stretched, of_weights
 from fxstn.bilevel.lock import FolderLock
 from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.records import Scheduler
 from fxstn.bilevel.run import Run
 from fxstn.bilevel.run_settings import Settings, SettingsDict, text_of
+from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.settings import HyperSettings
 from fxstn.bilevel.sources import checksum, checksum_of_data, length_of
 from fxstn.bilevel.starts import StartWeights

@@ -50,6 +50,13 @@ class Run:
             raise AttributeError(f"{what}: the run would not heed it, or only in part; {self._anew}")
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        """Its steps so far, and what its history has; less where its making has failed."""
+        if "history" not in vars(self):
+            return f"{type(self).__name__}(unfinished)"
+        steps = f"steps={self.steps}, response_steps={self.response_steps}, hyper_steps={self.hyper_steps}"
+        return f"{type(self).__name__}({steps}, device={self.device}, history={self.history!r})"
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Raises TypeError: loaders, hooks and a network that others share cannot be copied or pickled."""
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; {self._lasting}")

@@ -13,10 +13,11 @@ import torch
 
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checks import check_settings, check_windows, plain_number
-from fxstn.bilevel.history import Row, Schedule
+from fxstn.bilevel.history import Row
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.optimizers import OptimizerLike
 from fxstn.bilevel.problem import BilevelProblem
+from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.sequences import InitialState
 from fxstn.bilevel.settings import (
     GROUPS,

@@ -17,7 +17,7 @@ from fxstn.bilevel.checks import check_device, check_length, check_loader, check
 from fxstn.bilevel.evaluation import EpochTensors
 from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.files import absolute
-from fxstn.bilevel.history import History, Schedule
+from fxstn.bilevel.history import History
 from fxstn.bilevel.initial import checked_factory, without_state
 from fxstn.bilevel.loaders import ResumableLoader
 from fxstn.bilevel.losses import LossFunction
@@ -28,6 +28,7 @@ from fxstn.bilevel.progress import EpochBar, progress_bar
 from fxstn.bilevel.refit import Refittable, end_unevaluated_epoch
 from fxstn.bilevel.run_parts import RunParts, operations_of
 from fxstn.bilevel.run_settings import SettingsDict, positional, settings_of, text_of, with_settings_listed
+from fxstn.bilevel.schedule import Schedule
 from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.starts import StartWeights
 from fxstn.bilevel.state import LocalState, Stateful
@@ -218,8 +219,6 @@ class BilevelRunner(Refittable):
         self._keep(better)
         if distributed.any_process(self._stop.signal is not None, self.device):
             self._stop.end()
-
-    # Faults
 
     def _keep(self, better: bool = False) -> None:
         """Keep the state as it is; what came before is no longer under suspicion."""
