@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import fxstn
 from fxstn import hp
 from fxstn.frontends.decompositions import DECOMPOSITIONS
+from fxstn.ops import attention_tangent
 from tests.nets import randomize_response
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
@@ -214,6 +216,85 @@ def test_attention_with_dropout_is_torchs_own_written_out(shapes, mask, settings
 def test_attention_without_dropout_stays_one_operation():
     x = torch.randn(2, 3, 4)
     assert DECOMPOSITIONS[F.scaled_dot_product_attention](x, x, x) is NotImplemented
+
+
+# The tangent, where the primal is constant
+
+
+HEADS_APART = [(2, 6, 4, 3), (2, 7, 4, 3), (2, 7, 4, 5)]  # (batch, length, heads, width), as a layer has them
+SHARED_HEADS = [(2, 6, 4, 3), (2, 7, 2, 3), (2, 7, 2, 3)]
+
+
+@pytest.mark.parametrize("pieces", [1, 3], ids="{} at once".format)
+@pytest.mark.parametrize("varying", ["qkv", "q", "k", "v", "kv"])
+@pytest.mark.parametrize(
+    ("shapes", "settings"),
+    [
+        (HEADS_APART, {}),
+        (HEADS_APART, {"is_causal": True}),
+        (HEADS_APART[1:2] + HEADS_APART[:1] * 2, {"is_causal": True, "scale": 0.3}),
+        (HEADS_APART, {"attn_mask": torch.arange(7) < torch.tensor([[[[7]]], [[[4]]]])}),
+        (HEADS_APART, {"attn_mask": torch.randn(6, 7, generator=torch.Generator().manual_seed(0)).double()}),
+        (SHARED_HEADS, {"enable_gqa": True}),
+        (SHARED_HEADS, {"enable_gqa": True, "is_causal": True}),
+    ],
+    ids=["plain", "causal", "fewer columns", "padding", "added", "grouped", "grouped, causal"],
+)
+def test_the_tangent_of_attention_is_torchs_jvp_and_its_gradient_torchs_vjp(
+    shapes, settings, varying, pieces, monkeypatch
+):
+    columns, rows = shapes[1][1], shapes[0][1]
+    monkeypatch.setattr(attention_tangent, "AT_ONCE", -(-rows // pieces) * 2 * 4 * columns)
+    primals = [torch.randn(shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+    tangents = [torch.randn_like(x) for x in primals]
+    wanted = [name in varying for name in "qkv"]
+
+    def attend(*primals):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward mode
+            return F.scaled_dot_product_attention(*primals, **settings)
+
+    zeroed = [x if own else torch.zeros_like(x) for x, own in zip(tangents, wanted, strict=True)]
+    y, dy = torch.func.jvp(attend, tuple(primals), tuple(zeroed))
+    own = [x.requires_grad_() if needs else None for x, needs in zip(tangents, wanted, strict=True)]
+    scale, causal, grouped = (settings.get(name) for name in ("scale", "is_causal", "enable_gqa"))
+    result = attention_tangent.attention_and_tangent(
+        *primals, settings.get("attn_mask"), tuple(own), None, bool(causal), scale, bool(grouped)
+    )
+    torch.testing.assert_close(result, (y, dy), rtol=1e-9, atol=1e-10)
+
+    g = torch.randn_like(dy)
+    needed = [x for x in own if x is not None]
+    expected = [x for x, needs in zip(torch.func.vjp(attend, *primals)[1](g), wanted, strict=True) if needs]
+    torch.testing.assert_close(list(torch.autograd.grad(result[1], needed, g)), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_response_step_keeps_nothing_as_large_as_the_probabilities():
+    length, sizes = 50, []
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(D, 3 * D)
+
+        def forward(self, x):
+            heads = self.project(x).unflatten(-1, (3, HEADS, -1)).transpose(1, 3)  # (batch, HEADS, 3, length, width)
+            return F.scaled_dot_product_attention(heads[:, :, 0], heads[:, :, 1], heads[:, :, 2])
+
+    stn, x = fxstn.transform(Layer(), SCALAR), torch.randn(3, length, D)
+    randomize_response(stn)
+    for weight in stn.general_parameters():
+        weight.requires_grad_(False)
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = stn.pushforward(x, delta=torch.randn(len(x), 1))[1]
+    result.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in stn.response_parameters())
+    assert max(sizes) < 3 * HEADS * length**2
+    assert len(sizes) > 5
 
 
 # Rows with nothing to attend to

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
-from fxstn.ir.staging import call
-from fxstn.ops.attention import attention_scores, attention_values, low_weights, scaled_query
+from fxstn.ir.tangents import ZERO
+from fxstn.ops.attention import attention_scores, attention_values
+from fxstn.ops.attention_tangent import attention_and_tangent, attention_by_products
 from fxstn.ops.heads import join_heads, join_windows, mask_windows, split_heads, split_windows
-from fxstn.ops.kernels import expand_like, softmax_jacobian
+from fxstn.ops.kernels import expand_like
 from fxstn.rules.fallback import NoRule
 from fxstn.rules.registry import linear, rule, total
 
@@ -20,19 +20,12 @@ def attention(
     """dy = dP V + P dV; dP is the softmax's Jacobian applied to the tangent of the scores."""
     if not isinstance(dropout_p, (int, float)) or dropout_p > 0:
         raise NoRule("its dropout is drawn inside; pass dropout_p=0 and drop the probabilities or the output instead")
-    # The heads of a layer lie apart in memory: they are brought together once, not for each product.
-    packed = lambda x: call(torch.Tensor.contiguous, x)  # noqa: E731
-    query, key, value = packed(scaled_query(query, scale)), packed(key), packed(value)
-    dquery = total((d.query, lambda dq: packed(scaled_query(dq, scale))))
-    dkey, dvalue = (total((tangent, packed)) for tangent in (d.key, d.value))
-    scores = attention_scores(query, key, attn_mask, is_causal, 1.0, enable_gqa)
-    weights = low_weights(scores, attn_mask is not None)
-    values = attention_values(value, query, enable_gqa)
-    dscores = _scores_tangent(dquery, dkey, d.attn_mask, query, key, scores, 1.0, enable_gqa)
-    return torch.matmul(weights, values), total(
-        (dscores, lambda dscores: torch.matmul(softmax_jacobian(dscores, weights, -1), values)),
-        (dvalue, lambda dv: torch.matmul(weights, attention_values(dv, query, enable_gqa))),
-    )
+    settings = (is_causal, scale, enable_gqa)
+    dquery, dkey, dvalue, of_mask = (None if dx is ZERO else dx for dx in (d.query, d.key, d.value, d.attn_mask))
+    if all(dx is None for dx in (dquery, dkey, dvalue, of_mask)):
+        return attention_by_products(query, key, value, attn_mask, *settings), ZERO
+    pair = attention_and_tangent(query, key, value, attn_mask, (dquery, dkey, dvalue), of_mask, *settings)
+    return pair[0], pair[1]
 
 
 @rule(attention_scores)
