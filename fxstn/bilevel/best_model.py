@@ -62,4 +62,4 @@ class BestModel:
 
     def load_state_dict(self, state: State) -> None:
         self.record = on_device(state["record"], self.device)
-        self.others = on_device(state.get("others", {}), self.device)
+        self.others = on_device(state["others"], self.device)

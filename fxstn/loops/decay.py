@@ -167,14 +167,14 @@ class TunedDecay:
 def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int, bool]]:
     """{id of a parameter: its optimizer, the number of its group, whether weight decay is decoupled there}."""
     known: dict[tuple[type[Optimizer], str], bool] = {}
-    return {
-        id(parameter): (optimizer, number, decoupled)
-        for optimizer in optimizers
-        for number, group in enumerate(optimizer.param_groups)
-        for kind in [(type(optimizer), repr([option for option in sorted(group.items()) if option[0] not in _OTHERS]))]
-        for decoupled in [known[kind] if kind in known else known.setdefault(kind, is_decoupled(optimizer, group))]
-        for parameter in group["params"]
-    }
+    result = {}
+    for optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            kind = (type(optimizer), repr([option for option in sorted(group.items()) if option[0] not in _OTHERS]))
+            if kind not in known:
+                known[kind] = is_decoupled(optimizer, group)
+            result |= {id(parameter): (optimizer, number, known[kind]) for parameter in group["params"]}
+    return result
 
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
