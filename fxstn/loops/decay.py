@@ -167,7 +167,7 @@ class TunedDecay:
 def groups_of(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, int, bool]]:
     """{id of a parameter: its optimizer, the number of its group, whether weight decay is decoupled there}."""
     known: dict[tuple[type[Optimizer], str], bool] = {}
-    result = {}
+    result: dict[int, tuple[Optimizer, int, bool]] = {}
     for optimizer in optimizers:
         for number, group in enumerate(optimizer.param_groups):
             kind = (type(optimizer), repr([option for option in sorted(group.items()) if option[0] not in _OTHERS]))
