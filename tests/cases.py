@@ -41,7 +41,8 @@ class Case:
     function has a kink. integer: round the entries. imaginary: draw complex entries. forward: whether torch has a
     forward-mode derivative to compare with (a test checks that it has none where this is False). backward: the same of
     reverse mode. twice: the same of the tangent's own derivative in the primal values. without: names of
-    special points left out (infinities end the process in grid_sample).
+    special points left out (infinities end the process in grid_sample). hermitian: tangents are matrices equal to
+    their conjugate transposes, as torch's derivatives take them.
     """
 
     function: Any
@@ -57,6 +58,11 @@ class Case:
     backward: bool = True
     twice: bool = True
     without: tuple[str, ...] = ()
+    hermitian: bool = False
+
+    def possible(self, direction: Tensor) -> Tensor:
+        """A direction that a case may move along."""
+        return (direction + direction.mH) / 2 if self.hermitian else direction
 
     def placed(self, values: list, rest: Any = None) -> tuple[tuple, dict]:
         """(args, kwargs) with `values` where the tensors go and what else there is, or `rest` of it, in its place."""
@@ -299,9 +305,20 @@ CASES = [
     Case(F.cosine_similarity, shapes=PAIR),
     Case(F.cosine_similarity, shapes=((3, 1, 4), (2, 4)), kwargs={"dim": -1}),
     Case(F.cosine_similarity, shapes=PAIR, varying=(0,)),
+    Case(F.cosine_similarity, shapes=((3, 4), (4,))),
+    Case(F.cosine_similarity, shapes=((2, 3, 4), (3, 4))),
+    Case(F.cosine_similarity, shapes=((5, 1), (1, 7))),
+    Case(F.cosine_similarity, shapes=((5, 3), (1, 3)), kwargs={"dim": 0}, varying=(1,)),
+    Case(F.cosine_similarity, shapes=((1, 2, 3), (2, 1, 3)), kwargs={"dim": -2}),
     # reductions
     Case(torch.cumprod, args=(1,)),
     Case(torch.cumprod, shapes=((2, 5, 3),), args=(-2,)),
+    *(
+        Case(torch.scatter_reduce, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X, how), forward=how != "prod")
+        for how in ("sum", "mean", "amax", "prod")
+    ),
+    Case(torch.linalg.eigh, ((2, 3, 3),), without=SPECIAL, hermitian=True),
+    Case(torch.linalg.eigh, ((3, 3),), ("U",), without=SPECIAL, hermitian=True),
     Case(torch.linalg.matrix_norm),
     Case(torch.linalg.matrix_norm, kwargs={"ord": 2, "dim": (1, 0)}),
     Case(torch.renorm, args=(2, 0, 1.0)),
@@ -595,6 +612,16 @@ CASES = [
     Case(F.multilabel_soft_margin_loss, args=(MASK.double(),), kwargs={"reduction": "none"}),
     Case(F.cosine_embedding_loss, PAIR, (torch.tensor([1, -1, 1]),), {"reduction": "none"}),
     Case(F.triplet_margin_loss, (*PAIR, (3, 4)), kwargs={"reduction": "none"}),
+    *(
+        Case(F.triplet_margin_loss, ((2, 5, 5), last, (2, 5, 5)), kwargs={"reduction": "none"})
+        for last in ((2, 5, 5), (2, 1, 5), (1, 1, 5))
+    ),
+    Case(F.triplet_margin_loss, ((2, 4, 3),) * 3, kwargs={"reduction": "none"}, varying=(2,)),
+    Case(F.cosine_embedding_loss, ((3, 4), (1, 4)), (torch.tensor([1, -1, 1]),), {"reduction": "none"}),
+    Case(F.multilabel_soft_margin_loss, ((3, 3, 4),), (MASK.double().expand(3, 3, 4),), {"reduction": "none"}),
+    Case(F.margin_ranking_loss, ((3, 4), (1, 4), (3, 1)), kwargs={"margin": 0.5, "reduction": "none"}, varying=(0, 1)),
+    Case(F.cross_entropy, ((3, 4, 3),), (torch.tensor([[0, 3, 1], [2, 1, 0], [3, 3, 2]]),), {"reduction": "none"}),
+    Case(F.cross_entropy, ((3, 3), (3, 3)), kwargs={"reduction": "none"}, domain=POSITIVE),
     Case(F.pairwise_distance, PAIR),
     Case(F.pairwise_distance, PAIR, kwargs={"p": 3.0, "keepdim": True}, varying=(1,)),
     *(Case(torch.cdist, ((2, 3, 4), (2, 5, 4)), kwargs={"p": p}, forward=False) for p in (2.0, 1.0, 3.0)),
@@ -716,7 +743,6 @@ FALLBACK_CASES = [
     Case(torch.linalg.solve, shapes=((3, 3), (3, 2)), domain=POSITIVE),
     Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],)),
     Case(torch.linalg.multi_dot, shapes=((3, 4), (4, 2)), args=([X, X],), varying=(1,)),
-    Case(torch.scatter_reduce, shapes=((3, 4), (3, 2)), args=(X, 1, PICKED, X, "sum")),
     Case(torch.cartesian_prod, shapes=((3,), (4,))),
     Case(torch.stft, shapes=((2, 64),), args=(16,), kwargs={"return_complex": True, "window": WINDOW}),
 ]

@@ -59,6 +59,7 @@ class Prepared:
         self.directions = [
             torch.randn(self.tensors[i].shape, generator=generator, dtype=kind).to(device) for i in self.varying
         ]
+        self.directions = [case.possible(direction) for direction in self.directions]
 
     def fixed(self, leaf):
         """What a case has beside its tensors, on the device."""
@@ -216,7 +217,7 @@ def change_in_the_primal(prepared, directions, offset=None, record=False):
 def test_a_tangent_is_differentiated_in_the_primal_values_and_then_in_the_direction(case):
     """As hp.JacobianNorm does. The first by a central difference, the second exactly: the square is quadratic."""
     prepared, step = Prepared(case), 1e-6
-    along = [torch.randn_like(d) for d in prepared.directions]
+    along = [case.possible(torch.randn_like(d)) for d in prepared.directions]
     product = lambda a, b: sum((x.conj() * y).sum().real for x, y in zip(a, b, strict=True))  # noqa: E731
     shifted = lambda values, size: [v + size * a for v, a in zip(values, along, strict=True)]  # noqa: E731
     moves = [shifted([torch.zeros_like(a) for a in along], size) for size in (step, -step)]

@@ -23,6 +23,7 @@ from fxstn.frontends.model_forwards import original_forwards
 from fxstn.frontends.module_state import ModuleState, module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 from fxstn.ir.generators import GlobalRandomState
+from fxstn.ir.weighted_l1 import l1_keeps_weight
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -95,6 +96,11 @@ class ProblemCollector:
         self.add("a hook on a tensor, which a traced graph would lose,", _LIVE_RUNS_HOOKS)
         return RemovableHandle(OrderedDict())
 
+    def add_seed(self, *_: object) -> torch.Generator:
+        """In place of torch.manual_seed."""
+        self.add("torch.manual_seed, which a traced graph would lose,", 'trace="live" runs it')
+        return torch.default_generator
+
 
 @contextmanager
 def mode_of(model: nn.Module, training: bool, frozen: Collection[str]) -> Iterator[None]:
@@ -145,7 +151,7 @@ def guarded_capture(
         if any(getattr(model, hooks) for hooks in HOOKS):
             unsupported.add("a hook, which a traced graph would lose,", "remove it before transform", "")
         operations = _operations_noticed(unsupported, [] if regions is None else regions)
-        with operations, _tensor_hooks_noticed(unsupported), no_layer_skipped(model):
+        with operations, _hooks_and_seeds_noticed(unsupported), no_layer_skipped(model), l1_keeps_weight():
             yield
 
 
@@ -201,8 +207,9 @@ def _operations_noticed(unsupported: ProblemCollector, regions: list[str]) -> It
 
 
 @contextmanager
-def _tensor_hooks_noticed(unsupported: ProblemCollector) -> Iterator[None]:
-    """Hooks that the forward sets on tensors, or on what is saved for the backward pass, are collected as unsupported."""
+def _hooks_and_seeds_noticed(unsupported: ProblemCollector) -> Iterator[None]:
+    """Hooks that the forward sets on tensors, or on what is saved for the backward pass, and seeds are collected as
+    unsupported."""
     enter = saved_tensors_hooks.__enter__
 
     def enter_region(hooks: saved_tensors_hooks) -> None:
@@ -211,6 +218,8 @@ def _tensor_hooks_noticed(unsupported: ProblemCollector) -> Iterator[None]:
         enter(hooks)
 
     with ExitStack() as patches:
+        for place in (torch, torch.random):
+            patches.enter_context(mock.patch.object(place, "manual_seed", unsupported.add_seed))
         for name in TENSOR_HOOKS:
             patches.enter_context(mock.patch.object(Tensor, name, unsupported.add_tensor_hook))
         patches.enter_context(mock.patch.object(saved_tensors_hooks, "__enter__", enter_region))

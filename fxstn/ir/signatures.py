@@ -79,7 +79,10 @@ def _times(factor: Value, value: Value) -> Value:
     return value if isinstance(factor, (int, float)) and factor == 1 else spell(operator.mul, value, factor)
 
 
-def _sum(first: Value, second: Value, beta: Value = 1, alpha: Value = 1) -> Spelled:
+def _sum(first: Value, second: Spelled, beta: Value = 1, alpha: Value = 1) -> Spelled:
+    """beta · first + alpha · second. As in torch, a beta of 0 leaves `first` out, even where it is not finite."""
+    if isinstance(beta, (int, float)) and beta == 0:
+        return second if isinstance(alpha, (int, float)) and alpha == 1 else spell(operator.mul, second, alpha)
     return spell(operator.add, _times(beta, first), _times(alpha, second))
 
 

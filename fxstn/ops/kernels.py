@@ -91,6 +91,12 @@ def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
 
 
 @staged
+def expand_to_both(x: Tensor, other: Tensor) -> Tensor:
+    """x in the shape that it and another tensor broadcast to."""
+    return x if x.shape == other.shape else x.expand(torch.broadcast_shapes(x.shape, other.shape))
+
+
+@staged
 def zeros_tangent(output: object) -> object:
     """Real zeros for a floating-point output that depends on no weight; None for anything else.
 
@@ -118,13 +124,20 @@ def as_results_of(y: Any, entries: Iterable[object]) -> object:
 
 
 @functools.cache
-def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
+def separable_loss(function: Callable[..., Any], classes: int | None = None) -> Callable[..., Any]:
     """A staged (args, kwargs, tangents) → (y, dy) of a loss, a sum or mean over examples or one value for each.
 
-    dy = Σ ∇y · dx by the loss's own backward: each example's loss depends on that example only, so one reverse pass of
-    Σ y gives every row. Entries of tangents are None where an argument is constant. The arguments are constants for autograd,
-    unless it records derivatives in them.
+    classes: the axis of the first argument along which the entries of one loss lie; None: there is none.
+
+    dy = Σ ∇y · dx by the loss's own backward: where each entry of an argument belongs to one loss only, one reverse pass of
+    Σ y gives all of them. Where it does not, as in arguments that broadcast, it is `node_jvp`. Entries of tangents are None
+    where an argument is constant. The arguments are constants for autograd, unless it records derivatives in them.
     """
+
+    def of_one_loss(i: int, x: Tensor, y: Tensor) -> bool:
+        if i == 0 and classes is not None and x.dim() == y.dim() + 1:
+            return True
+        return not y.dim() or x.shape == y.shape
 
     def loss(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Tensor, Tensor]:
         varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
@@ -134,18 +147,16 @@ def separable_loss(function: Callable[..., Any]) -> Callable[..., Any]:
                 own = again and args[i].requires_grad
                 full[i] = args[i].view_as(args[i]) if own else args[i].detach().requires_grad_()
             y = function(*full, **kwargs)
+            if not all(of_one_loss(i, full[i], y) for i in varying):
+                return node_jvp(function, by_reverse=True)(args, kwargs, tangents, {})
             gradients = torch.autograd.grad(y.sum(), [full[i] for i in varying], create_graph=again)
         terms: list[Tensor] = []
         for i, gradient in zip(varying, gradients, strict=True):
             term = gradient * tangents[i]
             if y.dim() == 0:
                 term = term.sum()
-            elif term.dim() > y.dim():
-                term = term.sum(1)  # over the classes, or the features of a distance
-            elif term.shape != y.shape:
-                raise ValueError(
-                    f"{loss.__name__}: reduction='none' needs arguments shaped like the loss {tuple(y.shape)}"
-                )
+            elif classes is not None and term.dim() > y.dim():
+                term = term.sum(classes)
             terms.append(term)
         return y if again else y.detach(), functools.reduce(operator.add, terms)
 

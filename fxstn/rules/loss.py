@@ -48,22 +48,25 @@ def reduces_to_a_number(function: Function, args: tuple, kwargs: Mapping[str, ob
     return (args[position] if len(args) > position else kwargs.get("dim")) in (None, (), [])
 
 
-def _register_loss(function):
+def _register_loss(function, classes=None):
     def apply(tangents, args, kwargs):
         varying = tuple(None if tangent is ZERO else tangent for tangent in tangents)
-        both = separable_loss(function)(args, kwargs, varying)
+        both = separable_loss(function, classes)(args, kwargs, varying)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
     register(function, "loss", apply, inspect.signature(function), fresh=True)
 
 
 for function in (
-    *(F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div),
-    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss),
-    *(F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss),
-    *(F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss),
+    *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss),
+    *(F.huber_loss, F.gaussian_nll_loss, F.poisson_nll_loss, F.soft_margin_loss, F.hinge_embedding_loss),
+    *(F.margin_ranking_loss, F.multilabel_soft_margin_loss, F.cosine_embedding_loss, F.triplet_margin_loss),
 ):
     _register_loss(function)
+_register_loss(F.cross_entropy, classes=1)
+_register_loss(F.nll_loss, classes=1)
+_register_loss(F.multi_margin_loss, classes=-1)
+_register_loss(F.multilabel_margin_loss, classes=-1)
 
 
 def _register_ctc(function, reductions):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import ZERO, Scaled
-from fxstn.ops.kernels import along_channels, expand_like
+from fxstn.ops.kernels import along_channels, expand_like, expand_to_both
 from fxstn.ops.norms import (
     batch_norm_frozen_tangent,
     batch_norm_jacobian,
@@ -168,7 +168,9 @@ def normalize(d, input, p=2.0, dim=1, eps=1e-12):
 
 @rule(F.cosine_similarity, fresh=True)
 def cosine_similarity(d, x1, x2, dim=1, eps=1e-8):
-    (u1, du1), (u2, du2) = (_unit(dx, x, dim, eps) for dx, x in ((d.x1, x1), (d.x2, x2)))
+    wide1, wide2 = expand_to_both(x1, x2), expand_to_both(x2, x1)
+    du1, du2 = (total((dx, lambda dx: expand_like(dx, wide1))) for dx in (d.x1, d.x2))
+    (u1, du1), (u2, du2) = _unit(du1, wide1, dim, eps), _unit(du2, wide2, dim, eps)
     product = lambda a, b: (a * b).sum(dim)  # noqa: E731
     return product(u1, u2), total((du1, lambda du: product(du, u2)), (du2, lambda du: product(u1, du)))
 

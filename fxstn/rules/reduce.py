@@ -23,6 +23,8 @@ from fxstn.rules.registry import apply_rule, linear, rule, transposed
 
 linear(torch.mean, torch.sum, torch.cumsum, torch.trace)
 transposed(torch.linalg.matrix_norm, torch.renorm)
+transposed(torch.linalg.eigh)  # what its forward mode gives cannot be differentiated
+transposed(torch.scatter_reduce)  # its forward mode is wrong for products (torch 2.15)
 
 
 def _moment_settings(dim=None, unbiased=None, keepdim=False, *, correction=None, axis=None):

@@ -20,6 +20,7 @@ from fxstn.ir.coverage import Coverage, shown
 from fxstn.ir.errors import NoResponseError, TransformError
 from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.input_errors import explained_errors
+from fxstn.ir.weighted_l1 import l1_keeps_weight
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.recurrent import APART
 from fxstn.passes.request import check_model
@@ -159,7 +160,7 @@ def verify(
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
     examples = call if example_inputs is None else mapped(_detached_double, as_inputs(example_inputs, model))
-    with forked_rng(), _default_float64(), doing("verify") as line, warnings.catch_warnings():
+    with forked_rng(), _default_float64(), l1_keeps_weight(), doing("verify") as line, warnings.catch_warnings():
         warnings.filterwarnings("ignore", APART)  # weights that a difference has moved
         for seed in range(seeds):
             line.set_description_str(f"point {seed + 1} of at most {seeds}: following the forward")

@@ -32,6 +32,7 @@ from fxstn.ir.spelling import Unspellable, respell
 from fxstn.ir.staging import staging_of
 from fxstn.ir.tangents import BATCH_FIRST, Place
 from fxstn.ir.vocabulary import ALPHA, DROPOUTS, SPATIAL, dropout_settings
+from fxstn.ir.weighted_l1 import l1_keeps_weight
 from fxstn.ops.noise import alpha_dropout_coefficients, dropout_mask
 from fxstn.ops.response import for_all_examples
 from fxstn.rules import RULES
@@ -81,10 +82,8 @@ class LiveTracer(TorchFunctionMode):
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, every torch operation and every call of the model's modules is seen."""
-        hooks = (
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        )
+        leave = register_module_forward_hook(self._leave, always_call=True)
+        hooks = (register_module_forward_pre_hook(self._enter), leave)
         apply = classmethod(self._autograd_apply(torch.autograd.Function.__dict__["apply"]))
         try:
             with (
@@ -92,6 +91,7 @@ class LiveTracer(TorchFunctionMode):
                 without_checkpoints(),
                 random_modules(self.paths),
                 no_layer_skipped(self.model),
+                l1_keeps_weight(),
                 self,
             ):
                 yield
