@@ -156,3 +156,35 @@ def test_sparse_and_dense_gradients_are_clipped_as_the_dense_ones(most):
     assert table.weight.grad.is_sparse
     torch.testing.assert_close(table.weight.grad.to_dense(), dense[0].grad)
     torch.testing.assert_close(layer.weight.grad, dense[1].grad)
+
+
+class OnAGraph(nn.Module):
+    """Two layers, and between them a product with a constant matrix, of a graph say."""
+
+    def __init__(self, matrix: torch.Tensor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x):
+        return self.last((self.matrix @ self.first(x).relu().mT).mT)
+
+
+MATRIX = torch.tensor([[0, 1.5, 0], [0.5, 0, 2.0], [3.0, 0, 1.0]])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize("layout", ["csr", "csc"])
+@pytest.mark.parametrize("trace", ["fx", "live"])
+def test_a_compressed_sparse_buffer_gives_what_its_dense_matrix_does(trace, layout):
+    """torch cannot copy it by copy.deepcopy, nor say whether any of its entries is not 0."""
+    x, ends = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), []
+    for matrix in (getattr(MATRIX, f"to_sparse_{layout}")(), MATRIX):
+        model = OnAGraph(matrix)
+        stn = fxstn.transform(model, [hp.WeightDecay()], example_inputs=x, trace=trace)
+        randomize_response(stn)
+        y, dy = stn.pushforward(x, delta=torch.full((len(stn.hparams),), 0.3))
+        ends.append((y, dy, torch.autograd.grad(dy.square().sum(), list(stn.response_parameters()))))
+        assert fxstn.verify(model, x, hparams=[hp.WeightDecay()]).ok
+    torch.testing.assert_close(*ends)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from types import CellType, FunctionType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -15,8 +16,11 @@ from torch.utils._pytree import tree_map
 T = TypeVar("T")
 
 
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 class _Detached(TorchFunctionMode):
-    """Inside, copy.deepcopy copies a value with a graph as a value without one; torch refuses to copy it."""
+    """Inside, copy.deepcopy copies what torch refuses to: a value with a graph, without it, and a compressed sparse matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +32,8 @@ class _Detached(TorchFunctionMode):
         if function is Tensor.__deepcopy__ and not args[0].is_leaf:
             self.alive.append(args[0].detach())
             args = (self.alive[-1], *args[1:])
+        if function is Tensor.__deepcopy__ and args[0].layout in COMPRESSED:
+            return args[1].setdefault(id(args[0]), args[0].clone())
         return function(*args, **(kwargs or {}))
 
 

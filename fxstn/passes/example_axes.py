@@ -232,7 +232,8 @@ def _norm_by_base(node: fx.Node, values: Values, base: Values) -> Tensor:
 def _value(module: fx.GraphModule, node: fx.Node, values: Values, base: Values) -> object:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
-        return value if value.any() or not value.is_floating_point() else torch.randn_like(value)  # zeros hide examples
+        zeros = value.layout is torch.strided and not value.any()  # which would hide examples
+        return torch.randn_like(value) if zeros and value.is_floating_point() else value
     if node.target is track_batch:
         return 0.0
     if node.target in SIZE_REQUIREMENTS:  # a few examples are no batch
@@ -246,9 +247,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: Values, base: Values) 
 
 def _moved(value: Tensor) -> Tensor:
     """A value of which every entry is another."""
-    if value.dtype == torch.bool:
-        return ~value
-    return value + (1 + torch.rand_like(value) if value.is_floating_point() else 1)
+    step = 1 + torch.rand_like(value) if value.is_floating_point() else 1
+    return ~value if value.dtype == torch.bool else value + step
 
 
 def _first_of(value: object) -> object:
