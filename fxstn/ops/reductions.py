@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,11 +48,14 @@ def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Dims, keepdim
 
 @staged
 def variance_tangent(tangent: Tensor, x: Tensor, dim: Dims, correction: float, keepdim: bool) -> Tensor:
-    """Tangent of the variance of x over `dim` (None: all): 2 Σ (x − mean) dx / (n − correction)."""
+    """Tangent of the variance of x over `dim` (None: all): 2 Σ (x − mean) dx / (n − correction).
+
+    The factor is infinite where there is no degree of freedom, as torch has it: not a number, as the variance of one value.
+    """
     dims = _dims(x, dim)
     centred = x - x.mean(dims, keepdim=True)
-    count = x.numel() // max(1, centred.mean(dims).numel())
-    return (centred * tangent).sum(dims, keepdim) * (2 / max(0, count - correction))
+    freedom = (math.prod(x.shape[axis] for axis in dims) if x.dim() else 1) - correction
+    return (centred * tangent).sum(dims, keepdim) * (2 / freedom if freedom else math.inf)
 
 
 @staged

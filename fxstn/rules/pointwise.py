@@ -43,7 +43,7 @@ def type_as(d, input, other):
     return y, ZERO if d.input is ZERO else cast_tangent(d.input, y)
 
 
-pointwise(torch.nan_to_num, lambda dx, y, x, *_, **__: dx * torch.isfinite(x))
+pointwise(torch.nan_to_num, lambda dx, y, x, *_, **__: torch.where(torch.isfinite(x), dx, 0))
 pointwise(torch.exp, lambda dx, y, x: dx * y)
 pointwise(torch.exp2, lambda dx, y, x: dx * (y * math.log(2)))
 pointwise(torch.expm1, lambda dx, y, x: dx * (y + 1))

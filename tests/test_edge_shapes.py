@@ -1,0 +1,86 @@
+"""Tensors of one entry or none: what torch gives, and the tangent of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxstn
+from fxstn import hp
+from fxstn.ir.errors import operation_name
+from fxstn.rules import apply_rule
+from tests.nets import randomize_response
+
+NO_FREEDOM = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+MOMENTS = (torch.var, torch.std, torch.var_mean, torch.std_mean)
+
+
+def name(value):
+    return operation_name(value) if callable(value) else ""
+
+
+def both(function, x, dx, *args, **kwargs):
+    """(y, dy) by the rule and by torch.func.jvp."""
+    found = apply_rule(function, (dx,), (x, *args), kwargs)
+    return found, torch.func.jvp(lambda v: function(v, *args, **kwargs), (x,), (dx,))
+
+
+def same(found, expected):
+    """Numbers and types that agree; no number agrees with none. Results of torch have types of their own."""
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@NO_FREEDOM
+@pytest.mark.parametrize("function", MOMENTS, ids=name)
+@pytest.mark.parametrize(
+    ("shape", "args", "settings"),
+    [
+        ((1, 3), (0,), {}),
+        ((0, 3), (0,), {}),
+        ((3, 0), (0,), {}),
+        ((1, 3), (0,), {"correction": 0, "keepdim": True}),
+        ((4, 3), (0,), {"correction": 5}),
+        ((4, 3), (0,), {"correction": 0.5}),
+        ((), (0,), {"correction": 0}),
+    ],
+)
+def test_a_moment_of_few_values_is_torchs_number_or_none(function, shape, args, settings):
+    x, dx = torch.randn(shape).double(), torch.randn(shape).double()
+    same(*both(function, x, dx, *args, **settings))
+
+
+class Spread(nn.Module):
+    """A layer, and how far the examples of the batch are apart, which of one example is no number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.cat([h, h.std(0, keepdim=True).nan_to_num().expand_as(h)], 1))
+
+
+@NO_FREEDOM
+@pytest.mark.parametrize("trace", ["fx", "export", "live"])
+def test_a_last_batch_of_one_has_the_spread_that_the_network_gives_it(trace):
+    """Its tangent is that of the number put in the place of none, as a central difference has it."""
+    model, x = Spread().double(), torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
+    stn = fxstn.transform(model, [hp.WeightDecay()], example_inputs=x, trace=trace)
+    randomize_response(stn)
+    delta = torch.full((len(stn.hparams),), 0.1).double()
+    y, dy = stn.pushforward(x[:1], delta=delta)
+    at_rest = dict(model.named_parameters())
+    moved = stn.best_response(delta)
+    step = {key: moved[key] - value for key, value in at_rest.items()}
+    ends = [
+        torch.func.functional_call(model, {key: value + sign * step[key] for key, value in at_rest.items()}, (x[:1],))
+        for sign in (1e-6, -1e-6)
+    ]
+    torch.testing.assert_close(y, model(x[:1]))
+    torch.testing.assert_close(dy, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+    assert stn.perturbed_output(x[:1], delta=delta)[0].isfinite().all()
