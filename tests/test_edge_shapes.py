@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxstn
 from fxstn import hp
 from fxstn.ir.errors import operation_name
+from fxstn.ir.tangents import ZERO
 from fxstn.rules import apply_rule
 from tests.nets import randomize_response
 
@@ -50,6 +52,31 @@ def same(found, expected):
 def test_a_moment_of_few_values_is_torchs_number_or_none(function, shape, args, settings):
     x, dx = torch.randn(shape).double(), torch.randn(shape).double()
     same(*both(function, x, dx, *args, **settings))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "args"),
+    [
+        *((torch.prod, (0, 3), args) for args in ((), (0,), (1, True))),
+        (torch.prod, (3, 0), (0,)),
+        (torch.cumprod, (0, 3), (0,)),
+        *((F.group_norm, shape, (3,)) for shape in ((0, 6), (0, 6, 4), (0, 6, 2, 2))),
+        (F.instance_norm, (0, 6, 4), ()),
+    ],
+    ids=name,
+)
+def test_a_tensor_of_no_entries_has_the_tangent_that_torch_gives_it(function, shape, args):
+    x, dx = torch.randn(shape).double(), torch.randn(shape).double().requires_grad_()
+    found, expected = both(function, x, dx, *args)
+    same(found, expected)
+    assert torch.autograd.grad(found[1].sum(), dx, allow_unused=True, materialize_grads=True)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4)])
+def test_batch_norm_of_an_empty_batch_is_empty(shape):
+    x, dx, weight = torch.randn(shape), torch.randn(shape), torch.ones(3)
+    y, dy = apply_rule(F.batch_norm, (dx, ZERO, ZERO, weight, weight), (x, None, None, weight, weight, True), {})
+    assert y.shape == dy.shape == x.shape
 
 
 class Spread(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ def batch_norm_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training-mode batch norm of x (batch, channels, ...) without running statistics: (y, mean, 1/std)."""
+    if not x.numel():  # which the kernel refuses
+        nothing = x.new_zeros(x.shape[1])
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), nothing, nothing
     return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
 
 
@@ -31,6 +35,8 @@ def batch_norm_jacobian(
     tangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> Tensor:
     """Jacobian of training-mode batch norm with respect to x, applied to `tangent`; symmetric, scaled per channel."""
+    if not x.numel():
+        return tangent.clone()
     return aten.native_batch_norm_backward(tangent, x, weight, None, None, mean, inverse_std, True, eps, INPUT_ONLY)[0]
 
 
@@ -105,7 +111,7 @@ def group_norm_with_statistics(
     where groups is 0 (instance norm)."""
     x, weight, bias = alike(x.contiguous(), weight, bias)
     batch, channels = x.shape[:2]
-    size = x[0, 0].numel() if x.dim() > 2 else 1
+    size = math.prod(x.shape[2:])
     return torch.native_group_norm(x, weight, bias, batch, channels, size, groups or channels, eps)
 
 
@@ -113,7 +119,7 @@ def _group_norm_transpose(
     cotangent: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
 ) -> Tensor:
     batch, channels = x.shape[:2]
-    size, groups = x.numel() // (batch * channels), mean.shape[1]
+    size, groups = math.prod(x.shape[2:]), mean.shape[1]
     return aten.native_group_norm_backward(
         cotangent.contiguous(), x.contiguous(), mean, inverse_std, weight, batch, channels, size, groups, INPUT_ONLY
     )[0]

@@ -83,7 +83,7 @@ def product_tangent(tangent: Tensor, x: Tensor, dim: int | None, keepdim: bool) 
     zeros among the factors are no exception."""
     if dim is None:
         tangent, x, dim = tangent.flatten(), x.flatten(), 0
-    ones = torch.ones_like(x.narrow(dim, 0, 1))
+    ones = x.new_ones([1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)])
     before = torch.cat([ones, x], dim).cumprod(dim).narrow(dim, 0, x.shape[dim])
     after = torch.cat([ones, x.flip(dim)], dim).cumprod(dim).narrow(dim, 0, x.shape[dim]).flip(dim)
     return (tangent * before * after).sum(dim, keepdim)
