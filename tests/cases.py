@@ -208,6 +208,7 @@ CASES = [
     Case(F.prelu, shapes=((2, 3, 4), (3,)), away=(0.0,)),
     Case(F.prelu, shapes=((2, 3, 4), (1,)), away=(0.0,)),
     Case(F.prelu, shapes=((4,), (1,)), away=(0.0,), varying=(1,)),
+    Case(F.prelu, shapes=((), (1,)), away=(0.0,)),
     Case(F.rrelu, away=(0.0,)),
     Case(F.rrelu, kwargs={"training": True}, away=(0.0,)),
     # two and more arguments
@@ -319,6 +320,7 @@ CASES = [
     ),
     Case(torch.linalg.eigh, ((2, 3, 3),), without=SPECIAL, hermitian=True),
     Case(torch.linalg.eigh, ((3, 3),), ("U",), without=SPECIAL, hermitian=True),
+    *(Case(f, shapes=((),), args=(0,)) for f in (torch.cumprod, torch.prod, torch.amax, torch.amin)),
     Case(torch.linalg.matrix_norm),
     Case(torch.linalg.matrix_norm, kwargs={"ord": 2, "dim": (1, 0)}),
     Case(torch.renorm, args=(2, 0, 1.0)),
@@ -401,6 +403,7 @@ CASES = [
     Case(torch.flatten, shapes=IMAGE, args=(1,)),
     Case(torch.reshape, args=((2, 6),)),
     Case(Tensor.view, args=(2, 6)),
+    *(Case(f, shapes=((),), args=((),)) for f in (Tensor.view, Tensor.expand, Tensor.repeat)),
     Case(torch.permute, shapes=IMAGE, args=((0, 2, 3, 1),)),
     Case(torch.transpose, args=(0, 1)),
     Case(torch.swapaxes, args=(0, 1)),

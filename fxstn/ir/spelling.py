@@ -157,7 +157,7 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
         raise Unspellable(f"{operation_name(target)} {reason}")
     if origin == "method" and function in _PACKED and len(args) > 1 and not isinstance(args[1], (tuple, list)):
         args = (args[0], args[1:])
-    if function in _UNPACKED and len(args) == 2 and isinstance(args[1], (tuple, list)):
+    if function in _UNPACKED and len(args) == 2 and isinstance(args[1], (tuple, list)) and args[1]:  # () stays as it is
         args = (args[0], *args[1])
     if kwargs:
         args, kwargs = _by_position(function, args, kwargs)

@@ -80,8 +80,13 @@ def abs_tangent(tangent: Tensor, x: Tensor) -> Tensor:
 
 @staged
 def along_channels(value: Tensor, output: Tensor) -> Tensor:
-    """View (channels,) so that it broadcasts along dimension 1 of `output` (dimension 0 of a vector); () as it is."""
-    return value if value.dim() == 0 else value.view(-1, *[1] * max(0, output.dim() - 2))
+    """View (channels,) so that it broadcasts along dimension 1 of `output` (dimension 0 of a vector); () as it is.
+
+    An output of no dimension has one channel.
+    """
+    if value.dim() == 0 or output.dim() == 0:
+        return value.reshape(())
+    return value.view(-1, *[1] * max(0, output.dim() - 2))
 
 
 @staged

@@ -70,7 +70,7 @@ def softmax_weighted(tangent: Tensor, x: Tensor, y: Tensor, dim: Dims, keepdim: 
 def attained_tangent(tangent: Tensor, x: Tensor, y: Tensor, dim: Dims, keepdim: bool) -> Tensor:
     """Mean of the tangent over the entries of x that attain the extremum y along `dim` (None: all)."""
     dims = _dims(x, dim)
-    if not keepdim:
+    if not keepdim and x.dim():
         for axis in sorted(axis % x.dim() for axis in dims):
             y = y.unsqueeze(axis)
     attained = (x == y).to(tangent.dtype)
@@ -81,6 +81,8 @@ def attained_tangent(tangent: Tensor, x: Tensor, y: Tensor, dim: Dims, keepdim: 
 def product_tangent(tangent: Tensor, x: Tensor, dim: int | None, keepdim: bool) -> Tensor:
     """Tangent of the product of x over one dimension (None: all): Σᵢ dxᵢ Π_{j≠i} xⱼ, by products from both ends, so that
     zeros among the factors are no exception."""
+    if not x.dim():
+        return tangent
     if dim is None:
         tangent, x, dim = tangent.flatten(), x.flatten(), 0
     ones = x.new_ones([1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)])
@@ -100,7 +102,7 @@ def angle_tangent(tangent: Tensor, x: Tensor) -> Tensor:
 @staged
 def cumulative_product_tangent(tangent: Tensor, x: Tensor, dim: int) -> Tensor:
     """Tangent of the cumulative product of x along `dim`, without divisions: log₂ n products of neighbouring runs."""
-    size, step = x.shape[dim], 1
+    size, step = x.shape[dim] if x.dim() else 1, 1
     while step < size:
         own, (before, change) = size - step, (value.narrow(dim, 0, size - step) for value in (x, tangent))
         moved = before * tangent.narrow(dim, step, own) + change * x.narrow(dim, step, own)
