@@ -140,6 +140,7 @@ SPELLINGS = {
     F.affine_grid: [(torch.affine_grid_generator, draw(2, 2, 3), [2, 4, 3, 3], True)],
     torch.asin: [("arcsin", X - 0.3), (torch.arcsin, X - 0.3)],
     torch.erf: [(torch.special.erf, X)],
+    torch.polygamma: [("polygamma", X, 1), (Tensor.polygamma, X, 1), (torch.polygamma, 1, X), (aten.polygamma.default, 1, X)],
     torch.movedim: [("moveaxis", X, 0, 1)],
     torch.lstm: [(aten.lstm.input, draw(2, 3, 4), [draw(1, 2, 5)] * 2, [draw(20, 4), draw(20, 5)], False, 1, 0.0, False,
                   False, True)],
@@ -217,6 +218,7 @@ def test_keywords_go_where_torchs_signature_has_them(target, args, kwargs, argum
         (aten.fill_.Tensor, (X, torch.tensor(2.0)), {}),
         ("detach_", (X,), {}), (aten.detach_.default, (X,), {}),
         ("bernoulli_", (X,), {}), (aten.bernoulli_.float, (X, 0.2), {}), ("bernoulli_", (X, V / 2), {}),
+        ("polygamma_", (X, 1), {}), (aten.polygamma_.default, (X, 1), {}), (Tensor.polygamma_, (X, 2), {}),
         ("addcmul_", (X, X, Y), {"value": 2}), ("squeeze_", (X[:1], 0), {}),
     ],
 )  # fmt: skip

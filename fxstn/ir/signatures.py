@@ -231,6 +231,7 @@ def _new(input: Value, *values: Value, **settings: Value) -> Spelled:
     return spell(Tensor.new_empty, input, size, **{name: settings[name] for name in settings if name != "size"})
 
 
+RAW["polygamma_"] = METHODS["polygamma"] = lambda input, n: spell(torch.polygamma, n, input)
 METHODS["where"] = lambda input, condition, other: spell(torch.where, condition, input, other)
 METHODS["__len__"] = lambda input: spell(Tensor.size, input, 0)
 for _name, _function in {
