@@ -111,3 +111,37 @@ def test_a_last_batch_of_one_has_the_spread_that_the_network_gives_it(trace):
     torch.testing.assert_close(y, model(x[:1]))
     torch.testing.assert_close(dy, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
     assert stn.perturbed_output(x[:1], delta=delta)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.stft(h, 6, 2, window=torch.ones_like(h[0, :6]), return_complex=True).abs(),
+        *(
+            lambda h, mode=mode: torch.cdist(h, h[:2] + 1, compute_mode=f"{mode}use_mm_for_euclid_dist")
+            for mode in ("", "donot_")
+        ),
+        lambda h: torch.atleast_3d(h),
+    ],
+    ids=["stft", "cdist", "cdist without products", "atleast_3d"],
+)
+def test_an_exported_graph_has_tangents_of_what_aten_spells_in_its_own_way(function):
+    model = WithLayer(function).double()
+    x = torch.randn(4, 4).double()
+    stn = fxstn.transform(model, [hp.WeightDecay()], example_inputs=x, trace="export")
+    plain = fxstn.transform(model, [hp.WeightDecay()], example_inputs=x, trace="live")
+    for network in (stn, plain):
+        torch.manual_seed(2)
+        randomize_response(network)
+    delta = torch.full((len(stn.hparams),), 0.1).double()
+    torch.testing.assert_close(stn.pushforward(x, delta=delta), plain.pushforward(x, delta=delta))
+
+
+class WithLayer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(4, 12), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))

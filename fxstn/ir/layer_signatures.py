@@ -240,6 +240,14 @@ for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic
     for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
         RAW[f"{_name}_pad{_k}d"] = functools.partial(lambda mode, input, pad: spell(F.pad, input, pad, mode), _mode)
 
+_DISTANCES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+
+
+@called(RAW, "cdist")
+def _cdist(x1: Value, x2: Value, p: Value = 2.0, compute_mode: int | None = None) -> Spelled:
+    return spell(torch.cdist, x1, x2, p, _DISTANCES[compute_mode or 0])
+
+
 # Losses: ATen has a number for the reduction, and torch.nn.functional its name.
 
 _REDUCTIONS = ("none", "mean", "sum")

@@ -71,6 +71,9 @@ def _of_several(function: Callable[..., object], *tensors: Value) -> Spelled:
 for _function in (torch.block_diag, torch.cartesian_prod, torch.broadcast_tensors):
     ANY[_function.__name__] = functools.partial(_of_several, _function)
 
+for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d):
+    RAW[_function.__name__] = functools.partial(spell, _function)
+
 
 # Arithmetic
 

@@ -136,11 +136,11 @@ def respell(target: Target, args: tuple, kwargs: dict[str, Any]) -> Spelled:
         return _attribute(target, args)
     if target in IN_PLACE_OPERATORS:
         return replace(respell(IN_PLACE_OPERATORS[target], args, kwargs), in_place=True)
-    origin, _, in_place = origin_of(target)
+    origin, name, in_place = origin_of(target)
     args, kwargs = tuple(args), dict(kwargs)
     if origin == "other" and not isinstance(target, str):
         return Spelled(whole_operator(target), args, kwargs)
-    if "axis" in kwargs and target is not torch.segment_reduce:  # which has no dim
+    if "axis" in kwargs and name != "segment_reduce":  # which has no dim
         kwargs["dim"] = kwargs.pop("axis")
     if kwargs.pop("out", None) is not None:
         raise Unspellable(f"{operation_name(target)}(out=...) writes into a tensor")

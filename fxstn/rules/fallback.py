@@ -32,7 +32,9 @@ def no_derivative(function: Callable[..., Any]) -> str | None:
     if function in NO_FORWARD_MODE:
         return NO_FORWARD_MODE[function]
     packet = getattr(function, "_qualified_op_name", None) or getattr(function, "_name", None)
-    if packet and not packet.startswith("aten::"):
+    if packet and packet.startswith("aten::"):
+        return None
+    if packet:
         return f"custom operator {packet} registers no forward-mode derivative"
     if getattr(function, "__module__", "").startswith(("torch.ops.", "torch._ops.")):
         return f"custom operator {function} registers no forward-mode derivative"
