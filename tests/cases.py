@@ -614,6 +614,9 @@ CASES = [
     Case(F.multi_margin_loss, args=(CLASSES,), kwargs={"reduction": "none"}, forward=False, twice=False),
     Case(F.multilabel_soft_margin_loss, args=(MASK.double(),), kwargs={"reduction": "none"}),
     Case(F.cosine_embedding_loss, PAIR, (torch.tensor([1, -1, 1]),), {"reduction": "none"}),
+    # labels that vary, which are compared with 1 and −1
+    *(Case(F.hinge_embedding_loss, PAIR, kwargs={"reduction": r}, away=(0.0, 1.0, -1.0)) for r in ("mean", "none")),
+    Case(F.cosine_embedding_loss, (*PAIR, (3,)), kwargs={"reduction": "none"}),
     Case(F.triplet_margin_loss, (*PAIR, (3, 4)), kwargs={"reduction": "none"}),
     *(
         Case(F.triplet_margin_loss, ((2, 5, 5), last, (2, 5, 5)), kwargs={"reduction": "none"})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxstn.ir.staging import call
 from fxstn.ir.tangents import ZERO
 from fxstn.ops.alignment import ctc_tangent
 from fxstn.ops.kernels import separable_loss
@@ -48,9 +49,16 @@ def reduces_to_a_number(function: Function, args: tuple, kwargs: Mapping[str, ob
     return (args[position] if len(args) > position else kwargs.get("dim")) in (None, (), [])
 
 
+LABELS = {F.hinge_embedding_loss: 1, F.cosine_embedding_loss: 2}  # which argument is compared with 1 and −1, no more
+
+
 def _register_loss(function, classes=None):
+    label = LABELS.get(function)
+
     def apply(tangents, args, kwargs):
-        varying = tuple(None if tangent is ZERO else tangent for tangent in tangents)
+        varying = tuple(None if tangent is ZERO or i == label else tangent for i, tangent in enumerate(tangents))
+        if not any(tangent is not None for tangent in varying):
+            return call(function, *args, **kwargs), ZERO
         both = separable_loss(function, classes)(args, kwargs, varying)
         return operator.getitem(both, 0), operator.getitem(both, 1)
 
