@@ -713,6 +713,7 @@ ZERO_CASES = [
     *(Case(f, shapes=((3,), (4,))) for f in (torch.searchsorted,)),
     Case(torch.bucketize, shapes=((4,), (3,))),
     Case(torch.multinomial, args=(2,), domain=POSITIVE),
+    Case(torch.normal, shapes=((1, 2, 3), (5, 2, 3)), domain=POSITIVE),
     *(Case(f) for f in (Tensor.int, Tensor.long, Tensor.short, Tensor.bool, Tensor.byte, Tensor.char)),
     Case(Tensor.to, args=(torch.int64,)),
     Case(Tensor.to, kwargs={"dtype": torch.bool}),

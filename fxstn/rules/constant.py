@@ -23,6 +23,7 @@ zero(torch.logical_and, torch.logical_or, torch.logical_xor, torch.logical_not, 
 zero(torch.isnan, torch.isinf, torch.isneginf, torch.isposinf, torch.isin)
 zero(torch.argmax, torch.argmin, torch.nonzero, torch.count_nonzero)
 zero(torch.searchsorted, torch.bucketize, torch.unique, torch.unique_consecutive, torch.multinomial, torch.bernoulli)
+zero(torch.normal)  # a draw
 zero(Tensor.int, Tensor.long, Tensor.short, Tensor.bool, Tensor.byte, Tensor.char)
 zero(
     Tensor.size,
