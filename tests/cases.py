@@ -108,6 +108,7 @@ BOXES = torch.tensor([[0, 0.6, 0.4, 4.1, 3.3], [0, 1.2, 1.1, 5.2, 4.6], [1, 0.3,
 
 LABELS = torch.tensor([[1, 2], [3, 1], [2, 2]])
 PARTS = torch.tensor([1, 2])
+SPANS = torch.tensor([[1, 2], [2, 1]])
 GRAPH = torch.tensor([[0, 1.5, 0], [0.5, 0, 2.0], [3.0, 0, 1.0]], dtype=torch.float64).to_sparse().coalesce()
 GRID_SAMPLE = derivatives(lambda x: F.grid_sample(x[None, None], torch.zeros(1, 1, 1, 2), align_corners=False))[
     "forward"
@@ -600,6 +601,18 @@ CASES = [
     *(Case(torch.segment_reduce, MATRIX, (how,), {"lengths": PARTS}, forward=False) for how in ("mean", "max", "min")),
     Case(torch.segment_reduce, MATRIX, ("sum",), {"lengths": torch.tensor([1, 0, 2])}, forward=False),
     Case(torch.segment_reduce, MATRIX, ("max",), {"offsets": torch.tensor([0, 1, 3])}, forward=False),
+    *(
+        Case(torch.segment_reduce, SEQUENCE, (how,), {"lengths": SPANS, "axis": 1}, forward=False)
+        for how in ("sum", "mean", "max", "min")
+    ),
+    Case(
+        torch.segment_reduce,
+        SEQUENCE,
+        ("max",),
+        {"offsets": torch.tensor([[0, 1, 3], [0, 2, 3]]), "axis": 1},
+        forward=False,
+    ),
+    Case(torch.segment_reduce, MATRIX, ("max",), {"lengths": torch.tensor([1, 1]), "unsafe": True}, forward=False),
     Case(F.nll_loss, args=(CLASSES,)),
     *(Case(f, PAIR, kwargs={"reduction": "none"}) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),
     *(Case(f, PAIR, varying=(0,)) for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)),

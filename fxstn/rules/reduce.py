@@ -183,4 +183,4 @@ def segment_reduce(d, data, reduce, *, lengths=None, indices=None, offsets=None,
     y = torch.segment_reduce(
         data, reduce, lengths=lengths, indices=indices, offsets=offsets, axis=axis, unsafe=unsafe, initial=initial
     )
-    return y, segment_tangent(d.data, data, y, reduce, lengths, offsets)
+    return y, segment_tangent(d.data, data, y, reduce, lengths, offsets, axis, unsafe)
