@@ -11,6 +11,7 @@ import fxstn
 from fxstn import hp
 from fxstn.ir.errors import operation_name
 from fxstn.ir.tangents import ZERO
+from fxstn.ops.noise import alpha_dropout_coefficients
 from fxstn.rules import apply_rule
 from tests.nets import randomize_response
 
@@ -111,6 +112,15 @@ def test_a_last_batch_of_one_has_the_spread_that_the_network_gives_it(trace):
     torch.testing.assert_close(y, model(x[:1]))
     torch.testing.assert_close(dy, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
     assert stn.perturbed_output(x[:1], delta=delta)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1 - 2**-53, 1.0])
+def test_alpha_dropout_of_everything_is_zero(p):
+    x = torch.randn(50).double()
+    multiplier, shift = alpha_dropout_coefficients(x, p)
+    assert (x * multiplier + shift).isfinite().all()
+    if p == 1:
+        torch.testing.assert_close(x * multiplier + shift, F.alpha_dropout(x, p, True))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def alpha_dropout_coefficients(
     Dropped units are set to SELU's lower limit, and the result is rescaled to keep zero mean and unit variance.
 
     x, spatial, batch_axis: as in `dropout_mask`.
-    p: as in `dropout_mask`, but below 1.
+    p: as in `dropout_mask`; a tensor is below 1. At 1 everything is 0, as torch has it.
 
     Returns two tensors that broadcast with x.
     """
@@ -192,7 +192,7 @@ def alpha_dropout_coefficients(
     mask = (_inverted(x, _mask_shape(x, spatial), p, batch_axis) != 0).to(wide(x.dtype))
     if isinstance(p, Tensor):
         p = _by_example(p.to(mask.dtype), x, batch_axis)
-    gain = ((1 - p) * (1 + p * limit**2)) ** -0.5
+    gain = 0.0 if isinstance(p, (int, float)) and p == 1 else ((1 - p) * (1 + p * limit**2)) ** -0.5
     return (mask * gain).to(x.dtype), ((1 - mask) * (gain * limit) - gain * p * limit).to(x.dtype)
 
 
