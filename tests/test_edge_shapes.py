@@ -1,6 +1,8 @@
-"""Tensors of one entry or none: what torch gives, and the tangent of it."""
+"""Tensors of one entry or none, and reductions in another type: what torch gives, and the tangent of it."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -112,6 +114,35 @@ def test_a_last_batch_of_one_has_the_spread_that_the_network_gives_it(trace):
     torch.testing.assert_close(y, model(x[:1]))
     torch.testing.assert_close(dy, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
     assert stn.perturbed_output(x[:1], delta=delta)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        *((f, args) for f in (torch.prod, torch.sum, torch.mean, torch.nansum) for args in ((), (1,))),
+        *((f, (1,)) for f in (torch.cumprod, torch.cumsum, torch.softmax, torch.log_softmax, F.softmin)),
+        *((torch.linalg.vector_norm, (p, 1)) for p in (1, 2, 3.0, math.inf)),
+        (torch.norm, (2, 1)),
+        (torch.linalg.norm, (None, 1)),
+        (torch.linalg.matrix_norm, ()),
+    ],
+    ids=name,
+)
+def test_a_reduction_in_another_type_has_its_tangent_in_that_type(function, args, kind):
+    """What it gives of the values and of the directions in that type. torch.func.jvp has the type of the values."""
+    other = torch.float64 if kind is torch.float32 else torch.float32
+    if other is torch.float32 and function in (
+        torch.norm,
+        torch.linalg.norm,
+        torch.linalg.vector_norm,
+        torch.linalg.matrix_norm,
+    ):
+        other = kind  # torch narrows no norm
+    x, dx = torch.randn(3, 4).to(kind), torch.randn(3, 4).to(kind)
+    found = apply_rule(function, (dx,), (x, *args), {"dtype": other})
+    same(found, apply_rule(function, (dx.to(other),), (x.to(other), *args), {}))
+    assert {value.dtype for value in found} == {other}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1 - 2**-53, 1.0])

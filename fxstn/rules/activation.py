@@ -71,7 +71,14 @@ pointwise(F.prelu, lambda dx, y, x, weight: dx * torch.where(x > 0, 1, along_cha
           elementwise=1)  # fmt: skip
 pointwise(torch.softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
 pointwise(torch._safe_softmax, lambda dx, y, x, dim, dtype=None: softmax_jacobian(dx, y, dim))
-pointwise(torch.log_softmax, lambda dx, y, x, dim, dtype=None: dx - (torch.exp(y) * dx).sum(dim, keepdim=True))
+pointwise(
+    torch.log_softmax,
+    lambda dx, y, x, dim, dtype=None: _log_softmax_tangent(dx if dtype is None else dx.to(dtype), y, dim),
+)
+
+
+def _log_softmax_tangent(dx, y, dim):
+    return dx - (torch.exp(y) * dx).sum(dim, keepdim=True)
 
 
 @rule(F.rrelu, fresh=True)

@@ -56,10 +56,16 @@ for function, root, with_mean in (
     _register_moment(function, root, with_mean)
 
 
+def _converted(dtype, *values):
+    """What is reduced, in the type that the reduction is computed in."""
+    return values if dtype is None else tuple(value.to(dtype) for value in values)
+
+
 @rule(torch.linalg.vector_norm)
 def vector_norm(d, x, ord=2, dim=None, keepdim=False, *, dtype=None):
     y = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
-    return y, vector_norm_tangent(d.x, x, ord, dim, keepdim)
+    dx, x = _converted(dtype, d.x, x)
+    return y, vector_norm_tangent(dx, x, ord, dim, keepdim)
 
 
 @rule(torch.norm)
@@ -67,14 +73,16 @@ def norm(d, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     if p == "nuc":
         raise NoRule("the nuclear norm has no rule")
     y = torch.norm(input, p, dim, keepdim, dtype=dtype)
-    return y, vector_norm_tangent(d.input, input, 2 if p in ("fro", None) else p, dim, keepdim)
+    dx, x = _converted(dtype, d.input, input)
+    return y, vector_norm_tangent(dx, x, 2 if p in ("fro", None) else p, dim, keepdim)
 
 
 @rule(torch.linalg.norm, fresh=True)
 def linalg_norm(d, A, ord=None, dim=None, keepdim=False, *, dtype=None):
     if ord is None or isinstance(dim, int) or (ord == "fro" and dim is not None):
         y = torch.linalg.norm(A, ord, dim, keepdim, dtype=dtype)
-        return y, vector_norm_tangent(d.A, A, 2 if ord in (None, "fro") else ord, dim, keepdim)
+        dA, A = _converted(dtype, d.A, A)
+        return y, vector_norm_tangent(dA, A, 2 if ord in (None, "fro") else ord, dim, keepdim)
     return fallback(torch.linalg.norm, (d.A,), (A, ord, dim, keepdim), {"dtype": dtype})
 
 
@@ -87,13 +95,13 @@ def logsumexp(d, input, dim, keepdim=False):
 @rule(torch.prod)
 def prod(d, input, dim=None, keepdim=False, *, dtype=None):
     y = torch.prod(input, dtype=dtype) if dim is None else torch.prod(input, dim, keepdim, dtype=dtype)
-    return y, product_tangent(d.input, input, dim, keepdim)
+    return y, product_tangent(cast_tangent(d.input, y), cast_tangent(input, y), dim, keepdim)
 
 
 @rule(torch.cumprod, fresh=True)
 def cumprod(d, input, dim, *, dtype=None):
     y = torch.cumprod(input, dim, dtype=dtype)
-    return y, cast_tangent(cumulative_product_tangent(d.input, input, dim), y)
+    return y, cumulative_product_tangent(cast_tangent(d.input, y), cast_tangent(input, y), dim)
 
 
 def _register_extremum(function):
