@@ -158,6 +158,13 @@ CASES = [
     # complex numbers
     *(Case(f, imaginary=True) for f in (torch.real, torch.imag, torch.conj, torch.resolve_conj, torch.abs)),
     Case(torch.view_as_real, imaginary=True),
+    *(Case(f, imaginary=True) for f in (*MOMENTS, torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
+    *(Case(f, args=(2, 1, True), imaginary=True) for f in (torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
+    *(Case(torch.linalg.vector_norm, args=(p, -1), imaginary=True) for p in (1, 3, float("inf"), -float("inf"))),
+    *(Case(f, args=(1,), kwargs={"correction": 0, "keepdim": True}, imaginary=True) for f in MOMENTS),
+    Case(torch.linalg.norm, args=("fro", (0, 1)), imaginary=True),
+    Case(F.normalize, imaginary=True),
+    Case(F.pairwise_distance, PAIR, imaginary=True),
     Case(torch.view_as_complex, shapes=((3, 4, 2),)),
     Case(torch.complex, shapes=PAIR),
     Case(torch.complex, shapes=PAIR, varying=(1,)),

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
 from fxstn.ops import forward_mode
+from fxstn.ops.complex_numbers import real_product
 from fxstn.ops.linear_maps import differentiates, self_adjoint
 
 
@@ -32,10 +33,11 @@ def pick(tangent: Tensor, indices: Tensor, spatial: int) -> Tensor:
 
 
 @staged
-def sum_except(value: Tensor, dim: int) -> Tensor:
-    """Sum over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm counts."""
-    axes = [axis for axis in range(value.dim()) if axis != dim]
-    return value.sum(axes, keepdim=True)
+def change_of_norm(unit: Tensor, tangent: Tensor, dim: int) -> Tensor:
+    """Re Σ conj(u) dv over every axis but `dim`, kept as axes of size 1; over all of them for dim = −1, as torch's weight norm
+    counts: the tangent of ‖v‖, u = v/‖v‖."""
+    axes = [axis for axis in range(unit.dim()) if axis != dim]
+    return real_product(unit, tangent).sum(axes, keepdim=True)
 
 
 @staged
@@ -74,8 +76,8 @@ def cast_tangent(tangent: Tensor, output: Tensor) -> Tensor:
 
 @staged
 def abs_tangent(tangent: Tensor, x: Tensor) -> Tensor:
-    """Tangent of |x|: sign(x) dx, for complex x the real part of conj(x/|x|) dx."""
-    return (torch.conj(torch.sgn(x)) * tangent).real if x.is_complex() else torch.sign(x) * tangent
+    """Tangent of |x|: sgn(x) dx, for complex x the real part of conj(x/|x|) dx."""
+    return real_product(torch.sgn(x), tangent)
 
 
 @staged

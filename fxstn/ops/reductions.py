@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
+from fxstn.ops.complex_numbers import real_product
 
 Dims = int | Sequence[int] | None
 
@@ -27,35 +28,35 @@ def or_infinity(divisor: Any) -> Any:
 
 @staged
 def vector_norm_tangent(tangent: Tensor, x: Tensor, p: float, dim: Dims, keepdim: bool) -> Tensor:
-    """Tangent of (Σ |x|^p)^(1/p) over `dim` (None: all): Σ sign(x) (|x|/‖x‖)^(p−1) dx; 0 where the norm is 0.
+    """Tangent of (Σ |x|^p)^(1/p) over `dim` (None: all): Σ sgn(x) (|x|/‖x‖)^(p−1) dx; 0 where the norm is 0.
 
     For p = ±inf the mean over the entries that attain it.
     """
     dims = _dims(x, dim)
     if p == 0:
-        return torch.zeros_like(x.sum(dims, keepdim))
+        return torch.zeros_like(x.real.sum(dims, keepdim))
     norm = torch.linalg.vector_norm(x, p, dims, keepdim=True)
     if abs(p) == float("inf"):
         attained = (x.abs() == norm).to(x.dtype)
-        weights = torch.sign(x) * attained / attained.sum(dims, keepdim=True)
+        weights = torch.sgn(x) * attained / attained.sum(dims, keepdim=True)
     elif p == 1:
-        weights = torch.sign(x)
+        weights = torch.sgn(x)
     else:
         ratio = x / or_infinity(norm)
-        weights = ratio if p == 2 else torch.sign(x) * torch.where(x == 0, 0, ratio.abs() ** (p - 1))
-    return (weights * tangent).sum(dims, keepdim)
+        weights = ratio if p == 2 else torch.sgn(x) * torch.where(x == 0, 0, ratio.abs() ** (p - 1))
+    return real_product(weights, tangent).sum(dims, keepdim)
 
 
 @staged
 def variance_tangent(tangent: Tensor, x: Tensor, dim: Dims, correction: float, keepdim: bool) -> Tensor:
-    """Tangent of the variance of x over `dim` (None: all): 2 Σ (x − mean) dx / (n − correction).
+    """Tangent of the variance of x over `dim` (None: all): 2 Σ Re conj(x − mean) dx / (n − correction).
 
     The factor is infinite where there is no degree of freedom, as torch has it: not a number, as the variance of one value.
     """
     dims = _dims(x, dim)
     centred = x - x.mean(dims, keepdim=True)
     freedom = (math.prod(x.shape[axis] for axis in dims) if x.dim() else 1) - correction
-    return (centred * tangent).sum(dims, keepdim) * (2 / freedom if freedom else math.inf)
+    return real_product(centred, tangent).sum(dims, keepdim) * (2 / freedom if freedom else math.inf)
 
 
 @staged

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fxstn.ir.tangents import BATCH_FIRST, ZERO, Scaled
-from fxstn.ops.kernels import sum_except
+from fxstn.ops.kernels import change_of_norm
 from fxstn.ops.response import (
     add_bias,
     add_channels,
@@ -167,7 +167,7 @@ def weight_norm(d, v, g, dim=0):
     terms = [] if d.g is ZERO else [v * (d.g / norm)]
     if d.v is not ZERO:
         unit = v / norm
-        terms.append(g / norm * (d.v - unit * sum_except(unit * d.v, dim)))
+        terms.append(g / norm * (d.v - unit * change_of_norm(unit, d.v, dim)))
     return torch._weight_norm(v, g, dim), terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
