@@ -165,6 +165,8 @@ CASES = [
     Case(torch.linalg.norm, args=("fro", (0, 1)), imaginary=True),
     Case(F.normalize, imaginary=True),
     Case(F.pairwise_distance, PAIR, imaginary=True),
+    *(Case(F.l1_loss, PAIR, kwargs={"reduction": r}, imaginary=True) for r in ("none", "mean")),
+    Case(F.triplet_margin_loss, (*PAIR, (3, 4)), kwargs={"margin": 3.0}, imaginary=True),
     Case(torch.view_as_complex, shapes=((3, 4, 2),)),
     Case(torch.complex, shapes=PAIR),
     Case(torch.complex, shapes=PAIR, varying=(1,)),

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxstn.ir.containers import rebuilt
 from fxstn.ir.staging import staged
 from fxstn.ops import forward_mode
-from fxstn.ops.complex_numbers import real_product
+from fxstn.ops.complex_numbers import holds_complex, real_product
 from fxstn.ops.linear_maps import differentiates, self_adjoint
 
 
@@ -138,8 +138,10 @@ def separable_loss(function: Callable[..., Any], classes: int | None = None) -> 
 
     dy = Σ ∇y · dx by the loss's own backward: where each entry of an argument belongs to one loss only, one reverse pass of
     Σ y gives all of them. Where it does not, as in arguments that broadcast, it is `node_jvp`. Entries of tangents are None
-    where an argument is constant. The arguments are constants for autograd, unless it records derivatives in them.
+    where an argument is constant. The arguments are constants for autograd, unless it records derivatives in them. With complex
+    arguments it is torch.func.jvp: ∇y is a conjugate then, and y may be complex, which has no ∇y.
     """
+    by_forward_mode = node_jvp(function)
 
     def of_one_loss(i: int, x: Tensor, y: Tensor) -> bool:
         if i == 0 and classes is not None and x.dim() == y.dim() + 1:
@@ -147,6 +149,9 @@ def separable_loss(function: Callable[..., Any], classes: int | None = None) -> 
         return not y.dim() or x.shape == y.shape
 
     def loss(args: tuple, kwargs: dict, tangents: tuple) -> tuple[Tensor, Tensor]:
+        if holds_complex(args, kwargs):
+            y, dy = by_forward_mode(args, kwargs, tangents, {})
+            return y, dy
         varying = [i for i, tangent in enumerate(tangents) if tangent is not None]
         full, again = list(args), differentiates(args, kwargs)
         with torch.enable_grad():
