@@ -158,6 +158,7 @@ CASES = [
     # complex numbers
     *(Case(f, imaginary=True) for f in (torch.real, torch.imag, torch.conj, torch.resolve_conj, torch.abs)),
     Case(torch.view_as_real, imaginary=True),
+    *(Case(f, imaginary=True) for f in (torch.sigmoid, torch.tanh)),
     *(Case(f, imaginary=True) for f in (*MOMENTS, torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
     *(Case(f, args=(2, 1, True), imaginary=True) for f in (torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
     *(Case(torch.linalg.vector_norm, args=(p, -1), imaginary=True) for p in (1, 3, float("inf"), -float("inf"))),
@@ -167,6 +168,7 @@ CASES = [
     Case(F.pairwise_distance, PAIR, imaginary=True),
     *(Case(F.l1_loss, PAIR, kwargs={"reduction": r}, imaginary=True) for r in ("none", "mean")),
     Case(F.triplet_margin_loss, (*PAIR, (3, 4)), kwargs={"margin": 3.0}, imaginary=True),
+    Case(F.rms_norm, shapes=((2, 3, 4), (4,)), args=(X, (4,), X), imaginary=True),
     Case(torch.view_as_complex, shapes=((3, 4, 2),)),
     Case(torch.complex, shapes=PAIR),
     Case(torch.complex, shapes=PAIR, varying=(1,)),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxstn.ir.staging import staged
+from fxstn.ops.complex_numbers import conjugate
 
 Context = Any  # of an autograd function: torch's own type lacks what a function keeps in it
 
@@ -22,18 +23,23 @@ class _LinearMap(torch.autograd.Function):
     def forward(
         ctx: Context, tangent: Tensor, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], *saved: object
     ) -> Tensor:
-        _save(ctx, transpose, saved)
+        _save(ctx, kernel, transpose, saved)
         return kernel(tangent, *saved)
 
     @staticmethod
     def backward(ctx: Context, *grads: Any) -> Any:
         tensors, plain = iter(ctx.saved_tensors), iter(ctx.plain)
         saved = [next(tensors) if is_tensor else next(plain) for is_tensor in ctx.is_tensor]
+        if ctx.symmetric and grads[0].is_complex():
+            saved = [conjugate(value) for value in saved]
         return ctx.transpose(grads[0], *saved), None, None, *[None] * len(saved)
 
 
-def _save(ctx: Context, transpose: Callable[..., Tensor], saved: Sequence[object]) -> None:
+def _save(
+    ctx: Context, kernel: Callable[..., Tensor], transpose: Callable[..., Tensor], saved: Sequence[object]
+) -> None:
     ctx.transpose, ctx.is_tensor = transpose, [isinstance(value, Tensor) for value in saved]
+    ctx.symmetric = transpose is kernel
     ctx.plain = [value for value in saved if not isinstance(value, Tensor)]
     ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
 
@@ -51,7 +57,7 @@ class _TransformedLinearMap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs[2], inputs[3:])
+        _save(ctx, inputs[1], inputs[2], inputs[3:])
 
     backward = _LinearMap.backward
 
@@ -100,5 +106,8 @@ def linear_map(
 
 
 def self_adjoint(kernel: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-    """As `linear_map`, for a symmetric kernel: it is its own transpose."""
+    """As `linear_map`, for a symmetric kernel: it is its own transpose, that of complex numbers with conjugate saved values.
+
+    A backward kernel of torch that conjugates its saved values (sigmoid, tanh) is given their conjugates.
+    """
     return linear_map(kernel, smooth)(kernel)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxstn.ir.staging import staged
+from fxstn.ops.complex_numbers import conjugate
 from fxstn.ops.precision import without_autocast
 from fxstn.ops.recurrent import Steps
 
@@ -41,7 +42,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dc: Tensor) -> Any:
-        return *_adjoint(dy, dc, *ctx.saved_tensors), *[None] * 5
+        return *_adjoint(dy, dc, *map(conjugate, ctx.saved_tensors)), *[None] * 5
 
 
 @staged(closed=True)

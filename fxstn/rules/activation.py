@@ -7,6 +7,7 @@ import operator
 import torch
 import torch.nn.functional as F
 
+from fxstn.ops.complex_numbers import conjugate
 from fxstn.ops.kernels import along_channels, softmax_jacobian
 from fxstn.ops.linear_maps import self_adjoint
 from fxstn.rules.fallback import fallback
@@ -14,7 +15,6 @@ from fxstn.rules.registry import pointwise, rule
 
 aten = torch.ops.aten
 SELU = (1.6732632423543772, 1.0507009873554805, 1.0)  # Klambauer et al. 2017: alpha, scale, input scale
-sigmoid_jacobian, tanh_jacobian = self_adjoint(aten.sigmoid_backward), self_adjoint(aten.tanh_backward)
 silu_jacobian = self_adjoint(aten.silu_backward, lambda dx, x: dx * _silu_slope(x, torch.sigmoid(x)))
 mish_jacobian = self_adjoint(aten.mish_backward, lambda dx, x: dx * _mish_slope(x, torch.tanh(F.softplus(x))))
 hardswish_jacobian = self_adjoint(aten.hardswish_backward)
@@ -28,6 +28,16 @@ def _silu_slope(x, gate):
 
 def _mish_slope(x, gate):
     return gate + x * torch.sigmoid(x) * (1 - gate * gate)
+
+
+@self_adjoint
+def sigmoid_jacobian(dx, y):
+    return aten.sigmoid_backward(dx, conjugate(y))
+
+
+@self_adjoint
+def tanh_jacobian(dx, y):
+    return aten.tanh_backward(dx, conjugate(y))
 
 
 @self_adjoint
