@@ -158,7 +158,7 @@ CASES = [
     # complex numbers
     *(Case(f, imaginary=True) for f in (torch.real, torch.imag, torch.conj, torch.resolve_conj, torch.abs)),
     Case(torch.view_as_real, imaginary=True),
-    *(Case(f, imaginary=True) for f in (torch.sigmoid, torch.tanh)),
+    *(Case(f, imaginary=True) for f in (torch.sigmoid, torch.tanh, torch.acosh, F.softsign)),
     *(Case(f, imaginary=True) for f in (*MOMENTS, torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
     *(Case(f, args=(2, 1, True), imaginary=True) for f in (torch.norm, torch.linalg.vector_norm, torch.linalg.norm)),
     *(Case(torch.linalg.vector_norm, args=(p, -1), imaginary=True) for p in (1, 3, float("inf"), -float("inf"))),

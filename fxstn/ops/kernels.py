@@ -252,3 +252,23 @@ def node_jvp(function: Callable[..., Any], by_reverse: bool = False) -> Callable
 
     jvp.__name__ = f"jvp_{getattr(function, '__name__', 'node')}"
     return staged(derivative_of=function)(jvp)
+
+
+def of_real_numbers(
+    function: Callable[..., Any], position: int, partial: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """A staged partial of a rule, partial(dx, y, *arguments), which holds for real numbers alone.
+
+    Where a number is complex it is torch.func.jvp of the operation.
+
+    position: of the argument that dx belongs to.
+    """
+    by_forward_mode = node_jvp(function)
+
+    def change(tangent: Tensor, y: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if not holds_complex(args, kwargs):
+            return partial(tangent, y, *args, **kwargs)
+        return by_forward_mode(args, kwargs, (*[None] * position, tangent), {})[1]
+
+    change.__name__ = f"change_of_{getattr(function, '__name__', 'node')}"
+    return staged(change)

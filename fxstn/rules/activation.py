@@ -74,7 +74,7 @@ pointwise(F.elu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, 
 pointwise(F.celu, lambda dx, y, x, alpha=1.0, inplace=False: elu_jacobian(dx, x, alpha, 1.0, 1.0 / alpha))
 pointwise(F.selu, lambda dx, y, x, inplace=False: elu_jacobian(dx, x, *SELU))
 pointwise(F.logsigmoid, lambda dx, y, x: dx * torch.sigmoid(-x))
-pointwise(F.softsign, lambda dx, y, x: dx / (1 + torch.abs(x)) ** 2)
+pointwise(F.softsign, lambda dx, y, x: dx / (1 + torch.abs(x)) ** 2, real=True)
 pointwise(F.tanhshrink, lambda dx, y, x: dx * torch.tanh(x) ** 2)
 pointwise(F.prelu, lambda dx, y, x, weight: dx * torch.where(x > 0, 1, along_channels(weight, x)),
           lambda dw, y, x, weight: along_channels(dw, x) * torch.clamp(x, max=0),

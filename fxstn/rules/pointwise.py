@@ -66,7 +66,7 @@ pointwise(torch.atan, lambda dx, y, x: dx / (1 + x * x))
 pointwise(torch.sinh, lambda dx, y, x: dx * torch.cosh(x))
 pointwise(torch.cosh, lambda dx, y, x: dx * torch.sinh(x))
 pointwise(torch.asinh, lambda dx, y, x: dx * torch.rsqrt(x * x + 1))
-pointwise(torch.acosh, lambda dx, y, x: dx * torch.rsqrt(x * x - 1))
+pointwise(torch.acosh, lambda dx, y, x: dx * torch.rsqrt(x * x - 1), real=True)  # rsqrt has another branch cut
 pointwise(torch.atanh, lambda dx, y, x: dx / (1 - x * x))
 pointwise(torch.erf, lambda dx, y, x: dx * (2 / math.sqrt(math.pi) * torch.exp(-x * x)))
 pointwise(torch.erfc, lambda dx, y, x: dx * (-2 / math.sqrt(math.pi) * torch.exp(-x * x)))

@@ -19,7 +19,7 @@ import torch
 from fxstn.ir.errors import operation_name
 from fxstn.ir.staging import call, draws
 from fxstn.ir.tangents import ZERO, Scaled, all_zero
-from fxstn.ops.kernels import expand_like
+from fxstn.ops.kernels import expand_like, of_real_numbers
 from fxstn.rules.fallback import fallback
 
 Apply = Callable[[tuple, tuple, dict], tuple[Any, Any]]
@@ -133,8 +133,9 @@ def linear(
 
 
 def pointwise(
-    function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True, elementwise: int | None = None
-) -> None:
+    function: Callable[..., Any], *partials: Callable[..., Any], fresh: bool = True, elementwise: int | None = None,
+    real: bool = False,
+) -> None:  # fmt: skip
     """Elementwise in its first arguments: dy = Σ partial(dx, y, *arguments).
 
     With one partial it may also be any other function of its first argument alone.
@@ -142,7 +143,11 @@ def pointwise(
     partials: one for each of these arguments; each has the shape of y. Their parameters after y have the names of torch's own
         arguments.
     fresh, elementwise: as in `Rule`. Default: all of several arguments are broadcast.
+    real: whether the partials hold for real numbers alone, and torch.func.jvp takes their place where numbers are complex.
     """
+    parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
+    if real:
+        partials = tuple(of_real_numbers(function, i, partial) for i, partial in enumerate(partials))
 
     def apply(tangents: tuple, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         if not all_zero(tangents[len(partials) :]):
@@ -151,7 +156,6 @@ def pointwise(
         terms = zip(tangents, partials, strict=False)
         return y, total(*((dx, lambda dx, partial=partial: partial(dx, y, *args, **kwargs)) for dx, partial in terms))
 
-    parameters = list(inspect.signature(partials[0]).parameters.values())[2:]
     if elementwise is None:
         elementwise = len(partials) if len(partials) > 1 else 0
     register(function, "pointwise", apply, inspect.Signature(parameters), fresh=fresh, elementwise=elementwise)
