@@ -104,6 +104,17 @@ def expand_to_both(x: Tensor, other: Tensor) -> Tensor:
 
 
 @staged
+def change_by_exponent(tangent: Tensor, y: Tensor, base: Tensor | complex, exponent: Tensor) -> Tensor:
+    """y log(base) dn: the tangent of y = base^n in the exponent n, 0 where 0 has a power of at least 0."""
+    if not y.is_complex():
+        assert not isinstance(base, complex)
+        return tangent * torch.where((base == 0) & (exponent >= 0), 0, torch.xlogy(y, base))
+    base, exponent = (torch.as_tensor(value, dtype=y.dtype, device=y.device) for value in (base, exponent))
+    still = (base == 0) & (exponent.imag == 0) & (exponent.real >= 0)
+    return tangent * torch.where(still, 0, y * torch.log(base))
+
+
+@staged
 def zeros_tangent(output: object) -> object:
     """Real zeros for a floating-point output that depends on no weight; None for anything else.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxstn.ir.tangents import ZERO
-from fxstn.ops.kernels import expand_like
+from fxstn.ops.kernels import change_by_exponent, expand_like
 from fxstn.ops.reductions import or_infinity
 from fxstn.rules.registry import additive, bilinear, pointwise, rule, total
 
@@ -159,11 +159,12 @@ def _register_power(function):
     @rule(function, kind="pointwise", fresh=True)
     def power(d, input, exponent):
         y = function(input, exponent)
-        if d.exponent is ZERO and isinstance(exponent, (int, float)):
+        if d.exponent is ZERO and isinstance(exponent, (int, float, complex)):
             return y, d.input * (exponent * function(input, exponent - 1)) if exponent != 0 else ZERO
         slope = lambda: torch.where(exponent == 0, 0, exponent * function(input, exponent - 1))  # noqa: E731
-        rate = lambda: torch.where((input == 0) & (exponent >= 0), 0, torch.xlogy(y, input))  # noqa: E731
-        return y, total((d.input, lambda dx: dx * slope()), (d.exponent, lambda dn: dn * rate()))
+        return y, total(
+            (d.input, lambda dx: dx * slope()), (d.exponent, lambda dn: change_by_exponent(dn, y, input, exponent))
+        )
 
 
 _register_power(operator.pow)
