@@ -172,6 +172,7 @@ CASES = [
     Case(operator.pow, shapes=PAIR, imaginary=True),
     *(Case(operator.pow, args=args, imaginary=True) for args in ((3,), (1 + 2j,), (2.0, X), (1j, X))),
     Case(torch.float_power, shapes=PAIR, imaginary=True),
+    Case(torch.index_fill, args=(1, INDEX, 1 + 2j), imaginary=True),
     Case(torch.view_as_complex, shapes=((3, 4, 2),)),
     Case(torch.complex, shapes=PAIR),
     Case(torch.complex, shapes=PAIR, varying=(1,)),

@@ -231,7 +231,11 @@ ANY["upsample_bilinear"] = lambda input, size=None, scale_factor=None: _upsample
     input, size, scale_factor, "bilinear", True
 )
 RAW["affine_grid_generator"] = lambda theta, size, align_corners: spell(F.affine_grid, theta, size, align_corners)
-RAW["constant_pad_nd"] = lambda input, pad, value=0: spell(F.pad, input, pad, "constant", value)
+RAW["constant_pad_nd"] = lambda input, pad, value=0: (
+    spell(torch.constant_pad_nd, input, pad, value)  # F.pad takes no complex value
+    if isinstance(value, complex)
+    else spell(F.pad, input, pad, "constant", value)
+)
 for _k, _mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"), (2, "bicubic")):
     RAW[f"upsample_nearest{_k}d.vec"] = functools.partial(_nearest, "nearest")
     RAW[f"_upsample_nearest_exact{_k}d.vec"] = functools.partial(_nearest, "nearest-exact")

@@ -104,7 +104,7 @@ def filled(tangent: Any, primal: Any) -> Any:
     """The tangent, or real zeros shaped like its primal where it is ZERO."""
     if tangent is not ZERO:
         return tangent
-    return 0 if isinstance(primal, (int, float)) else torch.zeros_like(primal)
+    return 0 if isinstance(primal, (int, float, complex)) else torch.zeros_like(primal)
 
 
 def linear(
