@@ -93,7 +93,9 @@ def along_channels(value: Tensor, output: Tensor) -> Tensor:
 
 @staged
 def expand_like(tangent: Tensor, output: Tensor) -> Tensor:
-    """Broadcast a tangent to the shape of the result it belongs to."""
+    """Broadcast a tangent to the shape of the result it belongs to; complex where that is."""
+    if output.is_complex() and not tangent.is_complex():
+        tangent = tangent.to(output.dtype)
     return tangent if tangent.shape == output.shape else tangent.expand_as(output)
 
 
