@@ -79,6 +79,9 @@ def resample(x: Tensor, matrices: Tensor, *, mode: str, fill: tuple[float, ...] 
 
     Returns a tensor in the shape and type of x.
     """
+    if x.is_complex():
+        parts = (resample(x.real, matrices, mode=mode, fill=fill), resample(x.imag, matrices, mode=mode, fill=None))
+        return torch.complex(*parts)
     height, width = x.shape[-2:]
     images = (widen(x) if x.is_floating_point() else x.to(matrices.dtype)).flatten(1, -3)
     channels = images.shape[1]
