@@ -169,28 +169,38 @@ class Custom:
 
 
 class StatefulLookalike:
-    """Saves and restores its place as torchdata's StatefulDataLoader does; begun again, it could not be replayed."""
+    """Saves and restores its place as torchdata's StatefulDataLoader does; begun again, it could not be replayed.
+
+    Asked between two passes, it opens the next one to say where it is: that draws its seed from torch's generator.
+    """
 
     def __init__(self, data: Dataset, n: int, size: int) -> None:
-        self.data, self.n, self.size, self.epoch, self.taken = data, n, size, 0, 0
-        self._restored = False
+        self.data, self.n, self.size, self.seed, self.taken = data, n, size, 0, 0
+        self._restored, self._open, self._next = False, False, None
+
+    def _seed_of_next(self) -> int:
+        if self._next is None:
+            self._next = int(torch.empty((), dtype=torch.int64).random_())
+        return self._next
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         if not self._restored:
-            self.epoch, self.taken = self.epoch + 1, 0
-        self._restored = False
-        order = torch.randperm(self.n, generator=seeded(self.epoch)).split(self.size)
+            self.seed, self.taken, self._next = self._seed_of_next(), 0, None
+        self._restored, self._open = False, True
+        order = torch.randperm(self.n, generator=seeded(self.seed)).split(self.size)
         while self.taken < len(order):
             self.taken += 1
             pairs = [self.data[i] for i in order[self.taken - 1].tolist()]
             yield [torch.stack(column) for column in zip(*pairs, strict=True)]
+        self._open = False
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "taken": self.taken}
+        following = None if self._open else self._seed_of_next()
+        return {"seed": self.seed, "taken": self.taken, "next": following}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.taken = state["epoch"], state["taken"]
-        self._restored = self.taken < -(-self.n // self.size)
+        self.seed, self.taken, self._next = state["seed"], state["taken"], state["next"]
+        self._restored = self._next is None
 
 
 WORKERS = {

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import math
 import pickle
 import re
@@ -275,8 +276,15 @@ row("loader a data set", r"valid_loader must be a DataLoader.*got TensorDataset;
 row("loader a dict", r"train_loader must be a DataLoader.*got dict; DataLoader\(dataset")(
     made(train={"train": batches()})
 )
-row("loader a generator", "train_loader is a generator, which yields its batches once; give a DataLoader, or a list")(
-    made(train=(batch for batch in batches()))
+ONCE = r"train_loader is an iterator \({}\), which yields its batches once; give the DataLoader that it was made from"
+row("loader a generator", ONCE.format("generator"))(made(train=(batch for batch in batches())))
+row("loader a cycle", ONCE.format("cycle"))(made(train=itertools.cycle(batches())))
+row("loader a chain", ONCE.format("chain"))(made(train=itertools.chain(batches(), batches())))
+row("loader a pass", ONCE.format("_SingleProcessDataLoaderIter"))(made(train=iter(batches())))
+row("loader a cycle in a loop", ONCE.format("cycle"))(
+    lambda folder: fxstn.tune(
+        model := mlp(), torch.optim.SGD(model.parameters(), 0.1), F.cross_entropy, itertools.cycle(batches()), batches()
+    )
 )
 row("loader empty", r"valid_loader is empty.*fewer examples than batch_size with drop_last\?")(
     made(valid=batches(size=99, drop_last=True))

@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import pickle
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,43 @@ def test_models_come_back_in_eval_mode() -> None:
     for model in (runner.best_model(), runner.refit(train_loader)):
         assert not any(module.training for module in model.modules())
     assert runner.stn.model.training
+
+
+class Buckets:
+    """A batch sampler whose batches grow from epoch to epoch, so that there are fewer of them."""
+
+    def __init__(self, n):
+        self.n, self.epoch = n, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return -(-self.n // (8 + 4 * self.epoch))
+
+    def __iter__(self):
+        return iter(torch.arange(self.n).split(8 + 4 * self.epoch))
+
+
+def bucketed(out_dir: Path, ends_at: int | None = None) -> fxstn.BilevelRunner:
+    """A run whose batches grow from epoch to epoch; a signal ends it at a call of its loss."""
+    torch.manual_seed(0)
+    train, calls = data(60), itertools.count(1)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        if next(calls) == ends_at:
+            signal.raise_signal(signal.SIGTERM)
+        return F.cross_entropy(output, target)
+
+    train_loader = DataLoader(train, batch_sampler=Buckets(60))
+    checkpoints = fxstn.CheckpointSettings(out_dir=out_dir)
+    stn = fxstn.transform(mlp())
+    return fxstn.BilevelRunner(stn, loss_fn, train_loader, DataLoader(data(40), 8), checkpoints=checkpoints)
+
+
+def test_a_run_whose_number_of_batches_depends_on_the_epoch_resumes_within_one(tmp_path: Path) -> None:
+    whole = bucketed(tmp_path / "whole").fit(3)
+    with pytest.raises(SystemExit):
+        bucketed(tmp_path / "cut", ends_at=40).fit(3)  # in the last epoch, of five batches; the first has eight
+    resumed = bucketed(tmp_path / "cut").fit(3)
+    assert without_times(resumed) == without_times(whole)

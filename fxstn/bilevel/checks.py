@@ -6,11 +6,11 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
-from types import GeneratorType
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch import nn
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE
@@ -260,10 +260,9 @@ def check_loader(loader: object, name: str) -> int | None:
     if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
         raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}; "
                         "DataLoader(dataset, batch_size=64) makes one of a data set")  # fmt: skip
-    if isinstance(loader, (GeneratorType, zip, map)):
-        raise TypeError(
-            f"{name} is a {type(loader).__name__}, which yields its batches once; give a DataLoader, or a list of them"
-        )
+    if isinstance(loader, Iterator) and (not hasattr(loader, "__dict__") or isinstance(loader, _BaseDataLoaderIter)):
+        raise TypeError(f"{name} is an iterator ({type(loader).__name__}), which yields its batches once; give the DataLoader "
+                        "that it was made from, or a list of batches")  # fmt: skip
     if not isinstance(loader, Sized):
         return None
     try:

@@ -25,6 +25,7 @@ from fxstn.bilevel.sources import (
     length_of,
     may_draw,
     new_pass,
+    place_of,
     set_epoch,
     set_generator_state,
 )
@@ -133,8 +134,6 @@ class ResumableLoader:
             raise ValueError(f"{self.name} is empty: it yielded no batch")
         return batches[0], self._position == 1
 
-    # Drawing
-
     def _draw(self) -> list[object]:
         """The next batch alone; [] at the end of the pass."""
         assert self._batches is not None
@@ -188,20 +187,19 @@ class ResumableLoader:
     # State
 
     def state_dict(self) -> State:
-        own = {path: generator_state(generator) for path, generator in generators_of(self.loader).items()}
         over = self._passes and not self.open
         return {
             "open": self.open,
             "passes": self._passes,
             "taken": self._position,
             "start": self._start,
-            "own": own,
+            "own": {path: generator_state(generator) for path, generator in generators_of(self.loader).items()},
             "jumps": list(self._jumps),
             "checksums": [self._first_checksum, checksum(self._last)],
             "length": length_of(self.loader),
             "stateful": is_stateful(self.loader),
             "place": self._places[0] if self._places else None,  # from where the recent batches are read again
-            "end": self.loader.state_dict() if over and is_stateful(self.loader) else None,
+            "end": place_of(self.loader) if over and is_stateful(self.loader) else None,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -217,7 +215,7 @@ class ResumableLoader:
     def _place(self, loader: StatefulLoader) -> State:
         """Where a loader that saves its place itself is."""
         stream = self._stream.state_dict() if self._stream is not None and self._position else None
-        return {"taken": self._position, "loader": loader.state_dict(), "stream": stream, "own": self._own_states()}
+        return {"taken": self._position, "loader": place_of(loader), "stream": stream, "own": self._own_states()}
 
     def _resume(self, state: State) -> bool:
         """Go to the place of a state; whether the batches on the way there are those of then.
@@ -290,8 +288,10 @@ class ResumableLoader:
             return f"generator= ({self.name}.{gone[0]}), which this run's {self.name} does not have"
         if added := [path for path in sorted(ours - theirs) if path.rpartition(".")[0] in SAMPLERS]:
             return f"no generator= ({self.name}.{added[0]}), which this run's {self.name} has"
-        if state["open"] and state["length"] != (length := length_of(self.loader)):
-            return f"the place in a {self.name} of {state['length']} batches, this run's has {length} (data set, batch size)"
+        if state["open"]:
+            set_epoch(self.loader, state["passes"] - 1)  # on which the number of batches may depend
+            if (before := state["length"]) != (length := length_of(self.loader)):
+                return f"the place in a {self.name} of {before} batches, this run's has {length} (data set, batch size)"
         return ""
 
     def restart(self, state: State) -> None:
