@@ -10,6 +10,7 @@ import itertools
 import math
 import pickle
 import re
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fxstn
 from fxstn import hp
 from fxstn.bilevel.checkpoint import FORMAT
+from fxstn.bilevel.run_settings import SettingsDict
+from fxstn.bilevel.settings import GROUPS
+from fxstn.loops.tune import TuneSettings
 from fxstn.tools import cli, data, text
 from tests.nets import SmallConv, mlp
 from tests.runs import grouped
@@ -207,6 +211,9 @@ for _name, _message in {
     "out_dir": r"'out_dir'; did you mean checkpoints=fxstn\.CheckpointSettings\(out_dir=\.\.\.\)\?",
     "device": r"'device'; did you mean execution=fxstn\.ExecutionSettings\(device=\.\.\.\)\?",
     "patience": r"'patience'; it is a callback: callbacks=\[fxstn\.EarlyStopping\(patience=\.\.\.\)\]",
+    "hyper_lr": r"'hyper_lr'; λ's optimizer has it: hyper=fxstn\.HyperSettings\(optimizer=",
+    "response_lr": r"'response_lr'; Θ's optimizer has it: response=fxstn\.ResponseSettings\(optimizer=",
+    "seed": r"'seed'; call torch\.manual_seed\(seed\) before fxstn\.transform",
     "warmup": r"'warmup'; did you mean hyper=fxstn\.HyperSettings\(warmup_epochs=\.\.\.\)\?",
     "metric": r"'metric'; did you mean 'metrics'\?",
     "zzz": r"'zzz'; help\(fxstn\.BilevelRunner\) lists them",
@@ -816,6 +823,44 @@ for name, changes, message in (
     ),
 ):
     row(f"tune: {name}", message)(in_a_loop(**changes))
+
+
+for _names, _message in {
+    ("checkpoints", "out_dir", "save_minutes", "keep", "checkpoints_keep", "out_dirs"): (
+        r"tune writes no files: put tuner\.state_dict\(\) in your checkpoint$"
+    ),
+    ("epochs", "max_epochs", "epoch"): "your loop has the epochs$",
+    ("lr", "learning_rate"): "your optimizer has it$",
+    ("hyper_lr",): r"λ's optimizer has it: hyper=fxstn\.HyperSettings\(optimizer=lambda p: fxstn\.optim\.SettlingAdam",
+    ("valid",): "validation data are valid_loader$",
+    ("device",): "the tuner works where the model is: move the model before tune$",
+    ("metrics", "metric"): r"your loop measures what it likes, in callbacks=",
+    ("patience",): r"leave your loop where len\(tuner\.history\)",
+    ("clip_norm",): "your loop clips: torch.nn.utils.clip_grad_norm_",
+    ("accumulate",): "your loop accumulates",
+    ("ema",): "your loop averages",
+    ("scheduler", "step_schedulers"): "your loop has its schedulers",
+    ("schedule",): "a schedule is replayed by a BilevelRunner",
+    ("progress",): "your loop has the progress bar$",
+    ("seed",): r"call torch\.manual_seed\(seed\) before tune$",
+    ("unpack",): "give forward=, a function",
+    ("train_step",): r"did you mean hyper=fxstn\.HyperSettings\(train_steps=\.\.\.\)\?",
+    ("autocast",): r"did you mean execution=fxstn\.ExecutionSettings\(autocast=\.\.\.\)\?",
+    ("epoch_step",): r"did you mean 'epoch_steps'\?",
+    ("zzz",): r"help\(fxstn\.tune\) lists them$",
+}.items():
+    for _name in _names:
+        row(f"tune: argument {_name}", f"tune has no argument '{_name}'; {_message}")(in_a_loop(**{_name: 1}))
+
+
+def test_what_an_argument_is_taken_for_is_taken():
+    """No argument of fxstn.tune is refused with the advice to give another one that is refused as well."""
+    names = {*SettingsDict.__annotations__, *(field.name for group in GROUPS for field in fields(group))}
+    for name in sorted(names - set(TuneSettings.__annotations__) - {"optimizer", "valid_loss_fn"}):
+        with pytest.raises(TypeError, match=f"tune has no argument '{name}'; ") as caught:
+            in_a_loop(**{name: 1})(None)
+        for group in re.findall(r"did you mean (\w+)=", str(caught.value)):
+            assert group in TuneSettings.__annotations__
 
 
 @row("tune: the same optimizer twice", "optimizer names one twice; give each .* once")

@@ -47,14 +47,25 @@ OF_NETWORKS = (
     "response.perturb",
     "hyper.tune_scale",
 )
+RATE_OF_HYPER = (
+    "λ's optimizer has it: hyper=fxstn.HyperSettings(optimizer=lambda p: fxstn.optim.SettlingAdam(p, lr=...))"
+)
+RATE_OF_RESPONSE = (
+    "Θ's optimizer has it: response=fxstn.ResponseSettings(optimizer=lambda p: torch.optim.Adam(p, lr=...))"
+)
 _RATES = "learning rates belong to the optimizers: optimizer=lambda p: torch.optim.SGD(p, lr=0.1)"
 ELSEWHERE = {  # what other libraries take where the runner does not
     "lr": _RATES,
     "learning_rate": _RATES,
+    "hyper_lr": RATE_OF_HYPER,
+    "response_lr": RATE_OF_RESPONSE,
     "epochs": "the number of epochs belongs to fit(epochs)",
     "batch_size": "the batch size belongs to the DataLoader",
     "patience": "it is a callback: callbacks=[fxstn.EarlyStopping(patience=...)]",
     "loss_fn": "a BilevelProblem has its losses itself",
+    "seed": "call torch.manual_seed(seed) before fxstn.transform and BilevelRunner",
+    "valid": "validation data are valid_loader",
+    "train": "training data are train_loader",
 }
 
 

@@ -195,14 +195,6 @@ class ExecutionSettings(SettingsGroup):
 
 
 GROUPS = (ResponseSettings, HyperSettings, CheckpointSettings, ExecutionSettings)
-FIELDS = [field.name for group in GROUPS for field in fields(group)]
-# {name that a setting might be given by: how to give it}: "every" and "response_every"; of equal names that of the first group
-PLACES = {
-    spelling: f"{group.keyword}=fxstn.{group.__name__}({field.name}=...)"
-    for group in reversed(GROUPS)
-    for field in fields(group)
-    for spelling in (field.name, f"{group.keyword}_{field.name}")
-}
 
 
 def check_keywords(
@@ -216,13 +208,21 @@ def check_keywords(
     unknown = next((name for name in keywords if name not in names), None)
     if unknown is None:
         return
-    remedy = f"help(fxstn.{owner}) lists them"
-    close = get_close_matches(
-        unknown, [*names, *PLACES], 1, cutoff=0.8
-    )  # with a prefix, all names of a group are alike
-    if close := close or get_close_matches(unknown, [*names, *FIELDS], 1):
-        remedy = f"did you mean {repr(close[0]) if close[0] in names else PLACES[close[0]]}?"
-    raise TypeError(f"{owner} has no argument {unknown!r}; {(elsewhere or {}).get(unknown, remedy)}")
+    groups = [group for group in GROUPS if group.keyword in names] or list(
+        GROUPS
+    )  # a group itself may stand for another
+    remedies = {
+        spelling: f"did you mean {group.keyword}=fxstn.{group.__name__}({field.name}=...)?"
+        for group in reversed(groups)  # of equal names that of the first group
+        for field in fields(group)
+        for spelling in (field.name, f"{group.keyword}_{field.name}")
+    }
+    remedies |= dict(elsewhere or {}) | {name: f"did you mean {name!r}?" for name in names}
+    members = [field.name for group in groups for field in fields(group)]
+    close = get_close_matches(unknown, remedies, 1, cutoff=0.8)  # with a prefix, all names of a group are alike
+    close = close or get_close_matches(unknown, [*names, *members], 1)
+    remedy = remedies[close[0]] if close else f"help(fxstn.{owner}) lists them"
+    raise TypeError(f"{owner} has no argument {unknown!r}; {remedy}")
 
 
 class Preset(TypedDict):

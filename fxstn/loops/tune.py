@@ -16,14 +16,14 @@ from fxstn.bilevel.checks import check_loader, check_synced_norms
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
-from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings, check_keywords
+from fxstn.bilevel.settings import ExecutionSettings, HyperSettings, ResponseSettings
 from fxstn.bilevel.validation import example_batch
 from fxstn.frontends.model_forwards import has_owner, note_owner, restore_modules
 from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.ir.input_errors import in_a_line
 from fxstn.loops.attached import AttachedTuner
-from fxstn.loops.checks import check_arguments
+from fxstn.loops.checks import check_arguments, check_names_of_settings
 from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
 from fxstn.loops.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
 from fxstn.loops.observed import can_be_observed
@@ -122,7 +122,7 @@ def tune(
     transform and BilevelRunner, and ValueError for what the model's own forward cannot do (hp.DropConnect, hp.MixUp, hp.CutMix,
     hp.ActivationDecay, hp.TemporalDecay, hp.JacobianNorm).
     """
-    check_keywords("tune", settings, list(TuneSettings.__annotations__))
+    check_names_of_settings(settings, list(TuneSettings.__annotations__))
     functions = {"loss_fn": loss_fn, "valid_loss_fn": valid_loss_fn, "forward": forward}
     check_arguments(hparams, functions, epoch_steps, settings.get("callbacks", ()))
     parts = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
