@@ -100,6 +100,13 @@ row(
     "first argument a plain model", r"first argument must come from fxstn\.transform\(model, hparams\), got Sequential"
 )(lambda folder: fxstn.BilevelRunner(mlp(), F.cross_entropy, batches(), batches()))
 row("loss None", r"loss_fn must be a function of \(output, target\), got NoneType")(made(loss_fn=None))
+row(
+    "loader and loss swapped",
+    r"^loss_fn is a DataLoader and valid_loader is a CrossEntropyLoss: .*is BilevelRunner\(stn, l",
+)(lambda folder: fxstn.BilevelRunner(fxstn.transform(mlp()), batches(), batches(), nn.CrossEntropyLoss()))
+row("specs as valid_loader", r"^valid_loader is a list of specs: was an argument left out, or were two swapped")(
+    made(valid=[hp.Dropout()])
+)
 row("loss a class", r"loss_fn is the class CrossEntropyLoss.*make one: CrossEntropyLoss\(\)")(
     made(loss_fn=nn.CrossEntropyLoss)
 )
@@ -149,6 +156,8 @@ for _name, _value, _message in (
     ("execution.compile", "yes", "execution.compile='yes' must be True, False or a dict"),
     ("unpack", "image", "unpack='image' must be a function"),
     ("metrics", [fxstn.accuracy], r"metrics=\[.*\] must be a dict by name"),
+    ("metrics", fxstn.accuracy, r"must be a dict by name, or None; give \{'accuracy': fxstn\.accuracy\}$"),
+    ("callbacks", fxstn.EarlyStopping(3), r"be a list of functions of the run; give \[EarlyStopping\(patience=3\)\]$"),
     ("metrics", {"accuracy": "top1"}, r"metrics\['accuracy'\] must be a function, got str"),
     ("callbacks", print, "callbacks=.* must be a list of functions of the run"),
     ("checkpoints.out_dir", 5, "checkpoints.out_dir=5 must be a path, or None"),
@@ -806,9 +815,24 @@ for name, changes, message in (
     (
         "optimizer as loss",
         {"loss_fn": torch.optim.SGD(mlp().parameters(), 0.1)},
-        "^loss_fn=a SGD must be a function, or N",
+        r"^loss_fn is a SGD: .* were two swapped\? The order is fxstn\.tune\(model, optimizer, loss_fn, train_loader, valid",
     ),
     ("model as optimizer", {"optimizer": mlp()}, "optimizer must be an optimizer of the model, or .*got a Sequential$"),
+    (
+        "optimizer and loss swapped",
+        {"optimizer": nn.CrossEntropyLoss(), "loss_fn": torch.optim.AdamW(mlp().parameters())},
+        "^optimizer is a CrossEntropyLoss and loss_fn is an AdamW: was an argument left out, or were two swapped",
+    ),
+    (
+        "no valid_loader",
+        {"valid_loader": [hp.Dropout()]},
+        r"^valid_loader is a list of specs: was an argument left out",
+    ),
+    ("one spec for valid_loader", {"valid_loader": hp.Dropout()}, r"^valid_loader is a Dropout: was an argument left"),
+    ("specs as train_loader", {"train_loader": [hp.Dropout()]}, r"^train_loader is a list of specs: was an argument"),
+    ("loss as loader", {"train_loader": nn.MSELoss()}, r"^train_loader is a MSELoss: was an argument left out"),
+    ("loader as specs", {"hparams": batches()}, r"^hparams is a DataLoader: was an argument left out, or"),
+    ("text as specs", {"hparams": "dropout"}, r"hparams must be a list of fxstn.hp specs, got 'dropout'; give \["),
     ("forward", {"forward": 5}, "forward=5 must be a function, or None"),
     ("one spec", {"hparams": hp.Dropout()}, r"hparams must be a list, got one Dropout; give \[hp.Dropout\(...\)\]"),
     ("no specs", {"hparams": 5}, r"hparams must be a list of fxstn.hp specs, got 5; give \[hp"),
@@ -821,6 +845,9 @@ for name, changes, message in (
         {"callbacks": [fxstn.EarlyStopping(1)]},
         "ends a BilevelRunner, and no loop.*leave the loop where",
     ),
+    ("one early stopping", {"callbacks": fxstn.EarlyStopping(1)}, "ends a BilevelRunner, and no loop.*leave the loop"),
+    ("one callback", {"callbacks": print}, r"must be a list of functions of the run; give \[print\]$"),
+    ("callbacks a number", {"callbacks": 3}, r"callbacks=3 must be a list of functions of the run$"),
 ):
     row(f"tune: {name}", message)(in_a_loop(**changes))
 

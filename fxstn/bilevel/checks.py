@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fxstn.bilevel import distributed
 from fxstn.bilevel.history import DIAGNOSTICS, LOSSES, SCALE
@@ -151,10 +149,19 @@ def _check_kinds(settings: Mapping[str, object]) -> None:
     for name, (right, kind) in KINDS.items():
         value = settings.get(name)
         if (value is not None or (name in NEVER_NONE and name in settings)) and not right(value):
-            raise TypeError(f"{name}={value!r} must be {kind}{'' if name in NEVER_NONE else ', or None'}")
+            dicts = name in ("metrics", "columns") and callable(value)
+            remedy = f"; give {{{getattr(value, '__name__', name)!r}: {name_of(value)}}}" if dicts else ""
+            raise TypeError(f"{name}={value!r} must be {kind}{'' if name in NEVER_NONE else ', or None'}{remedy}")
     out_dir = settings.get(name := "checkpoints.out_dir")
     if out_dir is not None and as_path(out_dir, name).is_file():
         raise ValueError(f"{name}={str(out_dir)!r} is a file; name a folder, which is made where there is none")
+
+
+def name_of(function: object) -> str:
+    """How a user writes a function: "fxstn.accuracy", or an object as it prints itself."""
+    name = getattr(function, "__name__", None)
+    own = str(getattr(function, "__module__", "")).startswith("fxstn.")
+    return repr(function) if name is None else f"{'fxstn.' * own}{name}"
 
 
 def _entries(settings: Mapping[str, object], argument: str) -> list[tuple[str, object]]:
@@ -172,7 +179,8 @@ def _check_functions(settings: Mapping[str, object]) -> None:
                 raise ValueError(f"{argument}[{name!r}]: the history has a column of that name; choose another")
     callbacks = settings.get("callbacks", ())
     if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the run")
+        remedy = f"; give [{name_of(callbacks)}]" if callable(callbacks) else ""
+        raise TypeError(f"callbacks={callbacks!r} must be a list of functions of the run{remedy}")
 
 
 def is_own_column(name: str) -> bool:
@@ -221,23 +229,6 @@ def check_device(device: torch.device | str, name: str) -> torch.device:
         ) from error
 
 
-def check_loss(loss_fn: object, name: str) -> None:
-    """Raises TypeError for what cannot be called with (output, target), and with `hparams` where it takes them."""
-    if isinstance(loss_fn, type):
-        raise TypeError(f"{name} is the class {loss_fn.__name__}, not a function; make one: {loss_fn.__name__}()")
-    if not callable(loss_fn):
-        raise TypeError(f"{name} must be a function of (output, target), got {type(loss_fn).__name__}")
-    try:
-        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
-    except ValueError:  # some builtins have no signature
-        return
-    try:
-        signature.bind(None, None, **({"hparams": None} if "hparams" in signature.parameters else {}))
-    except TypeError as error:
-        raise TypeError(f"{name} must be a function of (output, target), or (output, target, hparams); its arguments are "
-                        f"{signature}: {error}") from error  # fmt: skip
-
-
 def check_length(epochs: object, minutes: object) -> None:
     """Of a run. Raises TypeError for what is no number, ValueError for one out of range."""
     if not is_number(epochs) or not (minutes is None or is_number(minutes)):
@@ -248,30 +239,6 @@ def check_length(epochs: object, minutes: object) -> None:
         )
     if minutes is not None and not minutes > 0:
         raise ValueError(f"fit: minutes={minutes} must be positive, or None for no limit")
-
-
-def check_loader(loader: object, name: str) -> int | None:
-    """The number of batches of a loader, where it knows.
-
-    name: of the argument.
-
-    Raises TypeError for what is no iterable of batches, or yields them once; ValueError where the loader is empty.
-    """
-    if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, dict, torch.Tensor)):
-        raise TypeError(f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}; "
-                        "DataLoader(dataset, batch_size=64) makes one of a data set")  # fmt: skip
-    if isinstance(loader, Iterator) and (not hasattr(loader, "__dict__") or isinstance(loader, _BaseDataLoaderIter)):
-        raise TypeError(f"{name} is an iterator ({type(loader).__name__}), which yields its batches once; give the DataLoader "
-                        "that it was made from, or a list of batches")  # fmt: skip
-    if not isinstance(loader, Sized):
-        return None
-    try:
-        batches = len(loader)
-    except TypeError:  # a DataLoader of an IterableDataset does not know it
-        return None
-    if batches == 0:
-        raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
-    return batches
 
 
 def check_synced_norms(stn: nn.Module) -> None:

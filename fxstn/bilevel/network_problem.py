@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.arguments import check_loss
 from fxstn.bilevel.batches import Batch, first_part
-from fxstn.bilevel.checks import check_loss
 from fxstn.bilevel.counts import Loss, LossValue
 from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.losses import (

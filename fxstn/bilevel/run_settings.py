@@ -11,6 +11,7 @@ from typing import Any, SupportsFloat, TypedDict, TypeVar, cast
 
 import torch
 
+from fxstn.bilevel.arguments import check_places
 from fxstn.bilevel.batches import Batch
 from fxstn.bilevel.checks import check_settings, check_windows, plain_number
 from fxstn.bilevel.history import Row
@@ -213,7 +214,7 @@ def positional(arguments: Sequence[object], keywords: dict[str, Any]) -> list[An
 
     arguments, keywords: of `BilevelRunner`.
 
-    Raises TypeError where they are not those of one of its two forms.
+    Raises TypeError where they are not those of one of its two forms, or in each other's places.
     """
     first = arguments[0] if arguments else keywords.get("problem", keywords.get("stn"))
     form = PROBLEM_FORM if isinstance(first, BilevelProblem) else FORM
@@ -225,6 +226,7 @@ def positional(arguments: Sequence[object], keywords: dict[str, Any]) -> list[An
             f"BilevelRunner takes ({', '.join(FORM)}, ...), or ({', '.join(PROBLEM_FORM)}, ...) where the first is a "
             f"BilevelProblem, which has its losses itself: {error}"
         ) from None
+    check_places("BilevelRunner", dict(list(zip(form, values, strict=True))[1:]), form)
     return values if form is FORM else [values[0], None, *values[1:]]
 
 

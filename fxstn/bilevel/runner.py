@@ -11,9 +11,10 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from fxstn.bilevel import distributed
+from fxstn.bilevel.arguments import check_loader
 from fxstn.bilevel.best_model import Best, BestModel
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
-from fxstn.bilevel.checks import check_device, check_length, check_loader, check_names, check_synced_norms
+from fxstn.bilevel.checks import check_device, check_length, check_names, check_synced_norms
 from fxstn.bilevel.evaluation import EpochTensors
 from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.files import absolute

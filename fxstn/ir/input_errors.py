@@ -45,7 +45,13 @@ def first_line(error: BaseException) -> str:
 
 def in_a_line(value: object) -> str:
     """A value as errors show it: by its repr, or by its type where that has several lines."""
-    return f"a {type(value).__name__}" if "\n" in (text := repr(value)) else text
+    return a_or_an(value) if "\n" in (text := repr(value)) else text
+
+
+def a_or_an(value: object) -> str:
+    """The type of a value with its article: "an AdamW"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
 
 
 def is_number(value: object) -> TypeGuard[float]:

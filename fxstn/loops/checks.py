@@ -8,14 +8,16 @@ from dataclasses import fields
 import torch
 from torch import nn
 
+from fxstn.bilevel.arguments import check_loss, check_places
 from fxstn.bilevel.callbacks import EarlyStopping
-from fxstn.bilevel.checks import check_loss, check_settings
+from fxstn.bilevel.checks import check_settings
 from fxstn.bilevel.run_settings import RATE_OF_HYPER, RATE_OF_RESPONSE
 from fxstn.bilevel.settings import CheckpointSettings, check_keywords
 from fxstn.hp import Spec
 from fxstn.ir.input_errors import in_a_line
 from fxstn.ops.precision import inexact
 
+ORDER = ("optimizer", "loss_fn", "train_loader", "valid_loader", "hparams")
 Place = tuple[torch.device, torch.dtype]
 NAMED = (
     "hparams",
@@ -61,9 +63,12 @@ def check_names_of_settings(keywords: Iterable[str], names: Sequence[str]) -> No
     check_keywords("tune", keywords, [*names, *NAMED], ELSEWHERE)
 
 
-def check_arguments(
-    hparams: object, functions: Mapping[str, object], epoch_steps: object, callbacks: Sequence[object]
-) -> None:
+def check_order(*arguments: object) -> None:
+    """Raises TypeError where an argument of `fxstn.tune` is what belongs in another place. arguments: all but the model."""
+    check_places("fxstn.tune", dict(zip(ORDER, arguments, strict=True)), ("model", *ORDER))
+
+
+def check_arguments(hparams: object, functions: Mapping[str, object], epoch_steps: object, callbacks: object) -> None:
     """Of `fxstn.tune`. Raises TypeError for those of another kind, ValueError for a number out of range.
 
     functions: {name: function, or None}.
@@ -72,7 +77,7 @@ def check_arguments(
         raise TypeError(
             f"hparams must be a list, got one {type(hparams).__name__}; give [hp.{type(hparams).__name__}(...)]"
         )
-    if hparams is not None and not isinstance(hparams, Sequence):
+    if hparams is not None and (isinstance(hparams, (str, bytes)) or not isinstance(hparams, Sequence)):
         raise TypeError(
             f"hparams must be a list of fxstn.hp specs, got {hparams!r}; give [hp.Dropout(), hp.WeightDecay()]"
         )
@@ -82,7 +87,8 @@ def check_arguments(
         if name != "forward" and function is not None:
             check_loss(function, name)
     check_settings({"epoch_steps": epoch_steps})
-    if any(isinstance(callback, EarlyStopping) for callback in callbacks):
+    all_callbacks = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if any(isinstance(callback, EarlyStopping) for callback in all_callbacks):
         raise TypeError(
             "callbacks: EarlyStopping ends a BilevelRunner, and no loop of your own; leave the loop where "
             "len(tuner.history) - tuner.history.best()['epoch'] >= patience"

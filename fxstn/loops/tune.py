@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.checks import check_loader, check_synced_norms
+from fxstn.bilevel.arguments import check_loader
+from fxstn.bilevel.checks import check_synced_norms
 from fxstn.bilevel.losses import LossFunction
 from fxstn.bilevel.network_problem import NetworkProblem, as_problem
 from fxstn.bilevel.run_settings import Settings
@@ -23,7 +24,7 @@ from fxstn.frontends.original import COMPILED
 from fxstn.hp import Spec
 from fxstn.ir.input_errors import in_a_line
 from fxstn.loops.attached import AttachedTuner
-from fxstn.loops.checks import check_arguments, check_names_of_settings
+from fxstn.loops.checks import check_arguments, check_names_of_settings, check_order
 from fxstn.loops.decay import decayed_specs, start_at_decay, without_undecayed
 from fxstn.loops.forwards import BatchReader, Forward, default_forward, loss_of, own_loss
 from fxstn.loops.observed import can_be_observed
@@ -123,6 +124,7 @@ def tune(
     hp.ActivationDecay, hp.TemporalDecay, hp.JacobianNorm).
     """
     check_names_of_settings(settings, list(TuneSettings.__annotations__))
+    check_order(optimizer, loss_fn, train_loader, valid_loader, hparams)
     functions = {"loss_fn": loss_fn, "valid_loss_fn": valid_loss_fn, "forward": forward}
     check_arguments(hparams, functions, epoch_steps, settings.get("callbacks", ()))
     parts = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
