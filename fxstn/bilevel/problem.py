@@ -24,7 +24,8 @@ class BilevelProblem(nn.Module):
     It is a module, which holds its parameters and moves to a device. The methods say what is trained on which loss.
     Needed: general_parameters, hyper_parameters, general_loss, hyper_loss, validation_loss.
 
-    Each loss takes (inputs, target) as the loader yields them and returns a scalar, the mean over the batch, or (sum, count).
+    Each loss takes (inputs, target) as the loader yields them and returns a scalar, the mean over the batch, or (sum, count);
+    validation_loss returns (such a loss, the output).
     The runner calls .backward() on the mean and steps the optimizer of the parameters named like it. So gradients must reach
     these parameters and no others: freeze or detach the rest. The runner checks the first step of each kind.
     Example: examples/label_noise.py; in words: docs/guides/own.md.
