@@ -380,6 +380,15 @@ row(
 row(
     "labels float", r"step 1: loss_fn .* target float32 \(8,\): .*class labels must be whole numbers: target\.long\(\)"
 )(fit(batches(y=Y.float())))
+for _loss in (nn.MSELoss(), nn.BCEWithLogitsLoss()):
+    row(
+        f"numbers of another shape in {_loss}",
+        r"step 1: loss_fn .* target float32 \(8,\): .*; give targets of the shape of the output, or a model with as many out",
+    )(fit(batches(y=Y.float()), loss_fn=_loss))
+row(
+    "loss that swaps its arguments",
+    r"a batch of train_loader in epoch 1, step 1: loss_fn .* for 'Long'; loss_fn is called as loss_fn\(output, target\): give",
+)(fit(loss_fn=lambda target, output: F.cross_entropy(output, target)))
 row(
     "labels int32",
     r"step 1: loss_fn .* target int32 \(8,\) 0 to 2: .*; class labels must be .* int64: target\.long\(\)",
@@ -890,6 +899,19 @@ def test_what_an_argument_is_taken_for_is_taken():
             assert group in TuneSettings.__annotations__
 
 
+@row(
+    "tune: float labels in validation",
+    r"a batch of valid_loader in evaluation: loss_fn .* with a target float32 \(24,\): .*must be whole numbers: target\.long",
+)
+def _(folder):
+    model, loader = mlp(), batches()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fxstn.tune(model, optimizer, F.cross_entropy, loader, batches(y=Y.float(), size=24))
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
 @row("tune: the same optimizer twice", "optimizer names one twice; give each .* once")
 def _(folder):
     model, loader = mlp(), DataLoader(TensorDataset(X, Y), 8)
@@ -1035,6 +1057,7 @@ def test_there_are_rows_enough():
 
 
 @pytest.mark.parametrize(("case", "message"), ROWS)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")  # torch's, of nn.MSELoss, before its error
 @pytest.mark.filterwarnings("ignore:.* became (nan|inf) in .*back to epoch:fxstn.RunWarning")
 def test_bad_input_is_refused_in_a_line_that_names_it_and_the_remedy(case, message, tmp_path):
     try:

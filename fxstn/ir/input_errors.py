@@ -119,15 +119,11 @@ def explained_loss_errors(output: object, target: object) -> Iterator[None]:
     try:
         yield
     except _KINDS as error:
-        if not _ours_to_explain(error):
+        if not _ours_to_explain(error) and not _is_swapped(error, output, target):
             raise
         raise ValueError(
             f"loss_fn cannot take an output {described(output)} with a target {described(target)}: {first_line(error)}; "
-            + (
-                _OF_DERIVATIVES
-                if any(words in str(error) for words in _NO_DERIVATIVE)
-                else _loss_remedy(output, target)
-            )
+            + _loss_remedy(error, output, target)
         ) from error
 
 
@@ -138,18 +134,34 @@ _OF_DERIVATIVES = (
 )
 
 
-def _loss_remedy(output: object, target: object) -> str:
-    if isinstance(output, Tensor) and isinstance(target, Tensor) and 1 < output.dim() == target.dim() + 1:
-        classes, ends = output.shape[1], _ends(target)
-        if target.is_floating_point():
-            return "class labels must be whole numbers: target.long()"
-        if target.dtype not in (torch.int64, torch.uint8):
-            return "class labels must be of type int64: target.long()"
-        if ends and not 0 <= ends[0] <= ends[1] < classes:
-            return f"labels of {classes} classes must be 0 to {classes - 1}: mend them, or give the model {ends[1] + 1} outputs"
-    if isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape and _is_whole(target):
-        return "targets of the output's shape, such as probabilities, must be floating point: target.float()"
-    return "give targets of the shape and type that it takes for such an output"
+def _is_swapped(error: BaseException, output: object, target: object) -> bool:
+    """Whether an operation that takes outputs got whole numbers, which the target has and the output has not."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor) or _is_whole(output) or not _is_whole(target):
+        return False
+    return isinstance(error, NotImplementedError) and "not implemented for" in str(error) and not _raiser(error)
+
+
+def _loss_remedy(error: BaseException, output: object, target: object) -> str:
+    said = str(error)
+    if any(words in said for words in _NO_DERIVATIVE):
+        return _OF_DERIVATIVES
+    if _is_swapped(error, output, target):
+        return "loss_fn is called as loss_fn(output, target): give the loss function that it calls the output first"
+    usual = "give targets of the shape and type that it takes for such an output"
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return usual
+    if "Long" in said and 1 < output.dim() == target.dim() + 1:
+        whole = "whole numbers" if target.is_floating_point() else "of type int64"
+        return f"class labels must be {whole}: target.long()"
+    if "out of bounds" in said and output.dim() > 1 and (ends := _ends(target)):
+        classes = output.shape[1]
+        return f"labels of {classes} classes must be 0 to {classes - 1}: mend them, or give the model {ends[1] + 1} outputs"
+    if output.shape == target.shape:
+        float_ = "targets of the output's shape, such as probabilities, must be floating point: target.float()"
+        return float_ if _is_whole(target) else usual
+    if not _is_whole(target):
+        return "give targets of the shape of the output, or a model with as many outputs as the target"
+    return usual
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fxstn.bilevel.targets import of_batch, refuse_moves
 from fxstn.frontends.conditioned import ConditionedForward
 from fxstn.frontends.inputs import Inputs
 from fxstn.ir.generators import GlobalRandomState
-from fxstn.ir.input_errors import first_line
+from fxstn.ir.input_errors import explained_loss_errors, first_line
 from fxstn.loops.draws import Draws, with_draws
 from fxstn.ops.batch_axis import batch_size
 
@@ -273,10 +273,22 @@ def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) ->
 
         def with_hparams(output: Any, batch: Any, hparams: dict[str, Tensor] | None = None) -> LossValue:
             output, target, rows = rows_of(output, batch)
-            return loss(output, target, hparams=hparams_of_rows(hparams, rows))
+            with _explained(output, target):
+                return loss(output, target, hparams=hparams_of_rows(hparams, rows))
 
         return of_batch(with_hparams)
-    return of_batch(lambda output, batch: loss(*rows_of(output, batch)[:2]))
+
+    def without_hparams(output: Any, batch: Any) -> LossValue:
+        output, target, _ = rows_of(output, batch)
+        with _explained(output, target):
+            return loss(output, target)
+
+    return of_batch(without_hparams)
+
+
+def _explained(output: object, target: object) -> AbstractContextManager[None]:
+    """Around a loss of this pair: its errors show the target alone, and not the whole batch."""
+    return nullcontext() if torch.compiler.is_compiling() else explained_loss_errors(logits_of(output), target)
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
