@@ -12,7 +12,7 @@ import torch
 
 from fxstn.frontends.interface import Frontend
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
-from fxstn.ir.input_errors import first_line
+from fxstn.ir.input_errors import first_line, raised_in
 
 T = TypeVar("T")
 _MORE = "; or give example_inputs: then torch.export, and after it the forward as it is, are tried"
@@ -22,13 +22,16 @@ _MORE = "; or give example_inputs: then torch.export, and after it the forward a
 def errors_as_diagnostics(what: str) -> Iterator[None]:
     """Raises TransformError in place of whatever else is raised inside: a reason to try the next frontend.
 
-    what: what fails, for messages. Errors of the device and of memory pass: no other frontend would mend them.
+    what: what fails, for messages. Errors of the device and of memory pass, and those of a spec that refuses a value, such as
+    an augmentation of images: no other frontend would mend them.
     """
     try:
         yield
     except (TransformError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and raised_in(error).startswith("fxstn.hp."):
+            raise
         source = innermost_user_frame(traceback.format_exc())
         reason = f"{what} fails ({type(error).__name__}: {first_line(error)})"
         remedy = "write that part of the forward with plain torch operations"

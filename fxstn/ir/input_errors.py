@@ -19,14 +19,19 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 _MOST = 200  # characters of an error that are quoted
 
 
-def _raiser(error: BaseException) -> str:
-    """The package whose `raise` statement raised an error; "" for one that an operation raised: torch's, or Python's own."""
+def raised_in(error: BaseException) -> str:
+    """The module whose `raise` statement raised an error; "" for one that Python itself raised, or a function without one."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None or trace.tb_frame.f_code.co_code[trace.tb_lasti] != _RAISE:
         return ""
-    package = str(trace.tb_frame.f_globals.get("__name__", "?")).partition(".")[0]
+    return str(trace.tb_frame.f_globals.get("__name__", "?"))
+
+
+def _raiser(error: BaseException) -> str:
+    """The package that raised an error; "" for one that an operation raised: torch's, or Python's own."""
+    package = raised_in(error).partition(".")[0]
     return "" if package == "torch" else package
 
 
