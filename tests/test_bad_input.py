@@ -698,7 +698,7 @@ for _name, _case in {
 row("checkpoint for a folder", r"runner\.save: .* is a folder; name a file in it, .*last\.pt say")(
     lambda folder: runner().save(folder)
 )
-row("checkpoint missing", r"run\.pt cannot be read \(No such file or directory\); load an older file")(
+row("checkpoint missing", r"^runner\.load: there is no file '.*run\.pt'; a run writes last\.pt into its out_dir$")(
     lambda folder: runner().load(folder / "run.pt")
 )
 
@@ -841,6 +841,11 @@ for name, changes, message in (
     ("specs as train_loader", {"train_loader": [hp.Dropout()]}, r"^train_loader is a list of specs: was an argument"),
     ("loss as loader", {"train_loader": nn.MSELoss()}, r"^train_loader is a MSELoss: was an argument left out"),
     ("loader as specs", {"hparams": batches()}, r"^hparams is a DataLoader: was an argument left out, or"),
+    (
+        "images of a table",
+        {"hparams": [hp.Flip()]},
+        r"^hp\.Flip acts on images .*, and got \(8, 6\); add the dimensions",
+    ),
     ("text as specs", {"hparams": "dropout"}, r"hparams must be a list of fxstn.hp specs, got 'dropout'; give \["),
     ("forward", {"forward": 5}, "forward=5 must be a function, or None"),
     ("one spec", {"hparams": hp.Dropout()}, r"hparams must be a list, got one Dropout; give \[hp.Dropout\(...\)\]"),
@@ -971,6 +976,26 @@ row("report with arguments swapped", r"write_report\(runner, path\): .*got '.*/r
 row("report to a network", r"write_report: a SelfTuningNetwork must be a path; give text or")(
     lambda folder: fxstn.write_report(trained(), fxstn.transform(mlp()))
 )
+IMAGES = torch.rand(2, 3, 8, 8)
+for _name, _arguments, _message in (
+    (
+        "path and images swapped",
+        ([hp.Flip()], "a.png", IMAGES),
+        r"got str; the order is fxstn\.show\(specs, images, path\)$",
+    ),
+    ("images first", (IMAGES, [hp.Flip()], "a.png"), r"got Tensor; the order is fxstn\.show\(specs, images, path\)$"),
+    (
+        "no augmentation",
+        ([hp.Dropout()], IMAGES, "a.png"),
+        r"show: hp\.Dropout\(.*\) is no augmentation, such as hp\.Color",
+    ),
+    ("one spec", (hp.Flip(), IMAGES, "a.png"), r"specs must be a list, got one Flip; give \[hp\.Flip\("),
+    ("one image", ([hp.Flip()], IMAGES[0], "a.png"), r"got \(3, 8, 8\); for one image give images\[None\]$"),
+):
+    row(f"show: {_name}", _message)(lambda folder, arguments=_arguments: fxstn.show(*arguments))
+row(
+    "verify without inputs", r"verify\(model, \*inputs\): give inputs as the model's forward takes them, a batch of two"
+)(lambda folder: fxstn.verify(mlp()))
 row("verify of no model", "model must be an nn.Module that is not transformed yet, got")(
     lambda folder: fxstn.verify(5, X)
 )
@@ -978,6 +1003,11 @@ for seed in (1.5, None, 2**70, -1):
     row(f"hold_out by seed {seed}", f"seed={seed} must be a whole number, 0 or more")(
         lambda folder, seed=seed: fxstn.hold_out(TensorDataset(X, Y), 0.5, seed=seed)
     )
+for _kind in (tuple, list):
+    row(
+        f"hold_out of a {_kind.__name__} of tensors",
+        r"of 2 tensors, each with 24 examples; give TensorDataset\(inputs, targ",
+    )(lambda folder, kind=_kind: fxstn.hold_out(kind((X, Y)), 0.2))
 row("hold_out with no transform", "transform=5 must be a function of an example, None or 'same'")(
     lambda folder: fxstn.hold_out(TensorDataset(X, Y), 0.5, transform=5)
 )

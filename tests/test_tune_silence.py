@@ -296,7 +296,7 @@ def test_a_tuner_that_fails_leaves_an_optimizer_without_hooks() -> None:
     _, _, tuner = tuned(loader, valid)
     model = mlp()
     optimizer = sgd(model)
-    with pytest.raises(ValueError, match="another tuner works with this train_loader"):
+    with pytest.raises(ValueError, match=r"this train_loader, which may be one of an earlier cell .*tuner\.detach\(\)"):
         fxstn.tune(model, optimizer, F.cross_entropy, loader, valid)
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks

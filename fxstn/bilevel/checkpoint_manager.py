@@ -204,14 +204,17 @@ class CheckpointManager:
     def load(self, path: str | Path) -> None:
         """Go on from a file, which may be older than last.pt: this run writes over what is there now.
 
-        Raises ValueError as `RunParts.load`, DamagedError, and TypeError for no path.
+        Raises ValueError as `RunParts.load` and where there is no such file, DamagedError, and TypeError for no path.
         """
         path = as_path(path, "runner.load")
         try:
             state = distributed.in_first_process(lambda: load_checkpoint(path))
-        except (DamagedError, FileNotFoundError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise DamagedError(f"{reason}; load an older file beside it, last.1.pt say, or train anew") from error
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"runner.load: there is no file {str(path)!r}; a run writes last.pt into its out_dir"
+            ) from error
+        except DamagedError as error:
+            raise DamagedError(f"{error}; load an older file beside it, last.1.pt say, or train anew") from error
         self.parts.load(state, str(path))
         self._note_seal()
 

@@ -278,7 +278,7 @@ def loss_of(forward: Forward, model: nn.Module, loss_fn: LossFunction | None) ->
 
         return of_batch(with_hparams)
 
-    def without_hparams(output: Any, batch: Any) -> LossValue:
+    def without_hparams(output: object, batch: object) -> LossValue:
         output, target, _ = rows_of(output, batch)
         with _explained(output, target):
             return loss(output, target)

@@ -68,7 +68,8 @@ def observe(loader: Iterable[object], listener: Listener) -> None:
         gc.collect()  # a tuner that nobody has any more, as after an error in its loop, holds itself
         if _listener_of(loader) is not None:
             raise ValueError(
-                "another tuner works with this train_loader; call its detach() first, or make a loader of its own"
+                "another tuner works with this train_loader, which may be one of an earlier cell that a variable still holds; "
+                "call its detach() first, tuner.detach(), or make a loader of its own"
             )
     restore(loader)
     kind = type(loader)

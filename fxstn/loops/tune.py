@@ -236,7 +236,8 @@ def _check_loop(
         gc.collect()  # a tuner that nobody has any more, as after an error in its loop, holds itself
         if has_owner(model):
             raise ValueError(
-                "the model is tuned already; call detach() of that tuner first, or drop it together with its optimizer"
+                "the model is tuned already; call detach() of that tuner first, maybe one of an earlier cell, or drop it "
+                "together with its optimizer"
             )
     if train_loader is not None:
         check_loader(train_loader, "train_loader")

@@ -43,6 +43,7 @@ def hold_out(
         raise ValueError(f"hold_out: seed={seed!r} must be a whole number, 0 or more, below 2**63")
     if transform not in ("same", None) and not callable(transform):
         raise TypeError(f"hold_out: transform={transform!r} must be a function of an example, None or 'same'")
+    _refuse_tensors(dataset)
     count = _length(dataset)
     chosen, others = _split(_classes(dataset, stratify, count), _number(size, count), seed)
     if valid_dataset is not None:
@@ -58,6 +59,18 @@ def hold_out(
     else:
         valid_dataset = _with_transform(dataset, transform, "dataset")
     return _part(dataset, others), _part(valid_dataset, chosen)
+
+
+def _refuse_tensors(dataset: object) -> None:
+    """Raises TypeError for (inputs, targets), which has the length and the index of a data set with an example for each."""
+    if not isinstance(dataset, (tuple, list)) or not all(isinstance(part, Tensor) and part.dim() for part in dataset):
+        return
+    lengths = {len(part) for part in dataset}
+    if 1 < len(dataset) < 5 and len(lengths) == 1 and lengths.pop() > len(dataset):
+        raise TypeError(
+            f"hold_out: dataset is a {type(dataset).__name__} of {len(dataset)} tensors, each with {len(dataset[0])} examples; "
+            "give TensorDataset(inputs, targets)"
+        )
 
 
 def _length(dataset: Any, name: str = "dataset") -> int:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fxstn.bilevel.plots import save_figure
-from fxstn.hp import Mixing, Operation
+from fxstn.hp import Mixing, Operation, Spec
 from fxstn.ir.generators import forked_rng, reseed
 from fxstn.ir.input_errors import as_file
+
+_ORDER = "the order is fxstn.show(specs, images, path)"
 
 
 def strengths_of(spec: Operation, name: str, columns: int) -> list[list[float]]:
@@ -47,8 +49,11 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
     columns: at least 2.
     seed: a whole number, of the draws.
 
-    Raises ImportError without matplotlib (fxstn[plot]) and ValueError where there is nothing to show.
+    Raises ImportError without matplotlib (fxstn[plot]), TypeError for arguments of another kind, and ValueError where there is
+    nothing to show.
     """
+    _check(specs, images)
+    file = as_file(path, "fxstn.show")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -70,4 +75,23 @@ def show(specs: Sequence[Operation], images: Tensor, path: str | Path, *, column
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{values[index]:.3g}", fontsize=8, pad=2)
         axes[place][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    save_figure(figure, as_file(path, "fxstn.show"), dpi=75)
+    save_figure(figure, file, dpi=75)
+
+
+def _check(specs: object, images: object) -> None:
+    """Raises TypeError and ValueError for what `show` cannot draw."""
+    if isinstance(specs, Spec):
+        raise TypeError(f"fxstn.show: specs must be a list, got one {type(specs).__name__}; give [{specs!r}]")
+    if not isinstance(specs, (list, tuple)):
+        raise TypeError(f"fxstn.show: specs must be a list of augmentations, got {type(specs).__name__}; {_ORDER}")
+    for spec in specs:
+        if not isinstance(spec, Operation):
+            raise TypeError(f"fxstn.show: {spec!r} is no augmentation, such as hp.ColorJitter(), which changes images")
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"fxstn.show: images must be a tensor (n, channels, H, W), got {type(images).__name__}; {_ORDER}"
+        )
+    if images.dim() != 4 or not len(images):
+        raise ValueError(
+            f"fxstn.show: images must be (n, channels, H, W), got {tuple(images.shape)}; for one image give images[None]"
+        )

@@ -129,6 +129,15 @@ def relative_error(tangent: object, function: Callable[[float], object], toleran
     return min(errors)
 
 
+def _check(model: object, inputs: tuple[object, ...]) -> None:
+    """Raises as `check_model`, and TypeError where there are no inputs."""
+    check_model(model)
+    if not inputs:
+        raise TypeError(
+            "verify(model, *inputs): give inputs as the model's forward takes them, a batch of two or more examples"
+        )
+
+
 def verify(
     model: nn.Module,
     *inputs: object,
@@ -155,7 +164,7 @@ def verify(
     train mode the default response, which scales weights and those of norms, is compared besides. An operation that asks for
     float32 gets float64 in both. The model and the inputs stay as they were. Raises what `transform` raises.
     """
-    check_model(model)
+    _check(model, inputs)
     result = VerifyResult(tolerance)
     by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping)
     call: Inputs = mapped(_detached_double, as_inputs(inputs[0] if by_name else inputs, model))
