@@ -250,8 +250,9 @@ def test_optimizers_must_hold_exactly_their_parameters():
 
 
 def test_weight_decay_set_twice_is_a_warning():
-    with pytest.warns(UserWarning, match="weight decay is tuned and also set in optimizer"):
-        make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4))
+    with pytest.warns(UserWarning, match=r"set in optimizer: both act; set weight_decay=0 there.*AdamW, or") as caught:
+        runner = make(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4))
+    assert runner.warnings == [(0, str(caught[0].message))]
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,12 @@ class Monitors:
         self.warnings: list[tuple[int, str]] = []
         self._signs: set[str] = set()  # signs that a warning was already given of
 
+    def note(self, texts: Iterable[str]) -> None:
+        """Warn of what shows before training, epoch 0."""
+        for text in texts:
+            self.warnings.append((0, text))
+            warn_caller(text)
+
     def read(self, rows: Sequence[Row]) -> None:
         """Warn of new signs in the rows up to this epoch."""
         self._warn_of(signs(rows, self.ranges, self.regularizing), rows)

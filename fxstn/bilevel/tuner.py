@@ -14,62 +14,23 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.allowance import LEAST, Allowance
 from fxstn.bilevel.backtracking import Backtracking
 from fxstn.bilevel.batches import Batch, BatchPreparer, first_part, unpack_of
+from fxstn.bilevel.build import build_updates, double_decay
 from fxstn.bilevel.cadence import Cadence, Counters
-from fxstn.bilevel.checks import check_no_float16
 from fxstn.bilevel.counts import Mean
 from fxstn.bilevel.evaluation import Evaluator, RecentBatches, diagnostics
-from fxstn.bilevel.faults import LossGuard, Monitors, warn_caller
+from fxstn.bilevel.faults import LossGuard, Monitors
 from fxstn.bilevel.history import SCALE, History, Row
 from fxstn.bilevel.optim import generalisation_gap
-from fxstn.bilevel.optimizers import OptimizerLike, build_optimizers
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.running_means import RunningMeans
-from fxstn.bilevel.scaling import LossScaler
 from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
 from fxstn.bilevel.totals import one_number
-from fxstn.bilevel.updates import Updates
 from fxstn.ir.input_errors import explained_errors
 from fxstn.network import SelfTuningNetwork
 from fxstn.ops.batch_axis import batch_size
-
-
-def build_updates(
-    problem: BilevelProblem,
-    network: SelfTuningNetwork | None,
-    settings: Settings,
-    device: torch.device,
-    weights: bool = True,
-) -> Updates:
-    """The optimizers of a run, and what is between a backward pass and their steps.
-
-    network: of the problem. None: a problem of the user's own.
-    weights: whether w₀ has one of them; False where somebody else steps w₀.
-
-    Warns where weight decay is tuned and also set in an optimizer. Raises ValueError where float16 autocast would have to scale
-    gradients that are in float16 themselves.
-    """
-    choices: dict[str, OptimizerLike] = {"optimizer": settings.optimizer} if weights else {}
-    choices |= {
-        "response.optimizer": settings.response.optimizer,
-        "hyper.optimizer": settings.hyper.optimizer,
-        "hyper.scale_optimizer": settings.hyper.scale_optimizer,
-    }
-    optimizers = build_optimizers(problem, choices, network is not None and network.structured)
-    for name in ("optimizer", "response.optimizer"):
-        groups = optimizers[name].param_groups if name in optimizers else []
-        if network is not None and network.terms.penalties and any(g.get("weight_decay") for g in groups):
-            warn_caller(
-                f"weight decay is tuned and also set in {name}: both act; set weight_decay=0 there", UserWarning
-            )
-    scaled = settings.execution.autocast is torch.float16
-    if scaled:
-        check_no_float16(network.model if network is not None else problem)
-    scalers = {name: LossScaler(device, scaled) for name in ("train_loss", "response_loss", "hyper_loss")}
-    schedulers, step_schedulers = settings.schedulers, settings.step_schedulers
-    return Updates(optimizers, schedulers, step_schedulers, settings.clip_norm, scalers, check=network is None)
 
 
 class BatchSource(Protocol):
@@ -131,6 +92,7 @@ class Tuner:
         self.history = History.starting_at(start, network.hparams.hyperparameters if network else ())
         regularizing = [name for name, flag in zip(problem.values(), problem.regularizing(), strict=False) if flag]
         self.monitors = Monitors(problem.ranges(), regularizing)
+        self.monitors.note(double_decay(self.updates, network))
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None
         self.limit = GapLimit(optimizer, problem, measured)
         self.backtracking = Backtracking(optimizer, problem, self.limit.on and not problem.joint)
