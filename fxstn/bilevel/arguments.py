@@ -94,3 +94,17 @@ def check_loader(loader: object, name: str) -> int | None:
     if batches == 0:
         raise ValueError(f"{name} is empty: it yields no batch (fewer examples than batch_size with drop_last?)")
     return batches
+
+
+def check_loaders(train_loader: object, valid_loader: object, replays: bool) -> int | None:
+    """The number of training batches, where that is known. Raises as `check_loader`, and ValueError where no validation data
+    are given.
+
+    replays: whether λ is not tuned, so that there may be none.
+    """
+    batches = check_loader(train_loader, "train_loader")
+    if valid_loader is not None:
+        check_loader(valid_loader, "valid_loader")
+    elif not replays:
+        raise ValueError("valid_loader=None: λ is tuned on validation data; give some, or a schedule= to replay")
+    return batches

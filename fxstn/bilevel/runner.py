@@ -11,7 +11,7 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from fxstn.bilevel import distributed
-from fxstn.bilevel.arguments import check_loader
+from fxstn.bilevel.arguments import check_loader, check_loaders
 from fxstn.bilevel.best_model import Best, BestModel
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_names, check_synced_norms
@@ -61,8 +61,8 @@ class BilevelRunner(Refittable):
     average their gradients and draw different noise. The first one writes the files (docs/guides/distributed.md).
 
     Raises ValueError for an empty loader, an optimizer with other parameters, or a number out of range. Raises TypeError for a
-    setting of another kind. Warns when weight decay is tuned and also set in an optimizer, and when the history shows signs of
-    trouble (`fxstn.bilevel.faults`).
+    setting of another kind. Warns when weight decay is tuned and also set in an optimizer, when validation data are training
+    data, and when the history shows signs of trouble (`fxstn.bilevel.faults`).
     """
 
     @overload
@@ -76,11 +76,7 @@ class BilevelRunner(Refittable):
         options = self._options = settings_of(settings)
         data = {"loss_fn": loss_fn, "train_loader": train_loader, "valid_loader": valid_loader}
         self.settings = {name: text_of(value) for name, value in data.items()} | options.texts()
-        batches = check_loader(train_loader, "train_loader")
-        if valid_loader is not None:
-            check_loader(valid_loader, "valid_loader")
-        elif options.schedule is None:
-            raise ValueError("valid_loader=None: λ is tuned on validation data; give some, or a schedule= to replay")
+        batches = check_loaders(train_loader, valid_loader, replays=options.schedule is not None)
         self.stn, self.problem, self._loss_fn = stn, as_problem(stn, loss_fn, options), loss_fn
         self.train_loader, self.valid_loader = train_loader, valid_loader
         device = options.execution.device
@@ -94,6 +90,7 @@ class BilevelRunner(Refittable):
         seed, in_order = distributed.common_seed(), network is None or options.initial_state is not None
         self._valid = validation_stream([] if valid_loader is None else valid_loader, seed, in_order)
         self._tuner = Tuner(self.problem, network, options, self.device, self._train, self._valid, seed)
+        self._tuner.note_data(train_loader, valid_loader)
         self._tuner.stepper.replays = bool(options.execution.compile) and self.device.type == "cuda"
         self._loop = TrainingLoop(self._tuner, self._train, batches)
         self._starts = None if network is None or valid_loader is None else StartWeights(network.model, self.out_dir)

@@ -24,6 +24,7 @@ from fxstn.bilevel.optim import generalisation_gap
 from fxstn.bilevel.problem import BilevelProblem
 from fxstn.bilevel.run_settings import Settings
 from fxstn.bilevel.running_means import RunningMeans
+from fxstn.bilevel.shared_data import training_data_in_validation
 from fxstn.bilevel.sources import unchanged_generators
 from fxstn.bilevel.steps import GapLimit, Stepper
 from fxstn.bilevel.temporary import WeightAverages
@@ -96,6 +97,11 @@ class Tuner:
         measured = settings.hyper.recalibrate > 0 and settings.schedule is None
         self.limit = GapLimit(optimizer, problem, measured)
         self.backtracking = Backtracking(optimizer, problem, self.limit.on and not problem.joint)
+
+    def note_data(self, train_loader: object, valid_loader: object) -> None:
+        """Warn where a network is to be tuned on training data. A problem of the user's own may mean it."""
+        if self.network is not None and self.schedule is None:
+            self.monitors.note(training_data_in_validation(train_loader, valid_loader))
 
     def precision(self) -> AbstractContextManager[object]:
         """A context for the forward of a loss."""

@@ -79,6 +79,7 @@ class AttachedTuner(RefittableLoop):
         self._valid = validation_stream(valid_loader, seed, in_order=False)
         self._recent = RememberedBatches(train_loader, settings.hyper.recalibrate, self._batches_to_come)
         self._tuner = Tuner(problem, network, settings, self.device, self._recent, self._valid, seed, weights=False)
+        self._tuner.note_data(*data)
         self.updates, self.settings = self._tuner.updates, settings.texts()
         self.optimizers, self.history = self.updates.optimizers, self._tuner.history
         self._rates, self._idle = SeenRates(optimizers), IdleLoop(model, optimizers, problem)
