@@ -216,6 +216,37 @@ def test_steps_of_an_optimizer_that_the_tuner_does_not_know_are_told_once() -> N
     assert not len(tuner.history)
 
 
+@pytest.mark.parametrize("stepping", [True, False])
+def test_a_loop_that_trains_another_model_is_told_once(stepping: bool) -> None:
+    """With the optimizer that the tuner knows, which has no gradients then, or with one of its own."""
+    loader, valid = loaders()
+    _, optimizer, tuner = tuned(loader, valid)
+    other = mlp()
+    optimizer = optimizer if stepping else sgd(other)
+    train(other, optimizer, loader)
+    with pytest.warns(
+        UserWarning, match=r"neither called the model of fxstn\.tune nor stepped its optimizer"
+    ) as caught:
+        train(other, optimizer, loader, 3)
+    assert len(caught) == 1
+    assert not len(tuner.history)
+
+
+@pytest.mark.parametrize("reads", ["means", "part of it", "no gradients", "evaluation", "forwards"])
+def test_passes_that_read_the_data_or_the_model_are_no_reason_to_warn(reads: str) -> None:
+    loader, valid = loaders()
+    model, optimizer, tuner = tuned(loader, valid)
+    with torch.set_grad_enabled(reads != "no gradients"):
+        for _ in range(1 if reads == "means" else 3):
+            for x, _ in itertools.islice(loader, 2) if reads == "part of it" else loader:
+                model.train(reads == "forwards")
+                if reads in ("evaluation", "forwards"):
+                    with torch.set_grad_enabled(reads == "forwards"):
+                        model(x)
+    train(model, optimizer, loader, 2)
+    assert len(tuner.history) == 2
+
+
 def test_a_pass_without_steps_is_no_reason_to_warn() -> None:
     loader, valid = loaders()
     model, optimizer, _ = tuned(loader, valid)

@@ -36,6 +36,7 @@ class ConditionedForward:
     autocast: the type that autocast lowered the last training forward of the model itself to; None: it was off.
     trained: whether the last forward of the model itself that can be differentiated was in train mode. None: there was none.
     forwards: how many there were in train mode.
+    calls: how many forwards there were of the model itself, in any mode; of compiled code only some are counted.
     owner: who moves λ. None in a copy, whose λ nobody moves.
     """
 
@@ -43,7 +44,7 @@ class ConditionedForward:
         self.module, self.sites, self.strengths = module, sites, strengths
         self.autocast: torch.dtype | None = None
         self.trained: bool | None = None
-        self.forwards = 0
+        self.forwards = self.calls = 0
         self.owner: ref[object] | None = None
         self.original = self.__wrapped__ = module.forward  # inspect.signature looks at __wrapped__
         self.own = vars(module).get("forward")
@@ -58,6 +59,8 @@ class ConditionedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, sites = self.module, self.sites
+        if sites.root and not torch.compiler.is_compiling():
+            self.calls += 1
         if sites.root and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self.trained = module.training
             if not torch.compiler.is_compiling():

@@ -120,6 +120,7 @@ class AttachedTuner(RefittableLoop):
             self.end_epoch()
         elif not steps:
             self._idle.warn_of_other_steps()
+        self._idle.note_pass(bool(steps), self._seen.count == length_of(self.train_loader), self._last_forward.calls)
 
     def step(self, batch: object) -> None:
         """Do what is due after a step of w₀; to be called after optimizer.step() where there is no train_loader.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from fxstn.bilevel.network_problem import NetworkProblem
 from fxstn.loops.last_forward import LastForward
 
 IN_A_ROW = 3  # steps with several forwards each; one may be a look at a batch, or an evaluation
+WHOLE_PASSES = 2  # over train_loader without a forward or a step
 MANY = 500  # steps of a loop, in which an evaluation would have come where it knows of the tuner
 
 
@@ -34,6 +36,10 @@ class IdleLoop:
         self._several = 0  # steps in a row with more than one forward before each
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
+        self._calls, self._elsewhere = (
+            0,
+            0,
+        )  # forwards of the model; whole passes in a row without one, and without a step
         self._warned: set[str] = set()  # what was warned of
 
     def _writes(self) -> int:
@@ -82,6 +88,26 @@ class IdleLoop:
                 "another",
                 "the weights have changed in a pass over train_loader, and no optimizer that fxstn.tune knows has stepped: "
                 "nothing is tuned; give tune the optimizer that steps",
+            )
+
+    def note_pass(self, steps: bool, whole: bool, calls: int) -> None:
+        """A pass is over. Warn where another model seems to be trained in it.
+
+        An evaluation, or an update of statistics, calls the model. One pass over the data alone may compute their mean, and the
+        second one in a row is told. A loop under no_grad trains nothing.
+
+        steps: whether a step was seen in it.
+        whole: whether it has had all its batches.
+        calls: forwards of the model so far.
+        """
+        elsewhere = whole and not steps and not self._changes and calls == self._calls and torch.is_grad_enabled()
+        self._calls, self._elsewhere = calls, self._elsewhere + 1 if elsewhere else 0
+        if self._elsewhere == WHOLE_PASSES:
+            self._warn(
+                "elsewhere",
+                f"the loop has passed over train_loader {WHOLE_PASSES} times, and has neither called the model of fxstn.tune "
+                "nor stepped its optimizer on a gradient: nothing is tuned; train that very model with that very optimizer, or "
+                "call tuner.detach()",
             )
 
     def warn_of_no_evaluation(self, steps: int) -> None:

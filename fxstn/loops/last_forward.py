@@ -42,6 +42,11 @@ class LastForward:
         """The number of forwards in train mode so far."""
         return 0 if self._forward is None else self._forward.forwards
 
+    @property
+    def calls(self) -> int:
+        """The number of forwards so far, in any mode."""
+        return 0 if self._forward is None else self._forward.calls
+
     def follow(self) -> None:
         """Use the precision that the model's last forward in train mode had. It is the last of a step."""
         if (forward := self._forward) is not None:
