@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 import fxstn
 from fxstn import hp
-from fxstn.bilevel.shared_data import MOST
+from fxstn.bilevel.shared_data import MOST, training_data_in_validation
 from tests.test_tune import data, mlp, sgd
 
 DATA, OTHER = data(40), data(40, 1)
@@ -117,7 +117,7 @@ def test_a_stream_may_have_other_examples_in_each_pass() -> None:
 
 
 def test_a_large_subset_is_not_compared() -> None:
-    assert not told(of(DATA), of(Subset(DATA, range(MOST + 1))), of_tune=True)
+    assert not training_data_in_validation(of(DATA), of(Subset(DATA, range(MOST + 1))))
 
 
 def test_a_refit_on_all_data_is_not_told() -> None:
