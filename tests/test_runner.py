@@ -15,6 +15,7 @@ import re
 import sys
 import typing
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,38 @@ def test_time_stops_a_run_that_is_over_it_and_counts_what_was_before(tmp_path):
     assert len(make(tmp_path).fit(50, minutes=1e-9)) == 1
     assert len(make(tmp_path).fit(50, minutes=1e-9)) == 1
     assert len(make(tmp_path).fit(2, minutes=60)) == 2
+
+
+def test_the_time_of_a_run_is_that_of_the_clock_with_callbacks_and_what_was_before_a_resume(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("fxstn.bilevel.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def spend(runner):
+        now[0] += 60
+
+    assert len(make(callbacks=[spend]).fit(9, minutes=3)) == 3
+    runner = make(tmp_path, callbacks=[spend])
+    assert len(runner.fit(2)) == 2
+    now[0] += 9999  # between two fits nothing counts
+    assert len(runner.fit(9, minutes=4)) == 4
+    assert len(make(tmp_path, callbacks=[spend]).fit(9, minutes=6)) == 6
+
+
+@pytest.mark.filterwarnings("ignore::fxstn.RunWarning")
+def test_a_run_that_goes_back_has_spent_the_time_all_the_same(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("fxstn.bilevel.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(0)
+        now[0] += 60
+        return F.cross_entropy(output, target) * (math.nan if len(calls) == 20 else 1)
+
+    runner = make(loss_fn=loss_fn, valid_loss_fn=F.cross_entropy)
+    runner.fit(3)
+    assert runner._tuner.counters.rollbacks == 1
+    assert runner._clock.seconds() == 60 * len(calls)
 
 
 @pytest.mark.filterwarnings("ignore::fxstn.RunWarning")

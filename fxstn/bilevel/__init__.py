@@ -4,7 +4,7 @@ A step: problem, network_problem, sequences, objectives, losses, perturbation, t
 foreign, scaling, updates, optimizers, combined, optim, evidence.
 The method: tuner, cadence, backtracking, settings.
 A run around it: run, runner, build, refit, initial, training, run_settings, arguments, checks, callbacks, batches, loaders,
-sources, shared_data, workers, validation, stop, distributed.
+sources, shared_data, workers, validation, stop, clock, distributed.
 Evaluation: running_means, evaluation, allowance, totals, recalibration, norm_statistics, temporary.
 What a run tells: history, schedule, outcome, plots, progress, faults.
 Its files: state, complete_state, best_model, starts, run_parts, specs, records, plain, checkpoint, checkpoint_manager,

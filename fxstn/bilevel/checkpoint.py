@@ -14,7 +14,7 @@ from fxstn.bilevel.faults import warn_caller
 from fxstn.bilevel.files import atomic_file
 from fxstn.bilevel.state import State
 
-FORMAT = 19
+FORMAT = 20
 # A file: what torch.save writes, the format in 4 digits, the SHA-256 of all that, and a mark.
 _MARK = b"fxstn-run"
 _DIGITS, _SEAL = 4, hashlib.sha256().digest_size + len(_MARK)

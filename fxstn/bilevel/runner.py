@@ -15,6 +15,7 @@ from fxstn.bilevel.arguments import check_loader, check_loaders
 from fxstn.bilevel.best_model import Best, BestModel
 from fxstn.bilevel.checkpoint_manager import CheckpointManager, Recovery
 from fxstn.bilevel.checks import check_device, check_length, check_names, check_synced_norms
+from fxstn.bilevel.clock import Clock
 from fxstn.bilevel.evaluation import EpochTensors
 from fxstn.bilevel.faults import BadLoss
 from fxstn.bilevel.files import absolute
@@ -83,7 +84,7 @@ class BilevelRunner(Refittable):
         self.device = next(stn.parameters()).device if device is None else check_device(device, "execution.device")
         self.metrics, self.columns = options.metrics or {}, options.columns or {}
         self.callbacks, self.progress = tuple(options.callbacks), options.progress
-        self._stop, self._stopped, self._length = Stop(), False, 0  # the last: epochs that `fit` is to end with
+        self._stop, self._clock, self._stopped, self._length = Stop(), Clock(), False, 0  # the last: epochs of `fit`
         self._place_problem()
         network = stn if isinstance(stn, SelfTuningNetwork) else None
         self._train = ResumableLoader(train_loader, "train_loader", options.hyper.recalibrate)
@@ -130,8 +131,8 @@ class BilevelRunner(Refittable):
         shared |= {"starts": self._starts} if self._starts is not None else {}
         shared |= {"losses": tuner.guard, "monitors": tuner.monitors, "stepper": tuner.stepper,
                    "statistics": tuner.evaluator.statistics}  # fmt: skip
-        local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "means": tuner.means}
-        local |= {"problem": LocalProblemState(self.problem, self.device), "tensors": self._epoch_tensors}
+        local: dict[str, LocalState] = {"train": self._train, "valid": self._valid, "means": tuner.means, "clock": self._clock,
+            "problem": LocalProblemState(self.problem, self.device), "tensors": self._epoch_tensors}  # fmt: skip
         identity = {
             "hyperparameters": list(self.history.names),
             "method": getattr(self.stn, "method", type(self.problem).__name__),
@@ -149,7 +150,7 @@ class BilevelRunner(Refittable):
         """Train until so many epochs are done in all; resumes from out_dir. Returns the history.
 
         epochs: ≥ 0, those done before included.
-        minutes: > 0, in all; the epoch in which they are over is the last. None: no limit.
+        minutes: > 0, by the clock, before a resume too; the epoch in which they are over is the last. None: no limit.
 
         Raises DivergedError when losses are no longer finite after `rollbacks` new attempts, ValueError where another run is
         using out_dir, or has gone on there since this one did. The best model so far is in `best` and in out_dir/best.pt.
@@ -159,7 +160,7 @@ class BilevelRunner(Refittable):
         return self.history
 
     def _fit(self, epochs: int, minutes: float | None) -> None:
-        with self._checkpoints.locked():
+        with self._clock.running(), self._checkpoints.locked():
             self._checkpoints.resume(begun=self._begun)
             self._begin_fit(epochs)
             what = "refit" if self.valid_loader is None else None
@@ -195,7 +196,7 @@ class BilevelRunner(Refittable):
         self._stopped = True
 
     def _over(self, minutes: float | None) -> bool:
-        late = minutes is not None and len(self.history) > 0 and sum(self.history["seconds"]) >= 60 * minutes
+        late = minutes is not None and len(self.history) > 0 and self._clock.seconds() >= 60 * minutes
         return distributed.any_process(self._stopped or late, self.device)
 
     def _end_epoch(self, losses: dict[str, float]) -> None:
