@@ -88,6 +88,7 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path, monkeypat
         "fxstn tune --data 'my photos'", f"seed of torch {torch.initial_seed()}", "loss before training",
         f"before the first step {history.start_loss:.4g}",
         "the run cost 3.08 times plain training", "training 32%", "inner steps 20 (5 per epoch)",
+        "in epochs, in all", "Callbacks, saves and what comes before the first step are not among them",
         "response steps 17 (4.25 per epoch)", "hyper steps 10 (2.5 per epoch)", "was kept at 1",
     ):  # fmt: skip
         assert text in page.text, text

@@ -84,7 +84,7 @@ def _headline(runner: Run) -> str:
     shown += [(name, number(best[name])) for name in runner.metrics if name in best]
     shown += [("training loss", number(best["train_loss"]))] if "train_loss" in best else []
     shown += [("hyperparameters", str(len(runner.history.names)))]
-    shown += [("time per epoch", seconds(statistics.median(times))), ("in all", seconds(sum(times)))]
+    shown += [("time per epoch", seconds(statistics.median(times))), ("in epochs, in all", seconds(sum(times)))]
     return f"{cards(shown)}\n<p>Losses and metrics are those of the best epoch.</p>"
 
 
@@ -218,8 +218,10 @@ def _cost(runner: Run) -> str:
         counted = (f"<p>Counted in passes through the network, the run cost <b>{ratio:.2f}</b> times plain training: an inner "
                    f"step takes {GENERAL} (a backward pass is two), a response step {RESPONSE}, a hyper step {HYPER}.</p>"
                    f"<div class='stack'>{bars}</div>")  # fmt: skip
-    return counted + pairs(rows) + ("<p>Times include evaluation and diagnostics. What the same epochs take without tuning "
-                                    "was not measured in this run; <code>fxstn bench</code> does.</p>")  # fmt: skip
+    note = ("<p>Times are those of epochs: steps, evaluation and diagnostics. Callbacks, saves and what comes before the first "
+            "step are not among them. What the same epochs take without tuning was not measured in this run; <code>fxstn "
+            "bench</code> does.</p>")  # fmt: skip
+    return counted + pairs(rows) + note
 
 
 def _network(runner: Run, explanation: Explanation | None) -> str:
