@@ -38,7 +38,7 @@ def test_a_run_that_goes_on_amid_an_epoch_ends_that_epoch_once(tmp_path: Any) ->
     train(model, optimizer, [next(iterator) for _ in range(1)])
     assert (tuner.steps, len(tuner.history)) == (7, 1)
     torch.save((model.state_dict(), optimizer.state_dict(), tuner.state_dict()), tmp_path / "run.pt")
-    tuner.detach()
+    assert tuner.detach() is model
     model, optimizer, tuner = tuned(loader, valid)
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     for part, state in zip((model, optimizer, tuner), saved, strict=True):

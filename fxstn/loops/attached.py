@@ -265,8 +265,9 @@ class AttachedTuner(RefittableLoop):
         self._idle.reads = True
         return self.stn.hparams.named(self._strengths.expand(examples, -1))
 
-    def detach(self) -> None:
-        """Leave a plain model: no hook, no forward of its own, a loader of its own class. The values stay to be read.
+    def detach(self) -> nn.Module:
+        """Leave a plain model, and return it: no hook, no forward of its own, a loader of its own class. The values stay to be
+        read. A wrapper such as DistributedDataParallel stays around it, and is not returned.
 
         A pass over train_loader that the loop has left before its end is an epoch, which ends here.
         """
@@ -277,6 +278,7 @@ class AttachedTuner(RefittableLoop):
             handle.remove()
         restore_modules(self.model)
         self.loaders.restore()
+        return self.model
 
     # State
 
