@@ -13,6 +13,7 @@ import fxstn
 from fxstn import hp
 from fxstn.bilevel.cadence import Cadence, Counters, steps_of_run
 from fxstn.ir.cost import cost_ratio
+from fxstn.tools.verify import Check, VerifyResult
 from tests.nets import mlp
 from tests.runs import make
 
@@ -78,3 +79,17 @@ def test_a_run_that_was_not_made_prints_that():
     frames = [frame.frame.f_locals for frame in failure.traceback]
     runners = [frame["self"] for frame in frames if isinstance(frame.get("self"), fxstn.BilevelRunner)]
     assert {repr(runner) for runner in runners} == {"BilevelRunner(unfinished)"}
+
+
+def test_the_prompt_shows_what_print_shows():
+    stn = fxstn.transform(mlp(), [hp.Dropout("2", init=0.3)])
+    assert repr(stn.hparams).splitlines() == [
+        "HyperparameterSpace(",
+        "  2.dropout: start 0.3 (init=), in [0, 0.95]",
+        ")",
+    ]
+    for shown in (fxstn.explain(stn), VerifyResult(1e-6, [Check("eval", "original model", 0, 3e-9)])):
+        assert repr(shown) == str(shown)
+    assert repr(VerifyResult(1e-6)) == "nothing was compared"
+    assert repr(hp.Auxiliary()) == "hp.Auxiliary()"
+    assert repr(hp.MixUp(init=0.3)) == "hp.MixUp(init=0.3, low=0, high=2)"

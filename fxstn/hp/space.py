@@ -70,11 +70,10 @@ class HyperparameterSpace(WideModule):
         by_batch = torch.tensor([p.by_batch for p in hyperparameters])
         self.register_buffer("by_batch", by_batch if by_batch.any() else None, persistent=False)
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         """A line for each hyperparameter: where it starts and why, and its range."""
-        return "\n".join(
-            f"{p.name}: start {p.init:g} ({p.origin}), in [{p.low:g}, {p.high:g}]" for p in self.hyperparameters
-        )
+        lines = [f"{p.name}: start {p.init:g} ({p.origin}), in [{p.low:g}, {p.high:g}]" for p in self.hyperparameters]
+        return "\n".join([f"{type(self).__name__}(", *(f"  {line}" for line in lines), ")"])
 
     def __len__(self) -> int:
         return len(self.names)

@@ -13,6 +13,9 @@ class Auxiliary:
     In the response step the value is linearised as the output is: h + dh.
     """
 
+    def __repr__(self) -> str:
+        return "hp.Auxiliary()" if type(self) is Auxiliary else super().__repr__()
+
     def retarget(self, target: object, output: object, value: tuple[Tensor, ...]) -> object:
         """The target that the loss gets in place of `target`.
 

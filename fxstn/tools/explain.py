@@ -53,7 +53,7 @@ class Row:
 
 @dataclass
 class Explanation:
-    """What `explain` says, to print.
+    """What `explain` says; print() shows it, and so does the prompt.
 
     problems: what stands in the way of transform.
     rows: the nodes.
@@ -71,12 +71,12 @@ class Explanation:
         """Whether there are no problems."""
         return not self.problems
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
-        parts = []
-        if self.problems:
-            parts.append(
-                f"PROBLEMS ({len(self.problems)})\n" + "\n".join(f"  - {problem}" for problem in self.problems)
-            )
+        problems = "".join(f"\n  - {problem}" for problem in self.problems)
+        parts = [f"PROBLEMS ({len(self.problems)}){problems}"] if problems else []
         if self.rows:
             cells = [(row.module, row.operation, row.became, row.rule) for row in self.rows]
             parts.append(tabulate(cells, headers=["module", "operation", "became", "rule"]))

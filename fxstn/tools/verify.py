@@ -55,7 +55,7 @@ class Check:
 
 @dataclass
 class VerifyResult:
-    """The comparisons that `verify` made. print() shows them in a table.
+    """The comparisons that `verify` made. print() shows them in a table, and so does the prompt.
 
     tolerance: > 0, of the relative error.
     checks: in the order in which they were made. A comparison that fails is made again at another point, because a point
@@ -89,7 +89,12 @@ class VerifyResult:
             error = relative_error(one.tangent(), one.function, self.tolerance)
             self.checks.append(Check(one.mode, one.against, seed, error))
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
+        if not self.checks:
+            return "nothing was compared"
         rows = [
             (check.mode, check.against, check.seed, f"{check.error:.1e}", self._verdict(position))
             for position, check in enumerate(self.checks)
