@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from fxstn.tools.verify import verify as verify
     from fxstn.transform import transform as transform
 
+__version__: str  # is looked up when it is read
+
 EXPORTS = {
     "fxstn.bilevel": [
         "PAPER",

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+import fxstn
+from fxstn.tools import version
 from tests.lowest import lowest, requirements
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,24 @@ def test_the_wheel_is_whole_and_runs_the_readme_in_a_fresh_environment(tmp_path)
     script = tmp_path / "pasted.py"
     script.write_text(block[1] + "\nprint(fxstn.__file__)\n", encoding="utf-8")
     assert Path(run(python, script, folder=tmp_path).splitlines()[-1]).parent == site / "fxstn"
+
+
+def test_the_version_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+    [written] = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert fxstn.__version__ == written
+    assert "__version__" in dir(fxstn)
+    other = tmp_path / "pyproject.toml"
+    monkeypatch.setattr(version, "PROJECT", other)
+    monkeypatch.setattr(metadata, "version", lambda package: f"{package} as installed")
+    assert fxstn.__version__ == "fxstn as installed"
+    other.write_text('[project]\nname = "around"\nversion = "7"\n')
+    assert fxstn.__version__ == "fxstn as installed"
+
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert fxstn.__version__ == "unknown"
 
 
 def test_every_requirement_has_a_lower_bound():

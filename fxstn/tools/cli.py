@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fxstn.tools.choices import DATA_SETS, VARIANTS
 from fxstn.tools.status import SIGNALLED, STATUSES
+from fxstn.tools.version import version
 
 OWN = "a torchvision model, or package.module:function, in the current folder too"
 MODEL = f"{OWN}, that takes num_classes"
@@ -192,12 +193,10 @@ COMMANDS = {
 
 
 class _Version(argparse.Action):
-    """Prints the version, which is looked up when it is asked for."""
+    """Prints the version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata
-
-        print(f"fxstn {metadata.version('fxstn')}")
+        print(f"fxstn {version()}")
         parser.exit()
 
 

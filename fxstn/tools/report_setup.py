@@ -18,6 +18,7 @@ from fxstn.bilevel import distributed
 from fxstn.bilevel.optim import SettlingAdam, learning_rate
 from fxstn.bilevel.run import Run
 from fxstn.tools.markup import details, pairs, table
+from fxstn.tools.version import version
 
 COSTLY = ("hyper.train_steps", "hyper.longest_cycle", "hyper.valid_steps", "hyper.fraction", "response.every",
           "response.fraction", "response.windows", "response.perturb", "hyper.evaluation_share", "accumulate",
@@ -81,7 +82,7 @@ def _environment(runner: Run) -> list[tuple[str, str]]:
     if runner.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(runner.device)})"
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    return [("fxstn", _version("fxstn")), ("torch", torch.__version__), ("torchvision", _version("torchvision")),
+    return [("fxstn", version()), ("torch", torch.__version__), ("torchvision", _version("torchvision")),
             ("Python", platform.python_version()), ("platform", platform.platform()), ("device", device),
             ("CPU threads", str(torch.get_num_threads())), ("processes", str(distributed.processes())),
             ("report written", now)]  # fmt: skip
