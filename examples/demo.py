@@ -89,7 +89,7 @@ def tuned(seed: int, args: argparse.Namespace) -> tuple[dict[str, float], dict[s
     again = dict(zip(COLUMNS[2:], (*evaluate(model, test), time.process_time() - start), strict=True))
     torch.save(model.state_dict(), out / "weights.pt")
     history.plot(out / "schedules.png")
-    fxstn.write_report(runner, out / "report.html", title=f"resnet18 on digits, seed {seed}")
+    runner.report(out / "report.html", title=f"resnet18 on digits, seed {seed}")
     result = dict(zip(COLUMNS, (*evaluate(best, valid), *evaluate(best, test), seconds), strict=True))
     return result | history.outcome().values, again
 

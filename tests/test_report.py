@@ -74,6 +74,9 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path, monkeypat
     runner = make(hparams=[hp.Dropout("2", "5", init=0.3), hp.WeightDecay()], optimizer=torch.optim.Adam)
     history = runner.fit(4)
     page = written(runner, tmp_path, title="first try")
+    runner.report(tmp_path / "same.html", title="first try")
+    assert len(Page((tmp_path / "same.html").read_text(encoding="utf-8")).text) == len(page.text)
+    assert runner.values() == runner.stn.hparams.values()
     assert page.addresses == []
     assert page.tags["script"] == 1
     assert not page.tags.keys() & {"link", "iframe", "object", "img"}

@@ -272,9 +272,6 @@ class Refittable(Run):
                     distributed.in_first_process(partial(note_recipe, run.out_dir, recipe | {"done": True}))
                 return run.best_model()
 
-    def close_epoch(self) -> None:
-        """End an epoch that somebody else's loop has broken off."""
-
     def _fresh_optimizer(self) -> OptimizerLike:
         """Of w₀, as before its first step."""
         raise NotImplementedError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -75,6 +77,24 @@ class Run:
     def hyper_steps(self) -> int:
         """Hyper steps done."""
         return self._tuner.counters.hyper_steps
+
+    def values(self) -> dict[str, float]:
+        """{name: value} of the hyperparameters, as they are now."""
+        return self.problem.values()
+
+    def report(self, path: str | Path, title: str = "fxstn run") -> None:
+        """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`.
+
+        path: of the file.
+        title: the heading.
+        """
+        self.close_epoch()
+        import_module("fxstn.tools.report").write_report(
+            self, path, title=title
+        )  # which reads runs, and is not part of them
+
+    def close_epoch(self) -> None:
+        """End an epoch that somebody else's loop has broken off."""
 
     @property
     def warnings(self) -> list[tuple[int, str]]:

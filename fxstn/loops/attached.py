@@ -251,10 +251,6 @@ class AttachedTuner(RefittableLoop):
 
     # Results
 
-    def values(self) -> dict[str, float]:
-        """{name: value} of the hyperparameters, as they are now."""
-        return self.problem.values()
-
     def strengths(self, examples: int) -> dict[str, Tensor]:
         """{name: (examples,)}, for a training loss of your own that takes `hparams`, such as `fxstn.cross_entropy`.
 

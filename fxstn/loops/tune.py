@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
@@ -71,17 +70,6 @@ class LoopTuner(AttachedTuner):
                              f"DataLoader; or {remedy}, with train_loader=None")  # fmt: skip
         self.loaders.follow(loader)
         return loader
-
-    def report(self, path: str | Path, title: str = "fxstn run") -> None:
-        """Write a report, an HTML file that needs no other file. Raises as `fxstn.write_report`.
-
-        path: of the file.
-        title: the heading.
-        """
-        from fxstn.tools.report import write_report
-
-        self.close_epoch()
-        write_report(self, path, title=title)
 
 
 def tune(
