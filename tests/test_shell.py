@@ -85,8 +85,10 @@ print([name for name in dir(fxstn) if not name.startswith("__")] == sorted(fxstn
 names = {}
 exec("from fxstn.bilevel.optim import *", names)
 print(sorted(names.keys() - {"__builtins__"}))
+print(dir(fxstn.optim) == sorted(fxstn.optim.__all__), dir(fxstn.hp) == sorted(fxstn.hp.__all__))
 """
-    first, second = python(code).splitlines()
+    first, second, third = python(code).splitlines()
+    assert third == "True True"
     assert first == "True True"
     assert second == "['SettlingAdam', 'generalisation_gap', 'learning_rate', 'set_gap']"
 

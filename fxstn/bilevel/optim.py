@@ -22,6 +22,7 @@ from fxstn.bilevel.state import restore_types
 from fxstn.ir.input_errors import is_number
 
 __all__ = ["SettlingAdam", "generalisation_gap", "learning_rate", "set_gap"]
+__dir__ = __all__.copy  # what completion lists
 
 SHARE = "share"  # in a parameter's state: what is left of the steps of each number, once some were taken back
 # Where a network overfits completely, steps of uncertain gradients are this much shorter. Then the hypergradient is little more

@@ -72,3 +72,4 @@ __all__ = [
     "VerticalFlip",
     "WeightDecay",
 ]
+__dir__ = __all__.copy  # what completion lists
