@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,10 +15,21 @@ from torchvision.datasets.vision import StandardTransform, VisionDataset
 
 from fxstn.ir.input_errors import is_number
 
+Example = TypeVar("Example")
 _TRANSFORMS = ("transform", "transforms")  # attributes that a data set applies to each example
 _CLASSES = ("targets", "labels", "label")  # attributes, or columns, with the class of each example
 
 
+@overload
+def hold_out(
+    dataset: Dataset[Example], size: float, *, transform: Callable[..., object] | str | None = "same",
+    valid_dataset: Dataset[Example] | None = None, stratify: bool | Iterable[object] | None = None, seed: int = 0,
+) -> tuple[Subset[Example], Subset[Example]]: ...  # fmt: skip
+@overload
+def hold_out(
+    dataset: object, size: float, *, transform: Callable[..., object] | str | None = "same", valid_dataset: object = None,
+    stratify: bool | Iterable[object] | None = None, seed: int = 0,
+) -> tuple[Any, Any]: ...  # fmt: skip
 def hold_out(
     dataset: Any, size: float, *, transform: Callable[..., object] | str | None = "same", valid_dataset: Any = None,
     stratify: bool | Iterable[object] | None = None, seed: int = 0,
