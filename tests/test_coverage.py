@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import fxstn
 from fxstn import hp
+from fxstn.ir.coverage import Weight
 
 SCALAR = [hp.Scalar("a", 0.5, 0, 1)]
 
@@ -39,12 +41,16 @@ def test_weights_before_a_norm_are_named_and_not_lost():
     assert [weight.name for weight in scaled.omitted] == ["0.weight"]
     assert (scaled.responding, scaled.possible, scaled.share, scaled.lost) == (1, 1, 1.0, ())
     assert (structured.responding, structured.possible, structured.responding_elements) == (2, 2, 48)
-    assert "1 more (32 elements) are left out: a batch norm after it takes its scale away" in str(scaled)
+    left_out = "1 is left out on purpose (32 elements): a batch norm after it takes its scale away"
+    assert str(scaled) == f"1 of 2 weights responds, 16 of 48 elements; {left_out}"
+    assert str(structured) == "2 of 2 weights respond, 100.0% of their elements"
+    both = replace(scaled, possible=2, possible_elements=21, lost=(Weight("2.weight", 5, "why"),))
+    assert str(both) == f"1 of 3 weights responds, 16 of 53 elements; 1 could and does not (5 elements); {left_out}"
 
 
 def test_less_than_half_is_warned_of_with_the_largest_and_the_reason():
     with pytest.warns(
-        UserWarning, match=r"1 of 2 weights respond, 28\.6% of their elements.*'weight' \(40 elements\): "
+        UserWarning, match=r"1 of 2 weights responds, 28\.6% of their elements.*'weight' \(40 elements\): "
     ):
         stn = fxstn.transform(Mixed(10), SCALAR)
     assert [weight.name for weight in stn.coverage.lost] == ["weight"]
@@ -56,7 +62,7 @@ def test_less_than_half_is_warned_of_with_the_largest_and_the_reason():
 def test_more_than_half_is_shown_and_not_warned_of():
     explanation = fxstn.explain(net := Mixed(2), SCALAR)
     assert explanation.coverage == fxstn.transform(net, SCALAR).coverage
-    assert re.search(r"1 of 2 weights respond, 66\.7% of their elements", str(explanation))
+    assert re.search(r"1 of 2 weights responds, 66\.7% of their elements", str(explanation))
     result = fxstn.verify(net, torch.randn(3, 4), hparams=SCALAR)
     assert str(result.coverage) in str(result)
 

@@ -183,7 +183,7 @@ def test_a_weight_that_no_rule_follows_gets_no_response():
         def forward(self, x):
             return self.b(F.linear(x, torch.pdist(self.mix)[:4].expand(4, 4), self.a.bias))
 
-    with pytest.warns(UserWarning, match="1 of 2 weights respond"):
+    with pytest.warns(UserWarning, match="1 of 2 weights responds"):
         stn = fxstn.transform(Distances(), SCALAR)
     assert not hasattr(stn.response, "mix")
     assert "read by torch.pdist" in str(fxstn.explain(Distances(), SCALAR))

@@ -84,8 +84,14 @@ class Coverage:
         return "; ".join(f"'{w.name}' ({w.elements:,} elements): {w.reason}" for w in self.lost[:most])
 
     def __str__(self) -> str:
-        text = f"{self.responding} of {self.possible} weights respond, {self.share:.1%} of their elements"
-        if self.omitted:
-            elements = sum(weight.elements for weight in self.omitted)
-            text += f"; {len(self.omitted)} more ({elements:,} elements) are left out: {NORMED}"
-        return text
+        verb = "responds" if self.responding == 1 else "respond"
+        if not self.omitted:
+            return f"{self.responding} of {self.possible} weights {verb}, {self.share:.1%} of their elements"
+        left_out = sum(weight.elements for weight in self.omitted)
+        weights, elements = self.possible + len(self.omitted), self.possible_elements + left_out
+        text = f"{self.responding} of {weights} weights {verb}, {self.responding_elements:,} of {elements:,} elements"
+        if self.lost:
+            could = self.possible_elements - self.responding_elements
+            text += f"; {len(self.lost)} could and {'does' if len(self.lost) == 1 else 'do'} not ({could:,} elements)"
+        be = "is" if len(self.omitted) == 1 else "are"
+        return f"{text}; {len(self.omitted)} {be} left out on purpose ({left_out:,} elements): {NORMED}"
