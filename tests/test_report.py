@@ -95,6 +95,9 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path, monkeypat
         "response steps 17 (4.25 per epoch)", "hyper steps 10 (2.5 per epoch)", "was kept at 1",
     ):  # fmt: skip
         assert text in page.text, text
+    assert page.text.count("weights respond, 100.0% of their elements") == 1
+    assert "At the end" in page.text
+    assert "it scrolls" in page.text  # shown where it does
     assert "Warnings" not in page.text
     assert "limits True" in page.text
     assert "limited" not in page.text  # a list with an entry for each number

@@ -133,7 +133,7 @@ def _set_axes(axis: Axes, panel: Panel) -> None:
     axis.set_xlim(-0.03 * epochs, 1.03 * epochs)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axis.set_title(panel.title, fontsize=10, parse_math=False)
-    axis.set_xlabel("epoch", fontsize=8)
+    axis.set_xlabel("epoch (dotted: the best one)", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.yaxis.get_offset_text().set_fontsize(8)
     axis.grid(alpha=0.3, lw=0.6)

@@ -128,7 +128,7 @@ def chart(panel: Panel, best: int) -> str:
         lines.append(f"<g {look} data-name='{escape(panel.names.get(name, name))}'>{shape}</g>")
         legend.append(f"<span {look}><i></i>{escape(name)}</span>")
     key = "".join(legend) if 1 < count <= FEW else ""
-    note = f"{count} lines: point at one for its name" if count > FEW else key
+    note = f"{count} lines: point at one, or tap it, for its name" if count > FEW else key
     data = {"first": first, "epochs": epochs, "low": scale.low, "high": scale.high, "log": scale.log,
             "names": list(panel.lines), "values": [[_short(value) for value in line] for line in panel.lines.values()],
             "frame": [LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM]}  # fmt: skip

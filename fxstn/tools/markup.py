@@ -75,7 +75,8 @@ def table(
     body = "\n".join(lines)
     content = f"<table class='{look}'><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
     filters = _filters(label, len(rows), kinds) if len(rows) > LONG else ""
-    return f"<div class='data'>{filters}<div class='scroll'>{content}</div></div>"
+    hint = "<p class='hint'>The table goes on at the right: it scrolls.</p>"
+    return f"<div class='data'>{filters}{hint}<div class='scroll' tabindex='0'>{content}</div></div>"
 
 
 def _filters(label: str, count: int, kinds: Sequence[str]) -> str:

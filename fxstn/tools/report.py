@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -118,7 +119,9 @@ def _values(runner: Run) -> str:
     key = ("<p>Place in the range: <i class='key start'></i> start, <i class='key best'></i> value, <i class='key "
            "last'></i> last epoch; on a logarithmic scale where the range spans a factor of 100 or more.</p>")  # fmt: skip
     count = len(outcome.unsettled)
-    moving = f"At the end {count} of {len(rows)} still moved: see the course." if count else "λ has settled."
+    moving = (
+        f"At the end {count} of {len(rows)} still moved: see the course." if count else "At the end none still moved."
+    )
     note = f"<p>Values are those that <code>refit</code> takes, ± their spread over the epochs. {moving}</p>"
     return (
         table([*heads, "σ"][: len(rows[0])], rows, "hyperparameters", kinds, "wide")
@@ -228,8 +231,9 @@ def _network(runner: Run, explanation: Explanation | None) -> str:
     """What responds, and what became of each operation."""
     if explanation is None:
         return ""
-    notes = "".join(f"<li>{escape(str(text))}</li>" for text in (*explanation.problems, *explanation.notes))
-    parameters = _parameters(runner.stn) if isinstance(runner.stn, SelfTuningNetwork) else ""
+    texts = [str(text) for text in (*explanation.problems, *explanation.notes)]
+    notes = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    parameters = _parameters(runner.stn, texts) if isinstance(runner.stn, SelfTuningNetwork) else ""
     rows = [(row.module, row.operation, row.became, row.rule) for row in explanation.rows]
     kinds = [row.rule for row in explanation.rows]
     operations = table(("module", "operation", "became", "rule"), rows, "operations", kinds)
@@ -237,10 +241,12 @@ def _network(runner: Run, explanation: Explanation | None) -> str:
     return shown + details(f"{len(rows)} operations, and what became of each", operations) * bool(rows)
 
 
-def _parameters(stn: SelfTuningNetwork) -> str:
+def _parameters(stn: SelfTuningNetwork, texts: Sequence[str]) -> str:
+    """Each parameter, and how many respond, unless the texts above say so."""
     rows = parameter_rows(stn)
     cells = [(row.name, " × ".join(map(str, row.shape)), row.elements, row.obstacle or "responds") for row in rows]
     kinds = ["does not respond" if row.obstacle else "responds" for row in rows]
-    text = f"<p>{escape(str(stn.coverage))}.</p>"
+    coverage = str(stn.coverage)
+    text = "" if any(coverage in text for text in texts) else f"<p>{escape(coverage)}.</p>"
     heads = ("parameter", "shape", "elements", "response")
     return text + details(f"{len(rows)} parameters, one by one", table(heads, cells, "parameters", kinds))
