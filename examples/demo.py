@@ -53,6 +53,11 @@ def evaluate(model: torch.nn.Module, loader: DataLoader) -> tuple[float, float]:
     return F.cross_entropy(output, target).item(), fxstn.accuracy(output, target)
 
 
+def say(seed: int, name: str, result: dict[str, float]) -> None:
+    """A line of a run that is over, also where there is no terminal for its bar."""
+    print(f"seed {seed}, {name}: {', '.join(f'{key} {value:.3g}' for key, value in result.items())}", flush=True)
+
+
 def untuned(seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Plain training at the starting hyperparameters, evaluated in the same way: the runner on a schedule that never moves."""
     stn, train, valid, test = prepare(seed, args)
@@ -82,11 +87,13 @@ def tuned(seed: int, args: argparse.Namespace) -> tuple[dict[str, float], dict[s
     history = runner.fit(args.epochs)
     seconds = time.process_time() - start
     best = runner.best_model()
+    say(seed, "tuned", {"valid loss": history.best()["valid_loss"], "seconds": seconds})
     start = time.process_time()
     everything = ConcatDataset([train.dataset, valid.dataset])
     order = torch.Generator().manual_seed(seed)
     model = runner.refit(DataLoader(everything, 50, shuffle=True, generator=order))
     again = dict(zip(COLUMNS[2:], (*evaluate(model, test), time.process_time() - start), strict=True))
+    say(seed, "refit", again)
     torch.save(model.state_dict(), out / "weights.pt")
     history.plot(out / "schedules.png")
     runner.report(out / "report.html", title=f"resnet18 on digits, seed {seed}")
@@ -105,9 +112,11 @@ def main() -> None:
     parser.add_argument("--out", default="out/demo", help="folder for the results, emptied of earlier ones")
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {"untuned": [], "tuned": [], "refit": []}
+    print(f"untuned, tuned and refitted, {args.seeds} times; a line follows each run", flush=True)
     for seed in range(args.seeds):
         shutil.rmtree(Path(args.out) / f"seed-{seed}", ignore_errors=True)
         results["untuned"].append(untuned(seed, args))
+        say(seed, "untuned", results["untuned"][-1])
         for name, result in zip(("tuned", "refit"), tuned(seed, args), strict=True):
             results[name].append(result)
     means = {
