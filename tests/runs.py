@@ -20,6 +20,13 @@ def dataset(n: int, seed: int) -> TensorDataset:
     return TensorDataset(x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=generator)).argmax(1))
 
 
+class Empty:
+    """A loader whose passes have no batch."""
+
+    def __iter__(self):
+        return iter(())
+
+
 def grouped(settings, **defaults):
     """Keywords of a runner. A group of settings may be a dict; it then has what the default group sets besides."""
     keywords = defaults | settings

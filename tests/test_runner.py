@@ -34,7 +34,7 @@ from fxstn.tools import cli, data
 from fxstn.tools.bench import bench
 from fxstn.tools.workloads import Setup
 from tests.nets import mlp, randomize_response, tiny_conv
-from tests.runs import dataset, grouped, make, same, without_times
+from tests.runs import Empty, dataset, grouped, make, same, without_times
 
 
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])
@@ -257,7 +257,7 @@ def test_an_empty_loader_is_refused():
         with pytest.raises(ValueError, match=f"{name} is empty"):
             fxstn.BilevelRunner(stn, F.cross_entropy, *loaders)
     with pytest.raises(ValueError, match="train_loader is empty"):
-        fxstn.BilevelRunner(stn, F.cross_entropy, iter([]), full, progress=False).fit(1)
+        fxstn.BilevelRunner(stn, F.cross_entropy, Empty(), full, progress=False).fit(1)
 
 
 def test_a_batch_that_is_no_pair_is_refused():

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import fxstn
 from fxstn import ExecutionSettings, HyperSettings, ResponseSettings, hp
 from tests.processes import run
+from tests.runs import Empty
 
 QUICK = {"response": ResponseSettings(every=1), "hyper": HyperSettings(train_steps=2)}
 
@@ -602,7 +603,7 @@ def mistakes() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"model": copies}, r"copies of the model on 2 devices.*torchrun"
     yield {"model": fxstn.transform(model)}, r"not transformed yet"
     yield {"valid_loader": []}, r"valid_loader is empty"
-    yield {"train_loader": iter([])}, r"a loader yields no batch"
+    yield {"train_loader": Empty()}, r"a loader yields no batch"
     yield {"wieght": 1}, r"tune has no argument 'wieght'"
     yield {"forward": lambda model, batch: (batch[0], batch[1])}, r"does not call its model"
     yield {"hparams": [hp.MixUp()]}, r"hp\.MixUp needs more than the output"
