@@ -195,7 +195,7 @@ class StatefulLookalike:
         self._open = False
 
     def state_dict(self) -> dict:
-        following = None if self._open else self._seed_of_next()
+        following = None if self._open or self._restored else self._seed_of_next()
         return {"seed": self.seed, "taken": self.taken, "next": following}
 
     def load_state_dict(self, state: dict) -> None:

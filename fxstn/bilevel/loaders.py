@@ -61,6 +61,7 @@ class ResumableLoader:
         self._stream: GlobalRandomState | None = None  # of the global generators, for the next batch
         self._first_checksum = ""
         self._last: object = None
+        self._end: object = None  # where a stateful loader was after its last pass
         self._places: deque[State] = deque(maxlen=max(1, remember))  # before the last batches, of a stateful loader
         self._warned = False
 
@@ -110,6 +111,8 @@ class ResumableLoader:
 
     def close(self) -> None:
         """End this pass, and what reads its recent batches."""
+        if self.open and is_stateful(self.loader):  # now: with or without a state to be saved it draws the same
+            self._end = place_of(self.loader)
         self._batches = None
 
     def take(self, n: int = 1) -> list[object]:
@@ -184,8 +187,6 @@ class ResumableLoader:
             set_generator_state(own[path], states[path])
         return sorted(states.keys() - own.keys())
 
-    # State
-
     def state_dict(self) -> State:
         over = self._passes and not self.open
         return {
@@ -199,7 +200,7 @@ class ResumableLoader:
             "length": length_of(self.loader),
             "stateful": is_stateful(self.loader),
             "place": self._places[0] if self._places else None,  # from where the recent batches are read again
-            "end": place_of(self.loader) if over and is_stateful(self.loader) else None,
+            "end": self._end if over else None,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -238,7 +239,7 @@ class ResumableLoader:
                 )
             self._first_checksum = first
             if is_stateful(self.loader) and not state["open"]:
-                self.close()
+                self._batches, self._end = None, state["end"]
                 self.loader.load_state_dict(state["end"])
             return self._position == state["taken"] and checksum(self._last) == last
         equal = []

@@ -23,7 +23,7 @@ from fxstn.frontends.model_forwards import original_forwards
 from fxstn.frontends.module_state import ModuleState, module_state, restore
 from fxstn.ir.errors import Diagnostic, TransformError, innermost_user_frame
 from fxstn.ir.generators import GlobalRandomState
-from fxstn.ir.weighted_l1 import l1_keeps_weight
+from fxstn.ir.weighted_l1 import fill_tables_of_torch, l1_keeps_weight
 
 _OF_EXPORT = "inline_constraints"  # a key in the meta of what ExportedProgram.module() returns
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -217,6 +217,7 @@ def _hooks_and_seeds_noticed(unsupported: ProblemCollector) -> Iterator[None]:
             unsupported.add("a region with saved_tensors_hooks, which a traced graph would lose,", _LIVE_RUNS_HOOKS)
         enter(hooks)
 
+    fill_tables_of_torch()
     with ExitStack() as patches:
         for place in (torch, torch.random):
             patches.enter_context(mock.patch.object(place, "manual_seed", unsupported.add_seed))

@@ -115,7 +115,7 @@ class Spec:
         choice = perturb.get(name) if isinstance(perturb, Mapping) else perturb
         if choice is None:
             return number.by_batch
-        if choice not in ("example", "batch"):
+        if not isinstance(choice, str) or choice not in ("example", "batch"):
             raise ValueError(f"hp.{type(self).__name__}: perturb={choice!r} is neither 'example' nor 'batch'")
         if number.by_batch and choice == "example":
             raise ValueError(

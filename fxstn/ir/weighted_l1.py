@@ -6,10 +6,10 @@ import inspect
 from contextlib import AbstractContextManager, nullcontext
 from unittest import mock
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 _TORCHS_OWN = F.l1_loss
 
@@ -19,20 +19,26 @@ def _l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """F.l1_loss, as its documentation has it. With a weight it is the operations that torch computes then."""
+    if weight is None:
+        with mock.patch.object(F, "l1_loss", _TORCHS_OWN):  # it hands on whatever has its name
+            return _TORCHS_OWN(input, target, size_average, reduce, reduction)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if weight is None:
-        if has_torch_function_variadic(input, target):
-            return handle_torch_function(_TORCHS_OWN, (input, target), input, target, reduction=reduction)
-        return _TORCHS_OWN(input, target, reduction=reduction)
     errors = (input - target).abs() * weight
     if reduction == "none":
         return errors
     return errors.sum() / weight.sum() if reduction == "mean" else errors.sum()
 
 
+def fill_tables_of_torch() -> None:
+    """Have torch fill its tables of functions, which it does once, before another function stands for one of them."""
+    torch.overrides.get_ignored_functions()
+    torch.overrides.get_overridable_functions()
+
+
 def l1_keeps_weight() -> AbstractContextManager[object]:
     """Inside, F.l1_loss keeps its weight (torch 2.15 leaves it out in modes and proxies; versions without one need nothing)."""
     if "weight" not in inspect.signature(_TORCHS_OWN).parameters:
         return nullcontext()
+    fill_tables_of_torch()
     return mock.patch.object(F, "l1_loss", _l1_loss)
