@@ -36,10 +36,8 @@ class IdleLoop:
         self._several = 0  # steps in a row with more than one forward before each
         self._trains: bool | None = None  # whether some step of the epoch was in train mode; None: no step
         self._versions, self._changes = self._writes(), False  # whether weights were written to in the last pass
-        self._calls, self._elsewhere = (
-            0,
-            0,
-        )  # forwards of the model; whole passes in a row without one, and without a step
+        self._calls = 0  # forwards of the model
+        self._elsewhere = 0  # whole passes in a row without one, and without a step
         self._warned: set[str] = set()  # what was warned of
 
     def _writes(self) -> int:
