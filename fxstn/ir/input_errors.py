@@ -162,8 +162,8 @@ def _loss_remedy(error: BaseException, output: object, target: object) -> str:
         classes = output.shape[1]
         return f"labels of {classes} classes must be 0 to {classes - 1}: mend them, or give the model {ends[1] + 1} outputs"
     if output.shape == target.shape:
-        float_ = "targets of the output's shape, such as probabilities, must be floating point: target.float()"
-        return float_ if _is_whole(target) else usual
+        by_type = "targets of the output's shape, such as probabilities, must be floating point: target.float()"
+        return by_type if _is_whole(target) else usual
     if not _is_whole(target):
         return "give targets of the shape of the output, or a model with as many outputs as the target"
     return usual

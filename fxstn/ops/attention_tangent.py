@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fxstn.ir.staging import staged
 from fxstn.ops.attention import attention_scores, attention_values, low_weights, scaled_query
 from fxstn.ops.kernels import expand_like, softmax_jacobian
-from fxstn.ops.linear_maps import Context, differentiates
+from fxstn.ops.linear_maps import Context, by_single_operations
 from fxstn.ops.precision import low, without_autocast
 
 AT_ONCE = 2**27  # probabilities that are written at once, where nothing of them is kept
@@ -35,7 +35,7 @@ def attention_and_tangent(
     dy is linear in the tangents. Where they alone have gradients, these are the gradients of attention itself, which torch
     computes by one kernel. Nothing as large as the probabilities is then kept for the backward pass.
     """
-    if of_mask is not None or _by_torch(query, key, value, mask):
+    if of_mask is not None or by_single_operations(query, key, value, mask):
         settings = (is_causal, scale, grouped)
         weights, value, dy = _written_out(query, key, value, mask, tangents, of_mask, *settings)
         return torch.matmul(weights, value), dy
@@ -43,12 +43,6 @@ def attention_and_tangent(
     several = [x if x is None or x.dtype == torch.bool else x.to(dtype) for x in (query, key, value, mask, *tangents)]
     y, dy = _AttentionTangent.apply(*several, is_causal, scale, grouped)
     return y, dy
-
-
-def _by_torch(*primals: Tensor | None) -> bool:
-    """Whether torch must see single operations: in its function transforms, its compiler, and for derivatives in primals."""
-    functional = torch._C._are_functorch_transforms_active()
-    return functional or torch.compiler.is_compiling() or differentiates(*primals)
 
 
 @staged

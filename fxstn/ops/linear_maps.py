@@ -79,6 +79,12 @@ def differentiates(*values: object) -> bool:
     return False
 
 
+def by_single_operations(*constants: object) -> bool:
+    """Whether torch must see single operations: in its function transforms, its compiler, and for derivatives in constants."""
+    functional = torch._C._are_functorch_transforms_active()
+    return functional or torch.compiler.is_compiling() or differentiates(*constants)
+
+
 def linear_map(
     transpose: Callable[..., Tensor], smooth: Callable[..., Tensor] | None = None
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:

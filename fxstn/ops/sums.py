@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxstn.ir.staging import staged
 from fxstn.ir.tangents import BATCH_FIRST, BatchAxis
-from fxstn.ops.linear_maps import Context, differentiates
+from fxstn.ops.linear_maps import Context, by_single_operations, differentiates
 from fxstn.ops.norms import INPUT_ONLY, alike, layer_norm_core, layer_norm_jacobian
 from fxstn.ops.precision import low
 from fxstn.ops.response import align
@@ -93,9 +93,8 @@ def add_product(rest: Tensor, value: Tensor, factor: Tensor | int) -> Tensor:
 
 
 def _by_torch(tangent: Tensor, *constants: Tensor) -> bool:
-    """Whether torch must see single operations: in its function transforms, its compiler, and for derivatives in constants."""
-    functional = torch._C._are_functorch_transforms_active()
-    return functional or torch.compiler.is_compiling() or differentiates(*constants) or not tangent.numel()
+    """Whether single operations compute it, as they also do for a tangent without entries."""
+    return by_single_operations(*constants) or not tangent.numel()
 
 
 def _two_terms(output: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
